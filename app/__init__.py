@@ -1,1 +1,1 @@
-"""Luthier without torch: what the web process, the relay and the command line are made of."""
+"""The part of Luthier without torch: web process, relay and command line."""

@@ -1,7 +1,7 @@
-"""Chat templates by name, for models that have none and for whoever wants another, and the check of one that a person wrote. No torch.
+"""Chat templates by name, for models that have none and for people who want another, and validation of custom ones. No torch.
 
-The tags that open a turn are text to a model that has no tokens for them, which it learns. What ends an answer must be a token, or
-nothing would make the model stop: where its tokenizer does not have the template's own, the end-of-text token takes the place.
+A model that has no tokens for the tags that open a turn reads them as text, and learns them. What ends an answer must be a single
+token, or nothing would make the model stop: where the tokenizer lacks the template's own, the end-of-text token is used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SAMPLES = {
     "plain": "plain: ### User: ↵ Hello ↵↵ ### Assistant:",
     "jinja": "jinja: written below",
 }
-"""Each as a form says it, with what a user's turn looks like."""
+"""Each template's label, and an example of a user's turn."""
 MAX_CHARACTERS = 8000
-"""Of a template that a person writes; those that models bring have 300 to 5,000. A form sends it in its address."""
+"""Maximum length of a custom template; those of models have 300 to 5,000. A form sends it in its URL."""
 
 PLAIN = (
     "{% for message in messages %}"
@@ -31,7 +31,7 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-"""The template a generic model learns when it is given conversations or instructions. It is saved with the result."""
+"""The template of a generic model that is trained on conversations or instructions. It is saved with the result."""
 
 _CHATML = (
     "{% for message in messages %}"
@@ -45,7 +45,7 @@ _LLAMA3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-_SYSTEM_FIRST = (  # it has no turn of its own and stands before the first one's text
+_SYSTEM_FIRST = (  # it has no turn of its own and is put before the first one's text
     "{% set system = messages[0]['content'] | trim + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
     "{% for message in messages if message['role'] != 'system' %}"
 )
@@ -67,8 +67,8 @@ _NAMED = {"chatml": (_CHATML, "<|im_end|>"), "llama3": (_LLAMA3, "<|eot_id|>"), 
 
 
 def source(name: TemplateName, written: str | None, tokens: Container[str], begins: bool) -> str | None:
-    """The Jinja text of a choice for a tokenizer with these special `tokens`; `begins` says that it puts one before every text. None for
-    the model's own."""
+    """The Jinja source of a choice for a tokenizer with these special `tokens`; `begins` says that the tokenizer puts one before
+    every text. None for the model's own."""
     if name == "model":
         return None
     if name == "jinja":
@@ -83,8 +83,8 @@ _GENERATION = re.compile(r"\{%[-+]?[ ]{0,9}(end)?generation[ ]{0,9}[-+]?%\}")
 
 
 def fault(template: str) -> str | None:
-    """Why a text is no template that conversations can be written with, as far as can be told without rendering it, which may take any
-    time; None where it may be one."""
+    """Why a text is no valid chat template, as far as that can be determined without rendering it, which may take any time; None
+    where it may be one."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
     from jinja2.ext import loopcontrols
 

@@ -1,4 +1,4 @@
-"""`luthier …`: every command in one file, each a few lines over a service."""
+"""`luthier …`: all commands in one file, each a few lines over a service."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the 
 
 
 def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A fault of ours is printed as two sentences, what is wrong and what to do, with exit code 1 and no traceback."""
+    """Print a StudioError as two sentences, the message and the hint, with exit code 1 and no traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choose(**variables: object) -> None:
-    """Options of a command become the environment, which the processes it starts inherit."""
+    """Put options of a command into the environment, which the processes it starts inherit."""
     for name, value in variables.items():
         if value is not None:
             os.environ[f"LUTHIER_{name.upper()}"] = str(value)
@@ -87,8 +87,8 @@ def up(
 
 
 def say(text: str) -> None:
-    """A line for the person at the console; plain print, so that a link is never broken in two. A console that cannot be
-    written to, as a file on a full disk, is no reason to stop."""
+    """Print a line for the person at the console; plain print, so that a link is never wrapped. A console that cannot be written
+    to, as a file on a full disk, is no reason to stop."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
@@ -185,7 +185,7 @@ def train(
 def list_jobs(data_dir: DataDir = None) -> None:
     """List the jobs, newest first."""
     choose(data_dir=data_dir)
-    table = Table(Column("job", no_wrap=True, min_width=38), "name", "status", "step", "made", box=None)  # an id is never cut
+    table = Table(Column("job", no_wrap=True, min_width=38), "name", "status", "step", "made", box=None)  # an id is never truncated
 
     def read(session: Session, user: User) -> None:
         from app.jobs import service
@@ -251,7 +251,7 @@ class Run(Protocol):
 
 
 class owner_session:
-    """The studio's database for one command; gives `run`, which does one thing as the studio's owner in one transaction."""
+    """The studio's database for one command; yields `run`, which runs one function as the studio's owner in one transaction."""
 
     def __enter__(self) -> Run:
         from app.ops.embedded.up import beside
@@ -278,7 +278,7 @@ def as_owner(action: Callable[[Session, User], T]) -> T:
 
 
 def bring(run: Run, model_id: Any) -> None:
-    """Fetch an ordered model here and now, or wait for the studio's own worker when that was quicker to take it."""
+    """Fetch a requested model here and now, or wait for the studio's own worker if that was quicker to claim it."""
     from rich.progress import Progress
 
     from app.models.imports import fetch
@@ -301,7 +301,7 @@ def bring(run: Run, model_id: Any) -> None:
 
 
 def train_here(order: dict[str, Any], folder: Path, profile: bool) -> None:
-    """Train an order in a process of our own and print what it says."""
+    """Train a request in a process of our own and print its events."""
     from app import events
     from app.jobs import local as local_run
 
@@ -317,7 +317,7 @@ def train_here(order: dict[str, Any], folder: Path, profile: bool) -> None:
 
 
 def read_spec(path: Path, variant: str | None) -> dict[str, Any]:
-    """The order in a YAML file; the settings under `variants: NAME` are laid over it, key by key."""
+    """The request in a YAML file; the settings under `variants: NAME` override it, key by key."""
     import yaml
 
     try:
@@ -364,7 +364,7 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
 
 
 def run_to_end(run: Run, job_id: str) -> str:
-    """Print what a job says until it ends; its last status."""
+    """Print a job's events until it ends; returns its last status."""
     from app.jobs import service as jobs
     from app.kit import ids
 
@@ -388,7 +388,7 @@ def run_to_end(run: Run, job_id: str) -> str:
 
 
 def event_line(type_: str, data: dict[str, Any], total_steps: int | None) -> str | None:
-    """One line for one event; None for those that a person at a console need not see."""
+    """One line for one event; None for those that are not worth a line at a console."""
     if type_ == "step":
         total = total_steps or data.get("total_steps") or "?"
         speed = f", {data['tokens_per_second']:.0f} tokens/s" if data.get("tokens_per_second") else ""

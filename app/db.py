@@ -1,7 +1,7 @@
-"""Engine, session, and the only file that commits.
+"""Database engine and sessions; the only file that commits.
 
-A service takes a session and never commits. A request is one transaction: `Depends(get_session, scope="function")`
-commits before the answer is sent, then runs what was put off with `on_commit`.
+A service takes a session and never commits. A request is one transaction: `Depends(get_session, scope="function")` commits before
+the response is sent, then runs what was deferred with `on_commit`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ _AFTER = "luthier_after_commit"
 
 
 class Patience(NamedTuple):
-    """How long this process waits for others, in seconds; None is for ever."""
+    """Timeouts of this process towards others, in seconds; None is unlimited."""
 
     statement: float | None
-    """For one statement of the database, which the server then gives up."""
+    """Of one SQL statement, enforced by the server."""
     silence: float | None
-    """For any word of the database."""
+    """Of any response of the database."""
     connect: int
-    """For a new connection, and for a kept one to say that it still works."""
+    """Of a new connection, and of the check of a pooled one."""
     pool: float
-    """For a connection that another thread has."""
+    """Of waiting for a pooled connection."""
     broker: float
 
 
 WORKER = Patience(statement=None, silence=None, connect=10, pool=30, broker=30)
 WEB = Patience(statement=15, silence=18, connect=3, pool=5, broker=3)
-"""A web process answers many with few threads: one that waits for a server that has gone silent is missed by all."""
+"""A web process serves many with few threads: one that waits for an unresponsive server blocks all."""
 
 patience = WORKER
 
 
 def answer_people() -> None:
-    """Be a web process: from now on nothing waits long. Asked for before the first connection is made."""
+    """Use the timeouts of a web process from now on. Called before the first connection is made."""
     global patience
     patience = WEB
 
 
 @functools.cache
 def get_engine() -> Engine:
-    """The pool of this process. The database's address comes from `LUTHIER_DATABASE_URL`, which `luthier up` sets."""
+    """The connection pool of this process. The database's URL comes from `LUTHIER_DATABASE_URL`, which `luthier up` sets."""
     url = get_settings().database_url
     if not url:
         raise RuntimeError("LUTHIER_DATABASE_URL is not set. Start the studio with `luthier up`, or point it at a PostgreSQL.")
@@ -77,12 +77,12 @@ def get_engine() -> Engine:
 
 
 def touched(session: Session, change: UpdateBase) -> int:
-    """How many rows an UPDATE or a DELETE found."""
-    return cast("CursorResult[Any]", session.execute(change)).rowcount  # `Session.execute` is typed for all statements alike
+    """Number of rows that an UPDATE or a DELETE matched."""
+    return cast("CursorResult[Any]", session.execute(change)).rowcount  # `Session.execute` has one type for all statements
 
 
 def on_commit(session: Session, action: Callable[[], object]) -> None:
-    """Run `action` after this session's transaction is in; never when it is rolled back."""
+    """Run `action` after this session's transaction is committed; never when it is rolled back."""
     session.info.setdefault(_AFTER, []).append(action)
 
 

@@ -27,10 +27,10 @@ from typing import Any
 
 
 class StudioError(Exception):
-    """A fault with a status, a code for programs, and a hint for people.
+    """An error with a status, a code for programs, and a hint for people.
 
-    `message` says what is wrong and where; `hint` says what to do about it; `param` names the field of the request. Where
-    nobody said what to do, the kind of the error does. Whoever knows more adds `details`, or `headers` of the answer.
+    `message` says what is wrong and where; `hint` says what to do about it; `param` names the field of the request. Without a
+    hint of its own an error has that of its class. `details` are additional fields, `headers` those of the response.
     """
 
     details: dict[str, Any]
@@ -129,7 +129,7 @@ class Unavailable(StudioError):
 
 
 class DiskFull(StudioError, OSError):
-    """Also the system's own error, so that whoever is ready for a full disk need not know which of the two was raised."""
+    """Also an OSError, so that code that handles a full disk need not know which of the two was raised."""
 
     status, code, type = 507, "disk_full", "server_error"
     usual_hint = "Make room there, then try again."
@@ -149,7 +149,7 @@ def problem_json(stored: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def plain(message: str) -> str:
-    """What pydantic says of a value, in words that need no knowledge of Python: a sentence that ends in a full stop."""
+    """A message of pydantic's in words without Python terms, as a sentence that ends in a period."""
     text = message.removeprefix("Value error, ").rstrip(".").partition(", unable to parse")[0]
     for term, word in _WORDS.items():
         text = text.replace(term, word)
@@ -157,7 +157,8 @@ def plain(message: str) -> str:
 
 
 def field_path(loc: Sequence[str | int], *more: str) -> str:
-    """Where one of pydantic's errors is, as `messages.0.content`: without the branches of a union, and `more`, that it was tried for."""
+    """The path of one of pydantic's errors, as `messages.0.content`: without the branches of a union, and without `more`, the
+    tags of the union."""
     return ".".join(str(part) for part in loc if part not in more and not _BRANCH.fullmatch(str(part)))
 
 

@@ -1,7 +1,7 @@
-"""The closed list of what a job can say.
+"""The closed list of job events.
 
-The trainer writes its events as JSON lines on a pipe; its supervisor records them in Postgres, and the job page is a
-fold over them (`app/jobs/progress.py`). Losses are nats per trained token; memory is bytes; times are seconds.
+The trainer writes its events as JSON lines on a pipe; its supervisor records them in Postgres, and the job page is a fold over
+them (`app/jobs/progress.py`). Losses are nats per trained token; memory is bytes; times are seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The model is loaded and the first batch is next. `resumed_from` is the step of the checkpoint it goes on from."""
+    """The model is loaded and the first batch is next. `resumed_from` is the step of the checkpoint it continues from."""
 
     type: Literal["started"] = "started"
     device: str
@@ -197,7 +197,7 @@ _any: TypeAdapter[JobEvent] = TypeAdapter(JobEvent)
 
 
 def read_line(line: str | bytes) -> TrainerEvent:
-    """One line from the trainer's pipe. Raises pydantic.ValidationError for anything outside the list."""
+    """Parse one line from the trainer's pipe. Raises pydantic.ValidationError for anything outside the list."""
     return _trainer.validate_json(line)
 
 

@@ -1,16 +1,16 @@
 """The lease protocol: how one worker at a time holds a row, and what happens when that worker dies.
 
-    waiting ──claim──▶ held ──finish_if_held──▶ what the work came to
+    waiting ──claim──▶ held ──finish_if_held──▶ the result
        ▲                │ ▲└──heartbeat──┐
        │                │ └──────────────┘
        └────requeue─────┴──expire──▶ Work.on_death, which requeues, or gives up at the third death
 
-A row is held while `lease_until` is set. Each claim raises the row's `fence`, and every write of a holder names the fence that
-it claimed, so a worker that was thought dead and wakes up later changes nothing. Every step is a conditional UPDATE, or a SELECT
-that locks, by the database's clock, which all workers share.
+A row is held while `lease_until` is set. Each claim increments the row's `fence`, and every write of a holder names the fence
+that it claimed, so a worker that was taken for dead and wakes up later changes nothing. Every step is a conditional UPDATE, or a
+SELECT that locks, by the database's clock, which all workers share.
 
 A message of the queue only says "look at this row": a lost one is sent again by `redeliver`, a second one finds nothing to claim.
-What a death means to a row stands where the row's table is worked on, as `Work.on_death`; the rest is the same for all tables.
+What a death means for a row is defined where its table is worked on, as `Work.on_death`; the rest is the same for all tables.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from app.settings import get_settings
 from app.tables import Leased, Outbox
 
 OVER = datetime(1970, 1, 1, tzinfo=UTC)
-"""Until when a lease holds whose holder is known to be dead, so that nobody need wait for it to pass."""
+"""The lease end of a holder that is known to be dead, so that nobody has to wait for the real one."""
 MAX_DEATHS = 3
-"""Work that its workers die of this often is given up."""
+"""Work is given up after this many deaths of its workers."""
 BEHIND_A_BACKLOG = 20.0
-"""While other messages wait in its queue, a row is announced again this many times less often."""
+"""While other messages wait in its queue, a row is redelivered this many times less often."""
 AT_MOST = 100
-"""Rows that one round of the reaper looks after."""
+"""Maximum rows per round of the reaper."""
 
 Row = TypeVar("Row", bound=Leased)
 
@@ -49,15 +49,15 @@ def now() -> ColumnElement[datetime]:
 
 
 def lease() -> ColumnElement[datetime]:
-    """Until when a claim or a beat of now holds."""
+    """The end of a lease that is claimed or renewed now."""
     return now() + timedelta(seconds=get_settings().lease_seconds)
 
 
 def answering_since() -> ColumnElement[datetime]:
-    """When the database began to let anybody in.
+    """When the database began to accept connections.
 
-    A server that recovers from a crash runs for as long as that takes before it lets anybody in; its launchers start when it does
-    (`src/backend/postmaster/postmaster.c`, PM_RUN). Where this role may not see when that was, the server's start is taken.
+    A server that recovers from a crash runs for as long as that takes before it accepts connections; its launchers start when it
+    does (`src/backend/postmaster/postmaster.c`, PM_RUN). Where this role may not see that time, the server's start is used.
     """
     launchers = (
         "SELECT max(backend_start) FROM pg_stat_activity WHERE backend_type IN ('autovacuum launcher', 'logical replication launcher')"
@@ -71,7 +71,7 @@ def could_beat() -> ColumnElement[bool]:
 
 
 def lapsed(lease_until: ColumnElement[datetime] | InstrumentedAttribute[datetime | None]) -> ColumnElement[bool]:
-    """Whether the holder of a lease is dead: known to be, or not heard of for a whole lease in which it could have beaten."""
+    """Whether the holder of a lease is dead: known to be, or without a heartbeat for a whole lease in which it could have sent one."""
     return (lease_until == OVER) | ((lease_until < now()) & could_beat())
 
 
@@ -88,21 +88,21 @@ class Work(Generic[Row]):
     waits_as: str
     """The status of a row that may be claimed."""
     runs_as: str
-    """The status of a row that is held; the same word where the lease alone tells."""
+    """The status of a row that is held; equal to `waits_as` where the lease alone distinguishes them."""
     since: Any
-    """The column that says when it was ordered: the oldest is announced first."""
+    """The column with the time of the request: the oldest is redelivered first."""
     on_death: Callable[[Session, Row, str], None]
-    """`on_death(session, row, how)`: the holder of this locked row died, `how` says by what we know, as "died with the studio.".
-    It must let go of the lease: by `requeue`, or by ending the row."""
+    """`on_death(session, row, how)`: the holder of this locked row died, and `how` is the evidence, as "died with the studio.".
+    It must end the lease: by `requeue`, or by ending the row."""
     due: ColumnElement[bool] = true()  # noqa: RUF009
-    """What else a row needs to be claimed."""
+    """Further conditions for a claim."""
 
     def free(self) -> ColumnElement[bool]:
         """Rows that wait for a claim."""
         return and_(self._alive(), self.table.status == self.waits_as, self.table.lease_until.is_(None), self.due)
 
     def taken(self) -> ColumnElement[bool]:
-        """Rows that somebody holds or held when it died."""
+        """Rows that are held, including those whose holder has died."""
         return and_(self._alive(), self.table.status == self.runs_as, self.table.lease_until.is_not(None))
 
     def held(self, key: uuid.UUID, fence: int) -> ColumnElement[bool]:
@@ -118,8 +118,8 @@ class Work(Generic[Row]):
 
 
 def claim(session: Session, work: Work[Row], key: uuid.UUID, **values: Any) -> Row | None:
-    """Take a row that waits, or one whose holder died, and set `values`. The row with its new fence, or None: there is nothing to do
-    or another one is at it, so the message is dropped."""
+    """Claim a row that waits, or one whose holder died, and set `values`. Returns the row with its new fence, or None: there is
+    nothing to do or another worker holds it, so the message is dropped."""
     expire(session, work, key)
     table = work.table
     taken = update(table).where(table.id == key, work.free())
@@ -128,13 +128,13 @@ def claim(session: Session, work: Work[Row], key: uuid.UUID, **values: Any) -> R
 
 
 def heartbeat(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **values: Any) -> bool:
-    """Renew the lease and set `values`. False, and nothing is changed, when the row is no longer held under this fence: it was taken
-    over, ended or deleted. The holder then stops and writes nothing more."""
+    """Renew the lease and set `values`. False, and nothing is changed, when the row is no longer held under this fence: it was
+    taken over, ended or deleted. The holder then stops and writes nothing more."""
     return _write(session, work, key, fence, lease_until=lease(), **values)
 
 
 def finish_if_held(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **values: Any) -> bool:
-    """Let go of the lease and set `values`, the new status among them. False, and nothing is changed, when it is no longer held."""
+    """End the lease and set `values`, including the new status. False, and nothing is changed, when it is no longer held."""
     return _write(session, work, key, fence, lease_until=None, **values)
 
 
@@ -143,8 +143,8 @@ def _write(session: Session, work: Work[Row], key: uuid.UUID, fence: int, **valu
 
 
 def lock_if_held(session: Session, work: Work[Row], key: uuid.UUID, fence: int) -> Row | None:
-    """The row, locked until the transaction ends, for a holder whose last words take more than one UPDATE; None when it is no longer
-    held. The caller sets `lease_until` to None, or calls `requeue`."""
+    """The row, locked until the transaction ends, for a holder whose final writes take more than one UPDATE; None when it is no
+    longer held. The caller sets `lease_until` to None, or calls `requeue`."""
     query = select(work.table).where(work.held(key, fence)).with_for_update()
     return session.scalar(query.execution_options(populate_existing=True))
 
@@ -156,7 +156,7 @@ class Beat(Generic[Row]):
         self.work, self.key, self.fence, self.last = work, key, fence, float("-inf")
 
     def __call__(self, **values: Any) -> bool:
-        """False when the row is no longer held; True without a look when the last beat was a moment ago."""
+        """False when the row is no longer held; True without a query when the last heartbeat was a moment ago."""
         if time.monotonic() - self.last < min(1.0, get_settings().beat_seconds):
             return True
         self.last = time.monotonic()
@@ -165,8 +165,8 @@ class Beat(Generic[Row]):
 
 
 def requeue(session: Session, work: Work[Row], row: Row, *, died: bool = False) -> bool:
-    """Let a row that the caller has locked wait for another claim, and announce it. With `died` its worker's death is counted: False,
-    and nothing is announced, at the one that is too many; the caller then ends the row."""
+    """Let a row that the caller has locked wait for another claim, and send its message. With `died` its worker's death is
+    counted: at MAX_DEATHS nothing is sent and False returned, and the caller ends the row."""
     row.deaths += died
     row.lease_until = None
     if died and row.deaths >= MAX_DEATHS:
@@ -181,7 +181,7 @@ def requeue(session: Session, work: Work[Row], row: Row, *, died: bool = False) 
 
 
 def expire(session: Session, work: Work[Row], key: uuid.UUID | None = None) -> int:
-    """Take the leases of dead holders away: all, or one row's. Returns how many died. Rows that are locked are left to who locked them."""
+    """End the leases of dead holders: all, or one row's. Returns how many died. Rows that are locked are left to who locked them."""
     dead = select(work.table).where(work.taken(), lapsed(work.table.lease_until)).order_by(work.table.id).limit(AT_MOST)
     if key is not None:
         dead = dead.where(work.table.id == key)
@@ -194,11 +194,11 @@ def expire(session: Session, work: Work[Row], key: uuid.UUID | None = None) -> i
 
 
 def redeliver(session: Session, work: Work[Row], *where: ColumnElement[bool], backlog: int | None = None) -> int:
-    """Announce waiting rows that no message speaks of any more: theirs was lost with Redis, or with a worker that took it and died
-    before its claim. Returns how many.
+    """Send the messages of waiting rows again whose own were lost, with Redis or with a worker that died before its claim.
+    Returns how many.
 
-    `backlog` messages wait in the queue; None asks Redis. While there are any, most likely this row's is among them: announcing every
-    row of a long queue every few seconds would only bury the workers in messages to drop.
+    `backlog` messages wait in the queue; None asks Redis. While there are any, this row's is most likely among them: redelivering
+    every row of a long queue every few seconds would only give the workers messages to drop.
     """
     waiting = queue.backlog(work.task) if backlog is None else backlog
     recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if waiting else 1))

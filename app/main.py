@@ -32,7 +32,7 @@ from app.web import templates as web_templates
 
 
 async def _refuse_unread_body(request: Request) -> None:
-    """Fields that a call does not read are refused rather than ignored. An empty object says nothing, and passes."""
+    """Refuse fields that a call does not read rather than ignore them. An empty object passes."""
     route = request.scope["route"]
     if route.body_field is not None or "requestBody" in (route.openapi_extra or {}):
         return
@@ -45,11 +45,11 @@ async def _refuse_unread_body(request: Request) -> None:
 
 
 def create_app() -> FastAPI:
-    """The application with every router of `app/routes/`, behind one door: nothing is open that is not in `app.web.auth.PUBLIC`."""
+    """The application with every router of `app/routes/`, all behind sign-in except what is in `app.web.auth.PUBLIC`."""
     logs.configure()
     answer_people()
     _refuse_open_door()
-    external_server.allowed()  # a setting that is no address is said now, and not on somebody's page
+    external_server.allowed()  # an invalid setting is reported now, and not on somebody's page
     app = FastAPI(
         title="Luthier",
         version=version("luthier"),
@@ -81,7 +81,7 @@ def _route_modules() -> list[Any]:
 
 
 def _answer_head(api: APIRouter) -> None:
-    """HEAD beside every GET of the API, but for streams of events, which have no end to tell the length of."""
+    """HEAD for every GET of the API, except streams of events, which have no length."""
     from app.schemas import openapi  # the routes need it, and the web's import need not wait for them
 
     for route in api.routes:
@@ -92,7 +92,7 @@ def _answer_head(api: APIRouter) -> None:
 
 
 def _refuse_open_door() -> None:
-    """Another address than this machine's own is only opened behind a password."""
+    """Refuse to listen on other addresses than loopback without a password."""
     settings = get_settings()
     if not is_loopback(settings.host) and not settings.admin_password:
         raise Forbidden(
@@ -111,14 +111,14 @@ def _handled() -> list[Any]:
 
 async def _handle(request: Request, error: Exception) -> Response:
     fault = error_responses.fault_of(error)
-    if fault.status == 405:  # the router has asked one route of the path, and others may take other methods
+    if fault.status == 405:  # the router tried one route of the path, and others may accept other methods
         fault.headers = {"allow": ", ".join(navigation.methods(request.app, request.url.path))}
     return await run_in_threadpool(error_responses.answer, request, fault)
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Make the first account if the database is there already, and give the pools back at the end."""
+    """Create the first account if the database is there already, and close the pools at the end."""
     from sqlalchemy.exc import DBAPIError
 
     def start() -> None:
@@ -138,10 +138,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 class StaticFiles:
-    """The files of `static/` under `/static/<version>/…`, kept forever by browsers while the version is the present one.
+    """The files of `static/` under `/static/<version>/…`, cached forever by browsers while the version is current.
 
-    They are half a megabyte and are read once: what stands in this dictionary is all there is to ask for, and no thread is
-    needed, since all of them may be waiting for a silent database.
+    They are half a megabyte and are read once: only what is in this dictionary is served, and no thread is needed, since all of
+    them may be waiting for an unresponsive database.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -77,15 +77,15 @@ ABILITY = {
     "forgot much": "dropped much",
     "nothing, by construction": "unchanged by design",
 }
-"""What pages call the verdicts on forgetting: a page tells what became of the ability, which reads forwards."""
+"""The words of the pages for the verdicts on forgetting: pages show the change of general ability, for which more is better."""
 
 
 def signed(share: float, digits: int = 1) -> str:
-    """A relative change as the page writes it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to nothing."""
+    """A relative change as pages show it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to 0."""
     text = f"{share * 100:+.{digits}f}"
     return f"{text.replace('-', '−') if float(text) else text[1:]}{NARROW}%"
 
 
 def ability(change: float, digits: int = 1) -> str:
-    """The change of general ability behind a relative change of bits per byte: more bits are less ability."""
+    """The change of general ability for a relative change of bits per byte: more bits are less ability."""
     return signed(-change, digits)

@@ -1,4 +1,4 @@
-"""Bring a database to the newest schema. The steps stand in `migrations/versions/`."""
+"""Upgrades a database to the newest schema. The steps are in `migrations/versions/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LOCK = 7_314_159_265
 
 
 def upgrade(url: str) -> None:
-    """Run what is missing, in one transaction; nothing when the database is up to date."""
+    """Run the missing steps, in one transaction; nothing when the database is up to date."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
         if is_current(connection):
@@ -21,7 +21,7 @@ def upgrade(url: str) -> None:
 
 
 def is_current(connection: Connection) -> bool:
-    """Whether the newest step is in, seen without importing Alembic, which costs a fifth of a second at each start."""
+    """Whether the newest step has run, without importing Alembic, which costs a fifth of a second at each start."""
     if not inspect(connection).has_table("alembic_version"):
         return False
     found = connection.scalar(text("SELECT version_num FROM alembic_version"))

@@ -1,4 +1,4 @@
-"""What a person calls a job, a model, a dataset or a comparison, and the tags by which they find it again."""
+"""Names and tags that a person gives to jobs, models, datasets and comparisons."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_TAG_LENGTH = 40
 
 
 def rename(session: Session, found: Named, name: str) -> None:
-    """Give it another name; of a model this is its title, since `model=` goes on meaning its own name. All versions of a dataset are
-    renamed, which the lists show as one. Raises BadField."""
+    """Rename an object; for a model this is its title, since `model=` keeps its own name. All versions of a dataset are renamed,
+    because lists show them as one. Raises BadField."""
     name = _text(name, "name", MAX_NAME_LENGTH)
     if isinstance(found, Model):
         found.title = name
@@ -32,7 +32,7 @@ def rename(session: Session, found: Named, name: str) -> None:
 
 
 def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
-    """Put these tags in the place of those it has. Raises BadField."""
+    """Replace its tags by these. Raises BadField."""
     kept = sorted({_text(one, "tags", MAX_TAG_LENGTH) for one in tags}, key=str.casefold)
     if any("," in one for one in kept):
         raise BadField("A tag has a comma in it.", hint="Write two tags.", param="tags")
@@ -43,12 +43,12 @@ def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
 
 
 def words(text: str) -> list[str]:
-    """The tags that a person typed with commas between them."""
+    """The tags in a text with commas between them."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _text(text: str, param: str, longest: int) -> str:
-    """One line that can be shown. Raises BadField."""
+    """One printable line. Raises BadField."""
     line = " ".join(text.split())
     what = "The name" if param == "name" else "A tag"
     if not line:

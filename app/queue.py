@@ -1,8 +1,7 @@
-"""The Celery object and the names of its tasks. The bodies live in `worker/tasks.py`.
+"""The Celery app and the names of its tasks. The bodies are in `worker/tasks.py`.
 
-A message holds one id and only says "look at this": whether there is anything to do is decided by a claim in Postgres.
-So a message may be lost (the reaper announces again) or come twice (the second claim finds nothing), and wiping Redis
-loses nothing.
+A message holds one id and only says "look at this": a claim in Postgres decides whether there is anything to do. So a message may
+be lost (the reaper redelivers it) or come twice (the second claim finds nothing), and wiping Redis loses nothing.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
     GENERATE: "generate", PROMPT: "generate",
 }  # fmt: skip
-"""Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task, and models that
-take long to bring in, or never come to an end, hold up no upload."""
+"""Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
+model imports delay no upload."""
 
 PREFIX = "luthier:"
-"""All our keys and channels begin with this."""
+"""Prefix of all our keys and channels."""
 
 OUTBOX_CHANNEL = "luthier_outbox"
-"""The PostgreSQL channel on which the relay is woken."""
+"""The PostgreSQL channel that wakes the relay."""
 
 
 def broker_url(redis_url: str) -> str:
-    """The same server in Celery's spelling, which writes a unix socket as `redis+socket://`."""
+    """The same server in Celery's notation, which writes a unix socket as `redis+socket://`."""
     parts = urlsplit(redis_url)
     if parts.scheme == "unix":
         return f"redis+socket://{parts.path}?virtual_host={(parts.query or 'db=0').removeprefix('db=')}"
@@ -72,7 +71,7 @@ def make_celery() -> Celery:
         accept_content=["json"],
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
-        broker_channel_error_retry=True,  # a refusal too: a broker whose disk is full takes orders again once there is room
+        broker_channel_error_retry=True,  # a refusal too: a broker whose disk is full takes messages again once there is room
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
             "global_keyprefix": PREFIX,
@@ -94,7 +93,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`queue.celery` is made when it is first asked for: the web process seldom needs it, and it is slow to import."""
+    """`queue.celery` is created on first access: the web process seldom needs it, and it is slow to import."""
     if name != "celery":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()["celery"] = made = make_celery()
@@ -106,7 +105,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def get_redis() -> redis.Redis:
-    """The live wire: publish, subscribe, short-lived streams. Nothing that must be kept goes here."""
+    """The Redis client, for publishing, subscribing and short-lived streams. Nothing that must be kept is stored there."""
     url = get_settings().redis_url
     if not url:
         raise RuntimeError("LUTHIER_REDIS_URL is not set. Start the studio with `luthier up`, or point it at a Redis.")
@@ -115,13 +114,13 @@ def get_redis() -> redis.Redis:
 
 
 def once_more() -> Retry:
-    """A connection that a restarted server has closed is made anew. A server that says nothing is not asked a second time."""
+    """Reconnects once where a restarted server has closed the connection. A server that does not respond is not tried again."""
     return Retry(ConstantBackoff(0.1), 1, supported_errors=(redis.ConnectionError,))
 
 
 def cannot_write(error: redis.RedisError) -> bool:
-    """Whether Redis is there and refuses, because it cannot write its file. It refuses the PING of a new connection too,
-    which reads as a fault of the connection."""
+    """Whether Redis is reachable but refuses writes, because it cannot write its file. It refuses the PING of a new connection
+    too, which looks like a connection error."""
     return any(str(e).startswith("MISCONF") for e in (error, error.__cause__))
 
 
@@ -131,9 +130,9 @@ def channel(kind: str, key: uuid.UUID) -> str:
 
 
 def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
-    """Order `task(key)` as part of this transaction. The relay sends it after the commit, at least once.
+    """Enqueue `task(key)` as part of this transaction. The relay sends it after the commit, at least once.
 
-    PostgreSQL delivers the NOTIFY when the transaction is in, so the relay need not wait for its next look.
+    PostgreSQL delivers the NOTIFY when the transaction is committed, so the relay need not wait for its next poll.
     """
     session.add(Outbox(task=task, key=key))
     with session.no_autoflush:
@@ -141,7 +140,7 @@ def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
 
 
 def backlog(task: str) -> int:
-    """Messages that wait in the queue of a task; 0 when Redis is away, since then none of them may be left."""
+    """Messages that wait in the queue of a task; 0 when Redis is unreachable, since then all of them may be lost."""
     try:
         return int(get_redis().llen(f"{PREFIX}{ROUTES[task]}"))
     except (redis.RedisError, RuntimeError):
@@ -150,7 +149,7 @@ def backlog(task: str) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _waker(url: str) -> redis.Redis:
-    """A client of its own with short timeouts: a wake-up must never hold up the one who gives it."""
+    """A client of its own with short timeouts: a wake-up must never delay its sender."""
     return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=once_more())
 
 
@@ -158,9 +157,9 @@ _silent_until = 0.0
 
 
 def notify(session: Session, kind: str, key: uuid.UUID) -> None:
-    """Tell the watchers of one object, once this transaction is in, that it has changed.
+    """Wake the watchers of one object after this transaction is committed.
 
-    A lost wake-up costs a watcher a few seconds, since it also looks by itself; so Redis being away is noted and borne.
+    A lost wake-up delays a watcher by a few seconds, since it also polls; so an unreachable Redis is only logged.
     """
     pending: set[str] = session.info.setdefault("luthier_wakes", set())
     name = channel(kind, key)

@@ -1,10 +1,10 @@
-"""Send what the outbox holds, and find what was lost: `python -m app.relay`.
+"""Sends the outbox's messages, and runs the reaper: `python -m app.relay`.
 
-The relay reads messages that a committed transaction left in `outbox`, sends each to its queue and marks it sent, in
-one transaction of its own: a crash between the two sends twice, never zero times. It is woken by NOTIFY and looks every
-few seconds anyway. The reaper's round is done by the same process, because it is short and both must always run.
+The relay reads messages that a committed transaction left in `outbox`, sends each to its queue and marks it sent, in one
+transaction of its own: a crash between the two sends twice, never zero times. It is woken by NOTIFY and polls every few seconds
+anyway. The reaper's rounds run in the same process, because they are short and both must always run.
 
-Several relays may run at once: `FOR UPDATE SKIP LOCKED` deals the messages out among them.
+Several relays may run at once: `FOR UPDATE SKIP LOCKED` distributes the messages among them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ log = logging.getLogger("luthier.relay")
 
 BATCH = 200
 LOOK_SECONDS = 5.0
-"""After this a message is found that no NOTIFY told of, as one that another relay held when it died."""
+"""Polling interval, for messages without a NOTIFY, such as one that another relay held when it died."""
 
 STOP_SECONDS = 0.5
-"""How soon it is noticed that the relay should end."""
+"""How soon a request to stop is noticed."""
 
 MAX_PAUSE_SECONDS = 5.0
 
@@ -45,7 +45,7 @@ MAX_PAUSE_SECONDS = 5.0
 def send_batch(session: Session) -> int:
     """Send up to 200 waiting messages, oldest first. Returns how many were sent.
 
-    A broker that is away raises before anything is marked, so the whole batch stays as it was.
+    An unreachable broker raises before anything is marked, so the whole batch stays as it was.
     """
     waiting = select(Outbox).where(Outbox.sent_at.is_(None)).order_by(Outbox.id).limit(BATCH).with_for_update(skip_locked=True)
     messages = session.scalars(waiting).all()
@@ -62,8 +62,8 @@ def send_batch(session: Session) -> int:
 def database_is_settled(session: Session) -> bool:
     """Whether the database has answered for one whole lease.
 
-    While it was away nobody could beat, so just after a restart every running job looks dead; each gets the time to
-    beat once before the reaper judges.
+    While it was unreachable no worker could send heartbeats, so just after a restart every running job looks dead; each gets the
+    time for one heartbeat before the reaper decides.
     """
     return bool(session.scalar(select(leases.could_beat())))
 
@@ -75,13 +75,13 @@ def reap(session: Session) -> None:
 
 
 def take_over(session: Session) -> None:
-    """What the workers of a studio's last life held is free at once, and goes on. Only for one who knows that none of them is
-    left, as the holder of the data folder's lock does whose database is reached from this machine alone."""
+    """Expire everything that the workers of a studio's last run held. Only for a caller who knows that none of them is left, as
+    the holder of the data folder's lock does whose database is reached from this machine alone."""
     found = 0
     for table in (mapper.class_ for mapper in Base.registry.mappers if "lease_until" in mapper.columns):
         held = table.lease_until.is_not(None)
         taken = delete(Outbox).where(Outbox.sent_at.is_not(None), Outbox.key.in_(select(table.id).where(held)))
-        session.execute(taken)  # their messages died with them, so that nothing speaks of these any more
+        session.execute(taken)  # their messages were lost with them
         found += touched(session, update(table).where(held).values(lease_until=leases.OVER))
     session.expire_all()
     if found:
@@ -109,7 +109,7 @@ class Waker:
         self.connection: psycopg.Connection | None = None
 
     def wait(self, seconds: float, stop: Callable[[], bool]) -> None:
-        """Sleep until an order arrives, at most `seconds`, or until it is time to `stop`."""
+        """Sleep until a message is enqueued, at most `seconds`, or until it is time to `stop`."""
         deadline = time.monotonic() + seconds
         try:
             if self.connection is None:
@@ -117,8 +117,8 @@ class Waker:
                     str(get_settings().database_url).replace("+psycopg", ""), autocommit=True, connect_timeout=5
                 )
                 self.connection.execute(f"LISTEN {queue.OUTBOX_CHANNEL}")
-                return  # what was ordered before we listened is looked for now
-            # psycopg's own waiting looks ten times a second, which an idle studio would feel.
+                return  # messages enqueued before we listened are polled now
+            # psycopg's own waiting polls ten times a second, which uses CPU in an idle studio.
             while not self._told() and not stop() and (left := deadline - time.monotonic()) > 0:
                 waiting.select([self.connection], [], [], min(left, STOP_SECONDS))
         except psycopg.Error:
@@ -135,7 +135,7 @@ class Waker:
 
 
 def relay(stop: Callable[[], bool]) -> None:
-    """The loop: send, reap when it is time, sleep. An error of a server that is away is logged and waited out."""
+    """The loop: send, reap when it is time, sleep. An error of an unreachable server is logged and retried."""
     settings, waker = get_settings(), Waker()
     next_reap, failures = time.monotonic(), 0
     while not stop():

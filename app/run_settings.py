@@ -12,12 +12,12 @@ from app.optimizers import Optimizer, with_setting
 
 TrainOn = Literal["assistant", "all_turns", "last_turn"]
 TRAIN_ON = {"assistant": "assistant turns", "all_turns": "all turns", "last_turn": "last assistant turn"}
-"""Which turns of a conversation carry a loss, and how a form says it."""
+"""Which turns of a conversation have a loss, and their labels in the form."""
 Schedule = Literal["cosine", "linear", "constant", "cosine_with_restarts", "wsd"]
 
 
 def unset(value: Any) -> bool:
-    """For settings that came later than the first jobs: left out of a spec where nobody gave them, it is the spec it was before."""
+    """For settings newer than the first jobs: omitted from a spec that does not set them, so that it stays the spec it was."""
     return value is None
 
 
@@ -26,7 +26,7 @@ INSTEAD_OF: dict[str, tuple[str, Any]] = {
     "warmup_steps": ("warmup_fraction", 0.0),
     "eval_steps": ("evaluations_per_epoch", 0.0),
 }
-"""Settings that take the place of another: its name, and the value by which it says nothing."""
+"""Settings that replace another: its name, and the value by which it is off."""
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "num_cycles": ("schedule", ("cosine_with_restarts",)),
     "decay_fraction": ("schedule", ("wsd",)),
@@ -35,23 +35,23 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "adam_epsilon": ("optimizer", with_setting("eps")),
     "min_lr_fraction": ("schedule", ("cosine", "linear", "cosine_with_restarts", "wsd")),
 }
-"""Settings that mean something beside some values of another one alone; they are refused elsewhere."""
+"""Settings that have an effect only with some values of another one; they are refused otherwise."""
 GRADIENT_ONLY = (
     "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha",
     "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best",
 )  # fmt: skip
-"""Settings that mean nothing where frozen features are computed once and a classifier is fitted to them."""
+"""Settings without effect where frozen features are computed once and a classifier is fitted to them."""
 STEPS_ONLY = ("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "num_cycles", "decay_fraction", "min_lr_fraction")
-"""Settings that mean nothing either where that classifier is logistic regression, which takes no optimizer steps."""
+"""Settings without effect either where that classifier is logistic regression, which takes no optimizer steps."""
 
 
 def renamed(run: dict[str, Any]) -> dict[str, Any]:
-    """Run settings as they were once stored, under the names of today."""
+    """Run settings of older versions, under their current names."""
     return {RENAMED[name][0] if name in RENAMED else name: value for name, value in run.items()}
 
 
 def displaced(run: dict[str, Any]) -> list[str]:
-    """The settings that others of `run` take the place of."""
+    """The settings that others of `run` replace."""
     return [other for name, (other, _) in INSTEAD_OF.items() if run.get(name) is not None]
 
 
@@ -62,7 +62,7 @@ RENAMED = {
         "larger, send gradient_accumulation_steps.",
     )
 }
-"""Settings of older jobs: today's name, and what a request that names them is told."""
+"""Settings of older jobs: the current name, and the message for a request that uses them."""
 
 
 class RunSettings(BaseModel):
@@ -393,7 +393,7 @@ class RunSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_of_two(cls, given: Any) -> Any:
-        """A setting that says the same as another in other units takes its place."""
+        """A setting that means the same as another in other units replaces it."""
         if not isinstance(given, dict):
             return given
         if given.get("batch_size") is None and given.get("max_tokens_per_step", 0) is None:
@@ -431,11 +431,11 @@ class RunSettings(BaseModel):
 
     @property
     def passes(self) -> int:
-        """Passes behind each optimizer step."""
+        """Forward and backward passes per optimizer step."""
         return self.micro_batches * self.gradient_accumulation_steps
 
     def step_tokens(self, mean: float) -> float:
-        """Tokens behind each optimizer step, with rows of `mean` tokens."""
+        """Tokens per optimizer step, with rows of `mean` tokens."""
         return (self.max_tokens_per_step or (self.batch_size or 1) * mean) * self.gradient_accumulation_steps
 
     @field_validator(*ONLY_WITH)

@@ -18,7 +18,7 @@ RESOURCES = _WHEEL if _WHEEL.is_dir() else PROJECT
 
 
 def default_data_dir() -> Path:
-    """Where a studio keeps everything when nobody says otherwise.
+    """The default data folder.
 
     Root's home is closed to the unprivileged user that runs the database, so root gets a folder under /var/lib.
     """
@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", description="Least severe level that is logged.")
 
     def folder(self, *parts: str) -> Path:
-        """A folder under the data folder, made when missing, readable by its owner alone."""
+        """A folder under the data folder, created when missing, readable by its owner alone."""
         path = self.data_dir.joinpath(*parts)
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path

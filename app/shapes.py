@@ -1,6 +1,6 @@
-"""A model's layers and widths, read from its config.json, and the arithmetic on them. No torch.
+"""A model's architecture, read from its config.json, and arithmetic on it. No torch.
 
-Parameter counts are exact for the architectures Luthier tunes; a test compares each with the model itself.
+Parameter counts are exact for the supported architectures; a test compares each with the model itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from app.errors import BadData
 
 
 class Linear(NamedTuple):
-    """One linear layer of every block: its name in the block, its widths, and whether it has a bias."""
+    """One linear layer of every block: its name in the block, its dimensions, and whether it has a bias."""
 
     name: str
     inputs: int
@@ -84,7 +84,7 @@ class Shape(BaseModel):
         return self.vocabulary * self.hidden + positions + self.token_types * self.hidden
 
     def body_parameters(self) -> int:
-        """Parameters of the stack without head and pooler: what a classifier stands on."""
+        """Parameters of the stack without head and pooler: a classifier's backbone."""
         final_norm = self.hidden * (2 if self.norm_bias else 1)
         return self.embedding_parameters() + self.layers * self.layer_parameters() + final_norm
 
@@ -96,20 +96,20 @@ class Shape(BaseModel):
         return self.embedding_parameters() + self.layers * self.layer_parameters() + final_norm + head + pooler
 
     def matmul_parameters(self) -> int:
-        """Weights that take part in a matrix product for every token: the blocks' linears and the head."""
+        """Weights that take part in a matrix product for every token: the blocks' linear layers and the head."""
         head = self.vocabulary * self.hidden if self.architecture == "decoder" else 0
         return self.layers * sum(x.inputs * x.outputs for x in self.linears()) + head
 
     def layer_inputs(self) -> int:
-        """Numbers that the linear layers of one block read per token; layers that read the same count once."""
+        """Input values per token of the linear layers of one block; layers that share an input count once."""
         return 2 * self.hidden + self.heads * self.head_dim + self.intermediate
 
     def layer_outputs(self) -> int:
-        """Numbers that the linear layers of one block write per token."""
+        """Output values per token of the linear layers of one block."""
         return sum(x.outputs for x in self.linears())
 
     def modules(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear layer of the blocks under its whole name in the model."""
+        """Every linear layer of the blocks under its full name in the model."""
         for block in range(self.layers):
             for linear in self.linears():
                 if self.architecture == "encoder":
@@ -125,7 +125,7 @@ class Shape(BaseModel):
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """The shape told by a Hugging Face `config.json`. Raises BadData naming the key that is missing."""
+    """The shape of a Hugging Face `config.json`. Raises BadData naming the key that is missing."""
     try:
         kind = config["model_type"]
         if kind in _ENCODERS:
@@ -139,7 +139,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 COUNTED_FROM_PADDING, RESERVED_POSITIONS = ("roberta", "xlm-roberta", "mpnet"), 2
-"""Encoders whose first token stands one place above the padding's, so that two rows of their table number no token."""
+"""Encoders whose position ids start above the padding index, so that two rows of their position table are unused."""
 _ENCODERS = ("bert", "roberta", "distilbert", "xlm-roberta", "mpnet", "electra")
 
 

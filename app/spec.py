@@ -1,4 +1,4 @@
-"""JobSpec: the frozen order. Stored with the job, handed to the trainer, shown on the page, copied as YAML."""
+"""JobSpec: the immutable specification of a job. Stored with the job, passed to the trainer, shown on the page, copied as YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
 
 
 MAX_CLASSES = 5000
-"""Labels that a classifier learns at most: a column that names every row is no label."""
+"""Maximum labels of a classifier: a column that names every row is no label."""
 
 
 class _Frozen(BaseModel):
@@ -25,8 +25,8 @@ class _Frozen(BaseModel):
 
 
 class Adapter(_Frozen):
-    """One adapter on the way from a base to a tuned model. `path` is relative to the data folder. `blend` is how much of its
-    change is played; below 1 a whole model may stand here too, to be mixed with the base it lies on."""
+    """One adapter in the lineage from a base to a fine-tuned model. `path` is relative to the data folder. `blend` scales its
+    change; below 1 a whole model may be here too, to be interpolated with its base."""
 
     strategy: str
     path: str
@@ -35,13 +35,13 @@ class Adapter(_Frozen):
 
     @property
     def key(self) -> str:
-        """What tells it from every other adapter, and from itself at another blend."""
+        """Identifies it among all adapters and blends."""
         return self.sha256 if self.blend == 1 else f"{self.sha256 or self.path}@{self.blend:g}"
 
 
 class ModelRef(_Frozen):
-    """Which weights. `path` is the folder of the base's weights and tokenizer, relative to the data folder;
-    `adapters` are laid on it in order (none for a whole model). `revision` is the SHA-256 over the files of `path`."""
+    """The weights of a model. `path` is the folder of the base's weights and tokenizer, relative to the data folder; `adapters`
+    are attached to it in order (none for a whole model). `revision` is the SHA-256 over the files of `path`."""
 
     id: uuid.UUID
     name: str
@@ -54,7 +54,7 @@ class ModelRef(_Frozen):
 
 
 class DatasetRef(_Frozen):
-    """Which rows: a Parquet file with the columns `line` and `row`, relative to the data folder."""
+    """The rows of a dataset: a Parquet file with the columns `line` and `row`, relative to the data folder."""
 
     id: uuid.UUID
     name: str
@@ -74,7 +74,7 @@ class Split(_Frozen):
 
 
 class JobSpec(_Frozen):
-    """All that a trainer needs to know; two equal specs on one machine give equal weights."""
+    """Everything a trainer needs to know; two equal specs on one machine give equal weights."""
 
     version: Literal[1] = 1
     name: str
@@ -102,10 +102,10 @@ class JobSpec(_Frozen):
 
     @property
     def learning_rate(self) -> float:
-        """The highest rate of the job: as ordered, or the strategy's own as it suits the task and the optimizer."""
+        """The maximum learning rate of the job: as configured, or the strategy's default for the task and the optimizer."""
         return self.run.learning_rate or usual_learning_rate(self.strategy, self.task, self.run.optimizer)
 
 
 def usual_learning_rate(strategy: Strategy | type[Strategy], task: str, optimizer: str = "adamw") -> float:
-    """The learning rate where nobody says one."""
+    """The default learning rate."""
     return strategy.learning_rate_for(task) * OPTIMIZERS.get(optimizer, OPTIMIZERS["adamw"]).rate

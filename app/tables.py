@@ -28,7 +28,7 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {  # noqa: RUF012
-        JSON: JSONB(none_as_null=True),  # None is NULL and not the JSON word
+        JSON: JSONB(none_as_null=True),  # None is NULL and not JSON null
         list[Any]: JSONB(none_as_null=True),
         str: Text,
         int: BigInteger,
@@ -170,8 +170,8 @@ class Finding(Base):
 
 
 class Inspection(Leased, Base):
-    """A question about a dataset that takes a child of the data worker: token counts of a model, rows as its trainer sees
-    them, the two sides of a split, a joining of datasets. The answer is kept, so asking again costs nothing."""
+    """A cached question about a dataset that takes a child of the data worker: token counts of a model, rows as its trainer sees
+    them, the two sides of a split."""
 
     __tablename__ = "inspections"
     dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
@@ -277,7 +277,7 @@ class Job(Leased, Base):
     order: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="the request as it came: suffix, method, integrations")
     user_metadata: Mapped[JSON | None]
     idempotency_key: Mapped[str | None]
-    # The claim: who holds the job, and until when.
+    # The lease: who holds the job, and until when.
     attempt: Mapped[int] = mapped_column(server_default="0")
     worker: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(server_default=false())
@@ -361,7 +361,7 @@ class Outbox(Base):
 
 
 class Event(Base):
-    """One thing a job said, in the order it was recorded. Its id is the SSE id, so a watcher can resume anywhere."""
+    """One event of a job, in the order of recording. Its id is the SSE id, so a watcher can resume anywhere."""
 
     __tablename__ = "events"
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
@@ -512,7 +512,7 @@ class PromptRun(Leased, Base):
 
 
 class PromptResult(Base):
-    """What came of one row of a run."""
+    """The result of one row of a run."""
 
     __tablename__ = "prompt_results"
     run_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_runs.id", ondelete="CASCADE"), primary_key=True)

@@ -1,1 +1,1 @@
-"""Luthier with torch: training and generation. It imports `app`; nothing imports it."""
+"""The part of Luthier with torch: training and inference. It imports `app`; nothing imports it."""

@@ -25,9 +25,9 @@ from worker.supervision.train_attempt import die_with_parent
 app = celery
 
 _leaving = mmap.mmap(-1, 1)
-"""One byte shared with the pool's processes, which are forked after this line: 1 when the worker was asked to leave.
-Celery tells only its main process, and waits for running tasks; the byte lets a supervisor stop its trainer, which
-saves, instead of being waited for."""
+"""One byte shared with the pool's processes, which are forked after this line: 1 when the worker was asked to leave. Celery
+notifies only its main process, and waits for running tasks; with the byte a supervisor stops its trainer, which saves, instead of
+being waited for."""
 
 _main = os.getpid()
 
@@ -53,7 +53,7 @@ def _log(**_: Any) -> None:
 
 @signals.worker_process_init.connect
 def _begin_process(**_: Any) -> None:
-    """A forked process shares no connection with its parent, and dies with it: the parent's fence goes with it."""
+    """A forked process shares no connection with its parent, and dies with it, because the parent's lease expires."""
     get_engine.cache_clear()
     get_redis.cache_clear()
     die_with_parent(_main)()
@@ -61,7 +61,7 @@ def _begin_process(**_: Any) -> None:
 
 @signals.worker_ready.connect
 def _begin(sender: Any = None, **_: Any) -> None:
-    """Every queue this worker reads is said to be served, and it is seen to that it is."""
+    """Announce the queues that this worker serves, and start the threads and processes that serve them."""
     if sender is None:
         return
     queues = list(sender.app.amqp.queues.consume_from)

@@ -1,7 +1,7 @@
-"""The training process: `python -m worker.run`. Reads an order, trains, and says each event as a line of JSON on a pipe.
+"""The training process: `python -m worker.run`. Reads a spec, trains, and reports each event as a line of JSON on a pipe.
 
-Exits: 0 after `finished`, 75 after SIGTERM once the state is saved, 1 after `failed`. SIGUSR1 saves a checkpoint and goes on.
-It has no address of the database; its supervisor records what it says.
+Exits: 0 after `finished`, 75 after SIGTERM once the state is saved, 1 after `failed`. SIGUSR1 saves a checkpoint and continues.
+It has no database address; its supervisor records its events.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
 
 STOPPED = 75
-FIRST = os.environ.get("RANK", "0") == "0"  # asked before torch is there
+FIRST = os.environ.get("RANK", "0") == "0"  # rank 0, read before torch is imported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False) -> int:
-    """One try of a job; its exit code. Every failure is said on the pipe before the process ends."""
+    """One attempt at a job; returns its exit code. Every failure is reported on the pipe before the process ends."""
     asked = _Asked()
     step: int | None = None
     started: events.Started | None = None
@@ -51,7 +51,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         pipe.write(event.model_dump_json() + "\n")
 
     try:
-        if not FIRST:  # the first of several processes speaks for all
+        if not FIRST:  # only rank 0 reports
             collections.deque(_events(spec, folder, runs, asked), maxlen=0)
             return STOPPED if asked.stopped else 0
         with curves(folder / "tensorboard", tell) as note:
@@ -71,9 +71,9 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
                     return 0
         return STOPPED
     except BrokenPipeError:
-        return STOPPED  # nobody listens any more; the next attempt goes on from the newest checkpoint
+        return STOPPED  # nobody reads the pipe any more; the next attempt resumes from the newest checkpoint
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the log may lie on the very disk that is full
+        with contextlib.suppress(OSError):  # the log may be on the very disk that is full
             traceback.print_exc(file=sys.stderr)
         with contextlib.suppress(OSError):
             tell(failed(error, spec, step))
@@ -81,14 +81,14 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
 
 
 def _pipe(descriptor: int) -> int:
-    """The descriptor to write events to. torchrun closes it in the processes it starts, but holds it open itself."""
+    """The file descriptor to write events to. torchrun closes it in the processes it starts, but holds it open itself."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return descriptor
     return os.open(f"/proc/{os.getppid()}/fd/{descriptor}", os.O_WRONLY)
 
 
 class _Asked:
-    """The signals that were heard. The handlers stand before the slow imports, so that none is lost."""
+    """The signals received so far. Handlers are installed before the slow imports, so that none is lost."""
 
     def __init__(self) -> None:
         self.stop = False
@@ -113,7 +113,7 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
 
 
 def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
-    """The failure's class, what to do about it and, where one setting mends it, that setting."""
+    """The failure's class, its hint and, where one setting fixes it, that setting."""
     twice, rows = spec.run.micro_batches * 2, spec.run.batch_size
     smaller = None if rows and rows % twice else {"micro_batches": twice}
     if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
@@ -149,7 +149,7 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
 
 
 MIN_TOKENS = 500
-"""Fewer say little of how fast a machine is: the first steps are slow."""
+"""Fewer tokens say little about a machine's speed: the first steps are slow."""
 
 
 def calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
@@ -183,7 +183,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         labels=len(finished.labels or ()),
     )
     pace = duration.pace_from(spec, course, speed, recomputed, measured.seconds, started.seconds_to_load)
-    if pace is not None:  # a job that found a part of its vectors made tells nothing
+    if pace is not None:  # a job that found part of its embeddings cached says nothing
         hardware.calibrate(duration.work_of(spec, started.precision), pace, spec.run.device)
 
 

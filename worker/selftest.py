@@ -1,6 +1,7 @@
-"""`python -m worker.selftest`: whether each package that only a GPU's training uses works here, as one line of JSON for the doctor.
+"""`python -m worker.selftest`: whether each package that only GPU training uses works here, as one line of JSON for `luthier
+doctor`.
 
-Each is tried on a few numbers on the device itself, since one that is installed may still be built for another CUDA.
+Each is tried with a small computation on the device itself, since an installed one may still be built for another CUDA version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 
 def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
-    """`{part: {"works", "said"}}`, `said` being a version and a measure of what was tried, or the error's first line."""
+    """`{part: {"works", "said"}}`, with `said` a version and a measurement, or the first line of the error."""
     tries: dict[str, Callable[[torch.device], str]] = {
         "torch": products, "attention": attention, "triton": triton, "bitsandbytes": bits, "fp8": fp8
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The bodies of the Celery tasks, thin: each takes one id and hands it to who knows what to do."""
+"""The bodies of the Celery tasks, thin: each takes one id and calls the module that does the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _never() -> bool:
 
 
 going_down: Callable[[], bool] = _never
-"""Whether this worker was asked to leave; `worker.main` puts its own here."""
+"""Whether this worker was asked to leave; `worker.main` sets its own here."""
 
 
 @celery.task(name=TRAIN)

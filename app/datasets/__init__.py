@@ -1,1 +1,1 @@
-"""Datasets: read, checked, edited, split and combined."""
+"""Datasets: parsed, checked, edited, split and combined."""

@@ -1,5 +1,5 @@
-"""What a version changed against the one it was made from. Lines keep their numbers through every version of a file, so both are
-walked through side by side, in memory that does not grow with them."""
+"""Differences between a version and its parent. Lines keep their numbers through every version of a file, so both are merged in
+one pass, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from app.kit.json_safe import shortened
 from app.tables import Dataset, Inspection
 
 KINDS = {"removed": "removed", "relabeled": "relabeled", "edited": "edited", "added": "now valid"}
-"""Each kind of change, and how it is counted in words."""
+"""Each kind of change, and its label."""
 EXAMPLES, EXAMPLE_BYTES = 5, 4 << 10
 
 
 def parent_of(session: Session, dataset: Dataset) -> Dataset | None:
-    """The version it was made from, where its rows are still there and come from the same file."""
+    """The version it was made from, where its rows still exist and come from the same file."""
     parent = session.get(Dataset, dataset.parent_id) if same_file(dataset) else None
     return parent if parent is not None and parent.status == "ready" and parent.rows_path and parent.deleted_at is None else None
 
 
 def same_file(dataset: Dataset) -> bool:
-    """Whether it is a version by edits or another reading; a dataset made of others has lines of its own."""
+    """Whether it is a version by edits or by parsing again; a combined dataset has lines of its own."""
     return dataset.parent_id is not None and not (dataset.origin or {}).get("sources")
 
 

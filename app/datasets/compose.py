@@ -1,6 +1,6 @@
 """Datasets made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted.
 
-    order ─→ a new version with its lineage, `reading` ─→ the data worker writes its file (`app/datasets/compose_rows.py`) and reads it
+    order ─→ a new version with its lineage, `reading` ─→ the data worker writes its file (`app/datasets/compose_rows.py`) and parses it
 
 The result is a dataset like any other: it has a file of its own, so it can be fixed, downloaded and combined again. Its
 `origin` names every source with its version and the hash of its rows, so the same order always gives the same rows.
@@ -60,9 +60,9 @@ class CombineRequest(BaseModel):
 
 
 def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
-    """A new version of the first dataset, made of all of them, ordered from the data worker.
+    """A new version of the first dataset, made from all of them by the data worker.
 
-    Raises BadField where the datasets or numbers do not go together, Conflict for one that is not ready.
+    Raises BadField where the datasets or numbers do not match, Conflict for one that is not ready.
     """
     parts = [(datasets.get(session, user, ids.parse(ids.DATASET, part.dataset, param="datasets")), part.weight) for part in wish.datasets]
     found = [dataset for dataset, _ in parts]
@@ -131,7 +131,7 @@ def _check_sources(found: list[Dataset], wish: CombineRequest) -> None:
 
 
 def _shape(found: list[Dataset], wish: CombineRequest) -> str:
-    """The shape of the rows to be made. Raises BadField where the datasets cannot be brought into one without a loss."""
+    """The shape of the result's rows. Raises BadField where the datasets have no common shape without a loss."""
     shapes = [shape_of(dataset) for dataset in found]
     if wish.operation != "convert":
         common = compose_rows.common_shape(shapes)
@@ -156,7 +156,7 @@ def _shape(found: list[Dataset], wish: CombineRequest) -> str:
 
 
 def conversions(found: list[Dataset], shape: str) -> list[str]:
-    """What is done to the rows of each dataset that are not of this shape yet, in words."""
+    """The conversions of the datasets that are not of this shape yet, in words."""
     words = []
     for dataset in found:
         own = shape_of(dataset)
@@ -171,7 +171,7 @@ def _title(shape: str) -> str:
 
 
 def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> int | None:
-    """How many rows are drawn; None where all are taken. Raises BadField for more than there are."""
+    """Number of rows to sample; None where all are used. Raises BadField for more than there are."""
     sizes = [dataset.good_rows or 0 for dataset in found]
     if wish.operation == "sample":
         if wish.rows is None:

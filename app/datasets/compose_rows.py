@@ -1,7 +1,7 @@
 """The rows of a dataset made of others: concatenated, mixed, drawn, thinned or converted. Runs in a limited child of the data worker.
 
-Nothing here holds the rows of a source: each is streamed from its Parquet file as often as it is needed, and only row
-numbers and fingerprints are kept. What comes out is a JSON Lines file that its format reads back row for row.
+Sources are streamed from their Parquet files as often as needed; only row numbers and fingerprints are kept in memory. The result
+is a JSON Lines file that its format parses back row for row.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def conversion(shape: str, wanted: str) -> Conversion | None:
 
 
 def common_shape(shapes: Sequence[str]) -> str | None:
-    """The shape all of these can take without losing anything; None where there is none. An own shape wins over a new one."""
+    """The shape that all of these convert to without a loss; None where there is none. One of their own shapes is preferred."""
     able = [wanted for wanted in (*shapes, "chat", "rated") if all((c := conversion(shape, wanted)) and c.lossless for shape in shapes)]
     return able[0] if able else None
 
@@ -62,7 +62,7 @@ MAPPINGS: dict[str, dict[str, str]] = {entry.shape: formats.FORMATS[entry.shape]
 
 
 def shares(weights: Sequence[float], rows: int) -> list[int]:
-    """How many of `rows` each source gives, by the largest remainders, so that they add up."""
+    """Rows from each source, by the largest remainder method, so that they add up to `rows`."""
     total = sum(Fraction(weight).limit_denominator(10**6) for weight in weights)
     exact = [Fraction(weight).limit_denominator(10**6) * rows / total for weight in weights]
     counts = [int(part) for part in exact]
@@ -73,7 +73,7 @@ def shares(weights: Sequence[float], rows: int) -> list[int]:
 
 
 def most_rows(weights: Sequence[float], sizes: Sequence[int]) -> int:
-    """The largest mixture in which no row has to come twice."""
+    """The largest mixture without repeated rows."""
     total = sum(weights)
     most = int(min(size * total / weight for weight, size in zip(weights, sizes, strict=True)))
     while any(count > size for count, size in zip(shares(weights, most), sizes, strict=True)):
@@ -82,7 +82,7 @@ def most_rows(weights: Sequence[float], sizes: Sequence[int]) -> int:
 
 
 def _drawn(read: Callable[[], Rows], size: int, count: int, draw: random.Random) -> Rows:
-    """`count` rows of a source of `size`, in its order; all of them again and again while more are wanted than there are."""
+    """`count` rows of a source of `size`, in its order; repeated when more are requested than there are."""
     for _ in range(count // size if size else 0):
         yield from read()
     chosen = array("q", sorted(draw.sample(range(size), count % size))) if count % size else array("q")
@@ -95,7 +95,7 @@ def _drawn(read: Callable[[], Rows], size: int, count: int, draw: random.Random)
 
 
 def _mixed(sources: Sequence[Source], rows: int, seed: int) -> Iterator[tuple[Source, int, Row]]:
-    """Rows of every source in its share, in an order drawn by the seed."""
+    """Rows of every source in its share, in a random order given by the seed."""
     counts = shares([source.weight for source in sources], rows)
     turns = array("H", itertools.chain.from_iterable(itertools.repeat(place, count) for place, count in enumerate(counts)))
     random.Random(f"{seed} order").shuffle(turns)
@@ -176,7 +176,7 @@ class Source(NamedTuple):
 def write(payload: dict[str, Any], say: Any) -> dict[str, Any]:
     """Write the file of a combined dataset. `payload`: operation, sources, shape, rows, seed, near, and `out`.
 
-    Says `{"progress": share}`. Gives `sha256`, `bytes`, `rows`, and how many rows were left out, by reason.
+    Sends `{"progress": fraction}`. Returns `sha256`, `bytes`, `rows`, and the number of excluded rows by reason.
     """
     sources = [Source(Path(s["path"]), s["name"], s["sha256"], s["shape"], s["size"], s.get("weight") or 1.0) for s in payload["sources"]]
     for source in sources:

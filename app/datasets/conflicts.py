@@ -1,7 +1,7 @@
-"""Rows that contradict each other: the same input with different labels, answers or preferences.
+"""Conflicting rows: the same input with different labels, answers or preferences.
 
-The report names the later rows, each with the first of its group; which row is right, a person says. Every choice is a new version
-in which exactly that is done.
+The report names the later rows, each with the first of its group; a person decides which row is right. Every choice is a new
+version in which exactly that is done.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from app.tables import Dataset, Finding, Inspection, User
 
 PER_PAGE = 10
 MAX_OF_A_GROUP = 20
-"""Rows of one group that are shown; those beyond come up once these are decided."""
+"""Rows of one group that are shown; the rest is shown once these are decided."""
 
 
 class Group(NamedTuple):
-    """Rows with one input: the rule they break, and their lines in the order of the file."""
+    """Rows with one input: the rule they violate, and their lines in the order of the file."""
 
     rule: str
     lines: list[int]
@@ -33,7 +33,7 @@ _FIRST = Finding.fix["arguments"]["line"].astext.cast(BigInteger)
 
 
 def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None = None) -> tuple[list[Group], bool]:
-    """One page of groups, or the one that holds `line`; and whether there are more."""
+    """One page of groups, or the one that contains `line`; and whether there are more."""
     found = (
         select(Finding.rule, _FIRST, func.array_agg(aggregate_order_by(Finding.line, Finding.line)))
         .where(
@@ -49,7 +49,7 @@ def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None =
 
 
 def ask(session: Session, dataset: Dataset, shown: Sequence[Group]) -> Inspection:
-    """The rows of these groups, which the data worker reads."""
+    """Request the rows of these groups from the data worker."""
     lines = [line for group in shown for line in group.lines]
     return inspections.ask(session, dataset, "rows", {"count": len(lines), "cutoff": 0, "lines": lines})
 

@@ -1,16 +1,16 @@
-"""Edits: what a version changes in the rows of its file. They are laid over the rows while the file is read again.
+"""Edits: what a version changes in the rows of its file. They are applied while the file is parsed again.
 
-A version keeps the whole list, from its file on, so a line keeps its number through every version and nothing is ever
-changed in place. One edit is {"operation", "lines": […], …}:
+A version keeps the whole list, from its file on, so a line keeps its number through every version and nothing is ever changed in
+place. One edit is {"operation", "lines": […], …}:
 
-    drop_row        the row is left out
-    repair          a line that cannot be read is taken as it was probably meant (`app/datasets/readers/_repair.py`); with `all`, every one
-    mend            the row's own fix for `rule` is applied, again and again until the rule is silent
-    replace         the row is `row`, a normalised row as a person typed it
+    drop_row        the row is removed
+    repair          an unparsable line is read as it was probably meant (`app/datasets/readers/_repair.py`); with `all`, every one
+    mend            the row's own fix for `rule` is applied until the rule finds nothing
+    replace         the row is `row`, a normalized row as a person typed it
     retype          the line of the file is `row`, in the file's own columns, as a person typed it
     relabel         the label is `label`; with `all`, of every row whose label is one of `from`
-    strip_control   control characters go            strip_markers   chat-template markers go
-    roles           messages of some speakers, in every row, are given to other roles: `roles` maps names to roles
+    strip_control   control characters are removed   strip_markers   chat-template markers are removed
+    roles           messages of some speakers, in every row, get other roles: `roles` maps names to roles
     mask            what looks like a secret or personal data becomes a placeholder
 """
 
@@ -27,7 +27,7 @@ from app.formats._messages import recast
 from app.formats.classification import label_of
 
 CONTROL = re.compile("\x1b\\[[0-9;?]{0,20}[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ufeff\ufffe\uffff]")
-"""A terminal's colours; characters that show nothing, turn the writing round, or are left over from another encoding."""
+"""Terminal color codes; characters that are invisible, change the direction of writing, or are left over from another encoding."""
 _MARKER = re.compile(
     r"(?s:(?<=.))<s>[^<\[\n]{1,500}</s>"  # text struck out in HTML
     r"|(?P<marker><[|｜][\w▁]{2,40}[|｜]>|\[/?INST\]|\[/?(?:TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|<</?SYS>>"
@@ -35,18 +35,18 @@ _MARKER = re.compile(
 )
 
 MAX_MENDS = 200
-"""How often one row is mended for one rule: a conversation of 200 wrong turns is beyond help."""
+"""Maximum fixes of one row for one rule: a conversation of 200 wrong turns cannot be fixed."""
 
 Edit = dict[str, Any]
 
 
 def markers(text: str) -> Iterator[re.Match[str]]:
-    """Every mark in a text that some model's chat template ends or begins turns with."""
+    """Every marker in a text that ends or begins turns in some model's chat template."""
     return (found for found in _MARKER.finditer(text) if found["marker"]) if "<" in text or "[" in text else iter(())
 
 
 class Edits:
-    """The edits of a version, ready to be laid over its rows in the order they were made."""
+    """The edits of a version, applied to its rows in the order they were made."""
 
     def __init__(self, edits: Iterable[Edit]) -> None:
         self._by_line: dict[int, list[tuple[int, Edit]]] = {}
@@ -63,21 +63,21 @@ class Edits:
                 self._by_line.setdefault(line, []).append((place, edit))
 
     def at(self, line: int) -> list[Edit]:
-        """What is changed in a line."""
+        """The edits of a line."""
         own = self._by_line.get(line, [])
         return [edit for _, edit in (sorted([*own, *self._everywhere], key=lambda one: one[0]) if self._everywhere else own)]
 
     def repairs(self, line: int) -> bool:
-        """Whether a line that cannot be read is to be taken as it was probably meant."""
+        """Whether an unparsable line is to be read as it was probably meant."""
         return self._repairs_all or any(edit["operation"] == "repair" for edit in self.at(line))
 
     def touches(self, line: int) -> bool:
-        """Whether a row may be another in this version than in the file."""
+        """Whether a row may differ in this version from the file."""
         return bool(self._roles or self.at(line))
 
     def apply(self, line: int, row: Row, entry: Format, mapping: Mapping[str, str]) -> tuple[Row | None, Row | None]:
-        """(raw row, normalised row): the first when it must still be checked, the second when a person typed it; neither when
-        it is dropped."""
+        """(raw row, normalized row): the first when it must still be checked, the second when a person typed it; neither when it
+        is removed."""
         typed: Row | None = None
         row = recast(row, mapping.values(), self._roles)
         for edit in self.at(line):
@@ -108,14 +108,14 @@ def _relabeled(row: Row, edit: Edit, column: str | None) -> Row:
 
 
 def mend(row: Row, rule: str, entry: Format, mapping: Mapping[str, str]) -> Row | None:
-    """The row with its own fixes for `rule` applied until none is left; None when the fix is to drop it."""
+    """The row with its own fixes for `rule` applied until none is left; None when the fix is to remove it."""
     for _ in range(MAX_MENDS):
         found = next((f for f in entry.check(row, mapping) if f.rule == rule and f.fix), None)
         if found is None or found.fix is None:
             return row
         changed = _mended(row, found, mapping)
         if changed is None or changed == row:
-            return row if rule == "wrong_role" else None  # nobody loses a row by the name of a speaker
+            return row if rule == "wrong_role" else None  # no row is removed because of the name of a speaker
         row = changed
     return row
 
@@ -135,7 +135,7 @@ def _mended(row: Row, found: Finding, mapping: Mapping[str, str]) -> Row | None:
 
 
 def _turns(turns: list[Any], operation: str, arguments: dict[str, Any]) -> list[Any] | None:
-    """A conversation with one mend; None for an operation that drops the row."""
+    """A conversation with one fix applied; None for an operation that removes the row."""
     index = arguments.get("index", 0)
     if operation == "system_first":
         first = [turn for turn in turns if _speaker(turn) in ("system", "developer")]
@@ -156,14 +156,14 @@ def _speaker(turn: Any) -> Any:
 def _set(holder: Any, key: Any, value: Any) -> None:
     if value is None and isinstance(holder, dict):
         holder.pop(key, None)
-    elif isinstance(holder, dict) and key == "role" and key not in holder:  # ShareGPT's word for the same thing
+    elif isinstance(holder, dict) and key == "role" and key not in holder:  # ShareGPT's key for the same thing
         holder["from" if "from" in holder else key] = value
     else:
         holder[key] = value
 
 
 def _with(row: Row, path: str, change: Callable[[Any, Any], None]) -> Row | None:
-    """A copy of the row with `change` made at a path like `messages[2].role`; None when the path leads nowhere."""
+    """A copy of the row with `change` made at a path like `messages[2].role`; None when the path does not exist."""
     steps: list[str | int] = [int(s[1:-1]) if s[0] == "[" else s for s in re.findall(r"\[\d+\]|[^.\[\]]+", path)]
     copy: Row = dict(row)
     holder: Any = copy
@@ -208,7 +208,7 @@ TEXT_EDITS: dict[str, Callable[[str], str]] = {
 
 
 def check_normalised(row: Any, shape: str) -> list[Finding]:
-    """Findings about a normalised row of a shape, as a person typed it; an error means that it cannot be kept."""
+    """Findings about a normalized row of a shape, as a person typed it; an error means that it cannot be kept."""
     if not isinstance(row, dict):
         return [Finding("wrong_shape", "A row must be an object.")]
     owner = formats.get(shape)

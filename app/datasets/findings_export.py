@@ -1,4 +1,4 @@
-"""Findings as files to take away: CSV for a spreadsheet, JSON Lines for a program."""
+"""Findings as downloads: CSV for a spreadsheet, JSON Lines for a program."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def _csv_line(cells: tuple[object, ...]) -> str:
 
 
 def guarded(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
+    """Protects against formula injection: a text that begins like a formula gets an apostrophe in front."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

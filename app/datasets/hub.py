@@ -1,9 +1,9 @@
 """Datasets from the Hugging Face hub, by name: one split of a pinned commit, never a script.
 
-    order ─→ a dataset, `reading` ─→ the data worker brings its file and reads it like an upload
+    order ─→ a dataset, `reading` ─→ the data worker downloads its file and parses it like an upload
 
-The hub's own scripts are not run: only files that our readers know are taken. A split in several Parquet pieces is put
-together by a limited child, row for row.
+The hub's loading scripts are not run: only file types that our readers support are used. A split in several Parquet files is
+concatenated by a limited child, row for row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HubOrder(BaseModel):
 
 
 def order(session: Session, user: User, wish: HubOrder) -> Dataset:
-    """A dataset, ordered from the data worker. Raises BadField for a name no repository can have, Unavailable when offline."""
+    """A dataset whose download is enqueued. Raises BadField for an invalid repository name, Unavailable when offline."""
     hub.check_name(wish.repo, wish.revision)
     hub.must_be_allowed()
     if wish.format:
@@ -67,11 +67,11 @@ def order(session: Session, user: User, wish: HubOrder) -> Dataset:
 
 
 def bring(origin: dict[str, Any], folder: Path, limits: sandbox.Limits, keep_going: Callable[[], bool]) -> tuple[Path, str, dict[str, Any]]:
-    """The file of the ordered split in `folder`, its name, and what was pinned: commit and licence.
+    """The file of the requested split in `folder`, its name, and what was pinned: commit and license.
 
-    Raises NotFound, Unavailable, BadData for a repository that holds nothing our readers take, TooLarge.
+    Raises NotFound, Unavailable, BadData for a repository without a supported file, TooLarge.
     """
-    with ThreadPoolExecutor(1, "hub") as thread:  # the lease is kept while a large file comes in
+    with ThreadPoolExecutor(1, "hub") as thread:  # the lease is renewed while a large file is downloaded
         coming = thread.submit(_download, origin, folder)
         while not coming.done():
             try:
@@ -90,7 +90,7 @@ def bring(origin: dict[str, Any], folder: Path, limits: sandbox.Limits, keep_goi
 
 
 def put_together(payload: dict[str, Any], say: Any) -> int:
-    """In a limited child: the rows of several files, one after the other, as one file of JSON Lines. How many there are."""
+    """In a limited child: concatenate the rows of several files into one JSON Lines file. Returns their number."""
     count = 0
     with Path(payload["out"]).open("w", encoding="utf-8", errors="surrogatepass") as out:
         for path in payload["paths"]:
@@ -133,7 +133,7 @@ def _download(origin: dict[str, Any], folder: Path) -> tuple[list[str], dict[str
 
 
 def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subset: str | None = None, configs: Any = None) -> list[str]:
-    """The file, or the pieces, that hold a split. `configs` is what the repository's card says of its subsets.
+    """The file, or the files, that contain a split. `configs` are the subsets in the repository's card.
 
     Raises BadData that lists what there is, TooLarge beyond the upload limit.
     """
@@ -160,8 +160,8 @@ def choose(sizes: dict[str, int], repo: str, split: str, file: str | None, subse
 
 
 def _as_the_card_says(known: list[str], repo: str, split: str, subset: str | None, configs: Any) -> list[str]:
-    """The files that a card names for a subset and a split (https://huggingface.co/docs/hub/datasets-manual-configuration); none where
-    it does not say. Raises BadData where it names several subsets and none was chosen, or others than the one that was."""
+    """The files that a card names for a subset and a split (https://huggingface.co/docs/hub/datasets-manual-configuration); none
+    where it names none. Raises BadData where it names several subsets and none was chosen, or others than the chosen one."""
     named = {str(entry.get("config_name")): entry for entry in configs or () if isinstance(entry, dict) and entry.get("data_files")}
     if not named:
         return []

@@ -1,7 +1,7 @@
-"""Reading an uploaded file into rows: recognise its format, check every row, keep the good ones as Parquet, count.
+"""Parses an uploaded file into rows: detect its format, check every row, write the valid ones as Parquet, count.
 
-Runs in a limited child (`app/kit/sandbox.py`), because the bytes are not to be trusted: `read(payload, say)`. By hand:
-`python -m app.datasets.ingest FILE [--format chat]` prints the result.
+Runs in a limited child (`app/kit/sandbox.py`), because the bytes are untrusted: `read(payload, say)`. By hand: `python -m
+app.datasets.ingest FILE [--format chat]` prints the result.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from app.formats import Finding, Format
 from app.formats._base import MAX_NAME_LENGTH, Row, columns_of, shown
 
 VERSION = 6
-"""Raised when the same file would be read differently, so that older readings are not reused."""
+"""Version of the parser, increased when the same file would be parsed differently, so that older results are not reused."""
 
 SAMPLE_ROWS = 200
 MAX_COLUMNS = 10_000
 MAPPED_COLUMNS = 500
-"""Columns an error names, to choose from; a mapping may name any."""
+"""Columns that an error lists, to choose from; a mapping may name any."""
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 5, 60, 160
-"""Of the file as it is: what a person sees who maps its columns."""
+"""Preview of the file as it is, for a person who maps its columns."""
 Say = Any
 CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
 
 
 def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None) -> dict[str, Any]:
-    """Read one file. `payload`: path, filename, format or null, mapping or null, edits, rows and lines (where to write), and the
-    reason of the format where an earlier version has found it.
+    """Parse one file. `payload`: path, filename, format or null, mapping or null, edits, rows and lines (output paths), and the
+    reason for the format where an earlier version found it.
 
-    A counter sees every good row as it goes by and ends in columns of the report: `counter_of(task, add)` makes one, and
-    `worker/data/inspection.py` brings the trainer's own converter and tokenizer that way.
+    A counter sees every valid row and adds columns to the report: `counter_of(task, add)` makes one, by which
+    `worker/data/inspection.py` supplies the trainer's own renderer and tokenizer.
 
-    Says `{"progress": share}` and `{"finding": {…}}`; gives counts, the mapping, a preview and the hash of the rows.
-    Raises BadData, with the line in its `details`, when no row could be read at all.
+    Sends `{"progress": fraction}` and `{"finding": {…}}`; returns counts, the mapping, a preview and the hash of the rows. Raises
+    BadData, with the line in its `details`, when no row could be parsed at all.
     """
     try:
         return _read(payload, say, counter_of)
@@ -108,7 +108,7 @@ def _read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None) -> di
 
 
 def numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
-    """The rows, each with a number of its own: where several stand on one line, they are counted on from it."""
+    """The rows, each with a number of its own: several on one line are numbered consecutively from it."""
     last = 0
     for raw in raws:
         if raw.row is not None or (raw.problem and raw.problem.severity == "error"):
@@ -118,13 +118,13 @@ def numbered(raws: Iterator[Raw]) -> Iterator[Raw]:
 
 
 def _repaired(raws: Iterator[Raw], edits: Edits) -> Iterator[Raw]:
-    """The rows, those that cannot be read being taken as they were meant where this version says so."""
+    """The rows, with unparsable ones repaired where this version says so."""
     for raw in raws:
         yield Raw(raw.line, raw.repaired) if raw.row is None and raw.repaired is not None and edits.repairs(raw.line) else raw
 
 
 def _row_of(raw: Raw, edits: Edits, report: Report) -> Row | None:
-    """The good row of a raw one, after what this version changes in it; None when it is left out."""
+    """The valid row of a raw one, with this version's edits applied; None when it is excluded."""
     if not edits.touches(raw.line):
         return report.check(raw)
     row, typed = edits.apply(raw.line, raw.row or {}, report.entry, report.mapping)
@@ -157,13 +157,13 @@ def _no_rows(head: Sequence[Raw]) -> BadData:
 
 
 def _choose(sample: list[Row], name: str | None, mapping: dict[str, str] | None) -> tuple[Format, dict[str, str], str, list[str]]:
-    """The format, its mapping, why, and which other formats would fit. What a person chose is taken."""
+    """The format, its mapping, the reason, and which other formats would fit. A person's choice is used as it is."""
     ranked = formats.rank(sample)
     others = [entry.name for entry, _ in ranked]
     columns = [column for column in columns_of(sample) if len(column) <= MAX_NAME_LENGTH]
     if name:
         entry = formats.get(name)
-        # An empty name says that no column is meant, also where one would be guessed.
+        # An empty name means that no column is used, even where one would be detected.
         said = mapping or {}
         guessed = {field: column for field, column in entry.guess_mapping(columns).items() if column not in said.values()}
         mapping = {field: column for field, column in (guessed | said).items() if column}
@@ -195,7 +195,7 @@ def _to_map(sample: list[Row], wished: str | None) -> dict[str, Any]:
 
 
 def _first(sample: list[Row]) -> list[Row]:
-    """The first rows as they are in the file, long values cut."""
+    """The first rows as they are in the file, long values shortened."""
     names = _shown_columns(sample)[:SHOWN_COLUMNS]
     return [{name: shown(row[name], SHOWN_CHARACTERS) for name in names if row.get(name) is not None} for row in sample[:SHOWN_ROWS]]
 
@@ -224,7 +224,7 @@ def _check_mapping(entry: Format, mapping: dict[str, str], columns: list[str]) -
 
 
 def _with_progress(raws: Iterator[Raw], path: Path, filename: str, say: Say) -> Iterator[Raw]:
-    """The rows, while telling about twice a second how much of the file was read."""
+    """The rows; sends the fraction of the file that was read about twice a second."""
     size, last, line = max(1, path.stat().st_size), time.monotonic(), 0
     in_all = _rows_in_all(path, filename)
     try:
@@ -235,13 +235,13 @@ def _with_progress(raws: Iterator[Raw], path: Path, filename: str, say: Say) -> 
                 share = count / in_all if in_all else _offset(path) / size
                 say({"progress": min(0.99, share), "rows": count, "line": line})
             yield raw
-    except BadData as error:  # where a container breaks is known only from how far its rows came
+    except BadData as error:  # where a container is broken is known only from how far its rows came
         error.details = {"line": line + 1} | getattr(error, "details", {})
         raise
 
 
 def _rows_in_all(path: Path, filename: str) -> int:
-    """Rows of a Parquet file as it says itself; 0 where that is not known. Arrow reads without moving an offset."""
+    """Number of rows in a Parquet file's metadata; 0 where unknown. Arrow reads without moving a file offset."""
     if not filename.lower().endswith((".parquet", ".pq")):
         return 0
     import pyarrow as pa
@@ -249,12 +249,12 @@ def _rows_in_all(path: Path, filename: str) -> int:
 
     try:
         return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError):  # the reader says what is wrong with it
+    except (pa.ArrowException, OSError):  # the reader reports what is wrong with it
         return 0
 
 
 def _offset(path: Path) -> int:
-    """How far this process has read the file, as the kernel tells it: no reader needs to keep count."""
+    """How far this process has read the file, from the kernel: no reader needs to keep count."""
     target = str(path.resolve())
     for handle in Path("/proc/self/fd").iterdir():
         try:

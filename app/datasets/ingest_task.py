@@ -1,10 +1,10 @@
-"""Reading a dataset, in the data worker: claim it, read its bytes in a limited child, record what the child says.
+"""Parsing a dataset in the data worker: claim it, parse its bytes in a limited child, record the child's result.
 
     reading ──read()──→ ready          rows in rows/<id>/, a report, findings
-       ↑         └────→ error          the file as a whole cannot be read; says why
-       └─ reap(): a reader that died is announced again; after three deaths the dataset has an error
+       ↑         └────→ error          the file as a whole cannot be parsed; says why
+       └─ reap(): redelivered when its worker died; after three deaths the dataset has an error
 
-Who may read it is decided by a claim (`app/leases.py`).
+Which worker may parse it is decided by a claim (`app/leases.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from app.tables import Dataset, File, Finding, Model, User
 
 LIMITS = sandbox.Limits()
 PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
-"""Codes of faults that another try may not meet: they lie in the machine or the network as likely as in the file."""
+"""Codes of errors that another attempt may not meet: the machine or the network may be their cause as well as the file."""
 
 
 def _died(session: Session, dataset: Dataset, how: str) -> None:
@@ -46,14 +46,14 @@ WORK = leases.Work(Dataset, queue.READ, waits_as="reading", runs_as="reading", s
 
 
 def claim(session: Session, dataset_id: uuid.UUID) -> int | None:
-    """The fence of a new reader, or None when there is nothing to do or another one is at it."""
+    """The fence of a new holder, or None when there is nothing to do or another worker holds it."""
     dataset = leases.claim(session, WORK, dataset_id, progress=0.0)
     return None if dataset is None else dataset.fence
 
 
 def heartbeat(session: Session, dataset_id: uuid.UUID, fence: int, progress: float, so_far: dict[str, Any] | None = None) -> bool:
-    """Keep the lease and note the progress; False when the dataset is no longer ours to read. `so_far` is what a page may show
-    before there is a report: rows, and seconds_left or None."""
+    """Renew the lease and store the progress; False when the lease is lost. `so_far` is what a page may show before there is a
+    report: rows, and seconds_left or None."""
     report = {"report": {"so_far": so_far}} if so_far else {}
     kept = leases.heartbeat(session, WORK, dataset_id, fence, progress=progress, **report)
     if kept:
@@ -62,12 +62,12 @@ def heartbeat(session: Session, dataset_id: uuid.UUID, fence: int, progress: flo
 
 
 def read(dataset_id: uuid.UUID) -> None:
-    """Body of the task READ: claim, read in a child, record. Each step is a transaction of its own."""
+    """Body of the task READ: claim, parse in a child, record. Each step is a transaction of its own."""
     with db.transaction() as session:
         fence = claim(session, dataset_id)
         payload = _payload(session, session.get_one(Dataset, dataset_id)) if fence is not None else {}
     if fence is None:
-        token_counts.count(dataset_id)  # nothing to read; its tokens may be uncounted still
+        token_counts.count(dataset_id)  # nothing to parse; its tokens may still be uncounted
         return
     rows = get_settings().data_dir / "rows" / str(dataset_id) / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
@@ -93,8 +93,8 @@ def read(dataset_id: uuid.UUID) -> None:
 
 
 def read_again(session: Session, dataset: Dataset) -> None:
-    """Order another reading after a fault that need not lie in the file, or of rows that were damaged since they were written.
-    Raises Conflict where there is no such fault."""
+    """Enqueue another parsing after an error that need not be due to the file, or of rows that were damaged since they were
+    written. Raises Conflict where there is no such error."""
     if dataset.status == "ready" and _rows_are_whole(dataset):
         raise Conflict(
             "The rows of this dataset are whole, so there is nothing to read again.", hint="Change its format or columns instead."
@@ -138,13 +138,13 @@ def _payload(session: Session, dataset: Dataset) -> dict[str, Any]:
 
 
 def _reason(session: Session, dataset: Dataset) -> str | None:
-    """Why it has its format, where that was found or chosen for the version it was made from by an edit."""
+    """The reason for its format, where that was found or chosen for the parent of an edited version."""
     parent = session.get(Dataset, dataset.parent_id) if dataset.parent_id and dataset.format_chosen else None
     return (parent.report or {}).get("reason") if parent is not None and (dataset.origin or {}).get("operation") != "read_as" else None
 
 
 class _Reading:
-    """What the child says, and when we last told the database."""
+    """The child's messages, and when the database was last updated."""
 
     def __init__(self, dataset_id: uuid.UUID, fence: int) -> None:
         self.dataset_id, self.fence = dataset_id, fence
@@ -178,7 +178,7 @@ class _Reading:
 
 
 def _bring(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
-    """Make the file of a dataset that was not uploaded, and give it to the dataset; its SHA-256 and its name."""
+    """Create the file of a dataset that was not uploaded, and assign it to the dataset; returns its SHA-256 and its name."""
     with tempfile.TemporaryDirectory(prefix="bring-", dir=get_settings().folder("tmp")) as name:
         folder = Path(name)
         if origin["operation"] == hub_datasets.OPERATION:
@@ -205,7 +205,7 @@ def _sha256(path: Path) -> str:
 
 
 def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any]:
-    """Write the rows of a dataset that is made of others; what the child says of them."""
+    """Write the rows of a combined dataset; returns the child's result."""
     data = get_settings().data_dir
     sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
     result: dict[str, Any] = sandbox.run(
@@ -231,7 +231,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
         result: dict[str, Any] = sandbox.run(
             "worker.data.inspection:read_file"
             if payload["counters"]
-            else "app.datasets.ingest:read",  # a name, because nothing here imports the worker
+            else "app.datasets.ingest:read",  # by name, because nothing here imports the worker
             job,
             LIMITS,
             folder=get_settings().folder("tmp"),
@@ -258,7 +258,7 @@ def _record(
     found: list[dict[str, Any]],
     counted_by: dict[str, Any] | None,
 ) -> bool:
-    """Make the dataset ready, with its findings, in one go; False when it is no longer ours."""
+    """Make the dataset ready, with its findings, in one transaction; False when the lease is lost."""
     ours = leases.lock_if_held(session, WORK, dataset_id, fence)
     if ours is None:
         return False
@@ -280,7 +280,7 @@ def _record(
 
 
 def _put_back(rows: Path, damaged: Path) -> Path:
-    """Lay rows that were read again where they were: jobs and other datasets know them by that path and their hash."""
+    """Put rows that were parsed again where the damaged ones were: jobs and other datasets refer to them by that path and their hash."""
     damaged.parent.mkdir(parents=True, exist_ok=True)
     lines_path(rows).replace(lines_path(damaged))
     rows.replace(damaged)
@@ -304,7 +304,7 @@ def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
 
 
 def _settle(session: Session, dataset: Dataset, file_status: str, details: str | None) -> None:
-    """Tell the file and the open pages. Jobs that waited are told by the task that read it, and by the reaper."""
+    """Update the file and notify open pages. Waiting jobs are resolved by the task, and by the reaper."""
     if dataset.file_id and (dataset.version == 1 or (dataset.origin or {}).get("sources")):
         file = session.get(File, dataset.file_id)
         if file is not None:
@@ -322,7 +322,7 @@ def _why(killed: sandbox.Killed) -> dict[str, Any]:
 
 
 def lines_path(rows: Path) -> Path:
-    """Beside the rows: for each rule with a fix, every line it was found in, as JSON."""
+    """The file next to the rows that has, for each rule with a fix, every line it found, as JSON."""
     return rows.with_suffix(".lines.json")
 
 
@@ -334,7 +334,7 @@ def _drop(rows: Path) -> None:
 
 
 def reap(session: Session) -> dict[str, int]:
-    """A round over readings and token counts; what nobody needs any more is swept."""
+    """One round over parsings and token counts; removes what is not needed any more."""
     readings, counts = leases.reap(session, WORK), token_counts.reap(session)
     _sweep(session)
     return {name: readings[name] + counts[name] for name in readings}
@@ -344,7 +344,7 @@ _swept_at = float("-inf")
 
 
 def _sweep(session: Session) -> None:
-    """Walking over all blobs is not free, so it is done once a minute at most."""
+    """Walking over all blobs is expensive, so it is done once a minute at most."""
     from app.datasets import resumable_upload
 
     global _swept_at

@@ -1,11 +1,11 @@
-"""Questions about a dataset that need a child of the data worker, and their answers, which are kept.
+"""Cached questions about a dataset that need a child of the data worker.
 
     ask ─→ waiting ──answer()──→ ready | error
-              ↑         │
-              └─ death ─┘          at the third one it is an error
+             ↑         │
+             └─ death ─┘          at the third one it is an error
 
-The web process asks, waits a moment, and shows the answer or a page that looks again. Everything asked for a second time
-is there at once, because a version of a dataset never changes.
+The web process asks, waits a moment, and shows the answer or a page that polls. A question is answered once, because a version of
+a dataset never changes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ FUNCTIONS = {
     "line": "app.datasets.raw_line:look",
     "changes": "app.datasets.changes:look",
 }
-"""What the child runs. Names, because nothing here imports the worker."""
+"""The functions that the child runs, by name because nothing here imports the worker."""
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
 ASK_AGAIN_SECONDS = 20
 ANSWERS = 4
-"""Raised when the same question is answered differently, so that older answers are not shown."""
+"""Version of the answers, increased when the same question is answered differently, so that older answers are not used."""
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
 
 def ask(
     session: Session, dataset: Dataset, kind: str, arguments: dict[str, Any], model: Model | None = None, *, announce: bool = True
 ) -> Inspection:
-    """The inspection that answers this, ordered when it is new or failed a while ago; `announce` is False for one whose answer
-    is there already."""
+    """The inspection for this question, enqueued when it is new or failed a while ago; `announce` is False for one whose answer
+    exists already."""
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     asked = json.dumps(
@@ -80,7 +80,7 @@ def ask(
 
 
 def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:
-    """The inspection once it is answered, or as it is after `seconds`. Holds no connection while it waits."""
+    """The inspection once it is answered, or as it is after `seconds`. Holds no database connection while it waits."""
     deadline = time.monotonic() + seconds
     while True:
         with db.transaction() as session:
@@ -113,7 +113,7 @@ WORK = leases.Work(Inspection, queue.INSPECT, waits_as="waiting", runs_as="runni
 
 
 def answer(inspection_id: uuid.UUID) -> None:
-    """Body of the task INSPECT: claim, run a child, record. A question that is being answered already is left alone."""
+    """Body of the task INSPECT: claim, run a child, record. Ignored while another worker holds the question."""
     with db.transaction() as session:
         found = leases.claim(session, WORK, inspection_id)
         payload = _payload(session, found) if found is not None else None
@@ -166,16 +166,16 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
 
 
 def reap(session: Session) -> dict[str, int]:
-    """The relay's round."""
+    """One round of the reaper."""
     return leases.reap(session, WORK)
 
 
 KEPT_DAYS = {"rows": 7, "side": 7, "line": 1}
-"""Answers of a page of rows are soon asked again, and cost little to make; the others are kept as long as their dataset."""
+"""Answers about a page of rows are cheap to compute; all others are kept as long as their dataset."""
 
 
 def sweep(session: Session, at_most: int = 1000) -> int:
-    """Remove answers about deleted datasets and those that nobody will ask for again. Returns how many went."""
+    """Remove answers about deleted datasets and expired ones. Returns how many."""
     old = [
         (Inspection.kind == kind) & (Inspection.asked_at < func.clock_timestamp() - timedelta(days=days))
         for kind, days in KEPT_DAYS.items()
@@ -190,7 +190,7 @@ def sweep(session: Session, at_most: int = 1000) -> int:
 
 
 def counting(session: Session, model: Model) -> dict[str, Any]:
-    """What a child needs to count a dataset's tokens as this model's trainer would, cut where a job's own settings cut."""
+    """What a child needs to count a dataset's tokens as this model's trainer would, truncated at the default max sequence length."""
     folder = str(get_settings().data_dir / tokenizer_of(session, model))
     return {"tokenizer": folder, "tokenizer_name": model.name, "kind": model.kind, "cutoff": report_cutoff(model)}
 
@@ -200,18 +200,18 @@ def report_cutoff(model: Model) -> int:
 
 
 def keep_lengths(session: Session, dataset: Dataset, model: Model, result: dict[str, Any]) -> None:
-    """Keep the lengths that were counted while a dataset was read, as the answer to the question its page of rows asks."""
+    """Store the lengths that were counted while a dataset was parsed, as the answer for its page of rows."""
     found = ask(session, dataset, "lengths", {"cutoff": report_cutoff(model)}, model, announce=False)
     found.result = {name: value for name, value in result.items() if name != "report"}
     found.status, found.lease_until, found.error = "ready", None, None
 
 
 def stats_for(session: Session, dataset: Dataset, ref: ModelRef) -> datasets.DatasetStats:
-    """The totals of a dataset with its tokens as this model's tokenizer makes them. Where another counted when the dataset
-    was read they are asked for, and that one's figures stand in until they are there."""
+    """The totals of a dataset with its tokens counted by this model's tokenizer. Where another tokenizer counted when the dataset
+    was parsed, a count is enqueued, and the other's numbers are used until it is done."""
     found = datasets.stats(dataset)
     model = session.get(Model, ref.id)
-    while model is not None and model.base_id is not None:  # what it was tuned from reads as it does
+    while model is not None and model.base_id is not None:  # its base has the same tokenizer
         model = session.get(Model, model.base_id)
     counted_by = (dataset.report or {}).get("tokenizer")
     if model is None or not model.path or counted_by in (None, model.name) or dataset.status != "ready":
@@ -221,7 +221,7 @@ def stats_for(session: Session, dataset: Dataset, ref: ModelRef) -> datasets.Dat
 
 
 def add_to_report(session: Session, dataset: Dataset, result: dict[str, Any], said: list[dict[str, Any]]) -> None:
-    """What the converter found in a dataset that was read before there was a model becomes part of its report."""
+    """Add the renderer's findings to the report of a dataset that was parsed before there was a model."""
     session.execute(delete(Finding).where(Finding.dataset_id == dataset.id, Finding.rule.in_(TOKEN_RULES)))
     for at in range(0, len(said), 1000):
         session.execute(insert(Finding), [{"dataset_id": dataset.id, **finding} for finding in said[at : at + 1000]])

@@ -1,15 +1,15 @@
-"""What people read for the rule of an issue; the API and the database know it by the rule itself."""
+"""Titles of issues for people; the API and the database use the rule's name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 CONFLICTS = ("other_label", "other_answer", "opposite_verdict")
-"""Rules under which rows contradict each other: which one is right is a person's choice (`app/datasets/conflicts.py`)."""
+"""Rules about conflicting rows: which one is right is a person's choice (`app/datasets/conflicts.py`)."""
 WHOLE = ("few_rows", "one_class")
-"""Rules about all rows together."""
+"""Rules about the dataset as a whole."""
 LENGTHS = ("over_long", "nothing_left")
-"""Rules about rows that a longer limit of the job would keep whole."""
+"""Rules about rows that a larger max sequence length of the job would not truncate."""
 CHOOSE = "choose"
 TITLES = {
     "bom": "byte-order mark",
@@ -32,10 +32,10 @@ TITLES = {
 
 
 def title(rule: str) -> str:
-    """A rule in the field's words."""
+    """The title of a rule."""
     return TITLES.get(rule, rule.replace("_", " "))
 
 
 def choice(line: int) -> dict[str, Any]:
-    """The fix of a row that contradicts the one at `line`."""
+    """The fix of a row that conflicts with the one at `line`."""
     return {"label": "Compare rows", "operation": CHOOSE, "arguments": {"line": line}}

@@ -1,4 +1,4 @@
-"""A table that was pasted: it becomes a file like an upload, of the kind that its first line looks like."""
+"""Pasted tables: stored as a file like an upload, of the type that its first line looks like."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def paste(session: Session, user: User, text: str, name: str | None = None) -> D
 
 
 def extension_of(text: str) -> str:
-    """What pasted text is: JSON by its bracket, else a table by what stands between the names of its columns."""
+    """The file type of pasted text: JSON by its bracket, else a table by the delimiter of its header."""
     first = text.lstrip().split("\n", 1)[0]
     if first[:1] in ("{", "["):
         try:

@@ -1,6 +1,6 @@
-"""One line of a dataset's file as it stands there, and all that is wrong with it: for a person who mends it by hand.
+"""One line of a dataset's file as it is there, with all its problems, for a person who corrects it by hand.
 
-Runs in a limited child, as the reading itself: `look(payload, say)`.
+Runs in a limited child, as parsing itself: `look(payload, say)`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from app.datasets.readers import Raw
 from app.kit.json_safe import storable
 
 MAX_TEXT_LENGTH = 1 << 20
-"""Characters of a line that a form in a browser can hold."""
+"""Maximum characters of a line that a form in a browser can hold."""
 
 
 def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """`payload`: path, filename, format, mapping, edits and line. Gives `text`, None where the file has no such line or where it is
-    too long to be shown, and `problems`, each as a finding. What this version changed in the line is changed in the text."""
+    """`payload`: path, filename, format, mapping, edits and line. Returns `text`, None where the file has no such line or it is
+    too long to be shown, and `problems`, each as a finding. This version's edits of the line are applied to the text."""
     line = payload["line"]
     raw = next(
         (raw for raw in numbered(readers.read(Path(payload["path"]), payload["filename"])) if raw.line >= line and _counts(raw)), None

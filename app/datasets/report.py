@@ -1,4 +1,4 @@
-"""The report on a dataset: what was found, counted while the rows go by, in memory that does not grow with them."""
+"""The report on a dataset: findings and statistics, collected in one streaming pass in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
 
 MAX_FINDINGS_PER_RULE = 5000
-"""Findings listed of one rule; all are counted, and a fix of all of a kind reaches every line (see `lines`)."""
+"""Findings listed per rule; all are counted, and a fix of a whole rule reaches every line (see `lines`)."""
 PREVIEW_ROWS, PREVIEW_BYTES, PREVIEW_ROW_BYTES = 50, 256 << 10, 32 << 10
-"""What a report shows of the first rows, as bytes of JSON: all of them, and one."""
+"""The report's preview of the first rows: their number, the bytes of JSON of all, and of one."""
 MAX_LABELS, LABEL_CHARACTERS = 5000, 200
-"""Labels whose rows are told: all of them, of every set that a classifier may learn (`MAX_CLASSES`)."""
+"""Labels that are counted: every set that a classifier may have (`MAX_CLASSES`), and the characters of one."""
 MAX_ROLES = 50
 """Unknown roles that a person is asked about at once."""
 MAX_REMEMBERED = 3_000_000
@@ -30,10 +30,10 @@ Say = Any
 
 
 class Report:
-    """Everything the report says about the rows, in memory that does not grow with them."""
+    """Collects everything the report says about the rows, in bounded memory."""
 
     def __init__(self, entry: Format, mapping: dict[str, str], say: Say) -> None:
-        from app.datasets.rules import RULES  # numpy stands behind it, which the web process does without
+        from app.datasets.rules import RULES  # it imports numpy, which the web process does not need
 
         self.entry, self.mapping, self.say = entry, mapping, say
         self.lines: dict[str, array[int]] = {}
@@ -51,7 +51,7 @@ class Report:
         self._told: dict[str, int | None] = {}
 
     def check(self, raw: Raw) -> Row | None:
-        """The normalised row, or None when it is left out; whatever was found is said."""
+        """The normalized row, or None when it is excluded; reports all findings."""
         if raw.row is None:
             assert raw.problem is not None
             if raw.problem.severity == "error":
@@ -82,7 +82,7 @@ class Report:
         return good
 
     def add(self, line: int | None, finding: Finding) -> None:
-        """Say a finding, once for a row and a rule: counts are counts of rows, and a fix reaches all places of its row."""
+        """Report a finding, once per row and rule: counts are numbers of rows, and a fix reaches all places of its row."""
         role = named(finding.value) if finding.rule == "wrong_role" else None
         if role and (role in self.unknown_roles or len(self.unknown_roles) < MAX_ROLES):
             self.unknown_roles[role] += 1

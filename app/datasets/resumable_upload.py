@@ -1,10 +1,10 @@
 """Resumable uploads: tus 1.0 (https://tus.io/protocols/resumable-upload) with creation, termination and expiration.
 
     begin ─→ append, append, … ─→ finish        a File, and a dataset where it is one
-                └ broken off: the bytes that came stay; `offset` says where to go on
+               └ interrupted: the received bytes stay; `offset` says where to continue
 
-How far an upload is stands nowhere but in the length of its file, so nothing can disagree about it. The bytes go to disk
-as they come, and are hashed once they are all there.
+The offset of an upload is the length of its file and nothing else, so nothing can disagree about it. Bytes are written as they
+arrive, and hashed once they are complete.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from app.tables import Upload, User
 
 EXPIRES_SECONDS = 24 * 3600
 MAX_OPEN = 50
-"""Uploads one person may have open at once."""
+"""Open uploads per person."""
 _WRITE_BYTES = 1 << 20
 
 
 class Locked(StudioError):
-    """Somebody else is sending bytes of this upload at this moment."""
+    """Another request is appending to this upload."""
 
     status, code, type = 423, "locked", "invalid_request_error"
 
@@ -55,7 +55,7 @@ class Gone(NotFound):
 
 
 class UploadHandle(NamedTuple):
-    """What a sender needs to know of an upload: where its bytes are, how many there must be, what it became."""
+    """What a sender needs: the path of the bytes, the expected length, the resulting file."""
 
     id: uuid.UUID
     path: Path
@@ -65,7 +65,7 @@ class UploadHandle(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Bytes that are safely here."""
+        """Number of bytes received."""
         if self.file:
             return self.length
         try:
@@ -77,7 +77,7 @@ class UploadHandle(NamedTuple):
 def begin(
     session: Session, user: User, length: int, filename: str, purpose: str = "fine-tune", wishes: dict[str, str] | None = None
 ) -> Upload:
-    """A new upload of `length` bytes. What can be known to be wrong is said before any byte is sent."""
+    """A new upload of `length` bytes. Whatever can be known to be wrong is refused before any byte is sent."""
     limit = get_settings().upload_limit_bytes
     if length > limit:
         raise TooLarge(f"The file is larger than {limit:,} bytes.", hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
@@ -131,9 +131,9 @@ def ticket(upload: Upload) -> UploadHandle:
 
 
 async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) -> int:
-    """Add bytes at `offset` and give the new one. What came before a broken connection stays.
+    """Append bytes at `offset` and return the new one. Bytes received before a broken connection stay.
 
-    Raises Conflict when the upload stands elsewhere, Locked when another request is adding, TooLarge beyond its length.
+    Raises Conflict when `offset` is not the upload's, Locked when another request is appending, TooLarge beyond its length.
     """
     with _held(held.path) as handle:
         at = os.fstat(handle).st_size
@@ -164,7 +164,7 @@ def _write(handle: int, data: bytearray) -> int:
 
 @contextmanager
 def _held(path: Path) -> Iterator[int]:
-    """The file, open at its end, held by this request alone, whichever process it runs in."""
+    """The file, open at its end, locked by this request across processes."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def _held(path: Path) -> Iterator[int]:
 
 
 def finish(user: User, held: UploadHandle) -> str | None:
-    """Make the complete upload a file, and a dataset; gives the dataset's id. Doing it twice gives the same."""
+    """Turn the complete upload into a file, and a dataset; returns the dataset's id. Idempotent."""
     with transaction() as session:
         upload = session.scalars(select(Upload).where(Upload.id == held.id).with_for_update()).one()
         if upload.file_id is not None:
@@ -198,7 +198,7 @@ def finish(user: User, held: UploadHandle) -> str | None:
 
 
 def _settle(held: UploadHandle) -> Blob:
-    """The bytes under their SHA-256. The name in tmp/ goes with the next sweep."""
+    """Store the bytes under their SHA-256. The name in tmp/ is removed by the next sweep."""
     digest = hashlib.sha256()
     with held.path.open("rb") as stream, disk_errors():
         while piece := stream.read(_WRITE_BYTES):
@@ -207,7 +207,7 @@ def _settle(held: UploadHandle) -> Blob:
         blob = Blob(digest.hexdigest(), held.length)
         target = files.blob_path(blob.sha256)
         get_settings().folder("blobs", blob.sha256[:2])
-        # A second name for the same bytes: whatever happens before the row is in, the upload still has them.
+        # A hard link: whatever happens before the row is committed, the upload still has its bytes.
         with contextlib.suppress(FileExistsError):
             os.link(held.path, target)
         os.utime(target)  # a blob without a row is swept by its age
@@ -216,13 +216,13 @@ def _settle(held: UploadHandle) -> Blob:
 
 
 def stop(session: Session, upload: Upload) -> None:
-    """Take an upload back; what it became stays."""
+    """Cancel an upload; the file it became stays."""
     (get_settings().data_dir / upload.path).unlink(missing_ok=True)
     session.delete(upload)
 
 
 def sweep(session: Session) -> int:
-    """Remove what has expired, and the temporary names of what is complete. Returns how many went."""
+    """Remove expired uploads, and the temporary names of complete ones. Returns how many."""
     expired = select(Upload).where(Upload.expires_at < func.clock_timestamp()).limit(200).with_for_update(skip_locked=True)
     found = session.scalars(expired).all()
     for upload in found:

@@ -1,4 +1,4 @@
-"""One row as fields a person can type in, and back again."""
+"""One row as editable fields, and back again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 
 def parts(row: dict[str, Any]) -> list[Part]:
-    """The texts of a normalised row in reading order."""
+    """The texts of a normalized row in reading order."""
     found: list[Part] = []
     for key in ("text", "prompt", "completion", "label"):
         if isinstance(row.get(key), str):
@@ -42,7 +42,7 @@ def parsed(text: str) -> dict[str, Any] | None:
 
 
 def merged(text: str, typed: dict[str, str]) -> str:
-    """The row's JSON with what was typed into its fields. Browsers send line ends as CR LF; rows have LF."""
+    """The row's JSON with the edited fields. Browsers send line ends as CR LF; rows have LF."""
     row = parsed(text)
     if row is None:
         raise BadField("The row is not valid JSON.", hint="Load the page again.", param="row")

@@ -1,4 +1,4 @@
-"""The rows of a dataset on disk: a Parquet file with `line` (int64) and `row` (JSON), and the hash that says whether they are whole."""
+"""The rows of a dataset on disk: a Parquet file with `line` (int64) and `row` (JSON), and a hash of its contents."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ READ_AGAIN = "Read the dataset again: on its page under “Change format or colu
 
 
 class RowsFile:
-    """Writes the rows of a dataset. `sha256` is over `line`, tab, `row`, newline of each, so it names the content and not the way this
-    version of Arrow writes it. Pages carry checksums, so that whoever reads one row of many meets no damage unseen."""
+    """Writes the rows of a dataset. `sha256` is over `line`, tab, `row`, newline of each, so it identifies the content whatever
+    version of Arrow writes it. Pages have checksums, so that reading one row of many detects damage."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -61,7 +61,7 @@ class RowsFile:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Rows that need no reading, on lines counted from 1; the hash of them."""
+    """Write rows that need no parsing, on lines counted from 1; returns their hash."""
     with RowsFile(path) as file:
         for line, row in enumerate(rows, 1):
             file.add(line, json.dumps(row, ensure_ascii=False))
@@ -69,7 +69,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
-    """(line, row as JSON) of a rows file, in its order. Raises BadData where the file is gone or cannot be read."""
+    """(line, row as JSON) of a rows file, in its order. Raises BadData where the file is missing or cannot be read."""
     line = 0
     with _opened(path, name, lambda: f"behind line {line}") as file:
         for batch in file.iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
@@ -79,7 +79,7 @@ def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
 
 
 def row_at(path: Path, place: int, name: str = "") -> str:
-    """The row at a place, counted from 0, as JSON; only the row group that holds it is read. Raises BadData as `read_rows`."""
+    """The row at an index, counted from 0, as JSON; only the row group that contains it is read. Raises BadData as `read_rows`."""
     with _opened(path, name, lambda: f"near row {place + 1:,}") as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
@@ -92,7 +92,7 @@ def row_at(path: Path, place: int, name: str = "") -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path, name: str, where: Callable[[], str]) -> Iterator[pq.ParquetFile]:
-    """The file, with what Arrow makes of a damaged one put into words."""
+    """The file, with Arrow's errors about a damaged one put into words."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,9 +108,9 @@ def _opened(path: Path, name: str, where: Callable[[], str]) -> Iterator[pq.Parq
 
 
 def verify_rows(path: Path, sha256: str, name: str = "") -> None:
-    """See that a rows file holds what was written, going by `Dataset.rows_sha256`. Raises BadData that names the damage.
+    """Check a rows file against `Dataset.rows_sha256`. Raises BadData that names the damage.
 
-    A file that was found whole is believed for as long as this process lives and its size, time and inode stay.
+    A file that was intact is not read again in this process while its size, time and inode stay the same.
     """
     stamp = _stamp(path)
     if stamp is not None and _whole.get(path) == (stamp, sha256):

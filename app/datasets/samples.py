@@ -1,4 +1,4 @@
-"""The sample datasets that come with the studio: `samples/index.yaml` says what each one is."""
+"""The sample datasets that come with the studio; `samples/index.yaml` describes them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FOLDER = RESOURCES / "samples"
 
 
 def list_() -> list[dict[str, Any]]:
-    """Every sample: name, file, title, format, rows, shows, and held-out prompts where there are some."""
+    """Every sample: name, file, title, format, rows, shows, and validation prompts where there are some."""
     found: list[dict[str, Any]] = yaml.safe_load((FOLDER / "index.yaml").read_text(encoding="utf-8"))["samples"]
     return found
 
 
 def added(rows: Iterable[Dataset], sample: dict[str, Any]) -> Dataset | None:
-    """The newest of these datasets that was read from the sample's file."""
+    """The newest of these datasets that was parsed from the sample's file."""
     return next((one for one in rows if (one.origin or {}).get("filename") == sample["file"] and one.status != "error"), None)
 
 
 def add(session: Session, user: User, name: str) -> Dataset:
-    """A sample as a dataset of this user: the one that is there, or a new one. Raises NotFound for a name that is not in the index."""
+    """A sample as a dataset of this user: the existing one, or a new one. Raises NotFound for a name that is not in the index."""
     sample = next((sample for sample in list_() if sample["name"] == name), None)
     if sample is None:
         raise NotFound(f"There is no sample “{name[:60]}”.", hint=f"There are {', '.join(entry['name'] for entry in list_())}.")

@@ -1,6 +1,6 @@
-"""Datasets: files read as rows, with a report. A dataset is never changed in place; what differs is a new version.
+"""Datasets: files parsed into rows, with a report. A dataset is never changed in place; every change is a new version.
 
-    create ─→ reading ─→ ready | error          how it is read stands in `app/datasets/ingest_task.py`
+    create ─→ reading ─→ ready | error          (parsing: `app/datasets/ingest_task.py`)
 
 Versions that fix, edit or combine come from `app/datasets/versions.py` and `app/datasets/compose.py`.
 """
@@ -32,7 +32,7 @@ UNFINISHED = ("queued", "running", "paused")
 
 
 class DatasetStats(BaseModel):
-    """Totals over the good rows. Token figures are None until a model's tokenizer has counted them."""
+    """Totals over the valid rows. Token counts are None until a model's tokenizer has counted them."""
 
     rows: int
     characters: int
@@ -48,10 +48,10 @@ class DatasetStats(BaseModel):
 def create(
     session: Session, user: User, file: File, name: str | None = None, format: str | None = None, mapping: dict[str, str] | None = None
 ) -> Dataset:
-    """A dataset of this file, ordered to be read; at once ready when the same bytes were read the same way before.
+    """A dataset of this file, whose parsing is enqueued; ready at once when the same bytes were parsed the same way before.
 
-    `format` and `mapping` overrule the guess. Raises Unsupported for an extension no reader takes, BadField for an
-    unknown format.
+    `format` and `mapping` overrule the detection. Raises Unsupported for an unsupported extension, BadField for an unknown
+    format.
     """
     readers.kind_of(file.filename)
     if format:
@@ -71,7 +71,7 @@ def create(
 
 
 def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping: dict[str, str] | None = None) -> Dataset:
-    """A new version of a dataset: the same file, read as the person says."""
+    """A new version of a dataset: the same file, parsed with another format or mapping."""
     formats.get(format)
     file = file_of(session, dataset)
     version = session.scalar(select(func.max(Dataset.version)).where(Dataset.id.in_(family(session, dataset)))) or dataset.version
@@ -92,7 +92,7 @@ def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping
 
 
 def order(session: Session, dataset: Dataset, file: File) -> Dataset:
-    """Order a new dataset of `file` to be read, unless the same reading is there already."""
+    """Enqueue the parsing of a new dataset of `file`, unless an equal one exists."""
     if dataset.parent_id is not None:
         dataset.tags = session.get_one(Dataset, dataset.parent_id).tags
     twin = _twin(session, dataset, file) if not dataset.edits else None
@@ -110,7 +110,7 @@ def order(session: Session, dataset: Dataset, file: File) -> Dataset:
 
 
 def _twin(session: Session, dataset: Dataset, file: File) -> Dataset | None:
-    """A reading of the same bytes under the same kind of name, with the same wishes, that can be taken over."""
+    """A dataset of the same bytes, the same extension and the same settings, whose result can be reused."""
     query = (
         select(Dataset, File.filename)
         .join(File, File.id == Dataset.file_id)
@@ -146,7 +146,7 @@ def _copy_reading(session: Session, twin: Dataset, dataset: Dataset) -> None:
 
 
 def file_of(session: Session, dataset: Dataset) -> File:
-    """The file whose bytes it is read from. Raises Conflict when it was deleted."""
+    """The file it is parsed from. Raises Conflict when it was deleted."""
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is None or file.deleted_at is not None or not files.blob_path(file.sha256).exists():
         raise Conflict("The file of this dataset was deleted, so it cannot be read again.", hint="Upload the file again.")
@@ -162,7 +162,7 @@ def get(session: Session, user: User, dataset_id: uuid.UUID) -> Dataset:
 
 
 def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
-    """The newest reading of a file that gave rows or still may, or the newest where none did. Raises NotFound for an unknown file, BadField
+    """The newest dataset of a file that is ready or may become so, else the newest. Raises NotFound for an unknown file, BadField
     for one that is no dataset."""
     file = files.get(session, user, file_id)
     query = _readings(file.id).where(Dataset.owner_id == user.id).order_by(_GAVE_NOTHING, *_NEWEST)
@@ -181,12 +181,12 @@ _NEWEST = (Dataset.version.desc(), Dataset.created_at.desc())
 
 
 def _readings(file_id: uuid.UUID | None) -> Select[Dataset]:
-    """The datasets a file's id may stand for: its own rows, since a mended version has an id of its own."""
+    """The datasets that a file's id may stand for: unedited ones, since an edited version has an id of its own."""
     return select(Dataset).where(Dataset.file_id == file_id, Dataset.edits.is_(None), Dataset.deleted_at.is_(None))
 
 
 def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
-    """The newest reading of the same file where it failed and came after this one, which then stands in for it."""
+    """The newest dataset of the same file that failed after this one was parsed, which is therefore used in its place."""
     if dataset.edits is not None or dataset.file_id is None:
         return None
     own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)
@@ -209,7 +209,7 @@ def listed(session: Session, user: User) -> tuple[list[Dataset], dict[uuid.UUID,
 
 
 def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:
-    """Ids of this dataset, everything it came from and everything that came from any of them."""
+    """Ids of this dataset, all its ancestors and all their descendants."""
     known = {dataset.id}
     edge = {dataset.id} | ({dataset.parent_id} if dataset.parent_id else set())
     while edge - known or edge == {dataset.id}:
@@ -222,7 +222,7 @@ def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:
 
 
 def versions(session: Session, dataset: Dataset) -> list[Dataset]:
-    """Every version of a dataset that is still there, oldest first."""
+    """Every version of a dataset that is not deleted, oldest first."""
     query = select(Dataset).where(Dataset.id.in_(family(session, dataset)), Dataset.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Dataset.version, Dataset.created_at)))
 
@@ -235,7 +235,7 @@ def line(session: Session, dataset: Dataset) -> list[Dataset]:
 
 
 def with_rows(session: Session, user: User) -> list[Dataset]:
-    """The newest versions that were read and have a valid row: what can be scored, shown on a map and asked about."""
+    """The newest versions that are ready and have a valid row, so that they can be scored, mapped and prompted with."""
     return [d for d in list_(session, user) if d.status == "ready" and d.good_rows]
 
 
@@ -254,8 +254,8 @@ def usual_task(dataset: Dataset) -> str | None:
 
 
 def reference(dataset: Dataset) -> DatasetRef:
-    """Which rows a trainer reads. Its `format` is the shape of the rows. Raises Conflict before the dataset is ready, BadField for rows
-    that no recipe learns from."""
+    """The reference by which a trainer reads the rows. Its `format` is the shape of the rows. Raises Conflict before the dataset
+    is ready, BadField for rows that no objective trains on."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}, not ready.", hint="Wait until it is read, or look at its report.")
     if not formats.objectives_of(dataset.format):
@@ -287,25 +287,25 @@ def stats(dataset: Dataset) -> DatasetStats:
 
 
 def preview(dataset: Dataset, n: int = 10) -> list[dict[str, Any]]:
-    """The first normalised rows, long texts cut."""
+    """The first normalized rows, long texts shortened."""
     return [item["row"] for item in (dataset.report or {}).get("preview", [])[:n]]
 
 
 def rules(dataset: Dataset) -> list[dict[str, Any]]:
-    """What was found, by rule: errors first, then by count. Keys: rule, severity, count, message (an example)."""
+    """Findings by rule: errors first, then by count. Keys: rule, severity, count, message (an example)."""
     order = {"error": 0, "warning": 1, "note": 2}
     found = [{"rule": rule, **entry} for rule, entry in (dataset.report or {}).get("findings", {}).items()]
     return sorted(found, key=lambda entry: (order.get(entry["severity"], 3), -entry["count"], entry["rule"]))
 
 
 def unknown_roles(dataset: Dataset) -> list[dict[str, Any]]:
-    """Speakers whose rows are excluded until somebody says what they stand for: role, messages, and suggested or None."""
+    """Speakers whose rows are excluded until somebody assigns them a role: role, messages, and suggested or None."""
     found = (dataset.report or {}).get("unknown_roles", {})
     return [{"role": role, "messages": count, "suggested": known_role(role)} for role, count in found.items()]
 
 
 ORDERS: dict[str, tuple[Any, ...]] = {"line": (), "rule": (Finding.rule,), "severity": (Finding.severity,)}
-"""How findings can be sorted."""
+"""Sort orders of findings."""
 
 
 def findings(
@@ -317,7 +317,7 @@ def findings(
     after: int = 0,
     limit: int = 50,
 ) -> tuple[list[Finding], bool]:
-    """One page of findings and whether there are more. `sort` is line, rule or severity; `after` counts those before it."""
+    """One page of findings and whether there are more. `sort` is line, rule or severity; `after` is the number of findings before it."""
     query: Select[Finding] = select(Finding).where(Finding.dataset_id == dataset.id)
     if rule:
         query = query.where(Finding.rule == rule)
@@ -331,14 +331,14 @@ def findings(
 
 
 def at_line(session: Session, dataset: Dataset, line: int) -> list[Finding]:
-    """What was found in one line."""
+    """The findings of one line."""
     return list(
         session.scalars(select(Finding).where(Finding.dataset_id == dataset.id, Finding.line == line).order_by(Finding.id).limit(50))
     )
 
 
 def delete(session: Session, user: User, dataset: Dataset) -> None:
-    """Take a dataset away, unless an unfinished job needs it. Its rows go once no other version shares them."""
+    """Delete a dataset, unless an unfinished job needs it. Its rows are removed once no other version shares them."""
     job = session.scalars(
         select(Job).where(
             or_(Job.dataset_id == dataset.id, Job.validation_dataset_id == dataset.id), Job.status.in_(UNFINISHED), Job.deleted_at.is_(None)
@@ -358,13 +358,13 @@ def delete(session: Session, user: User, dataset: Dataset) -> None:
 
 
 def delete_line(session: Session, user: User, dataset: Dataset) -> None:
-    """Take a dataset away with all the versions that a list shows as one. Raises Conflict, and then none is gone."""
+    """Delete a dataset with all the versions that a list shows as one. Raises Conflict, and then none is deleted."""
     for version in line(session, dataset):
         delete(session, user, version)
 
 
 def delete_file(session: Session, user: User, file_id: uuid.UUID) -> File:
-    """Delete a file and the datasets read from it. Raises Conflict when an unfinished job needs one of them."""
+    """Delete a file and the datasets parsed from it. Raises Conflict when an unfinished job needs one of them."""
     for dataset in session.scalars(
         select(Dataset).where(Dataset.file_id == file_id, Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
     ):

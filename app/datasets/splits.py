@@ -1,8 +1,8 @@
-"""Which rows are held out for validation: at random, with every label in its share, or whole groups at a time.
+"""Validation splits: random, stratified by label, or by group.
 
-A row's side follows from the seed and its content (or its group's name) alone, so it is the same in every attempt, in
-every process and in whatever order rows come. Equal rows never stand on both sides; what a file says besides, the metadata,
-makes no row different, because a model does not see it.
+A row's side is a function of the seed and its content (or its group's name) alone, so it is the same in every attempt, every
+process and any order of rows. Equal rows are never on both sides; metadata does not count as content, because a model does not
+see it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from app.errors import BadData
 from app.kit.json_safe import shortened
 
 MAX_OVERLAPS = 2000
-"""Rows on both sides that a look lists. All of them are counted, and all can be dropped at once."""
+"""Rows on both sides that are listed. All of them are counted, and all can be removed at once."""
 MAX_ROUNDS = 20
 SHOWN_ROW_BYTES = 8 << 10
 
 
 class Line(NamedTuple):
-    """A normalised row and its line."""
+    """A normalized row and its line."""
 
     line: int
     row: dict[str, Any]
 
 
 def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "random", column: str | None = None) -> list[bool]:
-    """For each row, whether it is held out. Each row has `line` and `row`; `method` is random, stratified or grouped.
+    """For each row, whether it is in the validation set. Each row has `line` and `row`; `method` is random, stratified or
+    grouped.
 
-    At least one row is held out where that leaves one to learn. Raises BadData when the column is not there.
+    At least one row is in it where that leaves one for training. Raises BadData when the column does not exist.
     """
     if fraction <= 0 or len(rows) < 2:
         return [False] * len(rows)
@@ -57,25 +58,25 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
             for place, chosen in zip(places, _first([keys[place] for place in places], fraction), strict=True):
                 held[place] = chosen
     taken = {key for key, out in zip(keys, held, strict=True) if out}
-    held = [key in taken for key in keys]  # equal rows of two parts, as a column of the metadata makes them, go together
+    held = [key in taken for key in keys]  # equal rows in two strata, which a metadata column can cause, stay together
     return held if not all(held) else [False] * len(rows)
 
 
 def key_of(row: dict[str, Any], seed: int | str) -> bytes:
-    """What a row's place follows from: the seed and all that a model sees of it."""
+    """The hash that decides a row's side: of the seed and everything a model sees of the row."""
     seen = {name: value for name, value in row.items() if name != "metadata"}
     return hashlib.sha256(f"{seed}\n{json.dumps(seen, sort_keys=True, ensure_ascii=False)}".encode()).digest()
 
 
 def _first(keys: Sequence[bytes], fraction: float) -> list[bool]:
-    """The rows with the smallest keys; rows with an equal key go together."""
+    """The rows with the smallest keys; rows with an equal key stay together."""
     last = sorted(keys)[max(1, round(fraction * len(keys))) - 1]
     held = [key <= last for key in keys]
     return held if not all(held) else [False] * len(keys)
 
 
 def _joined(names: Sequence[str], keys: Sequence[bytes]) -> list[str]:
-    """The names of the groups, those that share an equal row being one: neither the row nor its groups can then be torn."""
+    """Group names, with groups that share an equal row merged, so that neither a row nor its groups are divided."""
     parent = {name: name for name in names}
 
     def root(name: str) -> str:
@@ -91,7 +92,7 @@ def _joined(names: Sequence[str], keys: Sequence[bytes]) -> list[str]:
 
 
 def _grouped(names: Sequence[str], fraction: float, seed: int) -> list[bool]:
-    """Whole groups, in the order of their keys, as long as each brings the held-out share nearer to `fraction`."""
+    """Whole groups, in the order of their keys, as long as each brings the validation share nearer to `fraction`."""
     sizes = Counter(names)
     if len(sizes) < 2:
         raise BadData(
@@ -125,8 +126,8 @@ def _value(row: Any, column: str | None) -> str:
 
 
 def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """What a split gives: rows and labels of both sides, and what stands on both. `payload`: rows, fraction, seed, method,
-    column; or `validation`, the rows of a validation file. `drop` is every line to leave out so that nothing is left of that."""
+    """Preview of a split: rows and labels of both sides, and the overlap. `payload`: rows, fraction, seed, method, column; or
+    `validation`, the rows of a validation file. `drop` is every line to remove so that no overlap is left."""
     rows = list(_read(Path(payload["rows"])))
     others = list(_read(Path(payload["validation"]))) if payload.get("validation") else None
     train, held = _sides(rows, others, payload)
@@ -143,8 +144,8 @@ def look(payload: dict[str, Any], say: Any) -> dict[str, Any]:
 
 
 def side(payload: dict[str, Any], say: Any) -> dict[str, Any]:
-    """`count` rows of one side from number `skip` on, in the order of the file, each with the line of the other side that says the
-    same. `payload`: as for `look`, and `side`, train or validation."""
+    """`count` rows of one side from number `skip` on, in the order of the file, each with the overlapping line of the other side.
+    `payload`: as for `look`, and `side`, train or validation."""
     rows = list(_read(Path(payload["rows"])))
     others = list(_read(Path(payload["validation"]))) if payload.get("validation") else None
     train, held = _sides(rows, others, payload)
@@ -163,8 +164,8 @@ def _sides(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[st
 
 
 def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> list[int]:
-    """Lines to learn from that are held out too. Fewer rows may be divided a little differently, so the split is drawn anew
-    until nothing stands on both sides."""
+    """Training lines that overlap with the validation set. Fewer rows may be split a little differently, so the split is repeated
+    until nothing is on both sides."""
     dropped: set[int] = set()
     for _ in range(MAX_ROUNDS):
         train, held = _sides([row for row in rows if row.line not in dropped], others, payload)
@@ -187,8 +188,8 @@ def _shares(row: Line, wholes: set[bytes], prompts: set[bytes]) -> bool:
 
 
 def overlap(train: Iterable[Any], held: Iterable[Any]) -> list[tuple[int, int, str]]:
-    """(held-out line, training line, "row" or "prompt") for each held-out row whose text, or whose prompt alone, is also
-    learnt from. Case, accents' spelling and white space make no difference."""
+    """(validation line, training line, "row" or "prompt") for each validation row whose text, or whose prompt alone, is also
+    trained on. Case, Unicode normalization and white space are ignored."""
     whole: dict[bytes, int] = {}
     prompts: dict[bytes, int] = {}
     for row in train:
@@ -213,14 +214,14 @@ def _print(text: str) -> bytes:
 
 @functools.cache
 def _crowded() -> re.Pattern[str]:
-    """Thirty characters in a row that combine with the one before them, and another."""
+    """Thirty combining characters in a row, and another."""
     marks = "".join(character for code in range(sys.maxunicode + 1) if unicodedata.combining(character := chr(code)))
     return re.compile(f"[{marks}]{{30}}(?=[{marks}])")
 
 
 def _composed(text: str) -> str:
-    """The text in NFKC, made stream-safe first (Unicode Standard Annex 15, section 13): the marks of one letter are sorted in a
-    time that grows with their square."""
+    """The text in NFKC, made stream-safe first (Unicode Standard Annex 15, section 13): sorting the marks of one letter takes
+    quadratic time."""
     return unicodedata.normalize("NFKC", _crowded().sub("\\g<0>\u034f", text))
 
 

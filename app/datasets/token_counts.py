@@ -1,6 +1,6 @@
-"""Counting a dataset's tokens after it was read: a studio's first datasets are often there before its first model.
+"""Counts a dataset's tokens after it was parsed: a studio's first datasets are often there before its first model.
 
-The reaper orders it by the same message that orders reading; `count` takes it when there is nothing to read.
+The reaper enqueues it by the same message as parsing; `count` takes it when there is nothing to parse.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from app.settings import get_settings
 from app.tables import Dataset, Model
 
 SECONDS = 590
-"""How long a count may take."""
+"""Time limit of a count."""
 
 
 def counting_model(session: Session, task: str | None = None) -> Model | None:
@@ -42,12 +42,12 @@ def counters(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def _uncounted() -> ColumnElement[bool]:
-    """Neither counted nor tried in vain."""
+    """Neither counted nor failed to be."""
     return and_(~Dataset.report.has_key("tokens"), ~Dataset.report.has_key("uncountable"))
 
 
 def _died(session: Session, dataset: Dataset, how: str) -> None:
-    """Count again, or leave it uncounted: the data is good all the same, and estimates go by its characters."""
+    """Count again, or leave it uncounted: the data is valid, and estimates use its characters."""
     if not leases.requeue(session, WORK, dataset, died=True):
         dataset.report = (dataset.report or {}) | {"uncountable": f"The worker that counted {how} That was death {dataset.deaths}."}
 
@@ -56,7 +56,7 @@ WORK = leases.Work(Dataset, queue.READ, waits_as="ready", runs_as="ready", since
 
 
 def reap(session: Session) -> dict[str, int]:
-    """Counts whose worker died are ordered again, and those that can be made now are ordered."""
+    """Enqueue counts whose worker died, and those that can be made now."""
     lapsed = leases.expire(session, WORK)
     if session.scalar(select(Dataset.id).where(WORK.free()).limit(1)) is None:
         return {"lapsed": lapsed, "announced": 0}
@@ -89,7 +89,7 @@ def count(dataset_id: uuid.UUID) -> None:
             keep_going=leases.Beat(WORK, dataset_id, claimed.fence),
         )
     except (sandbox.Killed, sandbox.Refused) as error:
-        fault = str(error)[:500]  # the data is good all the same: estimates go by its characters
+        fault = str(error)[:500]  # the data is valid: estimates use its characters
     with db.transaction() as session:
         dataset = leases.lock_if_held(session, WORK, dataset_id, claimed.fence)
         if dataset is None:

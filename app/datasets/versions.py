@@ -1,5 +1,5 @@
-"""New versions of a dataset: fixed, edited, with rows removed. The parent stays as it is; the new version is its file read again
-under a longer list of edits (`app/datasets/edits.py`)."""
+"""New versions of a dataset: fixed, edited, with rows removed. The parent is not changed; the new version is its file parsed
+again with a longer list of edits (`app/datasets/edits.py`)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from app.settings import get_settings
 from app.tables import Dataset, Finding, User
 
 _OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
-"""Operations that need nothing but the line; all others are the format's own and are found again in the row."""
+"""Operations that need only the line; all others are the format's own and are determined again from the row."""
 _OF_THE_READER = {"repair"}
-"""What is done to a line before there is a row."""
+"""Operations on a line before there is a row."""
 
 MAX_LINES = 1_000_000
 MAX_LABEL_LENGTH = 200
 MAX_FINDINGS = 1000
-"""Findings fixed by name at once; all of a kind are fixed by its rule."""
+"""Findings fixed by id at once; all of a rule are fixed by the rule."""
 MAX_TOLD = 50
-"""Issues without a fix that a version remembers to list."""
+"""Issues without a fix that a version stores to list."""
 
 
 class Fixed(NamedTuple):
-    """A new version, how many rows were fixed in it, and the issues that were chosen and have no automatic fix."""
+    """A new version, the number of rows fixed in it, and the chosen issues that have no automatic fix."""
 
     dataset: Dataset
     rows: int
@@ -75,7 +75,7 @@ def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequen
 
 
 def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
-    """A version with the fix of every finding of a rule, also of those that are not listed. Raises BadField when it has none."""
+    """A version with the fix of every finding of a rule, including unlisted ones. Raises BadField when it has none."""
     query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.rule == rule).order_by(Finding.id)
     found = session.scalars(query.where(Finding.fix.is_not(None)).limit(1)).first()
     lines = lines_of(session, dataset, rule) if found is not None and not why_unfixed(found) else []
@@ -100,7 +100,7 @@ def _merged_rows(dataset: Dataset, found: Finding) -> int:
 
 
 def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
-    """The first issues that were left, kept with the version so that its page can list them."""
+    """The first issues that were not fixed, stored with the version so that its page can list them."""
     told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MAX_TOLD]]
     return {"unfixed": told, "unfixed_count": len(unfixed)} if unfixed else {}
 
@@ -111,13 +111,13 @@ def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
     if _merges(found):
         arguments = found.fix["arguments"]
         return {"operation": "relabel", "all": True, "from": arguments["from"], "label": arguments["into"], "lines": []}
-    # Where one rule has several fixes, as roles do, each row takes its own.
+    # Where one rule has several fixes, as roles do, each row gets its own.
     own = operation not in _OF_THE_READER and (operation not in _OF_THE_REPORT or found.severity == "error")
     return {"operation": "mend" if own else operation, "rule": found.rule, "lines": list(lines)}
 
 
 def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
-    """Every line a rule with a fix was found in."""
+    """Every line in which a rule with a fix found something."""
     path = lines_path(get_settings().data_dir / (dataset.rows_path or "none"))
     try:
         kept: list[int] | None = json.loads(path.read_text()).get(rule)
@@ -130,7 +130,7 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
 
 
 def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
-    """A version of a file that could not be read at all, its lines taken as they were probably meant. Raises Conflict for others."""
+    """A version of a file that could not be parsed at all, with its lines read as they were probably meant. Raises Conflict for others."""
     if dataset.status != "error" or not (dataset.error or {}).get("repair"):
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", hint="Look at its issues.")
     new = Dataset(
@@ -148,7 +148,7 @@ def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
 
 
 def change_roles(session: Session, user: User, dataset: Dataset, roles: dict[str, str]) -> Dataset:
-    """A version in which messages of unknown roles have a role, in every row. Raises BadField for a role that is not one of either."""
+    """A version in which messages of unknown roles get a role, in every row. Raises BadField for an unknown role on either side."""
     unknown = [entry["role"] for entry in datasets.unknown_roles(dataset)]
     for name, role in roles.items():
         if name not in unknown or role not in CHOICES:
@@ -171,7 +171,7 @@ def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[in
 
 
 def keep_row(session: Session, user: User, dataset: Dataset, line: int, others: Sequence[int]) -> Dataset:
-    """A version without the rows that contradict the one at `line`."""
+    """A version without the rows that conflict with the one at `line`."""
     origin = {"operation": "keep", "kept": line, **_named(others)}
     return make(session, user, dataset, [{"operation": "drop_row", "lines": list(others)}], origin)
 
@@ -197,7 +197,7 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
 
 
 def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
-    """A version in which one row is what a person typed, as JSON of the normalised row. Raises BadField saying what is wrong."""
+    """A version in which one row is replaced by JSON of a normalized row that a person typed. Raises BadField saying what is wrong."""
     if not dataset.format:
         raise Conflict("This dataset is not read yet.", hint="Wait until it is ready.")
     try:
@@ -215,8 +215,8 @@ def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: st
 
 
 def retype_line(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
-    """A version in which one line of the file is what a person typed: JSON, with the file's own columns. Raises BadField saying what
-    is wrong."""
+    """A version in which one line of the file is replaced by JSON, with the file's own columns, that a person typed. Raises
+    BadField saying what is wrong."""
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     row = parse_json(text)
@@ -229,7 +229,7 @@ def retype_line(session: Session, user: User, dataset: Dataset, line: int, text:
 
 
 def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, Any]], origin: dict[str, Any]) -> Dataset:
-    """The next version: the parent's edits and some more, ordered to be read."""
+    """The next version: the parent's edits and some more, with its parsing enqueued."""
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
     file = datasets.file_of(session, dataset)
@@ -242,7 +242,7 @@ def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, An
         version=next_number(session, dataset),
         format=dataset.format,
         format_chosen=True,
-        # What no column was taken for stays so: an empty name keeps it from being guessed anew.
+        # A field without a column keeps none: an empty name keeps it from being detected again.
         mapping={field.name: "" for field in formats.get(dataset.format or "").fields} | dataset.mapping,
         edits=[*(dataset.edits or []), *more],
         origin={**origin, "from": ids.public(ids.DATASET, dataset.id)},
@@ -251,7 +251,7 @@ def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, An
 
 
 def next_number(session: Session, dataset: Dataset) -> int:
-    """The number after the highest of this dataset's versions. Two people who ask at once wait for each other."""
+    """The number after the highest of this dataset's versions. Locks, so that concurrent requests wait for each other."""
     family = datasets.family(session, dataset)
     session.execute(select(func.pg_advisory_xact_lock(min(family).int & ((1 << 63) - 1))))
     return (session.scalar(select(func.max(Dataset.version)).where(Dataset.id.in_(family))) or dataset.version) + 1
@@ -262,7 +262,7 @@ def _named(lines: Sequence[int]) -> dict[str, Any]:
 
 
 def describe(dataset: Dataset) -> str:
-    """Where a version comes from, in a few words."""
+    """The origin of a version, in a few words."""
     origin = dataset.origin or {}
     count = origin.get("count") or len(origin.get("lines", ()))
     rows = f"{count:,} row{'s' if count != 1 else ''}"

@@ -1,7 +1,7 @@
-"""The advice for one model and one dataset on this machine: facts gathered, each strategy's cost estimated, all ranked.
+"""The advice for one model and one dataset on this machine: facts collected, each strategy's cost estimated, all ranked.
 
-What needs the model itself (how unlike the data is to general text, what a prompt alone reaches) is measured by an
-evaluation of the kind `advice` when somebody asks for it, and used here from then on.
+Facts that need the model itself (how far the data is from general text, what a prompt alone reaches) are measured by an
+evaluation of the kind `advice` on request, and used here from then on.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ HOW_TO_MEASURE = "Send the same request with measure set to true: the base model
 
 
 def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
-    """Raises NotFound for the model, Conflict while the dataset is being read, BadField for run settings that cannot be had here."""
+    """The advice. Raises NotFound for the model, Conflict while the dataset is being parsed, BadField for run settings that are
+    not supported here."""
     asked = dict(run or {})
     settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
     feasibility.refuse_device(settings, heartbeats.training_machine())
@@ -112,7 +113,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
 
 
 def changed(ranking: list[Advice], before: list[Advice]) -> str:
-    """What the test of the base model did to the order, in a sentence: the first place, else the largest move."""
+    """How the test of the base model changed the ranking, in a sentence: the first place, else the largest move."""
     places = {a.strategy: n for n, a in enumerate(before, 1)}
     first = ranking[0]
     if places[first.strategy] != 1:
@@ -126,7 +127,7 @@ def changed(ranking: list[Advice], before: list[Advice]) -> str:
 
 
 def measure(session: Session, user: User, model: str, dataset: Dataset) -> Evaluation:
-    """What was measured for this model and data, or is being measured; ordered where there is nothing of the kind yet."""
+    """The measurement for this model and data; created where there is none yet."""
     resolved = models.resolve(session, user, model)
     found = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
     if found is not None and found.status != "failed":
@@ -140,7 +141,7 @@ def result_of(measured: Evaluation | None) -> JSON:
 
 
 def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: str = "auto") -> Facts:
-    """What is known of the data and the machine that computes on `device`, and what an evaluation of the kind `advice` found."""
+    """The facts of the data and of the machine that computes on `device`, and the results of an evaluation of the kind `advice`."""
     metric, zero, few = prompted(result or {})
     stats, here = datasets.stats(dataset), heartbeats.training_machine().on(device)
     report = dataset.report or {}
@@ -163,7 +164,7 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: 
 
 
 def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, Cost]:
-    """What each strategy would take with these run settings; those that cannot run here are left out."""
+    """The estimate of each strategy with these run settings, without those that cannot run here."""
     here, reference = heartbeats.training_machine(), datasets.reference(dataset)
     stats = inspections.stats_for(session, dataset, ref)
     found = {}
@@ -185,7 +186,7 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
 
 
 def show(facts: Facts, shape: Shape) -> list[Shown]:
-    """The facts in words, in the order in which they matter."""
+    """The facts in words, in the order of their importance."""
     found = [Shown(name="Rows", value=human_number(facts.rows), note=facts.task)]
     if facts.tokens is not None:
         each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
@@ -224,7 +225,7 @@ PROMPTED = [name for name in metrics.TILES if metrics.METRICS[name].enough is no
 
 
 def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float | None]:
-    """(metric, zero-shot, few-shot) of a prompt alone: the metric that says most about these rows."""
+    """(metric, zero-shot, few-shot) of a prompt alone, with the most informative metric for these rows."""
     zero, few = result.get("zero_shot") or {}, result.get("few_shot") or {}
     metric = next((name for name in PROMPTED if name in zero or name in few), None)
     return (metric, zero.get(metric), few.get(metric)) if metric else (None, None, None)
@@ -269,6 +270,6 @@ def _by(facts: Facts, *, examples: bool) -> str:
 
 
 def _foreseen(result: Mapping[str, Any]) -> str:
-    """What examples do to the likelihood of the references, which is steadier than a few generated answers."""
+    """The effect of examples on the likelihood of the references, which is less noisy than a few generated answers."""
     before, after = ((result.get(name) or {}).get("bits_per_byte") for name in ("zero_shot", "few_shot"))
     return f" Bits per byte of the references: {before:.2f} zero-shot, {after:.2f} few-shot." if before and after else ""

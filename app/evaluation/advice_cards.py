@@ -1,5 +1,5 @@
-"""What the advice comes down to: two or three cards, each a choice with one sentence, and what to do first about the data and
-the model. Pure: everything it says follows from the ranking, the facts and the report of the dataset."""
+"""Condenses the advice to two or three cards, each a choice with one sentence, and to first steps for the data and the model.
+Pure: a function of the ranking, the facts and the report of the dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHEAPER = 0.9
 STRONGER = 1.5
 """A stronger choice has at least this many times its trainable parameters."""
 KEPT = 0.97
-"""The max length that is recommended keeps at least this share of the rows whole."""
+"""The recommended max sequence length truncates at most the remaining share of the rows."""
 ENCODER = ("all-minilm-l6-v2", "all-MiniLM-L6-v2")
 
 
@@ -122,7 +122,7 @@ def _more(a: Advice, best: Advice) -> str:
 
 
 def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSettings, others: Sequence[Model]) -> list[Step]:
-    """What would help more than another method: a model made for the task, more rows, a longer max length, even classes."""
+    """What would help more than another method: a model for the task, more rows, a larger max sequence length, balanced classes."""
     found = [_other_model(model, shape, dataset, facts, others), _more_rows(dataset, facts), _length(model, shape, dataset, run)]
     if _advice.balance(facts) >= _advice.UNEVEN:
         text = f"Balance the classes: the largest has {_advice.balance(facts):,.0f} times the rows of the smallest."
@@ -131,7 +131,7 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
 
 
 def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> Step | None:
-    """An encoder for labels, where the model is a larger one that writes; one that writes, where an encoder was chosen for text."""
+    """An encoder for labels, where the model is a larger generative one; a generative one, where an encoder was chosen for text."""
     ready = [m for m in others if m.status == "ready" and m.engine is None and m.shape]
     classifies = OBJECTIVES[facts.task].classifies
     if classifies and model.kind in ("generic", "instruction", "dialogue"):
@@ -166,8 +166,8 @@ def _more_rows(dataset: Dataset, facts: Facts) -> Step | None:
 
 
 def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> Step | None:
-    """The smallest power of two that keeps nearly all rows whole. Lengths are counted in buckets that begin at a power of two,
-    and by one tokenizer, so shares are rounded."""
+    """The smallest power of two that truncates hardly any row. Lengths are counted in buckets that begin at a power of two, and
+    by one tokenizer, so shares are rounded."""
     buckets = (dataset.report or {}).get("token_lengths", [])
     rows = sum(count for _, count in buckets)
     limit = min(run.max_length, shape.positions)

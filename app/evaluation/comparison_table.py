@@ -1,6 +1,6 @@
-"""The table of a comparison: figures of its jobs beside each other, who is best in what, and what a learning curve says.
+"""The table of a comparison: metrics of its jobs in columns, the best job of each, and the conclusion of a learning curve.
 
-A figure is None where a job has not got so far. Memory and sizes are bytes, times seconds, losses nats per learnt token,
+A value is None where a job has not reached it. Memory and sizes are bytes, times seconds, losses nats per trained token,
 forgetting the relative change of bits per byte on the general probe.
 """
 
@@ -26,13 +26,13 @@ from app.tables import JSON, Comparison, Event, Job, Model
 Unit = Literal["", "share", "change", "count", "bytes", "seconds"]
 Interval = tuple[float, float]
 LEVEL = 0.05
-"""A share of right answers that moved less, and is known to twice as much, has levelled off."""
+"""An accuracy that moved less, and whose interval is not wider than twice this, has leveled off."""
 WORTH_MORE = 0.02
-"""A loss that still falls by this share from the last doubling of the data is likely to fall with the next."""
+"""A loss that fell by at least this share with the last doubling of the data is likely to fall with the next."""
 
 
 class Column(NamedTuple):
-    """One column: where its figure stands in a row, the one predicted for it, how it is written, and whether less is better."""
+    """One column: the key of its value in a row, that of the predicted value, the format, and whether less is better."""
 
     key: str
     title: str
@@ -45,7 +45,7 @@ class Table(NamedTuple):
     columns: list[Column]  # the first is the score
     rows: list[JSON]
     winners: dict[str, list[str]]  # column → id of the job that is best in it, beyond chance
-    base: JSON  # the scores before tuning, by column
+    base: JSON  # the scores before fine-tuning, by column
 
 
 def score_columns(task: str) -> list[Column]:
@@ -65,7 +65,7 @@ COSTS = [
 
 
 def table(session: Session, comparison: Comparison) -> Table:
-    """Figures of every job of the comparison that is still there."""
+    """Metrics of every job of the comparison that was not deleted."""
     found = table_of(session, comparisons.jobs_of(session, comparison))
     if comparison.kind == "learning_curve":
         for row in found.rows:
@@ -74,7 +74,7 @@ def table(session: Session, comparison: Comparison) -> Table:
 
 
 def table_of(session: Session, found: list[Job]) -> Table:
-    """Figures of some jobs. Jobs checked with other rows can be read beside each other, but none is called the best in a score."""
+    """Metrics of some jobs. Jobs evaluated on different rows can be shown together, but none is called the best in a score."""
     keys = [job.id for job in found]
     judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
     rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
@@ -87,7 +87,7 @@ def table_of(session: Session, found: list[Job]) -> Table:
 
 
 def _checked(job: Job) -> tuple[str, ...]:
-    """What decides the base and the rows that a job is judged by."""
+    """What determines a job's base and validation rows."""
     spec = job.spec
     run = [str(spec["run"].get(name)) for name in ("seed", "validation_fraction", "max_length")]
     return (
@@ -100,7 +100,7 @@ def _checked(job: Job) -> tuple[str, ...]:
 
 
 def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
-    """The scores of each job's best evaluation so far: the one with the least loss, whose checkpoint is kept."""
+    """The scores of each job's best evaluation so far: the one with the lowest loss, whose checkpoint is kept."""
     loss = cast(Event.data["loss"].astext, Float)
     query = select(Event.job_id, Event.data).where(Event.job_id.in_(keys), Event.type == "evaluated")
     query = query.ext(distinct_on(Event.job_id)).order_by(Event.job_id, loss)
@@ -108,13 +108,13 @@ def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
 
 
 def _counted(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, int]:
-    """Parameters that learnt, as the trainers counted them."""
+    """Trainable parameters, as the trainers counted them."""
     query = select(Event.job_id, Event.data["trainable_parameters"].as_integer())
     return {key: n for key, n in session.execute(query.where(Event.job_id.in_(keys), Event.type == "started").order_by(Event.id))}
 
 
 def _tuned(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
-    """Name of each tuned model, whether it is kept, and its bytes on disk without the base it needs."""
+    """Name of each fine-tuned model, whether it is kept, and its bytes on disk without the base it needs."""
     query = select(Model.job_id, Model.name, Model.kept, Model.bytes)
     query = query.where(Model.job_id.in_(keys), Model.step.is_(None), Model.deleted_at.is_(None))
     return {key: {"model": name, "kept": kept, "bytes": size} for key, name, kept, size in session.execute(query) if key is not None}
@@ -174,7 +174,8 @@ def is_number(value: Any) -> bool:
 
 
 def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
-    """95 % of each measured figure. On the same rows a score is known by its distance from the base, which all share."""
+    """95 % interval of each measured value. On the same rows a score's interval is that of its difference from the base, which
+    all share."""
     found: dict[str, Interval] = {}
     if row["verdict"] == "nothing, by construction":
         found["forgetting"] = (0.0, 0.0)
@@ -192,8 +193,8 @@ def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
 
 
 def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) -> list[str]:
-    """The finished job with the best figure. A measured one must be better than every other beyond chance: where their intervals
-    meet, nobody has won. What a job cost is known as it is, and a tie has no winner."""
+    """The finished job with the best value. A measured one must be significantly better than every other: where intervals
+    overlap, nobody wins. Costs are exact, and a tie has no winner."""
     known: list[tuple[Interval, str]] = []
     for row, intervals in zip(rows, sure, strict=True):
         value = row[column.key]
@@ -201,7 +202,7 @@ def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) 
             continue
         between = intervals.get(column.key) if column.key in (*SCORED, "forgetting") else (value, value)
         if between is None:
-            return []  # how sure it is was not told, so it may be as good as the best
+            return []  # its interval is unknown, so it may be as good as the best
         known.append((between if column.less else (-between[1], -between[0]), row["job"]))
     known.sort()
     return [known[0][1]] if len(known) > 1 and all(known[0][0][1] < other[0] for other, _ in known[1:]) else []
@@ -211,16 +212,17 @@ def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) 
 
 
 class Outcome(NamedTuple):
-    """Whether more data would help, and why one may think so."""
+    """Whether more data would help, and the reason."""
 
     answer: Literal["more", "enough", "unclear"]
     sentence: str
 
 
 def more_data(session: Session, found: Table) -> Outcome | None:
-    """What a learning curve says, judged by what the last part of the data still brought; None before all of it was learnt from.
+    """The conclusion of a learning curve, by what the last part of the data still brought; None before all of it was trained on.
 
-    A loss is judged by the same held-out rows under both jobs, where their ledgers have them: what chance alone may bring is no gain.
+    A loss is compared on the same validation rows of both jobs, where their row losses have them: a change within chance is no
+    gain.
     """
     column = found.columns[0]
     done = [row for row in found.rows if row["status"] == "succeeded" and is_number(row[column.key])]
@@ -241,7 +243,7 @@ def more_data(session: Session, found: Table) -> Outcome | None:
 
 
 def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Outcome:
-    """`low` to `high` is by how much the loss may really have changed."""
+    """`low` to `high` is the interval of the change of the loss."""
     gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
     if gain >= WORTH_MORE and high < 0:
         return Outcome("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
@@ -253,7 +255,7 @@ def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> 
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
-    """95 % of the change of the loss from one job to another on the held-out rows that both have in their ledgers."""
+    """95 % interval of the change of the loss between two jobs, on the validation rows that both have row losses for."""
     first, second = (
         {entry.line: entry for entry in row_losses.read(session, session.get_one(Job, ids.parse(ids.JOB, job))) if entry.held_out}
         for job in (before, now)
@@ -266,7 +268,7 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
 
 
 def _by_share(moved: str, before: float, now: float, rows: int | None) -> Outcome:
-    """The same for a share of right answers, which is known no better than the number of held-out rows allows."""
+    """The same for an accuracy, whose uncertainty follows from the number of validation rows."""
     noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
     gain = now - before
     held = f" on {rows:,} validation rows" if rows else ""

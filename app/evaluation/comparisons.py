@@ -1,10 +1,10 @@
-"""Comparisons: several jobs on the same data, split, seed and token budget, ordered as one and read in one table.
+"""Comparisons: several jobs on the same data, split, seed and token budget, created together and shown in one table.
 
-A learning curve is a comparison of one strategy with itself, on a quarter, half and all of the rows it may learn from. The
-rows held out are the same for all, and so is the number of tokens each job reads: with fewer rows it reads them more often,
-so that what differs is the data and not the time spent on it.
+A learning curve compares one strategy with itself, on a quarter, half and all of the training rows. The validation rows are the
+same for all, and so is the number of tokens each job reads: with fewer rows there are more epochs, so that the data differs and
+not the training time.
 
-The table stands in `app/evaluation/comparison_table.py`.
+The table is computed in `app/evaluation/comparison_table.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ComparisonOrder(BaseModel):
 
 
 class Planned(NamedTuple):
-    """One job that would be ordered, and what it would take."""
+    """One job that would be created, and its estimate."""
 
     strategy: str
     title: str
@@ -71,11 +71,11 @@ class Planned(NamedTuple):
 class Plan(NamedTuple):
     dataset_name: str
     jobs: list[Planned]
-    refused: list[JSON]  # {strategy, title, reason} of those that cannot be had
+    refused: list[JSON]  # {strategy, title, reason} of those that cannot run
 
     @property
     def seconds(self) -> float:
-        """Of all jobs, one after the other."""
+        """Of all jobs, in sequence."""
         seconds: float = sum(one.estimate["seconds"] for one in self.jobs)
         return seconds
 
@@ -91,8 +91,8 @@ def read_order(body: Mapping[str, Any]) -> ComparisonOrder:
 
 
 def create(session: Session, user: User, order: ComparisonOrder, idempotency_key: str | None = None) -> Comparison:
-    """A comparison and its queued jobs, in this transaction. A strategy that the model or machine cannot run is refused
-    with the reason, and the others go on. Raises DoesNotFit when too few are left, and whatever is wrong with the order."""
+    """A comparison and its queued jobs, in this transaction. A strategy that the model or machine cannot run is refused with the
+    reason, and the others go on. Raises DoesNotFit when too few are left, and any error of the request."""
     asked = order.model_dump(mode="json", exclude_none=True)
     if idempotency_key is not None and (earlier := _by_key(session, user, idempotency_key, asked)) is not None:
         return earlier
@@ -113,7 +113,7 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
         .on_conflict_do_nothing(index_elements=["owner_id", "idempotency_key"])
         .returning(Comparison.id)
     )
-    if key is None:  # the same request came twice at the same moment, and the other one was first
+    if key is None:  # the same request came twice concurrently, and the other one won
         return _by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
     for one in plan.jobs:
         jobs.create(session, user, one.order.model_copy(update={"name": f"{name[:120]}: {one.title}", "comparison_id": key}))
@@ -121,9 +121,9 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
 
 
 def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
-    """The jobs that would be ordered with what they would take, and the strategies that are refused, each with its reason.
+    """The jobs that would be created with their estimates, and the strategies that are refused, each with its reason.
 
-    Raises NotFound, BadField or Conflict for what is wrong with the order as a whole.
+    Raises NotFound, BadField or Conflict for an error of the request as a whole.
     """
     found = job_request.ground(session, user, _job_order(order, {}, None))
     plan = Plan(found.dataset.name, [], [])
@@ -149,7 +149,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
 
 
 def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
-    """The strategies with their settings. Raises BadField naming the place in the list."""
+    """The strategies with their settings. Raises BadField naming the index in the list."""
     found: list[Strategy] = []
     for place, named in enumerate(order.strategies):
         try:
@@ -168,8 +168,8 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
 
 
 def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None) -> JobRequest:
-    """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint. `usual` are the
-    settings that suit the whole dataset, the same for every job."""
+    """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint. `usual` are
+    the defaults for the whole dataset, the same for every job."""
     run: dict[str, Any] = {"early_stopping_patience": 0, **(usual or {}), **order.run}
     if fraction is not None:
         run |= _same_tokens(run, fraction)
@@ -189,17 +189,17 @@ def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, u
 
 
 def _same_tokens(run: Mapping[str, Any], fraction: float) -> dict[str, Any]:
-    """Run settings with which a share of the rows is read as often as it takes to read as many tokens as all rows would give."""
+    """Run settings with which a share of the rows is read for as many epochs as give the tokens of all rows."""
     fields = RunSettings.model_fields
     epochs, evaluations = (run.get(name, fields[name].default) for name in ("epochs", "evaluations_per_epoch"))
     if not isinstance(epochs, int | float) or not isinstance(evaluations, int | float):
-        return {"data_fraction": fraction}  # what is wrong with them is said where the settings are read
+        return {"data_fraction": fraction}  # errors in them are reported where the settings are parsed
     again = {"data_fraction": fraction, "epochs": epochs / fraction}
     return again if run.get("eval_steps") else again | {"evaluations_per_epoch": evaluations * fraction}
 
 
 def _try(session: Session, found: job_request.OrderContext, order: JobRequest) -> tuple[str, JSON | None]:
-    """(why this job cannot be had, or nothing; its estimate). Raises what is wrong with the order as a whole."""
+    """(why this job cannot run, or ""; its estimate). Raises an error of the request as a whole."""
     try:
         spec = job_request.spec_on(found, order)
     except StudioError as error:
@@ -271,7 +271,7 @@ def mine(user: User) -> Select[Comparison]:
 
 
 def list_(session: Session, user: User) -> list[Comparison]:
-    """One's comparisons, newest first."""
+    """This user's comparisons, newest first."""
     return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc())))
 
 
@@ -281,7 +281,7 @@ def get(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
 
 
 def jobs_of(session: Session, *found: Comparison) -> list[Job]:
-    """The jobs of some comparisons in the order in which they were named; deleted ones are left out."""
+    """The jobs of some comparisons in the order in which they were named, without deleted ones."""
     query = select(Job).where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None))
     if found:
         query = query.where(Job.owner_id == found[0].owner_id)
@@ -289,7 +289,8 @@ def jobs_of(session: Session, *found: Comparison) -> list[Job]:
 
 
 def status_of(found: Iterable[str]) -> str:
-    """Of the statuses of its jobs: `queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did, else `failed` or `cancelled`."""
+    """Status from those of its jobs: `queued`, `running` or `paused`; once every job has ended `succeeded` if one of them did,
+    else `failed` or `cancelled`."""
     states = set(found)
     if states <= set(jobs.ENDED):
         return next((status for status in ("succeeded", "failed", "cancelled") if status in states), "cancelled")
@@ -302,19 +303,19 @@ def status_of(found: Iterable[str]) -> str:
 
 
 def cancel(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
-    """Stop every job of it that has not ended. Raises NotFound."""
+    """Cancel every job of it that has not ended. Raises NotFound."""
     found = get(session, user, comparison_id)
     for job in jobs_of(session, found):
         if job.status not in jobs.ENDED:
             try:
                 jobs.cancel(session, user, job.id)
-            except Conflict:  # it ended between the two looks
+            except Conflict:  # it ended between the two queries
                 continue
     return found
 
 
 def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
-    """Take the comparison off the lists; its jobs and their models stay. Raises NotFound, Conflict while a job of it has not ended."""
+    """Delete the comparison; its jobs and their models stay. Raises NotFound, Conflict while a job of it has not ended."""
     found = get(session, user, comparison_id)
     open_ = [job for job in jobs_of(session, found) if job.status not in jobs.ENDED]
     if open_:
@@ -329,7 +330,7 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
 
 
 def keep(session: Session, user: User, comparison_id: uuid.UUID, job_id: uuid.UUID) -> Model:
-    """Offer the result of one of its jobs wherever a model is chosen. Raises NotFound, Conflict for a job without a model."""
+    """Offer the result of one of its jobs wherever models are chosen. Raises NotFound, Conflict for a job without a model."""
     found = get(session, user, comparison_id)
     job = next((job for job in jobs_of(session, found) if job.id == job_id), None)
     if job is None:
@@ -341,7 +342,7 @@ def keep(session: Session, user: User, comparison_id: uuid.UUID, job_id: uuid.UU
 
 
 def of_job(session: Session, job: Job) -> Comparison | None:
-    """The comparison that a job belongs to, where that is still there."""
+    """The comparison that a job belongs to, unless it was deleted."""
     if job.comparison_id is None:
         return None
     query = select(Comparison).where(Comparison.id == job.comparison_id, Comparison.owner_id == job.owner_id)

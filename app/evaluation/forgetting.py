@@ -1,9 +1,9 @@
-"""Forgetting: what a tuned model lost on general text that its base had, and whether that is more than noise.
+"""Forgetting: what a fine-tuned model lost on general text compared with its base, and whether that is more than noise.
 
 Both models are scored on the same probe (`worker/scoring/probe/general.yaml`), text by text, in bits per byte. The change is
-relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts
-(Efron 1979; Koehn 2004 for the paired form), so a change that hangs on a few texts is not called forgetting.
-Where nothing can be measured, `without_measuring` says why, and what is known all the same.
+relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts (Efron
+1979; Koehn 2004 for the paired form), so a change that depends on a few texts is not called forgetting. Where nothing can be
+measured, `without_measuring` says why, and what is known all the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Verdict = Literal["gained", "within noise", "forgot a little", "forgot some", "f
 Known = Literal["nothing, by construction", "not applicable"]
 RESAMPLES = 2000
 NEGLIGIBLE, LITTLE, SOME = 0.001, 0.02, 0.10
-"""Relative changes up to which a change is called nothing, and forgetting little, and some."""
+"""Thresholds of the relative change for none, little and some forgetting."""
 
 
 class TextScore(NamedTuple):
@@ -83,7 +83,7 @@ def bits_per_byte(scores: Sequence[TextScore]) -> float:
 
 
 def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: int = 0) -> Forgetting:
-    """What changed between two scores of the same texts in the same order. Raises ValueError when they are not."""
+    """The change between two scores of the same texts in the same order. Raises ValueError when they differ."""
     if [(s.skill, s.bytes) for s in before] != [(s.skill, s.bytes) for s in after] or not before:
         raise ValueError("The two scores are not of the same texts.")
     whole = _change(before, after, seed)
@@ -96,7 +96,7 @@ def compare(before: Sequence[TextScore], after: Sequence[TextScore], *, seed: in
 
 
 def judge(change: float, interval: tuple[float, float]) -> Verdict:
-    """A change whose interval holds zero is noise, however large; so is one that no reader would notice, however steady."""
+    """A change whose interval contains zero is noise, however large; so is a negligible one, however certain."""
     low, high = interval
     if not math.isfinite(change):
         return "forgot much"

@@ -1,8 +1,9 @@
-"""Predictions over a whole file, and a look at a dataset's vectors: work for the queue of evaluations, with results of their own.
+"""Batch predictions over a file, and embedding maps of datasets: work on the queue of evaluations, with results of their own.
 
-A row of the table `evaluations` with the kind `predictions` gives a file back with columns added: classes with their
-probabilities, answers, or vectors. `vectors` is a map of a dataset's rows with the nearest of each. Claims, leases, deaths and
-the confined process are those of `app/evaluation/service.py`. Predictions lie in a file of the data folder, moved there whole.
+A row of the table `evaluations` with the kind `predictions` returns a file with added columns: classes with their probabilities,
+answers, or embeddings. `vectors` is a map of a dataset's rows with the nearest neighbors of each. Claims, leases, deaths and the
+confined process are those of `app/evaluation/service.py`. Predictions are in a file of the data folder, moved there when
+complete.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from app.tables import JSON, Evaluation, User
 
 MAX_ROWS = 100_000
 OUTPUT = "output.jsonl"
-"""What the process writes into its own folder: each row of the file with what was predicted."""
+"""The process writes it into its own folder: each row of the file with its prediction."""
 KINDS: tuple[Kind, ...] = ("predictions",)
 VECTORS: tuple[Kind, ...] = ("vectors",)
 MAX_POINTS = 500
@@ -59,8 +60,8 @@ class PredictionOrder(BaseModel):
 
 
 def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
-    """A queued run and its message. Raises NotFound, BadField for a model that another server answers for, Unsupported for a file
-    that no reader takes, Conflict while the model is not ready."""
+    """A queued run and its message. Raises NotFound, BadField for a model on an external server, Unsupported for an unsupported
+    file type, Conflict while the model is not ready."""
     resolved = models.resolve(session, user, order.model)
     _check_is_here(resolved)
     file = files.get(session, user, ids.parse(ids.FILE, order.file, param="file"))
@@ -85,7 +86,7 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
 
 
 def create_vectors(session: Session, user: User, model: str, dataset_id: str) -> Evaluation:
-    """A map of a dataset's rows as a model embeds them; one that is there or under way is given instead of a second."""
+    """A map of a dataset's rows as a model embeds them; an existing or running one is returned instead of a second."""
     resolved = models.resolve(session, user, model)
     _check_is_here(resolved)
     if resolved.ref.labels:
@@ -128,7 +129,7 @@ def key_of(text: str) -> uuid.UUID:
 
 
 def to_json(found: Evaluation) -> JSON:
-    """A run as the API gives it."""
+    """A run as the API returns it."""
     spec, result = found.spec, found.result or {}
     return {
         "id": ids.public(ids.PREDICTION, found.id),
@@ -160,7 +161,7 @@ def path_of(evaluation_id: uuid.UUID) -> Path:
 
 
 def keep(evaluation_id: uuid.UUID, folder: Path) -> None:
-    """Move what the process wrote out of its folder, whole. Raises BadData for anything but a plain file."""
+    """Move the process's output out of its folder. Raises BadData for anything but a plain file."""
     written = folder / OUTPUT
     if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
         raise BadData("The process left no predictions.", hint="Start it again.")
@@ -180,18 +181,18 @@ def forget_unless_wanted(session: Session, evaluation_id: uuid.UUID) -> None:
 
 
 def delete(session: Session, user: User, evaluation_id: uuid.UUID) -> None:
-    """Take a run and its file away; one that runs is stopped."""
+    """Delete a run and its file; a running one is stopped."""
     evaluations.delete(session, user, evaluation_id, KINDS)
     on_commit(session, lambda: path_of(evaluation_id).unlink(missing_ok=True))
 
 
 def usual_format(filename: str) -> Format:
-    """Like the input: tables as CSV, everything else as JSON lines."""
+    """The format of the input: tables as CSV, everything else as JSON lines."""
     return "csv" if readers.kind_of(filename) in ("csv", "tsv") else "jsonl"
 
 
 def content(found: Evaluation, format: Format) -> Iterator[str]:
-    """The file with its columns added, piece by piece. Raises Conflict before there is one."""
+    """The file with its added columns, in pieces. Raises Conflict before there is one."""
     if found.status != "succeeded" or not path_of(found.id).is_file():
         raise Conflict(f"The predictions are {found.status}.", hint="Wait until they have succeeded.", code="not_ready")
     return _lines(path_of(found.id)) if format == "jsonl" else _csv(path_of(found.id), (found.result or {}).get("columns") or [])

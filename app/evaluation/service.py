@@ -3,12 +3,11 @@
     queued ──claim──▶ running ──finish──▶ succeeded
       ▲                 │ ├────fail────▶ failed
       │                 │ └───cancel───▶ cancelled
-      └──lapse, release─┘        a process that died; after three deaths it failed
+      └─expire, release─┘        a process that died; after three deaths it failed
 
-`scores` measures a model, and the model it was tuned from, on the same rows. `advice` measures what the advice needs of a
-base: how unlike the data is to general text, and what a prompt alone reaches. `blend` scores a tuned model at five points
-between its base and itself. The Celery message only says "look at this one"; the claim below decides, and every write of a
-runner names the fence it holds.
+`scores` evaluates a model, and its base, on the same rows. `advice` measures what the advice needs of a base: how far the data is
+from general text, and what a prompt alone reaches. `blend` scores five interpolations between a fine-tuned model and its base.
+The Celery message only says "look at this one"; the claim below decides, and every write of a worker names the fence it holds.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
 """The kinds of evaluations; the others only share the queue (`app/evaluation/predictions.py`)."""
 Part = Literal["all", "validation"]
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
-"""Rows that are read when the order names no number."""
+"""Rows to evaluate when the request names no number."""
 OPEN = ("queued", "running")
 
 
@@ -70,7 +69,8 @@ class EvaluationRequest(BaseModel):
 
 
 class EvaluationSpec(BaseModel):
-    """The frozen order, all that `worker/evaluation/process.py` is told. `base` is the model that `model` was tuned from."""
+    """The immutable spec of an evaluation, everything that `worker/evaluation/process.py` gets. `base` is the model that `model`
+    was fine-tuned from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,9 +104,9 @@ def read_order(body: Mapping[str, Any]) -> EvaluationRequest:
 
 
 def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation:
-    """A queued evaluation and its message. An equal one that waits or runs already is given instead of a second.
+    """A queued evaluation and its message; an equal one that is queued or running is returned instead.
 
-    Raises NotFound, BadField when the model cannot do the dataset's task, Conflict while either is not ready.
+    Raises NotFound, BadField when the model does not support the dataset's task, Conflict while either is not ready.
     """
     resolved = models.resolve(session, user, order.model)
     dataset = find_dataset(session, user, order.dataset_id, order.file)
@@ -126,7 +126,7 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
 
 
 def find_dataset(session: Session, user: User, dataset_id: str | None, file: str | None, param: str = "file") -> Dataset:
-    """By `ds-…`, or by the file it was made from. Raises NotFound, or BadField when neither is named."""
+    """A dataset by `ds-…`, or by its file. Raises NotFound, or BadField when neither is named."""
     if dataset_id:
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if file:
@@ -168,7 +168,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
 
 
 def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, Any], *, same: bool) -> str:
-    """What a reader of the scores should know about rows that the model may have learnt."""
+    """A note for readers of the scores about rows that the model may have been trained on."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
         return "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
@@ -231,7 +231,7 @@ def list_(session: Session, user: User, *, model_id: uuid.UUID | None = None, li
 
 
 def latest(session: Session, user: User, model_id: uuid.UUID, kind: Kind, dataset_id: uuid.UUID | None = None) -> Evaluation | None:
-    """The newest evaluation of this kind that says something: one that waits, runs or succeeded before one that failed."""
+    """The newest evaluation of this kind, preferring one that is queued, running or succeeded to a failed one."""
     query = mine(user).where(Evaluation.model_id == model_id, Evaluation.kind == kind, Evaluation.status != "cancelled")
     if dataset_id is not None:
         query = query.where(Evaluation.dataset_id == dataset_id)
@@ -240,7 +240,7 @@ def latest(session: Session, user: User, model_id: uuid.UUID, kind: Kind, datase
 
 
 def blend_panel(session: Session, user: User, model: Model | None, page: str) -> JSON | None:
-    """What `templates/parts/blend.html` shows of a tuned model on `page`; None for a base."""
+    """The data of `templates/parts/blend.html` for a fine-tuned model on `page`; None for a base."""
     job = session.get(Job, model.job_id) if model is not None and model.job_id is not None else None
     if model is None or job is None or model.status != "ready":
         return None
@@ -257,7 +257,7 @@ def blend_panel(session: Session, user: User, model: Model | None, page: str) ->
 
 
 def cancel(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:
-    """Stop one that waits or runs: its runner sees at the next beat that it is no longer wanted. One that has ended stays."""
+    """Cancel one that is queued or running: its worker notices at the next heartbeat. One that has ended is unchanged."""
     get(session, user, evaluation_id, kinds)
     session.execute(
         update(Evaluation)
@@ -268,13 +268,13 @@ def cancel(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequen
 
 
 def delete(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> None:
-    """Take it away; one that runs is stopped."""
+    """Delete it; a running one is stopped."""
     cancel(session, user, evaluation_id, kinds).deleted_at = session.scalar(select(now()))
     session.flush()
 
 
 def to_json(evaluation: Evaluation) -> JSON:
-    """The evaluation as the API gives it."""
+    """The evaluation as the API returns it."""
     spec = evaluation.spec
     return {
         "id": ids.public(ids.EVALUATION, evaluation.id),
@@ -320,18 +320,18 @@ WORK = leases.Work(Evaluation, queue.EVALUATE, waits_as="queued", runs_as="runni
 
 
 def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
-    """Take one that waits, or one whose runner stopped beating. None: there is nothing to do, drop the message."""
+    """Claim a queued one, or one whose worker stopped sending heartbeats. None: there is nothing to do, drop the message."""
     found = leases.claim(session, WORK, evaluation_id, progress=0.0, stage=None)
     return None if found is None else Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
 
 
 def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
-    """Keep the lease; False when it is no longer ours: taken over, cancelled or deleted."""
+    """Renew the lease; False when it is lost: taken over, cancelled or deleted."""
     return leases.heartbeat(session, WORK, held.id, held.fence, progress=progress, stage=storable(stage))
 
 
 def finish(session: Session, held: Claim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
-    """Record how it ended; False when it is no longer ours."""
+    """Record how it ended; False when the lease is lost."""
     values = {
         "status": "failed" if error else "succeeded",
         "result": storable(result, words=True),
@@ -344,14 +344,14 @@ def finish(session: Session, held: Claim, *, result: JSON | None = None, error: 
 
 
 def release(session: Session, held: Claim, reason: str = "") -> None:
-    """Give it back to be run again: with a `reason` its process died, without one its worker is going down."""
+    """Requeue it: with a `reason` its process died, without one its worker is shutting down."""
     found = leases.lock_if_held(session, WORK, held.id, held.fence)
     if found is not None:
         _again(session, found, reason)
 
 
 def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
-    """Queue it once more, or give up at the cap. The caller holds its row."""
+    """Requeue it, or fail it at the maximum of deaths. The caller holds its row."""
     evaluation.stage = None
     if leases.requeue(session, WORK, evaluation, died=bool(reason)):
         return
@@ -362,5 +362,5 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
 
 
 def reap(session: Session) -> dict[str, int]:
-    """The relay's round."""
+    """One round of the reaper."""
     return leases.reap(session, WORK)

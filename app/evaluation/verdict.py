@@ -1,15 +1,15 @@
-"""What came of a job, in one word, one sentence and its figures: better than the base, no better, worse, …
+"""The verdict on a job, in one word, one sentence and its metrics: better than the base, no better, worse, …
 
-    better        beats the base beyond chance, and no prompt with examples does better
-    no_better     not told apart from the base, or a prompt with examples does as well or better than it
+    better        beats the base significantly, and no few-shot prompt does better
+    no_better     no significant difference from the base, or a few-shot prompt does as well or better
     worse         the base does better
-    undertrained  too few steps, or cut off, while the validation loss was still falling
-    overfitted    the validation loss rose again, and what was gained before is mostly lost
-    diverged      the loss left its start behind; there is no model
-    too_few_rows  too few held-out rows to tell
+    undertrained  too few steps, or stopped while the validation loss was still falling
+    overfitted    the validation loss rose again, and most of the gain was lost
+    diverged      the loss rose far above its start; there is no model
+    too_few_rows  too few validation rows for a verdict
 
-Pure: it reads what the trainer measured (`contest` of the evaluation: the same rows read by the base, by the base behind
-solved examples, and by the tuned model) and what the job's row says. Nothing is called better inside its 95 % interval.
+Pure: it reads what the trainer measured (`contest` of the evaluation: the same rows read by the base, by the base with few-shot
+examples, and by the fine-tuned model) and the job's row. No difference inside its 95 % interval is called better.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from app.tables import Job
 Outcome = Literal["better", "no_better", "worse", "undertrained", "overfitted", "diverged", "too_few_rows"]
 
 MIN_ROWS = 5
-"""Below these no interval is worth a word."""
+"""Below these no interval is meaningful."""
 FEW_ROWS = 30
-"""Below these a difference inside its interval says that there are too few rows, and not that there is no difference."""
+"""Below these a difference inside its interval means too few rows, not that there is no difference."""
 MIN_STEPS = 30
 """Optimizer steps below which most methods have hardly begun to learn."""
 STILL_FALLING = 0.15
-"""Share of the whole gain that the last third of a run brings when it was stopped too early."""
+"""Minimum share of the whole gain in the last third of a run that was stopped too early."""
 LOST_AGAIN = 0.5
-"""Share of the gain that is lost again when a run overfits."""
+"""Minimum share of the gain that is lost again in an overfitted run."""
 
 
 class Suggestion(BaseModel):
@@ -58,17 +58,17 @@ class Verdict(BaseModel):
 
     @property
     def ready(self) -> bool:
-        """Whether the model may be called ready without a word more."""
+        """Whether the model may be called ready without a caveat."""
         return self.outcome == "better"
 
 
 class Side(NamedTuple):
-    """The tuned model against another on the same rows. `gain` is the interval of how much better it is, less or more alike."""
+    """The fine-tuned model against another on the same rows. `gain` is the interval of the improvement, whatever the metric's direction."""
 
     rows: int
     score: float
     tuned: float
-    interval: tuple[float, float] | None  # tuned less the other
+    interval: tuple[float, float] | None  # fine-tuned − other
     gain: tuple[float, float] | None
 
     @property
@@ -83,7 +83,7 @@ class Side(NamedTuple):
 def verdict(
     status: str, spec: JobSpec, evaluation: Mapping[str, Any] | None, error: Mapping[str, Any] | None = None, step: int | None = None
 ) -> Verdict | None:
-    """The verdict on a job that has ended; None while it goes on, and where it failed for a reason that says nothing of its learning."""
+    """The verdict on a job that has ended; None while it goes on, and where it failed for a reason unrelated to its training."""
     if status == "failed":
         return diverged(spec, error) if (error or {}).get("code") == "diverged" else None
     if status == "cancelled":
@@ -92,7 +92,7 @@ def verdict(
         return None
     found, contest = evaluation or {}, (evaluation or {}).get("contest") or {}
     if found.keys() - {"tryout"} and not contest:
-        return None  # a job of an earlier version, which measured no such thing
+        return None  # a job of an earlier version, which measured none of this
     metric = str(contest.get("metric") or "loss")
     base, few_shot = _side(contest.get("base"), metric), _side(contest.get("few_shot"), metric)
     if base is None:
@@ -114,7 +114,7 @@ def verdict(
 
 
 def of_job(job: Job) -> Verdict | None:
-    """The verdict on a stored job; nothing is read but its row."""
+    """The verdict on a stored job, from its row alone."""
     return verdict(job.status, JobSpec.model_validate(job.spec), job.evaluation, job.error, job.step)
 
 
@@ -226,7 +226,7 @@ def _signed(value: float, metric: str) -> str:
 
 
 def still_falling(curve: Sequence[tuple[int, float]]) -> bool:
-    """Whether the last third of a run brought a good part of what the whole of it did, and its last evaluation was its best."""
+    """Whether the last third of a run brought a good part of its whole gain, and its last evaluation was its best."""
     if len(curve) < 3:
         return False
     (_, first), (last_step, last) = curve[0], curve[-1]
@@ -235,7 +235,7 @@ def still_falling(curve: Sequence[tuple[int, float]]) -> bool:
 
 
 def overfitted(curve: Sequence[tuple[int, float]]) -> int | None:
-    """The step with the least validation loss where most of what it had gained was lost again at the end; else None."""
+    """The step with the lowest validation loss where most of the gain was lost again at the end; else None."""
     if len(curve) < 3:
         return None
     step, least = min(curve, key=lambda point: point[1])

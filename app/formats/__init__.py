@@ -1,7 +1,7 @@
 """The registry of dataset formats: the folder itself. One file per format, one class per file.
 
-A *normalised row* is a dict of one of these shapes; it is what the Parquet file of a dataset holds and what the trainer
-reads, so nothing after this folder knows which keys a person's file used:
+A *normalized row* is a dict of one of these shapes; it is what the Parquet file of a dataset holds and what the trainer reads, so
+no code outside this folder knows which keys a person's file used:
 
     chat            {"messages": [{"role", "content", "weight"?: 0|1, "name"?, "tool_calls"?}, …], "tools"?: […]}
     instruction     {"messages": [system?, user, assistant]}
@@ -48,7 +48,7 @@ FORMATS: dict[str, Format] = {cls.name: cls() for cls in sorted(classes_in(__nam
 
 
 def get(name: str) -> Format:
-    """A format by its name. Raises BadField that lists the names there are."""
+    """A format by its name. Raises BadField that lists the names."""
     try:
         return FORMATS[name]
     except KeyError:
@@ -82,20 +82,20 @@ def objectives_of(name: str) -> list[Objective]:
 
 
 def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:
-    """What a person is asked to confirm: the format these rows look like, and the likeliest mapping for each format."""
+    """Suggestions for a person to confirm: the format these rows look like, and the likeliest mapping for each format."""
     return _content.suggest(FORMATS, rows)
 
 
 MIN_GOOD = 0.1
-"""Below this share of good rows a format explains nothing, however many columns it claims."""
+"""Below this share of valid rows a format does not fit, however many columns it claims."""
 RATINGS = {*FORMATS["rated"].fields[2].synonyms, "thumbs_up", "is_good", "desirable"}
 
 
 def rank(rows: Sequence[Row]) -> list[tuple[Format, Guess]]:
-    """The formats that fit these rows, best first; the earlier `place` wins a tie.
+    """The formats that fit these rows, best first; the lower `place` wins a tie.
 
-    A format whose columns another claims too, and more, stands behind it: broken rows are findings there, and here they would
-    be learnt without a word. One that learns every answer never comes first beside a column that says which are bad.
+    A format whose columns another claims too, with more, is ranked after it: rows invalid there are findings, and here they would
+    be trained on silently. One that trains on every answer never comes first where a column says which answers are bad.
     """
     guesses = [(entry, guess) for entry in FORMATS.values() if (guess := entry.recognise(rows)) is not None]
     claims = [set(guess.mapping.values()) for _, guess in guesses if guess.good >= MIN_GOOD]

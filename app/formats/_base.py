@@ -1,6 +1,6 @@
-"""What every dataset format is: how it is recognised, what makes a row good, and how a row is brought into our shape.
+"""The base class of dataset formats: detection, validation, and normalization of rows.
 
-A format never sees a file: the readers (`app/datasets/readers/`) hand it raw rows, one dict each, and a *mapping* from the
+A format never sees a file: the readers (`app/datasets/readers/`) pass it raw rows, one dict each, and a *mapping* from the
 format's fields to the columns of this file. Columns no field claims are kept as metadata.
 """
 
@@ -22,7 +22,7 @@ from app.objectives._base import Kinds
 
 Severity = Literal["error", "warning", "note"]
 MAX_NAME_LENGTH = 300
-"""Characters of a column's name: a longer one is a cell that slipped into the header. Every finding about a message repeats it."""
+"""Characters of a column's name: a longer one is a cell in the header by mistake. Every finding about a message repeats it."""
 Columns = Mapping[str, str]
 """Field of the format → column of the file."""
 
@@ -30,7 +30,7 @@ Columns = Mapping[str, str]
 class Field(NamedTuple):
     """One field of a format. `synonyms` are column names people use for it, best first, in lower case.
 
-    `holds` says which kind of column is suggested for it where no name fits (`_content.py`); empty for none.
+    `holds` says which kind of column is suggested for it where no name matches (`_content.py`); empty for none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """How well a format fits the first rows: `score` 0 to 1, the mapping, the reason in words, and the share of good rows."""
+    """How well a format fits the first rows: `score` 0 to 1, the mapping, the reason in words, and the share of valid rows."""
 
     score: float
     mapping: dict[str, str]
@@ -71,7 +71,7 @@ class Format(RowShape, ABC):
     task: ClassVar[str] = DEFAULT  # the objective that its rows are for
     shape: ClassVar[str]  # which normalised shape its rows have: its own name, or that of the format that owns it
     summary: ClassVar[str]  # one sentence in plain words
-    example: ClassVar[Row]  # one good raw row, shown in the help and checked by the tests
+    example: ClassVar[Row]  # one valid raw row, shown in the help and checked by the tests
     fields: ClassVar[tuple[Field, ...]]
     place: ClassVar[int] = 100  # order in lists, and which format wins a tie
     trained: ClassVar[bool] = True  # the objective of its task trains on it; False: only objectives whose `formats` name it do
@@ -103,7 +103,7 @@ class Format(RowShape, ABC):
         return kind
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
-        """The best column for each field by its synonyms; each column is taken once."""
+        """The best column for each field by its synonyms; each column is used once."""
         by_name = {plain(column): column for column in reversed(columns) if len(column) <= MAX_NAME_LENGTH}
         mapping: dict[str, str] = {}
         for field in self.fields:
@@ -126,16 +126,16 @@ class Format(RowShape, ABC):
         named = ", ".join(f"“{column}”" for column in mapping.values())
         columns_of_it = "Columns" if len(mapping) > 1 else "Column"
         reason = f"{columns_of_it} {named}; {good:.0%} of {len(rows)} sampled rows match."
-        # Good rows decide; among formats that fit equally well, the one that explains more columns wins.
+        # Valid rows decide; among formats that fit equally well, the one that explains more columns wins.
         return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason, good)
 
     @abstractmethod
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
-        """Everything wrong with one raw row, in reading order; empty when it is good."""
+        """Everything wrong with one raw row, in reading order; empty when it is valid."""
 
     @abstractmethod
     def normalise(self, row: Row, mapping: Columns) -> Row:
-        """The row in our shape. Only called when `check` found no error."""
+        """The normalized row. Only called when `check` found no error."""
 
     def metadata(self, row: Row, mapping: Columns) -> Row:
         """The columns that no field claims."""
@@ -172,12 +172,12 @@ def fingerprint(text: str) -> int:
 
 
 def fix(label: str, operation: str, **arguments: Any) -> dict[str, Any]:
-    """What one click would do about a finding."""
+    """The one-click fix of a finding."""
     return {"label": label, "operation": operation, "arguments": arguments}
 
 
 def text_of(row: Row, column: str | None) -> str | None:
-    """The text in a column; numbers and truth values are written out, a missing one is None."""
+    """The text in a column; numbers and booleans are converted, a missing one is None."""
     value = row.get(column) if column is not None else None
     if value is None or isinstance(value, str):
         return value
@@ -187,7 +187,7 @@ def text_of(row: Row, column: str | None) -> str | None:
 
 
 def check_text(row: Row, column: str | None, field: str, *, empty: Severity | None = "error", rule: str = "empty") -> list[Finding]:
-    """A column that must hold text. `empty` is how bad it is to hold nothing; None allows it."""
+    """Check a column that must hold text. `empty` is the severity of an empty one; None allows it."""
     at = column or field
     value = row.get(at)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -201,7 +201,7 @@ def check_text(row: Row, column: str | None, field: str, *, empty: Severity | No
 
 
 def parsed(value: Any) -> Any:
-    """A list that a CSV or Parquet cell carries as JSON text; anything else as it is."""
+    """A list that a CSV or Parquet cell contains as JSON text; other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             inner = _cell.decode(value.strip())

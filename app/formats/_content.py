@@ -1,6 +1,6 @@
-"""Which column holds what, judged by its values and by hints in its name: for files whose headers no format knows.
+"""Guesses which column holds what from its values and from hints in its name: for files whose header no format knows.
 
-What comes out is only suggested. A person confirms it, because a wrong mapping would be trained on in silence.
+The result is only a suggestion. A person confirms it, because a wrong mapping would be trained on silently.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from app.formats._base import MAX_NAME_LENGTH, Format, Row, columns_of, parsed, 
 from app.formats._messages import is_sharegpt, is_turn
 
 MAX_COLUMNS = 300
-"""Columns that are judged: nobody means the 301st."""
+"""Columns that are examined: nobody means the 301st."""
 MAX_LABEL_LENGTH = 60
 HINTS = {
     "question": ("question", "frage", "pregunta", "domanda", "prompt", "query", "instruction", "request", "user", "customer", "kunde"),
@@ -26,7 +26,7 @@ _NO_PROSE = re.compile(r"https?://\S+|\S+@\S+\.\w+|[0-9a-fA-F-]{16,}|\d[\d.:/T -
 
 
 class Column(NamedTuple):
-    """What a column's values are like. `place` is its position in the file."""
+    """Statistics of a column's values. `place` is its position in the file."""
 
     name: str
     place: int
@@ -87,7 +87,7 @@ def _format_of(columns: Sequence[Column]) -> str | None:
 
 
 def _mapping(entry: Format, columns: Sequence[Column]) -> dict[str, str]:
-    """By name first, the rest by content; each column is taken once."""
+    """By name first, the rest by content; each column is used once."""
     mapping = entry.guess_mapping([column.name for column in columns])
     for field in entry.fields:
         free = [column for column in columns if column.name not in mapping.values()]
@@ -98,7 +98,7 @@ def _mapping(entry: Format, columns: Sequence[Column]) -> dict[str, str]:
 
 
 def _best(holds: str, free: Sequence[Column]) -> Column | None:
-    """The column that looks most like what a field holds."""
+    """The column that looks most like the content of a field."""
     if holds == "turns":
         return next((column for column in free if column.turns), None)
     if holds == "rating":
@@ -107,7 +107,7 @@ def _best(holds: str, free: Sequence[Column]) -> Column | None:
         able = [column for column in free if column.label]
         return max(able, key=lambda column: (column.hinted("label"), column.text, column.place), default=None)
     able = [column for column in free if column.text]
-    if holds == "question":  # what is asked comes before what is answered
+    if holds == "question":  # a question comes before its answer
         return max(able, key=lambda c: (not c.label, not c.hinted("answer"), c.hinted("question"), c.asks > 0.3, -c.place), default=None)
     if holds == "answer":
         return max(able, key=lambda c: (not c.label, c.hinted("answer"), c.asks <= 0.3, c.length), default=None)

@@ -1,4 +1,4 @@
-"""Rules for conversations, shared by every format that holds messages."""
+"""Validation of conversations, shared by every format with messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEAKERS = {
     "tool": "tool",
     "function_call": "assistant",
 }
-"""ShareGPT's names of who speaks, which stand for one role each beyond doubt."""
+"""ShareGPT's names of speakers that map unambiguously to a role."""
 OTHER_NAMES = {
     name: role
     for role, names in {
@@ -35,17 +35,17 @@ OTHER_NAMES = {
     }.items()
     for name in names.split()
 }
-"""What other exports call the roles: a fix that is offered, never made in silence."""
+"""Other exports' names of roles: offered as a fix, never applied silently."""
 CHOICES = ("user", "assistant", "system", "tool")
-"""Roles that a person may give to messages of another name."""
+"""Roles that a person may assign to messages of another name."""
 KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
 DROP = fix("Remove row", "drop_row")
 
 
 def as_messages(value: Any, role: str = "user") -> list[Any]:
-    """Messages with `role` and `content`, from either spelling, from one message alone, or from text, which `role` then said.
+    """Messages with `role` and `content`, from either form, from a single message, or from a text, which gets `role`.
 
-    What is no message stays what it is, so that the check can say so. Raises TypeError for what is neither text nor messages.
+    What is no message is kept, so that validation can report it. Raises TypeError for what is neither text nor messages.
     """
     turns = parsed(value)
     turns = [turns] if is_turn(turns) else turns
@@ -63,12 +63,12 @@ def is_turn(value: Any) -> bool:
 
 
 def is_sharegpt(turn: Any) -> bool:
-    """Whether a turn is spelled {from, value} or {human, assistant}."""
+    """Whether a turn has the keys {from, value} or {human, assistant}."""
     return isinstance(turn, dict) and "role" not in turn and ("from" in turn or ("human" in turn and "content" not in turn))
 
 
 def _spelled(turn: Any) -> list[Any]:
-    """One turn as messages. An unknown speaker keeps its name, so that the check can say which one it was."""
+    """One turn as messages. An unknown speaker keeps its name, so that validation can report it."""
     if not isinstance(turn, dict):
         return [turn]
     if "role" not in turn and "from" not in turn and is_sharegpt(turn):
@@ -83,7 +83,7 @@ def _spelled(turn: Any) -> list[Any]:
 
 
 def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Finding]:
-    """Findings about one conversation. `answer` asks for an assistant's answer at its end."""
+    """Findings about one conversation. `answer` requires an assistant's answer at its end."""
     messages = parsed(value)
     if not isinstance(messages, list):
         return [Finding("wrong_shape", f"“{column}” must be a list of messages.", column, shown(value), "error", DROP)]
@@ -94,7 +94,7 @@ def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Find
     for index, message in enumerate(messages):
         findings += _check_message(message, f"{column}[{index}]")
     if any(finding.severity == "error" for finding in findings):
-        return findings  # the order of messages that cannot be read says nothing
+        return findings  # the order of invalid messages is meaningless
     return findings + _check_order(messages, column, answer)
 
 
@@ -131,19 +131,19 @@ def _check_message(message: Any, at: str) -> list[Finding]:
 
 
 def named(speaker: Any) -> str | None:
-    """A role's name without case and blanks around it: “Agent ” and “agent” are one. None for what is no name."""
+    """A normalized role name, without case and surrounding blanks: “Agent ” and “agent” are one. None for what is no name."""
     return (speaker.strip().lower() or None) if isinstance(speaker, str) else None
 
 
 def known_role(name: str) -> str | None:
-    """The role that another name stands for; None where only a person can tell."""
+    """The role that another name stands for; None where only a person can decide."""
     if name in ROLES:
         return {"developer": "system", "function": "tool"}.get(name, name)
     return SPEAKERS.get(name) or OTHER_NAMES.get(name.replace(" ", "_").replace("-", "_"))
 
 
 def recast(row: Row, columns: Iterable[str], roles: Mapping[str, str]) -> Row:
-    """The row with the messages of some speakers given to other roles; the row itself where none of them speaks in it."""
+    """The row with the messages of some speakers assigned to other roles; the row itself where none of them occurs in it."""
     changed = {column: turns for column in columns if (turns := _recast(row.get(column), roles)) is not row.get(column)}
     return row | changed if changed else row
 
@@ -168,7 +168,7 @@ def _speaker(turn: Any) -> str | None:
 
 
 def _wrong_role(role: Any, at: str) -> Finding:
-    """An unknown name has no fix of its own: a person says once, for all rows, which role it means."""
+    """An unknown name has no fix of its own: a person decides once, for all rows, which role it means."""
     name = named(role)
     better = known_role(name) if name else None
     if name is None:
@@ -272,7 +272,7 @@ def _check_answer(messages: Sequence[Row], column: str) -> list[Finding]:
 
 
 def flat(content: Any) -> str:
-    """The text of a message's content, which OpenAI also allows to be a list of text parts."""
+    """The text of a message's content, which may also be a list of text parts, as in OpenAI's API."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -281,9 +281,9 @@ def flat(content: Any) -> str:
 
 
 def normalise_messages(value: Any) -> list[Row]:
-    """Messages with the keys a chat template knows, in a fixed order. `developer` is the system; `function` is a tool."""
+    """Messages with the keys a chat template knows, in a fixed order. `developer` becomes system; `function` becomes tool."""
     result: list[Row] = []
-    parts: list[str] = []  # contents of the system's messages that follow each other: they become one
+    parts: list[str] = []  # contents of consecutive system messages, which are merged
     for message in as_messages(value):
         role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
         clean: Row = {"role": role, "content": flat(message.get("content"))}

@@ -1,4 +1,4 @@
-"""What stands before an answer, shared by the formats that learn from answers that were compared or rated."""
+"""Prompts before an answer, shared by the formats for compared or rated answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_GUESSED = {"input": "", "system": "", "history": ""}
 
 
 def joined(ask: str, about: str | None) -> str:
-    """An instruction and the text it is about, as one message."""
+    """An instruction and its input, as one message."""
     return f"{ask}\n\n{about}" if about and about.strip() else ask
 
 

@@ -1,4 +1,4 @@
-"""Chat: conversations as OpenAI writes them."""
+"""Chat: conversations in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Chat(Messages, Format):
             return None
         turns = [parsed(row.get(guess.mapping["messages"])) for row in rows]
         other = sum(isinstance(said, list) and bool(said) and is_sharegpt(said[0]) for said in turns)
-        return None if other * 2 > len(rows) else guess  # the same conversations in ShareGPT's spelling are that format's
+        return None if other * 2 > len(rows) else guess  # the same conversations with ShareGPT's keys are that format's
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
         column = mapping.get("messages", "messages")
@@ -77,6 +77,6 @@ class Chat(Messages, Format):
         result: Row = {"messages": normalise_messages(messages)}
         tools = parsed(row.get(mapping.get("tools", "tools")))
         if tools:
-            functions = mapping.get("tools") == "functions"  # OpenAI's older spelling holds the functions bare
+            functions = mapping.get("tools") == "functions"  # OpenAI's older format has the bare functions
             result["tools"] = [{"type": "function", "function": tool} for tool in tools] if functions else tools
         return result

@@ -47,7 +47,7 @@ class Classification(Format):
             return None
         labels = [text_of(row, guess.mapping["label"]) or "" for row in rows]
         long = sum(len(label) > 120 for label in labels)
-        # A label is short. A column of long texts under the name “target” holds answers, not classes; a few may be mistakes.
+        # A label is short. A column of long texts named “target” holds answers, not classes; a few may be mistakes.
         return None if long > 0.1 * len(labels) else guess
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
@@ -96,7 +96,7 @@ class Classification(Format):
 
 
 def label_of(row: Row, column: str) -> str:
-    """The label in a column, by the name it has in a normalised row."""
+    """The label in a column, as it is in a normalized row."""
     label: Any = row.get(column)
     name = str(int(label)) if isinstance(label, float) and label.is_integer() else (text_of(row, column) or "")
     return name.strip()

@@ -1,4 +1,4 @@
-"""Completion: a prompt and how it goes on."""
+"""Completion: a prompt and its continuation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instruction: alpaca's keys and the common synonyms."""
+"""Instruction: alpaca's keys and their common synonyms."""
 
 from __future__ import annotations
 

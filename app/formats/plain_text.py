@@ -1,4 +1,4 @@
-"""Plain text: passages to go on from, with no question and no answer."""
+"""Plain text: passages to continue, without question and answer."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Preference(Format):
 
     def recognise(self, rows: Sequence[Row]) -> Guess | None:
         guess = super().recognise(rows)
-        # Nothing else has a chosen and a rejected column, so their presence weighs more than any other likeness.
+        # No other format has a chosen and a rejected column, so their presence outweighs any other similarity.
         return guess and guess._replace(score=min(1.0, guess.score + 0.2))
 
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
@@ -90,7 +90,7 @@ class Preference(Format):
     def normalise(self, row: Row, mapping: Columns) -> Row:
         messages, tools = prompt_of(row, mapping)
         better, worse = (as_messages(row[mapping[name]], "assistant") for name in ("chosen", "rejected"))
-        if not messages:  # both answers carry the whole conversation: what they share is the prompt
+        if not messages:  # both answers have the whole conversation: their common part is the prompt
             shared = _shared(better, worse)
             messages, better, worse = better[:shared], better[shared:], worse[shared:]
         result: Row = {
@@ -147,9 +147,10 @@ class Preference(Format):
 
 
 def conversation_with(row: Row, answer: str, kind: str = "dialogue") -> Row:
-    """A normalised row as one conversation that ends with its answer “chosen”, “rejected” or, of a rated row, “answer”; only that is learnt.
+    """A normalized row as one conversation that ends with its answer “chosen”, “rejected” or, of a rated row, “answer”; only that
+    has a loss.
 
-    A model of kind “generic” goes on with the words as they stand, as in the playground: no roles, and no system message.
+    A model of kind “generic” continues the plain text, as in the playground: no roles, and no system message.
     """
     if kind == "generic":
         asked = [message for message in row["messages"] if message.get("role") != "system"]
@@ -178,7 +179,7 @@ def _check_answer(row: Row, column: str) -> list[Finding]:
 
 
 def _shared(a: list[Row], b: list[Row]) -> int:
-    """How many messages at the start are equal in both, the last answers never counted."""
+    """Number of equal messages at the start of both, the last answers excluded."""
     count = 0
     while count < min(len(a), len(b)) - 1 and a[count] == b[count]:
         count += 1

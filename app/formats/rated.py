@@ -1,4 +1,5 @@
-"""Rated answers: one answer to a prompt, and whether it was good. These are the rows of KTO (arXiv:2402.01306)."""
+"""Rated answers: one answer to a prompt, and whether it was good. These are the rows of KTO (Ethayarajh et al. 2024,
+https://arxiv.org/abs/2402.01306)."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ class Rated(Format):
         if guess is None:
             return None
         column, prompt = guess.mapping["label"], guess.mapping["prompt"]
-        # The columns of other formats may bear these names too; only a truth value beside a whole exchange makes this one.
+        # The columns of other formats may have these names too; only a boolean next to a whole exchange makes this format.
         rated = sum(verdict(row.get(column)) is not None for row in rows)
         exchange = "completion" in guess.mapping or any(isinstance(parsed(row.get(prompt)), list) for row in rows)
         return guess._replace(score=min(1.0, guess.score + 0.2)) if exchange and rated > 0.5 * len(rows) else None
@@ -145,7 +146,7 @@ class Rated(Format):
 
 
 def verdict(value: Any) -> bool | None:
-    """What a rating says; None for what is no rating."""
+    """A rating as a boolean; None for what is no rating."""
     word = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | bool | int | float) else ""
     word = word.removesuffix(".0") if isinstance(value, float) else word
     return True if word in GOOD else False if word in BAD else None

@@ -1,4 +1,4 @@
-"""ShareGPT: conversations with `from` and `value`, under either of its two spellings."""
+"""ShareGPT: conversations with `from` and `value`, or with its other pair of keys."""
 
 from __future__ import annotations
 

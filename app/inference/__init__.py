@@ -1,1 +1,1 @@
-"""Answers of models: the protocol with the worker, external servers, the playground."""
+"""Inference on the web side: the protocol with the worker, external servers, the playground."""

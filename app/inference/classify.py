@@ -1,4 +1,4 @@
-"""Texts sorted into classes by one or several classifiers: what is asked of the worker, and what came back, for page and API."""
+"""Classification of texts by one or several classifiers: requests to the worker, and their results, for page and API."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Sorting(NamedTuple):
 
 
 def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]) -> list[GenerateRequest]:
-    """One request for each classifier. Raises BadField for no or too many models or texts, for one that is empty or too long,
-    and for a model that is no classifier."""
+    """One request for each classifier. Raises BadField for no or too many models or texts, for one that is empty or too long, and
+    for a model that is no classifier."""
     if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
         raise BadField(f"Name between one and {MAX_PANES} different classifiers; {len(names)} were named.", param="model")
     if not 1 <= len(texts) <= MAX_TEXTS:
@@ -59,7 +59,7 @@ def _classifier(session: Session, user: User, name: str) -> ModelRef:
 
 
 def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorting:
-    """What a classifier said, its labels the likeliest first."""
+    """A classifier's result, with the likeliest label first."""
     broke = next((e for e in entries if isinstance(e, StreamError)), None)
     found = next((e for e in entries if isinstance(e, Classified)), None)
     if broke or found is None:
@@ -71,7 +71,7 @@ def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorti
 
 
 def to_json(sorting: Sorting) -> dict[str, Any]:
-    """The answer of `POST /v1/classify`."""
+    """The response of `POST /v1/classify`."""
     data = [
         {"object": "classification", "index": i, "label": said[0][0], "probabilities": dict(said), "truncated": cut}
         for i, (said, cut) in enumerate(zip(sorting.texts, sorting.cut, strict=True))
@@ -81,7 +81,7 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
 
 
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
-    """The classifiers that can be asked, newest first."""
+    """The available classifiers, newest first."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
     found = {"Classifiers": [playground.option(m) for m in reversed(rows)], "Aliases": playground.alias_options(session, user, rows)}
     return {group: options for group, options in found.items() if options}

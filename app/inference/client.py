@@ -1,7 +1,7 @@
-"""The reader's end of an answer: order it, and hear it token by token without a thread and without a database session.
+"""The client of a token stream: send a request, and receive its entries without a thread and without a database session.
 
-Whoever stops listening, by closing the iterator, stops the generation. Whoever is not answered any more hears an error
-within seconds: the worker's key has expired, a part was lost, or nobody took the request.
+Closing the iterator stops the generation. A reader that will get no more entries gets an error within seconds: the worker's key
+has expired, an entry was lost, or nobody took the request.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCK_SECONDS = 1.0
 SILENT_SECONDS = 10.0
 RENEW_SECONDS = 2.0
 AGAIN_SECONDS = 10.0
-"""A request nobody has taken is announced again; the claim makes a second message harmless."""
+"""A request that nobody has taken is sent again; the claim makes a second message harmless."""
 NO_WORKER_SECONDS = 20.0
 WAIT_SECONDS = 90.0
 
@@ -57,23 +57,23 @@ def _wire() -> redis.asyncio.Redis:
         raise Unavailable("No message broker is set.", hint="Start the studio with `luthier up`.")
     known = _clients.get(loop)
     if known is None or known[0] != url:
-        # Longer than the wait of a read that blocks, which a silent server would otherwise draw out for ever.
+        # Longer than the timeout of a blocking read, which a silent server would otherwise extend forever.
         client = redis.asyncio.Redis.from_url(url, socket_timeout=SILENT_SECONDS, socket_connect_timeout=5, health_check_interval=15)
         known = _clients[loop] = (url, client)
     return known[1]
 
 
 def raise_broke(entry: StreamError) -> None:
-    """The error a worker told, as it would have been raised here."""
+    """Raise a worker's error as it would have been raised here."""
     fault = StudioError(entry.message, hint=entry.hint, param=entry.param, code=entry.code)
     fault.status, fault.type = entry.status, entry.error_type
     raise fault
 
 
 async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
-    """Entries of one request, in order and complete, ending with Done. Raises StudioError when they cannot go on.
+    """Entries of one request, in order and complete, ending with Done. Raises StudioError when it fails.
 
-    A request with an engine of its own is rendered by a worker and answered by that server.
+    A request with an external engine is rendered by a worker and answered by that server.
     """
     async with contextlib.aclosing(_outside(request) if request.engine else _own(request)) as answer:
         async for entries in answer:
@@ -105,10 +105,10 @@ async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
                 return
     except redis.RedisError as error:
         if queue.cannot_write(error):
-            raise  # it has not gone away; `app.web.error_responses` says what is the matter
+            raise  # it is not unreachable; `app.web.error_responses` says what is wrong
         raise Unavailable("The message broker went away in the middle of the answer.", hint="Ask again.") from error
     finally:
-        # Not awaited here: a reader that is being cancelled may not wait for anything.
+        # Not awaited here: a reader that is being cancelled must not wait for anything.
         task = asyncio.ensure_future(_leave(wire, request))
         _farewells.add(task)
         task.add_done_callback(_farewells.discard)
@@ -146,7 +146,7 @@ async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIte
 
 
 class _Watch:
-    """Keeps the reader's own key alive and looks after the worker's while nothing comes."""
+    """Renews the reader's own key and checks the worker's while nothing arrives."""
 
     def __init__(self, wire: redis.asyncio.Redis, request: GenerateRequest) -> None:
         self.wire, self.request = wire, request
@@ -165,7 +165,7 @@ class _Watch:
         self.absent = 0
 
     async def check(self) -> None:
-        """Raises Unavailable once it is clear that nothing will come."""
+        """Raises Unavailable once it is certain that nothing will come."""
         if self.worker is None:
             claimed = await self.wire.get(claim_key(self.request.id))
             if claimed is None:

@@ -1,11 +1,11 @@
-"""The wire to an engine outside: an OpenAI-compatible server (vLLM, say) asked for one answer, and what it says in our own entries.
+"""Client of an external engine, an OpenAI-compatible server such as vLLM, whose responses it converts to our own entries.
 
-The studio renders the prompt with the model's own tokenizer, as in training, and sends its tokens to `/v1/completions`; a
-server that takes no tokens is sent the messages instead (`via="chat"`).
+The studio renders the prompt with the model's own tokenizer, as in training, and sends its tokens to `/v1/completions`; a server
+that takes no tokens gets the messages instead (`via="chat"`).
 
-Only the addresses in LUTHIER_ENGINES are ever called: the person who runs the studio lists them, nobody who uses it can add
-one. The name is resolved once per call and the connection goes to that very address; redirects, proxies of the environment
-and link-local addresses (where clouds keep their secrets) are refused.
+Only the addresses in LUTHIER_ENGINES are ever called: the person who runs the studio lists them, and no user can add one. The
+name is resolved once per call and the connection goes to exactly that address; redirects, proxies of the environment and
+link-local addresses (where clouds have their metadata services) are refused.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ JSON = dict[str, Any]
 CONNECT_SECONDS = 5.0
 ASKING_SECONDS = 10.0
 SILENT_SECONDS = 120.0
-"""A server that says nothing for so long has stopped."""
+"""A server that sends nothing for this long is taken to have stopped."""
 MAX_LINE_LENGTH = 4 * 2**20
 MAX_ANSWER_LENGTH = 64 * 2**20  # bytes
 NO_LIMIT_TOKENS = 512
-"""What a server that renders the prompt itself is asked for when nobody set a limit: the room left is known to it alone."""
+"""max_tokens of a request without a limit to a server that renders the prompt itself: only the server knows the room left."""
 
 
 class Address(NamedTuple):
@@ -56,7 +56,7 @@ class Address(NamedTuple):
 
 
 def allowed() -> dict[str, Address]:
-    """The servers the settings name, by address. Raises BadField for an entry that is no address of a server."""
+    """The servers in the settings, by address. Raises BadField for an entry that is no server address."""
     found = {}
     for part in get_settings().engines.replace(",", " ").split():
         address = _address(part)
@@ -82,7 +82,7 @@ def _address(text: str) -> Address:
 
 
 def find(url: str) -> Address:
-    """Raises BadField for an address that the settings do not name."""
+    """The server of this address. Raises BadField for one that is not in the settings."""
     known = allowed()
     wanted = url.strip().rstrip("/")
     if wanted not in known:
@@ -95,7 +95,7 @@ def find(url: str) -> Address:
 
 
 def names(address: Address) -> list[str]:
-    """What a server says it serves, by `GET /models`. Raises Unavailable."""
+    """The models that a server serves, by `GET /models`. Raises Unavailable."""
     import httpx
 
     try:
@@ -119,8 +119,8 @@ def names(address: Address) -> list[str]:
 
 
 async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGenerator[list[Entry]]:
-    """Entries of one request as the server says them, in the order our own engine gives. Closing it ends the connection,
-    which is how such a server learns that nobody listens. Raises StudioError."""
+    """Entries of one request from the server, in the order of our own engine. Closing it closes the connection, by which the
+    server notices that nobody reads. Raises StudioError."""
     import httpx
 
     engine = request.engine
@@ -146,7 +146,7 @@ async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGe
 
 
 async def _next(events: AsyncIterator[str], deadline: float) -> str | None:
-    """The next event; None at the end, and when the time is over: the answer is cut off, as our own engine does."""
+    """The next event; None at the end, and when the time is over: the answer is then truncated, as by our own engine."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(deadline):
             return await anext(events, None)
@@ -163,7 +163,7 @@ async def _some(response: httpx.Response) -> bytes:
 
 
 async def _events(response: httpx.Response, address: Address) -> AsyncIterator[str]:
-    """What stands after `data:` in each server-sent event; too long a line or answer ends in an error."""
+    """The contents of `data:` in each server-sent event; an overlong line or answer ends in an error."""
     held, total = b"", 0
     async for part in response.aiter_bytes():
         total += len(part)
@@ -176,7 +176,7 @@ async def _events(response: httpx.Response, address: Address) -> AsyncIterator[s
 
 
 async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: ExternalEngine) -> None:
-    """Tell the server where an adapter lies, once. vLLM answers 200, and 400 for one that it has already."""
+    """Load an adapter on the server, once. vLLM responds 200, and 400 for one that it has already."""
     if engine.adapter is None or (address.url, engine.model) in _loaded:
         return
     where, more = await asyncio.to_thread(_pinned, f"{address.url}/load_lora_adapter")
@@ -193,14 +193,14 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
 
 
 _loaded: set[tuple[str, str]] = set()
-"""Adapters this process has seen loaded. A server that was started anew says 404, and the adapter is forgotten here."""
+"""Adapters that this process has loaded. A server that was restarted responds 404, and the adapter is removed here."""
 
 
 # Two wires, one answer --------------------------------------------------------------------------------------------------
 
 
 class _Fold:
-    """One request in the server's words, and the server's answer in ours."""
+    """Converts one request to the server's API, and the server's response to our entries."""
 
     def __init__(self, request: GenerateRequest, rendered: Rendered | None, address: Address) -> None:
         self.request, self.rendered, self.address = request, rendered, address
@@ -228,7 +228,7 @@ class _Fold:
             body |= {"prompt": self.rendered.tokens if self.rendered else self.request.tokens or self.request.prompt}
             body |= {"stop_token_ids": self.rendered.stop_tokens} if self.rendered else {}
             body |= {"logprobs": s.top_logprobs} if s.logprobs else {}
-        # What not every server knows is said only where it changes something.
+        # Parameters that not every server supports are sent only where they have an effect.
         plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
         body |= {name: getattr(s, name) for name, usual in plain.items() if getattr(s, name) != usual}
         body |= {"stop": list(s.stop)} if s.stop else {}
@@ -245,7 +245,7 @@ class _Fold:
         return Started(rendered_prompt=text, prompt_tokens=tokens, max_tokens=most, context=self.rendered.context if self.rendered else 0)
 
     def take(self, data: str) -> list[Entry]:
-        """The entries that one event becomes. Raises the server's own error, and Unavailable for what is no event of this kind."""
+        """The entries of one event. Raises the server's own error, and Unavailable for an unexpected event."""
         try:
             said = json.loads(data)
             if said.get("error"):
@@ -273,7 +273,7 @@ class _Fold:
         return [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)]
 
     def end(self) -> list[Entry]:
-        """Every choice's end, then Done. A server that says no usage is counted by the parts it sent."""
+        """The end of every choice, then Done. Without usage from the server, the parts it sent are counted."""
         now, n = time.monotonic(), len(self.parts)
         written = int(self.usage.get("completion_tokens") or sum(self.parts))
         read = int(self.usage.get("prompt_tokens") or (len(self.rendered.tokens) if self.rendered else 0))
@@ -292,8 +292,8 @@ class _Fold:
 
 
 def _logprobs(said: JSON, top: int) -> list[Logprob]:
-    """Both spellings of the API: a list of tokens with their alternatives, and the older parallel lists, in which vLLM counts
-    the token itself among the alternatives."""
+    """Both forms of the API: a list of tokens with their alternatives, and the older parallel lists, in which vLLM counts the
+    token itself among the alternatives."""
     if "content" in said:
         return [_logprob(x, [_logprob(t, []) for t in x.get("top_logprobs") or []]) for x in said["content"] or []]
     tops = said.get("top_logprobs") or [None] * len(said["tokens"])
@@ -331,7 +331,7 @@ def _options(address: Address, seconds: float = SILENT_SECONDS) -> dict[str, Any
 
 
 def _pinned(url: str, resolve: Callable[..., Any] = socket.getaddrinfo) -> tuple[str, dict[str, Any]]:
-    """The URL with its host's address in the place of its name, and what a request needs to be understood all the same."""
+    """The URL with its host's address in place of its name, and the headers and TLS settings that need the name."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = [entry[4][0] for entry in resolve(parts.hostname, port, type=socket.SOCK_STREAM)]
@@ -344,7 +344,7 @@ def _pinned(url: str, resolve: Callable[..., Any] = socket.getaddrinfo) -> tuple
 
 
 def _may_be_called(address: str) -> bool:
-    """Loopback and private addresses are where such servers live; link-local ones and the like never are."""
+    """Loopback and private addresses are where such servers are; link-local ones and the like are never called."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
     return not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
@@ -370,14 +370,14 @@ def _strange(address: Address) -> Unavailable:
 
 
 def _status(error: JSON) -> int:
-    """The status an error in mid-stream would have had: vLLM says it as `code`, the API by its type."""
+    """The status that a mid-stream error would have had: vLLM has it as `code`, the API by its type."""
     if isinstance(error.get("code"), int):
         return int(error["code"])
     return 400 if error.get("type") == "invalid_request_error" else 500
 
 
 def _refused(address: Address, status: int, body: bytes, request: GenerateRequest | None) -> StudioError:
-    """The server's refusal as ours: what is wrong with the request is passed on, everything else is the server's own fault."""
+    """The server's error as ours: errors of the request are passed on, everything else is the server's own."""
     try:
         said = json.loads(body)
         said = said.get("error", said) if isinstance(said, dict) else {}

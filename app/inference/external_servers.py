@@ -1,7 +1,8 @@
-"""Which server answers for which model: an engine outside takes over, and nothing else changes.
+"""Which server answers for which model: an external engine replaces ours for a model, and nothing else changes.
 
-A plain LoRA adapter of a model that is served outside is loaded there by vLLM's `/v1/load_lora_adapter`; what a server cannot
-hold (other adapters, blends, checkpoints of whole models) our own engine answers. The wire is `app/inference/external_server.py`.
+A plain LoRA adapter of a model on an external server is loaded there by vLLM's `/v1/load_lora_adapter`; what a server does not
+support (other adapters, blends, checkpoints of whole models) our own engine answers. The client is
+`app/inference/external_server.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from app.tables import JSON, Model
 
 
 def register(model: Model, url: str, name: str, via: str = "tokens") -> ExternalEngine:
-    """Let a server answer for a model from now on. Raises BadField when it does not serve that name, Unavailable when it is away."""
+    """Let a server answer for a model from now on. Raises BadField when it does not serve that name, Unavailable when it is unreachable."""
     address = find(url)
     if via not in ("tokens", "chat"):
         raise BadField(f"{via[:20]!r} is no way to send a prompt.", hint="There are tokens and chat.", param="via")
@@ -36,15 +37,15 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
 
 
 def remove(model: Model) -> None:
-    """Our own engine answers again. Raises Conflict for a model that has no other."""
+    """Return to our own engine. Raises Conflict for a model that has no other."""
     if model.engine is None:
         raise Conflict(f"{model.name} is answered by the studio's own engine already.", param="model")
     model.engine = None
 
 
 def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
-    """Who answers: the model's own engine if it has one, else that of its base where the server can hold the adapter.
-    None is our own engine."""
+    """The model's own external engine if it has one, else that of its base where the server can load the adapter. None is our own
+    engine."""
     adapters = found.ref.adapters
     if any(adapter.blend != 1 for adapter in adapters):
         return None
@@ -61,7 +62,7 @@ def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
 
 @functools.lru_cache(maxsize=512)
 def _plain_lora(path: str) -> bool:
-    """Whether a folder holds LoRA and nothing else, which is all that servers hold in addition to a base. It is never changed in place."""
+    """Whether a folder holds plain LoRA, all that servers support in addition to a base. Cached, because it is never changed in place."""
     try:
         config = json.loads((get_settings().data_dir / path / "adapter_config.json").read_text())
     except (OSError, ValueError):

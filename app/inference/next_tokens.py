@@ -1,4 +1,4 @@
-"""What several models think of one text: their likeliest next tokens, and how likely each token of the text was to them."""
+"""Next-token view: several models' likeliest next tokens for one text, and the probability of each token of the text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: in
 
 
 class View(NamedTuple):
-    """What one model said of the text. `tokens` are those of the text, `following` what it thinks comes next."""
+    """One model's result. `tokens` are those of the text, `following` the likeliest next ones."""
 
     speaker: ResolvedModel
     tokens: list[SeenToken]
@@ -48,7 +48,7 @@ class View(NamedTuple):
 
     @property
     def bits(self) -> float | None:
-        """Surprise in bits a token: the mean of -log2 p over the tokens that something comes before."""
+        """Bits per token: the mean of −log2 p over all tokens but the first."""
         known = [t.logprob for t in self.tokens if t.logprob is not None]
         return -sum(known) / len(known) / math.log(2) if known else None
 
@@ -61,7 +61,7 @@ def view(asked: PendingAnswer, entries: Sequence[Entry]) -> View:
 
 
 def to_json(found: View, tokens: bool) -> dict[str, Any]:
-    """The answer of the API; with `tokens` also each token of the text."""
+    """The API's response; with `tokens` also each token of the text."""
     said: dict[str, Any] = {
         "model": found.speaker.name,
         "revision": found.speaker.ref.revision,
@@ -80,13 +80,13 @@ def probability(t: SeenToken) -> float | None:
 
 
 def shade(t: SeenToken) -> int:
-    """0 (certain) to 5 (less than one in a thousand): the class that colours a token."""
+    """0 (certain) to 5 (p below 0.001): the CSS class that colors a token."""
     p = probability(t)
     return 0 if p is None else next((i for i, low in enumerate((0.5, 0.2, 0.05, 0.01, 0.001)) if p >= low), 5)
 
 
 def side_by_side(views: Sequence[View]) -> list[list[SeenToken | None]]:
-    """Token by token, one column for each model: where all cut the text in the same way the rows stand for the same tokens."""
+    """Tokens in rows, one column for each model: where all tokenize the text in the same way, a row is one token."""
     return [list(row) for row in zip_longest(*(v.tokens for v in views))]
 
 

@@ -1,8 +1,8 @@
-"""The playground: the same prompt put to several models, and a record of what each answered and which weights did.
+"""The playground: the same prompt sent to several models, and a record of each answer and the weights that gave it.
 
-A conversation is a chain of exchanges. Each pane has a history of its own, since each model sees its own answers; the
-history is rebuilt here from what is stored, so a reload, a link and a plain form go on where the script would. A column
-may go on with another model: the exchange then says which column of the turn before it `follows`.
+A conversation is a chain of exchanges. Each pane has a history of its own, since each model sees its own answers; the history is
+rebuilt here from the database, so a reload, a link and a plain form continue where the script would. A column may continue with
+another model: the exchange then says which column of the turn before it `follows`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_PROMPT_LENGTH = 1_000_000  # characters
 
 
 class ResolvedModel(NamedTuple):
-    """Who is asked: the name it was asked by, what that means, and the server that answers in place of our own engine."""
+    """A model to be prompted: the name in the request, what it resolves to, and the external engine that answers, if any."""
 
     name: str
     resolved: Resolved
@@ -79,7 +79,7 @@ class Choice:
 
 @dataclass
 class AnswerFold:
-    """What one model said so far, folded from the entries of its stream."""
+    """One model's answer so far, folded from the entries of its stream."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
     started: Started | None = None
@@ -111,7 +111,7 @@ class AnswerFold:
                     self.error = {"message": entry.message, "hint": entry.hint, "code": entry.code}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens in the shape of the OpenAI API; of an answer that was stopped, those that were heard of."""
+        """Tokens in the shape of the OpenAI API; of an answer that was stopped, those received."""
         last = self.done or self.started
         prompt = last.prompt_tokens if last else 0
         written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())
@@ -128,8 +128,7 @@ class AnswerFold:
 
 
 def speaker(session: Session, user: User, name: str) -> ResolvedModel:
-    """The model behind a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that
-    does not write text."""
+    """The model of a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that is not generative."""
     resolved = models.resolve(session, user, name)
     found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
     if found.ref.kind in ("classifier", "encoder"):
@@ -142,7 +141,7 @@ def speaker(session: Session, user: User, name: str) -> ResolvedModel:
 
 
 def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
-    """The same for a column of the page, which may be a base behind the solved examples of a tuned model's verdict."""
+    """The same for a column of the page, which may be a base with the few-shot examples of a fine-tuned model's verdict."""
     if not name.startswith(tryout.FEW_SHOT):
         return speaker(session, user, name)
     look = tryout.of_name(session, user, name)
@@ -154,7 +153,7 @@ def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
 def request_for(user: User, who: ResolvedModel, sampling: Sampling, **prompt: Any) -> GenerateRequest:
     """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
-    engine = None if "look" in prompt else who.engine  # what a model thinks of a text is looked up in the weights that are here
+    engine = None if "look" in prompt else who.engine  # log-probabilities of a prompt need the local weights
     return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
 
 
@@ -169,7 +168,8 @@ def ask(
     parent: uuid.UUID | None = None,
     follows: Mapping[str, str] | None = None,
 ) -> tuple[Exchange, list[PendingAnswer]]:
-    """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. One seed serves all panes."""
+    """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. All panes
+    share one seed."""
     if not 1 <= len(names) <= MAX_PANES:
         raise BadField(f"Choose between one and {MAX_PANES} models; {len(names)} were named.", param="models")
     if len(set(names)) != len(names):
@@ -203,8 +203,8 @@ def ask(
 
 
 def _input(who: ResolvedModel, before: Sequence[tuple[Exchange, Answer]], prompt: str, system: str) -> dict[str, Any]:
-    """The prompt as the model's kind takes it: a generic one goes on with the text, an instruction model gets this turn
-    alone, a dialogue model all turns. A turn whose answer failed is left out: the model has said nothing to go on from."""
+    """The prompt as the model's kind takes it: a generic one continues the text, an instruction model gets this turn alone, a
+    dialogue model all turns. A turn whose answer failed is skipped: there is nothing to continue from."""
     turns = [(exchange.prompt or "", answer.text) for exchange, answer in before if not answer.error]
     if who.ref.kind == "generic" and not any(isinstance(e.prompt, list) for e in who.examples):
         text = "".join(question + answer for question, answer in turns) + prompt
@@ -217,7 +217,7 @@ def _input(who: ResolvedModel, before: Sequence[tuple[Exchange, Answer]], prompt
 
 
 def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> list[tuple[Exchange, Answer]]:
-    """What was said in the column that bears this name at the end of a conversation, its first turn first."""
+    """The history of the column that has this name at the end of a conversation, first turn first."""
     found: list[tuple[Exchange, Answer]] = []
     for exchange, said in reversed(thread):
         found = [(exchange, a) for a in said if a.model_name == name] + found
@@ -226,7 +226,7 @@ def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> li
 
 
 def fingerprint(who: ResolvedModel) -> str:
-    """Changes when the weights that answer do: the API's `system_fingerprint`."""
+    """Changes when the weights change: the API's `system_fingerprint`."""
     parts = [who.ref.revision, *(a.key for a in who.ref.adapters)]
     return f"fp_{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:12]}"
 
@@ -235,7 +235,7 @@ def fingerprint(who: ResolvedModel) -> str:
 
 
 def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> list[Answer]:
-    """Store what a model answered, one row for each choice; what was cut off is stored as far as it came."""
+    """Store what a model answered, one row for each choice; a truncated answer as far as it came."""
     who, request = asked.speaker, asked.request
     rows = []
     for index in range(request.sampling.n):
@@ -282,7 +282,7 @@ def record_call(
 
 
 def readable(text: str) -> str:
-    """Text that is UTF-8 without halves of surrogate pairs, which JSON can smuggle in and tokenizers refuse."""
+    """Text without lone surrogates, which JSON can contain and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -301,7 +301,7 @@ def answers(session: Session, exchange_ids: Sequence[uuid.UUID]) -> dict[uuid.UU
 
 
 def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[Exchange, list[Answer]]]:
-    """The conversation that ends with this exchange, its first turn first."""
+    """The conversation that ends with this exchange, first turn first."""
     chain: list[Exchange] = []
     key: uuid.UUID | None = exchange_id
     while key is not None and len(chain) < MAX_TURNS:
@@ -312,7 +312,7 @@ def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[E
 
 
 def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchange, list[Answer]]]:
-    """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and what was saved on the way."""
+    """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and the turns saved on the way."""
     gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
     shown = or_(Exchange.title.is_not(None), Exchange.id.not_in(gone_on))
     query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", shown)
@@ -329,7 +329,7 @@ def proof(answer: Answer) -> str:
 def proof_line(
     adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int, engine: str | None = None
 ) -> str:
-    """One line that says which weights spoke: what stands under an answer. Of an engine outside it says what was asked for."""
+    """The line under an answer that says which weights gave it; for an external engine, which model was requested."""
     parts = [f"adapter {adapter_sha256[:6]} on " if adapter_sha256 else "", f"revision {(revision or '')[:6]}"]
     speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
     return "".join(parts) + speed + f" · seed {seed}" + (f" · through {engine}" if engine else "")
@@ -339,7 +339,7 @@ def proof_line(
 
 
 class Option(NamedTuple):
-    """One model the page offers. `text` tells it apart from the others; one that is not kept is offered only where it was named."""
+    """One model the page offers. `text` distinguishes it from the others; one that is not kept is offered only where it was named."""
 
     name: str
     title: str
@@ -351,22 +351,22 @@ class Option(NamedTuple):
 class Turn(NamedTuple):
     exchange: Exchange
     answer: Answer
-    speaker: Option  # of this turn: a column may have gone on with another model
+    speaker: Option  # of this turn: a column may have continued with another model
 
 
 class Pane(NamedTuple):
-    """One column: a model, the column of the last turn it goes on from, and what was said in it so far."""
+    """One column: a model, the column of the last turn it continues, and its history."""
 
     name: str
     title: str
     kind: str
     follows: str
     turns: list[Turn]
-    blends: list[tuple[float, str]]  # (place between the base and the tuned model, its name); none where it cannot be blended
+    blends: list[tuple[float, str]]  # (interpolation point, name); none where it cannot be blended
 
 
 def choices(session: Session, user: User) -> dict[str, list[Option]]:
-    """What can be asked, by group, newest tuned model first. Classifiers and encoders do not write."""
+    """The models that can be prompted, by group, newest fine-tuned model first. Classifiers and encoders are not generative."""
     rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
     kinds: dict[uuid.UUID | None, str] = {m.id: m.kind for m in rows}
     few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
@@ -384,7 +384,7 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
 
 
 def option(model: Model, name: str = "", title: str = "") -> Option:
-    """A model as it is offered, or something made of it under a name and title of its own."""
+    """A model as an option, or something derived from it under a name and title of its own."""
     return Option(name or model.name, title or model.title, model.kind, models.option_text(model, title), model.kept)
 
 
@@ -412,7 +412,7 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
 
 
 def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exchange, Sequence[Answer]]], follows: str = "") -> Pane:
-    """A column of the page, also for a model that is no longer there."""
+    """A column of the page, also for a model that was deleted."""
     found, plain = option_of(name, offered), interpolation.split_name(name)[0]
     turns = [Turn(e, a, option_of(a.model_name, offered)) for e, a in column(thread, follows or name)]
     able = any(o.name == interpolation.full_name(plain, 0.5) for o in offered.get("Blends", []))

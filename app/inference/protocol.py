@@ -1,11 +1,11 @@
-"""What the web process and the generate worker say to each other: one request, and a stream of entries back.
+"""The protocol between web process and generate worker: one request, and a stream of entries back.
 
-The request travels in the Celery message as JSON. The answer travels over one Redis stream per request: every entry
-carries a rising `seq`, so that a reader sees when one was lost. Both ends prove that they live by keys that expire:
+The request is JSON in the Celery message. The answer comes through one Redis stream per request: every entry has an increasing
+`seq`, so that a reader detects a lost one. Both ends prove that they are alive by keys that expire:
 
     luthier:answer:<id>            the stream of entries; expires by itself
     luthier:answer:<id>:claim      which worker took the request; only the first message about it counts
-    luthier:answer:<id>:reader     renewed by the reader; when it is gone the worker stops and forgets the request
+    luthier:answer:<id>:reader     renewed by the reader; when it is gone the worker stops and drops the request
     luthier:generator:<worker>     renewed by the worker; when it is gone the reader ends with an error
 """
 
@@ -28,11 +28,11 @@ MAX_NEXT = 100
 MAX_TEXTS = 256
 
 READER_SECONDS = 10
-"""Life of the reader's key. A reader renews it each time it reads, so one that is stuck behind a full socket lets it pass."""
+"""Expiry of the reader's key. A reader renews it each time it reads, so one that blocks on a full socket lets it expire."""
 WORKER_SECONDS = 4
-"""Life of the worker's key, renewed every second by a thread of its own."""
+"""Expiry of the worker's key, renewed every second by a thread of its own."""
 STREAM_SECONDS = 300
-"""Life of a stream after its last entry."""
+"""Expiry of a stream after its last entry."""
 
 
 class _Frozen(BaseModel):
@@ -63,7 +63,7 @@ class Sampling(_Frozen):
 
 
 class ExternalEngine(_Frozen):
-    """An OpenAI-compatible server that answers for a model in place of our own engine. Its key is in the settings alone."""
+    """An OpenAI-compatible server that answers for a model in place of our own engine. Its key is only in the settings."""
 
     url: str = Field(description="base address, one of LUTHIER_ENGINES")
     model: str = Field(description="what that server calls the model")
@@ -78,9 +78,9 @@ class ExternalEngine(_Frozen):
 class GenerateRequest(_Frozen):
     """One prompt for one model. Exactly one of `messages`, `prompt`, `tokens` and `embed` is given; `seed` is always set.
 
-    With `look` nothing is written: the answer says how likely each token of the prompt was, and the `look` likeliest next ones.
-    With `embed` the model is an encoder, and the answer is a vector for each text; with `classify` it is a classifier.
-    With `render` nothing is written either: the answer is the rendered prompt, which goes to the request's `engine`.
+    With `look` nothing is generated: the result is the log-probability of each token of the prompt, and the `look` likeliest next
+    ones. With `embed` the model is an encoder, and the result is a vector for each text; with `classify` it is a classifier. With
+    `render` nothing is generated either: the result is the rendered prompt, which goes to the request's `engine`.
     """
 
     id: uuid.UUID
@@ -111,14 +111,14 @@ class Logprob(BaseModel):
 
 
 class Offsets:
-    """Where tokens begin in the text they make, in characters. A token that begins inside a character begins where that does."""
+    """Character offsets of tokens in their text. A token that begins inside a character has that character's offset."""
 
     def __init__(self) -> None:
         self.at = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def place(self, raw: list[int]) -> int:
-        """The beginning of the next token, which is made of these bytes."""
+        """The offset of the next token, which consists of these bytes."""
         begin = self.at
         for place, byte in enumerate(raw):
             self.at += len(self._decoder.decode(bytes([byte])))
@@ -150,7 +150,7 @@ class Rendered(BaseModel):
 
 
 class TextPart(BaseModel):
-    """`tokens` counts what this choice consists of so far, this part included: what is known of an answer that is stopped."""
+    """`tokens` counts the tokens of this choice so far, including this part: all that is known of an answer that is stopped."""
 
     type: Literal["text"] = "text"
     index: int
@@ -160,7 +160,7 @@ class TextPart(BaseModel):
 
 
 class ChoiceFinished(BaseModel):
-    """`tokens` counts what the model wrote, the token that ended it included."""
+    """`tokens` counts the generated tokens, including the one that ended the answer."""
 
     type: Literal["finished"] = "finished"
     index: int
@@ -169,8 +169,8 @@ class ChoiceFinished(BaseModel):
 
 
 class SeenToken(BaseModel):
-    """One token: its number, text, UTF-8 bytes, and the natural logarithm of its probability where it stands. None for the
-    first token of a prompt, which nothing comes before. `top` are the likeliest in its place, as many as the sampling says."""
+    """One token: its id, text, UTF-8 bytes, and the natural logarithm of its probability at its position; None for the first
+    token of a prompt, which has no predecessor. `top` are the likeliest at its position, as many as the sampling says."""
 
     id: int
     token: str
@@ -180,7 +180,7 @@ class SeenToken(BaseModel):
 
 
 class PromptLogprobs(BaseModel):
-    """What a model thinks of a prompt: each of its tokens, and the likeliest next ones."""
+    """Log-probabilities of a prompt's tokens, and the likeliest next ones."""
 
     type: Literal["seen"] = "seen"
     tokens: list[SeenToken]
@@ -196,7 +196,7 @@ class Embedded(BaseModel):
 
 
 class Classified(BaseModel):
-    """The probability of every label, in the order of `labels`, for each text; and whether the text was cut."""
+    """The probability of every label, in the order of `labels`, for each text; and whether the text was truncated."""
 
     type: Literal["classified"] = "classified"
     labels: list[str]
@@ -216,7 +216,7 @@ class Done(BaseModel):
 
 
 class StreamError(BaseModel):
-    """The request cannot go on. `status` is the HTTP status when nothing was sent yet."""
+    """The request has failed. `status` is the HTTP status if nothing was sent yet."""
 
     type: Literal["error"] = "error"
     status: int

@@ -1,7 +1,7 @@
-"""Which models stand ready to answer, and the rule by which they are put away.
+"""Which models are loaded, and the rule by which they are evicted.
 
-A generate worker says every second or two which models it has loaded; a train worker says how much memory its job takes.
-Both are words in Redis that fade by themselves, so a worker that dies takes nothing with it:
+A generate worker publishes every second or two which models it has loaded; a train worker how much memory its job takes. Both are
+Redis keys that expire, so nothing stale remains of a worker that dies:
 
     luthier:loaded:<worker>          the models that a generate worker has loaded
     luthier:room:<machine>:<job>      the bytes a job of this machine takes while it trains
@@ -28,7 +28,7 @@ from app.tables import JSON, Model, User
 
 FADES_SECONDS = 15
 ROOM_SECONDS = 60
-"""Life of a job's word, renewed with each of its beats."""
+"""Expiry of a job's key, renewed with each of its heartbeats."""
 
 
 class LoadedModelInfo(BaseModel):
@@ -42,7 +42,7 @@ class LoadedModelInfo(BaseModel):
 
 
 class WorkerResidency(BaseModel):
-    """What one generate worker has loaded. `limit_bytes` is what it may take now; `training_bytes` what jobs take beside it."""
+    """What one generate worker has loaded. `limit_bytes` is what it may take now; `training_bytes` what training jobs take."""
 
     device: str
     used_bytes: int
@@ -52,7 +52,7 @@ class WorkerResidency(BaseModel):
 
 
 class Shown(NamedTuple):
-    """A loaded model as its page names it; `model` is None for one of somebody else."""
+    """A loaded model with its name on the page; `model` is None for one of another person."""
 
     model: Model | None
     tuned: list[Model]
@@ -68,19 +68,19 @@ def say(worker: str, standing: WorkerResidency) -> None:
 
 @functools.cache
 def machine_id() -> str:
-    """The running kernel: the same for every process and container of a machine, and another on each machine."""
+    """The boot id of the running kernel: shared by all processes and containers of a machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _gpus() -> str:
-    """The GPUs a process may use, as its environment names them; empty is all of them."""
+    """The GPUs a process may use, by its environment; empty means all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
 
 
 def ask_room(job_id: uuid.UUID, size_bytes: int, device: str = "auto") -> None:
-    """Idle models of this machine are put away while a job trains that needs their memory on `device`. Repeat it while it trains."""
+    """Have idle models of this machine evicted while a job trains that needs their memory on `device`. Repeat it while it trains."""
     where = f"cuda:{_gpus()}" if this_machine().cuda and device != "cpu" else "cpu"
-    with contextlib.suppress(redis.RedisError, RuntimeError):  # a broker that is away is no reason not to train
+    with contextlib.suppress(redis.RedisError, RuntimeError):  # an unreachable broker is no reason not to train
         get_redis().set(_room(job_id), f"{size_bytes} {where}", ex=ROOM_SECONDS)
 
 
@@ -112,7 +112,7 @@ def _room(job_id: uuid.UUID) -> str:
 
 
 def rule() -> str:
-    """When a model is loaded and put away, in words for the pages."""
+    """The rule of loading and eviction, in words for the pages."""
     minutes = get_settings().generate_idle_seconds / 60
     return (
         f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a job "
@@ -121,7 +121,7 @@ def rule() -> str:
 
 
 def everyone() -> list[WorkerResidency]:
-    """What every generate worker has loaded; nothing when Redis is away."""
+    """What every generate worker has loaded; empty when Redis is unreachable."""
     try:
         wire = get_redis()
         keys = sorted(wire.scan_iter(match=f"{PREFIX}loaded:*", count=500))
@@ -131,7 +131,7 @@ def everyone() -> list[WorkerResidency]:
 
 
 def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown]:
-    """The models of one worker with the names that this person may see, those last used first."""
+    """The models of one worker with the names that this person may see, last used first."""
     by_path: dict[str, list[Model]] = {}
     for model in models.list_(session, user):
         if model.path and model.deleted_at is None:
@@ -145,12 +145,12 @@ def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown
 
 
 def part(session: Session, user: User) -> JSON:
-    """What the pages show of it, for their template."""
+    """The data of the pages' template."""
     return {"standing": [(one, shown(session, user, one)) for one in everyone()], "rule": rule()}
 
 
 def to_json(session: Session, user: User, standing: WorkerResidency) -> JSON:
-    """One worker for the API; the models of other people are counted and not named."""
+    """One worker for the API; models of other people are counted but not named."""
     rows = [
         {
             "model": one.model.name if one.model else None,

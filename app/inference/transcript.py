@@ -1,4 +1,4 @@
-"""A conversation of the playground as JSON lines or as Markdown, each answer with the proof of who gave it."""
+"""Exports a conversation of the playground as JSON lines or as Markdown, each answer with the proof of which weights gave it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _answer(turn: int, exchange: Exchange, a: Answer) -> dict[str, Any]:
 
 
 def as_markdown(thread: Thread, title: str) -> str:
-    """A document for people. What was typed and answered stands in fences, so none of it is read as Markdown."""
+    """A document for people. Prompts and answers are in code fences, so none of them is read as Markdown."""
     parts = [f"# {' '.join(title.split())}", ""]
     for turn, (exchange, said) in enumerate(thread, 1):
         system = exchange.messages[0]["content"] if exchange.messages else ""
@@ -45,7 +45,7 @@ def as_markdown(thread: Thread, title: str) -> str:
 
 
 def _proof(exchange: Exchange, a: Answer) -> list[str]:
-    """Whole hashes and the settings, so that the answer can be given again."""
+    """Full hashes and the settings, by which the answer can be reproduced."""
     engine = (a.usage or {}).get("engine")
     kept = {k: v for k, v in exchange.sampling.items() if k not in ("models", "follows", "seed") and v not in (None, [], False)}
     return [
@@ -58,7 +58,7 @@ def _proof(exchange: Exchange, a: Answer) -> list[str]:
 
 
 def _fenced(text: str) -> str:
-    """The fence is longer than any run of backticks in the text."""
+    """In a fence longer than any run of backticks in the text."""
     longest = max((len(run) for run in _runs(text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -1,5 +1,5 @@
-"""The fair first look at a tuned model: what its job left to ask it (`app/jobs/solved_examples.py`), beside its base with and without the
-examples of the job's verdict."""
+"""The first look at a fine-tuned model: the questions its job saved for it (`app/jobs/solved_examples.py`), next to its base with
+and without the few-shot examples of the job's verdict."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from app.settings import get_settings
 from app.tables import JSON, Job, Model, User
 
 FEW_SHOT = "few-shot:"
-"""Before a tuned model's name: its base, asked behind the examples of the verdict. Only the playground's columns take it."""
+"""Prefix of a fine-tuned model's name: its base with the few-shot examples of the verdict. Only the playground's columns accept it."""
 _OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Look(NamedTuple):
-    """What one job left for the first look at its model."""
+    """What one job saved for the first look at its model."""
 
     job: Job
     base: Model
@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 
 def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
-    """What the first of these columns that was tuned here brings; None where none was, its job left nothing, or it is gone."""
+    """What the first of these columns with a model fine-tuned here has saved; None where there is none, or it is gone."""
     for name in names:
         with contextlib.suppress(StudioError):
             if look := of_name(session, user, name):
@@ -46,7 +46,7 @@ def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
 
 
 def of_name(session: Session, user: User, name: str) -> Look | None:
-    """By the name of a column: a tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
+    """By the name of a column: a fine-tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
     plain = interpolation.split_name(name.removeprefix(FEW_SHOT))[0]
     job, base = models.origin(session, models.resolve(session, user, plain))
     left = (job.evaluation or {}).get("tryout") if job else None
@@ -56,14 +56,14 @@ def of_name(session: Session, user: User, name: str) -> Look | None:
 
 
 def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
-    """The newest tuned models whose bases can be asked few-shot."""
+    """The newest fine-tuned models whose bases can be prompted few-shot."""
     examples = func.jsonb_array_length(Job.evaluation["tryout"]["examples"])
     query = select(Model).join(Job, Model.job_id == Job.id).where(models.visible(user), Job.evaluation.has_key("tryout"), examples > 0)
     return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
 
 
 def address(base: str, tuned: str, kind: str, few_shot: bool = False) -> str:
-    """Where a model is tried: a result beside its base, bare and few-shot; a classifier where texts are sorted."""
+    """The page on which a model is tried: a result next to its base, zero-shot and few-shot; a classifier where texts are classified."""
     if kind == "classifier":
         return f"/playground/classify?{urlencode({'models': tuned})}"
     names = [base, FEW_SHOT + tuned if few_shot else "", tuned]
@@ -75,7 +75,7 @@ def has_examples(job: Job | None) -> bool:
 
 
 def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:
-    """The sampling that the models' own generation_config.json asks for; empty where they do not agree, or ask for none."""
+    """The sampling settings of the models' own generation_config.json; empty where they differ, or there are none."""
     found = []
     for name in names:
         with contextlib.suppress(StudioError):

@@ -1,6 +1,6 @@
-"""Blind votes: two models answer one prompt, their sides shuffled and their names hidden, and a person says which is better.
+"""Blind votes: two models answer one prompt, their sides shuffled and their names hidden, and a person chooses the better answer.
 
-Votes become a preference dataset, and answers a person has rewritten a dataset of conversations.
+Votes become a preference dataset, and answers that a person has rewritten a dataset of conversations.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
 
 MAX_EDIT_LENGTH = 100_000  # characters
 FEWEST = 6
-"""Decided votes before a verdict: of five, all fall to one side by chance once in sixteen times."""
+"""Minimum decided votes for a verdict: five fall to one side by chance once in sixteen times."""
 
 
 def draw(dataset: Dataset) -> list[JSON]:
-    """A conversation that wants an answer, from a row drawn at random. Raises Conflict while the dataset is not ready, and
-    BadField for texts without questions."""
+    """A conversation that needs an answer, from a random row. Raises Conflict while the dataset is not ready, and BadField for
+    texts without questions."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
         raise Conflict(f"{dataset.name} has no rows that can be read.", hint="Wait until it is read, or choose another.", param="dataset")
     for _ in range(20):
@@ -58,7 +58,7 @@ def _asks(row: JSON) -> list[JSON]:
 def begin(
     session: Session, user: User, names: Sequence[str], messages: list[JSON], sampling: Sampling, dataset: Dataset | None = None
 ) -> tuple[Vote, list[PendingAnswer]]:
-    """A round whose answers are still to come. Which model stands left is drawn here, and nobody is told before the vote.
+    """A round whose answers are still to come. Which model is left is drawn here, and hidden until the vote.
 
     Raises BadField for anything but two different models, and for an empty prompt.
     """
@@ -87,7 +87,7 @@ def begin(
 def answered(
     session: Session, user: User, vote_id: uuid.UUID, asked: Sequence[PendingAnswer], heard: Sequence[AnswerFold], sampling: Sampling
 ) -> Vote:
-    """Store what both said, with the proof of who spoke. Raises Conflict, and forgets the round, when one of them failed."""
+    """Store both answers, with the proof of which weights gave them. Raises Conflict, and deletes the round, when one of them failed."""
     vote = get(session, user, vote_id)
     broken = next((h.error for h in heard if h.error), None)
     if broken:
@@ -104,7 +104,7 @@ def answered(
 
 
 def forget(session: Session, user: User, vote_id: uuid.UUID) -> None:
-    """Take away a round that cannot be voted on: an answer failed, or nobody waited for it."""
+    """Delete a round that cannot be voted on: an answer failed, or nobody waited for it."""
     session.delete(get(session, user, vote_id))
     session.flush()
 
@@ -112,7 +112,7 @@ def forget(session: Session, user: User, vote_id: uuid.UUID) -> None:
 def add(
     session: Session, user: User, names: Sequence[str], messages: list[JSON], texts: Sequence[str], choice: int, edited: str | None
 ) -> Vote:
-    """A vote that was given elsewhere, as `POST /v1/votes` brings it."""
+    """A vote that was cast elsewhere, as `POST /v1/votes` sends it."""
     if len(names) != 2 or len(texts) != 2 or names[0] == names[1]:
         raise BadField("A vote names two different models and an answer of each.", param="models")
     vote = Vote(
@@ -141,7 +141,8 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
 
 
 def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange, int]:
-    """A vote for one answer of the playground over each other to the same prompt; how many. Raises Conflict where there is none."""
+    """A vote for one answer of the playground over each other answer to the same prompt; returns how many. Raises Conflict where
+    there is none."""
     chosen = session.get(Answer, answer_id)
     if chosen is None:
         raise NotFound("No such answer.", hint="Reload the playground: an answer is stored when it has ended.", param="answer")
@@ -171,8 +172,8 @@ def get(session: Session, user: User, vote_id: uuid.UUID) -> Vote:
 
 
 class Score(NamedTuple):
-    """One pair of models: how often the first won, the second won, and neither. Shares and tests are of the votes that decided;
-    a tie says nothing about which is better."""
+    """One pair of models: how often the first won, the second won, and neither. Shares and tests are over the decided votes; a
+    tie says nothing about which is better."""
 
     first: str
     second: str
@@ -190,7 +191,7 @@ class Score(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """The first's share of the decided votes."""
+        """The first model's share of the decided votes."""
         return self.won / self.decided if self.decided else None
 
     @property
@@ -226,7 +227,7 @@ def scores(session: Session, user: User) -> list[Score]:
 
 
 def to_json(vote: Vote) -> JSON:
-    """Who spoke on which side is told only once the vote is in."""
+    """The models of the sides are included only once the vote is in."""
     names = ("left_model", "right_model") if vote.choice is not None else ()
     return {
         "id": ids.public(ids.VOTE, vote.id), "object": "vote", "messages": vote.messages, "left": vote.left_text, "right": vote.right_text,
@@ -239,8 +240,8 @@ def to_json(vote: Vote) -> JSON:
 
 
 def make_dataset(session: Session, user: User, kind: str) -> Dataset:
-    """`preference`: each vote that was no tie, an edited answer being better than both. `chat`: the edited answers, and
-    where there is none the answer that won. Raises Conflict when there is nothing to learn from."""
+    """`preference`: each vote that was no tie, with an edited answer preferred to both. `chat`: the edited answers, and where
+    there is none the answer that won. Raises Conflict when there is nothing to train on."""
     rows = list(session.scalars(mine(user).order_by(Vote.created_at, Vote.id)))
     lines = [line for vote in rows for line in (_pairs(vote) if kind == "preference" else _turns(vote))]
     if kind not in ("preference", "chat"):

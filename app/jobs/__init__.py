@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: asked for, leased, followed, ended."""
+"""Fine-tuning jobs: created, leased, followed, ended."""

@@ -1,4 +1,4 @@
-"""What a job leaves to take away: its logs, and the folder TensorBoard reads."""
+"""Downloads of a job: its logs, and the folder TensorBoard reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.settings import get_settings
 from app.tables import Job
 
 TAIL_BYTES = 64 * 1024
-"""Of a trainer's output shown on the page; the download has all of it."""
+"""Part of a trainer's output that the page shows; the download has all of it."""
 
 
 def folder(job: Job) -> Path:
@@ -23,12 +23,12 @@ def folder(job: Job) -> Path:
 
 
 def tensorboard(job: Job) -> str:
-    """The folder with the TensorBoard files of every attempt; nothing where none was written."""
+    """The folder with the TensorBoard files of every attempt; empty where none was written."""
     return str(folder(job)) if any(folder(job).glob("a*/tensorboard")) else ""
 
 
 def output(job: Job) -> list[str]:
-    """The last lines the newest attempt's trainer wrote, newest first."""
+    """The last lines of the newest attempt's trainer log, newest first."""
     found = _logs(job)
     if not found:
         return []
@@ -39,13 +39,12 @@ def output(job: Job) -> list[str]:
 
 
 def log(session: Session, job: Job) -> Iterator[bytes]:
-    """The whole log as text: what was said of the job, then what the trainer of each attempt wrote. The session is not needed
-    any more when it is sent."""
+    """The whole log as text: the job's events, then the trainer log of each attempt. The session is not needed while it is sent."""
     return itertools.chain(list(_said(session, job)), _written(job))
 
 
 def _said(session: Session, job: Job) -> Iterator[bytes]:
-    """Every line, also those that the page keeps no more."""
+    """Every line, including those that the page has dropped."""
     seen = Progress()
     for row in jobs.events(session, job):
         last = seen.log[-1] if seen.log else None
@@ -63,5 +62,5 @@ def _written(job: Job) -> Iterator[bytes]:
 
 
 def _logs(job: Job) -> list[Path]:
-    """`trainer.log` of each attempt, the newest last."""
+    """`trainer.log` of each attempt, newest last."""
     return sorted(folder(job).glob("a*/trainer.log"), key=lambda path: int(path.parent.name[1:] or 0))

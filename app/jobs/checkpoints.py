@@ -1,4 +1,4 @@
-"""What can be done with one checkpoint of a job: keep it as a model, take it away, or go on from it."""
+"""Operations on one checkpoint of a job: keep it as a model, or resume from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEAD = "classifier.json"
 
 
 def get(session: Session, job: Job, step: int) -> Checkpoint:
-    """A checkpoint that is still there. Raises NotFound."""
+    """A checkpoint that was not deleted. Raises NotFound."""
     query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step, Checkpoint.deleted_at.is_(None))
     if (row := session.scalar(query)) is None:
         raise NotFound(f"The job has no checkpoint of step {step}.", hint="Its page lists those that are still there.", param="step")
@@ -35,7 +35,7 @@ def get(session: Session, job: Job, step: int) -> Checkpoint:
 
 
 def folder_of(row: Checkpoint) -> Path:
-    """Where it lies, once its files were found with their sizes and its manifest is the one that was recorded. Raises BadData."""
+    """Its folder, after checking the sizes of its files and that its manifest is the recorded one. Raises BadData."""
     folder = get_settings().data_dir / row.path
     manifest.verify(folder, deep=False)
     if manifest.sha256_of(folder / manifest.NAME) != row.manifest_sha256:
@@ -44,7 +44,7 @@ def folder_of(row: Checkpoint) -> Path:
 
 
 def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
-    """The checkpoint as a model, not yet in the database: what keeping it adds, and what a download's card is written from."""
+    """The checkpoint as a model that is not in the database: what `keep` adds, and the source of a download's card."""
     base = session.get_one(Model, job.model_id)
     strategy, labels = job.spec["strategy"]["name"], _labels(job, row)
     return Model(
@@ -68,16 +68,16 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
 
 
 def _labels(job: Job, row: Checkpoint) -> list[str] | None:
-    """The classes of a classifier, which its own files name."""
+    """The classes of a classifier, from its own files."""
     head = get_settings().data_dir / row.path / WEIGHTS / HEAD
     labels: list[str] | None = json.loads(head.read_text())["labels"] if head.is_file() else job.spec["model"].get("labels")
     return labels
 
 
 def keep(session: Session, job: Job, step: int) -> Model:
-    """The checkpoint as a model of its own, which stays when the job and its checkpoints go. Asking twice keeps it once.
+    """Keep the checkpoint as a model of its own, which stays when the job and its checkpoints are deleted. Idempotent.
 
-    Its files are linked and not copied, since nobody ever changes them. Raises NotFound, BadData, Conflict.
+    Its files are hard links, not copies, since nobody ever changes them. Raises NotFound, BadData, Conflict.
     """
     row = get(session, job, step)
     source = folder_of(row)
@@ -100,7 +100,7 @@ def keep(session: Session, job: Job, step: int) -> Model:
 
 
 def _link(source: Path, target: Path) -> dict[str, Any]:
-    """The checkpoint's weights as a model's folder, filled aside and renamed into place."""
+    """The checkpoint's weights as a model's folder, filled under a temporary name and renamed into place."""
     found = manifest.read(source) or {"files": {}}
     inside = {name.removeprefix(f"{WEIGHTS}/"): entry for name, entry in found["files"].items() if name.startswith(f"{WEIGHTS}/")}
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -123,7 +123,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) -> Job:
-    """Queue a job again; with `step` from that checkpoint, and the later ones go. Raises NotFound, Conflict."""
+    """Queue a job again; with `step` from that checkpoint, deleting later ones. Raises NotFound, Conflict."""
     if step is None:
         return jobs.resume(session, user, job_id)
     job = jobs.get(session, user, job_id)
@@ -136,17 +136,17 @@ def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) ->
             hint="Resume from the newest checkpoint, or clone the job.",
             param="step",
         )
-    resumed = jobs.resume(session, user, job_id)  # holds the job's row: no trainer runs until this is committed
+    resumed = jobs.resume(session, user, job_id)  # locks the job's row: no trainer runs until this is committed
     later = (Checkpoint.job_id == job.id) & (Checkpoint.step > step)
     session.execute(update(Checkpoint).where(later, Checkpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
-    remembered = Checkpoint.path == _best_of(row)  # the best one so far, which no sweep may take
+    remembered = Checkpoint.path == _best_of(row)  # the best one so far, which no sweep may remove
     session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(best=remembered & Checkpoint.deleted_at.is_(None)))
     lifecycle.remove_folders(session, job.id)
     return resumed
 
 
 def resumable(row: Checkpoint) -> bool:
-    """Whether the checkpoint's files are there, and those of the best one it remembers, whose weights the job's end may take."""
+    """Whether the checkpoint's files are there, and those of the best one it refers to, whose weights the job may end with."""
     try:
         best = _best_of(row)
     except (OSError, ValueError):
@@ -155,6 +155,6 @@ def resumable(row: Checkpoint) -> bool:
 
 
 def _best_of(row: Checkpoint) -> str | None:
-    """The path of the best checkpoint when this one was saved, as it remembers. Raises OSError, ValueError."""
+    """The path of the best checkpoint at the time this one was saved, which it records. Raises OSError, ValueError."""
     best: str | None = json.loads((get_settings().data_dir / row.path / STATE).read_text()).get("best_path")
     return best

@@ -1,7 +1,7 @@
 """A job's configuration outside the form: as text to copy, as a file that runs again, and back into the form.
 
-The file of a job holds its model, its data, its method and every setting with the value that it has, also where nobody chose
-one, so that it gives the same job when defaults have changed.
+The file of a job holds its model, its data, its method and every setting with its value, including defaults, so that it gives the
+same job when defaults have changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, User
 
 MAX_FILE = 100_000
-"""Bytes of a configuration that is loaded into the form; a full one has three thousand."""
+"""Bytes of a configuration that is loaded into the form; a complete one has three thousand."""
 KEYS = frozenset(
     {
         "name",
@@ -58,7 +58,7 @@ def of_job(job: Job) -> str:
 
 
 def as_file(spec: JobSpec) -> str:
-    """Everything that decides the job, as YAML for `luthier train`. A value that is the default says so beside it."""
+    """Everything that decides the job, as YAML for `luthier train`. Default values are marked."""
     named = {
         "name": spec.name,
         "model": spec.model.name,
@@ -78,7 +78,7 @@ def as_file(spec: JobSpec) -> str:
 
 
 def _settings(settings: BaseModel, **defaults: Any) -> str:
-    """A line for each field, those of a default value marked. Fields that are off stand as comments, since null means the default."""
+    """A line for each field, with default values marked. Fields that are off are comments, since null means the default."""
     lines = []
     for name, info in type(settings).model_fields.items():
         if name == "name":
@@ -97,8 +97,8 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 def read(session: Session, user: User, file: bytes) -> dict[str, str]:
-    """A configuration file as the form would have been filled in. Raises BadData for what is no such file, BadField or NotFound for
-    what is wrong in it; values that are out of range are left to the form, which shows them at their fields."""
+    """A configuration file as the filled form. Raises BadData for what is no such file, BadField or NotFound for errors in it;
+    values out of range are left to the form, which shows them at their fields."""
     try:
         body = yaml.safe_load(file.decode("utf-8"))
     except UnicodeDecodeError:
@@ -154,10 +154,10 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: str | None) ->
 
 
 def typed_from(job: Job) -> dict[str, str]:
-    """A job's order as the form would have been typed, for cloning it."""
+    """A job's request as the filled form, for cloning it."""
     spec = job.spec
     strategy = {k: as_text(v) for k, v in spec["strategy"].items() if k != "name"}
-    # The method's own learning rate is left to the method, so that it follows when another is chosen.
+    # The method's own learning rate is left empty, so that it follows when another method is chosen.
     default = usual_learning_rate(STRATEGIES[spec["strategy"]["name"]], spec["task"], spec["run"].get("optimizer", "adamw"))
     own_rate = "learning_rate" if spec["run"].get("learning_rate") == default else None
     return {
@@ -174,7 +174,7 @@ def typed_from(job: Job) -> dict[str, str]:
 
 
 def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
-    """`typed_from` a job named by its public id; nothing when there is none such."""
+    """`typed_from` a job named by its public id; empty when there is none."""
     try:
         return typed_from(jobs.get(session, user, ids.parse(ids.JOB, public_id)))
     except NotFound:
@@ -185,8 +185,8 @@ def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:
 
 
 def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[str, Any]:
-    """The order as the body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
-    if spec_dataset.file_id is not None and spec_dataset.edits is None:  # a file's id names what was read from it unchanged
+    """The body of `POST /v1/fine_tuning/jobs`, which is also what `luthier train` reads."""
+    if spec_dataset.file_id is not None and spec_dataset.edits is None:  # a file's id stands for its unedited dataset
         data = {"training_file": ids.public(ids.FILE, spec_dataset.file_id)}
     else:
         data = {"dataset_id": ids.public(ids.DATASET, spec_dataset.id)}
@@ -206,8 +206,8 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
 
 
 def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
-    """The job to copy: as a YAML file of what was chosen, a curl command and a Python program. Each of them works as it is, with
-    the key of an account in `LUTHIER_API_KEY`."""
+    """The job to copy: as a YAML file of the chosen settings, a curl command and a Python program. Each of them works as it is,
+    with the key of an account in `LUTHIER_API_KEY`."""
     ours = {
         key: body[key]
         for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "name")

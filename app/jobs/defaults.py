@@ -1,4 +1,4 @@
-"""What a preset means for one dataset on the machine that trains: settings where nobody chose any."""
+"""The settings of a preset for one dataset on the training machine, where nobody chose any."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from app.tables import Dataset
 def usual_run(
     dataset: Dataset, asked: Mapping[str, Any], *, validated_elsewhere: bool = False, preset: PresetName = "balanced"
 ) -> dict[str, Any]:
-    """What a preset means for this dataset on this machine (app/planning/schedule.py), settings in `asked` as they are; nothing while the
-    dataset is being read."""
+    """The settings of a preset for this dataset on this machine (app/planning/schedule.py), with settings in `asked` unchanged;
+    empty while the dataset is being parsed."""
     from app.machines import heartbeats
 
     if dataset.status != "ready" or dataset.task not in OBJECTIVES:
@@ -26,7 +26,7 @@ def usual_run(
     try:
         wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
     except ValidationError:
-        return {}  # what is wrong with them is said where the settings are read
+        return {}  # errors in them are reported where the settings are parsed
     held_out = 0.0 if validated_elsewhere else wanted.validation_fraction
     rows = (dataset.good_rows or 0) * (1 - held_out) * wanted.data_fraction
     each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[dataset.task].sequences_per_row
@@ -51,7 +51,7 @@ SIZED = (
 
 
 def mean_tokens(dataset: Dataset) -> float:
-    """Mean tokens of a row; where they are not counted yet, a token is taken for four characters."""
+    """Mean tokens of a row; four characters count as a token where they are not counted yet."""
     from app.datasets import service as datasets
 
     stats = datasets.stats(dataset)

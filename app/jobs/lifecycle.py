@@ -1,16 +1,16 @@
-"""Who holds a job, and every move between its states.
+"""The lease of a job, and all its state transitions.
 
     queued ──claim──▶ running ──finish──▶ succeeded
-      ▲ │               │ │ └──fail────▶ failed
-      │ └─cancel,pause  │ └──stopped───▶ paused | cancelled | queued (the worker is going down)
-      └──resume, lost───┘   (failed and cancelled jobs with a checkpoint resume too)
+    ▲ │               │ │ └──fail────▶ failed
+    │ └─cancel,pause  │ └──stopped───▶ paused | cancelled | queued (the worker is shutting down)
+    └──resume, lost───┘   (failed and cancelled jobs with a checkpoint resume too)
 
-The Celery message only says "look at this job"; the claim below decides. Each claim raises the job's `fence`, and every
-write of an attempt names the fence it holds, so a worker that was thought dead and wakes up later can change nothing.
-Every move is one conditional UPDATE by the database's clock, safe to repeat when the answer to a COMMIT was lost.
+The Celery message only says "look at this job"; the claim below decides. Each claim increments the job's `fence`, and every write
+of an attempt names the fence it holds, so a worker that was taken for dead and wakes up later can change nothing. Every
+transition is one conditional UPDATE by the database's clock, safe to repeat when the response to a COMMIT was lost.
 
-The UPDATE comes first and the events after it: it holds the job's row, so the ids of one job's events rise in the order
-in which they are committed, and a watcher who has seen event n has seen all before it.
+The UPDATE comes first and the events after it: it locks the job's row, so the ids of one job's events increase in the order in
+which they are committed, and a watcher who has seen event n has seen all before it.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ class Claim:
     attempt: int
     spec: JobSpec
     memory_bytes: int = 0
-    """What the attempt is thought to take; 0 when nobody knows."""
+    """Estimated memory of the attempt; 0 when unknown."""
 
     @property
     def folder(self) -> str:
-        """The attempt's own folder, relative to the data folder: a file system cannot check a fence, a path can."""
+        """The attempt's own folder, relative to the data folder: a file system cannot check a fence, but a path of its own keeps
+        attempts apart."""
         return f"runs/{self.job_id}/a{self.fence}"
 
 
 @dataclass(frozen=True, slots=True)
 class ControlFlags:
-    """What people asked of a running job since it was claimed."""
+    """Requests from people about a running job since it was claimed."""
 
     cancel: bool
     pause: bool
@@ -69,7 +70,7 @@ class FenceLost(Exception):
 
 
 def has_rows() -> ColumnElement[bool]:
-    """The spec names rows that can be read; false while a dataset of the job is still being read."""
+    """The spec names rows that can be read; false while a dataset of the job is still being parsed."""
     validation = func.coalesce(Job.spec["validation"]["path"].astext, "none")
     both: ColumnElement[bool] = (Job.spec["dataset"]["path"].astext != "") & (validation != "")
     return both
@@ -83,12 +84,12 @@ def is_complete(session: Session, job_id: uuid.UUID) -> bool:
 
 
 def record_event(session: Session, job_id: uuid.UUID, attempt: int, event: events.JobEvent, key: uuid.UUID | None = None) -> None:
-    """Record one event and wake the job's watchers. The caller has locked the job's row by updating it."""
+    """Record one event and notify the job's watchers. The caller has locked the job's row by updating it."""
     record_events(session, job_id, attempt, [(key or uuid.uuid4(), event)])
 
 
 def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
-    """Record events under keys of their own; a key that is there already is left alone, so saying twice is saying once."""
+    """Record events under keys of their own; an existing key is ignored, so recording is idempotent."""
     rows = [
         {
             "key": key,
@@ -108,7 +109,7 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
 
 
 def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
-    """Take a queued job, or one whose holder stopped beating. None: there is nothing to do, drop the message."""
+    """Claim a queued job, or one whose holder stopped sending heartbeats. None: there is nothing to do, drop the message."""
     started = func.coalesce(Job.started_at, now())
     job = leases.claim(session, WORK, job_id, attempt=Job.attempt + 1, worker=worker, started_at=started, save_requested=False)
     if job is None:
@@ -120,7 +121,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
 
 
 def heartbeat(session: Session, held: Claim) -> ControlFlags:
-    """Renew the lease and hear what people want. Raises FenceLost."""
+    """Renew the lease and return people's requests. Raises FenceLost."""
     _beat(session, held)
     wishes = select(Job.cancel_requested, Job.pause_requested, Job.save_requested).where(Job.id == held.job_id)
     return ControlFlags(*session.execute(wishes).one())
@@ -132,8 +133,8 @@ def _beat(session: Session, held: Claim, **values: Any) -> None:
 
 
 def record(session: Session, held: Claim, first: int, said: Sequence[events.TrainerEvent]) -> None:
-    """Record what the trainer said. `first` is the number of the first event within the attempt, from 0: recording the
-    same events again changes nothing. Raises FenceLost."""
+    """Record the trainer's events. `first` is the number of the first event within the attempt, from 0: recording the same events
+    again changes nothing. Raises FenceLost."""
     _beat(session, held, **_changes(said))
     record_events(session, held.job_id, held.attempt, [(_key(held, first + i), event) for i, event in enumerate(said)])
     for event in said:
@@ -146,7 +147,7 @@ def _key(held: Claim, number: int) -> uuid.UUID:
 
 
 def _changes(said: Sequence[events.TrainerEvent]) -> dict[str, Any]:
-    """The columns of the job that these events move."""
+    """The columns of the job that these events update."""
     changes: dict[str, Any] = {}
     for event in said:
         if isinstance(event, events.Started):
@@ -163,7 +164,7 @@ def _changes(said: Sequence[events.TrainerEvent]) -> dict[str, Any]:
 
 
 def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
-    """Enter a verified checkpoint. A newer one than any before clears the deaths: the job does get on."""
+    """Record a verified checkpoint. A newer one than any before resets the count of deaths, because the job makes progress."""
     newest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == held.job_id))
     values = {
         "path": saved.path,
@@ -188,12 +189,12 @@ def _checkpoint(session: Session, held: Claim, saved: events.Saved) -> None:
 
 
 def _end(session: Session, held: Claim, status: str, **values: Any) -> None:
-    """Move the held job, whose row the caller has locked, to `status`."""
+    """Change the held job, whose row the caller has locked, to `status`."""
     leases.finish_if_held(session, WORK, held.job_id, held.fence, status=status, seconds_left=None, **values)
 
 
 def _mine(session: Session, held: Claim) -> Job | None:
-    """The held job, locked. None when this very attempt ended it before, in whatever way, and the answer was lost. Raises
+    """The held job, locked. None when this very attempt ended it before, in whatever way, and the response was lost. Raises
     FenceLost when the job is no longer this attempt's."""
     job = leases.lock_if_held(session, WORK, held.job_id, held.fence)
     if job is None and not session.scalar(select(Job.id).where(Job.id == held.job_id, Job.fence == held.fence, Job.status != "running")):
@@ -204,8 +205,8 @@ def _mine(session: Session, held: Claim) -> Job | None:
 def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     """The job succeeded: its state, its model and its metrics file in one transaction. Raises FenceLost.
 
-    A cancel that was accepted before this wins: the job ends as cancelled and its result goes. A pause does not: nothing is
-    left to go on with, and the machine is free all the same.
+    A cancel that was accepted before this wins: the job ends as cancelled and its result is deleted. A pause does not: nothing is
+    left to resume, and the machine is free all the same.
     """
     from app.jobs import metrics_csv
     from app.models import service as models
@@ -234,7 +235,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     session.flush()
     try:
         metrics_csv.write_results(session, job)
-    except OSError as error:  # the model is what was worked for; its page draws the same figures from the events
+    except OSError as error:  # the model is what matters; its page draws the same metrics from the events
         log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
         why = getattr(error, "message", None) or str(error)
         message = f"The metrics of the steps are not kept as a file. {why} They are on this page and can be downloaded from it."
@@ -242,9 +243,9 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
 
 
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
-    """The attempt failed. What another attempt may survive is queued again; a full disk pauses the job, since nothing
-    is lost and it goes on from its checkpoint; the rest ends it, with a reason and a hint. A job that was to be cancelled
-    is cancelled, whatever it failed of. Raises FenceLost."""
+    """The attempt failed. A failure that another attempt may survive requeues the job; a full disk pauses it, since nothing is
+    lost and it resumes from its checkpoint; any other ends it, with a reason and a hint. A job that was to be cancelled is
+    cancelled, whatever its failure. Raises FenceLost."""
     job = _mine(session, held)
     if job is None:
         return None
@@ -280,15 +281,15 @@ def lost(session: Session, held: Claim, failed: events.Failed) -> None:
 
 
 def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -> None:
-    """The trainer saved and left. The request decides: cancelled, paused, or, when nobody asked, queued again because
-    its worker is going down. Raises FenceLost."""
+    """The trainer saved and left. The request decides: cancelled, paused, or, without one, requeued because its worker is
+    shutting down. Raises FenceLost."""
     job = _mine(session, held)
     if job is not None and not _settle_wish(session, job, step, reason):
         _requeue(session, job, "worker_left")
 
 
 def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:
-    """Give a job nobody runs any more what was asked of it. False when nothing was. The caller holds its row."""
+    """Apply the pending request to a job that nobody runs any more. False when there is none. The caller holds its row."""
     if not (job.cancel_requested or job.pause_requested):
         return False
     status = "cancelled" if job.cancel_requested else "paused"
@@ -308,7 +309,7 @@ def _requeue(session: Session, job: Job, reason: Any) -> None:
 
 
 def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> None:
-    """An attempt is dead. Queue the job again, or give up at the cap. The caller holds its row."""
+    """An attempt is dead: requeue the job, or fail it at the maximum of deaths. The caller holds its row."""
     record_event(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
     job.deaths += 1  # since the newest checkpoint, see `_checkpoint`
     if _settle_wish(session, job, job.step):
@@ -341,7 +342,7 @@ WORK = leases.Work(Job, queue.TRAIN, waits_as="queued", runs_as="running", since
 
 
 def resume_after_full_disk(session: Session) -> int:
-    """Jobs that a full disk paused go on by themselves once there is room for two more of their checkpoints."""
+    """Resume jobs that a full disk paused once there is room for two more of their checkpoints."""
     free = shutil.disk_usage(get_settings().data_dir).free
     size = select(func.max(Checkpoint.bytes)).where(Checkpoint.job_id == Job.id).scalar_subquery()
     room = 2 * func.coalesce(size, 0) + 256 * 2**20 < free
@@ -354,7 +355,7 @@ def resume_after_full_disk(session: Session) -> int:
 
 
 def sweep_outbox(session: Session) -> int:
-    """Forget messages sent over a day ago."""
+    """Delete messages sent over a day ago."""
     old = now() - timedelta(days=1)
     return db.touched(session, delete(Outbox).where(Outbox.sent_at < old))
 
@@ -375,8 +376,8 @@ def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
 
 
 def remove_folders(session: Session, job_id: uuid.UUID) -> None:
-    """Remove the folders of a job's deleted checkpoints after the commit: now, and again with each claim, since whoever deleted them
-    may have died before."""
+    """Remove the folders of a job's deleted checkpoints after the commit: now, and again with each claim, in case the process
+    that deleted them died before."""
     gone = session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_not(None))).all()
     for path in gone:
         db.on_commit(session, functools.partial(shutil.rmtree, get_settings().data_dir / path, ignore_errors=True))

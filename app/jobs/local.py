@@ -1,7 +1,7 @@
-"""An order learnt here and now: no studio, no database, no queue. What `luthier train --here` does.
+"""Runs a job in this process: no studio, no database, no queue. The body of `luthier train --here`.
 
-The model is a starter's name or a folder, the rows are a file; both are named in the order as everywhere. The result stands
-under `runs/` of the data folder, as a job's would.
+The model is a starter's name or a folder, the rows are a file; both are named in the request as usual. The result is under
+`runs/` of the data folder, as a job's would be.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ KNOWN = frozenset({"model", "training_file", "validation_file", "task", "strateg
 
 
 def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
-    """The frozen spec of an order whose paths are relative to `folder`; its rows are read on the way.
+    """The spec of a request whose paths are relative to `folder`; its rows are parsed on the way.
 
-    Raises BadField naming the field that is wrong, or BadData for rows that cannot be read.
+    Raises BadField naming the field that is wrong, or BadData for rows that cannot be parsed.
     """
     for name in order:
         if name not in KNOWN:
@@ -72,7 +72,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
 
 
 def model_of(name: str, folder: Path) -> ModelRef:
-    """A folder saved by save_pretrained(), or a starter, which is fetched when it is not there."""
+    """A folder saved by save_pretrained(), or a starter, which is fetched when it is missing."""
     path = (folder / name).resolve()
     if not path.is_dir():
         path = starters.ensure(name).resolve()
@@ -90,7 +90,7 @@ def model_of(name: str, folder: Path) -> ModelRef:
 
 
 def kind_of(path: Path, shape: Shape) -> Kind:
-    """A model with a chat template holds conversations; one without goes on with a text."""
+    """The kind of a model: one with a chat template holds conversations; one without continues text."""
     if shape.architecture == "encoder":
         return "encoder"
     about = path / "tokenizer_config.json"
@@ -99,7 +99,7 @@ def kind_of(path: Path, shape: Shape) -> Kind:
 
 
 def rows_of(name: str, folder: Path, param: str) -> tuple[DatasetRef, Task]:
-    """The good rows of a file, kept as Parquet under the hash of its bytes, and what they teach."""
+    """The valid rows of a file, kept as Parquet under the hash of its bytes, and their task."""
     path = (folder / name).resolve()
     if not path.is_file():
         raise BadField(f"{param} names {path}, which is not a file.", hint="Write a path relative to the YAML file.", param=param)
@@ -114,7 +114,7 @@ def rows_of(name: str, folder: Path, param: str) -> tuple[DatasetRef, Task]:
 
 
 def train(spec: JobSpec, *, profile: bool = False) -> Iterator[events.TrainerEvent]:
-    """What the training process says, to its end. Raises what it failed with as a StudioError. Ctrl-C lets it save and leave."""
+    """The events of the training process, to its end. Raises its failure as a StudioError. Ctrl-C lets it save and leave."""
     folder = f"runs/alone-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     attempt = get_settings().folder(*folder.split("/"), "a1")
     path = attempt / "spec.json"

@@ -1,4 +1,4 @@
-"""The metrics of a job's steps as a CSV file, laid out as OpenAI's result files are."""
+"""The metrics of a job's steps as a CSV file, in the layout of OpenAI's result files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ RESULT_COLUMNS = (
 
 
 def results_csv(rows: Sequence[Event]) -> bytes:
-    """Step metrics as CSV, one line per step. A step that was taken again after a crash counts once, as taken last.
+    """Step metrics as CSV, one line per step. A step repeated after a crash counts once, the last time.
 
-    What a recipe measures besides follows in columns of its own, `train_…` and `valid_…`.
+    Further metrics of a recipe follow in columns of their own, `train_…` and `valid_…`.
     """
     lines: dict[int, dict[str, Any]] = {}
     more: dict[str, None] = {}
@@ -47,7 +47,7 @@ def results_csv(rows: Sequence[Event]) -> bytes:
 
 
 def write_results(session: Session, job: Job) -> None:
-    """Store the step metrics as a file with the purpose fine-tune-results, as part of this transaction."""
+    """Store the step metrics as a file with the purpose fine-tune-results, in this transaction."""
     rows = session.scalars(
         select(Event).where(Event.job_id == job.id, Event.type.in_(("started", "step", "evaluated"))).order_by(Event.id)
     ).all()

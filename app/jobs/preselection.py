@@ -1,4 +1,4 @@
-"""Which model and which dataset a form begins with, where nobody named them: those used last, matched to each other's task."""
+"""The model and dataset a form begins with, where none was named: those used last, matched to each other's task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECENT = 50
 def pair(
     session: Session, user: User, models: Sequence[Model], datasets: Sequence[Dataset], model: str | None, dataset: str | None
 ) -> tuple[Model | None, Dataset | None]:
-    """The named ones, None for a name that is not there; the others as the last job had them, else as suits, of the models that are kept."""
+    """The named ones, None for an unknown name; the others as in the last job, else by suitability, among the models that are kept."""
     chosen = next((m for m in models if model in (m.name, ids.public(ids.MODEL, m.id))), None) if model else None
     data = next((d for d in datasets if ids.public(ids.DATASET, d.id) == dataset), None) if dataset else None
     if (model and chosen is None) or (dataset and data is None) or (chosen and data):
@@ -29,7 +29,7 @@ def pair(
     for model_id, dataset_id in _recent(session, user):
         one = chosen or next((m for m in models if m.id == model_id), None)
         other = data or next((d for d in datasets if d.id == dataset_id), None)
-        # What was named leads: a job of another model or dataset says nothing about it.
+        # A named one comes first: a job of another model or dataset is no guide.
         if one and other and (chosen is None or model_id == chosen.id) and (data is None or _alike(session, data, dataset_id)):
             return one, other
     able = [d for d in datasets if trainable(d)]
@@ -43,7 +43,7 @@ def _recent(session: Session, user: User) -> Sequence[Row[uuid.UUID, uuid.UUID]]
 
 
 def _alike(session: Session, data: Dataset, dataset_id: object) -> bool:
-    """Whether a model that was taken for one dataset suits another."""
+    """Whether a model that was used with one dataset suits another."""
     other = session.get(Dataset, dataset_id)
     return other is not None and (other.task, formats.asks(other.format)) == (data.task, formats.asks(data.format))
 

@@ -1,13 +1,13 @@
-"""What a job page shows, as a fold over the job's events. No database, no clock, no HTTP.
+"""The state of a job page, as a fold over the job's events. No database, no clock, no HTTP.
 
     progress = Progress()
     for row in events:
         fold(progress, from_row(row.type, row.data), at=row.created_at, event_id=row.id)
 
-The same events give the same page: after a reload, in a second browser, on another web process. A job that resumes at
-step S says again everything after S, so whatever was said about later steps is forgotten first.
+The same events give the same page: after a reload, in a second browser, on another web process. A job that resumes at step S
+repeats all events after S, so everything recorded about later steps is dropped first.
 
-Curves are lists of (step, value), rising in step. Losses are nats per trained token, memory bytes, times seconds.
+Curves are lists of (step, value), increasing in step. Losses are nats per trained token, memory bytes, times seconds.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ Point = tuple[int, float]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
-"""The curves that every step adds a point to; `validation` comes from the evaluations."""
+"""The curves with a point per step; `validation` comes from the evaluations."""
 
 RECENT_STEPS = 25
-"""How many steps the speed now, and so the time left, is judged by."""
+"""Steps from which the current speed, and so the remaining time, is computed."""
 
 KEPT_LOG_LINES = 500
 
 
 @dataclass(slots=True)
 class LogLine:
-    """One line of the page's log: the trainer's own, or what the studio did with the job."""
+    """One line of the page's log: the trainer's own, or about the job's state."""
 
     at: datetime | None
     level: Literal["info", "warn", "error"]
@@ -59,17 +59,16 @@ class LogLine:
 
 @dataclass(slots=True)
 class Progress:
-    """All a page knows of a job from what it said. Mutable, so that folding one more event costs the same after a
-    thousand as after one."""
+    """The state of a job page. Mutable, so that folding one more event costs the same after a thousand as after one."""
 
     last_event_id: int = 0
     status: Status = "queued"
     attempt: int = 0
     worker: str | None = None
     claimed_at: datetime | None = None
-    """When the running attempt was taken by its worker."""
+    """When the running attempt was claimed by its worker."""
     loading: bool = False
-    """Taken by a worker, and not yet so far that training starts."""
+    """Claimed by a worker, but not training yet."""
     started: Started | None = None
     resumed_from: int | None = None
     resume_reason: str = ""
@@ -81,9 +80,9 @@ class Progress:
     """What the job does besides steps just now; None while it makes steps."""
     curves: dict[str, list[Point]] = field(default_factory=lambda: {name: [] for name in (*CURVES, "validation")})
     metrics: dict[str, list[Point]] = field(default_factory=dict)
-    """What evaluations measured besides the loss."""
+    """Metrics of evaluations other than the loss."""
     step_metrics: dict[str, list[Point]] = field(default_factory=dict)
-    """What training steps measured besides, under the same names where they are the same figure."""
+    """Other metrics of training steps, under the same names where they are the same metric."""
     times: list[Point] = field(default_factory=list)
     """Training seconds at each recent step, over all attempts."""
     evaluations: list[Evaluated] = field(default_factory=list)
@@ -94,7 +93,7 @@ class Progress:
     finished: Finished | None = None
 
     def snapshot(self) -> Progress:
-        """The same as it stands now; folding on does not change it. Events are frozen, so the lists alone are copied."""
+        """A copy that later folds do not change. Events are immutable, so only the lists are copied."""
         return replace(
             self,
             curves={name: list(points) for name, points in self.curves.items()},
@@ -117,7 +116,7 @@ class Progress:
 
     @property
     def best_evaluation(self) -> Evaluated | None:
-        """The evaluation with the least validation loss; a loss that is not a number is never the best."""
+        """The evaluation with the lowest validation loss; NaN is never the best."""
         real = [e for e in self.evaluations if e.loss == e.loss]
         return min(real, key=lambda e: e.loss, default=None)
 
@@ -130,7 +129,7 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed now: the median of the recent steps. After the end, the average over the whole job."""
+        """Current speed: the median of the recent steps. After the end, the average over the whole job."""
         if self.finished:
             return self.finished.measured.tokens_per_second
         recent = [value for _, value in self.curves["tokens_per_second"][-RECENT_STEPS:]]
@@ -138,23 +137,23 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Share of the steps that are done, 0 to 1."""
+        """Fraction of the steps that are done, 0 to 1."""
         if self.finished:
             return 1.0
         return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Steps to go times the median recent step, and the evaluations' time spread over the steps so far.
+        """Remaining steps times the median recent step, plus the evaluations' time averaged over the steps so far.
 
-        The median, because an evaluation or a saved checkpoint between two steps must not read as slow training.
-        None before two steps were seen in one attempt, after the last one, and when nothing is running.
+        The median, because an evaluation or a checkpoint between two steps must not look like slow training. None before two
+        steps were seen in one attempt, after the last one, and when nothing is running.
         """
         return self.seconds_to_train if self.status == "running" else None
 
     @property
     def seconds_to_train(self) -> float | None:
-        """The same for a job that is paused: how long the steps to go would take."""
+        """The same for a paused job: how long the remaining steps would take."""
         gaps = [later[1] - earlier[1] for earlier, later in zip(self.times, self.times[1:], strict=False) if later[1] > earlier[1]]
         if not gaps or not self.total_steps or self.step >= self.total_steps:
             return None
@@ -163,7 +162,7 @@ class Progress:
 
     @property
     def starting(self) -> bool:
-        """Taken by a worker, and no step of this attempt was made yet."""
+        """Claimed by a worker, and no step of this attempt was made yet."""
         return self.status == "running" and (self.loading or not self.times)
 
     @property
@@ -172,7 +171,7 @@ class Progress:
 
     @property
     def resumed(self) -> str:
-        """`resumed at step 40 after the worker was lost`, or nothing for a job that went straight on."""
+        """`resumed at step 40 after the worker was lost`, or empty for a job without interruptions."""
         if self.loading:
             return self.resume_reason
         if self.resumed_from is None:
@@ -190,7 +189,7 @@ def progress(events: Iterable[JobEvent]) -> Progress:
 
 
 def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, event_id: int | None = None) -> Progress:
-    """Take one more event in; `progress` is changed and returned. `at` and `event_id` are the row's time and id."""
+    """Fold one more event into `progress`, which is changed and returned. `at` and `event_id` are the row's time and id."""
     if event_id is not None:
         progress.last_event_id = event_id
     progress.task = event if isinstance(event, TaskProgress) else progress.task if isinstance(event, Log) else None
@@ -230,7 +229,7 @@ def _claimed(progress: Progress, event: Claimed) -> None:
     progress.status, progress.attempt, progress.worker = "running", event.attempt, event.worker
     progress.failure = None
     progress.loading = True
-    progress.times.clear()  # nobody knows yet how fast this worker is
+    progress.times.clear()  # this worker's speed is unknown yet
 
 
 def _started(progress: Progress, event: Started) -> None:
@@ -295,14 +294,14 @@ _FOLDS: dict[type[JobEvent], Callable[[Progress, Any], None]] = {
 
 
 def _put(points: list[Point], step: int, value: float) -> None:
-    """Add a point. A step that is said again replaces what was said, so a line recorded twice draws nothing twice."""
+    """Add a point. A repeated step replaces the earlier one, so a line recorded twice draws nothing twice."""
     while points and points[-1][0] >= step:
         points.pop()
     points.append((step, value))
 
 
 def _forget_after(progress: Progress, step: int) -> None:
-    """Forget what was said about later steps: the attempt that said it is gone and the next one says it again."""
+    """Drop everything recorded about later steps: the attempt that did is gone and the next one repeats them."""
     for points in (*progress.curves.values(), *progress.metrics.values(), *progress.step_metrics.values()):
         while points and points[-1][0] > step:
             points.pop()
@@ -315,7 +314,7 @@ def _forget_after(progress: Progress, step: int) -> None:
 
 
 def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "warn", "error"], str] | None:
-    """The sentence an event leaves in the log; steps leave none, they are the curves."""
+    """The log line of an event; steps have none, they are the curves."""
     match event:
         case Log():
             return event.level, event.message
@@ -351,12 +350,12 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
 
 
 def downsample(points: Sequence[Point], budget: int) -> list[Point]:
-    """At most `budget` of the points, chosen so that the line looks the same: largest triangle three buckets.
+    """At most `budget` of the points, chosen so that the line looks the same: largest triangle three buckets (Steinarsson 2013,
+    Downsampling Time Series for Visual Representation, University of Iceland, section 4.2).
 
-    Sveinn Steinarsson 2013, "Downsampling Time Series for Visual Representation" (University of Iceland), section 4.2.
-    The first and the last point stay; of each bucket between them, the point that spans the largest triangle with the
-    one chosen before and the mean of the next bucket. Points whose value is not finite are left out: they have no place
-    on an axis, and the log tells of them.
+    The first and the last point stay; from each bucket between them, the point that spans the largest triangle with the one
+    chosen before and the mean of the next bucket. Points with a non-finite value are dropped: they have no position on an axis,
+    and the log reports them.
     """
     points = [p for p in points if abs(p[1]) < float("inf")]
     if budget < 3:

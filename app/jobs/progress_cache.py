@@ -1,8 +1,8 @@
-"""The progress of a job, kept between two looks at its page.
+"""Cache of the progress of jobs in a web process.
 
-Folding a long job's events anew for every look would cost more with every step. So a web process remembers how far it
-has folded, and reads only what came after. It is a cache and no more: Postgres is the truth, any process can answer,
-and forgetting it all changes nothing but the next answer's time.
+Folding all events of a long job for every view would cost more with every step. So a web process remembers the progress and the
+last event folded, and reads only later ones. It is only a cache: Postgres is the truth, any process can answer, and an empty
+cache costs only time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 
 def progress_of(session: Session, job: Job) -> Progress:
-    """What the job has said so far. The answer is the caller's own; it does not change under a template's hands."""
+    """The progress of a job. The result is the caller's own and does not change later."""
     kept = _of(job.id)
     with kept.lock:
         rows = session.scalars(select(Event).where(Event.job_id == job.id, Event.id > kept.progress.last_event_id).order_by(Event.id))
@@ -52,7 +52,7 @@ def _of(job_id: uuid.UUID) -> _Kept:
 
 
 def best_losses(session: Session, found: list[Job]) -> dict[uuid.UUID, float]:
-    """Least validation loss of each job, for lists; a job without an evaluation is not in it."""
+    """Lowest validation loss of each job, for lists; jobs without an evaluation are missing."""
     loss = cast(Event.data["loss"].astext, Float)
     query = select(Event.job_id, func.min(loss)).where(Event.job_id.in_([job.id for job in found]), Event.type == "evaluated")
     return {job_id: best for job_id, best in session.execute(query.group_by(Event.job_id)) if best is not None}

@@ -1,7 +1,7 @@
-"""What a person may order, and the frozen spec that comes of it.
+"""Validates a job request and builds the job's spec.
 
-Everything that can be known to be wrong is said here, before a job exists: a model or file that is missing, a dataset
-with errors, a setting out of range, a strategy the model cannot run.
+Everything that can be known to be wrong is reported here, before a job exists: a missing model or file, a dataset with errors, a
+setting out of range, a strategy the model cannot run.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
 def _dataset_key(value: Any) -> Any:
-    """The UUID in a dataset's public id; anything else as it came."""
+    """The UUID in a dataset's public id; any other value unchanged."""
     return value.removeprefix(f"{ids.DATASET}-") if isinstance(value, str) else value
 
 
 DatasetId = Annotated[uuid.UUID, BeforeValidator(_dataset_key, json_schema_input_type=str)]
-"""A dataset as `ds-…`, which is what answers call it, or as its plain UUID."""
+"""A dataset as `ds-…`, which responses use, or as its plain UUID."""
 
 
 class JobRequest(BaseModel):
-    """One order. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy`
-    and `preference` are settings as people write them, checked here. Unknown keys beside these are ignored, as OpenAI's clients need."""
+    """One job request. The dataset is named by `dataset_id` or by the `training_file` it was made from; `run`, `strategy` and
+    `preference` are settings as people write them, validated here. Other unknown keys are ignored, as OpenAI's clients need."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -103,14 +103,14 @@ class JobRequest(BaseModel):
     comparison_id: uuid.UUID | None = None
 
     def asked(self) -> Hyperparameters:
-        """OpenAI's settings, from `method` or from the deprecated place beside it."""
+        """OpenAI's settings, from `method` or from their deprecated place next to it."""
         return (self.method and self.method.hyperparameters()) or self.hyperparameters or Hyperparameters()
 
 
 def read_order(body: Mapping[str, Any]) -> JobRequest:
-    """An order from a request's JSON. Nulls are as good as absent. Raises BadField naming the first wrong field.
+    """The request in a JSON body. Null means absent. Raises BadField naming the first wrong field.
 
-    Which comparison a job belongs to is no wish of a request: `app.evaluation.comparisons` says it.
+    The comparison that a job belongs to cannot be set by a request: `app.evaluation.comparisons` sets it.
     """
     try:
         order = JobRequest.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
@@ -122,7 +122,7 @@ def read_order(body: Mapping[str, Any]) -> JobRequest:
 
 
 def _check_integration(wish: Mapping[str, Any], param: str) -> None:
-    """Raises BadField for another service than Weights & Biases, and for an order to it without a project."""
+    """Raises BadField for a service other than Weights & Biases, and for one without a project."""
     if wish.get("type") != "wandb":
         raise BadField(f"{param}.type can only be 'wandb'.", hint="Leave the integration out.", param=f"{param}.type")
     settings = wish.get("wandb")
@@ -131,7 +131,7 @@ def _check_integration(wish: Mapping[str, Any], param: str) -> None:
 
 
 def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadField:
-    """The first fault of a pydantic error as ours. `param` is the path of the field, as `strategy.rank`."""
+    """The first of pydantic's errors as ours. `param` is the path of the field, as `strategy.rank`."""
     first = error.errors(include_url=False, include_context=False)[0]
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
@@ -162,7 +162,7 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
 
 
 class OrderContext(NamedTuple):
-    """What every strategy of an order would stand on: the model and the data, found and checked."""
+    """The model and the data of a request, found and checked, on which every strategy can be planned."""
 
     model: ModelRef
     dataset: Dataset
@@ -171,13 +171,13 @@ class OrderContext(NamedTuple):
 
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
-    """The frozen spec of an order. While the dataset is still being read, its reference has no path yet (see
-    `lifecycle.has_rows`) and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    """The spec of a request. While the dataset is still being parsed, its reference has no path yet (see `lifecycle.has_rows`)
+    and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
     return spec_on(ground(session, user, order), order)
 
 
 def ground(session: Session, user: User, order: JobRequest) -> OrderContext:
-    """The model and data of an order. Raises BadField, NotFound or Conflict with `param`."""
+    """The model and data of a request. Raises BadField, NotFound or Conflict with `param`."""
     from app.models import service as models
 
     if order.method and order.method.type == "reinforcement":
@@ -208,7 +208,7 @@ def ground(session: Session, user: User, order: JobRequest) -> OrderContext:
 
 
 def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
-    """The spec of an order on a ground that was found before. Raises BadField for the strategy and the settings."""
+    """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
     model, dataset, validation, task = found
@@ -239,14 +239,14 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
 
 
 def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto") -> str | None:
-    """Why this strategy cannot tune such a model here, on `device`; None where it can. Without a task, as while rows are still being read,
-    any task that it can learn will do."""
+    """Why this strategy cannot fine-tune such a model here, on `device`; None where it can. Without a task, as while rows are
+    still being parsed, any task that it supports will do."""
     reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu(device)) for one in ((task,) if task else strategy.tasks)]
     return reasons[0] if all(reasons) else None
 
 
 def reference(dataset: Dataset) -> DatasetRef:
-    """Which rows; without a path while they are still being read."""
+    """The reference of the rows; without a path while they are still being parsed."""
     from app.datasets import service as datasets
 
     if dataset.status == "ready":
@@ -255,7 +255,7 @@ def reference(dataset: Dataset) -> DatasetRef:
 
 
 def _with_param(param: str, call: Any, *arguments: Any) -> Any:
-    """The service's own error, with the field of this request that named the object."""
+    """Call a service, adding to its errors the field of this request that named the object."""
     try:
         return call(*arguments)
     except StudioError as error:
@@ -305,7 +305,7 @@ def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
 
 
 def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
-    """The dataset can be trained on for this task. One that is still being read is checked when it is ready."""
+    """Check that the dataset can be trained on for this task. One that is still being parsed is checked when it is ready."""
     if dataset.status == "reading":
         return
     if dataset.status == "error":
@@ -332,7 +332,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
 
 
 def _split(order: JobRequest, dataset: Dataset) -> Split | None:
-    """How rows are held out; None for at random, which is what every order without a wish means."""
+    """The validation split; None for a random one, the default."""
     asked = order.split
     if asked is None or asked.method == "random":
         return None
@@ -351,14 +351,14 @@ def _split(order: JobRequest, dataset: Dataset) -> Split | None:
 
 
 MAX_STEP_TOKENS = 1_048_576
-"""What `max_tokens_per_step` takes at most. A batch of more rows is cut to it: a row has at least one token."""
+"""Maximum of `max_tokens_per_step`. A batch of more rows is limited to it: a row has at least one token."""
 
 
 def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
-    """Our run settings; what `run` says goes before what OpenAI's settings say.
+    """Our run settings; `run` takes precedence over OpenAI's settings.
 
-    `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts
-    rows where we count tokens, so it is taken times the mean length of a row of this dataset, in tokens.
+    `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts rows
+    where we count tokens, so it is multiplied by the mean length of a row of this dataset, in tokens.
     """
     asked, settings = order.asked(), dict(order.run)
     for name, value in (
@@ -420,7 +420,7 @@ def has_gpu(device: str = "auto") -> bool:
 
 
 def figures_of(session: Session, spec: JobSpec) -> JSON | None:
-    """Memory, time and steps of a job on the machine that trains; None while its rows are not known."""
+    """Memory, time and steps of a job on the training machine; None while its rows are not known."""
     from app.datasets import inspections
     from app.machines import heartbeats
     from app.planning import duration
@@ -433,8 +433,8 @@ def figures_of(session: Session, spec: JobSpec) -> JSON | None:
 
 
 def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
-    """The job's figures, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows are
-    not known."""
+    """The job's estimate, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows
+    are not known."""
     from app.datasets import service as datasets
     from app.jobs import split_leakage
 

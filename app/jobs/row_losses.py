@@ -1,6 +1,6 @@
-"""The loss ledger: the loss of each training and held-out row before a job and at its end, written by the trainer as `ledger.json`.
+"""Row losses: the loss of each training and validation row before a job and at its end, written by the trainer as `ledger.json`.
 
-A row that stays hard while the others got easy is often wrong or mislabelled, so the page of rows sorts by it.
+A row that stays hard while others became easy is often wrong or mislabeled, so the page of rows sorts by it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SORTS = {
 
 
 class Entry(NamedTuple):
-    """One row: mean loss in nats per learnt token (or per text, or per pair) before training and at its end. A held-out row was
-    not trained on, so its loss at the end is not learnt by heart."""
+    """One row: mean loss in nats per trained token (or per text, or per pair) before training and at its end. A validation row
+    was not trained on, so its loss at the end is not due to memorization."""
 
     line: int
     before: float
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def path_of(session: Session, job: Job) -> Path | None:
-    """Where a finished job's ledger lies, beside its result; None when it has none."""
+    """The path of a finished job's row losses, next to its result; None when it has none."""
     found = session.scalar(select(Event.data).where(Event.job_id == job.id, Event.type == "finished").order_by(Event.id.desc()).limit(1))
     if not found or not found.get("path"):
         return None
@@ -44,29 +44,29 @@ def path_of(session: Session, job: Job) -> Path | None:
 
 
 def jobs_of(session: Session, dataset: Dataset) -> list[Job]:
-    """Finished jobs on this dataset that have a ledger, newest first."""
+    """Finished jobs on this dataset that have row losses, newest first."""
     query = select(Job).where(Job.dataset_id == dataset.id, Job.status == "succeeded", Job.deleted_at.is_(None))
     return [job for job in session.scalars(query.order_by(Job.finished_at.desc()).limit(20)) if path_of(session, job) is not None]
 
 
 def read(session: Session, job: Job) -> list[Entry]:
-    """Every entry of a job's ledger, in the order of its rows; empty when it has none."""
+    """The losses of a job, in the order of its rows; empty when it has none."""
     path = path_of(session, job)
     if path is None:
         return []
     data = json.loads(path.read_text())
-    columns = (data[name] for name in Entry._fields if name in data)  # ledgers of before held-out rows have no such column
+    columns = (data[name] for name in Entry._fields if name in data)  # files from before validation rows have no such column
     return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def ranked(entries: list[Entry], sort: str) -> list[Entry]:
-    """The entries, the most doubtful first. `sort` is one of SORTS."""
+    """The rows, most doubtful first. `sort` is one of SORTS."""
     keys = {"after": lambda e: -e.after, "before": lambda e: -e.before, "gain": lambda e: e.before - e.after}
     return sorted(entries, key=keys[sort])
 
 
 def summary(entries: list[Entry]) -> dict[str, Any]:
-    """Means over the rows, and how many got harder."""
+    """Means over the rows, and how many became harder."""
     count = max(1, len(entries))
     return {
         "rows": len(entries),
@@ -78,7 +78,7 @@ def summary(entries: list[Entry]) -> dict[str, Any]:
 
 
 def job_of(session: Session, user: User, dataset: Dataset, key: str | None) -> Job | None:
-    """The job whose ledger is asked for by its public id, or the newest one that has a ledger."""
+    """The job of this public id, or the newest one that has row losses."""
     from app.jobs import service as jobs
     from app.kit import ids
 
@@ -89,7 +89,7 @@ def job_of(session: Session, user: User, dataset: Dataset, key: str | None) -> J
 
 
 def job_before(session: Session, dataset: Dataset) -> tuple[Job, Dataset] | None:
-    """The newest finished job on the nearest version that this one came from, and that version; None where this one has a job itself."""
+    """The newest finished job on the nearest ancestor of this version, and that version; None where this one has a job itself."""
     query = select(Job).where(Job.status == "succeeded", Job.deleted_at.is_(None)).order_by(Job.finished_at.desc()).limit(1)
     if session.scalar(select(Job.id).where(Job.dataset_id == dataset.id, Job.deleted_at.is_(None)).limit(1)):
         return None

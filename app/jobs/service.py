@@ -1,8 +1,8 @@
-"""Jobs as people see them: ordered, listed, paused, resumed, cancelled. Who runs them stands in `app/jobs/lifecycle.py`, what
-may be ordered in `app/jobs/request.py`.
+"""Jobs as people see them: created, listed, paused, resumed, cancelled. Running them is `app/jobs/lifecycle.py`, validating
+requests `app/jobs/request.py`.
 
-What a person asks of a job nobody runs is done at once by one UPDATE. What they ask of a running one is a request on
-its row, which the next beat of its supervisor hears.
+A request about a job that nobody runs is done at once by one UPDATE. For a running job it is stored in its row, where the next
+heartbeat of its supervisor reads it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 
 def create(session: Session, user: User, order: JobRequest, idempotency_key: str | None = None) -> Job:
-    """A queued job and its message, in this transaction. The same key with the same order gives the job that is there;
-    with another order it is a Conflict. Raises BadField, NotFound."""
+    """A queued job and its message, in this transaction. The same idempotency key with the same request returns the existing job;
+    with another request it raises Conflict. Raises BadField, NotFound."""
     asked = order.model_dump(mode="json", exclude_none=True)
     if idempotency_key is not None:
         earlier = _by_key(session, user, idempotency_key, asked)
@@ -66,7 +66,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
         .on_conflict_do_nothing(index_elements=["owner_id", "idempotency_key"])
         .returning(Job.id)
     )
-    if inserted is None:  # the same request came twice at the same moment, and the other one was first
+    if inserted is None:  # the same request came twice concurrently, and the other one won
         return _by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
     if _complete(spec):
         queue.enqueue(session, queue.TRAIN, job_id)
@@ -112,23 +112,23 @@ def mine(user: User) -> Select[Job]:
 
 
 def mine_of(job: Job) -> Select[Job]:
-    """The jobs of the person who ordered this one."""
+    """The jobs of the person who created this one."""
     return select(Job).where(Job.owner_id == job.owner_id, Job.deleted_at.is_(None))
 
 
 def list_(session: Session, user: User, *, limit: int | None = None, status: str | None = None) -> list[Job]:
-    """One's jobs, newest first."""
+    """This user's jobs, newest first."""
     query = mine(user).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
     return list(session.scalars(query if status is None else query.where(Job.status == status)))
 
 
 def events(session: Session, job: Job, after_id: int = 0, limit: int | None = None) -> list[Event]:
-    """What the job said after the event `after_id`, in order."""
+    """The job's events after `after_id`, in order."""
     return list(session.scalars(select(Event).where(Event.job_id == job.id, Event.id > after_id).order_by(Event.id).limit(limit)))
 
 
 def checkpoints(session: Session, job: Job) -> list[Checkpoint]:
-    """The checkpoints that are still there, newest first."""
+    """The checkpoints that were not deleted, newest first."""
     query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
     return list(session.scalars(query.order_by(Checkpoint.step.desc())))
 
@@ -138,7 +138,7 @@ def tuned_model(session: Session, job: Job) -> Model | None:
 
 
 def reading(session: Session, job: Job) -> bool:
-    """Queued, but its dataset is still being read: what the REST API calls validating_files."""
+    """Queued, but its dataset is still being parsed: what the REST API calls validating_files."""
     return job.status == "queued" and not _complete(JobSpec.model_validate(job.spec))
 
 
@@ -146,19 +146,19 @@ def reading(session: Session, job: Job) -> bool:
 
 
 def cancel(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """End the job: at once when nobody runs it, else at the next step boundary. It ends as cancelled and leaves no model, also
-    when it reaches its end before it hears of this. Raises NotFound, Conflict."""
+    """Cancel the job: at once when nobody runs it, else at the next step boundary. It ends as cancelled and leaves no model, even
+    when it finishes before it reads the request. Raises NotFound, Conflict."""
     return _stop(session, get(session, user, job_id), "cancelled", ("queued", "paused"))
 
 
 def pause(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """Let the job save and leave the machine; `resume` goes on from there. One that reaches its end before it hears of this
-    ends as succeeded, since nothing is left to go on with. Raises NotFound, Conflict."""
+    """Let the job save and release the machine; `resume` continues from there. One that finishes before it reads the request ends
+    as succeeded, since nothing is left to resume. Raises NotFound, Conflict."""
     return _stop(session, get(session, user, job_id), "paused", ("queued",))
 
 
 def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job:
-    """`idle` are the states in which nobody holds the job, so that it can be moved at once."""
+    """`idle` are the states in which nobody holds the job, so that its state can be changed at once."""
     ended = {"finished_at": func.clock_timestamp()} if status == "cancelled" else {}
     moved = session.execute(
         update(Job)
@@ -180,10 +180,10 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
 
 
 def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """Queue a paused, failed or cancelled job again; it goes on from its newest checkpoint, as if it had been paused. A cancelled job
-    without one is refused, since nothing of it is left to go on with. Raises NotFound, Conflict."""
+    """Queue a paused, failed or cancelled job again; it continues from its newest checkpoint, as if it had been paused. A
+    cancelled job without one is refused, since there is nothing to continue from. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
-    models.reference(session, session.get_one(Model, job.model_id))  # refuses what was deleted or refused meanwhile
+    models.reference(session, session.get_one(Model, job.model_id))  # raises where it was deleted or refused meanwhile
     saved = select(Checkpoint.id).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)).exists()
     moved = session.execute(
         update(Job)
@@ -198,7 +198,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     elif db.touched(
         session, update(Job).where(Job.id == job.id, Job.status == "running", Job.pause_requested).values(pause_requested=False)
     ):
-        queue.notify(session, "job", job.id)  # the trainer may not have heard of the pause; if it has, it pauses all the same
+        queue.notify(session, "job", job.id)  # the trainer may not have read the pause; if it has, it pauses all the same
     elif job.status == "cancelled":
         raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
     elif job.status not in ("queued", "running"):
@@ -208,7 +208,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
 
 
 def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
-    """Ask a running job for a checkpoint at its next step. Raises NotFound, Conflict."""
+    """Request a checkpoint of a running job at its next step. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     if db.touched(session, update(Job).where(Job.id == job.id, Job.status == "running").values(save_requested=True)) == 0:
         raise _state(job, "asked for a checkpoint")
@@ -217,7 +217,7 @@ def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
 
 
 def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
-    """Take an ended job off the lists. Its files go too, but for what its model needs. Raises NotFound, Conflict."""
+    """Delete an ended job. Its files are removed too, except what its model needs. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     moved = db.touched(
         session, update(Job).where(Job.id == job.id, Job.status.in_((*ENDED, "paused"))).values(deleted_at=func.clock_timestamp())
@@ -238,7 +238,7 @@ def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
 
 
 def refuse_cancelled(job: Job) -> None:
-    """For the API, which answers a second cancel as OpenAI does; a second click on a page is no fault. Raises Conflict."""
+    """For the API, which refuses a second cancel as OpenAI does; a second click on a page is no error. Raises Conflict."""
     if job.status == "cancelled":
         raise _state(job, "cancelled again")
 
@@ -251,7 +251,7 @@ def _state(job: Job, what: str, hint: str = "") -> Conflict:
 
 
 def reap(session: Session) -> dict[str, int]:
-    """One round: what was lost is queued again or given up, what nobody speaks of is announced again."""
+    """One round: expired leases are requeued or given up, lost messages redelivered."""
     return {
         "settled": resolve_waiting_jobs(session),
         "compared": split_leakage.resolve_waiting(session),
@@ -264,7 +264,7 @@ def reap(session: Session) -> dict[str, int]:
 
 
 def cancel_without_model(session: Session) -> int:
-    """Cancel the jobs whose model was refused after they were ordered. Called by the task that refused it, and by the reaper."""
+    """Cancel the jobs whose model was refused after they were created. Called by the task that refused it, and by the reaper."""
     waiting = select(Job).join(Model, Job.model_id == Model.id).where(Model.status == "error", Job.deleted_at.is_(None))
     found = 0
     for job in session.scalars(waiting.where(Job.status.in_(("queued", "paused", "running")), ~Job.cancel_requested)).all():
@@ -275,8 +275,8 @@ def cancel_without_model(session: Session) -> int:
 
 
 def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) -> int:
-    """Jobs that waited for their dataset: those whose data can be read now get their spec and their message, those
-    whose data has an error fail with it. Called by the reaper, and by whoever makes a dataset ready. Returns how many."""
+    """Resolve jobs that waited for their dataset: one that is ready gives them their spec and their message, one with an error
+    fails them. Called by the reaper, and by whatever makes a dataset ready. Returns how many."""
     waiting = (
         select(Job)
         .where(Job.status == "queued", Job.deleted_at.is_(None), ~lifecycle.has_rows())
@@ -309,7 +309,7 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
     if job.name == job.spec["name"]:  # nobody renamed it while it waited
         job.name = spec.name
     job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec)
-    # A file's id may stand for another reading by now, where the one that was waited for failed.
+    # A file's id may stand for another version by now, where the one that was waited for failed.
     job.dataset_id, job.validation_dataset_id = spec.dataset.id, spec.validation.id if spec.validation else None
     session.flush()
     queue.enqueue(session, queue.TRAIN, job.id)

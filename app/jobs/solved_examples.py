@@ -1,7 +1,7 @@
-"""What a job leaves for the first look at its model: held-out questions with their reference, the system prompt of its training
-rows, and the solved examples by which its base was asked for the verdict.
+"""What a job saves for the first look at its model: validation questions with their reference answers, the system prompt of its
+training rows, and the few-shot examples given to its base for the verdict.
 
-The trainer writes it down, where the rows are divided anyway; `app/inference/tryout.py` reads it back.
+The trainer writes it, where the rows are split anyway; `app/inference/tryout.py` reads it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_QUESTION_LENGTH, MAX_EXAMPLES_LENGTH = 4000, 20_000  # characters
 
 
 class Asked(NamedTuple):
-    """A prompt as the model is asked it, and what a person answered."""
+    """A prompt as the model gets it, and the reference answer."""
 
     prompt: str | list[dict[str, Any]]
     reference: str
 
 
 def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked]) -> str | list[dict[str, Any]]:
-    """The prompt behind solved examples: as earlier turns of a conversation, or as text."""
+    """The prompt after few-shot examples: as earlier turns of a conversation, or as text."""
     if isinstance(prompt, str):
         return "".join(f"{e.prompt}{e.reference}\n\n" for e in examples) + prompt
     lead = 1 if prompt and prompt[0]["role"] == "system" else 0
@@ -45,6 +45,6 @@ def of_rows(training: Iterable[Any], held: Iterable[Any]) -> dict[str, Any]:
 
 
 def kept(examples: Sequence[Asked]) -> dict[str, Any]:
-    """The examples that a base was asked behind, none where they are too long to keep."""
+    """The few-shot examples of a base; none where they are too long to keep."""
     shown = [example._asdict() for example in examples]
     return {"examples": shown if len(json.dumps(shown)) <= MAX_EXAMPLES_LENGTH else []}

@@ -1,8 +1,8 @@
-"""What a job would be evaluated on although it is trained on it: the rows on both sides of its split.
+"""Split leakage: rows that are both in the training and in the validation set of a job.
 
-    of an order ── asked ──→ waiting ──→ the data worker's answer, which is told wherever the order is shown
+    request ── ask ──→ waiting ──→ the data worker's answer, shown wherever the request is shown
 
-The answer takes a pass over the rows, so the form and the job are not held up by it: both show it once it is there.
+It takes a pass over the rows, so neither the form nor the job waits for it: both show it once it is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMED = 5
 
 
 def arguments_of(spec: JobSpec) -> dict[str, Any] | None:
-    """What the inspection of an order's split is asked with; None where nothing is held out."""
+    """Arguments of the inspection of a spec's split; None without validation rows."""
     if spec.validation is not None:
         return {"validation_rows": spec.validation.path}
     if not spec.run.validation_fraction:
@@ -33,7 +33,7 @@ def arguments_of(spec: JobSpec) -> dict[str, Any] | None:
 
 
 def ask(session: Session, spec: JobSpec) -> Inspection | None:
-    """The comparison of both sides of an order whose rows are known; None where nothing is held out."""
+    """The comparison of both sides of a spec whose rows are known; None without validation rows."""
     arguments = arguments_of(spec)
     if arguments is None or not spec.dataset.path:
         return None
@@ -41,8 +41,8 @@ def ask(session: Session, spec: JobSpec) -> Inspection | None:
 
 
 def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
-    """(what an estimate says of it, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that
-    are in the training set too, of `held_out`; `page` lists them."""
+    """(its part of an estimate, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that are in the
+    training set too, of `held_out`; `page` lists them."""
     found = ask(session, spec)
     if found is None:
         return {"status": "none", "rows": 0}, []
@@ -54,7 +54,7 @@ def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
 
 
 def page_of(spec: JobSpec) -> str:
-    """The page that shows both sides of this order's split."""
+    """The page that shows both sides of this spec's split."""
     query: dict[str, Any] = {"side": "overlap", "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
     if spec.validation is not None:
         query["validation"] = ids.public(ids.DATASET, spec.validation.id)
@@ -64,7 +64,7 @@ def page_of(spec: JobSpec) -> str:
 
 
 def words(spec: JobSpec, result: dict[str, Any]) -> str:
-    """The warning: how many, how alike, which lines, and where they are left out at once."""
+    """The warning: how many, how similar, which lines, and where they can be removed at once."""
     count, whole = result["overlap"], result["whole"]
     alike = {0: "by their prompt", count: "as whole rows"}.get(whole, f"{whole:,} as whole rows, {count - whole:,} by their prompt")
     lines = ", ".join(f"{item['line']:,}" for item in result["examples"][:NAMED]) + (", …" if count > NAMED else "")
@@ -76,8 +76,8 @@ def words(spec: JobSpec, result: dict[str, Any]) -> str:
 
 
 def resolve_waiting(session: Session) -> int:
-    """Add the answers that have come to the jobs that were ordered before them. Called by the task that answered, and by the reaper.
-    Returns to how many."""
+    """Add answers that have arrived to the jobs that were created before them. Called by the task that answered, and by the
+    reaper. Returns to how many."""
     waiting, resolved = Job.estimate["overlap"]["status"].astext == "waiting", 0
     for job in session.scalars(select(Job).where(waiting, Job.deleted_at.is_(None)).with_for_update(skip_locked=True)):
         try:

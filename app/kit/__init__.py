@@ -1,1 +1,1 @@
-"""Helpers without business: what any project would need."""
+"""Helpers without business logic, such as any project would need."""

@@ -1,4 +1,4 @@
-"""What an address says of who is behind it."""
+"""Classifies network addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_loopback(host: str) -> bool:
 
 
 def network_of(address: str) -> str:
-    """An IPv4 address itself, or the /64 an IPv6 address lies in, since one person owns all of that."""
+    """An IPv4 address, or the /64 prefix of an IPv6 address, since one subscriber owns all of that."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -1,8 +1,9 @@
-"""A form from a pydantic class, and the class's settings from a filled form.
+"""Generates a form from a pydantic class, and parses a filled form into the class's settings.
 
-Strategies and run settings describe themselves where they are declared: a field's description is the help under it, its
-bounds are the input's, `json_schema_extra={"basic": True}` puts it in sight, `{"rows": 4}` makes it a text of several lines and `{"unit": "tokens"}` names its unit, and
-`{"words": {"rouge_l": "ROUGE-L"}}` says its choices in words. So a new strategy has its form without a line here.
+Strategies and run settings describe themselves where they are declared: a field's description is the help under it, its bounds
+are the input's. `json_schema_extra={"basic": True}` shows it without expanding anything, `{"rows": 4}` makes it a text area,
+`{"unit": "tokens"}` names its unit, and `{"words": {"rouge_l": "ROUGE-L"}}` labels its choices. So a new strategy has its form
+without a line here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Widget = Literal["number", "select", "checkbox", "text", "area"]
 
 @dataclass(frozen=True, slots=True)
 class FormField:
-    """One field of a form. Every value is the text of the input, as a browser sends it and as a person typed it."""
+    """One field of a form. Every value is the text of the input, as a browser sends it."""
 
     name: str
     key: str  # name of the input: `strategy.rank`
@@ -41,7 +42,7 @@ class FormField:
     maximum: str | None = None
     step: str | None = None
     choices: tuple[str, ...] = ()
-    words: Mapping[str, str] = field(default_factory=dict)  # choice → how the form says it
+    words: Mapping[str, str] = field(default_factory=dict)  # choice → its label
     group: str = "Method"
     error: str | None = None
 
@@ -55,7 +56,7 @@ class FormField:
 
 
 class Fault(NamedTuple):
-    """What is wrong with a form, and the id of the element where it can be put right."""
+    """An error of a form, and the id of the element where it can be fixed."""
 
     text: str
     place: str | None
@@ -63,11 +64,11 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What came of a filled form: the settings that were given, or what is wrong with each field."""
+    """A parsed form: the settings that were given, or an error for each wrong field."""
 
     typed: dict[str, str]
-    settings: dict[str, Any]  # only the fields that differ from their default, as JSON can hold them
-    errors: dict[str, str]  # field → sentence; "" for what belongs to no field
+    settings: dict[str, Any]  # only the fields that differ from their default, as JSON values
+    errors: dict[str, str]  # field → sentence; "" for errors that belong to no field
 
 
 def controls(
@@ -78,8 +79,8 @@ def controls(
     errors: Mapping[str, str] | None = None,
     placeholders: Mapping[str, str] | None = None,
 ) -> list[FormField]:
-    """The fields of a class in the order of their declaration, each with what was typed in it so far and its error. What stands in
-    `placeholders` is decided by the data where a field is left empty, whatever the class's own default is."""
+    """The fields of a class in the order of their declaration, each with its current input and error. `placeholders` are values
+    that the data decides where a field is left empty, whatever the class's own default is."""
     typed, errors, placeholders = typed or {}, errors or {}, placeholders or {}
     found = []
     for name, info in cls.model_fields.items():
@@ -107,13 +108,13 @@ def controls(
 
 
 def fill(cls: type[BaseModel], data: Mapping[str, str], prefix: str, keep: Container[str] = ()) -> Filled:
-    """Read the inputs `prefix.*` of a form. An empty input means the field's default; fields in `keep` mean something else when
-    they are empty, so what was typed there is kept although it is the default.
+    """Parse the inputs `prefix.*` of a form. An empty input means the field's default; for fields in `keep` empty means something
+    else, so a value is kept there even if it equals the default.
 
-    Never raises for what a person typed: errors stand beside the fields they belong to, with the value kept.
+    Never raises for a person's input: errors are returned with the fields they belong to, and the input is kept.
     """
     typed = {key.removeprefix(prefix + "."): value.strip() for key, value in data.items() if key.startswith(prefix + ".")}
-    # A form sends every field. One that stands at its default was not chosen, so that another may take its place.
+    # A form sends every field. One at its default was not chosen, so that another may take its place.
     defaults = {name: as_text(info.get_default(call_default_factory=True)) for name, info in cls.model_fields.items()}
     given = {name: value for name, value in typed.items() if value != "" and (name in keep or value != defaults.get(name))}
     try:
@@ -159,19 +160,19 @@ def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that a person typed, of at most 15 digits; None for anything else."""
+    """The integer in an input, of at most 15 digits; None for anything else."""
     return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as a browser would send it; nothing for None."""
+    """A setting's value as a browser would send it; empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         text = f"{value:.10g}"
-        return f"{Decimal(text):f}" if 1e-6 <= abs(value) < 1 else text  # 0.00005, which Python calls 5e-05
+        return f"{Decimal(text):f}" if 1e-6 <= abs(value) < 1 else text  # 0.00005, which Python prints as 5e-05
     return str(value)
 
 
@@ -196,7 +197,7 @@ def _choices(info: FieldInfo) -> tuple[str, ...]:
 
 
 def _widget(info: FieldInfo) -> dict[str, Any]:
-    """The right input for a field's type: its kind, and the bounds that a browser can hold a person to."""
+    """The input for a field's type: its kind, and the bounds that a browser can enforce."""
     kind = _kind(info)
     if kind is bool:
         return {"widget": "checkbox"}
@@ -206,7 +207,7 @@ def _widget(info: FieldInfo) -> dict[str, Any]:
         return {"widget": "area" if _extra(info, "rows") else "text"}
     bounds: dict[str, Any] = {"widget": "number", "step": "1" if kind is int else "any"}
     for rule in info.metadata:
-        # A browser knows no open bound. For whole numbers the next one stands in; for others the server has the last word.
+        # HTML has no exclusive bounds. For integers the next one is used; for others the server decides.
         beside = 1 if kind is int else 0
         match rule:
             case annotated_types.Ge(ge=bound):

@@ -1,4 +1,4 @@
-"""Numbers, sizes and times as people read them."""
+"""Formats numbers, sizes and times for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING = "–"
 
 
 def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
-    """Unknown numbers are shown as a dash, not as an error."""
+    """Shows a dash for an unknown number instead of raising."""
 
     def safe(value: Any, *rest: Any) -> str:
         return NOTHING if value is None or value != value else function(value, *rest)
@@ -26,7 +26,7 @@ def _or_nothing(function: Callable[..., str]) -> Callable[..., str]:
 
 @_or_nothing
 def human_bytes(value: float) -> str:
-    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three figures."""
+    """1_360_000_000 → `1.36 GB`, 8_000_000_000 → `8 GB`. Decimal units, three significant digits."""
     size, unit = float(value), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
@@ -64,7 +64,7 @@ def human_number(value: float, digits: int | None = None) -> str:
 
 
 def _small(value: float) -> str:
-    """Three figures, written out as far as an eye can count the zeros."""
+    """Three significant digits, without an exponent as long as the zeros can be counted at a glance."""
     if abs(value) < 1e-6:
         return f"{value:.3g}"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -73,7 +73,7 @@ def _small(value: float) -> str:
 
 @_or_nothing
 def human_percent(value: float, digits: int = 1) -> str:
-    """A share, 0 to 1: 0.018 → `1.8 %`. What is there but would round to nothing is below the smallest figure."""
+    """A fraction, 0 to 1: 0.018 → `1.8 %`. A positive value that would round to 0 is shown as below the smallest step."""
     if 0 < abs(value) * 100 < 0.5 * 10**-digits:
         return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
     return f"{value * 100:.{digits}f}{NARROW}%"
@@ -86,14 +86,14 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 @_or_nothing
 def clock(value: datetime) -> str:
-    """A moment in full, as a `<time>` that `static/js/shell.js` turns into the reader's own time zone."""
+    """A full timestamp, as a `<time>` that `static/js/shell.js` converts to the reader's time zone."""
     moment = value.astimezone(UTC)
     return Markup('<time datetime="{}" data-clock>{} UTC</time>').format(moment.isoformat(timespec="seconds"), f"{moment:%Y-%m-%d %H:%M}")
 
 
 @_or_nothing
 def ago(value: datetime) -> str:
-    """How long ago a moment was: `3 min ago`, with the moment itself on hover."""
+    """Relative time: `3 min ago`, with the full timestamp on hover."""
     seconds = (datetime.now(UTC) - value).total_seconds()
     moment = value.astimezone(UTC)
     return Markup('<time datetime="{}" title="{}">{}</time>').format(

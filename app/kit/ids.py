@@ -1,4 +1,4 @@
-"""Public ids: a prefix that says what it is, and a UUID. Inside the studio only the UUID travels."""
+"""Public ids: a prefix that names the kind of object, and a UUID. Internally only the UUID is passed around."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NAMES = {
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. A checkpoint's id is joined by an underscore, as OpenAI writes it."""
+    """`ftjob-0f3c…`. A checkpoint's id is joined by an underscore, as in OpenAI's API."""
     return f"{prefix}{'_' if prefix == CHECKPOINT else '-'}{key.hex}"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
-    """The UUID of a public id. Raises NotFound, because an id of another shape names nothing."""
+    """The UUID of a public id. Raises NotFound, because a malformed id names nothing."""
     head, _, tail = text.partition("_" if prefix == CHECKPOINT else "-")
     try:
         if head != prefix or len(tail) != 32:

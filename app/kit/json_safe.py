@@ -1,5 +1,5 @@
-"""What Postgres and a page can take of a value that came out of somebody's file: JSONB knows no NUL, no half of a character and
-no number without end, and a page shows no megabyte."""
+"""Makes values from untrusted files safe for Postgres and for pages: JSONB accepts no NUL, no lone surrogate and no infinite or
+NaN number, and a page should not show a megabyte."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 from typing import Any
 
 DEEPEST = 100
-"""Levels of lists and objects in one row: what reads it afterwards goes down them by recursion."""
+"""Maximum nesting of lists and objects in one row, because later readers recurse into them."""
 _CUTS = ((4000, 100), (1000, 60), (300, 40), (100, 20), (60, 8))
-"""Characters of a text and members of a list or object, from generous to scant."""
+"""(characters of a text, members of a list or object), from generous to strict."""
 
 
 def to_json(value: Any) -> str:
-    """JSON for a JSONB column. Nearly every value is clean, so only what shows a sign of trouble is walked through."""
+    """JSON for a JSONB column. Nearly every value is clean, so only one that looks suspicious is walked through."""
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
@@ -37,13 +37,13 @@ def storable(value: Any, *, words: bool = False) -> Any:
 
 
 def finite(digits: str) -> float | None:
-    """The number that JSON's digits write; None where it is too large for one."""
+    """The float that JSON digits stand for; None where it overflows."""
     number = float(digits)
     return number if math.isfinite(number) else None
 
 
 def shortened(value: Any, most_bytes: int) -> tuple[Any, bool]:
-    """A row to show, in about `most_bytes` bytes of JSON at most, and whether anything of it was cut."""
+    """A row to show, in about `most_bytes` bytes of JSON at most, and whether it was shortened."""
     whole = storable(value)
     if len(json.dumps(whole, ensure_ascii=False)) <= most_bytes:
         return whole, False
@@ -65,7 +65,7 @@ def _short(value: Any, characters: int, members: int) -> Any:
 
 
 def too_deep(value: Any, deepest: int = DEEPEST) -> bool:
-    """Whether lists and objects stand in each other more than `deepest` times; found without recursion."""
+    """Whether lists and objects are nested deeper than `deepest`; determined without recursion."""
     level = [value]
     for _ in range(deepest + 1):
         level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]

@@ -1,4 +1,4 @@
-"""Log lines: text for people, JSON for machines, each with the id of the request it belongs to. Never a secret."""
+"""Log lines: text for people, JSON for machines, each with the id of its request. Never a secret."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import structlog
 from app.settings import get_settings
 
 SECRETS = re.compile(r"(sk-luthier-[0-9a-f]{8})[\w-]+|(/sign-in/)[\w-]{8,}|(csrf_token=)[\w.-]+|(://[^:/@\s]*:)[^@\s/]+(?=@)")
-"""API keys, sign-in links, form tokens and passwords in addresses: what a log line or an error text could carry."""
+"""API keys, sign-in links, form tokens and passwords in URLs: what a log line or an error text could contain."""
 
 
 def hide(text: str) -> str:
@@ -26,7 +26,7 @@ def _hide_all(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
 
 
 def configure() -> None:
-    """Send everything, our own lines and those of the libraries, through one formatter to stderr."""
+    """Send all log lines, ours and those of libraries, through one formatter to stderr."""
     settings = get_settings()
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -64,11 +64,11 @@ def configure() -> None:
 
 
 def turn_over(path: Path, limit_bytes: int) -> None:
-    """Where a log has grown beyond the limit, keep its end in a file beside it (`train-1.log.1`) and begin it anew.
+    """Rotate a log that exceeds the limit: copy its end to a file next to it (`train-1.log.1`) and truncate it.
 
-    Whoever writes it may go on: it was opened to append, so the next line stands at the new beginning. What is written between
-    the last byte that was copied and the cut, some microseconds, is lost. Where there is no room for the copy nothing is done, since a
-    log does not grow there either.
+    Its writer may go on: the file was opened for appending, so the next line goes to the new beginning. What is written between
+    the last byte copied and the truncation, some microseconds, is lost. Without room for the copy nothing is done, since a log
+    does not grow on a full disk either.
     """
     try:
         with path.open("r+b") as log:
@@ -77,7 +77,7 @@ def turn_over(path: Path, limit_bytes: int) -> None:
                 return
             log.seek(size - limit_bytes)
             with path.with_suffix(".log.1").open("wb", buffering=0) as kept:
-                # To the end, which moves on meanwhile; one who writes faster than this reads loses the rest.
+                # To the end, which moves on meanwhile; if the log grows faster than this reads, the rest is lost.
                 while kept.tell() < 2 * limit_bytes and (piece := log.read(2**20)):
                     kept.write(piece)
                 log.truncate(0)

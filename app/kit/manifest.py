@@ -1,7 +1,7 @@
-"""The list of a folder's files with their sizes and SHA-256: how a model or checkpoint is known to be whole.
+"""Manifests: a folder's files with their sizes and SHA-256, by which a model or checkpoint is known to be complete.
 
-A folder is filled under a temporary name, given its manifest last, and renamed into place. So a folder that stands
-under its own name without a manifest that verifies was not written by us, or was touched since.
+A folder is filled under a temporary name, given its manifest last, and renamed into place. So a folder under its final name
+without a manifest that verifies was not written by us, or was changed since.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from app.errors import BadData
 
 NAME = "manifest.json"
 SEEN = ".verified.json"
-"""Beside the manifest: how the files lay when they were last read in full, and when that was. No part of the model."""
+"""Next to the manifest: size, times and inode of each file when it was last read in full, and when that was. Not part of the model."""
 
 READ_AGAIN_SECONDS = 86_400.0
-"""A disk loses bytes without touching a file's times, so what was read in full is read in full again after a day."""
+"""A disk loses bytes without changing a file's times, so files are read in full again after a day."""
 
 _PIECE = 4 * 2**20  # bytes read at a time
 _seen: dict[Path, Any] = {}
-"""The same as SEEN for this process, where the folder cannot be written to."""
+"""The same as SEEN for this process, where the folder is read-only."""
 
 
 def sha256_of(path: Path, beat: Callable[[], object] = lambda: None) -> str:
-    """SHA-256 of a file's bytes, read piece by piece; `beat` is called after each."""
+    """SHA-256 of a file; `beat` is called after each piece read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -40,7 +40,7 @@ def sha256_of(path: Path, beat: Callable[[], object] = lambda: None) -> str:
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"bytes", "sha256"}}` of every file in the folder but the manifest itself."""
+    """`{relative path: {"bytes", "sha256"}}` of every file in the folder except the manifest itself."""
     found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (NAME, SEEN))
     return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in found}
 
@@ -52,7 +52,7 @@ def revision_of(files: dict[str, dict[str, Any]]) -> str:
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]] | None = None, **facts: Any) -> dict[str, Any]:
-    """Hash every file of a finished folder, unless `files` knows them already, and write its manifest. `facts` are kept beside the list."""
+    """Hash every file of a finished folder, unless `files` has the hashes already, and write its manifest. `facts` are stored in it too."""
     files = files_of(folder) if files is None else files
     manifest = {"version": 1, "revision": revision_of(files), "bytes": sum(f["bytes"] for f in files.values()), "files": files, **facts}
     with (folder / NAME).open("w") as file:
@@ -63,7 +63,7 @@ def write(folder: Path, files: dict[str, dict[str, Any]] | None = None, **facts:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest as written, its files not looked at; None when there is none that can be read."""
+    """The manifest as written, without checking the files; None when there is none or it is unreadable."""
     try:
         manifest = json.loads((folder / NAME).read_text())
         return manifest if isinstance(manifest["files"], dict) else None
@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def verify(folder: Path, *, deep: bool = True, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """The manifest, once every file in it was found with its size (and its SHA-256, when `deep`).
+    """The manifest, after checking every file's size (and SHA-256, when `deep`).
 
     Raises BadData naming the first file that is missing or different, and OSError for one that cannot be read.
     """
@@ -87,10 +87,9 @@ def verify(folder: Path, *, deep: bool = True, beat: Callable[[], object] = lamb
 
 
 def check(folder: Path, beat: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """`verify`, where files that lie as they did when they were last read in full need not be read again.
+    """`verify`, but without reading files that are unchanged since they were last read in full.
 
-    How a file lies is its size, its times of change and its inode: a write shows in them, and so does a file that was put in
-    another's place. Raises as `verify` does.
+    Unchanged means the same size, times and inode: a write changes these, and so does replacing a file. Raises as `verify` does.
     """
     manifest = read(folder)
     lies = _lies(folder, manifest) if manifest else None
@@ -120,7 +119,7 @@ def _is_known(folder: Path, lies: Any) -> bool:
 
 
 def _remember(folder: Path, seen: dict[str, Any]) -> None:
-    """A record that a crash cut short reads as none, and none costs a reading."""
+    """Written without fsync: a record truncated by a crash reads as none, which costs one more reading."""
     _seen[folder] = seen
     with contextlib.suppress(OSError):
         (folder / SEEN).write_text(json.dumps(seen))

@@ -1,11 +1,11 @@
-"""Run a function of ours on untrusted bytes in a short-lived child with limits.
+"""Runs one of our functions on untrusted bytes in a short-lived child with limits.
 
     run("app.datasets.ingest:read", {…}, Limits(…), on_message=…)
 
-The child starts behind the walls of `app.kit.confinement`, sets its own limits before it imports anything else, sees an almost empty
-environment, a temporary folder of its own and the files that it was given, and speaks JSON lines on its standard output: any number of messages, then what it spent (`{"peak_bytes",
-"cpu_seconds"}`), and that its result lies in a file of its folder, or one error. A child that runs out of memory or time, or crashes, becomes a `Killed` that
-says which; the caller is never harmed.
+The child starts within `app.kit.confinement`, sets its own limits before it imports anything else, sees an almost empty
+environment, a temporary folder of its own and the files that it was given. It writes JSON lines to its standard output: any
+number of messages, then its use (`{"peak_bytes", "cpu_seconds"}`) and that its result is in a file of its folder, or one error. A
+child that exceeds memory or time, or crashes, becomes a `Killed` that says which; the caller is never harmed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Say = Callable[[Message], None]
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_RESULT_BYTES = 256 << 20
-"""A result comes by file, not by line: one row of the largest kind, every character of it escaped, fits."""
+"""A result is passed as a file, not as a line: one row of maximum size, every character of it escaped, fits."""
 _RESULT = "result.json"
 _OUT_OF_MEMORY, _OUT_OF_TIME, _FILE_TOO_LARGE, _CRASHED = "out_of_memory", "out_of_time", "file_too_large", "crashed"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the child may use. Bytes and seconds; `seconds` is wall clock, `cpu_seconds` counts all its threads."""
+    """Limits of the child, in bytes and seconds; `seconds` is wall clock, `cpu_seconds` counts all its threads."""
 
     memory_bytes: int = 2 << 30
     cpu_seconds: int = 3600
@@ -53,7 +53,7 @@ class Limits:
 
 
 class Killed(Exception):
-    """The child did not come to its end. `kind` is out_of_memory, out_of_time, file_too_large, crashed or stopped."""
+    """The child did not finish. `kind` is out_of_memory, out_of_time, file_too_large, crashed or stopped."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class Killed(Exception):
 
 
 class Refused(Exception):
-    """The function in the child raised a StudioError: `message`, `hint`, `code` as it said."""
+    """The function in the child raised a StudioError with this `message`, `hint` and `code`."""
 
     def __init__(self, error: Message) -> None:
         super().__init__(error.get("message", ""))
@@ -80,11 +80,11 @@ def run(
     on_message: Callable[[Message], None] = lambda message: None,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Any:
-    """The result of `module:function(payload, say)` run in a child whose temporary folder is made in `folder`. Besides that it
-    sees the files and folders of `read`, and those of `write`, which it may change; no others of the data folder.
+    """The result of `module:function(payload, say)` run in a child whose temporary folder is created in `folder`. It also sees
+    the files and folders of `read`, and those of `write`, which it may change; nothing else of the data folder.
 
-    `on_message` gets what the child says on the way; `keep_going` is asked about once a second, and False ends the child.
-    Raises Refused or Killed.
+    `on_message` gets the child's messages; `keep_going` is called about once a second, and False ends the child. Raises Refused
+    or Killed.
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="child-", dir=folder) as own, tempfile.TemporaryFile(dir=own) as stderr:
@@ -107,7 +107,7 @@ def run(
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Nothing of ours but what Python needs. One malloc arena and few threads keep the address space small."""
+    """A minimal environment for Python. One malloc arena and few threads keep the address space small."""
     project = str(PROJECT)
     return {
         "PATH": "/usr/bin:/bin",
@@ -128,7 +128,7 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _listen(process: subprocess.Popen[bytes], limits: Limits, on_message: Say, keep_going: Callable[[], bool]) -> Message | None:
-    """Hand on what the child says until it closes its pipe; its last word is the outcome. Raises Killed when it is ended here."""
+    """Pass on the child's messages until it closes its pipe; its last line is the outcome. Raises Killed when it is ended here."""
     assert process.stdout is not None
     deadline, asked = time.monotonic() + limits.seconds, time.monotonic()
     buffer, outcome = bytearray(), None
@@ -181,7 +181,7 @@ def _judge(outcome: Message | None, code: int, limits: Limits, stderr: IO[bytes]
 
 
 def _result(own: Path) -> Any:
-    """What the child left in its folder: a plain file and no link, because the child has read bytes of anybody's."""
+    """The result file in the child's folder: a plain file and no link, because the child read untrusted bytes."""
     handle = os.open(own / _RESULT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
         data = file.read(MAX_RESULT_BYTES + 1) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
@@ -223,7 +223,7 @@ def _limit(limits: Limits) -> None:
 
 
 class _Fault(Protocol):
-    """An error that says what to do about it, whoever raised it."""
+    """An error with a hint, whoever raised it."""
 
     message: str
     hint: str
@@ -255,7 +255,7 @@ def main() -> int:
             say({"error": {**full, "details": {}}})
             return 1
         if not hasattr(error, "hint"):
-            if "realloc" in str(error) or "malloc" in str(error):  # Arrow's own words for the same thing
+            if "realloc" in str(error) or "malloc" in str(error):  # Arrow's wording
                 say({"error": {"kind": _OUT_OF_MEMORY}})
                 return 1
             raise
@@ -268,8 +268,7 @@ def main() -> int:
 
 
 def _spent() -> Message:
-    """The largest memory this process held at once, and the processor's seconds it took. The kernel's `ru_maxrss` would also
-    count what the parent held at the fork."""
+    """The peak memory of this process, and its CPU seconds. The kernel's `ru_maxrss` would also count what the parent held at the fork."""
     status, used = Path("/proc/self/status").read_text(), resource.getrusage(resource.RUSAGE_SELF)
     return {"peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024, "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
 

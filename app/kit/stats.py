@@ -1,6 +1,4 @@
-"""How sure a figure is: intervals of shares and means, and the exact test of a pair. Pure, and without scipy, which the web
-process does not have.
-"""
+"""Confidence intervals of proportions and means, and exact paired tests. Pure, and without scipy, which the web process does not have."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ import statistics
 from collections.abc import Callable, Sequence
 
 SURE = 0.05
-"""A difference counts where chance alone would bring one as large less often than this."""
+"""Significance level: a difference counts where its p-value is below this."""
 
 
 def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927); everything is possible without rows."""
+    """Wilson's 95 % interval of a proportion (Wilson 1927); (0, 1) without rows."""
     if rows == 0:
         return 0.0, 1.0
     p = right_ones / rows
@@ -24,7 +22,7 @@ def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, fl
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % of the mean: Wilson's where each score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
+    """95 % interval of the mean: Wilson's where every score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
     if not scores or all(s in (0.0, 1.0) for s in scores):
         return wilson(sum(scores), len(scores))
     draw = random.Random(0)
@@ -33,13 +31,14 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
-    """95 % of the mean of two or more values, by the normal law: as wide as a bootstrap's and quick for thousands of them."""
+    """95 % interval of the mean of two or more values by the normal approximation: as wide as a bootstrap's, and fast for
+    thousands of them."""
     middle, half = statistics.fmean(values), z * statistics.stdev(values) / math.sqrt(len(values))
     return middle - half, middle + half
 
 
 def sign_test(won: int, lost: int) -> float:
-    """Two-sided p of the exact sign test: how often a fair coin falls at least as unevenly. Ties are left out before.
+    """Two-sided p-value of the exact sign test, with ties removed before.
 
     Over the rows on which two models disagree it is McNemar's exact test (McNemar 1947).
     """
@@ -51,21 +50,21 @@ def sign_test(won: int, lost: int) -> float:
 
 
 def clopper_pearson(won: int, votes: int) -> tuple[float, float]:
-    """The exact 95 % interval of a share (Clopper and Pearson 1934). It leaves out one half just where `sign_test` < 0.05."""
+    """The exact 95 % interval of a proportion (Clopper and Pearson 1934). It excludes one half exactly where `sign_test` < 0.05."""
     low = 0.0 if won == 0 else _root(lambda p: _at_least(won, votes, p) < SURE / 2)
     high = 1.0 if won == votes else _root(lambda p: 1 - _at_least(won + 1, votes, p) > SURE / 2)
     return low, high
 
 
 def _at_least(k: int, n: int, p: float) -> float:
-    """Chance of k or more successes in n draws."""
+    """Probability of k or more successes in n draws."""
     log_p, log_q = math.log(p), math.log1p(-p)
     ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q for i in range(k, n + 1))
     return math.fsum(map(math.exp, ways))
 
 
 def _root(below: Callable[[float], bool]) -> float:
-    """Where `below`, true at the left end of (0, 1), becomes false."""
+    """The point in (0, 1) where `below`, true at the left end, becomes false."""
     left, right = 0.0, 1.0
     for _ in range(50):
         middle = (left + right) / 2
@@ -74,9 +73,9 @@ def _root(below: Callable[[float], bool]) -> float:
 
 
 def paired_shares(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares over the same rows, the first less the second (Newcombe 1998, method 10).
+    """95 % interval of the difference of two paired proportions, first − second (Newcombe 1998, method 10).
 
-    `first` counts the rows that only the first got right. It holds for few rows too, also where all of them agree.
+    `first` counts the rows that only the first got right. It holds for few rows too, and where all of them agree.
     """
     n = both + first + second + neither
     one, other = (both + first) / n, (both + second) / n

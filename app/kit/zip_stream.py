@@ -1,4 +1,4 @@
-"""A model's folder as a zip, written while it is sent: nothing is compressed, nothing is kept, memory stays constant."""
+"""Streams a model's folder as a zip: uncompressed, without a temporary file, in constant memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from app.kit import manifest
 
 _PIECE = 2**20
-_DATE = (1980, 1, 1, 0, 0, 0)  # equal folders give equal archives
+_DATE = (1980, 1, 1, 0, 0, 0)  # identical folders give identical archives
 _LEFT_OUT = (manifest.NAME, manifest.SEEN, "README.md", "adapter_config.json")
 
 
 class _Pipe:
-    """What zipfile writes to; the bytes are taken out between two writes."""
+    """A file object for zipfile; its bytes are taken out between two writes."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []

@@ -1,1 +1,1 @@
-"""What the machines are and which workers live on them."""
+"""The machines' hardware, and the workers that are alive."""

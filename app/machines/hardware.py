@@ -1,4 +1,4 @@
-"""What this machine is: cores, memory, GPU, and how fast it has trained so far. No torch."""
+"""This machine's hardware: cores, memory, GPU, and how fast it has trained so far. No torch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.settings import get_settings
 
 MEASURED = "measured"
-"""The folder of what trainers measured of this machine, the one thing beside their own work that they write down for all."""
+"""The folder of what trainers measured on this machine, the only one outside their own work that they write to."""
 CALIBRATION = f"{MEASURED}/calibration.json"
 ARITHMETIC = f"{MEASURED}/arithmetic.json"
 BF16_WORTHWHILE = 1.2
-"""So many times faster than fp32 are bf16 products on a processor that takes them."""
+"""Minimum speed-up of bf16 products over fp32 at which a CPU uses them."""
 
 
 class Pace(BaseModel):
-    """How fast jobs of one kind went here: useful floating-point operations per second of a step; the seconds of a job that are no
-    arithmetic (libraries and weights loaded, rows read, files written); and what it computes `beside` its steps (scores, answers,
-    checkpoints) as a share of the seconds that arithmetic at the speed of a step gives."""
+    """How fast jobs of one kind run here: useful floating-point operations per second of a step; the fixed seconds of a job
+    (loading libraries and weights, reading rows, writing files); and the time of computations `beside` its steps (scores,
+    answers, checkpoints), relative to what they would take at the speed of a step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,13 +61,13 @@ class Machine(BaseModel):
 
     @property
     def device(self) -> str:
-        """What computes, by name: a folder of calibrations may be shared by several machines."""
+        """Name of the device that computes: a calibration folder may be shared by several machines."""
         one = self.gpu_name or f"{self.cores} cores of {self.processor}"
         return one if self.processes == 1 else f"{self.processes} × {one}"
 
     def pace(self, work: str) -> tuple[Pace | None, bool]:
-        """What is known of this kind of work here, and whether it was measured on it: where it was not, the middle of its
-        neighbours (other strategies at the same kind of model, in the same recipe and number format) stands for it."""
+        """The pace of this kind of work here, and whether it was measured: if not, the median of similar work (other strategies
+        on the same kind of model, with the same recipe and dtype)."""
         own = f"{self.device} · "
         if found := self.paces.get(own + work):
             return found, True
@@ -82,7 +82,7 @@ class Machine(BaseModel):
         return self.gpu_memory_bytes is not None
 
     def on(self, device: str) -> Machine:
-        """This machine to a job that computes on `device` (auto, cpu or cuda): for cpu, one without its GPU."""
+        """This machine as a job sees it that computes on `device` (auto, cpu or cuda): for cpu, without its GPU."""
         if device != "cpu" or not self.cuda:
             return self
         pays = self.matrix_units if self.bf16_measured is None else self.bf16_measured >= BF16_WORTHWHILE
@@ -95,7 +95,7 @@ class Machine(BaseModel):
 
 
 def this_machine() -> Machine:
-    """This machine with its newest calibration; the rest is looked up once."""
+    """This machine with its current calibration; the hardware is looked up once."""
     facts, gain = _facts(), read_bf16()
     pays = facts.bf16_pays if gain is None or facts.cuda else gain >= BF16_WORTHWHILE
     known = {"paces": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
@@ -120,7 +120,7 @@ def _facts() -> Machine:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and its control group's share."""
+    """Cores this process may use, by its affinity and its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
     if not quota:
@@ -132,7 +132,7 @@ def usable_cores() -> int:
 
 
 def usable_memory() -> int:
-    """Bytes of memory, bounded by the control group."""
+    """Bytes of memory, limited by the control group."""
     total = psutil.virtual_memory().total
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(ValueError):
@@ -141,7 +141,7 @@ def usable_memory() -> int:
 
 
 def _gpu() -> tuple[str | None, int | None, float | None]:
-    """Name, memory and compute capability of the first GPU the driver's own tool reports; old drivers do not tell the last."""
+    """Name, memory and compute capability of the first GPU that nvidia-smi reports; old drivers do not report the last."""
     for wanted in ("compute_cap,memory.total,name", "memory.total,name"):
         command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader,nounits"]
         try:
@@ -154,7 +154,7 @@ def _gpu() -> tuple[str | None, int | None, float | None]:
 
 
 def read_bf16() -> float | None:
-    """How many times faster bf16 was when a trainer measured it on this processor; None before."""
+    """The bf16 speed-up that a trainer measured on this CPU; None before."""
     try:
         return float(json.loads((get_settings().data_dir / ARITHMETIC).read_text())[_facts().processor])
     except (OSError, ValueError, KeyError, TypeError):
@@ -162,17 +162,17 @@ def read_bf16() -> float | None:
 
 
 def note_bf16(gain: float) -> None:
-    """Keep that measurement for this processor."""
+    """Store that measurement for this CPU."""
     _write(ARITHMETIC, {_facts().processor: round(gain, 3)})
 
 
 def kind_of_work(strategy: str, architecture: str, recipe: str, precision: str) -> str:
-    """What a pace holds for: how fast a machine computes differs with each of these."""
+    """The key of a pace: a machine's speed differs with each of these."""
     return " · ".join((strategy, architecture, recipe, precision))
 
 
 def read_calibration() -> dict[str, Pace]:
-    """What past jobs measured, by device and kind of work; empty before the first. What is torn or strange is left out."""
+    """What past jobs measured, by device and kind of work; empty before the first. Unreadable entries are skipped."""
     try:
         found = json.loads((get_settings().data_dir / CALIBRATION).read_text())
         read = {}
@@ -185,7 +185,7 @@ def read_calibration() -> dict[str, Pace]:
 
 
 def calibrate(work: str, new: Pace, device: str = "auto") -> None:
-    """Note how fast a finished job was on `device`; each new figure moves the kept one half of the way."""
+    """Record the speed of a finished job on `device`; the stored pace moves half of the way to the new one."""
     paces, key = read_calibration(), f"{this_machine().on(device).device} · {work}"
     paces[key] = _middle([paces.get(key, new), new], statistics.fmean)
     _write(CALIBRATION, {name: pace.model_dump() for name, pace in paces.items()})

@@ -1,5 +1,5 @@
-"""Which workers are alive. Each says so in Redis every few seconds; a word that is not repeated fades by itself. Those that
-train also say what their machine is, since the web may stand on another."""
+"""Worker heartbeats: each worker writes a key with an expiry to Redis every few seconds. Those that train also publish their
+machine's hardware, since the web process may run on another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FADES_SECONDS = 30
 REPEAT_SECONDS = 10
 MACHINES = f"{PREFIX}machines"
 FORGOTTEN_SECONDS = 7 * 86_400
-"""A machine that trained and is silent is still reckoned with where no other is there: its worker may only be restarting."""
+"""A silent training machine is still planned with for this long if there is no other: its worker may only be restarting."""
 
 
 class Worker(NamedTuple):
@@ -33,14 +33,14 @@ class Worker(NamedTuple):
 
 
 def say_alive(queue: str, started_at: float, *, name: str | None = None) -> None:
-    """One word of life of this process, for `queue`: train, data, import, generate or relay."""
+    """One heartbeat of this process, for `queue`: train, data, import, generate or relay."""
     name = name or f"{socket.gethostname()}:{os.getpid()}"
     word = json.dumps({"queue": queue, "name": name, "started_at": started_at, "seen_at": time.time()})
     get_redis().set(f"{PREFIX}alive:{queue}:{name}", word, ex=FADES_SECONDS)
 
 
 def keep_saying(queue: str) -> threading.Event:
-    """Say it every ten seconds from a thread, until the returned event is set. No fault of Redis is a reason to stop."""
+    """Send heartbeats every ten seconds from a thread, until the returned event is set. Errors of Redis do not stop it."""
     stop, started_at = threading.Event(), time.time()
 
     def talk() -> None:
@@ -57,7 +57,7 @@ def keep_saying(queue: str) -> threading.Event:
 
 
 def alive() -> list[Worker]:
-    """Every worker heard of in the last half minute; none when Redis is away or refuses to answer."""
+    """Workers with a heartbeat in the last half minute; empty when Redis is unreachable or refuses to answer."""
     try:
         wire = get_redis()
         keys = list(wire.scan_iter(match=f"{PREFIX}alive:*", count=500))
@@ -73,14 +73,14 @@ def alive() -> list[Worker]:
 
 
 def say_machine(here: Machine | None = None, *, name: str | None = None) -> None:
-    """What this machine is and how fast its jobs went, for whoever reckons what a job will take."""
+    """Publish this machine's hardware and measured speeds, for estimates of jobs."""
     found = {"seen_at": time.time(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
     get_redis().hset(MACHINES, name or socket.gethostname(), json.dumps(found))
 
 
 def training_machine() -> Machine:
-    """The machine that the next job is reckoned for: the one that trains. Where several do, the least of them, since any may
-    take the job. This one where none was ever heard of, and while Redis is away."""
+    """The machine that the next job is planned for: the one that trains. Of several, the weakest, since any may take the job.
+    This one where none was ever heard of, and while Redis is unreachable."""
     heard = _heard()
     newest = max((seen for seen, _ in heard), default=0.0)
     there = [found for seen, found in heard if newest - seen < FADES_SECONDS]
@@ -90,7 +90,7 @@ def training_machine() -> Machine:
 
 
 def _heard() -> list[tuple[float, Machine]]:
-    """(when it was heard of, machine) of all that ever said a word; one of another version of the studio is left out."""
+    """(time of the last message, machine) of all that ever sent one; messages of another version of the studio are skipped."""
     found = []
     with contextlib.suppress(redis.RedisError, RuntimeError):
         for word in get_redis().hvals(MACHINES):

@@ -1,7 +1,7 @@
-"""Aliases: names that a person chose for models. `model=` takes one wherever it takes a model's name, and it can be moved to another
-model at once: a request is answered by the model that its alias points to when it comes.
+"""Aliases: names that a person chose for models. `model=` takes one wherever it takes a model's name, and it can be pointed to
+another model at any time: a request uses the model that its alias points to when it arrives.
 
-No alias is called as a model is, nor the other way round. Should two requests slip past each other, the model's own name counts.
+An alias and a model cannot have the same name. Should two concurrent requests create both, the model's own name wins.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def of_models(session: Session, user: User) -> dict[uuid.UUID, list[str]]:
 
 
 def set_(session: Session, user: User, name: str, model_name: str) -> Named:
-    """Let a name point to a model, whether it is new or pointed to another one until now.
+    """Point an alias to a model, whether it is new or pointed to another one.
 
-    Raises BadField for a name that no model could have, Conflict for the name of a model and for a model that is not ready,
-    and NotFound as `models.get` does.
+    Raises BadField for a name that no model could have, Conflict for the name of a model and for a model that is not ready, and
+    NotFound as `models.get` does.
     """
     imports.good_name(name, param="alias")
     if name in starters.STARTERS or imports.is_a_model(session, name):
         raise Conflict(f"{name} is the name of a model.", hint="Choose another name for the alias.", param="alias")
     model = models.get(session, user, model_name)
-    session.refresh(model, with_for_update={"read": True})  # so that it is not deleted meanwhile
-    models.reference(session, model)  # raises where it cannot answer
+    session.refresh(model, with_for_update={"read": True})  # locked, so that it is not deleted meanwhile
+    models.reference(session, model)  # raises where its weights are not available
     order = insert(ModelAlias).values(owner_id=user.id, name=name, model_id=model.id)
     moved = {"model_id": model.id, "moved_at": func.clock_timestamp()}
     session.execute(order.on_conflict_do_update(index_elements=["owner_id", "name"], set_=moved))
@@ -60,7 +60,7 @@ def set_(session: Session, user: User, name: str, model_name: str) -> Named:
 
 
 def remove(session: Session, user: User, name: str) -> None:
-    """Forget an alias. Raises NotFound."""
+    """Delete an alias. Raises NotFound."""
     gone = session.execute(delete(ModelAlias).where(ModelAlias.owner_id == user.id, ModelAlias.name == name.replace("\0", "")))
     if not gone.rowcount:  # type: ignore[attr-defined]
         raise NotFound(f"No such alias: {name[:120]!r}.", hint="GET /v1/model_aliases lists yours.", param="alias")

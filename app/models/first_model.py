@@ -1,4 +1,4 @@
-"""The first model of an empty studio: offered by one click, watched while it is downloaded, tried again when that failed."""
+"""The first model of an empty studio: offered with one click, its download shown, and retried when it failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = "smollm2-135m-instruct"
 
 
 class Offer(NamedTuple):
-    """The starter that is offered, and the model on its way, or the one whose download failed, if there is any."""
+    """The starter that is offered, and the model being downloaded, or the one whose download failed, if there is any."""
 
     starter: Starter
     model: Model | None = None
@@ -35,7 +35,7 @@ class Offer(NamedTuple):
 
 
 def offer(session: Session, user: User) -> Offer | None:
-    """None as soon as there is a model that can be used."""
+    """The offer; None as soon as there is a model that can be used."""
     found = models.list_(session, user)
     if any(model.status == "ready" for model in found):
         return None

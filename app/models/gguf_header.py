@@ -1,8 +1,8 @@
-"""Read and check the header of a GGUF file without trusting it.
+"""Reads and checks the header of an untrusted GGUF file.
 
-Layout (GGUF 3, little-endian): magic, version, tensor count, key count, the keys, then for each tensor its name, sizes,
-type and offset; padding; the tensors. A reader that believes an offset beyond the file's end reads what is not the
-file's, so every count, length and offset is compared with the file's length before anything is read through it.
+Layout (GGUF 3, little-endian): magic, version, tensor count, key count, the keys, then for each tensor its name, sizes, type and
+offset; padding; the tensors. A reader that trusts an offset beyond the file's end reads foreign memory, so every count, length
+and offset is compared with the file's length before anything is read through it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _bad(why: str) -> BadData:
 
 
 def check_gguf(path: Path) -> dict[str, Any]:
-    """The keys of a file whose every tensor lies inside it, lists given by their length. Raises BadData."""
+    """The keys of a file whose tensors are all inside it, with lists replaced by their length. Raises BadData."""
     size = path.stat().st_size
     with path.open("rb") as file:
         reader = _Reader(file, size)

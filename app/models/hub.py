@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, where it can be reached: only known files, a pinned commit, a limit on size."""
+"""Downloads models from the Hugging Face hub, where it can be reached: only known files, a pinned commit, a limit on size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from app.models import import_checks
 from app.settings import get_settings
 
 LARGEST = 200 * 2**30
-"""Bytes of one model."""
+"""Maximum bytes of one model."""
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
 def check_name(repo: str, revision: str | None) -> None:
-    """Raises BadField for what no repository can be called; a path or an address never passes."""
+    """Raises BadField for what is no valid repository name; a path or a URL never passes."""
     if not _REPO.fullmatch(repo) or ".." in repo:
         raise BadField(f"{repo[:80]!r} is no name of a hub model.", hint="It looks like `owner/name`.", param="repo")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
@@ -28,7 +28,7 @@ def check_name(repo: str, revision: str | None) -> None:
 
 
 def must_be_allowed() -> None:
-    """Raises Unavailable when the studio was told to stay offline."""
+    """Raises Unavailable when the studio is configured to stay offline."""
     if get_settings().offline:
         raise Unavailable(
             "The studio is set to stay offline, so the hub is not asked.",
@@ -40,13 +40,13 @@ def must_be_allowed() -> None:
 def download(repo: str, revision: str | None, into: Path, beat: Callable[[float], None]) -> dict[str, Any]:
     """Fetch the allowed files of one commit into a folder. Returns `{"revision": commit, "license": name or None}`.
 
-    Raises Unavailable when the hub cannot be reached, NotFound, Unsupported for a repository without safetensors,
-    TooLarge and DiskFull.
+    Raises Unavailable when the hub cannot be reached, NotFound, Unsupported for a repository without safetensors, TooLarge and
+    DiskFull.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # it is re-exported
         GatedRepoError,
-        HTTPError,  # of the HTTP library this version stands on, whose name has changed before
+        HTTPError,  # of the HTTP library in use, whose name has changed before
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -95,7 +95,7 @@ def choose(sizes: dict[str, int], repo: str) -> dict[str, int]:
 
 def _need_room(into: Path, needed: int) -> None:
     free = shutil.disk_usage(into.parent).free
-    if free < 2.2 * needed:  # once as it comes, once as it is kept
+    if free < 2.2 * needed:  # once as downloaded, once as kept
         raise DiskFull(
             f"The model needs {2.2 * needed / 1e9:.1f} GB while it is fetched, and {free / 1e9:.1f} GB are free.",
             hint="Free some space.",

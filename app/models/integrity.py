@@ -1,8 +1,8 @@
-"""Whether a model's files are still those that were registered, asked before anything is made from them.
+"""Checks that a model's files are those that were registered, before they are used.
 
-The weights that a job, an evaluation, a merge or a download would take are checked against their manifest by the process that
-orders the work, before it starts the one that loads them; and again, cheaply, wherever a folder is loaded. It guards against
-damage and against files that were exchanged, not against someone who may write as the studio's own account.
+The weights that a job, an evaluation, a merge or a download would use are checked against their manifest by the process that
+starts the work, before it starts the one that loads them; and again, cheaply, wherever a folder is loaded. This guards against
+damage and exchanged files, not against somebody with the studio's own file permissions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Beat = Callable[[], object]
 
 
 class BadModel(BadData):
-    """The model's folder cannot be loaded, or cannot do what is asked of it."""
+    """The model's folder cannot be loaded, or the model does not support what is requested."""
 
     code = "bad_model"
 
@@ -34,7 +34,7 @@ class Damaged(BadModel):
 
 
 def check_model(ref: ModelRef, beat: Beat = lambda: None) -> None:
-    """The base's folder and those of its adapters, all of which the studio registered. `beat` is called now and then while
+    """Check the folders of the base and of its adapters, all of which the studio registered. `beat` is called regularly while
     files are read. Raises Damaged, naming the file."""
     check(ref.path, ref.name, ref.revision, beat=beat)
     for adapter in ref.adapters:
@@ -42,9 +42,9 @@ def check_model(ref: ModelRef, beat: Beat = lambda: None) -> None:
 
 
 def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bool = False, beat: Beat = lambda: None) -> None:
-    """One folder, relative to the data folder; a checkpoint's manifest stands above its weights.
+    """Check one folder, relative to the data folder; a checkpoint's manifest is in the folder above its weights.
 
-    A folder without a manifest was registered by nobody: `may_be_plain` lets such a one pass, as a person's own folder.
+    A folder without a manifest was never registered: `may_be_plain` accepts it, as a person's own folder.
     """
     folder = get_settings().data_dir / path
     home = next((f for f in (folder, folder.parent) if manifest.read(f) is not None), None)
@@ -65,8 +65,8 @@ def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bo
 
 
 def tell(damaged: BadModel) -> None:
-    """Say on the model's page that it is damaged, and refuse it to new work until it is whole again. A checkpoint has no page,
-    and a model that is bad for another reason is none of this."""
+    """Mark the model as damaged, which shows on its page and refuses it to new work until it is intact again. A checkpoint has no
+    page, and a BadModel for other reasons is ignored."""
     if not isinstance(damaged, Damaged):
         return
     from sqlalchemy import select  # a trainer, which has no database, loads models too
@@ -83,5 +83,5 @@ def tell(damaged: BadModel) -> None:
                 hint = tuned if model.job_id else "Try again: it is downloaded or made again. Its fine-tunes stay."
                 model.status, model.error = "error", damaged.as_problem() | {"hint": hint}
                 log.error("The model %s is damaged: %s", model.name, damaged.message)
-    except (SQLAlchemyError, RuntimeError) as error:  # whoever meets it next tells it
+    except (SQLAlchemyError, RuntimeError) as error:  # the next process that meets it marks it
         log.warning("That a model is damaged could not be recorded (%s): %s", type(error).__name__, damaged.message)

@@ -1,7 +1,7 @@
-"""Blends: a tuned model played at some place between its base (0) and itself (1).
+"""Blends: models interpolated between a base (0) and a model fine-tuned from it (1).
 
-`NAME@0.5` names one wherever a model is named. Weights of a whole model are interpolated (Wortsman et al. 2021, "Robust
-fine-tuning of zero-shot models", arXiv:2109.01903); what an adapter adds is scaled. Each strategy does it in its own way,
+`NAME@0.5` names one wherever a model is named. Weights of a whole model are interpolated (WiSE-FT, Wortsman et al. 2021, Robust
+fine-tuning of zero-shot models, arXiv:2109.01903); the correction of an adapter is scaled. Each strategy does it in its own way,
 or says why it cannot (`Strategy.load_blended`).
 """
 
@@ -16,17 +16,18 @@ from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The places at which a blend evaluation looks."""
+"""The interpolation points of a blend evaluation."""
 ENOUGH_GAIN = 0.9
-"""A blend that keeps this share of what tuning gained is as good as the whole, for a reader who also minds forgetting."""
+"""A blend that keeps this share of the gain of fine-tuning is as good as the full model, for somebody who also minds the loss of
+general ability."""
 LITTLE = 0.005
-"""Less forgetting than this, in relative bits per byte, is not worth a sentence."""
+"""Changes of general ability below this, in relative bits per byte, are not worth a sentence."""
 
 _NAME = re.compile(r"(?P<name>.+)@(?P<share>\d*\.?\d+)")
 
 
 def split_name(name: str) -> tuple[str, float | None]:
-    """`NAME@0.5` → (`NAME`, 0.5); a name without a share as it is. Raises BadField for a share beyond 1."""
+    """`NAME@0.5` → (`NAME`, 0.5); a name without a blend is unchanged. Raises BadField for a blend outside 0 to 1."""
     found = _NAME.fullmatch(name)
     if found is None:
         return name, None
@@ -45,7 +46,7 @@ def full_name(name: str, share: float) -> str:
 
 
 def why_not(strategy: str | None, *, labels: bool = False) -> str | None:
-    """Why what a strategy made cannot be blended with its base; None when it can."""
+    """Why the result of a strategy cannot be blended with its base; None when it can."""
     cls = STRATEGIES.get(strategy or "")
     if cls is None:
         return "it was not fine-tuned here, so there is no base to go back to."
@@ -55,7 +56,7 @@ def why_not(strategy: str | None, *, labels: bool = False) -> str | None:
 
 
 def blended(tuned: ModelRef, base: ModelRef, strategy: str, share: float) -> ModelRef:
-    """The reference of a blend. A whole model is laid on its base like an adapter, so that both are at hand."""
+    """The reference of a blend. A whole model is stored like an adapter of its base, so that both are available."""
     if share == 1:
         return tuned
     named = {"name": full_name(tuned.name, share), "kind": tuned.kind, "labels": tuned.labels}
@@ -70,7 +71,7 @@ def blended(tuned: ModelRef, base: ModelRef, strategy: str, share: float) -> Mod
 
 
 class ChartPoint(NamedTuple):
-    """One point in a panel's drawing, with the ends of its interval where it has one."""
+    """One point of a chart, with the ends of its interval where it has one."""
 
     x: float
     y: float
@@ -80,7 +81,7 @@ class ChartPoint(NamedTuple):
 
 
 class ChartPanel(NamedTuple):
-    """One line over the blend, in a drawing 320 wide and 150 high: its marks, its polyline, and the ends of its axis."""
+    """One chart over the blend, 320 wide and 150 high: its points, its polyline, and the ends of its axis."""
 
     title: str
     unit: str
@@ -92,7 +93,7 @@ class ChartPanel(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Score and general ability at each place, as drawings and as rows of a table, and what a reader may take from them."""
+    """Score and general ability at each point, as charts and as rows of a table, and the conclusion."""
 
     score: ChartPanel
     ability: ChartPanel | None
@@ -102,7 +103,7 @@ class Curve(NamedTuple):
 
 
 Point = tuple[float, float, float | None, float | None]
-"""Across, up, and the lower and upper end of its interval where it has one."""
+"""x, y, and the lower and upper end of its interval where it has one."""
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 310.0, 12.0, 118.0
 
 
@@ -150,7 +151,7 @@ def _panel(title: str, unit: str, values: list[Point], form: str, *, zero: bool)
 
 
 def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
-    """(the place to take, why): of those that keep nearly all that tuning gained, the one that forgets least."""
+    """(the recommended blend, why): of those that keep nearly all of the gain, the one with the best general ability."""
     base, tuned = points[0], points[-1]
     lowest = min(points, key=lambda p: p["score"])
     gain = base["score"] - lowest["score"]
@@ -173,7 +174,7 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
-    """How much less is forgotten than by the whole; what was gained on general text is no forgetting."""
+    """How much less general ability is lost than by the full model; gains on general text do not count."""
     less: float = max(tuned["forgetting"], 0.0) - max(point["forgetting"], 0.0)
     return less
 

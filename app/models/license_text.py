@@ -1,4 +1,4 @@
-"""The words of a page of licence terms, without its scripts, styles and menus."""
+"""Extracts the text of an HTML page of license terms, without its scripts, styles and menus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Text(HTMLParser):
-    """The words of an HTML article, a blank line between its blocks."""
+    """Collects the text of an HTML article, with a blank line between its blocks."""
 
     _BLOCKS = ("p", "h1", "h2", "h3", "h4", "li", "tr", "div", "section", "ol", "ul")
 
@@ -38,7 +38,7 @@ class _Text(HTMLParser):
 
 
 def text_of(html: bytes) -> str:
-    """Plain text, a blank line between its blocks."""
+    """Plain text, with a blank line between its blocks."""
     parser = _Text()
     parser.feed(html.decode("utf-8", "replace"))
     blocks = ("".join(parser.parts)).split("\n\n")

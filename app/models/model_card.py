@@ -1,4 +1,4 @@
-"""The model card that goes with a download: what it is, where it came from, how to load it."""
+"""The model card of a download: what the model is, where it came from, how to load it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.tables import Job, Model
 
 
 def upstream(base: Model) -> str:
-    """Under which name the world knows a base: its hub repository where there is one."""
+    """The public name of a base: its hub repository where there is one."""
     source = base.source or {}
     if source.get("from") == "hub":
         return str(source["repo"])
@@ -20,7 +20,7 @@ def upstream(base: Model) -> str:
 
 
 def card(model: Model, chain: list[Model], job: Job | None, made_of: Provenance) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. `chain` leads from the base to `model`."""
+    """Markdown with the front matter of the Hugging Face hub. `chain` leads from the base to `model`."""
     base = chain[0]
     code = load_code(model.kind, made_of)
     front = {
@@ -30,7 +30,7 @@ def card(model: Model, chain: list[Model], job: Job | None, made_of: Provenance)
         "tags": ["luthier", *([model.strategy] if model.strategy else [])],
     }
     parts = [_front(front), f"# {model.title}\n", _origin(model, chain, job)]
-    if job is not None and model.step is None:  # a checkpoint was not scored as its job's result was
+    if job is not None and model.step is None:  # only the result of a job was scored, not its checkpoints
         parts.append(_results(job))
     parts.append(f"## Load it\n\n{requirements(code)}\n\n```python\n{code}```\n")
     return "\n".join(part for part in parts if part)
@@ -40,19 +40,19 @@ def card(model: Model, chain: list[Model], job: Job | None, made_of: Provenance)
 
 HERE = 'folder = "."  # where this archive was unpacked'
 MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel"}
-"""Classes of transformers by kind; all other kinds write."""
+"""transformers classes by kind; all other kinds are generative."""
 
 
 class AppliedAdapter(NamedTuple):
-    """A strategy's result that is laid on the model below it, and under which name it can be had."""
+    """A strategy's result that is attached to the model below it, and its name."""
 
     name: str
     strategy: Strategy
 
 
 class Provenance(NamedTuple):
-    """What a model is put together from: whole weights under some name (None: they are in its own folder), what is laid on
-    them in order, the last in its own folder, and for a classifier its width, labels and the strategy that built its head."""
+    """The parts of a model: whole weights under some name (None: they are in its own folder), the adapters to attach in order,
+    the last in its own folder, and for a classifier its width, labels and the strategy that built its head."""
 
     base: str | None
     laid: tuple[AppliedAdapter, ...] = ()
@@ -62,7 +62,7 @@ class Provenance(NamedTuple):
 
 
 def load_code(kind: str, made_of: Provenance) -> str:
-    """Python that loads a downloaded and unpacked model and asks it something. Needs nothing of Luthier."""
+    """Python code that loads a downloaded and unpacked model and runs it. It does not need Luthier."""
     classifies = made_of.head is not None
     task = "classification" if classifies else "generation"
     maker = "AutoModelForCausalLM" if len(made_of.laid) > 1 else MAKERS.get(kind, "AutoModelForCausalLM")
@@ -93,7 +93,7 @@ def requirements(code: str) -> str:
 
 
 def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
-    """(imports, lines) that ask a loaded model something: for a class, a vector, an answer or more text."""
+    """(imports, lines) that run a loaded model: for a class, a vector, an answer or a continuation."""
     if made_of.head is not None:
         return ["import json", "import torch", "from safetensors.torch import load_file"], [
             'about = json.load(open(f"{folder}/classifier.json"))',

@@ -1,11 +1,11 @@
-"""What each JSON file of a model may hold: which keys, and which values.
+"""Allow-lists for the JSON files of a model: which keys, and which values.
 
-A library that opens a tokenizer hands every key it does not know on to the class that is made, so one key can name a file
-of this machine to be read as vocabulary, or code to be imported. So the lists name what is allowed, for values too: where
-no free text belongs stands a number, a flag or a single word, and none of them can be a path. Token contents, templates,
-labels and prompts are free text, because nothing opens them.
+A library that opens a tokenizer passes every key it does not know to the class it instantiates, so one key can name a file of
+this machine to be read as a vocabulary, or code to be imported. So the lists name what is allowed, for values too: where no free
+text belongs there is a number, a flag or a single word, none of which can be a path. Token contents, templates, labels and
+prompts are free text, because nothing opens them.
 
-    check("tokenizer_config.json", value)   the value without what only says where a file once lay; or it raises
+    check("tokenizer_config.json", value)   the value without keys that only say where a file used to be; or it raises
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIB = 2**20
 MAX_BYTES = {
     "config.json": MIB,
     "generation_config.json": MIB // 4,
-    "tokenizer.json": 64 * MIB,  # one of 256k tokens has 33 MB
+    "tokenizer.json": 64 * MIB,  # one with 256k tokens has 33 MB
     "vocab.json": 16 * MIB,
     "tokenizer_config.json": 8 * MIB,  # 256k reserved tokens by name take some megabytes
     "special_tokens_map.json": MIB,
@@ -34,7 +34,7 @@ MAX_BYTES = {
     "config_sentence_transformers.json": MIB // 4,
     "1_Pooling/config.json": MIB // 16,
 }
-"""The JSON files that are read, and how large each may be."""
+"""The JSON files that are read, and their maximum sizes."""
 
 Rule = Callable[[Any], bool]
 
@@ -55,7 +55,7 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    """A number or null. `model_max_length` says 10^30 for no limit."""
+    """A number or null. `model_max_length` is 10^30 for no limit."""
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e31)
 
 
@@ -86,7 +86,7 @@ def _either(*rules: Rule) -> Rule:
 
 
 def _only(**rules: Rule) -> Rule:
-    """An object with these keys at most."""
+    """An object with at most these keys."""
     return lambda value: isinstance(value, dict) and all(k in rules and rules[k](v) for k, v in value.items())
 
 
@@ -240,7 +240,7 @@ _LAIN = (
     "_name_or_path", "name_or_path", "special_tokens_map_file", "transformers.js_config", "processor_class",
     "response_schema", "response_template",
 )  # fmt: skip
-"""Keys that say where a model or its file once lay, or speak to other programs. They change nothing here and are not kept."""
+"""Keys that say where a model or its file used to be, or that are for other programs. They have no effect here and are dropped."""
 
 _CODE = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelines")
 _CODE_STARTS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "_commit_hash")
@@ -248,7 +248,7 @@ _OPENS = ("init_inputs", "vocab", "merges", "tokenizer_object", "fast_tokenizer_
 
 
 def read(folder: Path, name: str) -> Any:
-    """One JSON file of a model. Raises BadData when it is too large, too deep, holds NaN or Infinity, or is not JSON."""
+    """One JSON file of a model. Raises BadData when it is too large, too deep, contains NaN or Infinity, or is not JSON."""
     path, most = folder / name, MAX_BYTES[name]
     with path.open("rb") as file:
         data = file.read(most + 1)
@@ -276,7 +276,7 @@ def _finite(word: str) -> float:
 
 
 def check(name: str, value: Any) -> Any:
-    """What the studio keeps of one file. Raises Unsupported for a key that is not known, BadData for a value."""
+    """What the studio keeps of one file. Raises Unsupported for an unknown key, BadData for a value."""
     if name in _SHAPED:
         if not _SHAPED[name](value):
             raise BadData(f"{name} does not hold what such a file holds.", hint="Save the model again.", param="path")
@@ -307,7 +307,7 @@ def check(name: str, value: Any) -> Any:
 
 
 def _rule_of(name: str, key: str) -> Rule | None:
-    """The rule of a key that is known by its form."""
+    """The rule for a key that is recognized by its pattern."""
     if name in ("tokenizer_config.json", "special_tokens_map.json") and _TOKEN_NAME.fullmatch(key):
         return _TOKEN
     if name == "generation_config.json" and re.fullmatch(r"[a-z_]{1,40}_token_id", key):

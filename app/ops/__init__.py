@@ -1,1 +1,1 @@
-"""What runs the studio: the doctor and the embedded services."""
+"""Operation of the studio: the doctor and the embedded services."""

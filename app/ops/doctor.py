@@ -1,4 +1,4 @@
-"""`luthier doctor`: what this machine has, what is missing, and what to do about it. Each check tells its own fault."""
+"""`luthier doctor`: what this machine has, what is missing, and what to do about it. Each check reports its own errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Every check in turn. One that breaks is a finding itself, so that the others are still told."""
+    """Run every check. One that raises is a finding itself, so that the others are still reported."""
     checks: list[Callable[[], Finding | list[Finding]]] = [
         python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, hub, versions
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def python() -> Finding:
 
 
 def torch_build() -> Finding:
-    """Read from the package's metadata: importing torch takes seconds."""
+    """From the package's metadata: importing torch takes seconds."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -92,11 +92,11 @@ PARTS = {
     "fp8": ("products in fp8", "Only the setting frozen_weights=fp8 needs them."),
     "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
 }
-"""What `worker/selftest.py` tries: how it is called here, and what to do where it fails."""
+"""The checks of `worker/selftest.py`: their names here, and what to do when they fail."""
 
 
 def gpu_parts() -> list[Finding]:
-    """Each package that training uses on a GPU alone, tried on a few numbers there. It imports torch, so in a child."""
+    """Each package that only GPU training uses, tried with a small computation there. It imports torch, so in a child."""
     if shutil.which("nvidia-smi") is None:
         there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
         return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
@@ -113,7 +113,7 @@ def gpu_parts() -> list[Finding]:
 
 
 def gpu_behind_walls() -> Finding:
-    """Whether a trainer reaches the GPU from where it runs."""
+    """Whether a confined trainer can use the GPU."""
     with tempfile.TemporaryDirectory() as own:
         room = confinement.Confinement(write=[Path(own)], sockets="local", gpu=True)
         code = "import torch; print((torch.ones(3, device='cuda') * 2).sum().item())"
@@ -205,11 +205,11 @@ WALLS = {
     "capabilities": ("no capabilities, none to gain", "Nothing to do here: report it."),
     "limits": ("limits on memory, files and processes", "Nothing to do here: report it."),
 }  # fmt: skip
-"""The layers of `app.kit.confinement`: what each does to a process behind it, and what to do where this machine lacks it."""
+"""The layers of `app.kit.confinement`: the effect of each, and what to do where this machine lacks it."""
 
 
 def walls() -> list[Finding]:
-    """Around trainers, evaluations, readers and converters; each layer is tried on a process of its own."""
+    """The confinement of trainers, evaluations, parsers and converters; each layer is tried on a process of its own."""
     if get_settings().confinement == "off":
         return [Finding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
     told = confinement.report()
@@ -239,7 +239,7 @@ def chromium() -> Finding:
 
 
 def models() -> Finding:
-    """Folders, not rows, so that it can be told without a running database."""
+    """From folders, not rows, so that it works without a running database."""
     folder = get_settings().data_dir / "models"
     count = sum(1 for path in folder.iterdir() if (path / "config.json").exists()) if folder.exists() else 0
     return Finding(
@@ -248,7 +248,7 @@ def models() -> Finding:
 
 
 def engines() -> list[Finding]:
-    """The servers of LUTHIER_ENGINES, each asked what it serves."""
+    """The servers of LUTHIER_ENGINES, each with the models it serves."""
     from app.inference import external_server
 
     found = []

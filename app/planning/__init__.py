@@ -1,1 +1,1 @@
-"""What a job costs and whether it can run, known before it starts. Pure."""
+"""Estimates of what a job costs, and checks of whether it can run, before it starts. Pure."""

@@ -1,7 +1,7 @@
-"""Which strategy to pick: every one ranked from facts that are shown, with its reasons in plain words. Pure.
+"""Ranks all strategies from stated facts, with reasons in plain words. Pure.
 
-The rules weigh what the literature agrees on; each says its source where it stands. A score is only an order: it is made
-of the points named with each reason, so a reader can follow how the order came about.
+The rules follow what the literature agrees on; each cites its source. A score is only an order: it is the sum of the points of
+each reason, so a reader can follow how the order came about.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from app.strategies import STRATEGIES, Strategy
 from app.strategies._advice import Facts, Reason, by_nature
 
 ROOMY, TIGHT = 0.5, 0.9
-"""A plan that needs less than the first share of the machine's memory leaves room; one beyond the second leaves none."""
+"""Shares of the machine's memory: a plan below the first leaves room; one above the second leaves none."""
 NEAR_LEAST = 1.1
-"""What needs up to this many times the least memory counts as needing as little."""
+"""What needs up to this many times the minimum memory counts as needing as little."""
 
 
 class Cost(BaseModel):
@@ -38,7 +38,8 @@ class Rule(BaseModel):
 
 
 class Advice(BaseModel):
-    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it cannot run."""
+    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it
+    cannot run."""
 
     strategy: str
     title: str
@@ -53,7 +54,7 @@ class Advice(BaseModel):
     _weighed: list[Reason] = PrivateAttr(default_factory=list)
 
     def decisive(self, *, speaks_for: bool = False) -> str | None:
-        """The weightiest sentence that is its own; one that speaks for it, where only those are wanted, else a shared one."""
+        """The weightiest sentence of its own; one in its favor, where only those are wanted, else a shared one."""
         found = [r for r in self._weighed if r.points > 0] if speaks_for else self._weighed
         own = [r for r in found if r.text in (*self.reasons, *self.warnings)]
         most = max(own or (found if speaks_for else []), key=lambda r: abs(r.points), default=None)
@@ -75,7 +76,7 @@ def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | No
 
 
 def rules(ranking: list[Advice]) -> list[Rule]:
-    """What was weighed for more than one strategy, the weightiest first."""
+    """The reasons that apply to more than one strategy, the weightiest first."""
     found: dict[Reason, list[str]] = {}
     for advice in ranking:
         for reason in advice._weighed:

@@ -12,15 +12,15 @@ from app.strategies import STRATEGIES, Strategy
 
 BITS = (32, 16, 8, 4)
 LEAST, MOST = 0.01, 2000
-"""Parameters in billions."""
+"""Range of parameters, in billions."""
 ASPECT, VOCABULARY = 128, 50_000
-"""Width over depth of the decoder that is taken for a number of parameters, and its tokens: 175 B is then 12,288 wide with 96 layers."""
+"""Width over depth of the decoder assumed for a number of parameters, and its vocabulary: 175 B is then 12,288 wide with 96 layers."""
 GPU = Machine(cores=8, memory_bytes=2**50, gpu_memory_bytes=2**50, gpu_capability=9.0, bf16_pays=True)
-"""One that everything fits into, so that nothing is recomputed to save memory."""
+"""A GPU that everything fits into, so that nothing is recomputed to save memory."""
 
 
 class Row(NamedTuple):
-    """Bytes for each of `BITS`; None where the method cannot have its base model in so few."""
+    """Bytes for each of `BITS`; None where the method does not support a base of that precision."""
 
     title: str
     strategy: str | None
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def shape_for(billions: float) -> Shape:
-    """A usual decoder of about so many parameters: four times as wide inside, heads of 64 or 128."""
+    """A typical decoder of about this many parameters: an MLP of four times the width, heads of 64 or 128."""
     wanted = billions * 1e9
     hidden = max(128, round((wanted * ASPECT / 12) ** (1 / 3) / 128) * 128)
     layers = max(1, round((wanted - VOCABULARY * hidden) / (12 * hidden**2)))
@@ -41,7 +41,7 @@ def shape_for(billions: float) -> Shape:
 
 
 def table(shape: Shape, tokens: int) -> list[Row]:
-    """The weights alone, then the first method of each family that a decoder can do, the cheapest last."""
+    """The weights alone, then the first method of each family that a decoder supports, the cheapest last."""
     weights = Row("Weights only (inference)", None, 0, tuple(shape.parameters() * bits // 8 for bits in BITS))
     first: dict[str, Strategy] = {}
     for cls in STRATEGIES.values():
@@ -57,7 +57,7 @@ def _row(strategy: Strategy, shape: Shape, tokens: int) -> Row:
 
 
 def _bytes(strategy: Strategy, shape: Shape, tokens: int, bits: int) -> int | None:
-    """Peak bytes at a step of `tokens`. Trained weights are always 32 bits wide; 8 and 4 are for frozen ones."""
+    """Peak bytes at a step of `tokens`. Trained weights always have 32 bits; 8 and 4 are for frozen ones."""
     run = RunSettings(precision="fp32" if bits == 32 else "bf16", max_tokens_per_step=tokens, max_length=tokens)
     task = strategy.tasks[0]
     if bits == 8:

@@ -1,7 +1,7 @@
-"""Memory and time of a job before it starts: arithmetic on the model's shape, the data and the machine. Pure, no torch.
+"""Estimates the memory and time of a job from the model's shape, the data and the machine. Pure, no torch.
 
-The figures describe Luthier's own engine: packed rows without padding, attention without masks, a head that is applied
-only where a token is learnt. `tests/planning/test_memory.py` and `benchmarks/estimates.py` hold them against measurements.
+The numbers describe Luthier's own trainer: packed rows without padding, attention without masks, a head that is applied only to
+tokens with a loss. `tests/planning/test_memory.py` and `benchmarks/estimates.py` compare them with measurements.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from app.strategies.feature_extraction import FeatureExtraction
 SPEED_PER_CORE = 35e9
 SPEED_PER_CORE_MATRIX_UNITS = 120e9
 SPEED_GPU = 150e12
-"""Operations per second taken for granted until a job has been measured on this machine."""
+"""Operations per second assumed until a job has been measured on this machine."""
 
 FIXED_SECONDS = 4.0
-"""Libraries loaded, rows made into tokens and results written, until a job has been measured here; reading the weights comes on top."""
+"""Loading libraries, tokenizing rows and writing results, until a job has been measured here; loading the weights is added."""
 MIN_BESIDE, MIN_FIXED_SECONDS = 0.1, 0.1
-"""The least share of its arithmetic that what a job does beside its steps is taken to need, and the least that is fixed."""
+"""Minimum of the work beside a job's steps, as a share of its arithmetic, and of the fixed seconds."""
 DISK_BYTES_PER_SECOND = 400e6
-"""Weights read, or written with their SHA-256."""
+"""Loading weights, or writing them with their SHA-256."""
 PROBE_TOKENS = 4000
 ANSWERED = 8
-"""The general texts of `worker/scoring/probe/`, and the held-out rows that a final evaluation answers."""
+"""The general texts of `worker/scoring/probe/`, and the validation rows that a final evaluation answers."""
 SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, 32_768
-"""What a base without tuning is given for the verdict (worker/scoring/prompt_baseline.py): solved examples before a question, examples of a class,
-and at most so many held-out rows and tokens."""
+"""The baselines of the verdict (worker/scoring/prompt_baseline.py): few-shot examples per question, examples per class, and
+maximum validation rows and tokens."""
 
 FIT_SWEEPS, FIT_PASSES = 13, 60
-"""Logistic regression goes over the vectors as often as 13 whole fits do (six strengths in three folds of two thirds each, and
-the one that is kept), each in some 60 passes; where the strength is given, once."""
+"""Logistic regression takes as long as 13 fits (cross-validation of six strengths in three folds of two thirds each, and the
+final one), each in some 60 passes; where the strength is given, as one."""
 FIT_ROWS = 3000
-"""Rows that cross-validation looks at."""
+"""Maximum rows of the cross-validation."""
 DENSE_ROW_SECONDS = 5e-6
-"""What a row of a dense classifier's step takes beyond its products."""
+"""Time per row of a dense classifier's step beyond its products."""
 FIT_OPERATIONS_PER_SECOND = 50e9
-"""What scikit-learn's solver reached on one core, float32, for 10 to 77 classes of 384 and 576 numbers."""
+"""What scikit-learn's solver reached on one core, float32, for 10 to 77 classes of 384 and 576 dimensions."""
 
 
 class Stats(Protocol):
-    """What is known of a dataset. Token figures are None until they were counted."""
+    """What is known of a dataset. Token counts are None until they were counted."""
 
     rows: int
     characters: int
@@ -62,7 +62,7 @@ class Stats(Protocol):
 
 
 class Estimate(BaseModel):
-    """Bytes and seconds. `low_seconds` to `high_seconds` is the range to expect."""
+    """Bytes and seconds. `low_seconds` to `high_seconds` is the expected range."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -81,7 +81,7 @@ class Estimate(BaseModel):
 
 
 def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | None = None) -> Estimate:
-    """What the job will take on this machine. `validation` is what is known of the rows of `spec.validation`."""
+    """Estimate of a job on this machine. `validation` is what is known of the rows of `spec.validation`."""
     machine, course = machine.on(spec.run.device), course_of(spec, stats, validation)
     if type(spec.strategy).recipe == "features":
         return _of_features(spec, course, machine)
@@ -120,20 +120,20 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
 
 
 class Workload(NamedTuple):
-    """The data of a job as it is gone through. All but `steps` and `labels` in tokens, a soft prompt's placeholders among them."""
+    """How a job goes through its data. All but `steps`, `rows` and `labels` are in tokens, including virtual tokens."""
 
-    train: float  # of the rows that are learnt from, once
+    train: float  # of the training rows, once
     held_out: float
-    longest: int  # of the longest sequence, after cutting
+    longest: int  # of the longest sequence, after truncation
     tokens: int  # of all steps
     steps: int
-    learnt: float  # share of the tokens that carry a loss
-    rows: int  # rows that are learnt from
+    learnt: float  # share of the tokens with a loss
+    rows: int  # training rows
     labels: int
 
 
 def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
-    """How a job goes through its data."""
+    """The workload of a job."""
     run = spec.run
     rows, longest = _placed(spec, stats)
     if spec.validation is None:
@@ -159,8 +159,8 @@ def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
 
 
 def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
-    """(tokens of all rows, tokens of the longest sequence) after cutting, with `each` sequences a row; four characters are
-    a token until tokens are counted."""
+    """(tokens of all rows, tokens of the longest sequence) after truncation, with `each` sequences per row; four characters count
+    as a token until tokens are counted."""
     tokens = stats.tokens if stats.tokens is not None else math.ceil(stats.characters / 4) + 8 * stats.rows
     mean = tokens / max(each * stats.rows, 1)
     longest = stats.longest if stats.longest is not None else math.ceil(3 * mean)
@@ -168,14 +168,14 @@ def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
 
 
 def learnt_share(stats: Stats) -> float:
-    """Share of the tokens that carry a loss; half when nobody counted."""
+    """Share of the tokens with a loss; half when nobody counted."""
     if not stats.tokens or stats.trained_tokens is None:
         return 0.5
     return min(1.0, stats.trained_tokens / stats.tokens)
 
 
 def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) -> int:
-    """Optimizer steps of a job whose epoch has so many tokens and rows."""
+    """Optimizer steps of a job with this many tokens and rows per epoch."""
     batches = rows / run.batch_size if run.batch_size else train_tokens / (run.max_tokens_per_step or 1)
     if not run.packing and not run.batch_size:  # at most, as if every row were as long as the longest
         batches = rows / max(1, (run.max_tokens_per_step or 1) // longest)
@@ -187,9 +187,9 @@ def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) 
 
 
 def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recompute: float = 0.0) -> float:
-    """Floating-point operations of one training step per token: 2 per weight forwards, 2 back through it as far as gradients
-    reach, and 2 more per weight that learns; `recompute` is the share of layers run forwards twice. The head counts only where
-    tokens are learnt."""
+    """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
+    as gradients reach, and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
+    counts only for tokens with a loss."""
     blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
     head = shape.vocabulary * shape.hidden * learnt
     learns = min(strategy.trainable(shape), blocks + head)
@@ -198,17 +198,17 @@ def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recomp
 
 
 def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:
-    """What is known of the pace of such a job here, and whether one like it was measured."""
+    """The pace of such a job here, and whether one like it was measured."""
     return machine.pace(work_of(spec, precision_of(spec.run, spec.strategy, machine)))
 
 
 def work_of(spec: JobSpec, precision: str) -> str:
-    """The kind of work that a job is."""
+    """The kind of work of a job."""
     return kind_of_work(spec.strategy.name, spec.model.shape.architecture, type(spec.strategy).recipe, precision)
 
 
 def speed_of(spec: JobSpec, machine: Machine) -> float:
-    """Operations per second to expect: as measured here before, or a cautious figure."""
+    """Expected operations per second: as measured here before, or a cautious default."""
     found, _ = pace_of(spec, machine)
     if found:
         return found.operations_per_second
@@ -223,14 +223,14 @@ def _read_seconds(shape: Shape) -> float:
 
 
 def forward_operations(shape: Shape, learnt: float) -> float:
-    """Operations of reading one token, the head applied to a share of them."""
+    """Operations of the forward pass of one token, with the head applied to a share of them."""
     blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
     return 2 * (blocks + shape.vocabulary * shape.hidden * learnt)
 
 
 def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float = 0.0) -> float:
-    """Seconds of all steps, or of reading every text once, at `speed` operations a second; `recompute` is the share of layers run
-    forwards twice."""
+    """Seconds of all steps, or of reading every text once, at `speed` operations per second; `recompute` is the share of layers
+    whose forward pass runs twice."""
     shape = spec.model.shape
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
@@ -239,7 +239,7 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
 
 
 def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
-    """Seconds of what a job computes beside its steps: scores, answers, checkpoints, and a classifier learnt on vectors."""
+    """Seconds of a job's computations beside its steps: scores, answers, checkpoints, and a classifier trained on embeddings."""
     shape, run = spec.model.shape, spec.run
     if type(spec.strategy).recipe == "features":
         return _fit_seconds(spec, course)
@@ -249,10 +249,11 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     saves = judged = max(1, math.ceil(often))
     if run.save_steps:
         saves = math.ceil(course.steps / run.save_steps)
-    # The held-out rows are scored before the first step and at every evaluation; classes once more at the end, for their evaluation.
+    # Validation rows are scored before the first step and at every evaluation; classes once more at the end, for their
+    # evaluation.
     scored = (judged + 1 + classes) * course.held_out * forward
-    # At the end every training row is scored, but for classes also with the model before tuning, and so are the texts that
-    # show forgetting; an encoder writes none.
+    # At the end every training row is scored, except for classes by the model before fine-tuning too, and so is the general probe;
+    # an encoder has none.
     passes = (1 if classes else 2) if run.row_losses else 0
     scored += passes * course.train * forward
     probed = run.forgetting and shape.architecture == "decoder"
@@ -261,15 +262,15 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     scored += _contest_tokens(spec, course) * forward
     if OBJECTIVES[spec.task].reads_base:
         scored += (course.train + course.held_out) * forward
-    # Writing answers one token at a time is bound by reading the weights, about ten times slower per token than training.
+    # Generation is bound by reading the weights, about ten times slower per token than training.
     written = 0 if classes else run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
 
 
 def _contest_tokens(spec: JobSpec, course: Workload) -> float:
-    """Tokens of held-out rows that are read again for the verdict: behind examples by the base, and by the tuned model; of a
-    classifier, the texts whose vectors are compared."""
+    """Tokens of validation rows that are read again for the verdict: behind examples by the base, and by the fine-tuned model;
+    for a classifier, the texts whose embeddings are compared."""
     mean = course.train / max(course.rows, 1)
     held = course.held_out / max(mean, 1.0)
     entry = OBJECTIVES[spec.task]
@@ -282,8 +283,9 @@ def _contest_tokens(spec: JobSpec, course: Workload) -> float:
 
 
 def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:
-    """What a job of `seconds` in all, the first `loaded` of them before its first step, tells of the next. What it took longer than
-    the arithmetic is fixed; what it took less, it was faster beside its steps. None when it cannot have read its texts at all."""
+    """The pace measured by a job of `seconds` in all, the first `loaded` of them before its first step. What it took longer than
+    the arithmetic is fixed time; what it took less, it was faster beside its steps. None when it cannot have read its texts at
+    all."""
     beside = beside_seconds(spec, course, speed)
     rest = seconds - step_seconds(spec, course, speed, recompute)
     if type(spec.strategy).recipe == "features":
@@ -293,7 +295,7 @@ def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, s
 
 
 def _save_seconds(spec: JobSpec) -> float:
-    """Seconds of a checkpoint: what learns with its two moments, and a whole model where the result is one."""
+    """Seconds of a checkpoint: trained weights with their two moments, and a whole model where the result is one."""
     strategy, shape = spec.strategy, spec.model.shape
     learnt = strategy.trainable(shape)
     return (12 * learnt + (0 if type(strategy).adapter else 4 * (shape.parameters() - learnt))) / DISK_BYTES_PER_SECOND
@@ -303,7 +305,7 @@ def _save_seconds(spec: JobSpec) -> float:
 
 
 def _of_features(spec: JobSpec, course: Workload, machine: Machine) -> Estimate:
-    """Every text read once, forwards only, and a small classifier learnt on the vectors."""
+    """Every text read once, forward only, and a small classifier trained on the embeddings."""
     strategy = spec.strategy
     assert isinstance(strategy, FeatureExtraction)
     steps = 1 if strategy.classifier == "logistic" else strategy.passes
@@ -319,7 +321,7 @@ def _of_features(spec: JobSpec, course: Workload, machine: Machine) -> Estimate:
 
 
 def _fit_seconds(spec: JobSpec, course: Workload) -> float:
-    """Seconds of learning a classifier on the vectors."""
+    """Seconds of training a classifier on the embeddings."""
     strategy = spec.strategy
     assert isinstance(strategy, FeatureExtraction)
     head = strategy.head_parameters(spec.model.shape, course.labels)

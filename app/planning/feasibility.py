@@ -1,7 +1,7 @@
-"""What can be known to be wrong with an order's data before a job exists: what is refused, and what a person is told.
+"""Checks of a job's settings and data before it is created: what is refused, and what a person is warned about.
 
-Everything is read off the datasets' reports, so it costs no pass over the rows. What is refused would fail in the trainer
-minutes later; what is told trains, and may not be what was meant.
+Everything is read off the datasets' reports, so it costs no pass over the rows. What is refused would fail in the trainer minutes
+later; what is warned about trains, but may not be what was meant.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from app.strategies._own_weights import WithOwnWeights
 from app.tables import Dataset
 
 MIN_ROOM = 4
-"""Tokens of a row that must fit beside a strategy's learnt ones, or there is nothing to learn from."""
+"""Tokens of a row that must fit next to a strategy's virtual tokens, or there is nothing to train on."""
 NAMED = 5
 MIN_FP8_CAPABILITY = 8.9
-"""NVIDIA's Ada; its cards before have no products in fp8."""
+"""NVIDIA's Ada; earlier GPUs have no fp8 products."""
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -67,15 +67,15 @@ def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param
 
 
 def refuse_untunable(model: ModelRef, task: str) -> None:
-    """Raises BadField for a model that no strategy can tune further for this task."""
+    """Raises BadField for a model that no strategy can fine-tune further for this task."""
     if reason := why_not_tuned(model, task):
         raise BadField(reason, hint="Fine-tune the base model instead.", param="model", code="cannot_be_tuned")
 
 
 def why_not_tuned(model: ModelRef, task: str) -> str | None:
-    """Why no strategy can tune this model for this task; None where some can.
+    """Why no strategy can fine-tune this model for this task; None where some can.
 
-    Further tuning starts from the plain model, so everything it was tuned to must be folded into its weights first.
+    Further fine-tuning starts from the plain model, so all its adapters must be merged into its weights first.
     """
     if model.labels and not OBJECTIVES[task].classifies:
         return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
@@ -90,7 +90,7 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
 
 def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
-    """Raises BadField for a setting that the strategy would not read."""
+    """Raises BadField for a setting that the strategy would ignore."""
     if type(strategy).recipe != "features":
         return
     unread = GRADIENT_ONLY + (STEPS_ONLY if getattr(strategy, "classifier", None) == "logistic" else ())
@@ -142,7 +142,7 @@ def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None)
 
 
 def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
-    """Raises BadField for names of modules that the model has none of, and for biases or tables where there are none."""
+    """Raises BadField for names that match none of the model's modules, and for biases or embeddings where there are none."""
     unknown = strategy.unknown_modules(shape) if isinstance(strategy, ChosenLowRank) else []
     if unknown:
         raise BadField(
@@ -175,7 +175,7 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
 
 
 def refuse_device(run: RunSettings, machine: Machine) -> None:
-    """Raises BadField for a GPU that the machine that trains does not have, and for an optimizer that needs one."""
+    """Raises BadField for a GPU that the training machine does not have, and for an optimizer that needs one."""
     if run.device == "cuda" and not machine.cuda:
         raise BadField(
             "The device cuda needs an NVIDIA GPU, and the machine that trains shows none.",
@@ -234,7 +234,7 @@ def refuse_without_gpu(strategy: Strategy, run: RunSettings, task: str, machine:
 
 
 def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
-    """Raises BadField where the tokens that a strategy puts before each row leave no room for the row."""
+    """Raises BadField where a strategy's virtual tokens leave no room for the row."""
     before, longest = strategy.virtual_tokens(), longest_row(run, shape)
     if before and longest - before < MIN_ROOM:
         whose = "the model reads at once" if shape.positions <= run.max_length else "a row may have"
@@ -247,7 +247,7 @@ def refuse_no_room(strategy: Strategy, run: RunSettings, shape: Shape) -> None:
 
 
 def longest_row(run: RunSettings, shape: Shape) -> int:
-    """Tokens to which longer rows are cut: the order's longest length, or the model's window where that is less."""
+    """Tokens to which longer rows are truncated: the max sequence length, or the model's context window where that is less."""
     return min(run.max_length, shape.positions)
 
 
@@ -255,7 +255,7 @@ def longest_row(run: RunSettings, shape: Shape) -> int:
 
 
 def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None) -> list[str]:
-    """What a person should know of the data before the job starts, each a sentence with its hint."""
+    """Warnings about the data, each a sentence with its hint."""
     found = [*_left_out(dataset), *_too_long(spec, dataset)]
     if OBJECTIVES[spec.task].classifies:
         found += _odd_labels(dataset)
@@ -265,7 +265,7 @@ def warnings(spec: JobSpec, dataset: Dataset, validation: Dataset | None = None)
 
 
 def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
-    """That a newer reading of the same file failed, so that an older one is learnt from."""
+    """A warning that a newer version of the same file failed to parse, so that an older one is trained on."""
     if later is None:
         return []
     said = (later.error or {}).get("message") or "It has no valid row."
@@ -276,7 +276,7 @@ def later_failed(dataset: Dataset, later: Dataset | None) -> list[str]:
 
 
 def few_steps(spec: JobSpec, steps: int) -> list[str]:
-    """A job that ends before it has learned anything. `steps` are those that the estimate counts."""
+    """A warning that a job ends before it has learned anything. `steps` are those of the estimate."""
     if steps >= MIN_STEPS or type(spec.strategy).recipe == "features":
         return []
     return [
@@ -296,13 +296,14 @@ def _left_out(dataset: Dataset) -> list[str]:
 
 
 def _too_long(spec: JobSpec, dataset: Dataset) -> list[str]:
-    """Rows beyond the longest length. The counts come from one tokenizer, which need not be this model's, so they are rounded."""
+    """A warning about rows beyond the max sequence length. The counts come from one tokenizer, which need not be this model's, so
+    they are rounded."""
     report: dict[str, Any] = dataset.report or {}
     limit = longest_row(spec.run, spec.model.shape) - spec.strategy.virtual_tokens()
     longest = report.get("longest") or report.get("longest_characters", 0) / 4
     if longest <= limit:
         return []
-    # Known exactly for the usual limits. A bucket begins at a power of two, so those that begin beyond the limit are surely longer.
+    # Exact for the usual limits: buckets begin at powers of two, so those that begin beyond the limit are certainly longer.
     exact = dict(report.get("rows_cut", []))
     rows = exact.get(limit, sum(count for start, count in report.get("token_lengths", []) if start > limit))
     window = spec.model.shape.positions <= spec.run.max_length
@@ -335,7 +336,7 @@ def _odd_labels(dataset: Dataset) -> list[str]:
 
 
 def labels_of(dataset: Dataset) -> tuple[dict[str, int], int]:
-    """The commonest labels with their rows, and how many labels there are; (empty, 0) where the report has none."""
+    """The most frequent labels with their rows, and the number of labels; ({}, 0) where the report has none."""
     report = dataset.report or {}
     labels: dict[str, int] = report.get("labels") or {}
     return labels, report.get("label_count") or len(labels)
@@ -355,5 +356,5 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _round(value: float) -> int:
-    """Two figures: what is about."""
+    """Rounded to two significant digits."""
     return int(float(f"{value:.2g}"))

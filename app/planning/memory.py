@@ -1,6 +1,6 @@
-"""Memory of a job before it starts: what holds the peak, and how many layers must be computed twice. Pure, no torch.
+"""Estimates the peak memory of a job and which layers have to be recomputed. Pure, no torch.
 
-`tests/worker/training/test_memory.py` holds it against autograd's own count, `benchmarks/estimates.py` against whole jobs.
+`tests/worker/training/test_memory.py` compares it with autograd's own count, `benchmarks/estimates.py` with whole jobs.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from app.strategies._base import Memory
 from app.strategies._peft import PeftStrategy
 
 FLOOR_CPU_BYTES = 656 * 2**20
-"""A trainer with its libraries loaded and no model: measured with torch 2.13, transformers 5.23 and Numba 0.68, which takes 100 of it."""
+"""A trainer with its libraries loaded and no model: measured with torch 2.13, transformers 5.23 and Numba 0.68, which takes 100
+MiB of it."""
 PEFT_CPU_BYTES = 24 * 2**20
-"""The library peft, for strategies that take it: what those on an encoder of 22 M needed beyond the others."""
+"""The library peft, for strategies that use it: measured as what these needed more than others on an encoder of 22 M."""
 PART_BYTES = 128 * 2**20
-"""What each of several threads that compute parts of a pack takes besides in float32: holes in an allocator of its own, and copies of
-matrices in its products. Measured on the decoder of 135 M, two parts: 70 to 320 MB, with DoRA 310 to 540; a small model's matrices
-are small."""
+"""Additional memory of each of several threads that compute parts of a pack, in float32: fragmentation of its allocator arena,
+and packed copies of matrices in its products. Measured on the decoder of 135 M, two parts: 70 to 320 MB, with DoRA 310 to 540; a
+small model's matrices are small."""
 PART_OF_WHOLE_BYTES = 64 * 2**20
-"""The same in bf16 where whole weights learn: 105 to 295 MB for two on that decoder, more with short rows than with long ones."""
+"""The same in bf16 with full fine-tuning: 105 to 295 MB for two on that decoder, more with short rows than with long ones."""
 UNPLACED = 0.85
-"""Share of the gradients that finds no room in what the activations leave, which lies in other pieces."""
+"""Share of the gradients that does not fit into the memory freed by activations, which is fragmented differently."""
 FLOOR_CUDA_BYTES = 700 * 2**20
-"""What the CUDA context, the libraries' workspaces and the allocator's rounding take on the card."""
+"""The CUDA context, the libraries' workspaces and the allocator's rounding."""
 HOLES = 0.15
-"""Share by which kept bf16 activations take more of a processor's memory than they hold: float32 pieces that come and go between
-them leave holes. Measured on LoRA over a 135 M model at 192, 512 and 1,024 tokens; without bf16 there was none."""
+"""Fragmentation of kept bf16 activations on a CPU, as a share of their size: temporary float32 tensors between them leave holes.
+Measured on LoRA over a 135 M model at 192, 512 and 1,024 tokens; without bf16 there was none."""
 HOLES_IN_PARTS = 0.1
-"""The same where each part of a pack has an allocator of its own: LoRA took 1,353 to 1,389 MB at 256 tokens, 1,360 to 1,452 at 512 and
-1,909 to 2,046 at 1,024."""
+"""The same where each part of a pack has an arena of its own: LoRA took 1,353 to 1,389 MB at 256 tokens, 1,360 to 1,452 at 512
+and 1,909 to 2,046 at 1,024."""
 LOGITS_BYTES = 96 * 2**20
 LOGITS_CUDA_BYTES = 2**30
 """Chunks of float32 logits in `worker/modeling/cross_entropy.py`."""
@@ -48,12 +49,12 @@ EMBEDDED_TOKENS = 4096
 
 
 PART_LEFT_BYTES = 24 * 2**20
-"""What such a thread's allocator keeps when all is given back."""
+"""What such a thread's arena keeps after everything is freed."""
 MIN_PART_TOKENS, PART_TOKENS = 128, 512
-"""Tokens that each of two parts of a pack has at least which a CPU computes side by side (`worker/runtime/thread_parallel.py`), and each of more than
-two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of 512. A pass costs a
-core something whatever its tokens (0.22 s on the starter with 8 of them), and between its operations it runs in Python, which one
-thread at a time can."""
+"""Minimum tokens of each of two parts of a pack that a CPU computes in parallel (`worker/runtime/thread_parallel.py`), and of
+each of more than two. LoRA on two cores gained 1.3 times with parts of 64 and of 128 tokens, 1.5 to 1.6 with parts of 256 and of
+512. A pass has a fixed cost (0.22 s of a core on the starter with 8 tokens), and between its operations it runs in Python, where
+the GIL admits one thread at a time."""
 
 
 class MemoryParts(BaseModel):
@@ -65,86 +66,87 @@ class MemoryParts(BaseModel):
 
 
 def passes(run: RunSettings, processes: int) -> int:
-    """Passes of a step: as many as ordered, or the next number that so many processes share evenly."""
+    """Passes of a step: as configured, rounded up to a multiple of the number of processes."""
     return -(-run.passes // processes) * processes
 
 
 def parts_of(tokens: int, threads: int) -> int:
-    """Parts of a pack that a CPU computes side by side; they share the threads."""
+    """Parts of a pack that a CPU computes in parallel; they share the threads."""
     return max(1, min(threads, max(tokens // PART_TOKENS, min(2, tokens // MIN_PART_TOKENS))))
 
 
 def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, machine: Machine) -> int:
-    """Parts in which a job's packs of `tokens` are likely to be computed (`worker/training/step.py:parts_of` finds out): whole where dropout
-    draws, as in most encoders."""
+    """Expected number of parts of a job's packs of `tokens` (`worker/training/step.py:parts_of` decides): one where dropout draws
+    random numbers, as in most encoders."""
     draws = shape.architecture == "encoder" or bool(getattr(strategy, "dropout", 0.0)) or bool(run.neftune_noise_alpha)
     shared_out = machine.processes > 1 and not strategy.adapter
     return 1 if machine.cuda or draws or shared_out else parts_of(tokens, machine.cores // machine.processes)
 
 
 def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
-    """Tokens of one pass: a step's share, or the longest row where that is more; of a batch in rows, as many of the longest."""
+    """Tokens of one pass: a step's share, or the longest row where that is more; for a batch size in rows, that many of the longest."""
     if run.max_tokens_per_step is None:
         return longest * math.ceil((run.batch_size or 1) * run.gradient_accumulation_steps / passes(run, processes))
     return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)), longest)
 
 
 def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:
-    """The number format a job runs in: as asked, or bf16 where the machine gains by it."""
+    """The dtype a job runs in: as configured, or bf16 where the machine gains by it."""
     if run.precision != "auto":
         return run.precision
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
 
 
 def learns_whole(strategy: Strategy, machine: Machine) -> bool:
-    """Whether a job's layers are those of `worker/kernels/cpu/full_tuning.py`: rounded weights and gradients are there once, and stay."""
+    """Whether a job's layers are those of `worker/kernels/cpu/full_tuning.py`, which hold rounded weights and gradients permanently."""
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
 def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False) -> tuple[int, int]:
-    """What one layer keeps for the backward pass: (bytes per token, bytes besides).
+    """What one layer keeps for the backward pass: (bytes per token, fixed bytes).
 
-    Any gradient on its way through needs what the norms read, the queries, keys, values and results of attention, and in a
-    gated feed-forward the gate, what it is multiplied with and on a GPU its activation. (Where the `whole` layers of `worker/kernels/cpu/full_tuning.py` learn
-    their product is made anew.) On a CPU attention is float32 even in bf16, but with its matrix `units` (`worker/kernels/cpu/attention.py`) it
-    is bf16. What learns adds its own. Counted tensor by tensor; `tests/worker/training/test_memory.py` holds it against autograd's own count.
+    With any gradient passing through, these are the inputs of the norms, the queries, keys, values and outputs of attention, and
+    in a gated feed-forward the gate, the up projection and on a GPU the activation. (The `whole` layers of
+    `worker/kernels/cpu/full_tuning.py` recompute their product.) On a CPU attention is float32 even in bf16, except with AMX
+    (`units`, `worker/kernels/cpu/attention.py`). Trainable weights add their own inputs. Counted tensor by tensor;
+    `tests/worker/training/test_memory.py` compares it with autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
-    read = compute if strategy.adapter else island  # what passes between the layers is as wide as the frozen weights
+    read = compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
     own = strategy.kept(shape)
     in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
-    # The same tensor as the next layer reads, which is counted where that learns.
+    # The same tensor as the next layer's input, which is counted where that is trained.
     attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * kv
     wide = (3 if cuda else 2) if shape.gated else 1
     passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
-    passing += 4 * shape.heads if cuda or in_tiles else 0  # the logarithms of the softmax's sums
+    passing += 4 * shape.heads if cuda or in_tiles else 0  # log-sum-exp of each row of scores
     per_token = passing + own.per_token * compute - (shape.intermediate * compute if whole and shape.gated else 0)
-    # Weights kept in float32 are rounded to bf16 for the products, and the rounded ones are kept until the gradient has passed.
+    # Float32 weights are rounded to bf16 for the products, and the copies are kept until the gradient has passed.
     rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter and not whole else 0
     return per_token, own.once * compute + rounded
 
 
 def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1, whole: bool = False) -> int:
-    """The chunks of logits that are alive at once in `worker/modeling/cross_entropy.py`, one for each part of a pack, the gradient of the hidden
-    states, and what each part needs of the head itself."""
+    """The chunks of logits alive at once in `worker/modeling/cross_entropy.py`, one for each part of a pack, plus the gradient of
+    the hidden states and what each part needs of the head itself."""
     width = 2 if half and not cuda else 4
     chunks = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else parts * LOGITS_BYTES)
     head = shape.vocabulary * shape.hidden
-    # The head rounded to bf16, its gradient in float32, a chunk's part of it before it is added, and on a CPU the head laid out for
-    # the units of bf16 products.
+    # The head in bf16, its gradient in float32, a chunk's contribution before it is added, and on a CPU the head as packed for
+    # bf16 products.
     own = head * (4 + 2 + 2 + (0 if cuda else 2) if half else 4) if trained else 0
-    if whole and trained:  # where that is less, the logits' gradients are kept in the place of the head's
+    if whole and trained:  # where they are smaller, the logits' gradients are kept instead of the head's
         own = head * ((2 if half else 0) + (4 if tokens // parts * width > 4 * shape.hidden else 0))
     return (2 if cuda else 1) * chunks + 8 * tokens * shape.hidden + parts * own
 
 
 def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
-    """What the GPU's attention takes on its way back through one layer: its queries' gradient in float32, heads widened to a
-    multiple of 32, with 128 rows to spare for each place of the table of sequences. (`worker/modeling/packed_attention.py:frame_of` gives it
-    twice the places that are usual; rows are taken to be a third as long as the longest in the mean.)"""
+    """Backward pass of the GPU's attention in one layer: its queries' gradient in float32, head widths rounded up to a multiple
+    of 32, with 128 rows of padding for each entry of the table of sequences. (`worker/modeling/packed_attention.py:frame_of`
+    makes twice the usual number of entries; rows are assumed to be a third as long as the longest on average.)"""
     places = math.ceil(2 * tokens / max(longest / 3, 1)) + 16 + math.ceil(tokens / longest)
     return 4 * (tokens + 128 * min(places, tokens)) * shape.heads * 32 * math.ceil(shape.head_dim / 32)
 
@@ -163,11 +165,11 @@ def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) 
 def memory_of(
     shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
 ) -> MemoryParts:
-    """Peak bytes of each process by what holds them, with the activations of `recompute` layers made anew in the backward pass."""
+    """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass."""
     half = precision_of(run, strategy, machine) == "bf16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
-    if run.optimizer == "muon":  # what its AdamW moves: tables of words and vectors
+    if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
         others = strategy.trainable(shape) - shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
         all_of = all_of._replace(optimizer=all_of.optimizer + (4 * max(0, others) if not strategy.adapter else 0))
     loaded = all_of.weights
@@ -184,7 +186,7 @@ def memory_of(
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
-    layer = tokens * per_token + once  # of what an adapter makes once a layer, two parts were measured to take no more than one
+    layer = tokens * per_token + once  # of an adapter's fixed bytes per layer, two parts were measured to take no more than one
     kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += (HOLES if parts == 1 else HOLES_IN_PARTS) * reached * tokens * per_token
@@ -193,11 +195,11 @@ def memory_of(
     passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
     tables = strategy.tables(shape)
     head = head_bytes(shape, tokens, half, bool(everything or tables) and writes, machine.cuda, parts, whole) if writes else 0
-    # Activations are freed while gradients grow, so the peak stands near the one end of the backward pass or the other.
+    # Activations are freed while gradients grow, so the peak is near one end of the backward pass or the other.
     table = shape.vocabulary * shape.hidden * 4 if everything or tables else 0
     begin, end = kept + max(head, passing), held.gradients + passing + table + (parts - 1) * 4 * tables  # each part has its own
     peak = max(begin + int(UNPLACED * (held.gradients - min(table, held.gradients))), end)
-    if whole:  # rounded weights and gradients stay where they are
+    if whole:  # rounded copies and gradients stay allocated
         linears = sum(x.inputs * x.outputs for x in shape.each_linear())
         rounded = 2 * (linears + (shape.vocabulary * shape.hidden if writes else 0)) if half else 0
         peak = held.gradients + rounded + kept + max(head, passing)
@@ -209,11 +211,11 @@ def memory_of(
         other += parts * min(PART_OF_WHOLE_BYTES if half else PART_BYTES, weights // 4)
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
-    if parts > 1:  # the model before tuning is loaded beside what the parts' threads keep of the training
+    if parts > 1:  # the model before fine-tuning is loaded on top of what the parts' arenas keep
         loads += parts * min(PART_LEFT_BYTES, weights // 8)
-    if run.frozen_weights == "fp8":  # read in as they are stored, and squeezed one after the other
+    if run.frozen_weights == "fp8":  # loaded in the stored dtype, and quantized one by one
         loads = loaded + other
-    if held is not all_of:  # the model is loaded and prepared in every process, and put together again in the first to be scored
+    if held is not all_of:  # the model is loaded and prepared in every process, and gathered again in rank 0 to be scored
         loads = all_of.weights + held.weights + held.optimizer + other
     return MemoryParts(
         weights=weights,
@@ -225,13 +227,13 @@ def memory_of(
 
 
 def _loading_bytes(shape: Shape, width: int) -> int:
-    """Bytes a weight while the weights are read into numbers of `width` bytes: the pages of the file lie beside them."""
-    return width + (2 if shape.architecture == "decoder" else 4)  # as most are published
+    """Bytes per weight while weights are loaded into a dtype of `width` bytes: the file's pages are in memory too."""
+    return width + (2 if shape.architecture == "decoder" else 4)  # the dtype most are published in
 
 
 def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
-    """Where LoRA's layers share a product (`worker/modeling/fused_lora.py`) their weights move into one matrix each; the places they leave were
-    measured not to be taken again."""
+    """Where LoRA layers share a product (`worker/modeling/fused_lora.py`) their weights are copied into one matrix each; the
+    memory they leave was measured not to be reused."""
     if not strategy.joins():
         return 0
     outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.intermediate
@@ -239,7 +241,8 @@ def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
 
 
 def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, task: str = "generation") -> int:
-    """Layers whose activations are recomputed: none or all as asked, or as few as let each process fit in nine tenths of its memory."""
+    """Layers whose activations are recomputed: none or all as configured, or as few as make each process fit in nine tenths of
+    its memory."""
     if run.gradient_checkpointing != "auto":
         return shape.layers if run.gradient_checkpointing == "all" else 0
     limit = 0.9 * machine.training_memory_bytes
@@ -252,14 +255,15 @@ def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longes
 def features_memory(
     shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, rows: int, longest: int, machine: Machine
 ) -> MemoryParts:
-    """Peak bytes with `tokens` to read and `rows` to learn from: the frozen stack, and a batch on its way through a layer or the vectors while a classifier learns on them."""
+    """Peak bytes with `tokens` to read and `rows` to train on: the frozen backbone, and either a batch passing through a layer or
+    the embeddings while a classifier is trained on them."""
     half = precision_of(run, strategy, machine) == "bf16"
     width, compute = (2, 2) if half else (4, 4)
     tokens = max(min(EMBEDDED_TOKENS, tokens), longest)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     passing = tokens * ((3 if shape.gated else 2) * shape.intermediate + 4 * shape.hidden + 2 * q + 2 * kv) * compute
     vectors = 3 * 4 * rows * shape.hidden
-    # The pages of a small encoder's file were measured to be gone again before the widest moment.
+    # The pages of a small encoder's file were measured to be released before the peak.
     paged = not machine.cuda and shape.architecture == "decoder"
     loads = (_loading_bytes(shape, width) - width) * shape.body_parameters() if paged else 0
     return MemoryParts(

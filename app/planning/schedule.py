@@ -1,7 +1,7 @@
-"""Tokens per step and epochs that suit a dataset, where nobody says otherwise.
+"""Default tokens per step and epochs for a dataset.
 
-A model learns by steps, not by rows: 37 conversations read three times at 2,048 tokens a step are six steps, after which hardly
-anything has changed. So small data gets smaller steps first, and is then read more often, until there are steps enough.
+A model learns by steps, not by rows: three epochs of 37 conversations at 2,048 tokens per step are six steps, after which hardly
+anything has changed. So small data gets smaller steps first, then more epochs, until there are enough steps.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from app.objectives import OBJECTIVES
 MIN_STEPS = 30
 """Fewer are warned about: most methods have then hardly begun to learn."""
 EPOCHS = 3
-"""Of data that gives steps enough; the default of `RunSettings.epochs`."""
+"""For data that gives enough steps; the default of `RunSettings.epochs`."""
 MAX_EVALUATIONS = 10
-"""Over the whole of a job whose epochs were raised: each writes answers, which takes seconds."""
+"""Over the whole of a job whose epochs were raised: each evaluation generates answers, which takes seconds."""
 
 STEP_TOKENS = 2048
 MIN_MOST_TOKENS = 256
 """What a step may have at least where rows are aimed at, however short they are."""
 GPU_STEP_TOKENS = ((40 * 2**30, 16_384), (16 * 2**30, 8192), (0, 4096))
-"""Tokens behind each step of a generation job by the GPU's memory, (bytes at least, tokens): a GPU's products want thousands of
-rows. Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
+"""Tokens per step of a generation job by the GPU's memory, (minimum bytes, tokens): a GPU's products need thousands of rows.
+Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
 
 
 PresetName = Literal["quick", "balanced", "best"]
 
 
 class Preset(NamedTuple):
-    """How long to train, as one choice: the steps that small data is brought to, and the passes over data that has more."""
+    """How long to train, as one choice: the minimum of steps for small data, and the epochs of larger data."""
 
     title: str
     summary: str
     steps: int
     epochs: float
     max_epochs: float
-    more: Mapping[str, Any]  # run settings beside the schedule
+    more: Mapping[str, Any]  # run settings in addition to the schedule
 
 
 PRESETS: Mapping[PresetName, Preset] = {
@@ -62,7 +62,7 @@ class Schedule(NamedTuple):
 
 
 GOVERNED = (*Schedule._fields, "max_steps", "early_stopping_patience")
-"""Run settings that a preset decides where they are left empty."""
+"""Run settings that a preset decides where they are empty."""
 
 
 def schedule(
@@ -75,7 +75,8 @@ def schedule(
     epochs: float | None = None,
     preset: PresetName = "balanced",
 ) -> Schedule:
-    """For `rows` training rows of `mean_tokens` on average. A value that somebody chose is kept, and the other made to fit it."""
+    """The schedule for `rows` training rows of `mean_tokens` on average. A value that somebody chose is kept, and the other
+    adapted to it."""
     epoch, aim = max(1.0, rows * mean_tokens), PRESETS[preset]
     enough = (epochs or aim.epochs) * epoch / aim.steps
     tokens = max_tokens_per_step or _step_tokens(task, enough, mean_tokens, gpu_memory_bytes)
@@ -84,7 +85,7 @@ def schedule(
 
 
 def steps(epoch: float, max_tokens_per_step: int, epochs: float) -> int:
-    """Optimizer steps of an epoch of so many tokens, read so often."""
+    """Optimizer steps for `epochs` epochs of `epoch` tokens each."""
     return max(1, math.ceil(epochs * math.ceil(epoch / max_tokens_per_step)))
 
 

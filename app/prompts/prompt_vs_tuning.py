@@ -1,7 +1,7 @@
-"""Would a better prompt have been enough? The best prompt and the best tuned model, line by line.
+"""Would a better prompt have been enough? The best prompt and the best fine-tuned model, compared row by row.
 
-Both were asked the same lines, so they are compared as a pair: only lines on which one did better count, and the exact sign
-test says whether chance explains them (McNemar's test, where an answer is right or wrong).
+Both answered the same rows, so they are compared as pairs: only rows on which one did better count, in an exact sign test
+(McNemar's test, where an answer is right or wrong).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from app.kit import stats
 from app.tables import Prompt, PromptResult, PromptRun, PromptVersion
 
 FEWEST = 20
-"""Lines that both were asked, below which nothing is said."""
+"""Minimum of shared rows for a conclusion."""
 
 Row = tuple[PromptRun, Prompt, PromptVersion]
 
 
 class Paired(NamedTuple):
-    """Two runs on the lines that both answered: how many, their mean scores there, and on how many which did better."""
+    """Two runs on the rows that both answered: how many, their mean scores there, and on how many which did better."""
 
     lines: int
     tuned: float
@@ -36,7 +36,7 @@ class Paired(NamedTuple):
 
 
 def verdict(session: Session, rows: Sequence[Row]) -> str:
-    """The answer in a sentence or two, from the finished runs on one dataset, the best of them first."""
+    """The conclusion in a sentence or two, from the finished runs on one dataset, best first."""
     done = [row for row in rows if row[0].status == "succeeded" and (row[0].result or {}).get("rows")]
     tuned = next((row for row in done if is_tuned(row[0]) and row[0].spec["part"] == "validation"), None)
     plain = [row for row in done if not is_tuned(row[0])]

@@ -1,10 +1,10 @@
-"""Runs of the prompt lab: one version of a prompt, put to one model over the held-out rows of one dataset.
+"""Prompt runs: one version of a prompt on one model, over the validation rows of one dataset.
 
     queued ──claim──▶ running ──finish──▶ succeeded
       ▲                 │  ├────fail────▶ failed
-      └──── lapse ──────┘  └───cancel───▶ cancelled      what was scored so far is kept
+      └──── expire ─────┘  └───cancel───▶ cancelled      rows scored so far are kept
 
-Results are kept row by row, so a run whose worker died goes on where it stood.
+Results are stored row by row, so a run whose worker died resumes where it was.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRu
 
 
 class Learnt(BaseModel):
-    """What one job of a model's past learnt from these rows or another version of them: all but what it held out."""
+    """The rows that one job in a model's lineage was trained on, of this dataset or another version of it: all except its
+    validation rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +44,7 @@ class Learnt(BaseModel):
 
 
 class RunSpec(BaseModel):
-    """The frozen order, all that the worker is told."""
+    """The immutable spec of a run, everything that the worker gets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,17 +56,18 @@ class RunSpec(BaseModel):
     task: str
     part: Literal["validation", "all"]
     rows: int
-    validation_fraction: float  # 1: all rows are held out
+    validation_fraction: float  # 1: all rows are validation rows
     split_seed: int
     split: Split | None = None
     learnt: tuple[Learnt, ...] = ()
-    trial: bool = False  # a try of the form, which is in no list
+    trial: bool = False  # a trial of the form, which is in no list
 
 
 class RunOrder(BaseModel):
-    """Which rows: `validation` are those that the job which tuned the model held out, or a job with this fraction and seed.
+    """Which rows: `validation` are the validation rows of the job that fine-tuned the model, or of a job with this fraction and
+    seed.
 
-    Of them, none is asked that the model or one of `beside` has learnt: so all these models can be put to the same lines.
+    Rows that the model or one of `beside` was trained on are excluded, so that all these models can be given the same rows.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -122,7 +124,7 @@ def create(
 
 
 def _held_out(session: Session, user: User, speakers: Sequence[playground.ResolvedModel], dataset: Dataset, order: RunOrder) -> JSON:
-    """Which rows are held out, as RunSpec says it: the split of the first job that learnt from this dataset, and what all learnt."""
+    """The validation rows, in RunSpec's terms: the split of the first job trained on this dataset, and what all were trained on."""
     kin = set(datasets.family(session, dataset))
     learnt: list[Learnt] = []
     found: tuple[float, int, Split | None] | None = None
@@ -141,7 +143,7 @@ def _held_out(session: Session, user: User, speakers: Sequence[playground.Resolv
 
 
 def _past(session: Session, who: playground.ResolvedModel) -> list[Job]:
-    """The jobs that made a model out of the one it goes back to, the newest first."""
+    """The jobs in a model's lineage, newest first."""
     found, model = [], who.resolved.model
     key = who.resolved.checkpoint.job_id if who.resolved.checkpoint else model.job_id
     while True:
@@ -179,13 +181,13 @@ def of_prompt(session: Session, user: User, prompt: Prompt) -> Select[PromptRun]
 
 
 def results(session: Session, run: PromptRun, after: int = 0, limit: int = 50) -> list[PromptResult]:
-    """Rows in the order of the dataset, from the one behind line `after`."""
+    """Rows in the order of the dataset, starting after line `after`."""
     query = select(PromptResult).where(PromptResult.run_id == run.id, PromptResult.line > after).order_by(PromptResult.line).limit(limit)
     return list(session.scalars(query))
 
 
 def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset, list[tuple[PromptRun, Prompt, PromptVersion]]]]:
-    """All runs by dataset, the newest dataset first, and on each the best score first: prompts and tuned models in one table."""
+    """All runs by dataset, the newest dataset first, and in each the best score first: prompts and fine-tuned models in one table."""
     query = (
         select(PromptRun, Prompt, PromptVersion, Dataset)
         .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
@@ -231,7 +233,7 @@ def result_json(row: PromptResult) -> JSON:
 
 
 def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
-    """Stop a run; what was scored so far is kept. One that has ended stays as it is."""
+    """Cancel a run; rows scored so far are kept. One that has ended is unchanged."""
     session.refresh(run, with_for_update=True)
     if run.status in ("queued", "running"):
         run.status, run.lease_until, run.finished_at = "cancelled", None, func.clock_timestamp()
@@ -252,7 +254,7 @@ def delete(session: Session, user: User, run: PromptRun) -> None:
 
 
 def _died(session: Session, run: PromptRun, how: str) -> None:
-    """Queue a run whose worker died again, or fail it when its workers die without a row scored between them."""
+    """Requeue a run whose worker died, or fail it when its workers die without a row scored between them."""
     if leases.requeue(session, WORK, run, died=True):
         return
     run.status, run.finished_at, run.result = "failed", session.scalar(select(leases.now())), _whole(session, run)
@@ -264,7 +266,8 @@ WORK = leases.Work(PromptRun, queue.PROMPT, waits_as="queued", runs_as="running"
 
 
 def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], JSON] | None:
-    """The fence, the order, the lines that are scored already and what they took; None when there is nothing to do or another is at it."""
+    """The fence, the spec, the lines that are scored already and their totals; None when there is nothing to do or another worker
+    holds it."""
     run = leases.claim(session, WORK, run_id)
     if run is None:
         return None
@@ -273,8 +276,8 @@ def claim(session: Session, run_id: uuid.UUID) -> tuple[int, RunSpec, set[int], 
 
 
 def heartbeat(session: Session, run_id: uuid.UUID, fence: int, progress: float, rows: Sequence[JSON], totals: JSON) -> bool:
-    """Keep the lease, and store the rows scored since the last beat with what all of them took; False when the run is no longer ours
-    or was stopped. A row scored forgives the deaths before it: the run does get on."""
+    """Renew the lease, and store the rows scored since the last heartbeat with the totals of all; False when the lease is lost or
+    the run was cancelled. A scored row resets the count of deaths, because the run makes progress."""
     forgiven = {"deaths": 0} if rows else {}
     if not leases.heartbeat(session, WORK, run_id, fence, progress=progress, result=storable(totals), **forgiven):
         return False
@@ -284,7 +287,7 @@ def heartbeat(session: Session, run_id: uuid.UUID, fence: int, progress: float, 
 
 
 def finish(session: Session, run_id: uuid.UUID, fence: int, *, totals: JSON | None = None, error: JSON | None = None) -> bool:
-    """Record how it ended, with the score over what was stored; False when it is no longer ours."""
+    """Record how it ended, with the score over the stored rows; False when the lease is lost."""
     values: JSON = {
         "status": "failed" if error else "succeeded",
         "result": storable((summary(session, run_id) or {}) | (totals or {})) or None,
@@ -305,10 +308,10 @@ def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
 
 
 def _whole(session: Session, run: PromptRun) -> JSON | None:
-    """The score so far beside what the rows took."""
+    """The score so far together with the totals of the rows."""
     return ((summary(session, run.id) or {}) | (run.result or {})) or None
 
 
 def reap(session: Session) -> dict[str, int]:
-    """The relay's round."""
+    """One round of the reaper."""
     return leases.reap(session, WORK)

@@ -1,8 +1,8 @@
-"""Prompts: named templates whose versions are never changed, and what a version says.
+"""Prompts: named templates with immutable versions.
 
-A template is a text with variables: `{{input}}` is the row's question, `{{examples}}` the worked examples, `{{instruction}}`
-the step-by-step instruction, `{{labels}}` the labels of the dataset, and any other name one of the prompt's own variables.
-Filling in is one pass over the text, so braces in a row's own words stay what they are.
+A template is a text with variables: `{{input}}` is the row's question, `{{examples}}` the worked examples, `{{instruction}}` the
+step-by-step instruction, `{{labels}}` the labels of the dataset, and any other name one of the prompt's own variables.
+Substitution is one pass over the text, so braces in a row's own text stay as they are.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ STARTS: dict[str, JSON] = {
         "extract": "after", "reference": "after", "score": "numeric", "max_tokens": 256, "stop": "\\nQuestion:",
     },
 }  # fmt: skip
-"""What the form begins with for each strategy."""
+"""Initial values of the form for each strategy."""
 
 
 class Solved(NamedTuple):
@@ -161,7 +161,7 @@ def _bare(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its variables filled in, in one pass; a name without a value stays as it is written."""
+    """The template with its variables substituted, in one pass; a name without a value stays as it is written."""
     return VARIABLE.sub(lambda found: values.get(found[1], found[0]), template)
 
 
@@ -180,7 +180,7 @@ def text_of(body: PromptBody, question: str, examples: Sequence[tuple[str, str]]
 
 
 def take(text: str, rule: Rule, marker: str) -> str:
-    """The part of a text that is the answer. Where the marker is missing, `after` takes the last line that says something."""
+    """The part of a text that is the answer. Where the marker is missing, `after` takes the last non-empty line."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if rule == "all" or not lines:
         return text.strip()
@@ -196,7 +196,7 @@ def take(text: str, rule: Rule, marker: str) -> str:
 
 
 def number_in(text: str) -> float | None:
-    """The last number of a text, thousands commas and a currency sign apart."""
+    """The last number of a text; thousands separators and a currency sign are ignored."""
     found = NUMBER.findall(text)
     if not found:
         return None
@@ -207,12 +207,13 @@ def number_in(text: str) -> float | None:
 
 
 def plain(text: str) -> str:
-    """Case, spaces and a final point do not make an answer wrong."""
+    """Normalized for comparison: case, spaces and a final period do not make an answer wrong."""
     return " ".join(text.casefold().split()).strip(" .!\"'")
 
 
 def majority(answers: Sequence[str], score: Score) -> str:
-    """The commonest answer of several samples (Wang et al. 2023, self-consistency); of equally common ones the first."""
+    """The most frequent answer of several samples (self-consistency, Wang et al. 2023, https://arxiv.org/abs/2203.11171); the
+    first of equally frequent ones."""
 
     def key(answer: str) -> Any:
         number = number_in(answer) if score == "numeric" else None
@@ -224,7 +225,7 @@ def majority(answers: Sequence[str], score: Score) -> str:
 
 
 def right(answer: str, expected: str, score: Score, labels: Sequence[str] = ()) -> float:
-    """1 or 0 by every rule but `rouge_l`, which is graded where the rows are run."""
+    """1 or 0 by every rule except `rouge_l`, which is computed where the rows are run."""
     if score == "numeric":
         said, wanted = number_in(answer), number_in(expected)
         return float(said is not None and wanted is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
@@ -236,7 +237,7 @@ def right(answer: str, expected: str, score: Score, labels: Sequence[str] = ()) 
 
 
 def label_in(answer: str, labels: Sequence[str]) -> str:
-    """The label that an answer names first; of two at one place the longer. The answer itself when it names none."""
+    """The label that an answer names first; the longer of two at one position. The answer itself when it names none."""
     text = plain(answer)
     found = [(m.start(), -len(label), label) for label in labels if (m := re.search(rf"(?<!\w){re.escape(plain(label))}(?!\w)", text))]
     return min(found)[2] if found else answer
@@ -246,7 +247,7 @@ def label_in(answer: str, labels: Sequence[str]) -> str:
 
 
 def read_body(body: Mapping[str, Any]) -> PromptBody:
-    """Raises BadField that names the field, or says in words what does not fit together."""
+    """The validated body. Raises BadField that names the field, or says which settings contradict each other."""
     try:
         return PromptBody.model_validate(body)
     except ValidationError as error:
@@ -267,7 +268,7 @@ def create(session: Session, user: User, name: str, body: PromptBody) -> tuple[P
 
 
 def revise(session: Session, user: User, prompt: Prompt, body: PromptBody) -> PromptVersion:
-    """The next version; the one before when nothing was changed."""
+    """The next version; the previous one when nothing changed."""
     session.refresh(prompt, with_for_update=True)
     newest = versions(session, prompt)[-1]
     return newest if PromptBody(**newest.body) == body else _add(session, prompt, newest.number + 1, body)

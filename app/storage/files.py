@@ -1,7 +1,7 @@
-"""Where bytes live: uploads stored once by their SHA-256, and files written so that nobody ever sees half of one.
+"""Stores bytes: uploads once by their SHA-256, and files atomically.
 
-data_dir/tmp/upload-…      while the bytes come in
-data_dir/blobs/ab/<sha256> afterwards; several File rows may point at one blob
+data_dir/tmp/upload-…      while the bytes arrive
+data_dir/blobs/ab/<sha256> afterwards; several File rows may refer to one blob
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from app.settings import get_settings
 from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
-"""What a client may upload for."""
+"""Purposes of uploads."""
 PURPOSES = (*UPLOAD_PURPOSES, "fine-tune-results", "batch_output", "assistants_output")
 
 _WRITE_BYTES = 1 << 20
 _UNUSED_SECONDS = 600.0
-"""A blob without a row is kept this long, because its row may be on the way."""
+"""A blob without a row is kept this long, because its row may not be committed yet."""
 
 
 class Blob(NamedTuple):
@@ -47,14 +47,14 @@ class Blob(NamedTuple):
 
 
 def blob_path(sha256: str) -> Path:
-    """Where the bytes with this SHA-256 lie. Only hexadecimal digits are let through, so no path can be smuggled in."""
+    """The path of the blob with this SHA-256. Only hexadecimal digits pass, so no path can be injected."""
     if len(sha256) != 64 or not all(c in "0123456789abcdef" for c in sha256):
         raise ValueError("not a SHA-256")
     return get_settings().data_dir / "blobs" / sha256[:2] / sha256
 
 
 class BlobWriter:
-    """Takes bytes as they come, hashing them on the way to disk; `finish` gives the blob, `discard` leaves no trace.
+    """Writes bytes as they arrive, hashing them; `finish` returns the blob, `discard` leaves no trace.
 
     Raises TooLarge beyond `limit` bytes and DiskFull when the disk is full.
     """
@@ -83,7 +83,7 @@ class BlobWriter:
                 view = view[self._file.write(view) :]
 
     def finish(self) -> Blob:
-        """Bytes safely on disk under their name. Equal bytes that are there already are kept, and marked as in use."""
+        """The blob, synced to disk under its name. An equal blob that exists is kept, and marked as in use."""
         blob = Blob(self._hash.hexdigest(), self.bytes)
         target = blob_path(blob.sha256)
         with disk_errors():
@@ -95,7 +95,7 @@ class BlobWriter:
         return blob
 
     def discard(self) -> None:
-        """Take away whatever was written. Harmless after `finish`."""
+        """Remove what was written. No effect after `finish`."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -118,7 +118,7 @@ async def store(chunks: AsyncIterator[bytes], limit: int | None = None) -> Blob:
 
 
 def adopt(path: Path, blob: Blob) -> Blob:
-    """Take a file that was written here, of a known hash, as a blob: it is moved, not copied."""
+    """Turn a file that was written here, with a known hash, into a blob: it is moved, not copied."""
     target = blob_path(blob.sha256)
     with disk_errors():
         with path.open("rb") as written:
@@ -140,7 +140,7 @@ def store_bytes(data: bytes) -> Blob:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a whole file or nothing: a temporary neighbour, fsync, rename, fsync of the folder."""
+    """Write a file completely or not at all: temporary file, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with disk_errors():
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -157,7 +157,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
+    """Make a rename in this folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -167,7 +167,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What the system says of a full disk, as an error that a person can act on."""
+    """Turns the system's error about a full disk into DiskFull."""
     try:
         yield
     except OSError as error:
@@ -186,7 +186,7 @@ def disk_errors() -> Iterator[None]:
 def create(session: Session, user: User, blob: Blob, filename: str, purpose: str, expires_after: int | None = None) -> File:
     """A File row for stored bytes. `expires_after` in seconds, 3,600 to 2,592,000 (OpenAI's range).
 
-    Raises BadField for a purpose or time that is not allowed, Unavailable when the bytes were swept away meanwhile.
+    Raises BadField for a purpose or time that is not allowed, Unavailable when the blob was swept meanwhile.
     """
     check_purpose(purpose)
     if expires_after is not None and not 3600 <= expires_after <= 2_592_000:
@@ -208,7 +208,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
     if expires_after is not None:
         file.expires_at = func.clock_timestamp() + timedelta(seconds=expires_after)
     if purpose != "fine-tune":
-        file.status = "processed"  # nothing is read from it
+        file.status = "processed"  # nothing is parsed from it
     session.add(file)
     session.flush()
     session.refresh(file)
@@ -216,7 +216,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
 
 
 def check_purpose(purpose: str) -> None:
-    """Raises BadField for a purpose that nothing can be stored under."""
+    """Raises BadField for an unknown purpose."""
     if purpose not in PURPOSES:
         raise BadField(
             f"“{purpose[:80]}” is not a purpose." if purpose else "The purpose is missing.",
@@ -229,7 +229,7 @@ def clean_name(filename: str) -> str:
     """A file name to show: no folders, no control characters, at most 255 characters with its extensions. It never becomes a path."""
     name = filename.replace("\\", "/").rsplit("/", 1)[-1].encode("utf-8", "replace").decode()
     name = "".join(character for character in name if character.isprintable()).strip()
-    kinds = "".join(Path(name).suffixes[-2:])[-20:]  # what a reader tells the file by is not cut off
+    kinds = "".join(Path(name).suffixes[-2:])[-20:]  # readers recognize the file type by it, so it is not truncated
     return name if 0 < len(name) <= 255 else name[: 255 - len(kinds)] + kinds or "unnamed"
 
 
@@ -257,7 +257,7 @@ def list_(session: Session, user: User, purpose: str | None = None, order: str =
 
 
 def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
-    """Where the bytes of a file lie. Raises NotFound when they are not there."""
+    """The path of a file's bytes. Raises NotFound when they are missing."""
     path = blob_path(get(session, user, file_id).sha256)
     if not path.exists():
         raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", hint="Upload the file again.")
@@ -265,7 +265,7 @@ def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
 
 
 def delete(session: Session, user: User, file_id: uuid.UUID) -> File:
-    """Mark a file deleted. Its bytes go with the next sweep, once no other file shares them."""
+    """Mark a file deleted. Its bytes are removed by the next sweep, once no other file shares them."""
     file = get(session, user, file_id)
     file.deleted_at = func.clock_timestamp()
     session.flush()
@@ -273,7 +273,7 @@ def delete(session: Session, user: User, file_id: uuid.UUID) -> File:
 
 
 def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most: int = 1000) -> int:
-    """Remove expired files, blobs that no file points at, and what broken uploads left. Returns how many blobs went."""
+    """Remove expired files, blobs without a file, and temporary files of broken uploads. Returns the number of blobs removed."""
     session.execute(
         text(
             "UPDATE files SET deleted_at = clock_timestamp() WHERE deleted_at IS NULL AND expires_at IS NOT NULL AND expires_at <= clock_timestamp()"
@@ -282,7 +282,7 @@ def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most
     limit = time.time() - older_than_seconds
     for path in (get_settings().folder("tmp")).glob("upload-*"):
         _unlink_if_old(path, time.time() - max(older_than_seconds, 86_400))  # a slow upload may take hours
-    for name in ("child-*", "bring-*"):  # what a reader that was killed left behind
+    for name in ("child-*", "bring-*"):  # left by readers that were killed
         for path in get_settings().folder("tmp").glob(name):
             if _modified(path) < time.time() - 86_400:
                 shutil.rmtree(path, ignore_errors=True)
@@ -291,7 +291,7 @@ def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most
         if removed >= at_most:
             break
         if _modified(path) < limit and not _used(session, path.name):
-            # The lock makes a new row of these bytes wait, and then see that they are gone.
+            # The lock makes a new row of this blob wait, and then notice that it is gone.
             _lock(session, path.name)
             if not _used(session, path.name):
                 removed += _unlink_if_old(path, limit)
@@ -299,7 +299,7 @@ def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most
 
 
 def discard_if_unused(session: Session, blob: Blob) -> None:
-    """Take back a blob whose upload was refused, unless a file needs it."""
+    """Remove the blob of a refused upload, unless a file needs it."""
     _lock(session, blob.sha256)
     if not _used(session, blob.sha256):
         blob_path(blob.sha256).unlink(missing_ok=True)
@@ -310,7 +310,7 @@ def _used(session: Session, sha256: str) -> bool:
 
 
 def _lock(session: Session, sha256: str) -> None:
-    """Hold this blob until the transaction ends, so that its last row and its bytes go together or not at all."""
+    """Lock this blob until the transaction ends, so that its last row and its bytes are removed together or not at all."""
     session.execute(select(func.pg_advisory_xact_lock(int(sha256[:15], 16))))
 
 

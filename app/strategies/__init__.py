@@ -1,5 +1,5 @@
-"""The registry of strategies: the folder itself. A file here that defines a `Strategy` is a strategy, and nothing else
-needs to know: the form, the API, the advisor, the guide and the tests all read `STRATEGIES`.
+"""The registry of strategies: the folder itself. A file here that defines a `Strategy` is a strategy, and nothing else needs to
+change: the form, the API, the advisor, the guide and the tests all read `STRATEGIES`.
 
 Files that begin with an underscore hold what several strategies share.
 """
@@ -26,4 +26,4 @@ if TYPE_CHECKING:
     AnyStrategy = Strategy
 else:
     AnyStrategy = Annotated[functools.reduce(operator.or_, STRATEGIES.values()), Field(discriminator="name")]
-"""A pydantic union over the registry, told apart by `name`."""
+"""A pydantic union over the registry, discriminated by `name`."""

@@ -1,8 +1,8 @@
-"""What every strategy is: a frozen pydantic model whose fields are its settings.
+"""The base class of strategies: an immutable pydantic model whose fields are the settings.
 
-The fields are the form, the API body, the stored row and the help page. The class variables are its words. The methods
-are its cost (pure arithmetic, no torch) and its set-up (`attach`, `save`, `load`, `merge`: the only places that touch
-torch, imported inside the method).
+The fields define the form, the API body, the stored row and the help page. The class variables are texts and properties. The
+methods are the cost (pure arithmetic, no torch) and the implementation (`attach`, `save`, `load`, `merge`: the only places that
+use torch, imported inside the method).
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 
 class Memory(NamedTuple):
-    """Bytes that a strategy adds or changes, the model's activations left to `app/planning/memory.py`.
+    """Bytes that a strategy adds or changes, except activations, which are in `app/planning/memory.py`.
 
-    `weights` is what the frozen and trained weights take, adapters included; `gradients` and `optimizer` follow from
-    what is trained.
+    `weights` are the frozen and trained weights, adapters included; `gradients` and `optimizer` are those of the trained ones.
     """
 
     weights: int
@@ -36,14 +35,14 @@ class Memory(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Numbers that one layer keeps for the backward pass because of what learns in it: for each token, and once besides."""
+    """Values that one layer keeps for the backward pass of its trained weights: per token, and once."""
 
     per_token: int
     once: int = 0
 
 
 class Loading(NamedTuple):
-    """Python that lays a result on its base without Luthier: what it imports, its lines, and the line that then folds it in."""
+    """Python code that attaches a result to its base without Luthier: imports, lines, and the line that merges it."""
 
     imports: tuple[str, ...] = ()
     lines: str = ""
@@ -51,7 +50,7 @@ class Loading(NamedTuple):
 
 
 UNNAMED = "lora"
-"""The strategy of an order that names none."""
+"""The strategy of a request that names none."""
 
 
 class Strategy(BaseModel, ABC):
@@ -73,11 +72,11 @@ class Strategy(BaseModel, ABC):
     summary: ClassVar[str]  # one sentence in plain words
     when_to_use: ClassVar[str]
     forgets: ClassVar[Literal["little", "some", "much"]] = "little"
-    paper: ClassVar[tuple[str, str] | None] = None  # (citation, address)
+    paper: ClassVar[tuple[str, str] | None] = None  # (citation, URL)
     place: ClassVar[int] = 100  # order in the form, lowest first
     adapter: ClassVar[bool] = True  # the result needs its base's weights; False: it is a whole model
     merges: ClassVar[bool] = False  # `merge` gives a plain model with the same outputs
-    blends: ClassVar[bool] = False  # `load_blended` can play it at less than its full strength
+    blends: ClassVar[bool] = False  # `load_blended` can scale its change
     no_blend: ClassVar[str] = "what it changes has no halfway."  # why not, where `blends` is false
     switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
     default_learning_rate: ClassVar[float] = 2e-4
@@ -92,8 +91,8 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        """Documents say what `app.jobs.request.read_strategy` does: settings without a name are those of one strategy, so all
-        others need theirs."""
+        """The schema mirrors `app.jobs.request.read_strategy`: settings without a name are those of one strategy, so all others
+        need theirs."""
         found = handler.resolve_ref_schema(handler(core_schema))
         if cls.model_fields["name"].default != UNNAMED:
             found["required"] = list(dict.fromkeys(["name", *found.get("required", [])]))
@@ -119,10 +118,10 @@ class Strategy(BaseModel, ABC):
 
     @abstractmethod
     def trainable(self, shape: Shape) -> int:
-        """Number of the model's parameters that learn, a classifier's head apart; equal to the count on the real model."""
+        """Number of the model's trained parameters, without a classifier's head; equal to the count on the real model."""
 
     def tables(self, shape: Shape) -> int:
-        """Of these, numbers in tables of words that an adapter trains whole."""
+        """Of these, parameters of embeddings that an adapter trains whole."""
         return 0
 
     def head_parameters(self, shape: Shape, labels: int) -> int:
@@ -134,32 +133,32 @@ class Strategy(BaseModel, ABC):
         return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
 
     def virtual_tokens(self) -> int:
-        """Placeholder ids that whoever builds a sequence puts before it; the strategy replaces what stands there."""
+        """Number of virtual tokens: placeholder ids before every sequence, whose embeddings the strategy replaces."""
         return 0
 
     def learns_in_bf16(self) -> bool:
-        """Whether it learns as well in bf16 on a CPU as in float32: its weights move in float32, and what it adds to a frozen
-        product is added before that is rounded."""
+        """Whether it trains as well in bf16 on a CPU as in float32: its weights are updated in float32, and what it adds to a
+        frozen product is added before rounding."""
         return not self.adapter
 
     def joins(self) -> bool:
-        """Whether `worker/modeling/fused_lora.py` computes its layers: one product for the layers that read the same, and what they add is added
-        before rounding."""
+        """Whether `worker/modeling/fused_lora.py` computes its layers: one product for layers with the same input, and
+        corrections added before rounding."""
         return False
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
-        """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones are 4 bytes wide,
-        with a gradient of 4 and `optimizer_bytes` (two moments) each."""
+        """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones have 4 bytes, with a gradient
+        of 4 and `optimizer_bytes` (two moments) each."""
         learnt = self.trainable(shape)
         return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
 
     def kept(self, shape: Shape) -> Kept:
-        """What a layer keeps beside what any gradient needs on its way through. Weights that learn in or beside the linear
-        layers need what those read."""
+        """Values that a layer keeps in addition to those that any gradient passing through needs: trained weights in or next to
+        the linear layers need their inputs."""
         return Kept(shape.layer_inputs())
 
     def reaches(self, shape: Shape) -> int:
-        """How many layers, from the top, gradients pass through."""
+        """Number of layers, from the top, that gradients pass through."""
         return shape.layers
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
@@ -177,40 +176,41 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:
-        """What the small drawing shows of six layers. Keys: `layers` (list of six from "frozen", "trained"),
-        `beside` (bool: small boxes beside each layer), `before` (bool: vectors before every layer),
-        `input` (bool: vectors before the input only), `head` (bool: new layers on top), `inside` (bool: thin trained
-        stripes inside each layer), `between` (bool: thin trained bars after each layer)."""
+        """The drawing of six layers. Keys: `layers` (list of six from "frozen", "trained"), `beside` (bool: small boxes next to
+        each layer), `before` (bool: vectors before every layer), `input` (bool: vectors before the input only), `head` (bool: new
+        layers on top), `inside` (bool: thin trained stripes inside each layer), `between` (bool: thin trained bars after each
+        layer)."""
         return {"layers": ["frozen"] * 6}
 
     # What it does to a model ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
-        """The model ready to train: `requires_grad` true exactly where it learns. May wrap the model (as peft does).
+        """The model ready to train: `requires_grad` is true for exactly the trained parameters. May wrap the model (as peft
+        does).
 
-        For classification the model is the stack without its head; the head that `head` builds learns besides.
+        For classification the model is the backbone without its head; the head that `head` builds is trained in addition.
         """
 
     def head(self, hidden: int, labels: int) -> torch.nn.Module:
-        """A classifier's head: pooled states, (B, hidden), to scores, (B, labels)."""
+        """A classifier's head: pooled states (B, hidden) to logits (B, labels)."""
         import torch
 
         return torch.nn.Linear(hidden, labels)
 
     @abstractmethod
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write what was learnt as safetensors and JSON into an empty folder. `model` is what `attach` returned."""
+        """Write the trained weights as safetensors and JSON into an empty folder. `model` is what `attach` returned."""
 
     @abstractmethod
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        """Lay what `save` wrote on a fresh base model; the outputs equal those of the model that was saved.
+        """Attach what `save` wrote to a fresh base model; the outputs equal those of the model that was saved.
 
         The base's own tensors are never written to, since siblings may share them: a changed parameter is a new one.
         """
 
     def load_blended(self, model: torch.nn.Module, folder: Path, share: float) -> torch.nn.Module:
-        """As `load`, but at a place between the base (`share` 0) and the result (1). Only where `blends` is true."""
+        """As `load`, but interpolated between the base (`share` 0) and the result (1). Only where `blends` is true."""
         raise TypeError(f"{self.title} cannot be blended with its base: {self.no_blend}")
 
     def merge(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -218,7 +218,7 @@ class Strategy(BaseModel, ABC):
         raise TypeError(f"{self.title} cannot be merged into its base.")
 
     def describe(self, model: torch.nn.Module) -> dict[str, Any]:
-        """What `adapter_config.json` says of an adapter that peft does not know."""
+        """The contents of `adapter_config.json` for an adapter that peft does not know."""
         return {
             "peft_type": "LUTHIER",
             "base_model_name_or_path": transformer(model).config._name_or_path,
@@ -228,18 +228,18 @@ class Strategy(BaseModel, ABC):
     # How others load it -----------------------------------------------------------------------------------------------
 
     def loading(self, *, task: str = "generation") -> Loading:
-        """The code of the model card: lays what `save` wrote into `folder` on `model`, a fresh base (for classification its
-        stack without a head). Nothing where the base stays as it is, or where the result is a whole model."""
+        """Code of the model card: attaches what `save` wrote into `folder` to `model`, a fresh base (for classification its
+        backbone without a head). Empty where the base is unchanged, or where the result is a whole model."""
         return Loading()
 
     def head_code(self, hidden: int, labels: int) -> str:
-        """What `head` builds, as Python."""
+        """The head that `head` builds, as Python code."""
         return f"torch.nn.Linear({hidden}, {labels})"
 
     # What it does while training; most need none of it -----------------------------------------------------------------
 
     def rate_scale(self, parameter: str) -> float:
-        """How many times the learning rate a parameter of this name learns at."""
+        """Factor on the learning rate of a parameter of this name."""
         return 1.0
 
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
@@ -250,11 +250,11 @@ class Strategy(BaseModel, ABC):
         return None
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        """Called after optimizer step `step`, counted from 1, while the gradients still stand."""
+        """Called after optimizer step `step`, counted from 1, while the gradients are still there."""
 
     def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold besides the parameters that learn, so that a resumed run is the same run."""
+        """State of a checkpoint in addition to the trained parameters, so that a resumed run is the same run."""
         return {}
 
     def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `extra_state` gave."""
+        """Restore what `extra_state` returned."""

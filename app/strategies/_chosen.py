@@ -1,4 +1,4 @@
-"""What an engineer chooses of LoRA beside its size: single modules, how A begins, and a rate of its own for B."""
+"""Expert settings of LoRA: single modules, the initialization of A, and a learning rate of its own for B."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_NAMES = 64
 
 
 def _listed(value: Any) -> Any:
-    """A list of names, which other trainers take, as the text that is kept; anything else as it came."""
+    """A list of names, which other trainers take, as the text that is stored; other values unchanged."""
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return ", ".join(value)
     return value
@@ -58,7 +58,7 @@ class ChosenLowRank(LowRank):
         return value
 
     def unknown_modules(self, shape: Shape) -> list[str]:
-        """The names that no module of such a model has."""
+        """The names that match no module of such a model."""
         return [
             name for name in names_in(self.target_modules) if not any(_pattern(name).match(f".{whole}") for whole, _ in shape.modules())
         ]
@@ -71,14 +71,14 @@ class ChosenLowRank(LowRank):
         return super().chosen(shape) if self.target_modules is None else [linear for _, linear in self._found(shape)]
 
     def targets(self, shape: Shape) -> list[str]:
-        """With modules of single blocks, those that any block has: what is kept for the backward pass is then at most as much."""
+        """With modules of single blocks, all modules that any block has: an upper bound of what is kept for the backward pass."""
         if self.target_modules is None:
             return super().targets(shape)
         found = {linear.name for _, linear in self._found(shape)}
         return [linear.name for linear in shape.linears() if linear.name in found]
 
     def peft_targets(self, shape: Shape) -> list[str] | str:
-        """Whole names without the model's own first part, which a classifier's stack does without."""
+        """Whole names without the model's own first part, which a classifier's backbone does not have."""
         if self.target_modules is None:
             return super().peft_targets(shape)
         return [whole.partition(".")[2] for whole, _ in self._found(shape)]
@@ -95,6 +95,6 @@ def names_in(given: str | None) -> list[str]:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    """Matches a point and the whole name of a module that is `name` or ends in it. Patterns are a shell's, which do not try again and
-    again what a regular expression that anyone may send would."""
+    """Matches a period and the whole name of a module that is `name` or ends in it. Patterns are shell patterns, which do not
+    backtrack exponentially as an arbitrary regular expression would."""
     return re.compile(fnmatch.translate(f"*.{name}"))

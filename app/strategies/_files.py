@@ -1,4 +1,4 @@
-"""Writing and reading an adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, as peft lays it out."""
+"""Reads and writes an adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, in peft's layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Write both files into a folder that exists. Sets become sorted lists; tensors are stored contiguously."""
+    """Write both files into an existing folder. Sets become sorted lists; tensors are stored contiguously."""
     from safetensors.torch import save_file
 
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -1,4 +1,4 @@
-"""What LoRA and its relatives share: the settings, the choice of layers and the count."""
+"""Shared parts of LoRA and its variants: the settings, the choice of layers and the parameter count."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 LayerChoice = Literal["all-linear", "attention", "feed-forward"]
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of a block that read the same and share a product in `worker/kernels/cpu/shared_projection.py`."""
+"""Layers of a block that read the same input and share a product in `worker/kernels/cpu/shared_projection.py`."""
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense")
 
 
 def linear_names(shape: Shape, layers: LayerChoice) -> list[str]:
-    """Names of the chosen linear layers of every block, as they end in the model."""
+    """Name suffixes of the chosen linear layers of every block."""
     names = [linear.name for linear in shape.linears()]
     if layers == "all-linear":
         return names
@@ -30,9 +30,9 @@ def linear_names(shape: Shape, layers: LayerChoice) -> list[str]:
 
 
 def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
-    """The same as peft is told them: it takes a list by how names end, or a pattern over whole names.
+    """`target_modules` for peft: a list of name suffixes, or a pattern over whole names.
 
-    An encoder's attention ends in a layer whose name ends like its feed-forward's, so there only a pattern tells them apart.
+    An encoder's attention ends in a layer with the same suffix as its feed-forward's, so there only a pattern distinguishes them.
     """
     names = linear_names(shape, layers)
     if shape.architecture == "encoder" and layers == "feed-forward":
@@ -41,7 +41,8 @@ def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
 
 
 class InOnePass:
-    """For a strategy whose layers `worker/modeling/fused_lora.py` or `worker/modeling/fused_vera.py` computes, so that it also learns in bf16."""
+    """Mixin for a strategy whose layers `worker/modeling/fused_lora.py` or `worker/modeling/fused_vera.py` computes, so that it
+    can also train in bf16."""
 
     dropout: float
 
@@ -87,11 +88,11 @@ class LowRank(PeftStrategy):
         return {"layers": ["frozen"] * 6, "beside": True}
 
     def variant(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig` that make this relative what it is."""
+        """Arguments of `peft.LoraConfig` that select this variant."""
         return {}
 
     def saved(self, shape: Shape) -> dict[str, Any]:
-        """Those that have modules of such a model saved whole."""
+        """Arguments for modules that are trained and saved whole."""
         return {}
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:

@@ -1,4 +1,4 @@
-"""Finding one's way in a transformers model, whether it carries a language-modelling head or not. No torch needed."""
+"""Finds the parts of a transformers model, with or without a language-model head. No torch needed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def transformer(model: torch.nn.Module) -> PreTrainedModel:
-    """The same model as transformers makes it. One that peft has wrapped hands on what it is asked."""
+    """The model typed as transformers' class; a peft wrapper forwards attribute access to it."""
     return cast("PreTrainedModel", model)
 
 
 def wrapped(model: torch.nn.Module) -> PeftModel:
-    """The same model as peft has wrapped it."""
+    """The model typed as peft's wrapper."""
     return cast("PeftModel", model)
 
 
@@ -38,12 +38,12 @@ def attention(block: torch.nn.Module) -> torch.nn.Module:
 
 
 def attention_output(block: torch.nn.Module) -> torch.nn.Module:
-    """The linear layer that ends the attention sub-layer."""
+    """The last linear layer of the attention sub-layer."""
     return block.get_submodule("self_attn.o_proj" if hasattr(block, "self_attn") else "attention.output.dense")
 
 
 def feed_forward_output(block: torch.nn.Module) -> torch.nn.Module:
-    """The linear layer that ends the feed-forward sub-layer."""
+    """The last linear layer of the feed-forward sub-layer."""
     return block.get_submodule("mlp.down_proj" if hasattr(block, "mlp") else "output.dense")
 
 
@@ -60,7 +60,7 @@ class Notes:
 
 
 class NotesOfThreads(threading.local):
-    """The same where several threads pass through a model at once: each has its own. A copy begins empty."""
+    """The same where several threads run through a model at once: each has its own. A copy starts empty."""
 
     positions: torch.Tensor
     output: torch.Tensor
@@ -70,12 +70,12 @@ class NotesOfThreads(threading.local):
 
 
 def place_for_notes(device: torch.device) -> Notes | NotesOfThreads:
-    """On a GPU one thread passes through a model at a time, but what is computed anew on the way back is so in a thread of autograd's own."""
+    """On a GPU one thread at a time runs the model, but recomputation in the backward pass is on a thread of autograd's own."""
     return NotesOfThreads() if device.type == "cpu" else Notes()
 
 
 def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:
-    """Every parameter of `tuned` that is not the base's own, moved to a place between the base's (0) and its own (1)."""
+    """Interpolate every parameter of `tuned` that is not the base's own between the base's value (0) and its own (1)."""
     for name, weight in tuned.named_parameters():
         start = base.get(name)
         if start is not None and start is not weight:
@@ -84,6 +84,6 @@ def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, sha
 
 
 def parent_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds a parameter, and the parameter's name in it."""
+    """The module that has a parameter, and the parameter's name in it."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last

@@ -1,7 +1,7 @@
-"""Strategies that add small modules of our own to a frozen model, and save those alone.
+"""Strategies that add small modules of our own to a frozen model, and save only those.
 
-The modules hang on the model's own modules under the name `luthier`, and run in forward hooks that find them there, so
-a copy of the model carries working copies of them.
+They are submodules of the model's own modules under the name `luthier`, and run in forward hooks that look them up there, so a
+deep copy of the model has working copies of them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Added(Strategy):
     blends: ClassVar = True
 
     def learns_in_bf16(self) -> bool:
-        return True  # the new layers' weights stay in float32; their start is exact, zero, in any format
+        return True  # the new layers' weights stay in float32; their start is exact, zero, in any dtype
 
     @abstractmethod
     def install(self, model: torch.nn.Module) -> None:
-        """Hang the modules, as yet without effect, on the model and register their hooks."""
+        """Add the modules, initially without effect, to the model and register their hooks."""
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         model.requires_grad_(False)
@@ -70,6 +70,6 @@ class Added(Strategy):
 
 
 def loading(activation: str, scale: float = 1.0, hook: str = AFTER) -> Loading:
-    """Small layers with this bend and strength, laid on by the line `hook` at each of their places."""
+    """Small layers with this activation and scale, attached by the line `hook` at each of their modules."""
     lines = _LOADING.format(weights=WEIGHTS, name=NAME, activation=activation, scale=scale, hook=hook)
     return Loading(("import torch.nn.functional as F", "from safetensors.torch import load_file"), lines)

@@ -1,5 +1,5 @@
-"""LoRA beside which weights of the model itself may learn, as peft's settings `bias` and `modules_to_save` say: on a base whose weights
-are numbers as they are."""
+"""LoRA with trained weights of the model itself in addition, as peft's settings `bias` and `modules_to_save` say: on an
+unquantized base."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         return value
 
     def joins(self) -> bool:
-        return super().joins() and self.bias == "none"  # with biases that learn, the layers are peft's own
+        return super().joins() and self.bias == "none"  # with trained biases, the layers are peft's own
 
     def biases(self, shape: Shape) -> int:
-        """How many numbers of the model's biases learn."""
+        """Number of trained bias parameters."""
         if self.bias == "none":
             return 0
         if self.bias == "lora_only":
@@ -66,7 +66,7 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
     def saved(self, shape: Shape) -> dict[str, Any]:
         if self.modules_to_save is None:
             return {}
-        if shape.tied:  # peft trains the one table where it is read, and has the head be the same
+        if shape.tied:  # peft trains the one embedding where it is read, and ties the head to it
             return {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
         return {"modules_to_save": sorted(set(names_in(self.modules_to_save)))}
 
@@ -78,7 +78,7 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         if self.bias != "none" or self.modules_to_save:
             for parameter in attached.parameters():
                 if parameter.requires_grad:
-                    parameter.data = parameter.data.float()  # in bf16 a step would be smaller than the last digit, and lost
+                    parameter.data = parameter.data.float()  # in bf16 an update would be below the last bit, and lost
             match_norms(attached)
         return attached
 

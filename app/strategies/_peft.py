@@ -1,4 +1,4 @@
-"""What the strategies that stand on the peft library share. The adapter's folder is peft's own layout, so
+"""Shared parts of strategies based on the peft library. The adapter's folder has peft's own layout, so
 `PeftModel.from_pretrained(base, folder)` loads it anywhere."""
 
 from __future__ import annotations

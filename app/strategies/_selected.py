@@ -1,4 +1,4 @@
-"""Strategies that train some of the model's own parameters and leave the rest frozen. What is saved is those alone."""
+"""Strategies that train some of the model's own parameters and freeze the rest. Only those are saved."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Selected(Strategy):
 
     @abstractmethod
     def chosen(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters that learn."""
+        """Names of the trained parameters."""
 
     def learns_in_bf16(self) -> bool:
-        return True  # what learns stays in float32, as in full tuning
+        return True  # trained weights stay in float32, as in full fine-tuning
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
-        # What learns are weights of the model itself: they are kept once, at 4 bytes.
+        # The trained weights are the model's own: they are stored once, at 4 bytes.
         learnt = self.trainable(shape)
         frozen = shape.parameters() - learnt
         return Memory(weights=frozen * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
@@ -37,7 +37,7 @@ class Selected(Strategy):
         names = set(self.chosen(model))
         for name, parameter in model.named_parameters():
             if name in names:
-                parameter.data = parameter.data.float()  # in bf16 a step would be smaller than the last digit, and lost
+                parameter.data = parameter.data.float()  # in bf16 an update would be below the last bit, and lost
             parameter.requires_grad_(name in names)
         match_norms(model)
         return model
@@ -70,7 +70,7 @@ class Selected(Strategy):
 
 
 def match_norms(model: torch.nn.Module) -> None:
-    """A norm takes a weight and a bias of one type: where one of them learns in float32, so does the other stand in it."""
+    """A norm needs a weight and a bias of one dtype: where one of them is trained in float32, convert the other too."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if len({p.dtype for p in own}) > 1 and all(p.dim() == 1 for p in own):

@@ -1,8 +1,8 @@
-"""What prompt tuning, p-tuning and prefix tuning share: learnt vectors at the first positions of every sequence.
+"""Shared parts of prompt tuning, p-tuning and prefix tuning: trained vectors at the first positions of every sequence.
 
-Every sequence begins with `tokens` placeholder ids, put there by whoever builds it, and whatever stands at a position
-below `tokens` is replaced by what is learnt: in the embedding, or in each layer's keys and values. Positions say where
-a sequence begins, so packed, padded and cached sequences all come out right, and nothing else needs to know.
+Every sequence begins with `tokens` placeholder ids (virtual tokens), and at positions below `tokens` the trained vectors replace
+the model's own: in the embedding, or in each layer's keys and values. Position ids restart in every sequence, so packed, padded
+and cached sequences all work without further code.
 
 The adapter's folder is peft's own (one tensor `prompt_embeddings`), so `PeftModel.from_pretrained` loads it.
 """
@@ -45,7 +45,7 @@ class SoftPrompt(Strategy):
         return self.tokens
 
     def learns_in_bf16(self) -> bool:
-        return True  # what is learnt stays in float32; the model under it computes as in full tuning
+        return True  # trained vectors stay in float32; the model computes as in full fine-tuning
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.tokens >= shape.positions:
@@ -57,11 +57,11 @@ class SoftPrompt(Strategy):
 
     @abstractmethod
     def table(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A module without inputs whose output is what is learnt, (tokens, width), as saved."""
+        """A module without inputs whose output is the trained vectors, (tokens, width), as saved."""
 
     @abstractmethod
     def peft_config(self, model: torch.nn.Module) -> Any:
-        """The `peft.PeftConfig` under which the saved tensor loads elsewhere."""
+        """The `peft.PeftConfig` with which the saved tensor loads elsewhere."""
 
     @abstractmethod
     def install(self, model: torch.nn.Module, table: torch.nn.Module) -> None:
@@ -94,12 +94,12 @@ class SoftPrompt(Strategy):
 
 
 def task_type(model: torch.nn.Module) -> str:
-    """peft's word for the model: with or without a language-modelling head."""
+    """peft's task type for the model: with or without a language-model head."""
     return "CAUSAL_LM" if transformer(model).get_output_embeddings() is not None else "FEATURE_EXTRACTION"
 
 
 def make_table(start: torch.Tensor) -> torch.nn.Module:
-    """A table whose rows are learnt as they are."""
+    """A table whose rows are trained directly."""
     import torch
 
     class Table(torch.nn.Module):
@@ -114,8 +114,8 @@ def make_table(start: torch.Tensor) -> torch.nn.Module:
 
 
 def _remember_positions(body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Note the positions, (B, T), of this call's tokens where the hooks of the layers find them, and compute the table
-    once, in float32 as it is saved. Without `position_ids` they count from the length of what is cached."""
+    """Store the position ids, (B, T), of this call's tokens for the hooks of the layers, and compute the table once, in float32
+    as it is saved. Without `position_ids` they count from the length of the cache."""
     import torch
 
     positions = kwargs.get("position_ids")
@@ -140,7 +140,7 @@ def install_in_embedding(model: torch.nn.Module, table: torch.nn.Module) -> None
 
 
 def _into_embedding(embedding: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    """(B, T, H) with the learnt vectors at the positions below their number."""
+    """(B, T, H) with the trained vectors at positions below their number."""
     import torch
 
     table = getattr(embedding, NAME)
@@ -167,7 +167,7 @@ class _Noted(Protocol):
 
 
 class _PrefixedCache:
-    """Stands before the cache of one attention call and puts the learnt keys and values in."""
+    """Wraps the cache of one attention call and inserts the trained keys and values."""
 
     def __init__(self, cache: Any, table: _Noted, layer: torch.nn.Module) -> None:
         self.cache, self.table, self.layer = cache, table, layer
@@ -176,7 +176,7 @@ class _PrefixedCache:
         return getattr(self.cache, name)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """keys and values: (B, Hkv, T, D). The table's row is (layers · 2 · Hkv · D) numbers, a layer's key first."""
+        """keys and values: (B, Hkv, T, D). A row of the table has layers · 2 · Hkv · D values, a layer's key first."""
         import torch
 
         heads, width = keys.shape[1], keys.shape[3]

@@ -1,4 +1,4 @@
-"""AdaLoRA: the rank is spent where it matters, layer by layer, while training."""
+"""AdaLoRA: the rank is distributed over the layers by importance while training."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class AdaLora(InOnePass, LowRank):
         return sum(r * (x.inputs + x.outputs) + r for x in shape.each_linear() if x.name in chosen)
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
-        """Beside what any strategy holds, peft's allocator keeps three numbers for each that learns: how much it matters, the mean of
-        that over the steps, and how uncertain it is (the paper's equations 8 to 10)."""
+        """In addition to what any strategy holds, peft's allocator keeps three values for each trained one: its importance, the
+        moving average of that, and its uncertainty (the paper's equations 8 to 10)."""
         plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
         return plain._replace(optimizer=plain.optimizer + 12 * self.trainable(shape))
 
@@ -69,20 +69,20 @@ class AdaLora(InOnePass, LowRank):
             lora_dropout=self.dropout,
             target_modules=peft_targets(shape_of(transformer(model).config.to_dict()), self.layers),
             orth_reg_weight=self.orthogonality,
-            total_step=1_000_000,  # `begin` says how many there are
+            total_step=1_000_000,  # `begin` sets the real number
             inference_mode=False,
         )
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         attached = super().attach(model, task=task, labels=labels)
         for name, parameter in attached.named_parameters():
-            if ".ranknum." in name:  # beside weights in bf16 peft makes the count of directions anew, as one that learns
+            if ".ranknum." in name:  # next to bf16 weights peft recreates the count of directions, as a trainable parameter
                 parameter.requires_grad_(False)
         return attached
 
     def begin(self, model: torch.nn.Module, total_steps: int) -> None:
         config = _config(model)
-        config.total_step = max(total_steps, 2)  # ranks are settled after at least one step has told what matters
+        config.total_step = max(total_steps, 2)  # ranks are decided after at least one step has measured the importance
         config.tinit = total_steps // 10
         config.tfinal = total_steps // 5
         config.deltaT = max(total_steps // 50, 1)

@@ -1,4 +1,4 @@
-"""BitFit: only the biases learn."""
+"""BitFit: only the biases are trained."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ class BottleneckAdapter(Added):
 
 
 def make_bottleneck(hidden: int, width: int, activation: str, scale: float) -> torch.nn.Module:
-    """(…, hidden) → (…, hidden): down, bend, up. The last layer starts at zero, so the model starts as it was."""
+    """(…, hidden) → (…, hidden): down projection, activation, up projection. The last layer starts at zero, so the model starts
+    unchanged."""
     import torch
 
     class Bottleneck(torch.nn.Module):
@@ -110,7 +111,7 @@ def _beside_mlp(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Te
 
 
 def _beside_encoder_output(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # An encoder adds its block's input to the feed-forward output and then norms: what is added to that input is added
-    # beside the feed-forward layers.
+    # An encoder adds its block's input to the feed-forward output and then normalizes: adding to that input is adding in parallel
+    # to the feed-forward layers.
     inner, before = args
     return inner, before + getattr(module, NAME)(before)

@@ -88,7 +88,7 @@ class DenseHead(Added):
         norm.register_forward_hook(_after_norm)
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-        # A classifier's dense layers are its head, which is saved beside the adapter: then there is nothing to hang here.
+        # A classifier's dense layers are its head, which is saved with the adapter: then there is nothing to attach here.
         return super().load(model, folder) if read_weights(folder) else model
 
     def loading(self, *, task: str = "generation") -> Loading:

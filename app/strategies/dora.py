@@ -1,4 +1,4 @@
-"""DoRA: the length of each weight row is learnt apart from its direction, and LoRA turns the direction."""
+"""DoRA: the magnitude of each weight row is trained separately from its direction, which LoRA changes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Dora(WithOwnWeights):
 
     def kept(self, shape: Shape) -> Kept:
         plain = super().kept(shape).per_token
-        if not self.joins():  # each layer's output before and after it is scaled; the lengths pass no gradient (the paper, section 4.3)
+        if not self.joins():  # each layer's output before and after scaling; the norms pass no gradient (the paper, section 4.3)
             return Kept(plain + 2 * shape.layer_outputs())
-        # What is scaled once; what a feed-forward's first layers give is kept in any case.
+        # The scaled output only; that of a feed-forward's first layers is kept in any case.
         return Kept(plain + shape.layer_outputs() - (2 if shape.gated else 1) * shape.intermediate)
 
     def trainable(self, shape: Shape) -> int:

@@ -1,4 +1,4 @@
-"""Frozen features: the model reads, a small classifier decides."""
+"""Feature extraction: a small classifier on the embeddings of a frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full re-training: every weight moves."""
+"""Full fine-tuning: every weight is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(IA)³: learnt factors on keys, values and the feed-forward layer's inside."""
+"""(IA)³: trained factors on keys, values and the activations inside the feed-forward layer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ia3(PeftStrategy):
 
         shape = shape_of(transformer(model).config.to_dict())
         key_value, down = self._targets(shape)
-        # An encoder's attention ends in a layer whose name ends alike; a pattern over the whole name leaves it out.
+        # An encoder's attention ends in a layer with the same suffix; a pattern over the whole name excludes it.
         pattern = rf".*layer\.\d+\.(attention\.self\.(key|value)|{down})" if shape.architecture == "encoder" else None
         feed_forward = rf".*layer\.\d+\.{down}" if pattern else [down]
         return IA3Config(task_type=self.task_type(task), target_modules=pattern or [*key_value, down], feedforward_modules=feed_forward)

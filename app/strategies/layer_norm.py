@@ -1,4 +1,4 @@
-"""LayerNorm tuning: only the norms learn."""
+"""LayerNorm tuning: only the norms are trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerNorm(Selected):
         return shape.norm_parameters()
 
     def kept(self, shape: Shape) -> Kept:
-        return Kept(0)  # a norm's own gradient needs what every gradient on its way through needs
+        return Kept(0)  # a norm's own gradient needs what every gradient passing through needs
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class LoHa(LowRank):
         return 2 * super().trainable(shape)
 
     def kept(self, shape: Shape) -> Kept:
-        # The correction is built whole, as wide as the weights, and kept until the gradient has passed.
+        # The correction is materialized, as large as the weights, and kept until the gradient has passed.
         return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:

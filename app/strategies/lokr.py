@@ -1,4 +1,4 @@
-"""LoKr: the correction is a Kronecker product, one small matrix repeated over another."""
+"""LoKr: the correction is a Kronecker product of a small matrix and another."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LoKr(LowRank):
         return out_small * in_small + (self.rank * (out_large + in_large) if low_rank else out_large * in_large)
 
     def kept(self, shape: Shape) -> Kept:
-        # The correction is built whole, as wide as the weights, and kept until the gradient has passed.
+        # The correction is materialized, as large as the weights, and kept until the gradient has passed.
         return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:
@@ -58,7 +58,7 @@ class LoKr(LowRank):
 
 
 def split(dimension: int, factor: int) -> tuple[int, int]:
-    """Two divisors of a width, small first: `factor` and the rest where it divides, else the pair nearest to the square
+    """Two divisors of a width, the smaller first: `factor` and the quotient where it divides, else the pair nearest to the square
     root whose smaller member is at most `factor`."""
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor  # as peft does, whichever is larger

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank correction beside each chosen linear layer."""
+"""LoRA: a low-rank correction of each chosen linear layer."""
 
 from __future__ import annotations
 

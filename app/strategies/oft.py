@@ -1,4 +1,4 @@
-"""OFT: each weight is turned, block by block, by a learnt rotation; nothing is stretched."""
+"""OFT: each weight is multiplied, block by block, by a trained orthogonal matrix (a rotation), which preserves norms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Oft(PeftStrategy):
     place: ClassVar = 18
     merges: ClassVar = True
     blends: ClassVar = True
-    scaled: ClassVar = (".oft_R.",)  # what generates the rotation: half of it turns half as far
+    scaled: ClassVar = (".oft_R.",)  # the generator of the rotation: half of it rotates half as far
     default_learning_rate: ClassVar = 1e-3
 
     block: int = Field(
@@ -47,7 +47,7 @@ class Oft(PeftStrategy):
         return shape.layers * sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
 
     def kept(self, shape: Shape) -> Kept:
-        # The turned inputs, and four matrices for each block that is turned: the generator and three steps to the rotation.
+        # The rotated inputs, and four matrices for each rotated block: the generator and three steps to the rotation.
         chosen = [x for x in shape.linears() if x.name in set(linear_names(shape, self.layers))]
         return Kept(shape.layer_inputs(), 4 * sum(x.inputs * nearest_divisor(x.inputs, self.block) for x in chosen))
 
@@ -70,7 +70,7 @@ class Oft(PeftStrategy):
 
 
 def nearest_divisor(width: int, block: int) -> int:
-    """The divisor of `width` nearest to `block`, the smaller one of two equally near: the block that can be used."""
+    """The divisor of `width` nearest to `block`, the smaller one of two equally near: the block size that can be used."""
     if block >= width:
         return width
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - block), d))

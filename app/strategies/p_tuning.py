@@ -1,4 +1,4 @@
-"""P-tuning: learnt vectors before the text, written by a small network."""
+"""P-tuning: trained vectors before the text, computed by a small network."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PTuning(SoftPrompt):
 
 
 def _make_encoder(tokens: int, hidden: int, width: int) -> torch.nn.Module:
-    """A table written by three dense layers, as in the paper's code for its multi-layer variant."""
+    """A table computed by three dense layers, as in the paper's code for its multi-layer variant."""
     import torch
 
     class PromptEncoder(torch.nn.Module):

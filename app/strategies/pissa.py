@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts from each weight's largest singular directions instead of from noise and zero."""
+"""PiSSA: LoRA initialized with each weight's largest singular directions instead of noise and zero."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Pissa(InOnePass, LowRank):
     def kept(self, shape: Shape) -> Kept:
         if not self.joins():
             return super().kept(shape)
-        # What A' made of each token, and A' and B' themselves.
+        # The output of A' per token, and A' and B' themselves.
         wide = shape.layer_inputs() + 2 * self.rank * len(self.targets(shape))
         return Kept(wide, 2 * self.trainable(shape) // shape.layers)
 
@@ -59,9 +59,9 @@ class Pissa(InOnePass, LowRank):
         for _, layer in _layers(attached):
             weight = layer.get_base_layer().weight
             whole = weight.data
-            # Sixteen rounds of the randomised decomposition (Halko et al. 2011) come within float error of the exact one.
+            # Sixteen iterations of the randomized SVD (Halko et al. 2011) come within float error of the exact one.
             layer.pissa_init("default", "pissa_niter_16")
-            weight.data = whole  # peft has put W − s B₀ A₀ in its place, rounded to W's type
+            weight.data = whole  # peft has put W − s B₀ A₀ in its place, rounded to W's dtype
             for name, learnt in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
                 layer.register_buffer(name, learnt["default"].weight.detach().clone(), persistent=False)
             layer.takes_first_off = layer.register_forward_hook(_take_first_off)  # for peft's own forward
@@ -79,7 +79,7 @@ class Pissa(InOnePass, LowRank):
         write_adapter(folder, config, plain)
 
     def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """A₀ and B₀: on another machine, or after other random numbers, they would come out a little different."""
+        """A₀ and B₀: on another machine, or after other random numbers, they would differ a little."""
         return {f"{name}.{part}": getattr(layer, part) for name, layer in _layers(model) for part in ("first_down", "first_up")}
 
     def restore(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -98,8 +98,8 @@ def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
 def whole_correction(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A' (2r, K) and B' (N, 2r) with B' A' = B A − B₀ A₀, for a layer with A (r, K) and B (N, r).
 
-    It is summed as B (A − A₀) + (B − B₀) A₀: what was learnt stands alone, so that bf16 rounds it in its own last digit and not
-    in that of the far larger B₀ A₀.
+    The sum is B (A − A₀) + (B − B₀) A₀: the trained change is separate, so that bf16 rounds it relative to itself and not to the
+    far larger B₀ A₀.
     """
     import torch
 
@@ -108,7 +108,7 @@ def whole_correction(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _take_first_off(layer: Any, given: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-    """x (…, K) and W x + s B A x, (…, N), to that less s B₀ A₀ x; dropout is for what learns alone."""
+    """x (…, K) and out = W x + s B A x, (…, N), to out − s B₀ A₀ x; dropout applies to the trained part only."""
     from torch.nn.functional import linear
 
     if layer.disable_adapters:

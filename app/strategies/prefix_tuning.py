@@ -1,4 +1,4 @@
-"""Prefix tuning: learnt keys and values before every layer's input."""
+"""Prefix tuning: trained keys and values before every layer's input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 _OPEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
-"""Encoders whose attention asks a cache, where one is given, before it looks at its keys and values."""
+"""Encoders whose attention calls a given cache before it uses its keys and values."""
 
 
 class PrefixTuning(SoftPrompt):

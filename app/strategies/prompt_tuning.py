@@ -1,4 +1,4 @@
-"""Prompt tuning: learnt vectors before the text."""
+"""Prompt tuning: trained vectors before the text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PromptTuning(SoftPrompt):
         return {"layers": ["frozen"] * 6, "input": True}
 
     def table(self, model: torch.nn.Module) -> torch.nn.Module:
-        # Vectors of words drawn from the vocabulary are a better start than noise (the paper, section 3.2).
+        # Embeddings of tokens drawn from the vocabulary are a better start than noise (the paper, section 3.2).
         import torch
 
         words = cast("torch.nn.Embedding", transformer(model).get_input_embeddings())

@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on a base whose weights are kept in 4 bits."""
+"""QLoRA: LoRA on a base whose weights are stored in 4 bits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class QLora(ChosenLowRank):
     base_bits: ClassVar = 4
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
-        """4-bit NormalFloat takes half a byte a weight, and its doubly quantised block constants 0.127 bit more
-        (the paper, section 3); embeddings, norms and head stay at `weight_bytes`."""
+        """4-bit NormalFloat takes half a byte per weight, and its double-quantized block constants 0.127 bits more (the paper,
+        section 3); embeddings, norms and head stay at `weight_bytes`."""
         learnt = self.trainable(shape)
         squeezed = shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
         weights = squeezed * 4.127 / 8 + (shape.parameters() - squeezed) * weight_bytes + learnt * 4

@@ -1,4 +1,4 @@
-"""Top layers: the last blocks are re-trained, the rest is frozen."""
+"""Top layers: the last blocks are trained, the rest is frozen."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TopLayers(Selected):
 
     def reaches(self, shape: Shape) -> int:
         if self.output_layer and shape.tied:
-            return shape.layers  # the output layer is the input's embedding too, so gradients go all the way down
+            return shape.layers  # the output layer is tied to the input embedding, so gradients reach all layers
         return min(self.layers, shape.layers)
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""VeRA: one pair of random matrices for all layers, frozen; each layer learns two vectors that scale them."""
+"""VeRA: one pair of random matrices for all layers, frozen; each layer trains two vectors that scale them."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Vera(InOnePass, PeftStrategy):
         return plain._replace(weights=plain.weights + shared * 4)
 
     def kept(self, shape: Shape) -> Kept:
-        # The projections are frozen, so their inputs are not needed; what they made of them is, and by peft's own layers what they give.
+        # The projections are frozen, so their inputs are not needed; their outputs are, and with peft's own layers their results.
         names = linear_names(shape, self.layers)
         if not self.joins():
             return Kept(shape.layer_outputs() + self.rank * len(names))
-        shared = [len(joint) - 1 for joint in JOINED if set(joint) <= set(names)]  # it is made once for layers that read the same
+        shared = [len(joint) - 1 for joint in JOINED if set(joint) <= set(names)]  # computed once for layers that read the same input
         return Kept(self.rank * (len(names) - sum(shared)))
 
     @classmethod

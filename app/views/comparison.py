@@ -1,4 +1,4 @@
-"""What the pages of comparisons show: the table with its best figures marked, the plot, and what a learning curve says."""
+"""The data of comparison pages: the table with its best values marked, the plot, and the conclusion of a learning curve."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def url(comparison: Comparison) -> str:
 
 
 def write(value: Any, unit: str) -> str:
-    """A figure of a column as the page writes it."""
+    """A value of a column, formatted."""
     if not is_number(value):
         return NOTHING
     writers: dict[str, Callable[[Any], str]] = {
@@ -46,7 +46,7 @@ def write(value: Any, unit: str) -> str:
 
 
 def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
-    """Each comparison with how far its jobs are."""
+    """Each comparison with the progress of its jobs."""
     query = select(Job.comparison_id, Job.status, Job.spec["dataset"]["name"].astext)
     query = query.where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None)).order_by(Job.created_at)
     jobs: dict[uuid.UUID | None, list[tuple[str, str]]] = {}
@@ -77,7 +77,7 @@ def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]
 
 
 def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> dict[str, Any]:
-    """Everything `comparison.html` and its live part show. `x` and `y` are columns; others than there are mean the usual ones."""
+    """The data of `comparison.html` and its live part. `x` and `y` are columns; unknown ones mean the default."""
     table = comparison_table.table(session, comparison)
     found = comparisons.jobs_of(session, comparison)
     curve = comparison.kind == "learning_curve"
@@ -110,7 +110,7 @@ def _axes(table: Table, x: str, y: str) -> tuple[Column, Column]:
 
 
 def _seconds_left(found: list[Job]) -> float | None:
-    """Until all have ended, one after the other: what running jobs say, and what was predicted for those that wait."""
+    """Until all have ended, in sequence: progress of running jobs, and estimates of waiting ones."""
     if not any(job.status in OPEN for job in found):
         return None
     total = 0.0
@@ -122,7 +122,7 @@ def _seconds_left(found: list[Job]) -> float | None:
 
 
 def _lines(table: Table) -> list[dict[str, Any]]:
-    """The rows with every figure written, and the best of each column marked."""
+    """The rows with every value formatted, and the best of each column marked."""
     found = []
     for number, row in enumerate(table.rows, 1):
         cells = [
@@ -140,7 +140,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
 
 
 def _ability_note(row: dict[str, Any]) -> str:
-    """`dropped, 95 %: −4.0 % to −0.3 %, removable`: what became of the general ability with the adapter on."""
+    """`dropped, 95 %: −4.0 % to −0.3 %, removable`: the change of general ability with the adapter on."""
     between = ability_interval(row)
     removable = (
         "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
@@ -149,7 +149,7 @@ def _ability_note(row: dict[str, Any]) -> str:
 
 
 def ability_interval(row: dict[str, Any]) -> str:
-    """`95 %: −4.0 % to −0.3 %`, the lower end first; nothing where it was not measured."""
+    """`95 %: −4.0 % to −0.3 %`, the lower end first; empty where it was not measured."""
     return f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
 
 

@@ -1,6 +1,6 @@
-"""The form of a new comparison: what was chosen so far, every strategy with what it would take or why it cannot be had.
+"""The form of a new comparison: its input so far, and every strategy with its estimate or why it cannot run.
 
-Typed values are text by the name of their input, as in `app/views/job_form.py`; `strategy` comes once for each that is checked.
+Input values are texts by the name of their input, as in `app/views/job_form.py`; `strategy` occurs once for each that is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOT_ASKED = ("data_fraction", "early_stopping_patience")
 
 @dataclass(frozen=True, slots=True)
 class StrategyOption:
-    """One strategy to choose. Without an estimate it cannot be had, and `reason` says why."""
+    """One strategy to choose. Without an estimate it cannot run, and `reason` says why."""
 
     cls: type[Strategy]
     checked: bool
@@ -69,7 +69,7 @@ class CompareForm:
     order: ComparisonOrder | None = None
     memory_bytes: int = 0
     rows_per_step: int = 0
-    asked: list[str] = field(default_factory=list)  # strategies that came checked
+    asked: list[str] = field(default_factory=list)  # strategies that were checked in the request
 
     @property
     def chosen(self) -> list[StrategyOption]:
@@ -77,7 +77,7 @@ class CompareForm:
 
     @property
     def seconds(self) -> float:
-        """Predicted, of all jobs one after the other."""
+        """Estimate for all jobs in sequence."""
         seconds: float = sum(pick.estimate["seconds"] for pick in self.chosen if pick.estimate)
         return seconds
 
@@ -92,7 +92,7 @@ class CompareForm:
 
     @property
     def steps(self) -> str:
-        """Optimizer steps of the jobs: one number, or from the least to the most."""
+        """Optimizer steps of the jobs: one number, or a range."""
         found = sorted({pick.estimate["steps"] for pick in self.chosen if pick.estimate and pick.cls.recipe != "features"})
         return "–".join(f"{n:,}" for n in (found[:1] + found[-1:] if len(found) > 1 else found)) or "0"
 
@@ -102,12 +102,12 @@ class CompareForm:
 
     @property
     def ready(self) -> bool:
-        """Whether the comparison can be started with what the form holds."""
+        """Whether the comparison can be started with the current input."""
         return self.order is not None and not self.errors
 
     @property
     def faults(self) -> list[Fault]:
-        """What is wrong, each with the id of the element where it can be put right."""
+        """The errors, each with the id of the element where it can be fixed."""
         places = {"model": "model", "dataset": "dataset", "strategy": "methods"} | {c.key: c.id for c in self.run_controls}
         return [Fault(text, places.get(name)) for name, text in self.errors.items()]
 
@@ -119,7 +119,7 @@ class CompareForm:
 
     @property
     def address(self) -> str:
-        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        """The URL that opens this form again: the choices, and every setting that differs from its default."""
         chosen = {
             "kind": self.kind,
             "shown": self.kind,
@@ -132,13 +132,13 @@ class CompareForm:
         return f"/compare/new?{urlencode({name: value for name, value in chosen.items() if value}, doseq=True)}"
 
     def families(self) -> list[tuple[str, list[StrategyOption]]]:
-        """The strategies by family, those that can be had first."""
+        """The strategies by family, available ones first."""
         found = [(title, [pick for pick in self.picks if pick.cls.family == name]) for name, title in FAMILIES.items()]
         return [(title, sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
 
 
 def compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = ()) -> CompareForm:
-    """The form for what was typed and checked so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
     from app.datasets import service as datasets
 
     typed = dict(typed)
@@ -177,7 +177,7 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
 
 
 def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[FormField]:
-    """Run settings for all jobs: the budget in sight. A learning rate for all is rarely meant, so it is folded."""
+    """Run settings for all jobs, with the budget visible. One learning rate for all is rarely meant, so it is collapsed."""
     empty = {"learning_rate": "each method’s default", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
     empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
     found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
@@ -187,7 +187,7 @@ def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mappin
 
 
 def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> None:
-    """Every strategy with what its jobs would take. Where none was shown before, each family's first that fits is checked."""
+    """Every strategy with the estimate of its jobs. Initially each family's first that fits is checked."""
     assert form.model and form.dataset
     everything = _order(form, list(STRATEGIES), run)
     try:
@@ -214,7 +214,7 @@ def _by_default(kind: Kind, fits: list[str], advised: list[str]) -> list[str]:
 
 
 def _together(costs: list[JSON]) -> JSON:
-    """What several jobs take one after the other: the largest memory and the sum of the times."""
+    """Several jobs in sequence: the largest memory and the sum of the times."""
     return {**max(costs, key=lambda cost: cost["memory_bytes"]), "seconds": sum(cost["seconds"] for cost in costs)}
 
 
@@ -231,7 +231,7 @@ def _order(form: CompareForm, strategies: list[str], run: JSON) -> ComparisonOrd
 
 
 def _try(form: CompareForm, run: JSON) -> None:
-    """The order of what is checked; what is wrong with the choice becomes an error of the form."""
+    """The request for what is checked; errors of the choice become errors of the form."""
     if form.errors:
         return
     names = [pick.name for pick in form.chosen]
@@ -246,6 +246,6 @@ def _try(form: CompareForm, run: JSON) -> None:
 
 
 def body_of(order: ComparisonOrder) -> dict[str, Any]:
-    """The order as the body of `POST /v1/comparisons`."""
+    """The body of `POST /v1/comparisons`."""
     body = order.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     return body | ({"dataset_id": ids.public(ids.DATASET, order.dataset_id)} if order.dataset_id else {})

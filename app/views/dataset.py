@@ -1,4 +1,4 @@
-"""What the page of a dataset shows: its report, its issues one page at a time, its versions."""
+"""The data of a dataset's page: its report, its issues one page at a time, its versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAIT_SECONDS = 2.5
 
 @dataclass(slots=True)
 class Chosen:
-    """Which part is shown, and which issues are listed, as the page's address says."""
+    """The page's URL parameters: the tab, and which issues are listed."""
 
     tab: str = "report"
     rule: str = ""
@@ -41,7 +41,7 @@ class Chosen:
 def context(
     session: Session, dataset: Dataset, chosen: Chosen, problem: StudioError | None = None, ticked: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """The values of `dataset.html`; `problem` is why a fix was refused, and what was ticked then stays so."""
+    """The values of `dataset.html`; `problem` is why a fix was refused, and `ticked` the findings that stay selected."""
     found, more = datasets.findings(
         session, dataset, chosen.rule or None, chosen.severity or None, chosen.sort,
         (chosen.page - 1) * FINDINGS_PER_PAGE, FINDINGS_PER_PAGE,
@@ -87,7 +87,7 @@ def context(
 
 
 def _to_map(dataset: Dataset) -> dict[str, Any]:
-    """What the panel that maps columns shows: the file's own, and for each format what is chosen now or was suggested."""
+    """The data of the panel that maps columns: the file's own, and for each format the current or suggested mapping."""
     failed = dataset.status == "error"
     found = (dataset.error if failed else dataset.report) or {}
     columns = (found.get("columns") or [])[:MAPPED_COLUMNS]
@@ -104,7 +104,7 @@ def _to_map(dataset: Dataset) -> dict[str, Any]:
 
 
 def changed(session: Session, dataset: Dataset) -> dict[str, Any] | None:
-    """What the page says of its changes, without the answer: `with_answer` waits for that while no connection is held."""
+    """The page's data about its changes, without the answer: `with_answer` waits for that while no connection is held."""
     asked = changes.ask(session, dataset)
     if asked is None:
         return None
@@ -117,7 +117,7 @@ def with_answer(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class Line(NamedTuple):
-    """One line of a dataset's health: how bad, what, and where to go."""
+    """One line of a dataset's health: severity, text, and link."""
 
     severity: str
     text: str
@@ -126,7 +126,7 @@ class Line(NamedTuple):
 
 
 def health(dataset: Dataset) -> list[Line]:
-    """At most MAX_LINES lines: what can be used of it, and its heaviest issues."""
+    """At most MAX_LINES lines: the usable rows, and the most serious issues."""
     if dataset.status != "ready":
         return []
     rows, good = dataset.rows or 0, dataset.good_rows or 0
@@ -150,8 +150,8 @@ def health(dataset: Dataset) -> list[Line]:
 
 
 def longer(dataset: Dataset) -> Line | None:
-    """Rows that a job's usual max length cuts, and the smallest length that spares nearly all of them. None is offered where it is the
-    window of the model that counted which cuts them."""
+    """Rows that the default max sequence length truncates, and the smallest length that spares nearly all of them. None is
+    offered where the context window of the counting model truncates them."""
     report, rows = dataset.report or {}, dataset.good_rows or 0
     cut, usual = dict(report.get("rows_cut", [])), report.get("cutoff")
     key = ids.public(ids.DATASET, dataset.id)
@@ -172,7 +172,7 @@ def longer(dataset: Dataset) -> Line | None:
 
 
 def _bars(lengths: list[list[int]]) -> list[dict[str, Any]]:
-    """The length histogram with each bar's share of the tallest, 0 to 1."""
+    """The length histogram with each bar's height relative to the tallest, 0 to 1."""
     most = max((count for _, count in lengths), default=1)
     return [{"low": low, "high": max(2 * low - 1, low), "count": count, "share": count / most} for low, count in lengths]
 

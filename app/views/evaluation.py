@@ -1,4 +1,4 @@
-"""What the pages of evaluations show: a line in the list, and the scores of one."""
+"""The data of evaluation pages: a line in the list, and the scores of one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Line(NamedTuple):
     base: float | None
     value: float
     better: bool | None
-    between: str = ""  # its 95 % interval, where it was told
+    between: str = ""  # its 95 % interval, where it was measured
 
 
 def row(evaluation: Evaluation) -> dict[str, Any]:
-    """A line of the list: what was scored, and the figure that says most."""
+    """A line of the list: what was evaluated, and the most informative metric."""
     spec, result = evaluation.spec, evaluation.result or {}
     return {
         "url": f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}",
@@ -52,7 +52,7 @@ def _figure(kind: str, task: str | None, result: Mapping[str, Any]) -> str:
 
 
 def view(evaluation: Evaluation) -> dict[str, Any]:
-    """The scores of one model, beside those of the model it was tuned from; classes are `app.views.scores`'s."""
+    """The scores of one model, next to those of its base; classes are in `app.views.scores`."""
     result = evaluation.result or {}
     scores, base = result.get("scores") or {}, result.get("base") or {}
     return {
@@ -77,19 +77,19 @@ def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, 
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:
-    """The 95 % interval of a score in words; empty where none was told."""
+    """The 95 % interval of a score in words; empty where there is none."""
     low_high = (scores.get("intervals") or {}).get(name)
     return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
 
 
 def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:
-    """Whether chance alone may have made the difference between both models in a score: its 95 % interval holds zero."""
+    """Whether the difference of both models in a score may be due to chance: its 95 % interval contains zero."""
     low_high = (evaluation.get("difference") or {}).get(name)
     return bool(low_high and low_high[0] <= 0 <= low_high[1])
 
 
 def mistakes(labels: list[str], counts: list[list[int]], most: int = 12) -> list[dict[str, Any]]:
-    """The commonest confusions of one class with another."""
+    """The most frequent confusions of one class with another."""
     found: list[dict[str, Any]] = [
         {"truth": labels[i], "answer": labels[j], "count": n} for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j
     ]

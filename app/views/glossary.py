@@ -1,4 +1,4 @@
-"""The guide's glossary: the field's words, each in a sentence or two."""
+"""The guide's glossary: the field's terms, each in a sentence or two."""
 
 from __future__ import annotations
 

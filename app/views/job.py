@@ -1,4 +1,4 @@
-"""What the pages of jobs show, worked out once in plain words and figures, so that the templates only lay it out."""
+"""The data of job pages, computed once, so that the templates only lay it out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dataset_url(dataset_id: Any) -> str:
 
 
 def count(value: int) -> str:
-    """A number of parameters in three figures: `2.44 M`, `134 M`, `1.24 B`."""
+    """A number of parameters with three significant digits: `2.44 M`, `134 M`, `1.24 B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{NARROW}{unit}"
@@ -83,7 +83,7 @@ def forgetting(measured: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def summary(found: list[Job]) -> str:
-    """`1 running, 2 queued, 14 succeeded`: what is going on, in one line."""
+    """`1 running, 2 queued, 14 succeeded`: all jobs in one line."""
     states = ("running", "queued", "paused", "succeeded", "failed", "cancelled")
     counts = {status: sum(job.status == status for job in found) for status in states}
     return ", ".join(f"{human_number(n)} {status}" for status, n in counts.items() if n)
@@ -97,7 +97,7 @@ def _title(strategy: str) -> str:
 
 
 def facts_of(form: OrderForm) -> dict[str, Any]:
-    """Figures about the chosen model and data that stand beside the form."""
+    """Numbers about the chosen model and data that are shown next to the form."""
     shape = Shape.model_validate(form.model.shape) if form.model and form.model.shape else None
     dataset = form.dataset
     tokens = None
@@ -120,12 +120,12 @@ def facts_of(form: OrderForm) -> dict[str, Any]:
 
 OPEN = ("queued", "running", "paused")
 MARKS = {"succeeded": "✓ ", "failed": "✗ ", "cancelled": "■ ", "paused": "❚❚ "}
-"""What stands before a job's name in the title of its page once it runs no more."""
+"""Symbol before a job's name in the title of its page once it does not run."""
 ICONS = {"running": "running", "queued": "running", "succeeded": "succeeded", "failed": "failed"}
 
 
 def head(session: Session, job: Job) -> dict[str, Any]:
-    """What every tab of the page stands under: name, status, progress, and what can be done now."""
+    """The header above every tab: name, status, progress, and the available actions."""
     progress = progress_cache.progress_of(session, job)
     spec = JobSpec.model_validate(job.spec)
     comparison = comparisons.of_job(session, job)
@@ -155,7 +155,7 @@ def head(session: Session, job: Job) -> dict[str, Any]:
 
 
 def page_title(job: Job, progress: Progress) -> str:
-    """`42 % · chats` while it runs, `✓ chats` at its end: a tab of the browser tells how far it is."""
+    """`42 % · chats` while it runs, `✓ chats` at its end, so that a browser tab shows the progress."""
     if job.status == "running":
         return f"{human_percent(progress.share, 0)} · {job.name}"
     return f"{MARKS.get(job.status, '')}{job.name}"
@@ -188,7 +188,7 @@ def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
 
 
 STARTING_SECONDS = 60
-"""So long a start is nothing out of the way; after it the page says how long it has taken."""
+"""A normal start takes up to this long; after it the page shows how long it has taken."""
 
 
 def _starting(progress: Progress) -> str:
@@ -197,7 +197,7 @@ def _starting(progress: Progress) -> str:
 
 
 def time_line(progress: Progress, job: Job) -> str:
-    """What stands of the time where it is not yet, or no longer, counted down."""
+    """Text in place of the remaining time while there is none."""
     predicted = (job.estimate or {}).get("seconds")
     if job.status == "paused":
         left = progress.seconds_to_train
@@ -212,7 +212,7 @@ def time_line(progress: Progress, job: Job) -> str:
 
 
 def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
-    """The buttons that make sense now; one whose wish is on its way says so and waits."""
+    """The available buttons; one whose request is pending says so and is disabled."""
     stop = {"name": "stop", "label": "Stopping…" if job.cancel_requested else "Stop", "pending": job.cancel_requested}
     pause = {
         "name": "pause",

@@ -1,7 +1,7 @@
-"""The form of a new job: what was typed so far, what it would cost, what is wrong with it, and the same as text to copy.
+"""The form of a new job: its input so far, the estimate, its errors, and the same as text to copy.
 
-Typed values are text by the name of their input: `model`, `dataset`, `validation`, `strategy`, `name`, `strategy.rank`, `run.epochs`,
-and `kept.rank` for settings of a strategy that was looked at before, so that trying another one loses nothing.
+Input values are texts by the name of their input: `model`, `dataset`, `validation`, `strategy`, `name`, `strategy.rank`,
+`run.epochs`, and `kept.rank` for settings of a previously chosen strategy, so that trying another one loses nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIELDS = {
     "split": "split.method",
     "strategy.name": "strategy",
 }
-"""Fields of an order → inputs of the form, where they differ."""
+"""Fields of a request → inputs of the form, where they differ."""
 PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods"} | {
     name: name for name in ("split.method", "split.column")
 }
@@ -48,7 +48,7 @@ PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "s
 
 @dataclass(frozen=True, slots=True)
 class StrategyCard:
-    """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` is the advisor's first choice."""
+    """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` marks the advisor's first choice."""
 
     cls: type[Strategy]
     chosen: bool
@@ -58,7 +58,7 @@ class StrategyCard:
 
 @dataclass(frozen=True, slots=True)
 class PresetCard:
-    """One preset to choose, with what the job would take by it."""
+    """One preset to choose, with its estimate."""
 
     name: PresetName
     title: str
@@ -82,13 +82,13 @@ class OrderForm:
     model: Model | None
     dataset: Dataset | None
     validation: Dataset | None
-    checking: list[Dataset]  # datasets whose rows can check the result
+    checking: list[Dataset]  # datasets that can be the validation set
     strategy: type[Strategy]
     cards: list[StrategyCard]
     more_cards: list[StrategyCard]
     strategy_controls: list[FormField]
     run_controls: list[FormField]
-    preference_controls: list[FormField]  # none but for a dataset of preferences
+    preference_controls: list[FormField]  # only for a preference dataset
     kept: dict[str, str]
     errors: dict[str, str] = field(default_factory=dict)
     order: JobRequest | None = None
@@ -98,7 +98,7 @@ class OrderForm:
 
     @property
     def ready(self) -> bool:
-        """Whether the job can be started with what the form holds."""
+        """Whether the job can be started with the current input."""
         return self.order is not None and not self.errors
 
     @property
@@ -111,7 +111,7 @@ class OrderForm:
 
     @property
     def touched(self) -> bool:
-        """Whether a setting was changed or is wrong, so that it must be seen."""
+        """Whether a setting was changed or is wrong, so that it must be visible."""
         places = {c.key for c in self.controls} | {"validation", "split.method", "split.column"}
         return (
             any(c.changed for c in self.controls)
@@ -121,12 +121,12 @@ class OrderForm:
 
     @property
     def overruled(self) -> list[FormField]:
-        """What a preset would decide, and a person did."""
+        """Settings of a preset that a person changed."""
         return [c for c in self.run_controls if c.name in GOVERNED and c.changed and c.value]
 
     @property
     def rows_per_step(self) -> int | None:
-        """None where steps do not read rows, or nobody knows yet."""
+        """None where steps do not count rows, or that is not known yet."""
         if self.spec is None or self.dataset is None or self.dataset.status != "ready" or type(self.spec.strategy).recipe == "features":
             return None
         return rows_per_step(self.dataset, self.spec.run)
@@ -137,7 +137,7 @@ class OrderForm:
 
     @property
     def faults(self) -> list[Fault]:
-        """What is wrong, each with the id of the element where it can be put right; none for what has no element."""
+        """The errors, each with the id of the element where it can be fixed; none for errors without an element."""
         places = PLACES | {c.key: c.id for c in self.controls}
         return [Fault(text, places.get(name)) for name, text in self.errors.items()]
 
@@ -161,7 +161,7 @@ class OrderForm:
 
     @property
     def address(self) -> str:
-        """The address that opens this form again: what was chosen, and every setting that differs from its default."""
+        """The URL that opens this form again: the choices, and every setting that differs from its default."""
         chosen = {
             "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
             "model": self.model.name if self.model else self.typed.get("model"),
@@ -177,7 +177,7 @@ class OrderForm:
 
 
 def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
-    """The form for what was typed so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
     from app.datasets import service as datasets
 
     typed = dict(typed)
@@ -186,7 +186,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     usable = [d for d in rows if d.status in ("ready", "reading")]
     errors: dict[str, str] = {}
     moved = _moved(usable, typed)
-    if moved:  # data for another task: the model and the method are matched anew
+    if moved:  # data for another task: the model and the method are matched again
         typed = {name: value for name, value in typed.items() if name not in ("model", "strategy")}
     model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     if typed.get("model") and model is None:
@@ -199,7 +199,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     own = OBJECTIVES[task].settings
     checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
     validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
-    # A choice that is there but of another kind was made before the dataset was changed: it means nothing now.
+    # A valid choice of another kind was made before the dataset was changed: it is dropped.
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
         errors["validation"] = _why_not(rows, typed["validation"])
     device = typed.get("run.device", "auto")
@@ -259,7 +259,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
 
 
 def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:
-    """Build the order's spec and estimate; what is wrong with them becomes an error of the form."""
+    """Build the job's spec and estimate; their errors become errors of the form."""
     assert form.model and form.dataset
     form.order = JobRequest(
         model=form.model.name,
@@ -284,13 +284,13 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
 
 
 def _split_asked(typed: Mapping[str, str]) -> Split | None:
-    """How rows are to be held out, where the form says other than at random."""
+    """The validation split, unless it is random."""
     method, column = typed.get("split.method", ""), typed.get("split.column", "") or None
     return Split(method=method, column=column) if method in ("stratified", "grouped") else None
 
 
 def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:
-    """The controls, the size of a batch in rows too, as other tools count it."""
+    """The controls, with the batch size in rows too, as other tools count it."""
     return [
         replace(c, unit=f"≈ {rows:,} {'row' if rows == 1 else 'rows'}") if rows and c.name == "max_tokens_per_step" else c for c in found
     ]
@@ -310,7 +310,7 @@ def _why_not(rows: list[Dataset], wanted: str) -> str:
 
 
 def _memory(device: str) -> int | None:
-    """Bytes a job can have on the machine that trains: the GPU's where there is one and it is used."""
+    """Bytes available to a job on the training machine: the GPU's where there is one and it is used."""
     from app.machines import heartbeats
 
     return heartbeats.training_machine().on(device).training_memory_bytes
@@ -320,27 +320,27 @@ def _memory(device: str) -> int | None:
 
 
 def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None, device: str = "auto") -> dict[str, Advice]:
-    """The advisor's word on every strategy by its name; empty until there is a model and data that was read."""
+    """The advisor's result for every strategy by name; empty until there is a model and a parsed dataset."""
     from app.evaluation import advice
 
     if model is None or dataset is None or dataset.status != "ready" or not dataset.good_rows:
         return {}
-    run = {"device": "cpu"} if device == "cpu" else None  # what else was typed is checked where the order is built
+    run = {"device": "cpu"} if device == "cpu" else None  # other input is checked where the job is built
     try:
         return {a.strategy: a for a in advice.advise(session, user, model.name, dataset, run).ranking}
     except StudioError:
-        return {}  # the form says itself what is wrong with the model or the data
+        return {}  # the form itself reports errors of the model or the data
 
 
 def _reference(session: Session, model: Model | None) -> ModelRef | None:
     try:
         return models.reference(session, model) if model and model.shape else None
     except StudioError:
-        return None  # a part of it is gone: building the order says so beside the field
+        return None  # a part of it is gone: building the job reports that at the field
 
 
 def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str) -> list[StrategyCard]:
-    """Every strategy, with why it cannot be had. Where none was named the advised one is chosen, else the first that can run."""
+    """Every strategy, with why it cannot run. Where none was named the recommended one is chosen, else the first that can run."""
     cuda = job_request.has_gpu(device)
     whole = feasibility.why_not_tuned(model, task) if model else None
     reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
@@ -351,7 +351,7 @@ def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mappi
 
 
 def _split(cards: list[StrategyCard]) -> tuple[list[StrategyCard], list[StrategyCard]]:
-    """In sight: what is chosen and what is advised, and of each family the first that can run. The others are folded."""
+    """Visible: the chosen and the recommended ones, and of each family the first that can run. The others are collapsed."""
     seen: set[str] = set()
     first = []
     for card in cards:
@@ -363,8 +363,8 @@ def _split(cards: list[StrategyCard]) -> tuple[list[StrategyCard], list[Strategy
 
 
 def _carried(typed: Mapping[str, str], strategy: type[Strategy]) -> dict[str, str]:
-    """Typed settings for this strategy. Those of the strategy shown before come along where both know the field and a
-    person changed it; what this one does not know is kept for the way back."""
+    """Settings entered for this strategy. Those of the previous strategy are carried over where both have the field and a person
+    changed it; others are kept for the way back."""
     before = STRATEGIES.get(typed.get("shown", ""), strategy)
     if before is strategy:
         return dict(typed)

@@ -1,6 +1,6 @@
-"""What each tab of a job's page shows. `app/views/job.py` makes the head that stands above all of them.
+"""The tabs of a job's page. `app/views/job.py` makes the header above all of them.
 
-A tab is an address of its own and asks only for what it shows, so following a job costs no more than the part looked at.
+A tab has a URL of its own and queries only what it shows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Part = dict[str, Any]
 
 
 class Wish(NamedTuple):
-    """What the address of a tab may ask for besides: one prompt at one step, or some lines of the log."""
+    """Further URL parameters of a tab: one prompt at one step, or some lines of the log."""
 
     prompt: int = 0
     step: int | None = None
@@ -45,7 +45,7 @@ class Wish(NamedTuple):
 
 
 def page(session: Session, user: User, job: Job, tab: str, wish: Wish, *, points: bool = True) -> Part:
-    """Everything the page shows with this tab open; the live part does without the charts' points, which the stream tells it."""
+    """The data of the page with this tab; the live part leaves out the charts' points, which the stream sends."""
     top = head(session, job)
     made = TABS[tab][1](session, user, job, top, wish)
     found = made.get("charts")
@@ -85,7 +85,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
 
 
 class Tile(NamedTuple):
-    """One figure at the top: what it is now, and what it is compared with. `good` colors the note; None leaves it grey."""
+    """One metric at the top: its current value, and what it is compared with. `good` colors the note; None leaves it gray."""
 
     title: str
     figure: str
@@ -94,7 +94,7 @@ class Tile(NamedTuple):
 
 
 def tiles(job: Job, progress: Progress, spec: JobSpec) -> list[Tile]:
-    """The five figures that say most: loss, score and general ability with their change, and what it cost beside the estimate."""
+    """The five most informative metrics: loss, score and general ability with their change, and the cost compared with the estimate."""
     estimate, measured = job.estimate or {}, job.measured or {}
     ability = forgetting(_told(job, progress, "forgetting"))
     coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and ability["figure"] == NOTHING
@@ -113,7 +113,7 @@ def _predicted(text: str) -> str:
 
 
 def _loss_tile(progress: Progress) -> Tile:
-    """The best validation loss against the one before tuning; the training loss where no row is held out."""
+    """The best validation loss against the one before fine-tuning; the training loss without a validation set."""
     best = progress.best_evaluation
     if best is None:
         first, now = progress.first_loss, progress.loss
@@ -130,12 +130,12 @@ def _loss_tile(progress: Progress) -> Tile:
 
 
 def _score_tile(job: Job, progress: Progress) -> Tile:
-    """The task's score at the end against the base's; while it trains the newest one an evaluation measured."""
+    """The task's score at the end against the base's; while training the newest one of an evaluation."""
     evaluation = _told(job, progress, "evaluation") or {}
     tuned, base = evaluation.get("tuned"), evaluation.get("base")
     tuned, base = tuned if isinstance(tuned, Mapping) else {}, base if isinstance(base, Mapping) else {}
     contest = evaluation.get("contest") or {}
-    if contest.get("cross_validated"):  # of all rows, where the few held-out ones say little
+    if contest.get("cross_validated"):  # over all rows, where the few validation ones are too noisy
         score, before = contest["base"]["tuned"], contest["base"]["score"]
         return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
     for name in metrics.TILES:
@@ -151,7 +151,7 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
 
 
 def _told(job: Job, progress: Progress, name: str) -> Mapping[str, Any] | None:
-    """What a finished job measured: on its row, or in its last event."""
+    """Measurements of a finished job: from its row, or from its last event."""
     return getattr(job, name) or (getattr(progress.finished, name) if progress.finished else None)
 
 
@@ -160,8 +160,8 @@ def _forgot(job: Job, progress: Progress) -> score_view.Forgot | None:
 
 
 def failure(job: Job, progress: Progress) -> Part | None:
-    """What went wrong and the hint: from the trainer's last word, else from the job's row."""
-    if job.status == "paused" and job.error:  # a full disk pauses a job, which is nobody's wish
+    """The failure and its hint: from the trainer's last event, else from the job's row."""
+    if job.status == "paused" and job.error:  # a full disk pauses a job without a request
         return {"message": job.error["message"], "hint": job.error.get("hint", ""), "line": None}
     if job.status != "failed":
         return None
@@ -172,7 +172,7 @@ def failure(job: Job, progress: Progress) -> Part | None:
 
 
 def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
-    """What to try next, a click each: what the verdict says, else what the failure does."""
+    """What to try next, one click each: from the verdict, else from the failure."""
     if (found := verdict.of_job(job)) is not None:
         return found.suggestions
     failed = progress_cache.progress_of(session, job).failure if job.status == "failed" else None
@@ -184,7 +184,7 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
 
 
 def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
-    """The checkpoints on disk, newest first, each with its validation loss and where it is tried."""
+    """The checkpoints on disk, newest first, each with its validation loss and the link to try it."""
     losses = dict(progress.curves["validation"])
     again = job.status in ("paused", "failed", "cancelled")
     found = []
@@ -212,11 +212,11 @@ def _metrics(session: Session, user: User, job: Job, top: Part, wish: Wish) -> P
 
 
 JUDGED = 10
-"""How many of the newest jobs say how well this machine predicts."""
+"""Number of newest jobs from which the accuracy of estimates is computed."""
 
 
 def predictions(session: Session, job: Job, counted: int | None) -> Part | None:
-    """Each figure as it was predicted and measured, and how far predictions of the newest jobs here were off; None before the end."""
+    """Estimated and measured values, and the errors of the estimates of the newest jobs here; None before the end."""
     estimate, measured = job.estimate or {}, job.measured or {}
     if not estimate or not measured:
         return None
@@ -234,7 +234,7 @@ def predictions(session: Session, job: Job, counted: int | None) -> Part | None:
 
 
 def off(predicted: float | None, measured: float | None) -> float | None:
-    """How far a prediction lies from what was measured, relative to it: +0.1 predicted a tenth too much."""
+    """Relative error of an estimate: +0.1 is a tenth too much."""
     return predicted / measured - 1 if predicted and measured else None
 
 
@@ -255,7 +255,7 @@ def _record(session: Session, job: Job) -> str:
 
 
 def _samples(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
-    """One prompt at one step: what the base says, what the model says, and the reference."""
+    """One prompt at one step: the base's answer, the model's answer, and the reference."""
     told = top["progress"].samples
     steps = [sampled.step for sampled in told]
     prompts = list(dict.fromkeys(sample.prompt for sampled in told for sample in sampled.samples))
@@ -295,7 +295,7 @@ HARDEST = 8
 
 
 def _data(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
-    """Which rows were trained on and which were held out, how far both overlap, and the rows that stayed hardest."""
+    """Training and validation rows, their overlap, and the rows that stayed hardest."""
     entries = row_losses.read(session, job)
     spec: JobSpec = top["spec"]
     return {
@@ -342,4 +342,4 @@ TABS: dict[str, tuple[str, Callable[[Session, User, Job, Part, Wish], Part]]] = 
     "data": ("Data", _data),
     "config": ("Config & logs", _config),
 }
-"""Key, title and what makes it; the first is shown where the address names none."""
+"""Key, title and function; the first is shown where the URL names none."""

@@ -1,4 +1,4 @@
-"""The guide's path: what an introduction to fine-tuning explains, done here step by step. Links lead to forms that are filled in."""
+"""The guide's learning path: an introduction to fine-tuning, done here step by step. Links lead to prefilled forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all lists share: the search box, the filters and the order, which stand in the address; and how a model is named where it is chosen."""
+"""Shared parts of lists: search, filters and sorting, which are in the URL; and the labels of models where one is chosen."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, Model, User
 
 SHOWN = 50
-"""Rows of a list until more are asked for."""
+"""Rows of a list until more are requested."""
 
 
 class ListQuery(BaseModel):
-    """What the address of a list asks for; empty is everything. `sort` is a column, with `-` before it from large to small."""
+    """The URL parameters of a list; empty means all. `sort` is a column, with `-` in front for descending order."""
 
     q: str = Field("", max_length=200)
     status: str = Field("", max_length=40)
@@ -38,7 +38,7 @@ class ListQuery(BaseModel):
     shown: int = Field(SHOWN, ge=1, le=5000)
 
     def holds(self, text: str, *more: str) -> bool:
-        """Whether one of the texts has the words of the search box."""
+        """Whether one of the texts contains the words of the search."""
         return any(self.q.strip().casefold() in one.casefold() for one in (text, *more))
 
 
@@ -50,7 +50,7 @@ class Filter(NamedTuple):
 
 @dataclass
 class Bar:
-    """The form above a list and the links in its head. `sorts` are columns by their names, the usual order first."""
+    """The form above a list and the links in its header. `sorts` are columns by their names, the default order first."""
 
     path: str
     wish: ListQuery
@@ -65,7 +65,7 @@ class Bar:
             raise BadField(f"The list cannot be sorted by {self.sort[:40]}.", hint=f"Use one of {', '.join(self.sorts)}.", param="sort")
         for place, (name, title, options) in enumerate(self.filters):
             value = getattr(self.wish, name)
-            if value and value not in dict(options):  # what narrows the list is seen, also where nothing has it any more
+            if value and value not in dict(options):  # an active filter is shown, even where nothing matches it any more
                 self.filters[place] = Filter(name, title, [*options, (value, value)])
 
     @property
@@ -77,7 +77,7 @@ class Bar:
         return bool(self.wish.q.strip()) or any(getattr(self.wish, one.name) for one in self.filters)
 
     def query(self, **changes: Any) -> str:
-        """What stands in the address behind the `?`, with these changes."""
+        """The query string with these changes."""
         return urlencode(self.wish.model_dump(exclude_defaults=True) | changes)
 
     @property
@@ -87,11 +87,11 @@ class Bar:
 
     @property
     def longer(self) -> str:
-        """The address with more rows."""
+        """The URL with more rows."""
         return f"{self.path}?{self.query(shown=self.wish.shown + SHOWN)}"
 
     def turned(self, column: str) -> str:
-        """The address sorted by a column of the head; the other way round where it is sorted so."""
+        """The URL sorted by a column of the header; in reverse where it is sorted by it already."""
         ways = [way for way in (f"-{column}", column) if way in self.sorts]
         return f"{self.path}?{self.query(sort=ways[(ways.index(self.sort) + 1) % len(ways) if self.sort in ways else 0])}"
 
@@ -100,7 +100,7 @@ class Bar:
 
 
 def ordered(rows: Sequence[Any], sort: str, keys: Mapping[str, Any]) -> list[Any]:
-    """Rows in the order of a column; those that have no value there come last."""
+    """Rows in the order of a column; those without a value come last."""
     key = keys[sort.removeprefix("-")]
     known = [row for row in rows if key(row) is not None]
     return sorted(known, key=key, reverse=sort.startswith("-")) + [row for row in rows if key(row) is None]
@@ -135,7 +135,7 @@ def models_bar(rows: Sequence[Model], wish: ListQuery, kinds: Mapping[str, str])
 
 
 def models(rows: Sequence[Model], bar: Bar) -> tuple[list[Model], bool]:
-    """The models that are asked for, every base and then the others in their order; and whether there are more of those than are shown."""
+    """The matching models, every base and then the others in order; and whether there are more of those than are shown."""
     wish = bar.wish
     found = [
         one
@@ -185,7 +185,7 @@ def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
 
 
 def jobs(query: Select[Job], bar: Bar) -> Select[Job]:
-    """A query of jobs with what the address asks for."""
+    """A query of jobs with the filters of the URL."""
     wish = bar.wish
     for column, value in ((Job.status, wish.status), (_MODEL, wish.model), (_DATASET, wish.dataset), (_METHOD, wish.method)):
         query = query.where(column == value) if value else query

@@ -1,4 +1,4 @@
-"""What is going on in the studio as a whole: its health, its figures, and what its owner can do next."""
+"""The state of the whole studio: its health, its numbers, and the owner's next step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Check(BaseModel):
 
 
 def checks(session: Session | None = None) -> list[Check]:
-    """The parts without which nothing works: database, its schema, broker. Asked over `session` where there is one."""
+    """The essential components: database, its schema, broker. Checked over `session` where there is one."""
     return [*_database(session), _broker()]
 
 
@@ -61,7 +61,7 @@ _checking: dict[str, Future[Any]] = {}
 
 
 async def checks_in_time() -> tuple[list[Check], list[Worker]]:
-    """`checks` and the living workers, each asked in a thread kept for it and waited for two seconds at most."""
+    """`checks` and the living workers, each in a dedicated thread with a timeout of two seconds."""
     database, broker, workers = await asyncio.gather(
         _in_time("database", lambda: _database(None), [_away("database")]),
         _in_time("redis", _broker, _away("redis")),
@@ -71,8 +71,8 @@ async def checks_in_time() -> tuple[list[Check], list[Worker]]:
 
 
 async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
-    """What `ask` says, or `otherwise`. One that is still waiting is waited for again, not asked a second time: however many
-    want to know, it is one question at once."""
+    """The result of `ask`, or `otherwise` after a timeout. A call that is still running is awaited again instead of started
+    twice: there is one at a time, however many requests there are."""
     asked = _checking.get(name)
     if asked is None or asked.done():
         asked = _checking[name] = _checkers.submit(ask)
@@ -114,7 +114,7 @@ MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself the
 
 
 def no_room() -> bool:
-    """Whether the disk of the data folder has no room for a page of the database, which then cannot record what goes on."""
+    """Whether the disk of the data folder is so full that the database cannot write."""
     disk = os.statvfs(get_settings().data_dir)
     return disk.f_bavail * disk.f_frsize < 2**20
 
@@ -139,7 +139,7 @@ _DUTIES = {
 
 
 def seconds_up() -> float:
-    """How long this web process has been running."""
+    """Uptime of this web process."""
     return time.time() - psutil.Process().create_time()
 
 
@@ -157,7 +157,7 @@ def _duty(queue: str, title: str, still: str, mine: list[Worker]) -> WorkerRole:
 
 
 class Steps(NamedTuple):
-    """How far a person has come on the way dataset → tuned model → conversation. Each is the number done."""
+    """A person's progress on the way dataset → fine-tuned model → conversation. Each is the number done."""
 
     datasets: int
     reading: int
@@ -168,7 +168,7 @@ class Steps(NamedTuple):
 
     @property
     def next(self) -> int:
-        """The step to take now, counted from 1."""
+        """The next step, counted from 1."""
         if not self.datasets:
             return 1
         return 3 if self.tuned else 2
@@ -182,7 +182,7 @@ class Overview(NamedTuple):
 
 
 def overview(session: Session, user: User) -> Overview:
-    """The newest of everything, and how far this person has come."""
+    """The newest of everything, and this person's progress."""
     return Overview(
         _steps(session, user),
         list(
@@ -234,7 +234,7 @@ _LIBRARIES = ("luthier", "torch", "transformers", "peft", "fastapi", "sqlalchemy
 
 
 def versions() -> list[tuple[str, str]]:
-    """What is installed, told without importing any of it."""
+    """Installed versions, found without importing the packages."""
     found = [("Python", platform.python_version())]
     for name in _LIBRARIES:
         try:
@@ -263,7 +263,7 @@ class Space(NamedTuple):
 
 
 def space() -> Space:
-    """What the data folder takes, in bytes. Measured at most once a minute, since it looks at every file."""
+    """Bytes of the data folder. Measured at most once a minute, since it looks at every file."""
     return _space(get_settings().data_dir, int(time.monotonic() // 60))
 
 
@@ -275,7 +275,7 @@ def _space(folder: Path, _minute: int) -> Space:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below; 0 for a folder that is not there or not ours to read."""
+    """Bytes of all files below; 0 for a folder that is missing or unreadable."""
     total, waiting = 0, [folder]
     while waiting:
         try:

@@ -1,4 +1,4 @@
-"""The prompt lab's pages: the live preview of a prompt, a try on three rows, and prompts × models as one matrix."""
+"""The data of the prompts page: the live preview of a prompt, a trial on three rows, and prompts × models as a matrix."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from app.tables import Dataset, Prompt, PromptRun, PromptVersion, User
 
 TRY_ROWS = 3
 MAX_RUNS = 32
-"""Of one click: prompts × models."""
+"""Maximum of one click: prompts × models."""
 QUESTION = Solved(
     0, "A farmer has 5 pens with 6 cows in each, and sells 7 cows. How many cows are left?", "5 × 6 = 30, 30 - 7 = 23\n#### 23"
 )
-"""Stands in the preview while no dataset is chosen."""
+"""Shown in the preview while no dataset is chosen."""
 
 
 # The preview ----------------------------------------------------------------------------------------------------------
 
 
 class Preview(NamedTuple):
-    """The messages of one row as (role, text), the reference its answer is compared with, and the line it stands in."""
+    """The messages of one row as (role, text), its reference answer, and its line."""
 
     messages: list[tuple[str, str]]
     reference: str
@@ -38,7 +38,7 @@ class Preview(NamedTuple):
 
 
 def preview(body: PromptBody, dataset: Dataset | None) -> Preview:
-    """What is sent for the dataset's first row. The rows after it serve as examples; a run finds its own in the training set."""
+    """The prompt for the dataset's first row. The rows after it serve as examples; a run selects its own from the training set."""
     rows = [prompts.solved(item["line"], item["row"]) for item in (dataset.report or {}).get("preview", [])] if dataset else []
     rows = [(row, before) for row, before in rows if row.question] or [(QUESTION, [])]
     (row, before), *rest = rows
@@ -54,7 +54,7 @@ def preview(body: PromptBody, dataset: Dataset | None) -> Preview:
 
 
 def try_out(session: Session, user: User, body: PromptBody, model: str, dataset: Dataset) -> PromptRun:
-    """A run over three validation rows with a prompt that is not saved: it is in no list, and goes when the next one is made."""
+    """A run over three validation rows with an unsaved prompt: it is in no list, and deleted when the next one is made."""
     _forget_tries(session, user)
     prompt, version = prompts.create(session, user, "Try", body)
     prompts.delete(session, user, prompt)
@@ -63,7 +63,7 @@ def try_out(session: Session, user: User, body: PromptBody, model: str, dataset:
 
 
 def _forget_tries(session: Session, user: User) -> None:
-    """Tries that have ended, with their rows and prompts."""
+    """Delete trials that have ended, with their rows and prompts."""
     ended = session.execute(
         select(PromptRun.id, PromptVersion.prompt_id)
         .join(PromptVersion, PromptVersion.id == PromptRun.version_id)

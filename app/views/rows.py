@@ -1,4 +1,4 @@
-"""What the page of a dataset's rows shows: the rows as a model's trainer sees them, and what a longest length does."""
+"""The data of the page of a dataset's rows: the rows as a model's trainer sees them, and the effect of a max sequence length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SORTS = {"longest": "longest first", **row_losses.SORTS}
 
 @dataclass(slots=True)
 class RowQuery:
-    """What a person wants to see."""
+    """The URL parameters of the page."""
 
     model: Model | None
     cutoff: int
@@ -47,13 +47,13 @@ class Shown:
 
 
 def able_models(session: Session, user: User, dataset: Dataset) -> list[Model]:
-    """The models whose trainer can look at rows: all that write text, and for texts with a label those that read it only."""
+    """The models whose trainer can render the rows: all generative ones, and for labeled texts also encoders."""
     able = [m for m in models.list_(session, user) if m.status == "ready"]
     return able if objectives.get(dataset.task).classifies else [m for m in able if m.kind not in ("encoder", "classifier")]
 
 
 def choose_model(session: Session, user: User, dataset: Dataset, name: str | None) -> Model | None:
-    """The model named, or the one that counts tokens; None where there is none."""
+    """The named model, or the one that counts tokens; None where there is none."""
     able = able_models(session, user, dataset)
     if name:
         for model in able:
@@ -65,18 +65,18 @@ def choose_model(session: Session, user: User, dataset: Dataset, name: str | Non
 
 
 def window(model: Model | None) -> int:
-    """Tokens that a model reads at once; no row is kept beyond them."""
+    """Context window of a model; longer rows are truncated to it."""
     return int((model.shape or {}).get("positions") or 1 << 30) if model else 1 << 30
 
 
 def cutoffs(model: Model | None, cutoff: int) -> list[int]:
-    """The longest lengths to choose from: up to what the model reads at once."""
+    """The max sequence lengths to choose from, up to the model's context window."""
     most = window(model)
     return sorted({cutoff, *(c for c in CUTOFFS if c <= most), *({most} if most <= CUTOFFS[-1] else ())})
 
 
 def ask_lengths(session: Session, dataset: Dataset, model: Model | None, cutoff: int, train_on: TrainOn) -> Inspection | None:
-    """How long every row is for a model's trainer; None without a model."""
+    """The length of every row for a model's trainer; None without a model."""
     if model is None:
         return None
     known = inspections.report_cutoff(model)
@@ -84,7 +84,7 @@ def ask_lengths(session: Session, dataset: Dataset, model: Model | None, cutoff:
 
 
 def _turns(train_on: TrainOn) -> dict[str, Any]:
-    """As an inspection is told of it: not at all where it is as ever, so that what was found before is found again."""
+    """The argument of an inspection; omitted for the default, so that earlier answers are found."""
     return {} if train_on == "assistant" else {"train_on": train_on}
 
 
@@ -99,7 +99,7 @@ def ask_rows(session: Session, dataset: Dataset, wish: RowQuery) -> Inspection:
 
 
 def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
-    """The answers, after a moment of waiting for them."""
+    """The answers, after a short wait for them."""
     rows = inspections.wait(rows.id, WAIT_SECONDS)
     lengths = inspections.wait(lengths.id, 0.3) if lengths else None
     shown = Shown(rows, lengths)
@@ -109,7 +109,7 @@ def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
 
 
 def order(sort: str, entries: list[row_losses.Entry], lengths: Inspection | None) -> list[int] | None:
-    """All lines in the order asked for; None for that of the file, and as long as what the order needs is not there."""
+    """All lines in the requested order; None for that of the file, and until the data of the order is there."""
     if sort == "longest":
         found = lengths.result if lengths is not None and lengths.status == "ready" else None
         return [line for line, _ in found["longest_rows"]] if found else None
@@ -117,7 +117,7 @@ def order(sort: str, entries: list[row_losses.Entry], lengths: Inspection | None
 
 
 def bars(lengths: dict[str, Any], cutoff: int) -> dict[str, Any]:
-    """The histogram as rectangles of a 600 × 120 drawing, and where the cut-off stands in it."""
+    """The histogram as rectangles of a 600 × 120 drawing, and the x of the cutoff in it."""
     histogram = lengths["histogram"]
     most = max((count for _, _, count in histogram), default=1) or 1
     end = histogram[-1][1] + 1 if histogram else 1

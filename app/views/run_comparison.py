@@ -1,4 +1,4 @@
-"""Runs beside each other, whichever they are: their scores with intervals, the settings in which they differ, and their loss curves."""
+"""Any runs in columns: their scores with intervals, the settings in which they differ, and their loss curves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from app.views.comparison import ability_interval, write
 from app.web.charts import Chart, Series
 
 MOST = 8
-"""Runs whose lines an eye can tell apart."""
+"""Runs whose lines can still be distinguished."""
 
 
 class Cell(NamedTuple):
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 
 def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
-    """What `compare_runs.html` and the part of it that follows its runs show. Raises BadField for too few or too many runs, NotFound for one that is not there."""
+    """The data of `compare_runs.html` and its live part. Raises BadField for too few or too many runs, NotFound for an unknown one."""
     keys = list(dict.fromkeys(keys))
     if not 2 <= len(keys) <= MOST:
         chosen = {0: "No run was", 1: "One run was"}.get(len(keys), f"{len(keys)} runs were")
@@ -67,7 +67,7 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _figures(table: Table, found: list[Job]) -> list[Line]:
-    """A line for each column of the table of a comparison that any of the runs has a figure for."""
+    """A line for each column of a comparison's table in which any of the runs has a value."""
     return [
         Line(column.title, [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
         for column in table.columns

@@ -1,6 +1,6 @@
-"""What a finished job's page shows of its evaluation: scores, classes, the confusion matrix, rows to read, and forgetting.
+"""The data of a finished job's evaluation: scores, classes, the confusion matrix, example rows, and forgetting.
 
-Every part is there only where the job told it, so jobs of earlier versions, which told less, are shown as far as they go.
+Every part is shown only where the job recorded it, because jobs of earlier versions recorded less.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from app.views.evaluation import between, by_chance, mistakes
 
 MAX_DRAWN_CLASSES = 100
 MAX_NAMED_CLASSES = 14
-"""Up to so many classes the matrix carries its labels and counts; beyond it the colours and the list beside it tell."""
+"""Maximum classes for which the matrix has labels and counts; beyond it there are colors and the list next to it."""
 
 SKILLS = {"instructions": "following instructions"}
 
 
 class Line(NamedTuple):
-    """One score of both models. `better` is whether the tuned one is; None where that cannot be said. `between` is the 95 %
-    interval of the tuned one's, in words, where it was told."""
+    """One score of both models. `better` is whether the fine-tuned one is better; None where that is unclear. `between` is its 95
+    % interval in words, where it was measured."""
 
     title: str
     meaning: str
@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A square of the confusion matrix: how many rows of the class `truth` were answered `answer`, and their share of its rows."""
+    """A cell of the confusion matrix: the rows of class `truth` that were predicted as `answer`, and their share of its rows."""
 
     row: int
     column: int
@@ -52,7 +52,7 @@ class Matrix(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One row to read. `base` and `tuned` are answers, None where nothing was written."""
+    """One example row. `base` and `tuned` are answers, None where nothing was generated."""
 
     line: int | None
     prompt: str
@@ -80,7 +80,7 @@ class View(NamedTuple):
 
 
 def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
-    """Base and tuned side by side; None where nothing was scored."""
+    """Base and fine-tuned model in two columns; None where nothing was evaluated."""
     whole = evaluation or {}
     tuned = _mapping(whole.get("tuned"))
     if not any(number(value) is not None for value in tuned.values()):
@@ -139,14 +139,14 @@ def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: st
 
 
 def _classes(per_class: Any) -> list[dict[str, Any]]:
-    """Classes that have rows, those with the least F1 first: they are the ones to look at."""
+    """Classes that have rows, lowest F1 first."""
     found = [{"label": str(label), **scores} for label, scores in _mapping(per_class).items() if isinstance(scores, Mapping)]
     found = [c for c in found if c.get("rows") and number(c.get("f1")) is not None]
     return sorted(found, key=lambda c: (c["f1"], c["label"]))
 
 
 def matrix(labels: list[str], counts: list[list[int]]) -> Matrix | None:
-    """The matrix with rows of the truth and columns of the answer; None where it would be too large to see."""
+    """The matrix with rows for true labels and columns for predictions; None where it would be too large to show."""
     if not 2 <= len(labels) <= MAX_DRAWN_CLASSES:
         return None
     cells = []
@@ -197,7 +197,7 @@ class Skill(NamedTuple):
 
     @property
     def certain(self) -> bool:
-        """Whether the interval leaves zero out, so that the change is more than noise."""
+        """Whether the interval excludes zero, so that the change is more than noise."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -215,13 +215,13 @@ class Forgot(NamedTuple):
 
 
 def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
-    """The verdict with its interval, and one line per skill, the worst first; None where it was not asked for."""
+    """The verdict with its interval, and one line per skill, the worst first; None where it was not requested."""
     if not found:
         return None
     said = str(found.get("verdict") or "")
     said = ABILITY.get(said, said)
     whole = _skill("all texts", found) if number(found.get("before")) else None
-    if whole is None:  # it is known without texts, or known not to be told
+    if whole is None:  # known without scoring texts, or known not to be measurable
         return Forgot(said, str(found["sentence"]), None, []) if found.get("sentence") else None
     skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(SKILLS.get(name, name), values))]
     return Forgot(said, str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))

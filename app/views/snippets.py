@@ -1,4 +1,4 @@
-"""How a model is called from outside: the same request in Python, JavaScript and curl, as a page shows it."""
+"""Code that calls a model from outside: the same request in Python, JavaScript and curl."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe that takes a newcomer from a generic model over an instruction-tuned one to a dialogue model, one button a step."""
+"""The tutorial from a generic model through an instruction-tuned one to a dialogue model, one button per step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ RECIPE = "three-kinds"
 """In the metadata of a job that this page has ordered."""
 PAGE = "/playground/tutorial"
 QUESTION = "What is the capital of France?"
-"""What each is asked first."""
+"""The first prompt for each model."""
 
 
 class Action(NamedTuple):
-    """A button. `post` says that it does something; otherwise it leads somewhere."""
+    """A button. `post` says that it changes something; otherwise it is a link."""
 
     title: str
     path: str
@@ -37,14 +37,14 @@ class Action(NamedTuple):
 
 @dataclass
 class Step:
-    """One kind: what it is, the model that shows it, what is happening to it, and what can be done next."""
+    """One kind of model: what it is, the model that shows it, its current state, and the next action."""
 
     title: str
     says: str
     shown: str
     missing: str
     model: Model | None = None
-    doing: str = ""  # the work under way, in words
+    doing: str = ""  # the current work, in words
     job: Job | None = None
     actions: list[Action] = field(default_factory=list)
 
@@ -59,7 +59,7 @@ class Step:
 
 
 def steps(session: Session, user: User) -> list[Step]:
-    """The three steps as they stand in this studio."""
+    """The three steps in their current state."""
     every = models.list_(session, user)
     ready = [m for m in every if m.status == "ready"]
     coming = {m.name for m in every if m.status == "fetching"}
@@ -106,7 +106,7 @@ def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
 
 
 def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> Step:
-    """The step that is made here: asked when it is there, watched while it is tuned, and else one button away."""
+    """The step that is made here: tried when it is ready, followed while it trains, and else one button away."""
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
     step = Step(
         "Instruct (instruction-tuned): it follows instructions",
@@ -133,15 +133,15 @@ def _ask(model: Model) -> Action:
 
 
 def _ordered(session: Session, user: User) -> Job | None:
-    """The newest job this page has ordered."""
+    """The newest job this page created."""
     query = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.user_metadata["recipe"].astext == RECIPE)
     return session.scalars(query.order_by(Job.created_at.desc()).limit(1)).first()
 
 
 def tune(session: Session, user: User) -> Job:
-    """Order the second step: the sample as a dataset, unless it is here, and a LoRA job on the generic model.
+    """Start the second step: the sample as a dataset, unless it exists, and a LoRA job on the generic model.
 
-    Raises Conflict while there is no generic model; a job that is under way is returned as it is.
+    Raises Conflict while there is no generic model; a running job is returned as it is.
     """
     generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
     if generic is None:
@@ -161,11 +161,11 @@ def _sample(session: Session, user: User) -> Dataset:
 
 
 def add_dialogue(session: Session) -> Model:
-    """Order the third step's starter."""
+    """Request the third step's starter model."""
     return model_imports.add_starter(session, DIALOGUE)
 
 
 def _of_kind(ready: list[Model], kind: str, name: str) -> Model | None:
-    """The model this recipe means, or the first of the kind that was not tuned here."""
+    """The tutorial's own model, or the first of the kind that was not fine-tuned here."""
     mine = [m for m in ready if m.kind == kind]
     return next((m for m in mine if m.name == name), None) or next((m for m in mine if m.base_id is None), None)

@@ -1,1 +1,1 @@
-"""HTTP, without any noun: templates, sign-in, errors, limits."""
+"""HTTP without any domain object: templates, sign-in, errors, limits."""

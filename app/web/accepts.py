@@ -1,4 +1,4 @@
-"""What an asker reads: JSON or pages."""
+"""Content negotiation: JSON or pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import Request
 
 
 def is_program(request: Request) -> bool:
-    """Whether the asker reads JSON: everything under /v1, and whoever asks for nothing but JSON or events."""
+    """Whether the client expects JSON: everything under /v1, and clients that accept only JSON or events."""
     if request.url.path == "/v1" or request.url.path.startswith("/v1/"):
         return True
     accepts = request.headers.get("accept", "")

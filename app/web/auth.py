@@ -1,9 +1,9 @@
-"""Who is asking: users, sign-in links, passwords, browser sessions and API keys.
+"""Authentication: users, sign-in links, passwords, browser sessions and API keys.
 
-Secrets are random and long, so their SHA-256 is stored and compared; passwords are short, so they get argon2id.
-Every route is behind `sign_in`, which `app.main` sets as the dependency of the whole app; the only exceptions are the
-paths in `PUBLIC`. A cookie is sent by the browser even when another site asked for it, so whatever changes something
-with a cookie must also carry a token only our own pages know (`check_csrf`). An API key needs none: no browser adds it.
+Secrets are random and long, so their SHA-256 is stored and compared; passwords are short, so they get argon2id. Every route
+requires `sign_in`, which `app.main` sets as a dependency of the whole app; the only exceptions are the paths in `PUBLIC`. A
+cookie is sent by the browser even when another site caused the request, so every change with a cookie must also carry a token
+only our own pages know (`check_csrf`). An API key needs none: no browser adds it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from app.tables import ApiKey, BrowserSession, SignInLink, User
 from app.web import passwords
 
 PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{token}"})
-"""Every route that may be asked without an account. `/metrics` guards itself: signed in, or from this machine."""
+"""Routes that need no account. `/metrics` has its own check: signed in, or from this machine."""
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION_DAYS = 30
@@ -50,7 +50,7 @@ def sha256(text: str) -> str:
 
 @cache
 def secret(name: str = "session") -> bytes:
-    """A random secret of this studio, made at the first start and readable by its owner alone (0600)."""
+    """A random secret of this studio, created at the first start and readable by its owner alone (0600)."""
     path = get_settings().folder("secrets") / f"{name}.key"
     if not path.exists():
         # Two processes may start at once: each writes a draft, and only one of them gets the name.
@@ -64,8 +64,8 @@ def secret(name: str = "session") -> bytes:
 
 
 def studio_mark() -> str:
-    """8 hex digits in the names of this studio's cookies. Browsers know no ports, so two studios at one host name, as at the
-    ends of two tunnels, would otherwise take each other's cookies away. The secret tells them apart where the folder cannot."""
+    """8 hex digits in the names of this studio's cookies. Cookies ignore ports, so two studios at one host name, as at the ends
+    of two tunnels, would otherwise overwrite each other's. The secret distinguishes them even where the folder's path does not."""
     return hmac.new(secret(), b"cookies", "sha256").hexdigest()[:8]
 
 
@@ -73,7 +73,7 @@ def studio_mark() -> str:
 
 
 def first_user(session: Session) -> User:
-    """The account that owns the studio, made at the first start; its password follows LUTHIER_ADMIN_PASSWORD."""
+    """The account that owns the studio, created at the first start; its password follows LUTHIER_ADMIN_PASSWORD."""
     settings = get_settings()
     session.execute(insert(User).values(id=uuid.uuid4(), name=settings.admin_name).on_conflict_do_nothing(index_elements=["name"]))
     user = session.scalars(select(User).where(User.name == settings.admin_name)).one()
@@ -84,7 +84,7 @@ def first_user(session: Session) -> User:
 
 
 def new_sign_in_link(session: Session, user: User, minutes: float = LINK_MINUTES) -> str:
-    """A path that signs `user` in once within `minutes`. Its token is not stored, only the hash of it."""
+    """A path that signs `user` in once within `minutes`. Only the hash of its token is stored."""
     token = secrets.token_urlsafe(32)
     expires = func.clock_timestamp() + timedelta(minutes=minutes)
     session.add(SignInLink(token_sha256=sha256(token), user_id=user.id, expires_at=expires))
@@ -93,7 +93,7 @@ def new_sign_in_link(session: Session, user: User, minutes: float = LINK_MINUTES
 
 
 def use_link(session: Session, token: str) -> User:
-    """The user of a sign-in link, which is spent by this. Raises NotFound when it is unknown, spent or too old."""
+    """The user of a sign-in link, which is used up by this. Raises NotFound when it is unknown, used or too old."""
     spent = (
         update(SignInLink)
         .where(SignInLink.token_sha256 == sha256(token), SignInLink.used_at.is_(None), SignInLink.expires_at > func.clock_timestamp())
@@ -109,7 +109,7 @@ def use_link(session: Session, token: str) -> User:
 async def check_password(name: str, password: str, address: str, browser: str | None = None) -> uuid.UUID:
     """The id of the user with this name and password. `browser` is the cookie of `known_browser`.
 
-    Raises NotSignedIn, or TooMany where too many tries were made before or are being judged.
+    Raises NotSignedIn, or TooMany where too many attempts were made before or are being checked.
     """
     tries, user_id, known = await run_in_threadpool(_begin_try, name, address, browser)
     if not await passwords.judge(password, known) or user_id is None:
@@ -119,7 +119,7 @@ async def check_password(name: str, password: str, address: str, browser: str | 
 
 
 def _begin_try(name: str, address: str, browser: str | None) -> tuple[passwords.Tries, uuid.UUID | None, str | None]:
-    """The counts of one try, from which it is taken, and whose password must match which hash."""
+    """The counts of one attempt, and the user and hash to check the password against."""
     with transaction() as session:
         found = session.execute(select(User.id, User.password_hash).where(User.name == name)).one_or_none()
     user_id, known = found or (None, None)
@@ -132,22 +132,23 @@ def _begin_try(name: str, address: str, browser: str | None) -> tuple[passwords.
 
 
 def secure(request: Request) -> bool:
-    """Whether the browser speaks https, to us or to the proxy in front of us."""
+    """Whether the browser uses https, to us or to the proxy in front of us."""
     return request.url.scheme == "https" or (get_settings().public_url or "").startswith("https://")
 
 
 def cookie_name(request: Request, kind: str = "") -> str:
-    """Browsers refuse `__Host-` cookies over plain http, which is what 127.0.0.1 speaks."""
+    """Browsers refuse `__Host-` cookies over plain http, which 127.0.0.1 uses."""
     return f"{'__Host-' if secure(request) else ''}luthier{kind}_{studio_mark()}"
 
 
 def known_browser(request: Request) -> str | None:
-    """The mark that this browser was signed in before. It opens nothing: it only keeps its tries of a password apart."""
+    """The cookie that says this browser was signed in before. It grants nothing: it only gives its password attempts a count of
+    their own."""
     return request.cookies.get(cookie_name(request, "_known"))
 
 
 def _known_to(user_id: uuid.UUID, browser: str) -> str | None:
-    """What counts the tries of a browser in which this user was signed in before; None for any other."""
+    """The key of the attempts from a browser in which this user was signed in before; None for any other."""
     try:
         owner, browser_id = _known_signer().loads(browser)
     except (BadData, ValueError, TypeError):
@@ -160,7 +161,7 @@ def _known_signer() -> URLSafeSerializer:
 
 
 def open_session(session: Session, request: Request, response: Response, user: User) -> None:
-    """Sign a browser in: a new session always, so that a token planted before the sign-in is worth nothing."""
+    """Sign a browser in, always with a new session, so that a token planted before the sign-in is worthless (session fixation)."""
     close_session(session, request)
     token = secrets.token_urlsafe(32)
     expires = func.clock_timestamp() + timedelta(days=SESSION_DAYS)
@@ -172,7 +173,7 @@ def open_session(session: Session, request: Request, response: Response, user: U
 
 
 def close_session(session: Session, request: Request, response: Response | None = None) -> None:
-    """Sign a browser out on the server: its cookie is worth nothing from here on."""
+    """Sign a browser out on the server: its cookie is invalid from here on."""
     if token := request.cookies.get(cookie_name(request)):
         session.execute(delete(BrowserSession).where(BrowserSession.token_sha256 == sha256(token)))
     if response is not None:
@@ -183,7 +184,7 @@ def close_session(session: Session, request: Request, response: Response | None 
 
 
 def create_key(session: Session, user: User, name: str) -> tuple[ApiKey, str]:
-    """A new API key and its text, `sk-luthier-<id>-<secret>`, which can never be shown again."""
+    """A new API key and its text, `sk-luthier-<id>-<secret>`, which cannot be shown again."""
     private = secrets.token_urlsafe(32)
     key = ApiKey(id=uuid.uuid4(), user_id=user.id, name=name.strip()[:80] or "key", secret_sha256=sha256(private), hint=private[-4:])
     session.add(key)
@@ -196,7 +197,7 @@ def list_keys(session: Session, user: User) -> list[ApiKey]:
 
 
 def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
-    """From here on the key is refused. Revoking it twice is fine."""
+    """Revoke the key. Idempotent."""
     key = session.scalars(select(ApiKey).where(ApiKey.id == key_id, ApiKey.user_id == user.id)).one_or_none()
     if key is None:
         raise NotFound(f"No such API key: {key_id}", param="key")
@@ -221,7 +222,7 @@ def _known_key(session: Session, text: str) -> Row[User, ApiKey] | None:
 
 
 def _note_use(session: Session, key: ApiKey) -> None:
-    """A minute is fine enough for "last used", and spares a write on every request."""
+    """Resolution of a minute for "last used", which saves a write per request."""
     if key.last_used_at is None or datetime.now(UTC) - key.last_used_at > timedelta(minutes=1):
         session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=func.clock_timestamp()))
 
@@ -230,15 +231,16 @@ def _note_use(session: Session, key: ApiKey) -> None:
 
 
 def given_key(request: Request) -> str:
-    """What stands in the Authorization header, without blanks around it; where it is not empty, cookies count for nothing.
+    """The Authorization header, stripped; where it is not empty, cookies are ignored.
 
-    Whoever asks whether a request is a program's asks here, so that no spelling is a key to one and a cookie to the other.
+    All code that distinguishes programs from browsers uses this, so that no spelling counts as a key in one place and as a cookie
+    in another.
     """
     return request.headers.get("authorization", "").strip()
 
 
 def identify(request: Request) -> User | None:
-    """The user behind a request, by one query, in a transaction of its own. `request.state.pass_` then says what let them in.
+    """The user of a request, by one query, in a transaction of its own. `request.state.pass_` is then the credential.
 
     The route's own session is not used: a long upload or an open event stream would then hold its connection.
     """
@@ -262,14 +264,14 @@ def identify(request: Request) -> User | None:
 
 
 class Pass(NamedTuple):
-    """What a request was let in by: an API key or a browser session, of which one is given."""
+    """The credential of a request: an API key or a browser session, of which one is given."""
 
     key_id: uuid.UUID | None = None
     token_sha256: str | None = None
 
 
 def still_good(session: Session, passes: Collection[Pass]) -> set[Pass]:
-    """Those of these passes that would be let in now."""
+    """Those of these credentials that are still valid."""
     keys = select(ApiKey.id).where(ApiKey.id.in_([p.key_id for p in passes if p.key_id]), ApiKey.revoked_at.is_(None))
     tokens = [p.token_sha256 for p in passes if p.token_sha256]
     sessions = select(BrowserSession.token_sha256).where(
@@ -284,9 +286,9 @@ def is_public(request: Request) -> bool:
 
 
 async def sign_in(request: Request) -> User | None:
-    """The dependency of the whole app: a user, or an error, on every route that is not in `PUBLIC`.
+    """A dependency of the whole app: a user, or an error, on every route that is not in `PUBLIC`.
 
-    Not run in a thread, so that a public route needs none: `/healthz` answers while all of them wait for the database.
+    Async, so that a public route needs no thread: `/healthz` answers while all of them wait for the database.
     """
     if is_public(request):
         return None
@@ -333,8 +335,8 @@ def csrf_holds(request: Request, given: str) -> bool:
 async def check_csrf(request: Request) -> None:
     """The second dependency of the whole app: a cookie alone may not change anything.
 
-    The token comes in the header `x-csrf-token`, in the form field `csrf_token`, or, for a multipart form that the
-    route reads as a stream, in the query (`<form action="/datasets?{{ csrf_query() }}">`).
+    The token comes in the header `x-csrf-token`, in the form field `csrf_token`, or, for a multipart form that the route reads as
+    a stream, in the query (`<form action="/datasets?{{ csrf_query() }}">`).
     """
     if request.method in SAFE or given_key(request) or is_public(request):
         return
@@ -349,7 +351,7 @@ async def check_csrf(request: Request) -> None:
 
 async def _form_token(request: Request) -> str:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    parsed = getattr(request, "_form", None) is not None  # FastAPI read the form already, because the route declares its fields
+    parsed = getattr(request, "_form", None) is not None  # FastAPI parsed the form already, because the route declares its fields
     if kind != "application/x-www-form-urlencoded" and not parsed:
         return ""
     value = (await request.form()).get("csrf_token", "")

@@ -1,8 +1,8 @@
-"""Charts as plain data: points for the browser to draw, and the table that says the same; and pictures drawn here.
+"""Charts as plain data: points for the browser to draw, with an equivalent table; and static drawings.
 
-Those of a job page come from `app.jobs.progress.Progress`; their points are thinned to what a screen can show, and the table has
-fewer rows still. Pictures of a few points (scatter plots, learning curves) have all places worked out, so that they need no
-script. Pure.
+Those of a job page come from `app.jobs.progress.Progress`; their points are downsampled to what a screen can show, and the table
+has fewer rows still. Drawings of a few points (scatter plots, learning curves) have all coordinates computed here, so that they
+need no script. Pure.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from app.jobs.progress import Point, Progress, downsample
 from app.metrics import METRICS
 
 POINTS = 600
-"""Points per line sent to a browser: more than a chart has pixels to tell apart."""
+"""Points per line sent to a browser: more than a chart has pixels."""
 
 ROWS = 40
-"""Rows of a table twin. The API's events and the results file hold every step."""
+"""Rows of a chart's table. The API's events and the results file have every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Series:
     label: str
     color: int  # which of the stylesheet's --series-N
     points: list[Point]
-    dots: bool = False  # few points, each worth a mark
+    dots: bool = False  # few points, each with a marker
 
     @property
     def last(self) -> float | None:
@@ -39,12 +39,12 @@ class Series:
 class Chart:
     name: str
     title: str
-    unit: str  # how a value is written: "", "bytes", "rate", "tokens/s"
+    unit: str  # format of values: "", "bytes", "rate", "tokens/s"
     series: list[Series]
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the table's rows: a thinned first line, and every mark of the others."""
+        """The steps of the table's rows: those of the downsampled first line, and every point of the others."""
         first, *others = self.series
         kept = {step for step, _ in downsample(first.points, ROWS)}
         return sorted(kept | {step for line in others for step, _ in downsample(line.points, ROWS)})
@@ -54,7 +54,7 @@ class Chart:
         return [(step, [line.get(step) for line in values]) for step in self.steps]
 
     def data(self) -> dict[str, Any]:
-        """What the browser draws: for each line its steps and its values, side by side."""
+        """The browser's data: for each line its steps and its values, as parallel lists."""
         lines = {}
         for line in self.series:
             points = downsample(line.points, POINTS)
@@ -63,7 +63,7 @@ class Chart:
 
 
 def charts(progress: Progress) -> list[Chart]:
-    """Loss first, then what the recipe measures at every step, then what explains them, then what evaluations measure."""
+    """Loss first, then the recipe's other metrics of steps, then what explains them, then the metrics of evaluations."""
     c = progress.curves
     loss = Chart(
         "loss",
@@ -85,7 +85,7 @@ def charts(progress: Progress) -> list[Chart]:
         judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
         chart = Chart(name, title, "", [Series("training", "training", 1, trained), judged] if trained else [judged])
         (own if trained else judged_only).append(chart)
-    if progress.total_steps == 1:  # a recipe that solves instead of stepping draws no curves
+    if progress.total_steps == 1:  # a recipe without optimizer steps has no curves
         return [loss, *judged_only]
     return [loss, *own, *explaining, *judged_only]
 
@@ -103,14 +103,14 @@ def data(found: list[Chart], progress: Progress) -> dict[str, Any]:
 
 WIDTH, HEIGHT = 640.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 20.0, 16.0, 44.0
-"""Room around the drawing, for the figures of the axes."""
+"""Margins of a drawing, for the labels of the axes."""
 LOGARITHMIC_FROM = 20.0
-"""An axis of amounts whose largest is so many times its smallest is drawn in logarithms."""
+"""An axis of amounts whose largest is at least this many times its smallest is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One axis: what it is called, how a value is written, and whether it measures an amount that begins at zero."""
+    """One axis: its label, the format of values, and whether it measures an amount that begins at zero."""
 
     title: str
     write: Callable[[float], str]
@@ -119,7 +119,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One point: its values, or their places in a picture, its number in the table, what it is, and whether it is the best one."""
+    """One point: its values, or its coordinates in a drawing, its number in the table, its label, and whether it is the best one."""
 
     x: float
     y: float
@@ -130,7 +130,7 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All places of a drawing of WIDTH × HEIGHT. `line` joins the dots from left to right; `base` is the height of a line across."""
+    """All coordinates of a drawing of WIDTH × HEIGHT. `line` joins the points from left to right; `base` is the y of a horizontal line."""
 
     dots: list[Dot]
     x_title: str
@@ -167,7 +167,7 @@ def picture(points: Sequence[Dot], x: Scale, y: Scale, *, joined: bool = False, 
 
 
 def _axis(values: Sequence[float], scale: Scale, start: float, end: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """(value → place, [(place, figure)]) of an axis from `start` to `end`, with a little room at both ends."""
+    """(value → coordinate, [(coordinate, label)]) of an axis from `start` to `end`, with some space at both ends."""
     low, high = min(values), max(values)
     if scale.amount and low > 0 and high / low >= LOGARITHMIC_FROM:
         low, high = math.log10(low), math.log10(high)
@@ -190,7 +190,7 @@ def _axis(values: Sequence[float], scale: Scale, start: float, end: float) -> tu
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round figures between two values, at most so many: steps of 1, 2 or 5 times a power of ten."""
+    """At most `most` round numbers between two values: steps of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / most
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * n for n in (1, 2, 5, 10) if size * n >= raw * 0.999)
@@ -199,7 +199,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _apart(dots: Sequence[Dot], least: float = 15.0) -> list[Dot]:
-    """The dots, those that would lie on each other moved up or down a little so that their numbers can be read."""
+    """The points, with overlapping ones moved up or down a little so that their numbers are readable."""
     placed: list[Dot] = []
     for dot in dots:
         for n in range(200):

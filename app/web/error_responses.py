@@ -1,4 +1,4 @@
-"""An error as an answer: `{"error": {...}}` for programs, a calm page with the hint for people."""
+"""Exceptions as responses: `{"error": {...}}` for programs, a page with the hint for people."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NUL = BadField("A text here holds a NUL character, which no database can store."
 
 
 def fault_of(error: Exception) -> StudioError:
-    """The StudioError that says what happened. What nobody foresaw becomes a plain 500 that tells nothing private."""
+    """The StudioError for an exception. An unexpected one becomes a plain 500 without internals."""
     match error:
         case StudioError():
             return error
@@ -68,7 +68,7 @@ def fault_of(error: Exception) -> StudioError:
 
 
 def _bad_field(found: Any) -> BadField:
-    """The first wrong field, in words; the others are named behind it."""
+    """The first wrong field, in words, with the names of the others."""
     first = found[0]
     name = _field(first)
     if first["type"] == "json_invalid":
@@ -119,7 +119,7 @@ def answer(request: Request, fault: StudioError) -> Response:
 def _headers(fault: StudioError) -> Mapping[str, str]:
     headers: dict[str, str] = dict(getattr(fault, "headers", {}))
     if isinstance(fault, errors.Conflict):
-        headers["x-should-retry"] = "false"  # the client repeats every 409 by itself, and a real conflict stays one
+        headers["x-should-retry"] = "false"  # the client retries every 409 by itself, and a real conflict stays one
     if isinstance(fault, TooMany):
         headers["retry-after"] = str(max(1, round(fault.retry_after_seconds)))
     if fault.status == 503:
@@ -139,11 +139,11 @@ def _page(request: Request, fault: StudioError) -> Response:
     from app.web.templates import render
 
     whole = not request.headers.get("hx-request")
-    if fault.code != "database_away":  # it would be waited for a second time, and again in vain
+    if fault.code != "database_away":  # it would only wait for the database again
         _find_user(request)
     try:
         response: Response = render(request, "error.html" if whole else "parts/error.html", status_code=fault.status, fault=fault)
-    except Exception as error:  # a fault of the error page itself must not hide the first one
+    except Exception as error:  # an error of the error page itself must not hide the first one
         log.error("error page", exc_info=error)
         response = PlainTextResponse(f"{fault}\n\nrequest {request.state.id}\n", fault.status)
     response.headers.update(_headers(fault))
@@ -151,7 +151,7 @@ def _page(request: Request, fault: StudioError) -> Response:
 
 
 def _find_user(request: Request) -> None:
-    """So that the error page keeps its menu. An address nobody answers has met no door, so nobody looked yet."""
+    """Identify the user, so that the error page keeps its menu: for an unknown path no dependency has run yet."""
     from app.web import navigation
     from app.web.auth import identify
 

@@ -1,12 +1,12 @@
-"""Watching a job live: server-sent events for any number of watchers in one web process.
+"""Live job events: server-sent events for any number of watchers in one web process.
 
-    Postgres ◀── one query per job and wake ── Feed ──▶ its ring of encoded events ──▶ every watcher of the job
+    Postgres ◀── one query per job and wake-up ── Feed ──▶ its ring of encoded events ──▶ every watcher of the job
     Redis ──── one subscription per process ──▶ "job X has changed"
 
-The id of a server-sent event is the row's id, so a watcher who comes back says what it saw last and is told the rest
-from Postgres. Redis only wakes: a feed also looks by itself every few seconds. A watcher holds no thread, no database
-connection and no buffer of its own; one that reads slower than the job speaks falls out of the ring and is told the
-rest from Postgres, page by page, and one that does not read at all is dropped.
+The id of a server-sent event is the row's id, so a reconnecting watcher sends the last one it saw and gets the rest from
+Postgres. Redis only wakes: a feed also polls every few seconds. A watcher holds no thread, no database connection and no buffer
+of its own; one that reads more slowly than the job produces falls out of the ring and gets the rest from Postgres, page by page,
+and one that does not read at all is dropped.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ RING = 1024
 
 PAGE = 500
 LOOK_SECONDS = 3.0
-"""A feed looks by itself after this long without a wake, so that a lost wake costs no more than this."""
+"""Polling interval of a feed without wake-ups, so that a lost wake-up delays events by no more than this."""
 
 KEEP_ALIVE_SECONDS = 15.0
 STUCK_SECONDS = 30.0
-"""A watcher that takes nothing for so long is dropped."""
+"""A watcher that reads nothing for this long is dropped."""
 
 PER_WATCHER_SECONDS = 5e-5
-"""Pause between two broadcasts per watcher, so that a busy job with thousands of watchers is told in larger pieces."""
+"""Pause between two broadcasts per watcher, so that a busy job with thousands of watchers sends larger pieces."""
 
 _threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="watch")
 
@@ -83,7 +83,7 @@ def encode(row: Any) -> bytes:
 
 
 class Watcher:
-    """One open stream: how far it has been told, and the bell that tells it to look again."""
+    """One open stream: the last event sent, and an asyncio event that wakes it."""
 
     __slots__ = ("bell", "gone", "seen")
 
@@ -109,7 +109,7 @@ class Feed:
         self.watchers: set[Watcher] = set()
         self.changed = asyncio.Event()
         self.ready = asyncio.Event()
-        self._joined: dict[int, bytes] = {}  # what watchers who stand at the same event are told, joined once
+        self._joined: dict[int, bytes] = {}  # concatenated events after an id, shared by all watchers at that id
         self.task = asyncio.create_task(self._run(), name=f"feed-{job_id}")
 
     def since(self, seen: int) -> bytes:
@@ -151,7 +151,7 @@ class Feed:
                     self.ring_all()
                     spoke = loop.time()
                     await asyncio.sleep(max(0.02, PER_WATCHER_SECONDS * len(self.watchers)))
-            except Exception as error:  # the database is away for a moment: watchers stay, and hear of it all later
+            except Exception as error:  # the database is unreachable for a moment: watchers stay, and get the events later
                 log.warning("Job %s cannot be watched just now: %s", self.job_id, error)
                 await asyncio.sleep(1)
             if loop.time() - spoke > KEEP_ALIVE_SECONDS:
@@ -188,7 +188,7 @@ class Hub:
                 self.listener = None
 
     async def _listen(self) -> None:
-        """Turn wake-ups into looks. After every break all feeds look, since a wake-up may have been missed."""
+        """Wake the feeds of jobs that changed. After every reconnection all feeds, since a wake-up may have been missed."""
         url = get_settings().redis_url
         head = f"{PREFIX}job:"
         while url:
@@ -221,10 +221,10 @@ def hub() -> Hub:
 
 
 class EventStream(Response):
-    """The stream of one job, from after the event `after`. Whoever makes it has checked that the job may be seen, and
-    holds no session any more when it is sent.
+    """The stream of one job, from after the event `after`. The caller has checked that the job may be seen, and holds no session
+    any more when it is sent.
 
-    It is a response of its own and not a StreamingResponse: one task and a small object per watcher is all it costs.
+    It is a response class of its own and not a StreamingResponse, so that a watcher costs one task and a small object.
     """
 
     media_type = "text/event-stream"
@@ -247,7 +247,7 @@ class EventStream(Response):
             with doorkeeper().watching(scope, watcher.leave):
                 async with hub().watching(self.job_id, watcher) as feed:
                     await self._follow(feed, watcher, send)
-            if not disconnect.done():  # not the watcher has left: it was sent away
+            if not disconnect.done():  # the watcher did not leave: it was dropped
                 await _tell(send, b"", more=False)
         except TimeoutError:
             log.info("A watcher of job %s read nothing for %g seconds and was dropped.", self.job_id, STUCK_SECONDS)
@@ -291,7 +291,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 def after_id(last_event_id: str | None, after: int | None = None) -> int:
-    """Where a stream begins: at the browser's `Last-Event-ID` when it comes back, else at `?after=`, else at the start."""
+    """Where a stream begins: at the browser's `Last-Event-ID` when it reconnects, else at `?after=`, else at the start."""
     if last_event_id and last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 19:
         return int(last_event_id)
     return max(after or 0, 0)

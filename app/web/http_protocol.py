@@ -1,12 +1,12 @@
-"""What may come in before anybody knows who asks: uvicorn's HTTP protocol with limits on bytes, time and connections.
+"""uvicorn's HTTP protocol with limits on bytes, time and connections, before authentication.
 
 `uvicorn --http app.web.http_protocol:Guarded` loads it. uvicorn has no such limits with httptools, so without these a stranger
-fills the memory with one endless header, or every descriptor with connections that say nothing.
+could fill the memory with one endless header, or use up all descriptors with idle connections.
 
-A request has `REQUEST_SECONDS` until its headers are complete and `MAX_HEADER_BYTES` for them; while its body comes in, at
-least `MIN_BODY_BYTES` must come in each `BODY_SECONDS`, which the slowest line does, so an upload of any size may take as
-long as it takes. An answer may last for ever: nothing here looks at a request that has come in whole. A client that does
-not read its answer is given up by the kernel after `UNREAD_SECONDS`.
+A request has `REQUEST_SECONDS` until its headers are complete and `MAX_HEADER_BYTES` for them; while its body arrives, at least
+`MIN_BODY_BYTES` must arrive in each `BODY_SECONDS`, which the slowest line does, so an upload of any size may take as long as it
+needs. A response may last forever: requests that have arrived completely are not limited. A client that does not read its
+response is dropped by the kernel after `UNREAD_SECONDS`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from app.settings import get_settings
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_HEADERS = 128
 MAX_PIPELINED = 16
-"""Requests that may wait behind the one being answered on the same connection."""
+"""Requests that may wait behind the current one on the same connection."""
 
 REQUEST_SECONDS = 20.0
 BODY_SECONDS = 60.0
@@ -36,17 +36,17 @@ MIN_BODY_BYTES = 1024
 UNREAD_SECONDS = 120
 
 MAX_DESCRIPTORS = 65_536
-"""More are not asked for where a container allows a billion: some programs walk through all they may have."""
+"""No more are requested where a container allows a billion: some programs iterate over all possible descriptors."""
 
 _held: Counter[str] = Counter()
-"""Open connections of this process by the network they come from."""
+"""Open connections of this process by client network."""
 
 
 @functools.cache
 def max_connections() -> int:
-    """How many connections this process holds at once: the setting, or what its descriptors allow beside files and databases.
+    """Maximum connections of this process: the setting, or what its descriptors allow besides files and databases.
 
-    The soft limit on descriptors is raised to the hard one first: a shell's 1,024 would bound the watchers of a job.
+    The soft limit on descriptors is raised to the hard one first: a shell's 1,024 would limit the watchers of a job.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
@@ -59,8 +59,8 @@ def max_connections() -> int:
 
 @functools.lru_cache(maxsize=1024)
 def max_connections_from(address: str) -> int:
-    """How many of them the network of one address may hold. Loopback, where tunnels and proxies of this machine end, and the
-    proxies that a setting names speak for many: they may hold all but what one other network is always left."""
+    """Maximum connections from the network of one address. Loopback, where tunnels and proxies of this machine end, and the
+    proxies in the settings stand for many clients: they may use all but what is reserved for one other network."""
     settings, total = get_settings(), max_connections()
     each = min(settings.max_connections_per_address, total // 2)
     proxies = ProxyHeadersMiddleware(nothing, settings.forwarded_allow_ips).trusted_hosts
@@ -68,7 +68,7 @@ def max_connections_from(address: str) -> int:
 
 
 async def nothing(*_: Any) -> None:
-    """The application behind a middleware that is only asked whom it believes."""
+    """A no-op application behind a middleware that is only used to find out whom it trusts."""
 
 
 class Guarded(HttpToolsProtocol):
@@ -79,8 +79,8 @@ class Guarded(HttpToolsProtocol):
         self.network = ""
         self.refusal: HTTPStatus | None = None
         self.header_bytes = self.body_bytes = self.idle_bytes = 0
-        self.in_body = self.moved = False  # `moved`: whether the parser got anywhere with the bytes it was last given
-        self.due: float | None = None  # when what is awaited must be here, in the loop's time; None while nothing is awaited
+        self.in_body = self.moved = False  # `moved`: whether the parser made progress with the last bytes
+        self.due: float | None = None  # loop time by which the awaited bytes must arrive; None while nothing is awaited
         self.timer: asyncio.TimerHandle | None = None
 
     # The connection ----------------------------------------------------------------------------------------------------
@@ -109,8 +109,8 @@ class Guarded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """`idle_bytes` counts what the parser swallowed without getting anywhere: an endless header, trailer or chunk extension,
-        which it gathers until it is whole, or empty lines between two requests."""
+        """`idle_bytes` counts bytes without progress: an endless header, trailer or chunk extension, which the parser buffers
+        until it is complete, or empty lines between two requests."""
         self.moved = False
         super().data_received(data)
         self.idle_bytes = 0 if self.moved else self.idle_bytes + len(data)
@@ -118,11 +118,11 @@ class Guarded(HttpToolsProtocol):
             self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def send_400_response(self, msg: str) -> None:
-        """Whatever the parser or one of the callbacks below would not take ends up here."""
+        """Everything that the parser or one of the callbacks below refuses ends up here."""
         self.refuse(self.refusal or HTTPStatus.BAD_REQUEST)
 
     def refuse(self, status: HTTPStatus) -> None:
-        """Say no and close; only close where an answer is on its way already."""
+        """Respond with an error and close; only close where a response has started already."""
         if self.transport.is_closing():
             return
         if not self.pipeline and (self.cycle is None or self.cycle.response_complete or not self.cycle.response_started):
@@ -132,7 +132,7 @@ class Guarded(HttpToolsProtocol):
         self.transport.close()
 
     def _should_upgrade_to_ws(self) -> bool:
-        return False  # nothing here speaks WebSocket
+        return False  # no WebSocket here
 
     # The request -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Guarded(HttpToolsProtocol):
         self.moved = True
         super().on_message_complete()
         self.in_body, self.due = False, None
-        if self.cycle.response_complete:  # it was answered before its body was here
+        if self.cycle.response_complete:  # it was answered before its body arrived
             self.expect(REQUEST_SECONDS)
 
     def on_response_complete(self) -> None:
@@ -189,8 +189,8 @@ class Guarded(HttpToolsProtocol):
     # Time --------------------------------------------------------------------------------------------------------------
 
     def expect(self, seconds: float) -> None:
-        """What is awaited now must be here in `seconds`. One timer per connection serves all its requests: it is only set again
-        when it goes off, because making and cancelling one per request costs more than everything else here."""
+        """The awaited bytes must arrive within `seconds`. One timer per connection serves all its requests: it is only
+        rescheduled when it fires, because creating and cancelling one per request costs more than everything else here."""
         self.due = self.loop.time() + seconds
         if self.timer is None:
             self.timer = self.loop.call_at(self.due, self.look)
@@ -211,5 +211,5 @@ class Guarded(HttpToolsProtocol):
             self.refuse(HTTPStatus.REQUEST_TIMEOUT)
 
     def is_held_up(self) -> bool:
-        """Whether the body waits for us: we have not read on, or have not asked for it yet."""
+        """Whether the body waits for us: reading is paused, or the body was not requested yet."""
         return self.flow.read_paused or self.cycle.waiting_for_100_continue

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, read at `GET /metrics`."""
+"""Prometheus metrics, served at `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _instruments() -> tuple[Any, Any]:
 
 
 def answered(method: str, route: str, status: int, seconds: float) -> None:
-    """Count one answer. `route` is the pattern, never the address: addresses would make a series each."""
+    """Count one response. `route` is the pattern, never the path: paths would create a series each."""
     requests, times = _instruments()
     requests.labels(method if method in ("GET", "POST", "DELETE", "HEAD", "PUT", "PATCH") else "other", route, status).inc()
     times.labels(route).observe(seconds)
@@ -31,7 +31,7 @@ def text() -> bytes:
 
 
 def _studio() -> bytes:
-    """What the database and the workers say: gathered at the moment somebody asks."""
+    """Metrics from the database and the workers, collected on request."""
     from sqlalchemy import func, select
 
     from app.db import transaction

@@ -1,12 +1,12 @@
-"""What happens to every request before and after its route. Plain ASGI throughout, so that streams are never held up.
+"""ASGI middleware for every request. Plain ASGI throughout, so that streams are never buffered.
 
 Context    request id, nonce, log line, security headers, waiting messages
-  Hosts      only names the studio knows (a foreign name means DNS rebinding)
-    Origin     a page of another site may not change anything
-      Body       no larger than allowed
-        Compress   pages and lists, never streams
-          Faults     whatever was raised becomes an answer
-            WellFormed   UTF-8 without NUL, and JSON that means one thing
+Hosts      only names the studio knows (a foreign name means DNS rebinding)
+Origin     a page of another site may not change anything
+Body       size limit
+Compress   pages and lists, never streams
+Faults     every exception becomes a response
+WellFormed   UTF-8 without NUL, and unambiguous JSON
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ HEADERS = {
 
 
 def policy(nonce: str) -> str:
-    """The content security policy: everything from here, no script or style written inside a page.
+    """The content security policy: everything from this origin, no inline script or style.
 
-    The nonce allows no inline script, since no inline script ever carries it; the htmx CSP extension reads it from here.
+    The nonce allows no inline script, since no inline script has it; the htmx CSP extension reads it from here.
     """
     return (
         f"default-src 'self'; script-src 'self' 'nonce-{nonce}'; style-src 'self'; img-src 'self' data:; object-src 'none'; "
@@ -95,7 +95,7 @@ class Context:
 
 
 def _request_id(request: Request) -> str:
-    """The id a proxy gave, when it looks like one, so that its log and ours can be laid side by side."""
+    """The id that a proxy gave, when it looks like one, so that its log and ours can be correlated."""
     given = request.headers.get("x-request-id", "")
     return given if re.fullmatch(r"[\w-]{8,64}", given) else f"req_{secrets.token_hex(12)}"
 
@@ -112,7 +112,7 @@ def _add_headers(request: Request, headers: MutableHeaders) -> None:
 
 
 def _keep_messages(request: Request, headers: MutableHeaders) -> None:
-    """Messages that no page has shown yet wait in a signed cookie; those that were shown leave it."""
+    """Messages that no page has shown yet are kept in a signed cookie; shown ones are removed from it."""
     waiting = getattr(request.state, "flashes", [])
     if waiting:
         headers.append(
@@ -132,7 +132,7 @@ def _note(request: Request, status: int, seconds: float) -> None:
 
 
 class Hosts:
-    """Numeric addresses are fine: an attacker who wants his page to share our origin needs a name he controls."""
+    """Checks the Host header. Numeric addresses pass: an attacker who wants a page to share our origin needs a name under his control."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -142,7 +142,7 @@ class Hosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = [value for name, value in scope.get("headers", ()) if name == b"host"]
-        # Of two names a proxy may have checked the one and we the other.
+        # Of two Host headers a proxy may have checked the one and we the other.
         if scope["type"] == "http" and (len(named) != 1 or not self.knows(named[0].decode("latin-1"))):
             fault = BadRequest(
                 "The studio does not answer to this host name.",
@@ -162,7 +162,7 @@ class Hosts:
 
 
 class Origin:
-    """Every method but the reading ones must come from our own pages, or from a program, which sends no Origin at all."""
+    """Requests other than safe methods must come from our own pages, or from a program, which sends no Origin at all."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -185,13 +185,13 @@ def _foreign(request: Request) -> bool:
     ours = {(request.url.scheme, request.headers.get("host", "")), (public.scheme, public.netloc)}
     try:
         came = urlsplit(origin)
-    except ValueError:  # half of an IPv6 address
+    except ValueError:  # an incomplete IPv6 address
         return True
     return (came.scheme, came.netloc) not in ours or not came.netloc
 
 
 class Body:
-    """JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
+    """Limits the size of bodies: JSON and plain forms fit into memory; only an upload, which is read as a stream, may be large."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -232,7 +232,7 @@ def _too_large(most: int) -> TooLarge:
 
 
 class Compress(GZipMiddleware):
-    """gzip for pages, lists and our own files; event streams, downloads and archives go through untouched."""
+    """gzip for pages, lists and our own files; event streams, downloads and archives are not compressed."""
 
     def __init__(self, app: ASGIApp) -> None:
         streams = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream", "application/x-ndjson", "application/jsonl")
@@ -240,7 +240,7 @@ class Compress(GZipMiddleware):
 
 
 class Faults:
-    """The edge: an error that no handler took becomes an answer too, with the same headers as every other answer."""
+    """Turns exceptions that no handler caught into responses, with the same headers as every other response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -264,18 +264,18 @@ class Faults:
             if fault.status >= 500:
                 log.error("fault", path=request.url.path, error=type(error).__name__, exc_info=error)
             if begun:
-                raise  # the answer is on its way already; cutting it short is all that is left to do
+                raise  # the response has started; it can only be cut short
             await _refuse(scope, receive, send, fault)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError) -> None:
-    """In a thread, because a page asks the database for the counts beside its menu."""
+    """In a thread, because a page queries the database for the counts in its menu."""
     response = await run_in_threadpool(error_responses.answer, Request(scope, receive), fault)
     await response(scope, receive, send)
 
 
 def install(app: Any) -> None:
-    """The last one added is the outermost. What a proxy says of who asks is believed of those that the setting names alone."""
+    """The last one added is the outermost. Forwarded headers are trusted only from the proxies in the settings."""
     for layer in (WellFormed, Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
     if proxies := get_settings().forwarded_allow_ips:

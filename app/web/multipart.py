@@ -1,7 +1,7 @@
-"""Reading a multipart form as a stream: small fields into memory, the one file straight to its blob.
+"""Reads a multipart form as a stream: small fields into memory, the one file straight to its blob.
 
-Starlette's own form parser first writes a whole upload to a temporary file and then hands it over to be copied again;
-here the bytes are hashed and written once, and the memory used does not depend on their number.
+Starlette's own form parser first writes a whole upload to a temporary file, which would then be copied again; here the bytes are
+hashed and written once, and the memory used does not depend on their number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Form(NamedTuple):
 async def read_form(request: Request, limit: int, file_field: str = "file") -> Form:
     """Read a form to its end. `limit` is for the file, in bytes.
 
-    Raises BadRequest for a form that is broken or stops half-way, TooLarge beyond the limit; nothing is kept then.
+    Raises BadRequest for a form that is malformed or incomplete, TooLarge beyond the limit; nothing is kept then.
     """
     reader = _Reader(limit, file_field)
     try:
@@ -71,7 +71,7 @@ def _boundary(request: Request) -> bytes:
 
 
 class _Reader:
-    """What the parser calls. The file's bytes wait in `pending` until the route's loop flushes them in a thread."""
+    """The parser's callbacks. The file's bytes wait in `pending` until the route's loop flushes them in a thread."""
 
     def __init__(self, limit: int, file_field: str) -> None:
         self.limit = limit

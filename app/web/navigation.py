@@ -1,4 +1,4 @@
-"""What stands around every page: the menu with its counts, and the facts of the machine at its foot."""
+"""The frame of every page: the menu with its counts, and the machine's facts in the footer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def menu_of(modules: Iterable[Any]) -> dict[Group, list[MenuPage]]:
 
 
 class Notes(NamedTuple):
-    """What the menu says beside its pages, what of this person's is being trained, and whether anything is."""
+    """The counts of the menu, this person's running jobs, and whether anything is running."""
 
     counts: dict[str, str] = {}  # noqa: RUF012  never changed
     training: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Notes(NamedTuple):
 
 
 def methods(app: Any, address: str) -> list[str]:
-    """Every method that some route takes at this address, in alphabetical order. Mounted files take GET and HEAD."""
+    """Every method that some route accepts at this path, in alphabetical order. Mounted files accept GET and HEAD."""
     found: set[str] = set()
     for _, route in each_route(app.router):
         if route.path_regex.match(address):
@@ -83,28 +83,28 @@ def menu(request: Request, user: User) -> dict[str, Any]:
 
 
 def state(request: Request) -> dict[str, Any]:
-    """What changes around a page while it stands: the counts beside the menu and the lines at its foot."""
+    """The parts of the frame that change while a page is open: the counts of the menu and the footer."""
     notes: Notes = getattr(request.state, "notes", Notes())
     return {"counts": notes.counts, "foot": foot(notes)}
 
 
 def _longest(path: str, pages: list[str]) -> str:
-    """The page of the menu that an address belongs to: the longest that it begins with."""
+    """The menu page that a path belongs to: the longest prefix."""
     return max((page for page in pages if path == page or (page != "/" and path.startswith(f"{page}/"))), key=len, default="")
 
 
 async def remember_notes(request: Request, user: Annotated[User | None, Depends(sign_in)]) -> None:
-    """The third dependency of the whole app: ask for the counts of the menu before the route opens its own session.
+    """The third dependency of the whole app: query the counts of the menu before the route opens its own session.
 
-    Asked while the page is rendered, each request would hold one connection and wait for a second; enough of them at
-    once would then wait for each other until the pool gives up.
+    If this ran while the page is rendered, each request would hold one connection and wait for a second; enough of them would
+    deadlock until the pool times out.
     """
     if user is not None and request.method in ("GET", "POST") and not is_program(request):
         request.state.notes = await run_in_threadpool(notes, user)
 
 
 def notes(user: User) -> Notes:
-    """How many there are of each, and the jobs that run. Nothing when the database is away: the page says so elsewhere."""
+    """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
     mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
     files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
         Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)
@@ -141,7 +141,7 @@ def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
 
 
 def foot(notes: Notes) -> list[str]:
-    """Two or three lines: what the machine is, how many workers are online, and what they train."""
+    """Two or three lines: the machine, the number of workers online, and what they train."""
     from app.machines.heartbeats import alive
 
     lines = [machine_line()] if importlib.util.find_spec("app.machines.hardware") else []
@@ -160,7 +160,7 @@ def machine_line() -> str:
 
 
 def machine_facts() -> list[tuple[str, str]]:
-    """What stands in this machine, as (what, how much)."""
+    """This machine's hardware, as (name, value)."""
     if not importlib.util.find_spec("app.machines.hardware"):
         return []
     from app.machines.hardware import this_machine

@@ -1,4 +1,4 @@
-"""Cursor pages, as the OpenAI client turns them: it asks again with `after=<last id>` while `has_more` is true."""
+"""Cursor pagination as the OpenAI client expects it: it requests `after=<last id>` while `has_more` is true."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from app.errors import BadField
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
 MOST = 10_000
-"""The largest page. OpenAI lists up to 10,000 files at once; a larger `limit` is cut to this."""
+"""The largest page. OpenAI lists up to 10,000 files at once; a larger `limit` is reduced to this."""
 
 After = Annotated[str | None, Query(description="Id of the last object of the page before.")]
 MAX_NUMBER = 2**53
-"""The largest whole number in an address or a form: every JSON program reads it exactly, and an offset made of it fits a bigint."""
+"""The largest integer in a URL or a form: every JSON parser reads it exactly, and an offset computed from it fits a bigint."""
 
 Offset = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
 Step = Annotated[int, Path(ge=0, le=MAX_NUMBER, description="Optimizer step.")]
@@ -39,8 +39,8 @@ def page(
 ) -> Json:
     """One page of a list (given newest first) or of a query over one table.
 
-    A query needs `session`, and `key` when `after` is given: it turns the public id into the primary key. Rows of a
-    table with `created_at` are ordered by it, then by id; other tables by id alone. An unknown `after` is a BadField.
+    A query needs `session`, and `key` when `after` is given: it converts the public id into the primary key. Rows of a table with
+    `created_at` are ordered by it, then by id; other tables by id alone. An unknown `after` is a BadField.
     """
     limit = min(limit, MOST)
     if isinstance(rows, Select):
@@ -82,7 +82,7 @@ def _from_query(
 
 
 def _counts(table: Any) -> bool:
-    """Whether the primary key is a number that rises, so that it alone tells the order."""
+    """Whether the primary key is an increasing number, so that it determines the order."""
     return table.__table__.c.id.identity is not None
 
 

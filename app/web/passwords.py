@@ -1,12 +1,12 @@
-"""Passwords: hashed with argon2id, tried a few times, and judged in a place of their own.
+"""Passwords: hashed with argon2id, with limits on attempts and on concurrency.
 
-A try is counted before it is judged, so that many at once are as many as one after the other; the right password takes its
-own count back. Three counts slow it: of the account from one network, of the account from everywhere, and of the network over
-all accounts. A browser that was signed in before carries a mark (`app.web.auth.known_browser`) and has a count of its own
-instead, so that no stranger's tries, not even from the same address, keep the owner from the password.
+An attempt is counted before it is checked, so that concurrent ones count as sequential ones do; the right password gives its own
+count back. Three counts limit attempts: by account and network, by account, and by network over all accounts. A browser that was
+signed in before has a cookie (`app.web.auth.known_browser`) and a count of its own instead, so that a stranger's attempts, even
+from the same address, do not lock out the owner.
 
-Argon2 takes tens of milliseconds and 64 MB; two run at once, a few wait, and more are sent away. It never runs in the
-threads that serve pages.
+Argon2 takes tens of milliseconds and 64 MB; two run at once, a few wait, and more are refused. It never runs in the threads that
+serve pages.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from app.kit.addresses import network_of
 
 AT_ONCE = 2
 MAX_WAITING = 16
-"""Tries that may wait for their turn, about a second's worth."""
+"""Attempts that may wait for their turn, about a second's worth."""
 
 COUNTED_SECONDS = 86_400
 FIRST_WAIT_SECONDS = 30
 
 
 class Limit(NamedTuple):
-    """Tries that are free; each further one doubles the wait, from half a minute to `max_wait_seconds`."""
+    """Free attempts; each further one doubles the wait, from half a minute to `max_wait_seconds`."""
 
     free: int
     max_wait_seconds: int
@@ -40,7 +40,7 @@ PAIR = Limit(5, 900)
 """One account from one network, or from one known browser."""
 NETWORK = Limit(30, 900)
 ACCOUNT = Limit(30, 60)
-"""One account from everywhere. Its wait stays short: it also meets an owner with a new browser, who has the sign-in link."""
+"""One account from everywhere. Its wait stays short: it also affects an owner with a new browser, who has the sign-in link."""
 
 
 def _hasher() -> Any:
@@ -54,7 +54,7 @@ def hash_of(password: str) -> str:
 
 
 def matches(password: str, known: str | None) -> bool:
-    """Whether the password has this hash. Without one it takes as long, so that nobody learns which names exist."""
+    """Whether the password has this hash. Without one it takes as long, so that the time does not reveal which names exist."""
     right = bool(_hasher().verify(password, known or _nobody()))
     return right and known is not None
 
@@ -72,7 +72,7 @@ _judging = 0
 
 
 async def judge(password: str, known: str | None) -> bool:
-    """`matches`, in a thread kept for it. Raises TooMany when too many wait already."""
+    """`matches`, in a dedicated thread. Raises TooMany when too many wait already."""
     global _judging
     if _judging >= AT_ONCE + MAX_WAITING:
         raise TooMany("Too many people are signing in at this moment.", hint="Try again in a few seconds.", retry_after_seconds=2.0)
@@ -99,12 +99,12 @@ for i = 1, #KEYS, 2 do
 end
 return 0
 """
-"""Take one try from every count, or none: the milliseconds to wait where one of them has run out. One script, because between
-two commands others would slip through."""
+"""Take one attempt from every count, or none: returns the milliseconds to wait where one of them is used up. One script, because
+it must be atomic."""
 
 
 class Tries:
-    """The counts that one try of a password falls under, in Redis so that every web process sees them."""
+    """The counts of one attempt, in Redis so that all web processes share them."""
 
     def __init__(self, name: str, address: str, browser: str | None = None) -> None:
         from app.queue import PREFIX, get_redis
@@ -117,7 +117,7 @@ class Tries:
         self.limits = {f"{PREFIX}tries:{sha256(key.encode()).hexdigest()}": limit for key, limit in named.items()}
 
     def take(self) -> None:
-        """Count this try. Raises TooMany where it may not be made yet; such a one is not counted."""
+        """Count this attempt. Raises TooMany where it is not allowed yet; such a one is not counted."""
         keys = [part for key in self.limits for part in (key, f"{key}:wait")]
         numbers = [part for limit in self.limits.values() for part in limit]
         wait = int(self.redis.eval(_TAKE, len(keys), *keys, *numbers, COUNTED_SECONDS, FIRST_WAIT_SECONDS))
@@ -130,7 +130,8 @@ class Tries:
             )
 
     def forget(self) -> None:
-        """The password was right. The network's count only gets this try back: else one account would free it for guessing others."""
+        """The password was right. The network's count only gets this attempt back: otherwise one account would reset it for
+        guessing others."""
         for key, limit in self.limits.items():
             if limit is not NETWORK or int(self.redis.decr(key)) < limit.free:
                 self.redis.delete(f"{key}:wait")

@@ -1,6 +1,6 @@
-"""An open event stream ends when the key or the browser session it was opened with is revoked, signed out or too old.
+"""Ends open event streams whose key or browser session was revoked, signed out or has expired.
 
-One query every few seconds asks for all streams of the process at once, however many there are.
+One query every few seconds checks all streams of the process, however many there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOOK_SECONDS = 3.0
 
 
 class Doorkeeper:
-    """The passes of the open streams of one event loop, and what ends each stream."""
+    """The credentials of the open streams of one event loop, and a callback that ends each stream."""
 
     def __init__(self) -> None:
         self.streams: defaultdict[Pass, set[Callable[[], object]]] = defaultdict(set)
@@ -29,7 +29,7 @@ class Doorkeeper:
 
     @contextlib.contextmanager
     def watching(self, scope: Mapping[str, Any], end: Callable[[], object]) -> Iterator[None]:
-        """Call `end` once when the pass that let this request in is worth nothing any more."""
+        """Call `end` once when the credential of this request becomes invalid."""
         held: Pass | None = scope.get("state", {}).get("pass_")
         if held is None:
             yield
@@ -52,7 +52,7 @@ class Doorkeeper:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 good = await asyncio.to_thread(_good, list(self.streams))
-            except Exception as error:  # nobody can be asked just now: whoever is in stays in until somebody can
+            except Exception as error:  # nothing can be checked right now: streams stay open until it can
                 log.warning("Open streams cannot be checked just now: %s", error)
                 continue
             for held in set(self.streams) - good:

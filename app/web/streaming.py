@@ -1,7 +1,7 @@
-"""How answers of models reach a client: several streams as one, for as long as the client is there to hear them.
+"""Streams of answers to clients: several merged into one, stopped when the client disconnects.
 
-Who leaves stops what is being made for it: a stream is closed by the server, and a call that waits for a whole answer
-watches its connection with `while_connected`.
+A client that leaves stops the work for it: a stream is closed by the server, and a call that waits for a whole answer watches its
+connection with `while_connected`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from app.web import error_responses
 from app.web.revocation import doorkeeper
 
 STUCK_SECONDS = 30.0
-"""A client that takes nothing for so long is dropped."""
+"""A client that reads nothing for this long is dropped."""
 AGAIN_SECONDS = 0.1
-"""A task that goes on for so long after it was cancelled is cancelled again."""
+"""A task that still runs this long after it was cancelled is cancelled again."""
 CLIENT_LEFT = 499
-"""What a log shows for an answer that nobody was there to read. No client ever sees it."""
+"""Status in the log of a response that nobody was there to read. No client ever sees it."""
 
 
 async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tuple[int, list[Entry]]]:
-    """Entries of several streams as they come, each with its stream's place. The first error ends all of them."""
+    """Entries of several streams as they come, each with its stream's index. The first error ends all of them."""
     box: asyncio.Queue[tuple[int, list[Entry] | Exception | None]] = asyncio.Queue(maxsize=8)
 
     async def pump(place: int, stream: AsyncIterator[list[Entry]]) -> None:
@@ -56,13 +56,13 @@ async def merge(streams: list[AsyncIterator[list[Entry]]]) -> AsyncIterator[tupl
             else:
                 yield place, found
     finally:
-        # Not awaited here: a reader that is being cancelled may not wait for anything.
+        # Not awaited here: a reader that is being cancelled must not wait for anything.
         _keep(asyncio.ensure_future(_end(pumps)))
 
 
 async def _end(tasks: Iterable[asyncio.Future[None]]) -> None:
-    """Cancel tasks until they have ended. Once is not enough before Python 3.12, whose `asyncio.wait_for` no longer loses a
-    cancellation that comes when what it waits for is done: redis-py sends each command through it."""
+    """Cancel tasks until they have ended. Once is not enough before Python 3.12, whose `asyncio.wait_for` may lose a cancellation
+    that arrives when its awaitable completes: redis-py sends each command through it."""
     going = set(tasks)
     while going:
         for task in going:
@@ -71,9 +71,9 @@ async def _end(tasks: Iterable[asyncio.Future[None]]) -> None:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> bool:
-    """Do `work` for as long as the client waits for it. False: the client left first, and `work` was stopped.
+    """Run `work` for as long as the client is connected. False: the client left first, and `work` was cancelled.
 
-    The body of the request must have been read; whatever `work` raises is raised here.
+    The body of the request must have been read; exceptions of `work` are raised here.
     """
     gone, working = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
     try:
@@ -82,7 +82,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> 
             working.result()
             return True
         working.cancel()
-        await asyncio.wait({working})  # so that nothing is heard any more when the caller stores what was
+        await asyncio.wait({working})  # so that no entries arrive any more when the caller stores them
         return False
     finally:
         gone.cancel()
@@ -90,7 +90,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> 
 
 
 async def collect(request: Request, streams: list[AsyncIterator[list[Entry]]]) -> list[list[Entry]] | None:
-    """Everything that each stream says, once all have ended. None: the client has left."""
+    """All entries of each stream, once all have ended. None: the client has left."""
     heard: list[list[Entry]] = [[] for _ in streams]
 
     async def listen_to_all() -> None:
@@ -101,13 +101,13 @@ async def collect(request: Request, streams: list[AsyncIterator[list[Entry]]]) -
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection. The body has been read, so nothing else can come."""
+    """Returns when the client has closed its connection. The body has been read, so no other message can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def left() -> Response:
-    """The answer to a client that is no longer there."""
+    """The response to a client that has disconnected."""
     return Response(status_code=CLIENT_LEFT)
 
 
@@ -115,13 +115,13 @@ _tasks: set[asyncio.Future[Any]] = set()
 
 
 def _keep(task: asyncio.Future[Any]) -> None:
-    """Hold a task that nobody awaits until it has ended: the loop alone holds it weakly."""
+    """Keep a reference to a task that nobody awaits: the event loop has only a weak one."""
     _tasks.add(task)
     task.add_done_callback(_tasks.discard)
 
 
 def later(work: Callable[[], None]) -> None:
-    """Run `work` in a thread, also when the request that wanted it is being cancelled."""
+    """Run `work` in a thread, even when the request that started it is being cancelled."""
     _keep(asyncio.ensure_future(asyncio.to_thread(work)))
 
 
@@ -129,8 +129,8 @@ REVOKED = NotSignedIn("What this stream was opened with is not valid any more.",
 
 
 class Stream(StreamingResponse):
-    """Server-sent events to a client that reads them: one that takes nothing for half a minute is dropped, and so is one whose
-    key or session is revoked, which is told so."""
+    """Server-sent events: a client that reads nothing for half a minute is dropped, and so is one whose key or session is
+    revoked, with an error event."""
 
     complete = False
 
@@ -171,7 +171,7 @@ class Stream(StreamingResponse):
 
 
 async def stream_or_error(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
-    """As `client.stream`, but an error is the last entry: one pane's fault must not end the others."""
+    """As `client.stream`, but an error is the last entry: one pane's error must not end the others."""
     try:
         async for entries in client.stream(request):
             yield entries

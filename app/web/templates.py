@@ -1,4 +1,4 @@
-"""Pages: the templates, what every one of them can use, and messages that outlive one redirect."""
+"""Renders pages: the templates, their globals and filters, and flash messages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from app.settings import RESOURCES
 
 STATIC = RESOURCES / "static"
 current: ContextVar[Request] = ContextVar("request")
-"""The request being answered. `app.web.middleware` sets it, so that macros need no context handed down."""
+"""The request being answered. `app.web.middleware` sets it, so that macros need no context passed down."""
 
 
 def render(request: Request, name: str, /, status_code: int = 200, **context: Any) -> HTMLResponse:
-    """A page from `templates/`. Besides `context` it knows the user, the counts beside the menu and waiting messages."""
-    from app.web import navigation  # it asks the services, which must not be needed to show an error page
+    """A page from `templates/`. In addition to `context` it gets the user, the counts of the menu and flash messages."""
+    from app.web import navigation  # it imports the services, which must not be needed to show an error page
 
     user = getattr(request.state, "user", None)
     values = {"request": request, "user": user, "theme": theme(request), "messages": take_messages(request)}
@@ -70,10 +70,10 @@ def environment() -> Environment:
 
 
 class Nonces(Extension):
-    """Puts the page's nonce on every element of a template that has an htmx attribute.
+    """Adds the page's nonce to every element of a template that has an htmx attribute.
 
-    The htmx CSP extension ignores elements without it, so markup that slipped in through data can never send requests.
-    Only the source of our templates is stamped, before any data is filled in.
+    The htmx CSP extension ignores elements without it, so markup injected through data can never send requests. Only the source
+    of our templates is processed, before any data is filled in.
     """
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
@@ -105,7 +105,7 @@ def _nonce() -> str:
 
 @cache
 def static_version() -> str:
-    """One hash over all static files. It is a part of their path, so that modules which import each other keep together."""
+    """One hash over all static files. It is a part of their path, so that modules which import each other stay consistent."""
     digest = hashlib.sha256()
     for path in sorted(p for p in STATIC.rglob("*") if p.is_file()):
         digest.update(path.relative_to(STATIC).as_posix().encode() + b"\0" + path.read_bytes())
@@ -113,7 +113,7 @@ def static_version() -> str:
 
 
 def static(path: str) -> str:
-    """The address of a file of `static/`, which browsers may keep forever: it changes whenever a file does."""
+    """The URL of a file of `static/`, which browsers may cache forever: it changes whenever a file does."""
     return f"/static/{static_version()}/{path}"
 
 
@@ -131,7 +131,7 @@ def integrity(file: str) -> str:
 
 
 def messages_cookie() -> str:
-    """The cookie in which messages wait for the next page of this studio."""
+    """The cookie that holds messages until the next page of this studio."""
     from app.web.auth import studio_mark
 
     return f"luthier_messages_{studio_mark()}"
@@ -147,7 +147,7 @@ def pack_messages(messages: list[list[str]]) -> str:
 
 
 def take_messages(request: Request) -> list[list[str]]:
-    """The messages waiting for this page. The answer then clears their cookie."""
+    """The messages waiting for this page. The response then clears their cookie."""
     waiting = list(getattr(request.state, "flashes", []))
     request.state.flashes = []
     if cookie := request.cookies.get(messages_cookie()):
@@ -174,7 +174,7 @@ def _signer() -> Any:
 
 
 def theme(request: Request) -> str:
-    """`light`, `dark`, or nothing: then the system decides."""
+    """`light`, `dark`, or empty: the system decides."""
     chosen = request.cookies.get("luthier_theme", "")
     return chosen if chosen in ("light", "dark") else ""
 
@@ -183,7 +183,7 @@ def theme(request: Request) -> str:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON for people to read: keys in their own order and letters as they are. `tojson` is for scripts."""
+    """JSON for people to read: keys in their own order and without escapes. `tojson` is for scripts."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
@@ -191,12 +191,12 @@ KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "clas
 
 
 def kind_word(kind: str) -> str:
-    """A model's kind as the field calls it."""
+    """The display name of a model's kind."""
     return KINDS.get(kind, kind)
 
 
 def markdown(text: str | None) -> Markup:
-    """Markdown as safe HTML: rendered first, then cleaned, since the cleaner must see what the browser will see."""
+    """Markdown as safe HTML: rendered first, then sanitized, since the sanitizer must see what the browser will see."""
     return Markup(_clean(_parser().render(text or "")))  # noqa: S704  nh3 is what makes it safe
 
 
@@ -210,12 +210,12 @@ def _parser() -> Any:
 def _clean(html: str) -> str:
     import nh3
 
-    # Pictures are left out: even asking for one tells another host that this text was read.
+    # No images: loading one tells another host that this text was read.
     tags = {"p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "a"}
     tags |= {"h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"}
     return nh3.clean(html, tags=tags, attributes={"a": {"href", "title"}}, url_schemes={"http", "https", "mailto"})
 
 
 def ticks(text: Any) -> Markup:
-    """Plain text in which `words between ticks` are shown as code."""
+    """Plain text in which `words in backticks` are shown as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  escaped before

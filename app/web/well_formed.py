@@ -1,8 +1,8 @@
-"""What holds of every request before a route sees it, so that no route need ask.
+"""Validates every request before a route sees it.
 
-Address and forms are UTF-8 without NUL. JSON is UTF-8 and means one thing: no key twice, no half of a surrogate pair, no NUL, no
-NaN or infinity, whole numbers of 64 bits, and nothing nested beyond reason. What Postgres, a float or a recursion would choke on
-later is refused here with a 400 that names the field.
+URLs and forms are UTF-8 without NUL. JSON is UTF-8 and unambiguous: no duplicate key, no lone surrogate, no NUL, no NaN or
+infinity, integers of 64 bits, and limited nesting. What Postgres, a float or a recursion would fail on later is refused here with
+a 400 that names the field.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import BadField, BadRequest
 
 MAX_DEPTH = 128
-"""Levels of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""
+"""Nesting of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""
 MAX_CONTAINERS = 1_000_000
-"""Lists and objects in a body: each takes a hundred times the bytes it is written with."""
+"""Lists and objects in a body: each takes a hundred times the memory of its text."""
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
 
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|NaN|Infinity|\d{19}|[eE]\+?\d{3}")
-"""What a text with a bad value has somewhere; most have nothing of it, and are not walked through."""
+"""Matches somewhere in every text with a bad value; most texts do not match, and are not walked through."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUL = "a NUL character, which no database can store"
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class WellFormed:
-    """Refuses what is not well formed. JSON and plain forms are read whole here, and handed on as they came; multipart forms and
-    the bytes of uploads go through as a stream."""
+    """Refuses malformed requests. JSON and plain forms are read completely here, and passed on unchanged; multipart forms and the
+    bytes of uploads are passed through as a stream."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -55,7 +55,7 @@ class WellFormed:
 
 
 def _content_type(text: str) -> tuple[str, str]:
-    """The kind in lower case and the charset, as FastAPI reads them."""
+    """The media type in lower case and the charset, as FastAPI reads them."""
     if not text:
         return "", "utf-8"
     header = Header()
@@ -69,7 +69,7 @@ def _is_json(kind: str) -> bool:
 
 
 async def _whole(receive: Receive) -> tuple[bytes, Receive]:
-    """The body, and a `receive` that says it again in one piece. A client that leaves in the middle is told of as it was."""
+    """The body, and a `receive` that replays it in one piece. A client's disconnect is passed on as it came."""
     parts: list[bytes] = []
     while True:
         message = await receive()
@@ -91,13 +91,13 @@ async def _whole(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def check_address(path: bytes, query: bytes) -> None:
-    """Raises BadRequest for a path or query that holds a NUL or is not UTF-8."""
+    """Raises BadRequest for a path or query that contains a NUL or is not UTF-8."""
     _check_text(unquote_to_bytes(path), "The path of this address")
     _check_text(unquote_to_bytes(query), "The query of this address", query)
 
 
 def check_form(body: bytes) -> None:
-    """Raises BadField, naming the field, for an urlencoded form that holds a NUL or is not UTF-8."""
+    """Raises BadField, naming the field, for an urlencoded form that contains a NUL or is not UTF-8."""
     _check_text(unquote_to_bytes(body), "The form", body)
 
 
@@ -125,7 +125,7 @@ def _bad_bytes(text: bytes) -> str:
 
 
 def check_json(body: bytes) -> None:
-    """Raises BadField for a body that is no JSON or holds what nobody can store or compute with. No body at all is fine here."""
+    """Raises BadField for a body that is no JSON or has values that cannot be stored or computed with. An empty body passes."""
     if not body:
         return
     try:
@@ -148,7 +148,7 @@ def _parsed(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise _invalid(f"{error.msg}, at line {error.lineno}, column {error.colno}") from None
-    except ValueError:  # Python reads no whole number of more than 4,300 digits; twenty are too many too, and have a place
+    except ValueError:  # Python parses no integer of more than 4,300 digits; twenty are too many too, and are reported with their path
         return json.loads(text, object_pairs_hook=_unique, parse_int=lambda digits: int(digits[:20]))
 
 
@@ -170,7 +170,7 @@ def _invalid(reason: str) -> BadField:
 
 
 Path = tuple["Path", str | int] | None
-"""Where a value stands: the path of what holds it, and its key there."""
+"""Path of a value: the path of its container, and its key there."""
 
 
 def _check_values(value: Any) -> None:

@@ -1,1 +1,1 @@
-"""Model files from one layout into another."""
+"""Converts model files from one layout to another."""

@@ -1,13 +1,13 @@
-"""Turn a GGUF file or a transformers folder into the folder Luthier keeps: `python -m worker.conversion.convert FROM INTO ANSWER [KIND]`.
-Or look at a kept folder once more, by today's rules: `python -m worker.conversion.convert --examine FOLDER ANSWER`.
+"""Convert a GGUF file or a transformers folder into the folder Luthier keeps: `python -m worker.conversion.convert FROM INTO
+ANSWER [KIND]`. Or check a kept folder again, by the current rules: `python -m worker.conversion.convert --examine FOLDER ANSWER`.
 
-Runs as a child with limits, because it opens what came from outside: tokenizers, chat templates, quantised weights. It
-writes its findings to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and hint.
+Runs as a child process with limits, because it opens untrusted files: tokenizers, chat templates, quantized weights. It writes
+its result to the file ANSWER as JSON: kind, shape, parameters, chat_template, max_length; or error and hint.
 
-A GGUF's weights are dequantised once and stored as float16, which loses nothing that can be measured (mean divergence of
-the next token 3e-6 nats for SmolLM2 and 1e-6 for Gemma, the same first choice everywhere; bfloat16 gave 6e-5 and another
-choice once in a hundred tokens). The config says bfloat16 all the same, the type both were published in: who computes in
-16 bits must compute in that, since Gemma's activations overflow float16.
+A GGUF's weights are dequantized once and stored as float16, without a measurable loss (mean divergence of the next token 3e-6
+nats for SmolLM2 and 1e-6 for Gemma, the same top token everywhere; bfloat16 gave 6e-5 and another top token once in a hundred).
+The config says bfloat16 all the same, the dtype both were published in: computing in 16 bits must use that, because Gemma's
+activations overflow float16.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from worker.conversion import trial
 from worker.runtime.fast_import import importing
 from worker.runtime.limited_fork import limited
 
-SECONDS, FILE_BYTES = 1800, 64 * 2**30  # processor time, and the largest file it may write
-TRIAL_SECONDS, TRIAL_BYTES = 60, 2 * 2**30  # processor time and memory of the fork that opens tokenizer and template
+SECONDS, FILE_BYTES = 1800, 64 * 2**30  # CPU seconds, and the largest file it may write
+TRIAL_SECONDS, TRIAL_BYTES = 60, 2 * 2**30  # CPU seconds and memory of the fork that opens tokenizer and template
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         facts = {"error": error.message, "hint": error.hint, "code": error.code}
     except MemoryError:
         facts = {"error": "The machine has too little memory for this model.", "hint": "Choose a smaller model."}
-    except Exception as error:  # whatever a library raises, a person must read it
+    except Exception as error:  # whatever a library raises, a person must be able to read it
         facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "hint": "Save it again and retry."}
     answer.write_text(json.dumps(facts))
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 
 def from_gguf(source: Path, into: Path) -> dict[str, Any]:
-    """Dequantise, save as bfloat16 safetensors with its tokenizer, read it back and compare."""
+    """Dequantize, save as float16 safetensors with its tokenizer, read it back and compare."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +67,7 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     make_plain(model)
     ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
     must_fit(model)
-    for parameter in model.parameters():  # the parameters alone: the frequencies of the rotary embedding stay exact
+    for parameter in model.parameters():  # parameters only: the frequencies of the rotary embedding, a buffer, stay exact
         parameter.data = parameter.data.to(torch.float16)
     model.save_pretrained(into)
     name_type(into, "bfloat16")
@@ -83,20 +83,20 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
 
 
 def must_fit(model: Any) -> None:
-    """Raises Unsupported when a weight is too large for float16."""
+    """Raises Unsupported when a weight exceeds the range of float16."""
     largest = max(p.abs().max().item() for p in model.parameters())
     if not largest < 65_504:
         raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", hint="Use the model's safetensors version.")
 
 
 def name_type(folder: Path, dtype: str) -> None:
-    """The number format that a loader takes when it is asked for none."""
+    """Write the dtype that a loader uses by default into the config."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
 def make_plain(model: Any) -> None:
-    """Take off what says that the weights are quantised: they no longer are, and nothing with it can be saved."""
+    """Remove the quantization marks: the weights are not quantized any more, and transformers refuses to save a model with them."""
     model.hf_quantizer = None
     model.is_quantized = False
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -106,10 +106,10 @@ def make_plain(model: Any) -> None:
 
 
 def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None:
-    """Give back what the GGUF reader of transformers leaves out.
+    """Restore tokenizer settings that transformers' GGUF reader drops.
 
-    A byte-level tokenizer with the pre-tokenizer "smollm" splits numbers into digits before anything else; without
-    that, two spaces before a number become other tokens than the model was trained on. And the longest text is known.
+    A byte-level tokenizer with the pre-tokenizer "smollm" splits numbers into digits before anything else; without that, two
+    spaces before a number become other tokens than the model was trained on. The maximum length is set too.
     """
     from tokenizers import pre_tokenizers
 
@@ -125,8 +125,8 @@ def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None
 
 
 def from_folder(source: Path, into: Path) -> dict[str, Any]:
-    """Copy the files that may come in, and open what a library will open later. The copy is checked, which nobody else can
-    change; its JSON files are written anew from what was checked, without keys that say nothing to anybody here."""
+    """Copy the allowed files, and check what a library will open later. The copy is checked, because nobody else can change it;
+    its JSON files are rewritten from the checked contents, without unknown keys."""
     _, files = import_checks.check_head(source)
     for path in files:
         target = into / path.relative_to(source)
@@ -136,7 +136,7 @@ def from_folder(source: Path, into: Path) -> dict[str, Any]:
 
 
 def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
-    """Check the folder's files, try its tokenizer and template, build the model without weights, and compare it with the
+    """Check the folder's files, try its tokenizer and template, build the model without weights, and compare it with the shape
     arithmetic and the weights."""
     found = examine(folder, rewrite=rewrite)
     written, shape = json.loads((folder / "config.json").read_text()), Shape.model_validate(found["shape"])
@@ -169,9 +169,9 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
 
 
 def examine(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
-    """`{"shape", "chat_template"}` of a folder whose files pass the checks and whose tokenizer and template were tried, all
-    in a fork with limits. With `rewrite` its JSON files are written anew as they may be kept. Raises BadData."""
-    with importing():  # transformers imports most of itself when it is asked for a config, a model and a tokenizer
+    """`{"shape", "chat_template"}` of a folder whose files pass the checks and whose tokenizer and template were tried, all in a
+    fork with limits. With `rewrite` its JSON files are rewritten in the form in which they are kept. Raises BadData."""
+    with importing():  # transformers imports most of itself on the first use of a config, a model and a tokenizer
         import torch  # noqa: F401
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
@@ -179,7 +179,7 @@ def examine(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
 
 
 def check_names(folder: Path, model: Any, shape: Shape) -> None:
-    """Every weight of the model stands in its files, so that none would be drawn at random when it is loaded."""
+    """Check that the files hold every weight of the model, so that none is initialized randomly when it is loaded."""
     found: set[str] = set()
     for path in folder.glob("*.safetensors"):
         found |= import_checks.check_safetensors(path).keys()

@@ -1,6 +1,6 @@
-"""Fold a model's adapters into its base's weights: `python -m worker.conversion.merge REF.json INTO ANSWER`.
+"""Merge a model's adapters into its base's weights: `python -m worker.conversion.merge REF.json INTO ANSWER`.
 
-The folding is done in float32 and stored as float16, like the bases are; the answers of both forms are compared here.
+The merge is computed in float32 and stored as float16, like the bases; the outputs of both forms are compared here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with importing():
 
 TRIAL = "The cat sat on the mat, and then it went to sleep in the sun."
 FARTHEST = 0.05
-"""Nats between the two forms' next-token distributions on the trial text; more means that the folding went wrong."""
+"""Maximum distance, in nats, between the next-token distributions of both forms on the trial text; more means that the merge is wrong."""
 
 
 def main(arguments: list[str]) -> None:
@@ -37,13 +37,13 @@ def main(arguments: list[str]) -> None:
         facts = merge(ModelRef.model_validate_json(order.read_text()), into)
     except StudioError as error:
         facts = {"error": error.message, "hint": error.hint}
-    except Exception as error:  # whatever a library raises, a person must read it
+    except Exception as error:  # whatever a library raises, a person must be able to read it
         facts = {"error": f"The model cannot be merged: {type(error).__name__}: {str(error)[:400]}", "hint": "Download the adapter."}
     answer.write_text(json.dumps(facts))
 
 
 def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
-    """Write the merged model with its tokenizer into a new folder. Raises BadData when its answers differ."""
+    """Write the merged model with its tokenizer into a new folder. Raises BadData when its outputs differ."""
     if ref.labels:
         return _merge_classifier(ref, into)
     tokenizer = load_tokenizer(ref)
@@ -56,7 +56,7 @@ def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
 
 
 def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
-    """The same for a classifier: its stack with everything folded in, and its head and labels beside it."""
+    """The same for a classifier: its backbone with everything merged, and its head and labels."""
     tokenizer, (classifier, labels) = load_tokenizer(ref), load_classifier(ref, attention=packed_attention.NAME)
     strategy = load_strategy(folder_of(ref.adapters[-1].path))
     texts = tokenise_texts(tokenizer, [Row(1, {"text": TRIAL})], ref.shape.positions)
@@ -65,7 +65,7 @@ def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
     classifier.backbone = strategy.merge(classifier.backbone)
     _write(classifier.backbone, tokenizer, into)
     save_classifier(classifier, into, labels)
-    (into / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))  # which built the head
+    (into / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))  # the strategy that built the head
     apart = _apart(*(torch.from_numpy(p).log() for p in (expected, probabilities(classifier.float(), texts, len(TRIAL), engine))))
     return {"kind": ref.kind, "shape": ref.shape.model_dump(), "labels": labels, "apart": apart}
 
@@ -80,7 +80,7 @@ def _write(model: Any, tokenizer: Any, into: Path) -> None:
 
 
 def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """How far two forms' log probabilities, (…, V), lie apart at most, in nats. Raises BadData when that is too far."""
+    """Maximum absolute difference of two forms' log-probabilities (…, V), in nats. Raises BadData when it exceeds FARTHEST."""
     apart = (expected.exp() * (expected - found)).sum(-1).max().item()
     if not apart < FARTHEST:
         raise BadData(f"The merged model's answers differ from the adapter's by {apart:.3g} nats.", hint="Download the adapter instead.")
@@ -88,7 +88,7 @@ def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def answers(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Log probabilities of the next token at each place, (T, V)."""
+    """Log-probabilities of the next token at each position, (T, V)."""
     with torch.no_grad():
         return model(ids).logits[0].float().log_softmax(-1)
 

@@ -1,4 +1,4 @@
-"""What a model's tokenizer and template are tried with when it comes in. Runs in a fork with limits (`worker/runtime/limited_fork.py`)."""
+"""Tries out the tokenizer and template of a model that is imported. Runs in a fork with limits (`worker/runtime/limited_fork.py`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MADE_UP = frozenset(
     ("<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>", "<eos>", "<|endoftext|>", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]",
      "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<FILL_ME>")
 )  # fmt: skip
-"""Tokens that the classes in `import_checks.TOKENIZERS` add of themselves."""
+"""Tokens that the classes in `import_checks.TOKENIZERS` add by themselves."""
 
 
 def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
-    """`{"shape", "chat_template"}` of a folder that may be kept. Raises StudioError."""
+    """`{"shape", "chat_template"}` of a folder that passes. Raises StudioError."""
     shape, kept = import_checks.check_folder(folder)
     if rewrite:
         for name, value in kept.items():
@@ -34,7 +34,7 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Any:
-    """The tokenizer as every worker loads it. What a library says of a fault is not repeated: it may quote what it read."""
+    """The tokenizer as every worker loads it. A library's error message is not repeated: it may quote what it read."""
     from transformers import AutoTokenizer
 
     try:
@@ -48,7 +48,7 @@ def load(folder: Path) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, folder: Path, kept: dict[str, Any]) -> None:
-    """Every token that was loaded stands in the folder's own files under the same id, or is named there. Raises BadData.
+    """Check that every loaded token is in the folder's own files under the same id, or is named there. Raises BadData.
 
     So nothing that a library may read from elsewhere, now or in a later version, becomes part of a model.
     """
@@ -62,7 +62,7 @@ def check_vocabulary(tokenizer: Any, folder: Path, kept: dict[str, Any]) -> None
 
 
 def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
-    """`{token: id}` as the folder's vocabulary files have it; None where the class that reads the file gives the ids."""
+    """`{token: id}` of the folder's vocabulary files; None where the class that reads the file assigns the ids."""
     if written := kept.get("tokenizer.json"):
         vocab = written["model"]["vocab"]
         found = dict(vocab) if isinstance(vocab, dict) else {pair[0]: place for place, pair in enumerate(vocab)}
@@ -83,7 +83,7 @@ def own_vocabulary(folder: Path, kept: dict[str, Any]) -> dict[str, int | None]:
 
 
 def named_tokens(kept: dict[str, Any]) -> set[str]:
-    """The contents of all tokens that the small files name, whatever for."""
+    """The contents of all tokens that the small files name, for whatever purpose."""
     stack: list[Any] = [kept.get("tokenizer_config.json"), kept.get("special_tokens_map.json")]
     found = set(kept.get("added_tokens.json") or ())
     while stack:
@@ -96,9 +96,9 @@ def named_tokens(kept: dict[str, Any]) -> set[str]:
 
 
 def has_working_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer renders a conversation, which it does in transformers' sandbox.
+    """Whether the tokenizer renders a conversation, in transformers' sandbox.
 
-    Raises Unsupported when there is a template and it fails on the plainest conversation.
+    Raises Unsupported when there is a template and it fails on the simplest conversation.
     """
     if not tokenizer.chat_template:
         return False

@@ -1,8 +1,8 @@
-"""Many rows at once: the ids and masks of `render_row`, with the texts of a whole batch encoded by one call.
+"""Batched `render_row`: the ids and masks of many rows, with the texts of a whole batch encoded by one call.
 
-The rows go through the parts of `render_row` itself, with a stand-in for the tokenizer that notes each text it is asked to encode
-and gives a number for it. So there is one converter, and nothing here knows how a row is rendered. While the texts of one batch are
-encoded the chat template writes the next: a fast tokenizer lets go of Python's lock, and the template has a process of its own.
+The rows go through the parts of `render_row` itself, with a stand-in for the tokenizer that records each text to be encoded and
+returns a placeholder. So there is one renderer, and nothing here knows how a row is rendered. While the texts of one batch are
+encoded, the chat template renders the next: a fast tokenizer releases the GIL, and the template has a process of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Product = TypeVar("Product")
 
 
 class _Later:
-    """Stands in for a tokenizer. Each text to be encoded is noted, and two negative numbers are given for its ids: the first
-    stands for nothing, so that a mask laid on the very first token falls on it, and the second for all of the text."""
+    """Stand-in for a tokenizer. Each text to be encoded is recorded, and two negative numbers are returned as its ids: the first
+    stands for no token, so that the mask of a first token falls on it, and the second for the whole text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -46,7 +46,7 @@ class _Later:
 
 
 class Length(NamedTuple):
-    """Of a rendered row: its tokens, how many of them are learnt, and the place of the first that is; None where none is."""
+    """Length of a rendered row: its tokens, its trained tokens, and the position of the first trained one, or None."""
 
     tokens: int
     learnt: int
@@ -54,9 +54,10 @@ class Length(NamedTuple):
 
 
 class Renderer(Generic[T, Product]):
-    """Takes rows one by one and hands each on, in their order, to `done(tag, what was made of it or what is wrong with it)`.
+    """Renders rows in batches and passes each on, in order, to `done(tag, the result or its BadData)`.
 
-    `encode` makes something of every text of a batch, and `make` a row of its draft and those: ids of ids, or a length of counts.
+    `encode` maps the texts of a batch to values, and `make` combines a row's draft with its values: ids for rows, counts for
+    lengths.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Renderer(Generic[T, Product]):
             self._finish_one()
 
     def _write(self, rows: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Asked | None, Any]]:
-        """Of each row what was asked of the chat template, and what it wrote or what is wrong with the row."""
+        """For each row its request to the chat template, and the rendered text or the error."""
         asked = [_or_error(chat_of, self.tokenizer, row, self.kind) for _, row in rows]
         chats = [one.chat for one in asked if isinstance(one, Asked)]
         written = iter(template_pool.write_many(self.tokenizer, template_of(self.tokenizer), chats))
@@ -99,7 +100,7 @@ class Renderer(Generic[T, Product]):
     def _encode(
         self, rows: list[tuple[Any, dict[str, Any]]], written: Future[list[tuple[Asked | None, Any]]]
     ) -> tuple[list[tuple[Any, Rendered | BadData]], list[T]]:
-        """The rows as drafts, and what was made of their texts."""
+        """The rows as drafts, and the encoded values of their texts."""
         later, drafts = _Later(self.tokenizer), list[tuple[Any, Rendered | BadData]]()
         for (tag, row), (asked, text) in zip(rows, written.result(), strict=True):
             drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked, self.train_on)))
@@ -111,7 +112,7 @@ class Renderer(Generic[T, Product]):
             self.done(tag, draft if isinstance(draft, BadData) else self.make(draft, encoded))
 
     def finish(self) -> None:
-        """Hand on what is still waiting."""
+        """Process the rows that are still waiting."""
         self._send()
         while self._waiting:
             self._finish_one()
@@ -147,17 +148,17 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def counts_of(tokenizer: Any, texts: list[str]) -> list[int]:
-    """How many ids each text has."""
+    """Number of ids of each text."""
     many = getattr(tokenizer, "count_many", None)
     return many(texts) if many else [len(ids) for ids in ids_of(tokenizer, texts)]
 
 
 def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
-    """What the rendered row is like, without its ids ever being made."""
+    """The length of a rendered row, without building its ids."""
     tokens, learnt, first = 0, 0, None
     for number, taught in zip(draft.ids, draft.trained, strict=True):
         size = 1 if number >= 0 else 0 if number % 2 else counts[-number // 2 - 1]
-        begin = max(tokens, 1)  # nothing stands before the first token, so nothing predicts it
+        begin = max(tokens, 1)  # the first token has no predecessor that could predict it
         tokens += size
         if taught and tokens > begin:
             learnt += tokens - begin
@@ -166,7 +167,7 @@ def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
 
 
 def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Rendered:
-    """A draft with the ids of its texts in the place of their numbers."""
+    """A draft with its placeholders replaced by the ids of its texts."""
     ids: list[int] = []
     trained: list[bool] = []
     for number, learnt in zip(draft.ids, draft.trained, strict=True):
@@ -178,5 +179,5 @@ def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Re
             ids += piece
             trained += [learnt] * len(piece)
     if trained:
-        trained[0] = False  # nothing stands before the first token, so nothing predicts it
+        trained[0] = False  # the first token has no predecessor that could predict it
     return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)

@@ -1,4 +1,4 @@
-"""From the rows of a dataset to tensors: read, split, render once, and lay side by side."""
+"""From dataset rows to tensors: read, split, tokenize once, and concatenate into packs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from worker.runtime.transfer import sent
 
 
 class Row(NamedTuple):
-    """A normalised row and the line of the source it came from."""
+    """A normalized row and its line in the source."""
 
     line: int
     row: dict[str, Any]
 
 
 class BadRow(BadData):
-    """A row that cannot be learnt from; `line` says which."""
+    """A row that cannot be trained on; `line` says which."""
 
     def __init__(self, line: int, error: BadData) -> None:
         super().__init__(error.message, hint=error.hint, code=error.code)
@@ -40,7 +40,7 @@ class BadRow(BadData):
 
 
 def read_rows(ref: DatasetRef) -> list[Row]:
-    """All rows of a dataset, in its order. Raises BadData when its file is gone, holds no rows, or not those that were written."""
+    """All rows of a dataset, in order. Raises BadData when its file is missing, empty or changed."""
     path = get_settings().data_dir / ref.path
     stored.verify_rows(path, ref.sha256, ref.name)
     rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
@@ -50,9 +50,9 @@ def read_rows(ref: DatasetRef) -> list[Row]:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = None) -> tuple[list[Row], list[Row]]:
-    """(train, validation). A row's side follows from its content and the seed, whatever the order; equal rows stay together.
+    """(train, validation). A row's side is a function of its content and the seed, whatever the order; equal rows stay together.
 
-    At least one row is held out when `fraction` is above zero and there are two different rows.
+    At least one row is in the validation set when `fraction` is above zero and there are two different rows.
     """
     out = divide(rows, fraction, seed, how.method if how else "random", how.column if how else None)
     held = [row for row, held_out in zip(rows, out, strict=True) if held_out]
@@ -60,7 +60,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = N
 
 
 def sides(spec: JobSpec) -> tuple[list[Row], list[Row]]:
-    """(train, validation) rows of an order, read, split, and cut to the share of training rows it asks for."""
+    """(train, validation) rows of a job: read, split, and reduced to its share of the training rows."""
     run, rows = spec.run, read_rows(spec.dataset)
     if spec.validation:
         train, held_out = rows, read_rows(spec.validation)
@@ -70,10 +70,10 @@ def sides(spec: JobSpec) -> tuple[list[Row], list[Row]]:
 
 
 def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
-    """The part of the training rows that `run.data_fraction` asks for, in their order. A smaller share lies within a larger.
+    """The part of the training rows that `run.data_fraction` asks for, in order. A smaller share is a subset of a larger one.
 
-    Which rows follows from their content and the seed. Of labelled rows every class gives its share and at least one row, so
-    that a small share can still tell all classes; of others at least one row is left.
+    Which rows is a function of their content and the seed. Of labeled rows every class gives its share and at least one row, so
+    that a small share still covers all classes; of others at least one row remains.
     """
     if fraction >= 1:
         return list(rows)
@@ -89,16 +89,16 @@ def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Rendered rows, end to end: row i is `ids[starts[i]:starts[i + 1]]`. Rows that teach nothing were left out."""
+    """Tokenized rows, concatenated: row i is `ids[starts[i]:starts[i + 1]]`. Rows without a trained token are excluded."""
 
     ids: np.ndarray  # (tokens,) int32
     trained: np.ndarray  # (tokens,) bool
     starts: np.ndarray  # (rows + 1,) int64
     lines: list[int]
-    cut: int  # rows cut to the longest length allowed
-    skipped: list[int]  # lines of rows with nothing left to learn
+    cut: int  # rows truncated to the max sequence length
+    skipped: list[int]  # lines of rows without a trained token
 
-    @functools.cached_property  # every step asks for it
+    @functools.cached_property  # read in every step
     def lengths(self) -> list[int]:
         return np.diff(self.starts).tolist()
 
@@ -107,7 +107,7 @@ class Tokenised:
         return len(self.ids)
 
     def without(self, lead: int) -> Tokenised:
-        """The same rows without the `lead` placeholders before each, as a model reads them that has learnt nothing to put there."""
+        """The same rows without the `lead` virtual tokens before each, for a model without a trained soft prompt."""
         if not lead:
             return self
         kept = np.ones(len(self.ids), bool)
@@ -125,7 +125,7 @@ class Tokenised:
         return Tokenised(ids, trained, starts, [self.lines[i] for i in places], self.cut, self.skipped)
 
     def trained_counts(self) -> list[int]:
-        """How many tokens of each row are trained on."""
+        """Number of trained tokens of each row."""
         return np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.starts]).tolist()
 
     def __len__(self) -> int:
@@ -135,8 +135,8 @@ class Tokenised:
 def tokenise(
     tokenizer: Any, rows: Iterable[Row], kind: str, max_length: int, lead: Sequence[int] = (), train_on: TrainOn = "assistant"
 ) -> Tokenised:
-    """Every row rendered once, at most `max_length` tokens with the placeholders of `lead` before it. Raises BadRow with the
-    line of the first row that cannot be rendered."""
+    """Tokenize every row once, to at most `max_length` tokens including the virtual tokens `lead` before it. Raises BadRow with
+    the line of the first row that cannot be rendered."""
     ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
 
     def done(line: int, rendered: Rendered | BadData) -> None:
@@ -162,11 +162,11 @@ def tokenise(
 
 @dataclass
 class Batch:
-    """One pack of T tokens in a row. What fills it up is a sequence at its end that nothing is learnt of; `tokens` is without it."""
+    """One pack: a row of T tokens. Padding is a sequence of its own at the end, without targets; `tokens` does not count it."""
 
     input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T), from 0 in each sequence
-    sources: torch.Tensor  # (K,) places whose next token is learnt
+    position_ids: torch.Tensor  # (1, T), restarting at 0 in each sequence
+    sources: torch.Tensor  # (K,) positions whose next token has a loss
     targets: torch.Tensor  # (K,) those tokens
     arguments: dict[str, Any]  # for the attention
     tokens: int
@@ -174,18 +174,18 @@ class Batch:
 
 
 LEARNT_MULTIPLE = 256
-"""With a frame, the places that are learnt are filled up to a multiple of this, so that the head meets few shapes."""
+"""With a `PackShape`, the positions with a target are padded to a multiple of this, so that the head sees few shapes."""
 NOT_LEARNT = -100
-"""The target of such a filling place."""
+"""The target of such padding."""
 
 
 def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: PackShape | None = None, padded: bool = False) -> Batch:
-    """The tensors of a pack of row numbers, each `padded` to the longest where that is asked for, filled up to `frame`, or on a CPU by `attention.filling`. On CUDA they are copied from
-    pinned memory without waiting."""
+    """The tensors of a pack of row numbers. With `padded`, each row is padded to the longest; the pack is padded to `frame`, or
+    on a CPU by `packed_attention.filling`. On CUDA they are copied asynchronously from pinned memory."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
     tokens = sum(lengths)
-    spare = [max(lengths) - length if padded else 0 for length in lengths]  # a sequence of its own behind its row
+    spare = [max(lengths) - length if padded else 0 for length in lengths]  # padding of a row is a sequence of its own behind it
     ids = _laid([data.ids[s] for s in spans], spare).astype(np.int64)
     learnt = np.flatnonzero(_laid([data.trained[s] for s in spans], spare))
     lengths = [length for pair in zip(lengths, spare, strict=True) for length in pair if length]
@@ -202,12 +202,12 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
 
 
 def _laid(pieces: Sequence[np.ndarray], spare: Sequence[int]) -> np.ndarray:
-    """Pieces end to end, so many zeros behind each."""
+    """Pieces concatenated, each followed by its number of zeros."""
     return np.concatenate([part for piece, more in zip(pieces, spare, strict=True) for part in (piece, np.zeros(more, piece.dtype))])
 
 
 def trained_in(data: Tokenised, packs: Iterable[Sequence[int]]) -> int:
-    """Tokens with a loss in some packs, counted without making their tensors."""
+    """Number of tokens with a loss in some packs, without building their tensors."""
     return int(sum(data.trained[data.starts[r] : data.starts[r + 1]].sum() for pack in packs for r in pack))
 
 

@@ -1,15 +1,15 @@
-"""The one place where rows and prompts become text and tokens.
+"""Renders rows and prompts to text and tokens; the only place that does.
 
-Training and the playground both render here, so the prompt a model was trained on is, token for token, the prompt it is
-given later. What learns is the answer: the text an assistant turn adds after the generation prompt, up to and including
-its end-of-turn token. The text is cut where an answer begins and ends, so no token straddles that line. A template's own
-markers in what a person typed stay text (`worker/data/special_tokens.py`).
+Training and inference both render here, so the prompt a model was trained on is, token for token, the prompt it is given later.
+The loss is taken on the answer: the text an assistant turn adds after the generation prompt, up to and including its end-of-turn
+token. Text is encoded in pieces that are split where an answer begins and ends, so no token crosses that boundary. Special tokens
+inside the content of a message stay text (`worker/data/special_tokens.py`).
 
     row shape                 model's kind             rendered as
     messages                  any                      the chat template (`app.chat_templates.PLAIN` when the model has none)
     prompt + completion       instruction, dialogue    a user turn and an assistant turn
-    prompt + completion       generic                  as they stand, then the end-of-text token
-    text                      any                      as it stands, then the end-of-text token; all of it is learnt
+    prompt + completion       generic                  unchanged, then the end-of-text token
+    text                      any                      unchanged, then the end-of-text token; all of it is trained on
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 CHAT_KINDS = ("instruction", "dialogue")
 MAX_ROW_CHARACTERS = 4 << 20
-"""Text of one conversation of a dataset: a million tokens, more than any row is cut to."""
+"""Maximum characters of one conversation of a dataset: a million tokens, more than any max sequence length."""
 
 
 class Rendered(NamedTuple):
-    """A row as token ids and, for each, whether its prediction is learnt. `cut` says that it was longer than allowed."""
+    """Token ids of a row and, for each, whether it has a loss. `cut` is true when the row was truncated."""
 
     ids: list[int]
     trained: list[bool]
@@ -41,10 +41,10 @@ class Rendered(NamedTuple):
 
 
 def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
-    """Give the tokenizer what training needs: a chat template, the one that `run` chooses, and a padding token. True when the plain
+    """Set up the tokenizer for training: the chat template that `run` chooses, and a padding token. Returns True when the plain
     template was set because there was none.
 
-    Raises BadData for a tokenizer without an end-of-text token: nothing could teach the model to stop.
+    Raises BadData for a tokenizer without an end-of-text token, because nothing could teach the model to stop.
     """
     if tokenizer.eos_token is None:
         raise BadData(
@@ -63,9 +63,9 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
 
 
 def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> Rendered:
-    """Token ids of a normalised row (shapes in `app/formats`), cut to `max_length`, and the mask of what is learnt, by `train_on`.
+    """Token ids of a normalized row (shapes in `app/formats`), truncated to `max_length`, and the loss mask, by `train_on`.
 
-    Raises BadData when the row has no such shape or the chat template refuses or rewrites it.
+    Raises BadData when the row has none of these shapes or the chat template refuses or rewrites it.
     """
     row = as_trained(row)
     asked = chat_of(tokenizer, row, kind)
@@ -88,7 +88,7 @@ class Asked(NamedTuple):
 
 
 def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
-    """The conversation that a chat template writes a row as; None for a row that it has no say in. Raises BadData."""
+    """The conversation that the chat template renders for a row; None for a row without one. Raises BadData."""
     if "text" in row or not ("messages" in row or kind in CHAT_KINDS):
         return None
     messages, tools = [_plain(m) for m in conversation(row)], row.get("tools")
@@ -108,7 +108,7 @@ def lay_out(
     chat: Asked | None,
     train_on: TrainOn = "assistant",
 ) -> Rendered:
-    """`render_row` of a row whose conversation has been written; None for both where it is no conversation."""
+    """`render_row` of a row whose conversation has been rendered; `written` and `chat` are None where it has none."""
     if "text" in row:
         ids = _lead(tokenizer) + _encode(tokenizer, row["text"]) + [tokenizer.eos_token_id]
         trained = [True] * len(ids)
@@ -122,12 +122,12 @@ def lay_out(
         answer = [*_encode(tokenizer, said), tokenizer.eos_token_id]
         ids, trained = prompt + answer, [train_on == "all_turns"] * len(prompt) + [True] * len(answer)
     if trained:
-        trained[0] = False  # nothing stands before the first token, so nothing predicts it
+        trained[0] = False  # the first token has no predecessor that could predict it
     return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
 
 
 def _learnt(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
-    """The parts of a written conversation that are learnt; `weighed` says of each turn whether it may be."""
+    """The spans of a rendered conversation that have a loss; `weighed` says for each turn whether it may."""
     answers = [span for i, span in sorted(written.answers.items()) if weighed[i]]
     if train_on != "all_turns":
         return answers[-1:] if train_on == "last_turn" else answers
@@ -144,11 +144,11 @@ def render_prompt(
     most: int = template_pool.MAX_WRITTEN,
     seconds: float = template_pool.PATIENT_SECONDS,
 ) -> tuple[str, list[int]]:
-    """The exact text and ids a model continues: a conversation through the chat template, or a text as it stands.
+    """The exact text and ids that a model continues: a conversation through the chat template, or a text unchanged.
 
-    `kind` is the model's; a generic model is given a conversation in the plain template. Raises BadRequest when the
-    template refuses the conversation (roles out of order, for one), BadTemplate when it had to be stopped, and TooLong for
-    more than `most` characters, which are neither rendered nor encoded.
+    `kind` is the model's; a generic model gets a conversation in the plain template. Raises BadRequest when the template refuses
+    the conversation (wrong order of roles, for example), BadTemplate when it had to be stopped, and TooLong for more than `most`
+    characters, which are neither rendered nor encoded.
     """
     if (size := characters([prompt, tools])) > most:
         raise template_pool.TooLong(size)
@@ -167,7 +167,7 @@ def render_prompt(
 
 
 def characters(value: Any) -> int:
-    """Characters of all texts in a JSON value."""
+    """Characters of all strings in a JSON value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -204,7 +204,7 @@ def sample_of(row: dict[str, Any], kind: str) -> tuple[str | list[dict[str, Any]
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the model's own, and the one its chat template closes a turn with."""
+    """All tokens that end an answer: the tokenizer's, the model's own, and the one with which its chat template closes a turn."""
     found = {tokenizer.eos_token_id}
     named = getattr(generation_config, "eos_token_id", None)
     found.update(named if isinstance(named, (list, tuple)) else [named])
@@ -213,7 +213,7 @@ def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def closing_id(tokenizer: Any) -> int | None:
-    """The token that the chat template closes an answer with; None without a template, and where it is no token of its own."""
+    """The token with which the chat template closes an answer; None without a template, and where it is not a single token."""
     if not tokenizer.chat_template:
         return None
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -227,7 +227,7 @@ def closing_id(tokenizer: Any) -> int | None:
 
 
 def template_remark(tokenizer: Any, run: RunSettings) -> str | None:
-    """What a person should know of the template that they chose; None for the model's own."""
+    """A remark for the person who chose the template; None for the model's own."""
     if run.chat_template == "model":
         return None
     closing = closing_id(tokenizer)
@@ -244,7 +244,7 @@ def template_remark(tokenizer: Any, run: RunSettings) -> str | None:
 
 
 def _tokens(tokenizer: Any, text: str, learnt: list[Span], cuts: list[int], kept: Sequence[str] = ()) -> tuple[list[int], list[bool]]:
-    """Ids of `text`, encoded piece by piece between the cuts, and the mask of the pieces that lie in a learnt span. `kept`
+    """Ids of `text`, encoded piece by piece between the cuts, and the loss mask of the pieces inside a span of `learnt`. `kept`
     are the special tokens of the contents, which are encoded as text."""
     ids: list[int] = []
     trained: list[bool] = []
@@ -270,7 +270,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def template_of(tokenizer: Any) -> str:
-    """The source of the template that a model's conversations are written with."""
+    """The source of the template that renders a model's conversations."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
@@ -278,7 +278,7 @@ def template_of(tokenizer: Any) -> str:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: without our `weight`, and text parts joined."""
+    """A message as templates expect it: without our `weight`, and with text parts joined."""
     kept = {k: v for k, v in message.items() if k != "weight" and v is not None}
     if isinstance(kept.get("content"), list):
         kept["content"] = "".join(part.get("text", "") for part in kept["content"])

@@ -1,8 +1,8 @@
-"""Rows as the trainer sees them, in a limited child of the data worker: which tokens are learnt, masked or cut off.
+"""Rows as the trainer sees them, in a limited child process of the data worker: which tokens are trained, masked or truncated.
 
-The rows go through `worker/data/chat_template.py`, as in training. `read_file` reads an upload and looks at every row of it on the way,
-`lengths` looks at every row of a dataset that was read before, `rows` shows some of them.
-By hand: `python -m worker.data.inspection ROWS.parquet MODEL_FOLDER [--kind dialogue] [--cutoff 1024]`.
+The rows are rendered by `worker/data/chat_template.py`, as in training. `read_file` parses an upload and counts every row of it
+on the way, `lengths` counts every row of a dataset parsed before, `rows` shows some of them. By hand: `python -m
+worker.data.inspection ROWS.parquet MODEL_FOLDER [--kind dialogue] [--cutoff 1024]`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ MAX_TOKENS_SHOWN = 3000
 SHOWN_ROW_BYTES = 64 << 10
 MAX_FINDINGS = 2000
 MAX_ROWS = 1000
-"""Rows named as the longest: those that any longest length cuts, unless it cuts more of them."""
+"""Rows listed as the longest: those that any max sequence length truncates, unless it truncates more of them."""
 Say = Callable[[dict[str, Any]], None]
 AddFinding = Callable[[int, Finding], None]
 
 
 def open_tokenizer(folder: Path, task: str | None = None) -> Any:
-    """The light one where the folder has a tokenizer.json, else transformers' own. What only reads texts, as a classifier does,
-    needs no mark for their end."""
+    """The light tokenizer where the folder has a tokenizer.json, else transformers' own. A classifier's needs no end-of-text token."""
     if (folder / "tokenizer.json").is_file():
         tokenizer: Any = LightTokenizer(folder)
     else:
@@ -59,8 +58,9 @@ def open_tokenizer(folder: Path, task: str | None = None) -> Any:
 
 
 def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """`app.datasets.ingest.read`, with each row counted by the trainer's own converter as it goes by. `payload`: also `counters`, by task
-    the tokenizer, kind and cutoff of the model that counts. A tokenizer that cannot be opened costs the counts, not the reading."""
+    """`app.datasets.ingest.read`, with every row counted by the trainer's own renderer on the way. `payload` also has `counters`:
+    by task the tokenizer, kind and cutoff of the model that counts. A tokenizer that cannot be opened costs the counts, not the
+    dataset."""
     from app.datasets import ingest
 
     faults: list[str] = []
@@ -69,7 +69,7 @@ def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
         used = payload["counters"].get(task)
         try:
             return TokenCounter(open_tokenizer(Path(used["tokenizer"]), task), used, task, add) if used else None
-        except Exception as error:  # whatever is wrong with a model's files, the dataset is good all the same
+        except Exception as error:  # whatever is wrong with a model's files, the dataset is still valid
             faults.append(f"{type(error).__name__}: {error}"[:500])
             return None
 
@@ -80,10 +80,10 @@ def read_file(payload: dict[str, Any], say: Say) -> dict[str, Any]:
 
 
 def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Tokens of every row of `rows` as the model in `tokenizer` takes them. `payload`: rows, tokenizer, kind, task, count,
+    """Number of tokens of every row of `rows` under the model of `tokenizer`. `payload`: rows, tokenizer, kind, task, count,
     cutoff.
 
-    Says findings about rows that are cut, that have nothing left to learn, or that the model's template refuses.
+    Reports rows that are truncated, have no trained token left, or are refused by the model's template.
     """
 
     def add(line: int, finding: Finding) -> None:
@@ -102,10 +102,10 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
 
 
 class TokenCounter:
-    """How long each row is for a model's trainer, and what of it is learnt; says what a longest length of `cutoff` does to it.
+    """Counts each row's tokens and trained tokens for a model's trainer, and the effect of a max sequence length of `cutoff`.
 
-    A pair of answers is two sequences, each with the prompt, as the trainer reads it. Of a labelled text no token is learnt: it is
-    counted as a classifier reads it, in the frame that the tokenizer puts round a text.
+    A pair of answers is two sequences, each with the prompt, as in training. A labeled text has no trained token: it is counted
+    as a classifier reads it, with the tokenizer's special tokens.
     """
 
     def __init__(self, tokenizer: Any, payload: dict[str, Any], task: str, add: AddFinding) -> None:
@@ -207,7 +207,7 @@ class TokenCounter:
         return found
 
     def _longest(self) -> list[list[int]]:
-        """[line, tokens] of the longest rows, the longest first; of a pair its longer sequence."""
+        """[line, tokens] of the longest rows, longest first; of a pair its longer sequence."""
         found: dict[int, int] = {}
         for tokens, line in heapq.nlargest(2 * MAX_ROWS, zip(self.total, self.lines, strict=True)):
             found.setdefault(line, tokens)
@@ -225,7 +225,8 @@ def _histogram(total: array[int]) -> list[list[int]]:
 
 
 def _at(cutoff: int, total: array[int], first: array[int]) -> dict[str, Any]:
-    """What a longest length of `cutoff` tokens does to the sequences: tokens cut, and how well packs of as many tokens are filled."""
+    """The effect of a max sequence length of `cutoff` tokens on the sequences: tokens truncated, and how well packs of as many
+    tokens are filled."""
     kept = [min(tokens, cutoff) for tokens, at in zip(total, first, strict=True) if at < cutoff]
     budget = max(2048, cutoff)
     packs = plan(kept, budget, seed=42, epoch=0) if kept else []
@@ -243,8 +244,8 @@ def _at(cutoff: int, total: array[int], first: array[int]) -> dict[str, Any]:
 
 
 def rows(payload: dict[str, Any], say: Say) -> dict[str, Any]:
-    """A few rows to look at, token by token when there is a `tokenizer`. `payload`: rows, count, cutoff, kind, and which
-    rows: `lines` (in this order), or those from number `skip` on that hold the text `search`. A long row is cut, and says so
+    """A few rows to show, token by token when there is a `tokenizer`. `payload`: rows, count, cutoff, kind, and which rows:
+    `lines` (in this order), or those from number `skip` on that contain the text `search`. A long row is shortened, and marked
     with `cut_for_show`, unless `whole` asks for all of it."""
     tokenizer = open_tokenizer(Path(payload["tokenizer"]), payload.get("task")) if payload.get("tokenizer") else None
     found, matches = _choose(payload)
@@ -276,8 +277,8 @@ def _choose(payload: dict[str, Any]) -> tuple[list[tuple[int, str]], int]:
 
 
 def _look(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of a row: [text, state] with 1 for learnt, 0 for masked, 2 for cut off and 3 for learnt to be avoided. A pair of
-    answers is two sequences: its worse one stands under `worse`."""
+    """The tokens of a row: [text, state] with 1 for trained, 0 for masked, 2 for truncated and 3 for a rejected answer. A pair of
+    answers is two sequences, the rejected one under `worse`."""
     try:
         if objectives.get(payload.get("task")).classifies and "label" in row:
             return _framed(tokenizer, row["text"], payload["cutoff"])
@@ -298,7 +299,7 @@ def _sequence(tokenizer: Any, row: dict[str, Any], payload: dict[str, Any]) -> d
 
 
 def _framed(tokenizer: Any, text: str, cutoff: int) -> dict[str, Any]:
-    """A text as a classifier reads it. What closes the frame stays when the text is cut."""
+    """A text as a classifier reads it. The closing special token stays when the text is truncated."""
     ids = tokenizer(text)["input_ids"]
     texts = tokenizer.spans(text) if hasattr(tokenizer, "spans") else [tokenizer.decode([key]) for key in ids]
     frame = tokenizer("")["input_ids"]

@@ -1,7 +1,7 @@
-"""A model's tokenizer without transformers and torch: what `worker/data/chat_template.py` needs of it, and no more.
+"""A model's tokenizer without transformers and torch, with the methods that `worker/data/chat_template.py` needs and no more.
 
-A child that shows rows or counts tokens starts in a fraction of a second with it. Tests hold it against transformers'
-own tokenizer, id for id.
+A child process that shows rows or counts tokens starts in a fraction of a second with it. Tests compare it with transformers' own
+tokenizer, id for id.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 
 class LightTokenizer:
-    """The tokenizer in a folder with a tokenizer.json."""
+    """The tokenizer of a folder with a tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -42,7 +42,7 @@ class LightTokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The special tokens by name, as a chat template knows them."""
+        """The special tokens by name, as chat templates refer to them."""
         return self.special | ({"pad_token": self.pad_token} if self.pad_token else {})
 
     @property
@@ -57,15 +57,15 @@ class LightTokenizer:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; a text for every core at once, and without holding Python's lock."""
+        """Ids of each text, without special tokens; on all cores, and without the GIL."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def count_many(self, texts: list[str]) -> list[int]:
-        """How many ids each text has: the same without making a list of them."""
+        """Number of ids of each text, without building lists of them."""
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def spans(self, text: str) -> list[str]:
-        """The text of each token as it stands in `text`, with the space before it; what frames a text by its own name."""
+        """The text of each token as it is in `text`, including the space before it; special tokens by their names."""
         encoding, texts, at = self._tokenizer.encode(text), [], 0
         for token, framing, (_, end) in zip(encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True):
             texts.append(token if framing else text[at : max(at, end)])
@@ -73,7 +73,7 @@ class LightTokenizer:
         return texts
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The text of each token. A character that several tokens share stands with the last of them."""
+        """The text of each token. A character that spans several tokens belongs to the last of them."""
         texts: list[str] = []
         waiting: list[int] = []
         for key in ids:

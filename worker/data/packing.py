@@ -1,9 +1,9 @@
-"""Which rows share a step: each into the fullest pack that still takes it, in an order that the seed decides.
+"""Packs rows into steps: each into the fullest pack that still takes it, in an order given by the seed.
 
-Rows are packed in their shuffled order, in windows of a few dozen packs; what fills a pack badly waits for the next window.
-Packs are then shuffled too. Longest first, the usual order, would fill packs no better here and sort the data: on lengths
-like those of instructions (median 180, 16,384 tokens a pack) both orders fill 98.9 %, but longest first puts 16 rows into
-one step and 307 into another, shuffled order 32 to 89. Steps of short rows and steps of long ones pull in different directions.
+Rows are packed in shuffled order, in windows of a few dozen packs; rows of badly filled packs wait for the next window. Packs are
+then shuffled too. Longest first, the usual order, would fill packs no better here and sort the data: on lengths like those of
+instructions (median 180, 16,384 tokens per pack) both orders fill 98.9 %, but longest first puts 16 rows into one step and 307
+into another, shuffled order 32 to 89. Steps of short rows and steps of long ones have different gradients.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 WINDOW_PACKS = 32
 WELL_FILLED = 0.97
 UNEVEN = 1.6
-"""How many times its even share the largest part of a pack may have: what parts side by side gain on two cores."""
+"""The largest part of a pack may have this many times its even share: what parallel parts gain on two cores."""
 
 
 def plan(
     lengths: Sequence[int], budget: int, *, seed: int, epoch: int, most: int | None = None, rows: int | None = None, padded: bool = False
 ) -> list[list[int]]:
-    """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does,
-    nor more than `most` rows. With `rows` each has so many, whatever their tokens, and only the last may have fewer;
-    `padded`, all rows of a pack count as its longest."""
+    """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does, nor
+    more than `most` rows. With `rows` each has that many, whatever their tokens, and only the last may have fewer; with `padded`,
+    all rows of a pack count as its longest."""
     draw = random.Random(f"luthier/{seed}/{epoch}")
     order = list(range(len(lengths)))
     draw.shuffle(order)
@@ -49,7 +49,7 @@ def plan(
 
 
 def _padded(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows as they come, a new pack where one more would make the longest times their number too much."""
+    """Rows in order, with a new pack where one more row would make longest × number exceed the budget."""
     packs: list[list[int]] = []
     longest = 0
     for row in rows:
@@ -63,12 +63,12 @@ def _padded(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[li
 
 
 def best_fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
-    """Best-fit-decreasing, for rows that are only scored: the longest row first."""
+    """Best-fit decreasing, for rows that are only scored: the longest row first."""
     return fit(sorted(rows, key=lambda r: (-lengths[r], r)), lengths, budget, most)
 
 
 def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | None = None) -> list[list[int]]:
-    """Each row, as they come, into the fullest pack that still takes it."""
+    """Best fit: each row, in order, into the fullest pack that still takes it."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, pack), sorted; packs that take no more rows are dropped
     for row in rows:
@@ -86,8 +86,8 @@ def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | No
 
 
 def divide(pack: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """The rows of a pack in at most `parts` parts of about as many tokens, the longest part first. Few rows go into fewer parts, and a
-    pack whose one row is most of it stays whole, since that row's part would be waited for."""
+    """Divide the rows of a pack into at most `parts` parts of about equal numbers of tokens, the longest part first. Few rows
+    give fewer parts, and a pack dominated by one row stays whole, because the other threads would wait for that row."""
     rows = sorted(pack, key=lambda r: -lengths[r])
     for count in range(parts, 1, -1):
         found = _halves(rows, lengths) if count == 2 else _evenly(rows, lengths, count)
@@ -98,9 +98,8 @@ def divide(pack: Sequence[int], lengths: Sequence[int], parts: int) -> list[list
 
 
 def _halves(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in two parts whose lengths are as near to each other as can be: of all sums that the first n rows can have, as bits of a
-    number, the highest one up to the half (Bellman 1957, Dynamic Programming). A greedy choice left one of two threads waiting for a
-    twenty-fifth of each step."""
+    """Rows in two parts whose lengths are as equal as possible: subset sum by dynamic programming (Bellman 1957), with the
+    reachable sums as bits of an integer. A greedy choice left one of two threads waiting for a twenty-fifth of each step."""
     sums = [1]
     for row in rows:
         sums.append(sums[-1] | sums[-1] << lengths[row])
@@ -115,7 +114,7 @@ def _halves(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Each row, the longest first, where least is."""
+    """Greedy: each row, longest first, into the part with the fewest tokens."""
     found: list[list[int]] = [[] for _ in range(count)]
     held = [0] * count
     for row in rows:
@@ -126,7 +125,7 @@ def _evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[lis
 
 
 def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
-    """The packs worth keeping, and the rows of the others."""
+    """The packs filled well enough to keep, and the rows of the others."""
     keep: list[list[int]] = []
     wait: list[int] = []
     for pack in packs:
@@ -145,9 +144,9 @@ def stream(
     rows: int | None = None,
     padded: bool = False,
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Packs without end, epoch after epoch, as (epoch, place in the epoch, rows), beginning at pack number `start`.
+    """Packs without end, epoch after epoch, as (epoch, index in the epoch, rows), beginning at pack number `start`.
 
-    The number of packs may differ between epochs, so the place is found by planning the epochs before it.
+    The number of packs may differ between epochs, so the index is found by planning the epochs before it.
     """
     epoch = 0
     while True:

@@ -1,4 +1,4 @@
-"""Pairs of answers to one prompt, as tokens: both are whole sequences, and a pair is never split over two packs."""
+"""Tokenized preference pairs: each answer is a whole sequence with its prompt, and a pair is never split over two packs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from worker.data.chat_template import Rendered, render_row
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """The sequences of `pairs` end to end: pair i is sequence 2i (chosen) and 2i + 1 (rejected) of `sequences`.
+    """The concatenated sequences of `pairs`: pair i is sequence 2i (chosen) and 2i + 1 (rejected) of `sequences`.
 
-    Both views share their arrays. `lead` is how many placeholders stand at the beginning of every sequence.
+    Both views share their arrays. `lead` is the number of virtual tokens before every sequence.
     """
 
     pairs: Tokenised
@@ -29,12 +29,12 @@ class PreferencePairs:
         return len(self.pairs)
 
     def answer_tokens(self, sequence: int) -> int:
-        """Tokens of the answer of a sequence."""
+        """Number of tokens of a sequence's answer."""
         part = slice(self.sequences.starts[sequence], self.sequences.starts[sequence + 1])
         return int(self.sequences.trained[part].sum())
 
     def without_lead(self) -> PreferencePairs:
-        """The same without the placeholders, as a model reads it that has learnt nothing to put there."""
+        """The same without the virtual tokens, for a model without a trained soft prompt."""
         if not self.lead:
             return self
         s = self.sequences
@@ -43,15 +43,15 @@ class PreferencePairs:
 
 
 def sequences_of(pack: Sequence[int]) -> list[int]:
-    """The sequences of a pack of pairs, the two of a pair side by side."""
+    """The sequences of a pack of pairs, the two of a pair next to each other."""
     return [sequence for pair in pack for sequence in (2 * pair, 2 * pair + 1)]
 
 
 def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: int, lead: Sequence[int] = ()) -> PreferencePairs:
-    """Both answers of every row rendered once, each sequence at most `max_length` tokens with its placeholders.
+    """Tokenize both answers of every row, each sequence to at most `max_length` tokens including its virtual tokens.
 
-    A pair is left out when the cut took a whole answer, or all that told the two apart. Raises BadRow with the line of the
-    first row that cannot be rendered.
+    A pair is excluded when truncation removed a whole answer, or everything that distinguishes the two. Raises BadRow with the
+    line of the first row that cannot be rendered.
     """
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     lines: list[int] = []

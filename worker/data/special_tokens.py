@@ -1,11 +1,12 @@
-"""What a person types stays text: a template's own markers in the content of a message are not read as tokens.
+"""Escapes special tokens in the content of messages, so that text a person typed stays text.
 
-`<|im_end|>` in a row or in a prompt would otherwise end the turn it stands in, and what follows could speak in another role.
-Before a conversation is rendered each special token in a message's content is put behind a placeholder (`veil`); once the
-text has been cut into pieces, what stood there is encoded in two parts (`encode`), so that no tokenizer sees the marker whole.
-A conversation without markers is rendered and encoded exactly as it would be without this file.
+`<|im_end|>` in a row or in a prompt would otherwise end its turn, and what follows could speak in another role. Before a
+conversation is rendered, each special token in a message's content is replaced by a placeholder (`veil`); after the text has been
+split into pieces, the original is encoded in two parts (`encode`), so that the tokenizer never sees it whole. A conversation
+without special tokens is rendered and encoded exactly as it would be without this file.
 
-Texts that are not conversations are left alone: who asks a model to continue a text may want its markers read.
+Texts that are not conversations are not escaped: somebody who asks a model to continue a text may want its special tokens to be
+read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PLACE = re.compile(f"{_OPEN}([\ue100-\uf8ff]){_CLOSE}")
 
 
 def veil(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The messages with a placeholder for each special token in their contents, and what the placeholders stand for."""
+    """The messages with a placeholder for each special token in their contents, and the tokens that were replaced."""
     pattern = _pattern(tokenizer)
     places: dict[str, int] = {}
 
@@ -34,12 +35,12 @@ def veil(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[
 
 
 def unveil(text: str, kept: Sequence[str]) -> str:
-    """The text as it was meant to be read."""
+    """The text with its placeholders resolved."""
     return _PLACE.sub(lambda found: _behind(found, kept), text) if kept else text
 
 
 def encode(text: str, kept: Sequence[str], plainly: Callable[[str], list[int]]) -> list[int]:
-    """Ids of a piece of a veiled text. `plainly` encodes what has no placeholder in it."""
+    """Ids of a piece of a veiled text. `plainly` encodes text without placeholders."""
     if not kept:
         return plainly(text)
     ids: list[int] = []
@@ -53,11 +54,11 @@ def encode(text: str, kept: Sequence[str], plainly: Callable[[str], list[int]]) 
 
 def _behind(found: re.Match[str], kept: Sequence[str]) -> str:
     place = ord(found[1]) - _FIRST
-    return kept[place] if place < len(kept) else found[0]  # a person may type the placeholder's own letters
+    return kept[place] if place < len(kept) else found[0]  # a person may type the placeholder's own characters
 
 
 def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds every special token, the longest first where one begins with another. Made once: some models have thousands."""
+    """Matches every special token, the longest first where one is a prefix of another. Cached: some models have thousands."""
     size, pattern = _patterns.get(tokenizer, (-1, None))
     if size != len(tokenizer):
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

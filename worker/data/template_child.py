@@ -1,8 +1,9 @@
-"""The process in which chat templates are rendered, started by `worker/data/template_pool.py`: limits first, then one line in, one line out.
+"""The sandboxed process in which chat templates are rendered, started by `worker/data/template_pool.py`: limits first, then one
+line in, one line out.
 
-A template is a program of whoever made the model. Here it may use the memory it is given, the processor's seconds that each line
-names, and no file, socket or process at all; whatever it does beyond that ends this process and nothing else. The rules of
-rendering are those of transformers' `apply_chat_template`, without transformers: a test compares the two.
+A template is a program written by the model's author. Here it may use the memory it is given, the CPU seconds that each line
+names, and no file, socket or process at all; if it exceeds that, this process ends and nothing else does. It renders as
+transformers' `apply_chat_template` does, without importing transformers: a test compares the two.
 
     in     {"memory_bytes", "template", "variables", "endings"}, once
     out    "ready"
@@ -30,7 +31,7 @@ _ALIASES = ("reasoning_content", "thinking", "reasoning")
 
 
 class NotFound(Exception):
-    """The answer `turn` cannot be found in the text, because the template rewrites it."""
+    """Turn `turn` cannot be located in the text, because the template rewrites it."""
 
     def __init__(self, turn: int) -> None:
         super().__init__(turn)
@@ -38,16 +39,17 @@ class NotFound(Exception):
 
 
 class Writer:
-    """One template with the tokenizer's special tokens by name, and all its tokens that may end a turn (`endings`)."""
+    """One template with the tokenizer's special tokens by name, and all tokens that may end a turn (`endings`)."""
 
     def __init__(self, template: str, variables: dict[str, str], endings: list[str]) -> None:
         self.source, self.variables, self.endings = template, variables, endings
         self._compiled: Any = None
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool, most: int) -> dict[str, Any]:
-        """The text of a conversation and where in it each of its answers stands, in characters: [turn, start, end].
+        """The text of a conversation and the character spans of its answers: [turn, start, end].
 
-        With `generate` it is a prompt, whose earlier answers need not be found. A text of more than `most` characters is not sent.
+        With `generate` it is a prompt, whose earlier answers need not be located. A text of more than `most` characters is not
+        returned.
         """
         try:
             text = self.text(messages, tools, generate)
@@ -65,7 +67,7 @@ class Writer:
             return {"refused": str(error)[:500] or type(error).__name__}
 
     def text(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool = False) -> str:
-        """What the template writes. Raises whatever it raises."""
+        """The rendered text. Exceptions of the template are passed on."""
         if not messages:
             raise ValueError("There is no message.")
         if self._compiled is None:
@@ -83,11 +85,11 @@ class Writer:
             return None
 
     def _answer(self, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> tuple[int, int]:
-        """Where the assistant's turn `i` stands in the rendered `text`.
+        """The span of the assistant's turn `i` in the rendered `text`.
 
         First by prefixes: what the template adds to `messages[:i]` and its generation prompt when it is given the turn. A
-        template that writes earlier turns differently (dropping old reasoning, for one) fails that test; then a marker put in
-        the place of the turn's content shows where the content lies. If neither holds the turn cannot be found.
+        template that renders earlier turns differently (dropping old reasoning, for example) fails that test; then a marker in
+        place of the turn's content shows where the content is. If neither works, the turn cannot be located.
         """
         before = self._try(messages[:i], tools, generate=True)
         through = text if i == len(messages) - 1 else self._try(messages[: i + 1], tools)
@@ -103,7 +105,7 @@ class Writer:
         return start, self._turn_end(text, found[1])
 
     def _by_marker(self, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, i: int) -> tuple[int, int] | None:
-        """The span of a turn's content: what stands between the unchanged text before and after a marker in its place."""
+        """The span of a turn's content: what is between the unchanged text before and after a marker in its place."""
         marker = "\ue000luthier\ue001"
         marked = self._try([*messages[:i], {**messages[i], "content": marker}, *messages[i + 1 :]], tools)
         if marked is None or marked.count(marker) != 1:
@@ -116,7 +118,8 @@ class Writer:
         return (len(head), end) if inside and inside in messages[i]["content"] else None
 
     def _close(self, text: str, start: int, end: int) -> int:
-        """`end` without the blanks a template writes after the end-of-turn token: the model stops there, so it never writes them."""
+        """`end` without whitespace that a template writes after the end-of-turn token: the model stops at the token, so it never
+        generates that."""
         bare = start + len(text[start:end].rstrip())
         return bare if any(text.endswith(token, start, bare) for token in self.endings) else end
 
@@ -129,7 +132,7 @@ class Writer:
 
 
 def _as_known(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to a template: no key without a value, and reasoning under each of its names."""
+    """A message as transformers hands it to a template: without None values, and with reasoning under each of its names."""
     kept = {key: value for key, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in _ALIASES if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
@@ -139,7 +142,7 @@ def _as_known(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says; here it changes nothing."""
+    """`{% generation %}` marks the assistant's text for transformers; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -163,7 +166,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` that stores no name of Python's own."""
+    """`namespace` that stores no dunder names."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as in Jinja, so that `namespace(self=…)` works
         self, args = args[0], args[1:]
@@ -191,7 +194,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separat
 
 
 def compile_template(template: str) -> Any:
-    """A template ready to render. Raises TemplateError."""
+    """A compiled template. Raises TemplateError."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
@@ -217,7 +220,7 @@ def _limit(memory_bytes: int) -> None:
         _, hard = resource.getrlimit(what)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (value, value))
-    # Whoever ends a group of processes in good order waits for what is being rendered. The end of its input ends this process.
+    # A supervisor that stops the process group gracefully waits for what is being rendered; end of input ends this process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -226,7 +229,7 @@ _ALL_THAT_IMPORTS = (
     "{{ '\\n\\N{BULLET}' | wordwrap(9) }}{{ [1] | pprint }}{{ [1] | random }}{{ lipsum(1) }}{{ 'a' | urlencode }}"
     "{{ strftime_now('%c %Z') }}{{ [1] | tojson }}{{ raise_exception('a') }}"
 )
-"""Rendered once before files are out of reach: Jinja imports some of itself, and Python its codecs, when they are first used."""
+"""Rendered once before the sandbox is entered, because Jinja and Python's codecs import parts of themselves on first use."""
 
 
 def main() -> None:
@@ -244,7 +247,7 @@ def main() -> None:
     say("ready")
     for line in lines:
         seconds, _, chats = line.partition(b" ")
-        # Nothing catches SIGPROF, so the kernel ends the process, whatever it is in the middle of.
+        # SIGPROF has no handler, so the kernel ends the process at any point.
         signal.setitimer(signal.ITIMER_PROF, float(seconds))
         try:
             say([writer.chat(**chat) for chat in json.loads(chats)])

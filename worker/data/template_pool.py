@@ -1,8 +1,8 @@
-"""Conversations written by chat templates, in processes of their own (`worker/data/template_child.py`) that end with what they do wrong.
+"""Pool of sandboxed processes that render chat templates (`worker/data/template_child.py`).
 
-A template belongs to whoever made the model. One that never ends, or that asks for all memory, costs the conversation it was given
-and a process of 20 MB; nobody else's answer waits for it. Every template has processes of its own, which are kept for the next
-conversation: one more line through a pipe is all that rendering there takes.
+A template is code written by the model's author. One that never ends, or takes all memory, costs the conversation it was given
+and a process of 20 MB; nobody else waits for it. Every template has processes of its own, which are kept for the next
+conversation: rendering there takes no more than one line through a pipe.
 
     one conversation        `write`: an answer within SECONDS, or an error
     the rows of a dataset   `write_many`: many conversations in one line
@@ -30,28 +30,28 @@ from weakref import WeakKeyDictionary
 from app.errors import BadData, BadTemplate, Unavailable
 
 SECONDS, CPU_SECONDS = 2.0, 1.0
-"""What one conversation may take: seconds until there is an answer, waiting for a process included, and seconds of a processor."""
+"""Limits of one conversation: wall-clock seconds, including the wait for a process, and CPU seconds."""
 PATIENT_SECONDS = 60.0
-"""The seconds where nobody sits and waits, as in a job; a processor's are as few as ever."""
+"""The wall-clock limit where nobody waits interactively, as in a job; the CPU limit is the same."""
 START_SECONDS = 60.0
-"""A process that has not begun by then is no template's fault."""
+"""Limit for starting a process; exceeding it is not the template's fault."""
 LOOK_SECONDS, HOT_SECONDS = 0.1, 0.05
-"""A process without an answer is looked at so often. One that has used so much of a processor between two looks goes on at the
-lowest priority, since others' answers are written on the same cores; where it has not, the machine is what is slow."""
+"""Polling interval of a process that has not answered. One that used HOT_SECONDS of CPU within it continues at the lowest
+priority, because others generate on the same cores; one that used less is slowed by the machine."""
 MAX_BUSY, MAX_BUSY_OF_ONE, MAX_IDLE = 8, 2, 4
-"""Processes that render at once, those of one template, and those that wait for the next conversation."""
+"""Maximum numbers of processes that render, that render one template, and that are idle."""
 MAX_BUSY_OF_STOPPED, STOPPED_SECONDS = 2, 60.0
-"""Templates that had to be stopped in the last minute have so many processes together, however many they are."""
+"""Templates that had to be stopped in the last STOPPED_SECONDS share this many processes, however many they are."""
 TROUBLE_SECONDS = 10.0
-"""Time to find the rows that a template cannot write, of a batch that it did not come to the end of. After that it is given up."""
+"""Time to find the rows that a template cannot render, in a batch that it did not finish."""
 MEMORY_BYTES = 512 << 20
-"""Memory of one process, of which Python and Jinja take 20 MB."""
+"""Memory limit of one process, of which Python and Jinja take 20 MB."""
 MAX_TEMPLATE, MAX_WRITTEN = 1 << 20, 8 << 20
-"""Characters of a template, and of a conversation as it writes it."""
+"""Maximum characters of a template, and of a rendered conversation."""
 
 
 class Chat(NamedTuple):
-    """Messages as templates know them. With `generate` the generation prompt follows, and answers before it need not be found."""
+    """Messages in the shape templates expect. With `generate` the generation prompt follows, and earlier answers need not be located."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
@@ -59,14 +59,14 @@ class Chat(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of a text, in characters."""
+    """A range of a text, in characters."""
 
     start: int
     end: int
 
 
 class Written(NamedTuple):
-    """The text of a conversation, and by the number of its message where each answer stands in it."""
+    """A rendered conversation, and the spans of its answers by the number of their message."""
 
     text: str
     answers: dict[int, Span]
@@ -77,7 +77,7 @@ class Refused(BadData):
 
 
 class TooLong(BadData):
-    """The text has more characters than were allowed: `characters`."""
+    """The text has more than the allowed number of `characters`."""
 
     def __init__(self, characters: int) -> None:
         super().__init__(f"The conversation has {characters:,} characters as the model's chat template writes it.", hint="Shorten it.")
@@ -85,13 +85,13 @@ class TooLong(BadData):
 
 
 def write(tokenizer: Any, template: str, chat: Chat, most: int = MAX_WRITTEN, seconds: float = SECONDS) -> Written:
-    """One conversation. Raises Refused, TooLong, BadTemplate, or Unavailable when others are at it for all of these `seconds`."""
+    """Render one conversation. Raises Refused, TooLong, BadTemplate, or Unavailable when no process is free for all of these `seconds`."""
     return _read(_pool().ask(_kind(tokenizer, template), [chat], most, seconds, CPU_SECONDS)[0], most)
 
 
 def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Written | BadData]:
-    """Each conversation, or what is wrong with it. Where the template does not come to an end they are gone through one by one,
-    and when that has taken TROUBLE_SECONDS in all, the others are refused."""
+    """Render each conversation; a BadData in place of one that fails. Where the template does not finish, they are rendered one
+    by one, and when that has taken TROUBLE_SECONDS in all, the rest are refused."""
     pool, kind = _pool(), _kind(tokenizer, template)
 
     def ask(some: Sequence[Chat]) -> list[Written | BadData]:
@@ -123,7 +123,7 @@ def _read_or_error(answer: Any) -> Written | BadData:
 
 
 def _read(answer: Any, most: int) -> Written:
-    """The answer of a process that a template may have taken over, so that nothing in it is taken for granted."""
+    """Validate an answer: a template may have taken over the process, so nothing in it is trusted."""
     match answer:
         case {"text": str(text), "spans": list(spans)} if len(text) <= most:
             with contextlib.suppress(TypeError, ValueError):
@@ -164,7 +164,7 @@ def _busy(message: str) -> Unavailable:
 
 
 class _Kind(NamedTuple):
-    """A template with the special tokens of a tokenizer: what one process renders, and no other."""
+    """A template with a tokenizer's special tokens: what one process renders, and no other."""
 
     template: str
     variables: tuple[tuple[str, str], ...]
@@ -190,7 +190,7 @@ _endings: dict[str, list[str]] = {}
 
 
 class _Died(Exception):
-    """The process ended, or was ended, before it had answered: of time, of memory, crashed, or busy."""
+    """The process ended, or was killed, before it answered: out of time, out of memory, crashed, or busy."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
@@ -198,7 +198,7 @@ class _Died(Exception):
 
 
 class _Child:
-    """A process for one kind of conversation. One thread at a time asks it, and none any more once it has died."""
+    """A process for one kind of conversation. Used by one thread at a time, and by none once it has died."""
 
     def __init__(self, kind: _Kind) -> None:
         self.kind, self.hot = kind, False
@@ -238,7 +238,7 @@ class _Child:
         raise _Died("memory" if answer == {"stopped": "memory"} else "crashed")
 
     def _exchange(self, line: bytes, deadline: float, *, polite: bool = False) -> bytes:
-        """Write a line and read one. Where it takes long a `polite` process gives way to all others from then on."""
+        """Write a line and read one. A `polite` process that takes long runs at the lowest priority from then on."""
         left, answer, size = memoryview(line), list[bytes](), 0
         looked, at_first = time.monotonic(), None
         poll = select.poll()
@@ -277,14 +277,14 @@ class _Child:
                     return b"".join(answer)
 
     def _used_seconds(self) -> float:
-        """Seconds of a processor since it was started."""
+        """CPU seconds since it was started."""
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         return 0.0
 
     def end(self) -> str:
-        """End it, and say what it had died of before."""
+        """Kill it, and return what it had died of before."""
         self.process.stdin.close()  # type: ignore[union-attr]  # which ends one that waits
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.1)
@@ -294,17 +294,17 @@ class _Child:
 
 
 class _Pool:
-    """The processes of this process, by kind. Any number of threads may ask."""
+    """The children of this process, by kind. Thread-safe."""
 
     def __init__(self) -> None:
         self.trouble: defaultdict[_Kind, float] = defaultdict(float)
         self._free = threading.Condition()
-        self._idle: list[_Child] = []  # the longest unused first
+        self._idle: list[_Child] = []  # least recently used first
         self._busy: Counter[_Kind] = Counter()
         self._stopped: dict[_Kind, float] = {}
 
     def ask(self, kind: _Kind, chats: Sequence[Chat], most: int, seconds: float, cpu_seconds: float) -> list[Any]:
-        """What a process answers to these conversations, one entry for each. Raises BadTemplate or Unavailable."""
+        """One answer for each conversation. Raises BadTemplate or Unavailable."""
         line = f"{cpu_seconds} {json.dumps([chat._asdict() | {'most': most} for chat in chats])}\n".encode()
         deadline = time.monotonic() + seconds
         self._enter(kind, deadline)
@@ -352,7 +352,7 @@ class _Pool:
             self._free.notify_all()
 
     def _take(self, kind: _Kind) -> _Child | None:
-        """The process of this kind that was used last, if it still lives."""
+        """The most recently used idle process of this kind, if it is still alive."""
         while True:
             with self._free:
                 child = next((one for one in reversed(self._idle) if one.kind == kind), None)
@@ -379,5 +379,5 @@ def _pool_of(process: int) -> _Pool:
 
 
 def _pool() -> _Pool:
-    """The pool of this process. A fork has its own: two that read one pipe would take each other's answers."""
+    """The pool of this process. A fork gets its own: two processes reading one pipe would take each other's answers."""
     return _pool_of(os.getpid())

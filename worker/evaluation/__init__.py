@@ -1,1 +1,1 @@
-"""Evaluations, each in a process of its own."""
+"""Evaluations and prompt runs."""

@@ -1,8 +1,8 @@
-"""One evaluation: claim it, run `python -m worker.evaluation.process` on it, and record how it ends.
+"""One attempt at an evaluation: claim it, run `python -m worker.evaluation.process`, and record how it ends.
 
-The child is a process of its own without the database's address, like a trainer: it can run out of memory or be killed
-without taking this worker with it. This process holds the fence and never imports torch. Nothing of an evaluation is worth
-keeping half done, so one that is stopped is killed, and one whose worker leaves begins anew elsewhere.
+The child is a process of its own without the database's address, like a trainer: it can run out of memory or be killed without
+taking this worker with it. This process holds the lease and its fence, and never imports torch. A partial evaluation is worth
+nothing, so a stopped one is killed, and one whose worker leaves starts again elsewhere.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from worker.supervision.train_attempt import _insist as insist
 log = logging.getLogger(__name__)
 
 MAX_SILENT_SECONDS = 1800.0
-"""A child that has said nothing for so long is thought to hang; loading a large model says nothing for minutes."""
+"""A child that has reported nothing for this long is taken to hang; loading a large model takes minutes without a report."""
 
 
 def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """The body of the task EVALUATE. `going_down` tells that this worker was asked to leave."""
+    """The body of the task EVALUATE. `going_down` says whether this worker was asked to leave."""
     if going_down():
-        return  # the reaper announces it again
+        return  # the reaper redelivers it
     held = insist(lambda: _claim(evaluation_id))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
@@ -62,7 +62,7 @@ def _claim(evaluation_id: uuid.UUID) -> Claim | None:
 
 
 class Run:
-    """One try of an evaluation, from the start of its process to the record of its end."""
+    """One attempt at an evaluation, from the start of its process to the record of its end."""
 
     def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
         self.held, self.going_down = held, going_down
@@ -70,7 +70,7 @@ class Run:
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
-        self.space = confinement.Space()  # what the child alone sees
+        self.space = confinement.Space()  # the child's mount namespace
         self.heard_at, self.next_beat = time.monotonic(), 0.0
         self.lost = self.leaving = self.hung = self.ended = False
 
@@ -90,7 +90,7 @@ class Run:
             shutil.rmtree(self.folder.parent if self.ended else self.folder, ignore_errors=True)
 
     def _assess(self) -> int:
-        """Start the child and watch over it to its end; its exit code, negative for a signal."""
+        """Start the child and watch it to its end; returns its exit code, negative for a signal."""
         for ref in (self.held.spec.model, self.held.spec.base):
             if ref is not None:
                 integrity.check_model(ref, self._beat_when_due)
@@ -129,7 +129,7 @@ class Run:
         return code
 
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
-        """Beat until the child is gone, or until there is a reason to end it."""
+        """Send heartbeats until the child has exited, or until there is a reason to end it."""
         while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             self._beat_when_due()
             self.space.look(child.pid)
@@ -151,17 +151,17 @@ class Run:
                 return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
             log.warning("Evaluation %s: no beat: %s", self.held.id, type(error).__name__)
-            return True  # the lease says whether it is still ours once the database is back
+            return True  # the lease decides whether it is still ours once the database is back
 
     def _read(self, read_end: int) -> None:
-        """Take what the child says off the pipe, one JSON object a line."""
+        """Read the child's reports off the pipe, one JSON object per line."""
         with os.fdopen(read_end, "rb") as pipe:
             for line in pipe:
                 self.heard_at = time.monotonic()
                 try:
                     said = json.loads(line)
                 except ValueError:
-                    continue  # a kill may cut the last line short
+                    continue  # a kill may truncate the last line
                 self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
                 self.result, self.error = said.get("result", self.result), said.get("error", self.error)
 
@@ -183,7 +183,7 @@ class Run:
         return self._finish(error=_error(failed, message))
 
     def _hand_over(self) -> None:
-        """Predictions go where they are kept before they are said to be there, and away again when they are wanted no more."""
+        """Move predictions to their place before they are announced, and delete them when the evaluation is gone."""
         if self.held.spec.kind == "predictions":
             try:
                 predictions.keep(self.held.id, self.folder)
@@ -194,7 +194,7 @@ class Run:
             self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))
 
     def _finish(self, **outcome: Any) -> None:
-        """Record how it ended. Only then may the folders of all its tries go: when it is no longer ours, another try works in one."""
+        """Record how it ended. Only then are the folders of all attempts removed: after a lost lease another attempt is using one."""
 
         def move(session: Session) -> None:
             self.ended = evaluations.finish(session, self.held, **outcome)
@@ -210,7 +210,7 @@ class Run:
 
 
 def _error(failed: events.Failed, message: str) -> dict[str, Any]:
-    """As the row keeps it. An evaluation has no steps to split and no checkpoint to go on from, so its ways out are its own."""
+    """The error as it is stored. An evaluation has no steps to split and no checkpoint to resume, so its hints are its own."""
     hints = {"disk_full": "Make room on the disk of the data folder, then start it again."}
     if failed.kind.endswith("out_of_memory"):
         hints[failed.kind] = "Take a smaller model, shorter rows, or run fewer things at a time."

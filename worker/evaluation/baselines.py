@@ -1,14 +1,14 @@
-"""What the advice needs of a base before anything is tuned: how unlike the data is to general text, and what a prompt alone
-reaches on held-out rows.
+"""Facts about a base model before fine-tuning, for the advice: how far the data is from general text, and what prompting alone
+reaches on validation rows.
 
-*Distance* is the bits per byte of the data over those of the general probe, like with like: plain texts are compared with
-texts, answers with answers, both over their first bytes alone, since the beginning of any text is the hardest to foresee.
-The tokens that end a text are not counted: whether a text ends is no knowledge of it.
+*Distance* is the bits per byte of the data over those of the general probe, on matching kinds: plain texts are compared with
+texts, answers with answers, both over their first bytes only, since the beginning of any text is the hardest to predict.
+End-of-text tokens are not counted: where a text ends is not part of its content.
 
-*Prompts*: the bare question, and the question with solved examples before it (Brown et al. 2020, arXiv:2005.14165). Labels
-are not written but chosen by likelihood, with the likelihood that the same prompt gives them without a text taken off (Zhao
-et al. 2021, "Calibrate Before Use", arXiv:2102.09690). An encoder answers nothing, so its vectors are asked: the label whose
-name lies nearest, and the label whose examples do.
+*Prompts*: zero-shot, and few-shot with solved examples (Brown et al. 2020, arXiv:2005.14165). Labels are not generated but chosen
+by likelihood, less the likelihood that the same prompt gives them without a text (contextual calibration, Zhao et al. 2021,
+arXiv:2102.09690). An encoder generates nothing, so its embeddings are used: the label whose name is nearest, and the label whose
+examples are.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from worker.scoring.metrics import text_scores
 from worker.scoring.prompt_baseline import asked_of, class_means, examples_of, last_answer
 
 if TYPE_CHECKING:
-    from worker.training.feature_cache import Progress  # scikit-learn stands behind it, which most advice does without
+    from worker.training.feature_cache import Progress  # it imports scikit-learn, which most advice does not need
 
 ANSWERED = 16
-"""Held-out rows that are answered: each is written out twice, which is what takes the time."""
+"""Validation rows that are answered: each is generated twice, which takes most of the time."""
 LABELLED, EMBEDDED = 32, 400
-"""Held-out rows whose label a prompt, or a vector, is asked for."""
+"""Validation rows whose label is predicted by a prompt, or by an embedding."""
 SHOTS_OF_LABELS = 8
 MAX_LABELS = 200
 MIN_BYTES = 24
-"""Fewer first bytes than these say more of the tokenizer than of the text."""
+"""Fewer bytes than these measure the tokenizer rather than the text."""
 
 
 def advise(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
-    """`distance` with the two figures it is made of, and `zero_shot` and `few_shot` scores; None where a model or a dataset
-    allows no such figure, and then `reason` says why."""
+    """`distance` with its two components, and `zero_shot` and `few_shot` scores; None where a model or a dataset has no such
+    value, with the `reason`."""
     rows = batching.read_rows(spec.dataset)
     training, held = batching.split(rows, spec.validation_fraction, spec.seed, spec.split)
     held = held or rows
@@ -103,8 +103,8 @@ def distance(reader: Reader, rows: Sequence[Row], longest: int) -> dict[str, Any
 
 
 def probe_rows(texts: bool) -> Iterator[Row]:
-    """The probe's plain texts, or its conversations; its instructions and sums have one right answer, which says nothing of
-    how foreign an open one is."""
+    """The probe's plain texts, or its conversations; its instructions and sums have one right answer, which says nothing about
+    how unfamiliar an open one is."""
     skills = yaml.safe_load(PROBE.read_text("utf-8"))
     entries = [e for part in skills.values() for e in part if "text" in e] if texts else skills["conversation"]
     for line, entry in enumerate(entries, start=1):
@@ -116,7 +116,7 @@ def probe_rows(texts: bool) -> Iterator[Row]:
 
 
 def sizes(reader: Reader, data: Tokenised) -> list[int]:
-    """UTF-8 bytes of what each row teaches."""
+    """UTF-8 bytes of the tokens with a loss, for each row."""
     return [len(_words(reader, data, row).encode()) for row in range(len(data))]
 
 
@@ -126,7 +126,7 @@ def _words(reader: Reader, data: Tokenised, row: int) -> str:
 
 
 def first_bytes(reader: Reader, data: Tokenised, most: int) -> Tokenised:
-    """The same rows with no more than the first `most` bytes of each counted, and no token that only marks an end."""
+    """The same rows with a loss on at most the first `most` bytes of each, and on no token that only marks an end."""
     special = set(reader.tokenizer.all_special_ids) | set(reader.tokenizer.added_tokens_decoder)
     trained = data.trained.copy()
     for row in range(len(data)):
@@ -167,7 +167,7 @@ def _by_answers(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequen
 
 
 def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], examples: Sequence[Asked]) -> dict[str, float]:
-    """Scores of written answers, and the bits per byte of the right ones."""
+    """Scores of generated answers, and the bits per byte of the references."""
     room = reader.ref.shape.positions - spec.answer_tokens - len(reader.lead)
     questions, rows = [], []
     for line, one in enumerate(asked, start=1):
@@ -223,13 +223,13 @@ def _by_labels(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequenc
 
 
 def _chance(training: Sequence[Row], asked: Sequence[Row]) -> float:
-    """Accuracy of always answering the commonest label."""
+    """Accuracy of always predicting the most frequent label."""
     ((common, _),) = Counter(row.row["label"] for row in (training or asked)).most_common(1)
     return sum(row.row["label"] == common for row in asked) / len(asked)
 
 
 def _balanced(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """Up to `count` rows, of as many labels as there are, one of each before a second of any."""
+    """Up to `count` rows, one of each label before a second of any."""
     draw = random.Random(seed)
     groups: dict[str, list[Row]] = {}
     for row in draw.sample(list(rows), len(rows)):
@@ -244,11 +244,11 @@ def _balanced(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 class LabelScorer:
-    """The likeliest label of a text under a prompt, by the likelihood of the label's tokens after it."""
+    """Predicts the label of a text under a prompt, by the likelihood of the label's tokens after it."""
 
     AT_ONCE = 8
     LISTED_CHARACTERS = 1500
-    """Labels are named in the prompt when they take no more room than this."""
+    """Labels are listed in the prompt when they have at most this many characters."""
 
     def __init__(self, reader: Reader, labels: Sequence[str], examples: Sequence[Row]) -> None:
         self.reader, self.labels, self.examples = reader, list(labels), list(examples)
@@ -295,7 +295,7 @@ class LabelScorer:
         return np.concatenate(found)
 
     def _rest(self, model: torch.nn.Module, cache: Any, start: torch.Tensor, labels: Sequence[list[int]]) -> np.ndarray:
-        """Of a few labels side by side; what fills up the shorter ones stands behind them, where nothing looks back at it."""
+        """Log-probabilities of a batch of labels; shorter ones are padded on the right, where causal attention does not see it."""
         scores = torch.stack([start[ids[0]] for ids in labels])
         longest = max(map(len, labels))
         if longest > 1:
@@ -313,7 +313,7 @@ class LabelScorer:
 
 
 def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Sequence[Row], held: list[Row]) -> dict[str, Any]:
-    """An encoder: no distance, since it predicts no next token; labels by the nearest vector."""
+    """An encoder: no distance, since it predicts no next token; labels by nearest embedding."""
     nothing = {"rows": 0, "distance": None, "data_bits_per_byte": None, "general_bits_per_byte": None}
     if not OBJECTIVES[spec.task].classifies:
         return nothing | _none(f"{spec.model.name} is an encoder: it writes no text, so there is no prompt to try.")
@@ -348,7 +348,7 @@ def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Seque
 
 
 def _told(making: Generator[Progress, None, np.ndarray], say: Callable[[int, int], None]) -> np.ndarray:
-    """What the generator returns; after each of its steps `say` is told how many texts are done, and of how many."""
+    """Exhaust the generator and return its result; after each step `say` gets the number of texts done and of all."""
     while True:
         try:
             progress = next(making)

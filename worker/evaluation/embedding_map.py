@@ -1,6 +1,6 @@
-"""A dataset's rows as a model embeds them: where each lies on a flat map, and which rows are nearest to it.
+"""A dataset's rows as a model embeds them: a two-dimensional map, and each row's nearest neighbors.
 
-The map is the first two principal components of the unit vectors; nearness is the cosine of the whole vectors.
+The map is the first two principal components of the unit vectors; neighbors are by cosine of the full vectors.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def text_of(row: Row) -> str:
 
 
 def flat(vectors: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """(rows, 2): the first two principal components, scaled into −1 to 1, and the share of the variance each holds."""
+    """(rows, 2): the first two principal components, scaled to −1 to 1, and the share of the variance of each."""
     centered = vectors - vectors.mean(0)
     u, s, _ = np.linalg.svd(centered, full_matrices=False)
     places = np.zeros((len(vectors), 2))

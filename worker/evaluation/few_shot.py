@@ -1,4 +1,4 @@
-"""Which solved examples stand before a question."""
+"""Selects the few-shot examples of a question."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from app.prompts.service import PromptBody, Solved
 
 
 class Shots:
-    """Finds the examples for one question after another. Nothing but training rows is ever shown.
+    """Selects examples for one question after another, from training rows only.
 
-    Random and balanced draws follow from the prompt's seed and the question, so a run that goes on draws the same again.
-    Similar ones are nearest by the cosine of TF-IDF vectors (Salton and Buckley 1988), the nearest standing last, next to
-    the question (Liu et al. 2022, "What Makes Good In-Context Examples for GPT-3?").
+    Random and balanced draws are functions of the prompt's seed and the question, so a resumed run draws the same again. Similar
+    ones are the nearest by the cosine of TF-IDF vectors (Salton and Buckley 1988), the nearest last, next to the question (Liu et
+    al. 2022, What Makes Good In-Context Examples for GPT-3?, https://arxiv.org/abs/2101.06804).
     """
 
     def __init__(self, body: PromptBody, training: Sequence[Solved], everything: Sequence[Solved]) -> None:
@@ -59,7 +59,7 @@ class Shots:
         return self._balanced(draw, count)
 
     def _balanced(self, draw: random.Random, count: int) -> list[Solved]:
-        """As many of each answer as of any other, give or take one, shuffled so that no order teaches a habit."""
+        """Equal numbers of each answer, give or take one, shuffled so that their order carries no pattern."""
         groups = [draw.sample(rows, len(rows)) for rows in self.groups.values()]
         draw.shuffle(groups)
         found: list[Solved] = []

@@ -1,4 +1,5 @@
-"""A tuned model scored at several places between its base and itself, on held-out rows and on the general probe."""
+"""Scores of models interpolated between a fine-tuned model and its base, on validation rows and on the general probe (WiSE-FT,
+Wortsman et al. 2022, https://arxiv.org/abs/2109.01903)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from worker.runtime.device import Compute
 
 
 def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
-    """`points`: for each place its `score` (loss in nats per token), other `scores`, and how much was forgotten there,
-    relative to the base, with its interval."""
+    """`points`: for each interpolation point its `score` (loss in nats per token), other `scores`, and the change of general
+    ability relative to the base, with its interval."""
     if spec.base is None:
         raise BadData(f"{spec.model.name} was not fine-tuned here.", hint="Take a fine-tuned model.")
     rows, _ = choose_rows(spec)
@@ -45,5 +46,5 @@ def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
 
 
 def strategy_of(ref: ModelRef) -> str:
-    """What made a model, by the settings that lie beside its weights."""
+    """The strategy that trained a model, by the settings saved with its weights."""
     return ref.adapters[-1].strategy if ref.adapters else load_strategy(folder_of(ref.path)).name

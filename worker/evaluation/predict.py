@@ -1,4 +1,4 @@
-"""A model over all rows of a file: classes with probabilities, answers, or vectors, written beside what the rows said."""
+"""Batch prediction over all rows of a file: classes with probabilities, answers, or embeddings, written as added columns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.runtime.device import Compute
 from worker.scoring import held_out
 
 AT_ONCE = {"answer": held_out.ANSWERS_AT_ONCE, "label": 64, "embedding": 64}
-"""Rows between two words about the progress."""
+"""Rows between two progress reports."""
 TEXT_COLUMNS = (
     "text", "prompt", "question", "input", "instruction", "content", "message", "body", "sentence", "review", "comment", "messages",
 )  # fmt: skip
@@ -31,7 +31,7 @@ Predicted = dict[str, Any]
 
 
 class Predictor(NamedTuple):
-    """What a model adds to a row: the names, and the values for some texts (or conversations) at once."""
+    """What a model adds to a row: the column names, and the values for some texts (or conversations) at once."""
 
     added: list[str]
     at_once: int
@@ -82,7 +82,7 @@ def _rows(spec: EvaluationSpec) -> list[dict[str, Any]]:
 
 
 def _detected(rows: Sequence[dict[str, Any]]) -> str:
-    """The column with the text: by its name, else the one with the longest texts."""
+    """The text column: by its name, else the one with the longest texts."""
     head = rows[:200]
     names = {name.lower(): name for row in head for name in row}
     if known := next((names[name] for name in TEXT_COLUMNS if name in names), None):
@@ -95,7 +95,7 @@ def _detected(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _free_names(added: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A name for each added column that the file does not have yet."""
+    """For each added column a name that the file does not use."""
     taken, found = {name for row in rows for name in row}, {}
     for name in added:
         free = next(one for number in itertools.count(1) if (one := name if number == 1 else f"{name}_{number}") not in taken)
@@ -150,7 +150,7 @@ def _vectors(spec: EvaluationSpec, engine: Compute) -> Predictor:
 
 
 def embedder(spec: EvaluationSpec, engine: Compute) -> Callable[[Sequence[str]], Any]:
-    """Unit vectors, (texts, H), of texts as the model's mean-pooled last states; longer ones are cut."""
+    """Unit vectors (texts, H): the model's mean-pooled last hidden states; longer texts are truncated."""
     import torch
 
     from worker.modeling.classifier import Classifier, load_backbone
@@ -189,7 +189,7 @@ def _answers(spec: EvaluationSpec, engine: Compute) -> Predictor:
 
 
 def _prompt(spec: EvaluationSpec, given: Any) -> str | list[dict[str, Any]]:
-    """A cell as the model is asked it: a text, or a conversation up to the last thing that its user said."""
+    """A cell as a prompt: a text, or a conversation up to the user's last message."""
     if spec.model.kind not in CHAT_KINDS:
         return _text(given)
     if isinstance(given, list) and given and all(isinstance(turn, dict) and "role" in turn for turn in given):

@@ -1,7 +1,8 @@
-"""The evaluating process: `python -m worker.evaluation.process`. Reads an order, scores, and says how far it is as lines of JSON on a pipe.
+"""The evaluation process: `python -m worker.evaluation.process`. Reads a spec, evaluates, and reports progress as lines of JSON
+on a pipe.
 
-Lines: `{"progress", "stage"}` any number of times, then one `{"result"}` (exit 0) or `{"error"}` (exit 1).
-It has no address of the database; its supervisor records what it says.
+Lines: `{"progress", "stage"}` any number of times, then one `{"result"}` (exit 0) or `{"error"}` (exit 1). It has no database
+address; its supervisor records what it reports.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             tell(result=assess(spec, lambda progress, stage: tell(progress=progress, stage=stage), Path(options.spec).parent))
             return 0
         except BrokenPipeError:
-            return 1  # nobody listens any more
+            return 1  # nobody reads the pipe any more
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)
             with contextlib.suppress(OSError):
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
-    """The result of an order; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
+    """The result of a spec; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -83,7 +84,7 @@ def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
 
 
 def fault_of(error: BaseException) -> dict[str, Any]:
-    """Code, message and hint."""
+    """Code, message and hint of an exception."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         where = "The GPU" if isinstance(error, torch.OutOfMemoryError) else "The machine"
         return {

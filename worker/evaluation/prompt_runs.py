@@ -1,10 +1,10 @@
-"""The body of the task PROMPT: put one prompt to one model, row by row, through this process's engine.
+"""The body of the task PROMPT: run one prompt on one model, row by row, through this process's engine.
 
-Several rows are asked at once, so the engine answers them in one batch, together with whoever chats meanwhile: all runs
-together hold at most half of its rows. Every few seconds the scored rows are stored; a stopped or deleted run ends there.
+Several rows are requested at once, so the engine answers them in one batch, together with chats: all runs together hold at most
+half of its rows. Scored rows are stored every few seconds; a stopped or deleted run ends there.
 
-A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for
-people who chat. What waits is not claimed, so it may be taken by another worker, or be announced again when this one dies.
+A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for chats.
+A waiting run is not claimed, so another worker may take it, or it is redelivered when this one dies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUNS_AT_ONCE = 2
 
 
 class RowAnswer(NamedTuple):
-    """What the engine answered to one row."""
+    """The engine's answer to one row."""
 
     prompt: str
     texts: list[str]
@@ -50,10 +50,11 @@ class Stopped(Exception):
 
 
 class RunTotals:
-    """What the scored rows took, over all workers that were at the run, and the rows that got no answer.
+    """Totals over the scored rows, from all workers that had the run, and the rows without an answer.
 
-    An answer that failed says nothing about the prompt, so its row is left out of the score and counted. A fault of the row
-    itself (too long for the model, refused by its template) is the row's; others end the run when they come one after another.
+    A failed request says nothing about the prompt, so its row is excluded from the score and counted. An error of the row itself
+    (too long for the model, refused by its template) affects that row only; other errors end the run when they occur in
+    succession.
     """
 
     def __init__(self, before: dict[str, Any]) -> None:
@@ -69,7 +70,7 @@ class RunTotals:
         self.strikes = 0
 
     def failed(self, line: int, fault: StudioError) -> None:
-        """Count a row out; raises the fault when it is not one row's."""
+        """Exclude a row; raises the error when it is not that row's own."""
         self.unanswered.append(line)
         self.first_fault = self.first_fault or fault
         self.strikes += fault.status != 400
@@ -89,7 +90,7 @@ _lock = threading.Lock()
 
 
 def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """See to it that the run is done in its turn, and return at once. A run that waits here already is not put twice."""
+    """Queue the run in this process, and return at once. A run that is queued here already is not added again."""
     with _lock:
         if run_id in _held:
             return
@@ -99,7 +100,7 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
         try:
             with contextlib.nullcontext() if _is_trial(run_id) else _turns:
                 work(run_id, going_down)
-        except SQLAlchemyError as error:  # the lease runs out, and the run is announced again
+        except SQLAlchemyError as error:  # the lease expires, and the run is redelivered
             log.warning("The run %s was left: %s", run_id, error)
         finally:
             with _lock:
@@ -109,13 +110,13 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
 
 
 def _is_trial(run_id: uuid.UUID) -> bool:
-    """A person waits for a try of three rows, which must not stand behind runs of hours."""
+    """Whether it is a trial on three rows, for which a person waits; it must not queue behind runs of hours."""
     with transaction() as session:
         return prompt_runs.trial(session, run_id)
 
 
 def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """Run it, unless another worker is at it. Every fault becomes the run's error."""
+    """Run it, unless another worker holds it. Every error becomes the run's error."""
     with transaction() as session:
         claimed = prompt_runs.claim(session, run_id)
     if claimed is None:
@@ -136,7 +137,7 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
 
 
 class Run:
-    """One attempt at a run: the rows that are left, asked several at once, and stored every few seconds."""
+    """One attempt at a run: the remaining rows, several at a time, stored every few seconds."""
 
     def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: RunTotals) -> None:
         self.id, self.fence, self.spec, self.done, self.totals = run_id, fence, spec, done, totals
@@ -148,7 +149,7 @@ class Run:
 
         held, training, everything, labels = _rows(self.spec)
         self.rows = len(held)
-        self.store()  # reading many rows takes a while, and so does looking for similar ones
+        self.store()  # reading many rows takes a while, and so does finding similar ones
         shots = Shots(self.spec.body, training, everything)
         self.store()
         beaten = time.monotonic()
@@ -167,7 +168,7 @@ class Run:
                     for future in finished:
                         self.take(pending.pop(future), future, labels)
                     if going_down():
-                        raise Stopped  # what is stored is not done again by whoever takes the run
+                        raise Stopped  # stored rows are not repeated by whoever takes over the run
                     if time.monotonic() - beaten > BEAT_SECONDS:
                         beaten = time.monotonic()
                         self.store()
@@ -189,7 +190,7 @@ class Run:
         self.scored.append(_scored(self.spec, row, said, labels))
 
     def store(self) -> None:
-        """Keep the lease and store what was scored. Raises Stopped when the run is no longer ours."""
+        """Renew the lease and store what was scored. Raises Stopped when the lease is lost."""
         self.done |= {row["line"] for row in self.scored}
         share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
         with transaction() as session:
@@ -207,7 +208,7 @@ def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> RowAnswer:
-    """One row through the engine. Raises what the engine raises; an answer that is left early is thrown away."""
+    """Request the answer to one row. Raises what the engine raises; a cancelled answer is discarded."""
     from worker.inference.task import answer as answer_of
 
     body = spec.body
@@ -250,7 +251,7 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
 
 
 def _fault(entry: Any) -> StudioError:
-    """What the engine said of a request that cannot go on, with its status."""
+    """The engine's error entry as an exception with its status."""
     fault = StudioError(getattr(entry, "message", "The model failed."), hint=getattr(entry, "hint", ""), code=getattr(entry, "code", None))
     fault.status = getattr(entry, "status", 500)
     return fault
@@ -277,7 +278,7 @@ def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict
 
 
 def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[Any], list[Any], list[str]]:
-    """(rows to ask with the turns before them, training rows, all rows, labels). The split is the one training makes."""
+    """(rows to run with the messages before them, training rows, all rows, labels). The split is the one training makes."""
     from worker.data.batching import read_rows, split
 
     rows = read_rows(spec.dataset)
@@ -293,7 +294,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
                 f"Every row of {spec.dataset.name} was in the training set of a model that is compared here.",
                 hint="Use the dataset it was validated on, or fine-tune it again with a validation split.",
             )
-    # The rows with the smallest keys: fewer rows are some of more rows, whatever is compared.
+    # The rows with the smallest keys: a smaller sample is a subset of a larger one, whatever is compared.
     held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
     held.sort(key=lambda row: row.line)
     labels = sorted({label for row in rows if (label := formats.of(row.row).label(row.row)) is not None})
@@ -302,7 +303,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
 
 
 def _taught(one: Learnt) -> list[bytes]:
-    """Keys of the rows that a job learnt from."""
+    """Keys of the rows that a job was trained on."""
     from worker.data.batching import read_rows, split
 
     training, _ = split(read_rows(one.dataset), one.validation_fraction, one.seed, one.split)

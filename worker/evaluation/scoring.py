@@ -1,4 +1,4 @@
-"""What evaluations share: a model read in with its tokenizer, rows chosen and scored, answers written beside each other."""
+"""Shared parts of evaluations: models loaded with their tokenizers, rows selected and scored, and answers generated."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from worker.scoring.forgetting import Probe
 from worker.scoring.metrics import answer_scores
 
 BUDGET = 2048
-"""Tokens of one pass."""
+"""Tokens of one forward pass."""
 ANSWER_SECONDS = 900.0
-"""Time that one model's answers may take: an evaluation is waited for, and an answer cut short would be counted as wrong."""
+"""Time limit of one model's answers: somebody waits for an evaluation, and a truncated answer would count as wrong."""
 LISTED = 5
-"""Rows that are listed as worst, and as best."""
+"""Number of worst and of best rows listed."""
 
 Say = Callable[[float, str], None]
 
 
 @dataclass
 class Reader:
-    """A model as an evaluation reads with it: its tokenizer, what stands before every sequence, and its weights when needed."""
+    """A model to be evaluated: its tokenizer, its virtual tokens, and its weights while they are needed."""
 
     ref: ModelRef
     engine: Compute
@@ -59,7 +59,7 @@ class Reader:
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[torch.nn.Module]:
-        """The weights, for as long as they are needed: two models are never in memory together."""
+        """The weights, loaded within this context only: two models are never in memory together."""
         self._model = load_model(self.ref, self.engine.frozen, packed_attention.NAME, str(self.engine.device))
         try:
             yield self._model
@@ -77,12 +77,12 @@ class Reader:
         return batching.tokenise(self.tokenizer, rows, self.ref.kind, min(longest, self.ref.shape.positions), self.lead)
 
     def probe(self) -> list[TextScore]:
-        """The general texts scored."""
+        """The scores of the general probe."""
         probe = Probe(self.tokenizer, self.ref.kind, self.ref.shape.positions, self.lead)
         return probe.score(self.model, BUDGET, self.engine)
 
     def learnt_bytes(self, data: Tokenised) -> int:
-        """UTF-8 bytes of all that the rows teach."""
+        """UTF-8 bytes of all tokens with a loss."""
         total = 0
         for start, end in zip(data.starts[:-1], data.starts[1:], strict=True):
             ids = data.ids[start:end][data.trained[start:end]].tolist()
@@ -100,12 +100,12 @@ class RowScores:
 
 
 def engine_here() -> Compute:
-    """Full precision on a CPU, where it costs little; bf16 on a GPU that has it."""
+    """Full precision on a CPU, where it costs little; bf16 on a GPU that supports it."""
     return choose(RunSettings(precision="auto" if torch.cuda.is_available() else "fp32"), Lora())
 
 
 def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:
-    """(rows to score, rows of the training side). The split is the one that training makes, the draw follows from the seed."""
+    """(rows to score, training rows). The split is the one that training makes; sampling is a function of the seed."""
     rows = batching.read_rows(spec.dataset)
     training: list[Row] = []
     if spec.part == "validation":
@@ -113,7 +113,7 @@ def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:
         rows = held or rows
     if OBJECTIVES[spec.task].classifies and training:
         known = {row.row["label"] for row in training}
-        rows = [row for row in rows if row.row["label"] in known]  # a class that is all held out was learnt all the same
+        rows = [row for row in rows if row.row["label"] in known]  # a class with validation rows only is still known to the model
     return drawn(rows, spec.rows, spec.seed), training
 
 
@@ -127,7 +127,7 @@ def drawn(rows: list[Row], most: int, seed: int) -> list[Row]:
 
 
 def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
-    """Loss and what follows from it on every row, answers to some, for the model and the one it was tuned from."""
+    """Loss and derived metrics on every row, and answers to some, for the model and its base."""
     rows, _ = choose_rows(spec)
     own = Reader(spec.model, engine)
     readers = [Reader(spec.base, engine), own] if spec.base else [own]
@@ -170,7 +170,7 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
 
 
 def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple[list[Row], int]:
-    """The rows that every model has something to say about, and how many were left out. Raises BadData when none is left."""
+    """The rows that every model can score, and the number of rows excluded. Raises BadData when none remains."""
     kept = set.intersection(*(set(reader.tokenise(rows, longest).lines) for reader in readers))
     left = [row for row in rows if row.line in kept]
     if not left:
@@ -182,7 +182,7 @@ def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple
 
 
 def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> RowScores:
-    """The loaded model on every row, and on the general texts where forgetting is asked for."""
+    """Score the loaded model on every row, and on the general probe where forgetting is measured."""
     data = reader.tokenise(rows, spec.max_length)
     stage = f"Reading {len(rows)} rows with {reader.ref.name}"
     scored = held_out.score_rows(reader.model, data, BUDGET, reader.engine, lambda share: say(0.6 * share, stage))
@@ -195,19 +195,19 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
 
 
 def part(say: Say, place: int, of: int) -> Say:
-    """Progress of one part of several equal ones."""
+    """A progress callback for one of several equal parts."""
     return lambda share, stage: say((place + share) / of, stage)
 
 
 def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range, most: int) -> dict[int, held_out.Question]:
-    """The rows at some places as prompts; those that leave no room for an answer are passed over."""
+    """Rows at some indexes as prompts; those that leave no room for an answer are skipped."""
     room = reader.ref.shape.positions - most - len(reader.lead)
     found = {place: held_out.questions(reader.tokenizer, [rows[place]], reader.ref.kind, 1, room) for place in places}
     return {place: asked[0] for place, asked in found.items() if asked}
 
 
 def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int) -> dict[int, str]:
-    """The loaded model's likeliest answers to the rows at some places, asked as this model is asked."""
+    """The loaded model's greedy answers to the rows at some indexes, with this model's own rendering."""
     asked = questions(reader, rows, places, most)
     told = held_out.answers_in_batches(
         reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead, ANSWER_SECONDS
@@ -216,7 +216,7 @@ def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int
 
 
 def ends(found: Sequence[RowScores]) -> tuple[list[int], list[int]]:
-    """(worst, best) rows: by how much their loss rose over the base's, or by the loss itself where there is no base."""
+    """(worst, best) rows: by the increase of their loss over the base's, or by the loss itself where there is no base."""
     last = found[-1].losses
     change = [t - b for b, t in zip(found[0].losses, last, strict=True)] if len(found) == 2 else last
     order = sorted(range(len(change)), key=lambda place: change[place])
@@ -245,7 +245,7 @@ TEXTS_AT_ONCE = 256
 
 
 def classify(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
-    """A classifier on labelled rows, beside always answering with the shares of the labels."""
+    """A classifier on labeled rows, compared with always predicting the label shares."""
     from worker.modeling.classifier import load_classifier
     from worker.training.objectives.classification import evaluation_of, probabilities, tokenise_texts
 

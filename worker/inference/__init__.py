@@ -1,1 +1,1 @@
-"""The engine that answers."""
+"""The generation engine: scheduling, KV cache, sampling, adapters."""

@@ -1,4 +1,4 @@
-"""Texts sorted by a tuned classifier, for the playground and `POST /v1/classify`."""
+"""Classification of texts by a fine-tuned classifier, for the playground and `POST /v1/classify`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _kept: ModelCache[_Loaded] = ModelCache(MAX_LOADED, lambda one: one.classifier)
 
 
 def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
-    """The probabilities of all labels for each text, and the tokens read. A text longer than the model reads is cut.
+    """The probabilities of all labels for each text, and the number of tokens read. A text longer than the model's context is
+    truncated.
 
     Raises BadModel for a model that is no classifier or whose files changed, BadRequest for a text without a token.
     """
@@ -57,7 +58,7 @@ def _load(ref: ModelRef) -> _Loaded:
     for adapter in ref.adapters:
         check(adapter.path, ref.name, may_be_plain=True)
     strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
-    # As exact as it was measured: float32 on a CPU, where a text is short and the time is the loading.
+    # Float32 on a CPU, as in the evaluation: texts are short, and most of the time goes into loading.
     run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
     engine = choose(run, strategy, {})
     classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), packed_attention.NAME)

@@ -1,5 +1,5 @@
-"""Texts as unit vectors, by an encoder: the mean of its last hidden states over the text's own tokens, normalised
-(Reimers and Gurevych 2019, Sentence-BERT, section 3: mean pooling)."""
+"""Text embeddings by an encoder: the mean of its last hidden states over the text's tokens, normalized to length 1 (mean pooling,
+Reimers and Gurevych 2019, Sentence-BERT, https://arxiv.org/abs/1908.10084, section 3)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from worker.modeling.loading import LOADING, folder_of
 
 MAX_LOADED = 2
 TOKENS_AT_ONCE = 8192
-"""Padded tokens of one batch; texts are sorted by length, so little of it is padding."""
+"""Padded tokens of one batch. Texts are sorted by length, so little of a batch is padding."""
 
 _kept: ModelCache[tuple[Any, Any]] = ModelCache(MAX_LOADED, lambda pair: pair[1])  # tokenizer and model
 
 
 @torch.inference_mode()
 def embed(ref: ModelRef, texts: list[str]) -> Embedded:
-    """A unit vector for each text, in order. Raises BadRequest for an empty text or one longer than the model reads."""
+    """A unit vector for each text, in order. Raises BadRequest for an empty text or one longer than the model's context."""
     tokenizer, model = _kept.get((ref.path, ref.revision), lambda: _load(ref))
     most = min(ref.shape.positions, getattr(model.config, "max_position_embeddings", ref.shape.positions))
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]

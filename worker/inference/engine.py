@@ -1,12 +1,12 @@
-"""The generation engine: one thread that answers many requests at once.
+"""The generation engine: continuous batching of many requests on one thread.
 
-At every step each lane feeds one flat row of tokens: the newest token of every answer that is being written, and a
-bounded chunk of the prompts that are still being read. So an answer joins as soon as its prompt is read and leaves when
-it ends, a long prompt stalls nobody, and the weights are read once for all (Yu et al. 2022, "Orca"; Agrawal et al. 2024,
-"Sarathi-Serve", for the chunks).
+At every step each loaded model runs one flat row of tokens: the newest token of every sequence that is being generated, and a
+bounded chunk of the prompts that are still in prefill. So a request joins as soon as its prompt is read and leaves when it ends,
+a long prompt stalls nobody, and the weights are read once for all (Yu et al. 2022, Orca, OSDI; chunked prefill: Agrawal et al.
+2024, Sarathi-Serve, https://arxiv.org/abs/2403.02310).
 
-    caller's thread   answer(): load the model, render the prompt, hand it over, and yield what comes back
-    engine's thread   admit → step → choose → give out, for every lane in turn
+    caller's thread   answer(): load the model, render the prompt, enqueue it, and yield the entries that come back
+    engine's thread   admit → step → sample → emit, for every loaded model in turn
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from worker.inference.sampling import Detokenizer, Sampler, logprob, one_thread
 from worker.inference.scheduler import Request, TokenSequence
 
 MAX_ROWS = 16
-"""Answers written at once in one lane."""
+"""Sequences generated at once in one loaded model."""
 CHUNK = 64
-"""Prompt tokens read in one step while others are answering; nobody waits longer than this takes."""
+"""Prefill tokens of one step while other sequences are decoding: it bounds how long these wait."""
 LONE_CHUNK = 512
-"""The same while nobody is."""
+"""Prefill tokens of one step while nothing is decoding."""
 REUSE = 16
-"""A slot that begins with at least this many tokens of a new prompt is taken up where they part."""
+"""A slot whose tokens share at least this long a prefix with a new prompt is reused from where they differ."""
 WAIT_SECONDS = 60.0
-"""Whoever has not begun to be answered by then is told to come again."""
+"""A request that has not begun by then is refused as busy."""
 PATIENCE_SECONDS = 10.0
-"""A request that has waited this long for the memory of its answer is not overtaken any more."""
+"""A request that has waited this long for memory is not overtaken any more."""
 MAX_OF_ONE = 24
-"""Requests of one person in the engine, waiting ones included."""
+"""Requests of one person in the engine, including waiting ones."""
 
 
 def _slot(row: TokenSequence) -> Slot:
@@ -56,7 +56,7 @@ def _slot(row: TokenSequence) -> Slot:
 
 class Engine:
     """Start one per process. `answer` may be called from any number of threads. `on_death` is called in the engine's thread when
-    it dies of what no request is to blame for; everyone who waits for it has been told by then."""
+    that ends with an exception no request is to blame for; all waiting callers have been sent an error by then."""
 
     def __init__(
         self,
@@ -83,9 +83,10 @@ class Engine:
     # The caller's side ------------------------------------------------------------------------------------------------
 
     def answer(self, request: GenerateRequest, poll_seconds: float = 0.25) -> Iterator[list[Entry]]:
-        """Entries of one request as they come; an empty list each `poll_seconds` without any. Closing it stops the request.
+        """Entries of one request as they come; an empty list every `poll_seconds` without any. Closing the iterator cancels the
+        request.
 
-        Raises StudioError before the first entry when the model or the prompt is not right.
+        Raises StudioError before the first entry when the model or the prompt is invalid.
         """
         began = time.monotonic()
         self._refuse_too_many(request)
@@ -134,7 +135,7 @@ class Engine:
                     raise Unavailable("The generation engine stopped.", hint="Try again in a moment.") from None
                 yield []
                 continue
-            with contextlib.suppress(queue.Empty):  # what has gathered while the last entries were being sent
+            with contextlib.suppress(queue.Empty):  # what has gathered while the previous entries were being sent
                 while True:
                     entries = entries + running.out.get_nowait()
             yield entries
@@ -151,7 +152,7 @@ class Engine:
             self._wake.notify()
 
     def close(self) -> None:
-        """Stop the thread; what is running ends with an error."""
+        """Stop the thread; running requests end with an error."""
         self._closed = True
         self._notify()
         self._thread.join(10)
@@ -159,7 +160,7 @@ class Engine:
     # The engine's side ------------------------------------------------------------------------------------------------
 
     def _live(self) -> None:
-        """The thread. What ends it is told to all who wait; the process can then be started anew."""
+        """The engine's thread. When it ends, all callers get an error; the process may then be restarted."""
         died = False
         try:
             self._run()
@@ -188,7 +189,7 @@ class Engine:
                 time.sleep(0.002)
 
     def _sweep(self) -> None:
-        """Let go of requests that were cancelled, ran out of time or have waited too long to begin."""
+        """End requests that were cancelled, ran out of time or have waited too long to begin."""
         now = time.monotonic()
         for running in [*self.active, *self.waiting]:
             if running.cancelled or (running.deadline is not None and now > running.deadline):
@@ -213,7 +214,7 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Begin answers, one row at a time, in the order of `scheduler.in_turn`, as long as there are slots and memory."""
+        """Begin sequences, one at a time, in the order of `scheduler.in_turn`, while there are slots and memory."""
         passed: set[int] = set()
         while True:
             with self._wake:
@@ -230,15 +231,15 @@ class Engine:
             if begun:
                 passed.discard(id(best))
             elif begun is None and time.monotonic() - best.arrived > PATIENCE_SECONDS:
-                return  # the memory that comes free next is for this one
+                return  # the next memory that is freed is for this request
 
     def _begin(self, running: Request) -> bool | None:
-        """Give the next row of a request a slot. False when no row is free for it, None when there is no memory yet."""
+        """Give the next sequence of a request a slot. False when its share of the slots is used, None when there is no memory yet."""
         lane, row = running.place.lane, running.next_row()
         mine = [r for r in self.active if r.place.lane is lane]
         if row is None:
             return False
-        if running.keeper.finished:  # in its place, so that nothing more is taken
+        if running.keeper.finished:  # the slot is handed on, so no further memory is needed
             assert running.first_logits is not None
             running.hand_on(row)
             self._choose(lane, running.first_logits[None], [(row, running, 0)])
@@ -251,7 +252,7 @@ class Engine:
             return self._begin_late(running, row)
         source = max(lane.cache.slots(), key=lambda slot: self._shared(slot, running), default=None)
         shared = self._shared(source, running) if source is not None else 0
-        if shared < REUSE or running.request.look:  # who looks at every token must read every token
+        if shared < REUSE or running.request.look:  # prompt log-probabilities need the logits of every token
             shared, source = 0, None
         slot = self.room.take(lane, len(running.prompt) + 1, source)
         if slot is None:
@@ -269,7 +270,7 @@ class Engine:
         return True
 
     def _begin_late(self, running: Request, row: TokenSequence) -> bool | None:
-        """A further answer to a prompt that has been read."""
+        """Begin a further sequence of a prompt that has been read."""
         lane, kept = running.place.lane, running.keeper.slot
         assert kept is not None and running.first_logits is not None
         slot = self.room.take(lane, len(running.prompt) + 1)
@@ -281,7 +282,8 @@ class Engine:
         return True
 
     def _shared(self, slot: Slot, running: Request) -> int:
-        """How many tokens of the prompt a free slot holds already, under the same adapters. One is always left to read."""
+        """Length of the prefix of the prompt that an idle slot holds already, under the same adapters. At least one token is left
+        to read."""
         if slot.busy or slot.owner != running.adapters:
             return 0
         most = min(len(slot.tokens), len(running.prompt) - 1)
@@ -341,11 +343,12 @@ class Engine:
             self._choose(lane, logits, [(row, r, i) for i, (row, r) in enumerate(writing)] + [(r.rows[0], r, i) for r, i in done])
 
     def _choose(self, lane: LoadedModel, logits: torch.Tensor, writing: list[tuple[TokenSequence, Request, int]]) -> None:
-        """The next token of every answer: (row, its request, its place in the logits). What goes wrong with one ends that one alone."""
+        """Sample the next token of every sequence; `writing` are (sequence, its request, its row of `logits` (N, V)). An error of
+        one sequence ends its request only."""
         if not writing:
             return
         highest, likeliest = logits.max(-1)
-        finite = highest.isfinite().tolist()  # a number that is none spreads to the highest
+        finite = highest.isfinite().tolist()  # NaN propagates to the maximum
         tokens: list[int] = likeliest.tolist()
         said: dict[int, tuple[Request, list[Entry]]] = {}
         broken: dict[int, Request] = {}
@@ -382,7 +385,7 @@ class Engine:
         self._accept(r, row, token, entries)
 
     def _accept(self, running: Request, row: TokenSequence, token: int, entries: list[Entry]) -> None:
-        """Add a token to an answer: show what may be shown, and end it when it is over."""
+        """Append a token to a sequence: emit the text that may be shown, and end it when it is complete."""
         running.first_token = running.first_token or time.monotonic()
         row.written.append(token)
         if token in running.place.stop_ids:
@@ -392,7 +395,7 @@ class Engine:
         text = row.text.push(token)
         if row.text.stopped:
             self._show(row, text, entries)
-            row.logprobs.clear()  # what is left are tokens of the stop text
+            row.logprobs.clear()  # what remains are tokens of the stop string
             return self._finish(running, row, "stop", entries)
         if text:
             self._show(row, text, entries)
@@ -401,7 +404,7 @@ class Engine:
         return None
 
     def _show(self, row: TokenSequence, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
-        """Give out a text and the tokens that begin in what was given out so far; the others wait for theirs, or for the end."""
+        """Emit a text and the tokens that begin in the text emitted so far; the others wait for theirs, or for the end."""
         begun = len(row.logprobs) if all_of_it else sum(begin < row.text.shown for begin in row.begins)
         if text or begun:
             entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs[:begun]))
@@ -441,7 +444,7 @@ class Engine:
             row.finished = True
 
     def _break(self, broken: list[Request], error: Exception) -> None:
-        """One fault must not take the others with it: these requests end with an error, the engine goes on."""
+        """End these requests with an error; the engine and all other requests go on."""
         traceback.print_exc()
         for running in broken:
             self._drop(running)
@@ -449,7 +452,7 @@ class Engine:
 
 
 def quick_request(model: ModelRef, sampling, *, prompt: str | None = None, messages: list | None = None, seed: int = 0) -> GenerateRequest:
-    """A request of this process, for benchmarks and tests."""
+    """A request created in this process, for benchmarks and tests."""
     return GenerateRequest(
         id=uuid.uuid4(), owner=uuid.UUID(int=0), model=model, prompt=prompt, messages=messages, sampling=sampling, seed=seed
     )

@@ -1,4 +1,4 @@
-"""What goes wrong with an answer, in the stream's own form."""
+"""Errors of a request as entries of its stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NotANumber(StudioError):
 
 
 def broke(error: BaseException) -> StreamError:
-    """The entry that ends a stream. What is not ours is not shown in full: its text may hold paths."""
+    """The entry that ends a stream. The text of an unexpected exception is not shown in full: it may hold paths."""
     if isinstance(error, StudioError):
         return StreamError(
             status=error.status, code=error.code, error_type=error.type, message=error.message, hint=error.hint, param=error.param

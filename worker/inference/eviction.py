@@ -1,7 +1,7 @@
-"""Puts models away by the rule that the pages show (`app.inference.residency.rule`), and tells the pages what stands ready.
+"""Evicts idle models by the rule that the pages show (`app.inference.residency.rule`), and publishes which models are loaded.
 
-A thread of the generate worker looks once a second: for models nobody has asked for a while, and for jobs of this machine
-that train and need the memory.
+A thread of the generate worker checks once a second for models that have been idle, and for training jobs on this machine that
+need their memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def keep_tidy(shelf: ModelPool, worker: str) -> None:
 
 
 def look(shelf: ModelPool, worker: str) -> None:
-    """One look: what has been idle for too long goes, then what memory for training asks for; the rest is told."""
+    """One check: evict what has been idle too long and what training needs the memory of, then publish what is loaded."""
     idle_seconds, gone = get_settings().generate_idle_seconds, 0
     if told := bool(get_settings().redis_url):
         shelf.training_bytes = residency.room_asked(shelf.device.type == "cuda")

@@ -1,16 +1,16 @@
-"""The key-value cache of running requests, and the attention that reads it.
+"""The KV cache of running requests, and the attention that reads it.
 
-A step feeds the model one flat row of tokens, (1, N), taken from many requests: one token of each that is answering,
-and a chunk of each whose prompt is still being read. Everything but attention treats a token by itself, so a flat row
-is exact; attention finds in the `Step` which token belongs to which slot of the cache. So requests of any length join
-and leave at every step, nothing is padded, and no request sees another.
+A step feeds the model one flat row of tokens, (1, N), taken from many requests: one token of each sequence that is decoding, and
+a chunk of each prompt that is in prefill. Everything but attention treats tokens independently, so a flat row is exact; attention
+finds in the `Step` which token belongs to which slot of the cache. So requests of any length join and leave at every step,
+nothing is padded, and no request sees another.
 
-A slot is a block of one of a few sizes. An answer begins in a small one and moves to one four times as large when it is
-full, so a long answer takes no memory from short ones, and all slots of a size are read by one product.
+A slot is a block of one of a few sizes. A sequence begins in a small one and moves to one four times as large when it is full, so
+a long answer takes no memory from short ones, and all slots of one size are read by one product.
 
-The attention is registered with transformers under the name `luthier_slots` and writes the cache itself: the model is
-called with `use_cache=False` and explicit positions, and needs no mask (Kwon et al. 2023, "Efficient Memory Management
-for Large Language Model Serving with PagedAttention", section 4, describes the same separation with pages).
+The attention is registered with transformers as `luthier_slots` and writes the cache itself: the model is called with
+`use_cache=False` and explicit positions, and needs no mask (Kwon et al. 2023, PagedAttention, https://arxiv.org/abs/2309.06180,
+section 4, separates model and cache in the same way, with pages).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _current = threading.local()
 
 @dataclass(eq=False)
 class Slot:
-    """Room for one row. `tokens` says what stands there, under which adapters; it is kept for reuse once the row has left."""
+    """The cache of one sequence. `tokens` are the tokens it holds, computed under the adapters `owner`; they are kept for prefix
+    reuse after the sequence has ended."""
 
     blocks: Blocks
     index: int
@@ -62,7 +63,7 @@ class Blocks:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's tensors, made when it is first seen, so that any mix of head counts and widths is right."""
+        """The layer's key and value tensors, allocated on first use, so that layers may differ in their numbers of heads and widths."""
         found = self.layers.get(index)
         if found is None:
             found = self.layers[index] = (
@@ -72,7 +73,7 @@ class Blocks:
         return found
 
     def grow(self, count: int) -> None:
-        """So many slots more; what stands in the others stays."""
+        """Add slots; the contents of the existing ones are kept."""
         old = len(self.slots)
         self.slots += [Slot(self, old + i) for i in range(count)]
         for index, pair in self.layers.items():
@@ -83,14 +84,14 @@ class Blocks:
 
 
 class Cache:
-    """The slots of one lane. It only ever grows when told to: who may take how much memory is the engine's to say."""
+    """The slots of one loaded model. It grows only when told to: `MemoryBudget` decides who may take how much."""
 
     def __init__(self, context: int, bytes_per_token: int) -> None:
         self.context, self.bytes_per_token = context, bytes_per_token
         self.blocks: dict[int, Blocks] = {}
 
     def size_for(self, tokens: int) -> int:
-        """The smallest size of a slot that holds so many tokens."""
+        """The smallest slot size that holds this many tokens."""
         size = min(MIN_TOKENS, self.context)
         while size < tokens:
             size = min(size * TIMES, self.context)
@@ -104,7 +105,7 @@ class Cache:
             yield from blocks.slots
 
     def idle(self, size: int) -> Slot | None:
-        """A slot of this size that nobody uses; the one with the least in it that could be of use again."""
+        """An idle slot of this size; the one that holds the fewest reusable tokens."""
         blocks = self.blocks.get(size)
         free = [slot for slot in blocks.slots if not slot.busy] if blocks else []
         return min(free, key=lambda slot: (len(slot.tokens), slot.index), default=None)
@@ -113,18 +114,18 @@ class Cache:
         self.blocks.setdefault(size, Blocks(size)).grow(count)
 
     def trim(self) -> None:
-        """Let go of every size of which no slot is used."""
+        """Free all sizes of which no slot is in use."""
         self.blocks = {size: blocks for size, blocks in self.blocks.items() if any(slot.busy for slot in blocks.slots)}
 
     def copy(self, source: Slot, target: Slot, count: int) -> None:
-        """The first `count` tokens of one slot into another: several answers to one prompt read it once."""
+        """Copy the first `count` tokens of one slot to another: several answers to one prompt read it once."""
         for index, pair in source.blocks.layers.items():
             for old, new in zip(pair, target.blocks.layer(index, *pair), strict=True):
                 new[target.index, :, :count] = old[source.index, :, :count]
         target.tokens, target.owner = source.tokens[:count], source.owner
 
     def wipe(self, slot: Slot) -> None:
-        """Forget what stands in a slot, numbers included: one that is not finite would spoil what is written there next."""
+        """Clear a slot, including its values: a NaN or infinity left there would reach the next sequence through masked positions."""
         for pair in slot.blocks.layers.values():
             for tensor in pair:
                 tensor[slot.index] = 0
@@ -139,8 +140,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step needs of the stack: columns `low:high` hold all of its adapters. `mask` is (N, high - low) with 1 at
-    a token's own columns; None when all tokens use all of these columns."""
+    """The part of the adapter stack that a step needs: columns `low:high` hold all of its adapters. `mask` (N, high − low) is 1
+    at a token's own columns; None when all tokens use all of these columns."""
 
     low: int
     high: int
@@ -149,7 +150,7 @@ class Selection:
 
 @dataclass
 class Step:
-    """One forward pass. `decode` are the segments of one token, first in the flat row, ordered by size and place of slot."""
+    """One forward pass. `decode` are the segments of one token, first in the flat row, ordered by slot size and index."""
 
     decode: list[Segment]
     prefill: list[Segment]
@@ -158,14 +159,14 @@ class Step:
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def groups(self) -> list[Group]:
-        """The decoding segments by the size of their slots."""
+        """The decoding segments, grouped by the size of their slots."""
         if "groups" not in self._made:
             found = groupby(self.decode, key=lambda segment: segment.slot.blocks)
             self._made["groups"] = [Group(blocks, list(segments), self.device) for blocks, segments in found]
         return self._made["groups"]
 
     def prefill_mask(self, segment: Segment, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(count, past + count), causal, and no further back than the window."""
+        """Causal mask (count, past + count), limited to the window."""
         key = (segment.start, window)
         if key not in self._made:
             query = torch.arange(segment.past, segment.past + segment.count, device=self.device)[:, None]
@@ -178,7 +179,7 @@ class Step:
 
 
 class Group:
-    """Decoding rows whose slots are of one size: they are read by one product over the span of slots from `low` to `high`."""
+    """Decoding sequences whose slots have the same size: one product reads the span of slots from `low` to `high`."""
 
     def __init__(self, blocks: Blocks, segments: list[Segment], device: torch.device) -> None:
         self.blocks, self.device = blocks, device
@@ -187,12 +188,12 @@ class Group:
         self.longest = max(s.past for s in segments) + 1
         self.slots = torch.tensor([s.slot.index for s in segments], device=device)
         self.positions = torch.tensor([s.past for s in segments], device=device)
-        # Where in the span the rows stand; None when every slot of it decodes.
+        # Index of each sequence within the span; None when every slot of it decodes.
         self.rows = None if self.high - self.low == len(segments) else self.slots - self.low
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(span, 1, 1, longest): minus infinity where a row must not look. Made once per step, not per layer."""
+        """(span, 1, 1, longest): −inf at positions a sequence must not attend to. Computed once per step, not per layer."""
         if window not in self._masks:
             last = torch.zeros(self.high - self.low, 1, dtype=torch.long, device=self.device)
             last[self.rows if self.rows is not None else slice(None)] = self.positions[:, None]
@@ -207,7 +208,7 @@ class Group:
 
 @contextmanager
 def running(step: Step) -> Iterator[None]:
-    """The step that attention and adapters see; models differ in which arguments they pass on, so it stands here."""
+    """Set the step that attention and adapters see. It is no argument, because models differ in which arguments they pass on."""
     _current.step = step
     try:
         yield
@@ -222,7 +223,7 @@ def current_step() -> Step | None:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, cap: float | None, **how: Any
 ):
-    """Attention of (B, H, T, D); `cap` squashes the scores, which the fused kernel cannot."""
+    """Attention of (B, H, T, D). `cap` is a soft cap on the scores, which the fused kernel does not support."""
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **how)
     scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
@@ -258,7 +259,8 @@ def slot_attention(
 
 
 def _decode(group, query, key, value, keys, values, out, scale, window, cap) -> None:
-    """All rows of a group, each with one new token. Queries of the heads that share keys stand in one block, so nothing is repeated."""
+    """Attention of all sequences of a group, with one new token each. Query heads that share keys are batched together
+    (grouped-query attention), so keys are not repeated."""
     here, (heads, kv_heads) = slice(group.begin, group.end), (query.shape[0], key.shape[0])
     keys[group.slots, :, group.positions] = key[:, here].transpose(0, 1)
     values[group.slots, :, group.positions] = value[:, here].transpose(0, 1)
@@ -279,7 +281,7 @@ def _decode(group, query, key, value, keys, values, out, scale, window, cap) -> 
 
 
 def _prefill(step, segment, query, key, value, keys, values, out, scale, window, cap) -> None:
-    """A chunk of one prompt, after what of it stands in the cache already."""
+    """Attention of a chunk of one prompt, after those of its tokens that are in the cache already."""
     slot, start, count, past = segment.slot.index, segment.start, segment.count, segment.past
     here, end = slice(start, start + count), past + count
     keys[slot, :, past:end] = key[:, here]

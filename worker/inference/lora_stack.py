@@ -1,10 +1,9 @@
 """Many LoRA adapters on one base, in one batch.
 
-Each adapted linear layer holds the A and B matrices of all loaded adapters side by side: A (R, in) and B (R, out), R
-the sum of the ranks. One product with all of A, a mask that keeps each token's own columns, and one product with all
-of B give every token the correction of its own adapter, and nothing to a token of the bare base. Two small products
-per layer, however many adapters (after Sheng et al. 2023, "S-LoRA: Serving Thousands of Concurrent LoRA Adapters",
-section 5, with one padded product in place of a custom kernel).
+Each adapted linear layer holds the A and B matrices of all loaded adapters concatenated: A (R, in) and B (R, out), R the sum of
+the ranks. One product with A, a mask that keeps each token's own columns, and one product with B give every token the correction
+of its own adapter, and none to a token of the bare base. Two small products per layer, whatever the number of adapters (after
+Sheng et al. 2023, S-LoRA, https://arxiv.org/abs/2311.03285, section 5, with one masked product instead of a custom kernel).
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from app.models.integrity import BadModel
 from worker.inference.kv_cache import Selection, current_step
 from worker.kernels.cpu.small_batch_linear import FewRows
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), B (r, out) with the scaling already in it
+Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), and B (r, out) with the scaling factor applied
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter: its matrices by the name of the layer they correct. `rank` is the widest of them, `path` its folder."""
+    """One adapter: its matrices by the name of the layer they correct. `rank` is the largest of them, `path` its folder."""
 
     layers: dict[str, Pair]
     rank: int
@@ -35,7 +34,7 @@ class LoraWeights:
 
 
 def _plain(config: dict[str, Any]) -> bool:
-    """Whether the adapter is nothing but B·A beside linear layers, which is what the stacked form can hold."""
+    """Whether the adapter is plain B·A on linear layers, which is all that the stack supports."""
     extras: tuple[str, ...] = (
         "use_dora",
         "modules_to_save",
@@ -51,8 +50,8 @@ def _plain(config: dict[str, Any]) -> bool:
 def read_lora(
     folder: Path, linears: dict[str, torch.nn.Linear], dtype: torch.dtype, device: torch.device, blend: float = 1.0
 ) -> LoraWeights | None:
-    """A folder in peft's layout, or None when it holds more than plain LoRA and peft itself must load it. `blend` is how much
-    of the correction is played."""
+    """Read a folder in peft's layout; None when it holds more than plain LoRA, so that peft itself must load it. `blend` scales
+    the correction. Raises BadModel for non-finite values."""
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         return None
@@ -61,7 +60,7 @@ def read_lora(
         return None
     tensors = load_file(folder / "adapter_model.safetensors")
     if broken := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise BadModel(  # nothing times a number that is none is one too: it would reach the other rows of the batch
+        raise BadModel(  # 0 · NaN is NaN: it would reach the other rows of the batch
             f"The adapter's {broken} holds numbers that are none (NaN), as when training diverged.", hint="Take an earlier checkpoint."
         )
     layers: dict[str, Pair] = {}
@@ -89,7 +88,7 @@ def _scaling(config: dict[str, Any], layer: str, rank: int) -> float:
 
 
 class StackedLinear(torch.nn.Module):
-    """A linear layer with the corrections of all loaded adapters beside it."""
+    """A linear layer plus the corrections of all loaded adapters."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class StackedLinear(torch.nn.Module):
 
 
 class AdapterStack:
-    """The adapters loaded on one base. Keys are adapter hashes; the least recently used make room for new ones."""
+    """The adapters loaded on one base. Keys are adapter hashes; the least recently used are evicted for new ones."""
 
     def __init__(self, model: torch.nn.Module, most_columns: int = 512) -> None:
         self.most_columns = most_columns
@@ -127,7 +126,7 @@ class AdapterStack:
         self.columns: dict[str, tuple[int, int]] = {}
 
     def add(self, key: str, weights: LoraWeights, busy: set[str]) -> None:
-        """Put an adapter into the stack; only adapters outside `busy` may be put away for it."""
+        """Add an adapter to the stack; only adapters outside `busy` may be evicted for it."""
         self.loaded[key] = weights
         idle = [k for k in self.loaded if k not in busy and k != key]
         while idle and sum(w.rank for w in self.loaded.values()) > self.most_columns:
@@ -135,11 +134,11 @@ class AdapterStack:
         self._restack()
 
     def nbytes(self) -> int:
-        """Bytes of the matrices that lie side by side."""
+        """Bytes of the concatenated matrices."""
         return sum(t.nbytes for layer in list(self.wrapped.values()) for t in (layer.a, layer.b) if t is not None)
 
     def use(self, adapters: dict[str, LoraWeights], busy: set[str]) -> None:
-        """Have these at hand, beside those that are `busy`."""
+        """Load these adapters where they are not loaded, keeping those that are `busy`."""
         for key, weights in adapters.items():
             if key in self.loaded:
                 self.loaded[key] = self.loaded.pop(key)
@@ -147,7 +146,7 @@ class AdapterStack:
                 self.add(key, weights, busy | set(adapters))
 
     def _restack(self) -> None:
-        """Lay the matrices side by side again: a copy of a few megabytes, between two steps."""
+        """Concatenate the matrices again: a copy of a few megabytes, between two steps."""
         self.columns, at = {}, 0
         for key, weights in self.loaded.items():
             self.columns[key] = (at, at + weights.rank)
@@ -169,7 +168,7 @@ class AdapterStack:
                         layer.a[low : low + len(a)], layer.b[low : low + len(b)] = a, b
 
     def select(self, tokens: list[tuple[int, tuple[str, ...]]]) -> Selection | None:
-        """`tokens` are runs of the flat row: how many tokens, and the adapters they use."""
+        """The columns and mask for a flat row of runs of `tokens`: (number of tokens, the adapters they use)."""
         used = {key for _, keys in tokens for key in keys}
         if not used:
             return None

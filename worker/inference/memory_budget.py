@@ -1,7 +1,7 @@
-"""The memory of answers: what one may need is promised before any is taken, and taken in blocks as the answer grows.
+"""Admission control: the KV cache that a request may need is reserved before it begins, and allocated in blocks as it grows.
 
-So an answer that was begun can be written to its end, one that could never be is refused with the figures, and a chat takes the
-memory of what it has said and not of the longest it might say.
+So a request that has begun can always be finished, one that could never fit is refused with the numbers, and a chat takes the
+memory of the tokens it has, not of its maximum length.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from worker.inference.model_pool import LoadedModel, ModelPool
 from worker.inference.scheduler import Request
 
 MIN_ANSWER = 64
-"""Tokens that an answer of no stated length is promised at least."""
+"""Tokens reserved at least for an answer of unspecified length."""
 
 
 class MemoryBudget:
-    """What the engine asks before it takes memory. Used by the engine's thread, but for `longest_answer`."""
+    """Grants memory to the engine. Used by the engine's thread only, except `longest_answer`."""
 
     def __init__(self, shelf: ModelPool, most_rows: int) -> None:
         self.shelf, self.most_rows = shelf, most_rows
 
     def longest_answer(self, request: GenerateRequest, lane: LoadedModel, prompt: int, most: int) -> int:
-        """How many tokens the answer may become: `most`, or where nobody said how long, what there is memory for. Raises DoesNotFit
-        when the cache of one such answer could not be had even alone, Unavailable when only a job's end would change that."""
+        """Maximum number of tokens of the answer: `most`, or where the request sets no limit, what there is memory for. Raises
+        DoesNotFit when the cache of one such answer does not fit even alone, Unavailable when it would once a training job has
+        ended."""
         name, cache = request.model.name, lane.cache
         free = self.shelf.limit() - self.shelf.weights_of(lane)
         while (need := cache.bytes_for(prompt + most)) > free:
@@ -44,7 +45,7 @@ class MemoryBudget:
         return most
 
     def promise(self, running: Request, active: Sequence[Request]) -> bool:
-        """Whether one more row of this request can be written to its end beside all rows that are being written."""
+        """Whether one more sequence of this request can be finished together with all running ones."""
         promised = running.place.lane.cache.bytes_for(len(running.prompt) + running.max_tokens)
         for r in active:
             cache = r.place.lane.cache
@@ -53,12 +54,12 @@ class MemoryBudget:
                 whole - row.slot.blocks.size * cache.bytes_per_token for row in r.rows if row.slot is not None and row.slot.busy
             )
         lanes = {id(r.place.lane): r.place.lane for r in [*active, running]}.values()
-        more = promised - sum(lane.cache.idle_bytes() for lane in lanes)  # idle slots are used again, or let go of
+        more = promised - sum(lane.cache.idle_bytes() for lane in lanes)  # idle slots are reused or freed
         self.shelf.fit(more)
         return self.shelf.memory() + more <= self.shelf.limit()
 
     def take(self, lane: LoadedModel, tokens: int, wanted: Slot | None = None) -> Slot | None:
-        """A slot for so many tokens, `wanted` if it is large enough; None when there is no memory for one."""
+        """A slot for this many tokens, `wanted` if it is large enough; None when there is no memory for one."""
         cache, size = lane.cache, lane.cache.size_for(tokens)
         slot = wanted if wanted is not None and wanted.blocks.size >= size else cache.idle(size)
         if slot is None:
@@ -73,7 +74,7 @@ class MemoryBudget:
         return slot
 
     def make_longer(self, running: Request) -> bool:
-        """Move the rows of a request whose slot is full to a larger one; False when there is no memory for that."""
+        """Move sequences whose slots are full to larger ones; False when there is no memory for that."""
         lane = running.place.lane
         for row in running.writing():
             slot, length = row.slot, len(running.prompt) + len(row.written)
@@ -87,7 +88,8 @@ class MemoryBudget:
         return True
 
     def _there_is(self, more: int) -> bool:
-        """Whether so many bytes can be had. What jobs need that began meanwhile is not held against rows that have begun."""
+        """Whether this many bytes are available. Memory that training jobs claimed meanwhile is not counted against sequences
+        that have begun."""
         if self.shelf.memory() + more > self.shelf.memory_bytes:
             self.shelf.trim()
             self.shelf.fit(more)

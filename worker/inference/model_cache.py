@@ -1,4 +1,4 @@
-"""A few loaded encoders and classifiers, which answer in one pass and need no lane: the last used stay, like the lanes."""
+"""A small LRU cache of loaded encoders and classifiers, which answer in one forward pass and need no engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Entry(Generic[T]):
 
 
 class ModelCache(Generic[T]):
-    """At most `most` values by key. `module` finds the weights in one; the first part of a key is the model's folder."""
+    """At most `most` values by key. `module` gets the weights of a value; the first part of a key is the model's folder."""
 
     def __init__(self, most: int, module: Callable[[T], torch.nn.Module]) -> None:
         self.most, self.module = most, module
@@ -32,7 +32,7 @@ class ModelCache(Generic[T]):
         ALL.append(self)
 
     def get(self, key: tuple[str, ...], load: Callable[[], T]) -> T:
-        """The value of `key`, loaded when it is not there. One is loaded at a time; the others are served meanwhile."""
+        """The value of `key`, loaded on a miss. One value is loaded at a time; hits are served meanwhile."""
         if (found := self._known(key)) is not None:
             return found.value
         with self._loading:
@@ -54,7 +54,7 @@ class ModelCache(Generic[T]):
             return found
 
     def put_away(self, before: float) -> int:
-        """Let go of what was last used before this moment of the monotonic clock; how many. Who uses one now holds it himself."""
+        """Evict values last used before this time of the monotonic clock; returns how many. A value in use is kept alive by its user."""
         with self._lock:
             old = [key for key, one in self.loaded.items() if one.used_at < before]
             for key in old:
@@ -71,5 +71,5 @@ ALL: list[ModelCache[Any]] = []
 
 
 def memory() -> int:
-    """Bytes of all of them."""
+    """Bytes of all cached values."""
     return sum(ready.bytes for kept in ALL for ready in kept.ready())

@@ -1,8 +1,8 @@
-"""Models that stand ready to answer: loaded when first asked for, put away when others need their memory.
+"""The pool of loaded models: loaded on first use, evicted when others need their memory.
 
-A *lane* is one tree of modules with one slot cache; all requests of a lane run in the same batch. A base and all its
-plain LoRA adapters share one lane. Any other adapter gets a lane of its own whose modules are new and whose weights are
-the base's very tensors, so each base is in memory once; only a strategy that cannot share loads its own copy.
+A `LoadedModel` is one module tree with one slot cache; all its requests run in the same batch. A base and all its plain LoRA
+adapters share one. Any other adapter gets a module tree of its own over the base's tensors, so each base is in memory once; only
+a strategy that cannot share tensors loads its own copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, 
 
 @dataclass(eq=False)
 class LoadedModel:
-    """One loaded tree of modules. `users` counts the requests that hold it; only a lane without any can be put away."""
+    """One loaded module tree. `users` counts the requests that hold it; only one without users can be evicted."""
 
     key: tuple[str, ...]
     model: torch.nn.Module
@@ -44,10 +44,10 @@ class LoadedModel:
     context: int
     bytes_per_token: int
     stack: AdapterStack | None = None
-    source: torch.nn.Module | None = None  # the untouched tree of a base, which other trees are copied from
+    source: torch.nn.Module | None = None  # the unmodified tree of a base, from which other trees are copied
     weight_bytes: int = 0
-    folders: list[str] = field(default_factory=list)  # of the adapters laid on its own tree
-    lead: int = 0  # placeholder tokens before every prompt, whose places a soft prompt fills
+    folders: list[str] = field(default_factory=list)  # of the adapters attached to its own tree
+    lead: int = 0  # virtual tokens of a soft prompt, as placeholders before every prompt
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     cache: Cache = field(init=False)
@@ -56,12 +56,12 @@ class LoadedModel:
         self.cache = Cache(self.context, self.bytes_per_token)
 
     def nbytes(self) -> int:
-        """Bytes of its weights, of the adapters beside them and of its cache."""
+        """Bytes of its weights, its adapters and its cache."""
         return self.weight_bytes + self.cache.nbytes() + (self.stack.nbytes() if self.stack else 0)
 
     @torch.inference_mode()
     def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
-        """Logits (len(last), V) in float32 after the tokens of the flat row that `last` points at."""
+        """Logits (len(last), V) in float32 at the positions `last` of the flat row."""
         device = self.device
         with running(step):
             out = self.model(
@@ -75,7 +75,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
-    """Where a request runs: its lane, its tokenizer, and the adapters of the lane's stack it uses, by hash."""
+    """Where a request runs: the loaded model, the tokenizer, and the stacked adapters it uses, by hash."""
 
     lane: LoadedModel
     tokenizer: Any
@@ -84,16 +84,16 @@ class ModelHandle:
 
 
 class ModelPool:
-    """The loaded lanes. Safe to call from many threads: one loads a model while the others wait for that model only."""
+    """The loaded models. Thread-safe: while one thread loads a model, only requests for that model wait."""
 
     def __init__(self, memory_bytes: int | None = None, device: str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # float32 on a CPU unless asked otherwise: bfloat16 is faster, but an answer depends on what else is in the batch
-        # (benchmarks/NOTES.md has the figures).
+        # Float32 on a CPU unless configured otherwise: bf16 is faster, but makes an answer depend on what else is in the batch
+        # (benchmarks/NOTES.md has the numbers).
         half = self.device.type == "cuda" or get_settings().generate_precision == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.memory_bytes = memory_bytes or _memory_for_models(self.device)
-        self.training_bytes = 0  # what jobs of this machine take beside it
+        self.training_bytes = 0  # taken by jobs that train on this machine
         self._device_bytes = _device_bytes(self.device)
         self.lanes: dict[tuple[str, ...], LoadedModel] = {}
         self.tokenizers: dict[tuple[str, ...], tuple[Any, frozenset[int]]] = {}
@@ -103,7 +103,7 @@ class ModelPool:
         self._loading: dict[tuple[str, ...], threading.Lock] = {}
 
     def place(self, ref: ModelRef) -> ModelHandle:
-        """Find or load what `ref` names. The lane is held until `release`. Raises DoesNotFit, BadModel or Unavailable."""
+        """Find or load the model of `ref`. It is held until `release`. Raises DoesNotFit, BadModel or Unavailable."""
         if ref.kind in ("classifier", "encoder"):
             raise DoesNotFit(
                 f"{ref.name} is {'a classifier' if ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
@@ -130,22 +130,22 @@ class ModelPool:
             lane.used_at = time.monotonic()
 
     def memory(self) -> int:
-        """Bytes of all weights and caches, those of encoders and classifiers too."""
+        """Bytes of all weights and caches, including encoders and classifiers."""
         with self._lock:
             return model_cache.memory() + sum(lane.nbytes() for lane in self.lanes.values())
 
     def weights_of(self, lane: LoadedModel) -> int:
-        """Bytes that a lane takes before its cache, the base whose tensors it shares included."""
+        """Bytes of a model without its cache, including the base whose tensors it shares."""
         with self._lock:
             family = {id(one): one for one in (lane, self.lanes.get(lane.key[:2])) if one is not None}
         return sum(one.weight_bytes for one in family.values())
 
     def limit(self) -> int:
-        """Bytes that may be in use now: jobs that train here come first."""
+        """Bytes that may be in use now; training jobs on this machine come first."""
         return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
 
     def ready(self) -> list[LoadedModelInfo]:
-        """Every base with the adapters that share its weights."""
+        """Every loaded base with the adapters that share its weights."""
         now = time.monotonic()
         found: dict[tuple[str, ...], LoadedModelInfo] = {}
         with self._lock:
@@ -162,7 +162,7 @@ class ModelPool:
     # Putting away -----------------------------------------------------------------------------------------------------
 
     def put_away(self, before: float) -> int:
-        """Let go of the lanes that nobody holds and that were last used before this moment of the monotonic clock; how many."""
+        """Evict models without users that were last used before this time of the monotonic clock; returns how many."""
         with self._lock:
             old = [lane for lane in self._idle() if lane.used_at < before]
             for lane in old:
@@ -170,7 +170,7 @@ class ModelPool:
         return len(old)
 
     def fit(self, more_bytes: int) -> int:
-        """Let go of idle lanes, the longest unused first, until so many more bytes are within the limit; how many."""
+        """Evict idle models, least recently used first, until this many more bytes fit in the limit; returns how many."""
         gone = 0
         with self._lock:
             while self.memory() + more_bytes > self.limit() and (idle := self._idle()):
@@ -179,7 +179,7 @@ class ModelPool:
         return gone
 
     def trim(self) -> None:
-        """Let go of the parts of caches that nobody uses. Called by the thread that writes them."""
+        """Free unused parts of caches. Called by the engine's thread, which writes them."""
         for lane in list(self.lanes.values()):
             lane.cache.trim()
 
@@ -191,14 +191,14 @@ class ModelPool:
         )
 
     def _idle(self) -> list[LoadedModel]:
-        """Lanes that may go, the longest unused first. A base stays while other trees use its tensors."""
+        """Models that can be evicted, least recently used first. A base stays while other trees use its tensors."""
         needed = {lane.key[:2] for lane in self.lanes.values() if len(lane.key) > 2}
         free = [lane for lane in self.lanes.values() if not lane.users and not (len(lane.key) == 2 and lane.key in needed)]
         return sorted(free, key=lambda lane: lane.used_at)
 
     def _drop(self, lane: LoadedModel) -> None:
         del self.lanes[lane.key]
-        if len(lane.key) == 2:  # the adapters lie in its stack
+        if len(lane.key) == 2:  # its adapters are in its stack
             self.adapters = {key: weights for key, weights in self.adapters.items() if key[:2] != lane.key}
 
     # Loading ----------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class ModelPool:
             return lane
 
     def _make_room(self, ref: ModelRef) -> None:
-        """Put idle lanes away until the model fits. Raises DoesNotFit or Unavailable when it cannot."""
+        """Evict idle models until the model fits. Raises DoesNotFit or Unavailable when it cannot."""
         need = ref.shape.parameters() * self.dtype.itemsize
         if need > self.memory_bytes:
             raise DoesNotFit(
@@ -248,7 +248,7 @@ class ModelPool:
         return lane
 
     def _load_adapted(self, ref: ModelRef, base: LoadedModel) -> LoadedModel:
-        """A tree of its own for adapters that cannot stand side by side, on the base's tensors where that is safe."""
+        """A module tree of its own for adapters that cannot be stacked, over the base's tensors where that is safe."""
         for adapter in ref.adapters:
             check(adapter.path, ref.name, may_be_plain=True)
         if len(ref.adapters) == 1 and STRATEGIES[ref.adapters[0].strategy].switchable and base.source is not None:
@@ -266,7 +266,7 @@ class ModelPool:
             from worker.modeling.fused_lora import fuse_stretched  # peft's layers take a while to import
 
             fuse_stretched(model)
-        patch_small_batch(model, join=False)  # its weights may be the base's
+        patch_small_batch(model, join=False)  # without joining, which moves weights: they may be the base's
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model)
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()
         lane.weight_bytes = sum(p.nbytes for p in model.parameters() if p.data_ptr() not in shared)
@@ -310,11 +310,11 @@ class ModelPool:
         return found
 
     def tokenizer(self, ref: ModelRef, generation_config: Any = None) -> tuple[Any, frozenset[int]]:
-        """The tokenizer of a model, ready to render, and the tokens that end its answers. The weights need not be loaded."""
+        """The tokenizer of a model, ready to render, and its end-of-answer tokens. The weights need not be loaded."""
         key = (ref.path, ref.revision, *(a.key for a in ref.adapters))
         with self._lock:
             loading = self._loading.setdefault(("tokenizer", *key), threading.Lock())
-        with loading:  # a template that has to be stopped keeps nobody waiting who asks for another model
+        with loading:  # per model: a template that has to be stopped delays nobody who uses another model
             with self._lock:
                 if found := self.tokenizers.get(key):
                     return found
@@ -330,7 +330,7 @@ class ModelPool:
 
 
 def _generation_config(ref: ModelRef) -> Any:
-    """What the model's folder says of writing; None when it says nothing."""
+    """The generation config in the model's folder; None when there is none."""
     from transformers import GenerationConfig
 
     folder = folder_of(ref.path)
@@ -338,13 +338,13 @@ def _generation_config(ref: ModelRef) -> Any:
 
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the tree of modules over the same tensors: a change of structure in one leaves the other as it is."""
+    """A copy of the module tree over the same tensors: structural changes of one leave the other unchanged."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
 def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
-    """Switch the model's attention to the slot cache, or say that its architecture has none."""
+    """Switch the model's attention to the slot cache. Raises DoesNotFit where its architecture does not support that."""
     inner = transformer(wrapped(model).get_base_model() if hasattr(model, "get_base_model") else model)
     if getattr(inner.config, "use_bidirectional_attention", False):
         raise DoesNotFit(
@@ -364,12 +364,12 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
 
 
 def _device_bytes(device: torch.device) -> int:
-    """Memory of the whole device: the card's, or the machine's within its control group."""
+    """Total memory of the device: the GPU's, or the machine's within its control group."""
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else usable_memory()
 
 
 def _memory_for_models(device: torch.device) -> int:
-    """What settings say, else half of the machine's memory, or four fifths of what is free on the GPU."""
+    """The configured limit, else half of the machine's memory, or four fifths of what is free on the GPU."""
     if (said := get_settings().generate_memory_bytes) is not None:
         return said
     if device.type == "cuda":

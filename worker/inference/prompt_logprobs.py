@@ -1,4 +1,4 @@
-"""What a model thinks of a text: how likely each of its tokens was where it stands, and what would come next."""
+"""Log-probabilities of the tokens of a prompt, and the likeliest next tokens at each position."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from worker.inference.scheduler import Request
 
 CHUNK = 32
-"""Tokens looked at in one step: each needs the logits of a whole vocabulary, a megabyte where that is large."""
+"""Prompt tokens per step: each needs logits over the whole vocabulary, a megabyte where that is large."""
 
 
 def look(running: Request, logits: torch.Tensor) -> PromptLogprobs | None:
-    """Take the logits (count, V) after the tokens just read into `running.seen`; the whole answer once all are read."""
+    """Add the logits (count, V) of the tokens just read to `running.seen`; returns the result once all are read, else None."""
     prompt, lead = running.prompt, running.place.lane.lead
     if not running.seen:
         running.seen.append(_said(running, prompt[lead], None))

@@ -1,4 +1,4 @@
-"""From a request to the tokens a model reads, by the same code as in training, and the room they leave for the answer."""
+"""Renders a request to the tokens a model reads, by the same code as training, and computes the room left for the answer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from worker.inference.model_pool import ModelPool
 
 
 def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str, list[int]]:
-    """Text and ids of the prompt, by the same code as in training. Raises BadRequest for an empty one, and for one that cannot fit
-    into `context` tokens, whatever it says: that one is not even encoded."""
+    """Text and token ids of the prompt. Raises BadRequest for an empty prompt, and for one that cannot fit into `context` tokens;
+    a text too long for any tokenization is refused before it is encoded."""
     kind = request.model.kind
     if request.tokens is not None:
         room_for(request, len(request.tokens), context)
@@ -38,7 +38,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
 
 
 def rendered(request: GenerateRequest, shelf: ModelPool) -> Rendered:
-    """The prompt of a request that another server answers; no weights are loaded for it. Raises BadRequest."""
+    """The rendered prompt of a request that an external server answers; no weights are loaded for it. Raises BadRequest."""
     ref = request.model
     tokenizer, stops = shelf.tokenizer(ref)
     context = min(ref.shape.positions, get_settings().generate_context)
@@ -55,7 +55,7 @@ def room_for(request: GenerateRequest, size: int, context: int) -> int:
 
 
 def longest_token(tokenizer: Any) -> int:
-    """Characters of the longest token. In a vocabulary of bytes it is the bytes that are counted, which are no fewer."""
+    """Characters of the longest token. For a byte-level vocabulary bytes are counted, which are no fewer."""
     if tokenizer not in _longest:
         _longest[tokenizer] = max(map(len, tokenizer.get_vocab()))
     return _longest[tokenizer]

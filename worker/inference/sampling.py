@@ -1,7 +1,7 @@
-"""From logits to the next token, and from tokens to text that may be shown.
+"""Sampling: from logits to the next token, and from tokens to text that may be shown.
 
-Each answer draws from a generator of its own, one number per token, so the same seed gives the same answer whatever
-else is in the batch. The draw walks the kept tokens in a fixed order (inverse of the cumulative distribution).
+Each sequence has a random generator of its own and draws one number per token, so the same seed gives the same answer whatever
+else is in the batch. The draw walks the candidates in a fixed order (inverse transform sampling).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from app.inference.protocol import Logprob, Sampling
 
 CANDIDATES = 256
-"""Tokens looked at first for top-p: nearly always enough, and far cheaper than sorting the vocabulary."""
+"""Tokens considered first for top-p: nearly always enough, and far cheaper than sorting the vocabulary."""
 
 COLDEST = 1e-4
-"""Temperatures below it are taken for it: the likeliest token is all but certain, and nothing overflows."""
+"""The minimum temperature; lower values are raised to it. The likeliest token is then all but certain, and nothing overflows."""
 
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """While inside, a CPU computes with this thread alone. What a choice asks of a vocabulary is so short that waking another takes
-    longer: 25 µs for the sum of 49,152 exponentials, and 320 with two threads that sleep while they wait."""
+    """Within this context a CPU computes on the current thread only. Operations on one vocabulary are so short that waking
+    another thread takes longer: 25 µs for the sum of 49,152 exponentials, and 320 with two threads that sleep while they wait."""
     before = torch.get_num_threads()
     if device.type != "cpu" or before == 1:
         yield
@@ -40,7 +40,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Counts what it chose, for the penalties."""
+    """Samples the tokens of one sequence, and counts them for the penalties."""
 
     def __init__(self, sampling: Sampling, seed: int, prompt: list[int]) -> None:
         self.sampling = sampling
@@ -49,7 +49,7 @@ class Sampler:
         self.seen: set[int] = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def choose(self, logits: torch.Tensor) -> int:
-        """One token from (V,) float32 logits, which are left as they are."""
+        """Sample one token from logits (V,) in float32, which are not changed."""
         logits = self._adjusted(logits)
         s = self.sampling
         token = int(logits.argmax()) if s.temperature == 0 else self._draw((logits - logits.max()) / max(s.temperature, COLDEST))
@@ -59,7 +59,8 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits after penalties and bias; the repetition penalty is that of Keskar et al. 2019 (CTRL), section 4.1."""
+        """Logits after penalties and bias; the repetition penalty is that of Keskar et al. 2019, CTRL,
+        https://arxiv.org/abs/1909.05858, section 4.1."""
         s = self.sampling
         if s.repetition_penalty == 1 and not s.frequency_penalty and not s.presence_penalty and not s.logit_bias:
             return logits
@@ -78,7 +79,8 @@ class Sampler:
         return logits
 
     def _draw(self, logits: torch.Tensor) -> int:
-        """One draw after top-k, min-p and top-p (Holtzman et al. 2020; min-p: Nguyen et al. 2024)."""
+        """One draw after top-k, min-p and top-p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al.
+        2024, https://arxiv.org/abs/2407.01082)."""
         s, size = self.sampling, logits.shape[0]
         u = torch.rand((), generator=self.generator, dtype=torch.float64).item()
         total = logits.logsumexp(0)
@@ -98,7 +100,7 @@ class Sampler:
         return int(tokens[_pick(p[keep], u)])
 
     def _enough(self, best: torch.Tensor, total: torch.Tensor, count: int) -> bool:
-        """Whether the first candidates certainly hold every token that may be drawn."""
+        """Whether the first candidates are certain to include every token that may be drawn."""
         if len(best) == count:
             return True
         p = (best - total).exp()
@@ -106,7 +108,7 @@ class Sampler:
 
 
 def _pick(p: torch.Tensor, u: float) -> int:
-    """Index where the cumulative sum of `p` passes the share `u` of its total; float64, so that rounding hides nothing."""
+    """First index at which the cumulative sum of `p` exceeds `u` times its total; in float64, so that rounding does not hide the tail."""
     edges = p.double().cumsum(0)
     return min(int(torch.searchsorted(edges, u * edges[-1].item(), right=True)), len(p) - 1)
 
@@ -116,15 +118,15 @@ def _pick(p: torch.Tensor, u: float) -> int:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The letters that byte-level BPE writes for bytes (Radford et al. 2019, GPT-2): printable ones stand for themselves."""
+    """The characters that byte-level BPE writes for bytes (Radford et al. 2019, GPT-2): printable ones are unchanged."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The UTF-8 bytes that a token stands for; half a character, when the token is one. A SentencePiece token keeps the space
-    before its word, which it loses where it is decoded alone."""
+    """The UTF-8 bytes of a token, possibly an incomplete character. A SentencePiece token keeps the space before its word, which
+    it loses when it is decoded alone."""
     text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     piece = tokenizer.convert_ids_to_tokens(token) or ""
     if "�" not in text:
@@ -136,7 +138,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def logprob(tokenizer: Any, logits: torch.Tensor, token: int, top: int) -> Logprob:
-    """What the model thought of `token`, from (V,) float32 logits before any sampling setting, and of the `top` likeliest."""
+    """Log-probability of `token` and the `top` likeliest tokens, from logits (V,) in float32 before any sampling setting."""
     logs = logits.log_softmax(-1)
     said = _say(tokenizer, token, float(logs[token]))
     said.top = likeliest(tokenizer, logs, top)
@@ -144,7 +146,7 @@ def logprob(tokenizer: Any, logits: torch.Tensor, token: int, top: int) -> Logpr
 
 
 def likeliest(tokenizer: Any, logs: torch.Tensor, top: int) -> list[Logprob]:
-    """The `top` likeliest tokens of (V,) logarithms of probabilities, the likeliest first."""
+    """The `top` likeliest tokens of (V,) log-probabilities, likeliest first."""
     if not top:
         return []
     values, ids = logs.topk(min(top, logs.shape[0]))
@@ -157,16 +159,16 @@ def _say(tokenizer: Any, token: int, value: float) -> Logprob:
 
 
 class Detokenizer:
-    """Turns tokens into text piece by piece. What it gives out is never taken back: it holds a piece as long as it may be
-    half of a character or the beginning of a stop string."""
+    """Decodes tokens to text incrementally. Emitted text is never revised: a piece is held back while it may be an incomplete
+    character or the beginning of a stop string."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], stops: tuple[str, ...]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
-        # A few tokens of the prompt go before, because some tokenizers drop the space of a first token.
+        # A few prompt tokens come first, because some tokenizers drop the space of a first token.
         self.ids = list(prompt[-6:])
         self.start, self.read = 0, len(self.ids)
         self.held = ""
-        self.shown = 0  # characters given out
+        self.shown = 0  # characters emitted
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -176,13 +178,13 @@ class Detokenizer:
         return self._release(final=False)
 
     def end(self) -> str:
-        """What is left once no token follows; half a character is dropped."""
+        """The text held back when no token follows; an incomplete character is dropped."""
         return "" if self.stopped else self._release(final=True)
 
     def _new_text(self) -> str:
         before = self._decode(self.ids[self.start : self.read])
         after = self._decode(self.ids[self.start :])
-        # A character has at most four bytes: after four tokens a replacement mark is what the model really wrote.
+        # A character has at most four bytes: a replacement character that remains after four tokens is the model's own.
         if len(after) <= len(before) or (after.endswith("�") and len(self.ids) - self.read < 4):
             return ""
         self.start, self.read = self.read, len(self.ids)
@@ -206,7 +208,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size

@@ -1,6 +1,7 @@
-"""Whose turn it is: which waiting answer is begun next, and how the prompts that are being read share a step.
+"""Fair scheduling: which waiting request begins next, and how prompts in prefill share a step's token budget.
 
-An *account* is one person's chats, or one person's long runs (the prompt lab). Accounts are treated alike, whatever each asks for.
+An *account* is one person's chats, or one person's bulk runs (prompt runs). Accounts are treated alike, however many requests
+each has.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HELD_TO_FREE = 3
-"""An account may hold this many times as many rows as are free, so some are always left for whoever comes next (Choudhury and
-Hahne 1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches")."""
+"""An account may hold this many times as many rows as are free, so some are always left for newcomers (dynamic thresholds:
+Choudhury and Hahne 1998, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches)."""
 BULK_SHARE = 0.5
-"""Share of the rows that all long runs together may hold."""
+"""Share of the rows that all bulk runs together may hold."""
 
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One answer being written. It has a slot from its beginning to its end."""
+    """One sequence being generated. It holds a slot from its beginning to its end."""
 
     index: int
     chooser: Sampler
@@ -43,16 +44,17 @@ class TokenSequence:
     logprobs: list[Logprob] = field(default_factory=list)
     offsets: Offsets = field(default_factory=Offsets)
     begins: list[int] = field(default_factory=list)
-    """Where each token of `logprobs` begins in the answer, in characters."""
+    """The character offset of each token of `logprobs` in the answer."""
     finished: bool = False
 
 
 @dataclass(eq=False)
 class Request:
-    """One request in the engine. `read` prompt tokens are in the cache; its rows share them.
+    """One request in the engine. `read` prompt tokens are in the cache; its sequences share them.
 
-    The first row reads the prompt. The others begin as slots come free, from `first_logits` (V), what the model said after the
-    prompt, and from the slot of the `keeper`, which holds the prompt until all have begun: copied while it writes, taken over after.
+    The first sequence reads the prompt. The others begin as slots become free, from `first_logits` (V,), the logits after the
+    prompt, and from the slot of the `keeper`, which holds the prompt until all have begun: copied while the keeper is generating,
+    handed on afterwards.
     """
 
     request: GenerateRequest
@@ -85,7 +87,7 @@ class Request:
 
     @property
     def written(self) -> int:
-        """Tokens of all its answers so far."""
+        """Tokens generated so far in all its sequences."""
         return sum(len(row.written) for row in self.rows)
 
     @property
@@ -102,7 +104,7 @@ class Request:
         return self.read == len(self.prompt)
 
     def next_row(self) -> TokenSequence | None:
-        """The row that could begin now: the first, and once it has read the prompt the others."""
+        """The sequence that could begin now: the first, and once it has read the prompt the others."""
         row = next((row for row in self.rows if row.slot is None and not row.finished), None)
         return row if row is self.rows[0] or self.has_read else None
 
@@ -110,30 +112,30 @@ class Request:
         return [row for row in self.rows if row.slot is not None and not row.finished and row.written]
 
     def hand_on(self, row: TokenSequence) -> None:
-        """Let a row that has not begun take over the slot of the keeper, which has finished."""
+        """Hand the slot of the keeper, which has finished, to a sequence that has not begun."""
         slot, self.keeper.slot, self.keeper = self.keeper.slot, None, row
         assert slot is not None, "it is let go of when the last row begins"
         row.slot, slot.tokens = slot, slot.tokens[: len(self.prompt)]
 
     def let_go(self, row: TokenSequence) -> None:
-        """Free the slot of a row that has finished, unless it keeps the prompt for rows that have not begun."""
+        """Release the slot of a sequence that has finished, unless it keeps the prompt for sequences that have not begun."""
         waited_for = any(other.slot is None and not other.finished for other in self.rows)
         if row.finished and row.slot is not None and not (row is self.keeper and waited_for):
             row.slot.busy = False
 
 
 def held(running: Sequence[Request]) -> Counter[tuple[Hashable, bool]]:
-    """Rows with a slot, by account."""
+    """Number of sequences with a slot, by account."""
     return Counter(r.account for r in running for row in r.rows if row.slot is not None and row.slot.busy)
 
 
 def in_turn(waiting: Sequence[Request], rows: Counter[tuple[Hashable, bool]]) -> list[Request]:
-    """Accounts with the fewest rows first; where they are level, people before long runs, then by arrival."""
+    """Accounts with the fewest rows first; at equal numbers chats before bulk runs, then by arrival."""
     return sorted(waiting, key=lambda r: (rows[r.account], r.request.bulk, r.arrived))
 
 
 def may_begin(running: Request, rows: Counter[tuple[Hashable, bool]], most_rows: int) -> bool:
-    """Whether one more row of this request leaves enough for others. `rows` are those held in its lane."""
+    """Whether one more sequence of this request leaves enough rows for others. `rows` are those held in its model."""
     free = most_rows - rows.total()
     if free <= 0:
         return False
@@ -143,8 +145,8 @@ def may_begin(running: Request, rows: Counter[tuple[Hashable, bool]], most_rows:
 
 
 def shares(needs: Sequence[tuple[Hashable, int]], budget: int) -> list[int]:
-    """How many tokens of its prompt each request reads in a step: `budget` shared out evenly among accounts, then among the
-    requests of each, and what one does not need goes to the others. The sum is the budget, or all that is needed."""
+    """Prefill tokens of each request in a step: `budget` divided evenly among accounts, then among the requests of each; what one
+    does not need goes to the others. The sum is the budget, or all that is needed."""
     wanted: Counter[Hashable] = Counter()
     for account, need in needs:
         wanted[account] += need

@@ -1,7 +1,7 @@
-"""The body of the Celery task GENERATE: take one request, answer it through this process's engine, publish what comes.
+"""The body of the Celery task GENERATE: claim one request, run it in this process's engine, publish its entries.
 
-The worker keeps no state that matters: killed at any moment, it leaves streams that expire and readers who see, within
-seconds, that its key is gone. A reader that leaves says so in its key, and one that died lets it expire.
+The worker keeps no state that matters: killed at any moment, it leaves streams that expire, and readers notice within seconds
+that its key is gone. A reader that leaves says so in its key; the key of one that died expires.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from worker.runtime.fast_import import importing
 
 log = logging.getLogger(__name__)
 
-# Threads that wait must sleep, not spin: with a training beside it on two cores a step took 100 to 250 ms instead of 500
-# to 600. Read when torch is first imported, which happens with the first request.
+# Waiting threads must sleep, not spin: next to a training job on two cores a step took 100 to 250 ms instead of 500 to 600. The
+# variable is read when torch is first imported, which happens with the first request.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NAME = uuid.uuid4().hex
 """This process, as readers know it."""
 LEFT = b"left"
-"""Value of a reader's key once the reader has gone."""
+"""Value of a reader's key once the reader has left."""
 DEAD_ENGINE = 70
-"""Exit code of a worker whose engine's thread died."""
+"""Exit code of a worker whose engine thread died."""
 MISSING_SECONDS = 5.0
-"""A reader's key may be missing this long (Redis may have been wiped) before the reader is taken for dead."""
+"""A reader's key may be missing this long before the reader is taken for dead, because Redis may have been flushed."""
 
 
 def generate(payload: dict[str, Any]) -> None:
-    """Answer one request, unless another message about it was first or nobody waits for it any more."""
+    """Run one request, unless another delivery of its message came first or its reader has left."""
     request = GenerateRequest.model_validate(payload)
     wire = get_redis()
     _keep_pulse()
@@ -126,7 +126,7 @@ class Publisher:
 
 
 def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
-    """Entries of a request of this process, from its own engine or from the server the request names."""
+    """Entries of a request, from this process's engine or from the external server the request names."""
     if request.engine is None:
         yield from engine().answer(request)
         return
@@ -145,7 +145,7 @@ def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
 
 
 def _leave() -> None:
-    """A process whose engine has died is of no use: it says so to those who listen, and whoever started it starts another."""
+    """Leave after the engine has died: tell the readers, then exit, so that the worker's parent starts a new process."""
     log.critical("The engine's thread has died; the worker ends, to be started again.")
     time.sleep(1)
     os._exit(DEAD_ENGINE)
@@ -166,7 +166,7 @@ def _started_engine() -> Any:
 
 
 def engine() -> Any:
-    """The one engine of this process, started with the first request. The lock keeps two first requests from starting two."""
+    """The engine of this process, started with the first request. The lock keeps two first requests from starting two."""
     with _starting:
         return _started_engine()
 

@@ -1,1 +1,1 @@
-"""Models: loaded, patched, their losses."""
+"""Models: loading, fused layers, losses."""

@@ -1,7 +1,7 @@
-"""A classifier: a model's stack without its head, the states of a text pooled to one vector, and a head on that.
+"""Sequence classifiers: a backbone without its language-model head, pooling to one vector per text, and a classification head.
 
-The stack may be an encoder or a decoder. Texts come packed, one after the other in one row of T tokens, as everywhere in
-training; where each begins is told by their lengths.
+The backbone may be an encoder or a decoder. Texts are packed into one row of T tokens, as everywhere in training; their lengths
+say where each begins.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
 
 
 def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> PreTrainedModel:
-    """The weights in `ref.path` without a head, in evaluation mode; adapters are left out."""
-    # An encoder's own pooler is not used: the mean of its states serves sentences better (Reimers and Gurevych 2019).
+    """The weights in `ref.path` without a head, in evaluation mode; adapters are not attached."""
+    # An encoder's own pooler is not used: mean pooling represents sentences better (Reimers and Gurevych 2019).
     extra: dict[str, Any] = {"add_pooling_layer": False} if ref.shape.model_type in _POOLED else {}
     try:
         model = AutoModel.from_pretrained(
@@ -55,9 +55,9 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
 def load_stack(
     ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
 ) -> nn.Module:
-    """What a classifier stands on: the stack of a model, with everything it was tuned to merged into it.
+    """The backbone of a classifier: a model's stack with all its adapters merged.
 
-    Raises BadModel for a classifier that is an adapter: its stack is not its own.
+    Raises BadModel for a classifier that is an adapter, because its stack is not its own.
     """
     if ref.labels and ref.adapters:
         raise BadModel(f"{ref.name} is a classifier, which cannot be fine-tuned further.", hint="Fine-tune the model it came from instead.")
@@ -67,7 +67,7 @@ def load_stack(
 
 
 def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
-    """How a strategy's classifier pools: as it says, or the mean for encoders and the last token for decoders."""
+    """How a strategy's classifier pools: by its setting, else the mean for encoders and the last token for decoders."""
     asked: Pooling | Literal["auto"] = getattr(strategy, "pooling", "auto")
     if asked != "auto":
         return asked
@@ -75,8 +75,8 @@ def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
 
 
 class Classifier(nn.Module):
-    """`backbone` is what the strategy attached to; `head` is what its `head` built. `skip` leading tokens of every text
-    are placeholders of a soft prompt and no part of a mean. `normalise` scales each pooled vector to length 1."""
+    """`backbone` is what the strategy is attached to; `head` was built by the strategy. The first `skip` tokens of every text are
+    virtual tokens of a soft prompt and excluded from a mean. `normalise` scales each pooled vector to length 1."""
 
     def __init__(
         self,
@@ -94,20 +94,20 @@ class Classifier(nn.Module):
         self.pooling, self.skip, self.normalise = pooling, skip, normalise
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
-        """Scores, (texts, labels), of packed ids (1, T)."""
+        """Logits (texts, labels) for packed ids (1, T)."""
         return self.head(self.pooled(input_ids, position_ids, lengths, **arguments).to(next(self.head.parameters()).dtype))
 
     def pooled(self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: list[int], **arguments: Any) -> torch.Tensor:
         """One vector per text, (texts, H)."""
         if getattr(self.backbone.config, "use_cache", None) and not getattr(self.backbone.config, "is_encoder_decoder", False):
-            arguments["use_cache"] = False  # nothing is written, so keys and values need not be kept
+            arguments["use_cache"] = False  # nothing is generated, so keys and values need not be kept
         states = self.backbone(input_ids=input_ids, position_ids=position_ids, **arguments).last_hidden_state
         vectors = pool(states[0], lengths, self.pooling, self.skip)
         return nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
 
 
 def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) -> torch.Tensor:
-    """One vector per text, (texts, H), from the states of packed tokens, (T, H). What stands after the last text fills the pack."""
+    """One vector per text, (texts, H), from the states of packed tokens (T, H). States after the last text are padding of the pack."""
     sizes = sent(torch.tensor(lengths), states.device)
     ends = sizes.cumsum(0)
     if how == "last":
@@ -119,7 +119,7 @@ def pool(states: torch.Tensor, lengths: list[int], how: Pooling, skip: int = 0) 
 
 
 def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], bool]:
-    """Ids of a text as the model's tokenizer frames one ([CLS] … [SEP] for an encoder), and whether it was cut."""
+    """Token ids of a text with the model's special tokens ([CLS] … [SEP] for an encoder), and whether it was truncated."""
     ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
     if len(ids) <= max_length:
         return ids, False
@@ -127,7 +127,7 @@ def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], 
 
 
 class Writer(nn.Module):
-    """A stack with an output layer on it, so that it can be scored on texts as before; generates nothing."""
+    """A backbone with a language-model head, so that it can be scored on texts; it generates nothing."""
 
     def __init__(self, body: nn.Module, output: nn.Linear) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ class Writer(nn.Module):
 
 
 def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
-    """The output layer that a decoder's stack was loaded without: its input embedding where they are tied, else read from
-    the model's files. Raises BadModel when they hold none."""
+    """The language-model head of a decoder's backbone: its input embedding where they are tied, else read from the model's files.
+    Raises BadModel when they hold none."""
     table = cast("nn.Embedding", plain(model).get_input_embeddings()).weight
     weight = table if plain(model).config.tie_word_embeddings else _output_weight(ref)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -151,7 +151,7 @@ def output_layer(ref: ModelRef, model: nn.Module) -> nn.Linear:
 
 
 def plain(model: nn.Module) -> PreTrainedModel:
-    """The transformers stack inside a classifier and a peft wrapper."""
+    """The transformers model inside a classifier and a peft wrapper."""
     body = model.backbone if isinstance(model, Classifier) else model
     return transformer(wrapped(body).get_base_model() if hasattr(body, "get_base_model") else body)
 
@@ -168,7 +168,7 @@ def _output_weight(ref: ModelRef) -> torch.Tensor:
 
 
 def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> None:
-    """Write the head and what is needed to use it beside what the strategy saved of the stack."""
+    """Save the head and what is needed to use it next to what the strategy saved of the backbone."""
     about = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
     save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, folder / HEAD_FILE)
     (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -177,13 +177,13 @@ def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> 
 def load_classifier(
     ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
 ) -> tuple[Classifier, list[str]]:
-    """A tuned classifier and its labels in order. Raises BadModel for a model that is none."""
+    """A fine-tuned classifier and its labels in order. Raises BadModel for a model that is none."""
     folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
     if not (folder / HEAD_FILE).is_file():
         raise BadModel(f"{ref.name} is no classifier.", hint="Choose a model that was fine-tuned on labeled rows.")
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     *below, last = ref.adapters or (None,)
-    # Adapters below the classifier's own were learnt with the head on, so they are laid on the whole model.
+    # Adapters below the classifier's own were trained with the language-model head, so they are attached to the whole model.
     stack = ref.model_copy(update={"adapters": tuple(below), "labels": None})
     backbone = load_stack(stack, dtype, attention, device)
     if last is not None:

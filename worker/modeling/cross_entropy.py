@@ -1,12 +1,12 @@
-"""Cross-entropy of the language-model head that never holds all logits.
+"""Linear cross-entropy: the loss of the language-model head without ever holding all logits.
 
-The head is applied only where a token is learnt, a few hundred positions at a time; the gradient with respect to the hidden
-states is made in the same pass, so a chunk's logits live once and are gone. (The idea of Wijmans et al. 2024, Cut Your
-Losses, and of Liger's fused linear cross-entropy, in plain torch.)
+The head is applied only at positions with a target, a chunk at a time; the gradient of the hidden states is computed in the same
+pass, so a chunk's logits are discarded at once. (After Wijmans et al. 2024, Cut Your Losses, https://arxiv.org/abs/2411.09009,
+and Liger's fused linear cross-entropy, in plain torch.)
 
-On a CPU a chunk's product is made at once, since each product packs the whole head anew, and its softmax a row at a time
-(`worker/kernels/cpu/cross_entropy.py`) or, where the logits are capped or have a bias, a few rows at a time in plain torch, so that these stay in the
-cores' caches through all passes over them; the gradient takes the place of the logits.
+On a CPU a chunk's product is one call, since every call repacks the whole head; its softmax runs row by row
+(`worker/kernels/cpu/cross_entropy.py`) or, where logits are capped or have a bias, in blocks of rows in plain torch, so that
+these stay in the cores' caches. The gradient overwrites the logits.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from worker.modeling.packed_attention import MULTIPLE
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 96 * 2**20
-"""Size of one chunk of logits in the type of the products. Measured on a CPU with AMX, bf16, milliseconds for 1,000 places of
-49,152 logits, forwards and backwards: 237 at 24 MiB, 174 at 48, 163 at 96 (345, 285 and 277 without the blocks below)."""
+"""Size of one chunk of logits in the products' dtype. Measured on a CPU with AMX, bf16, milliseconds for 1,000 positions of
+49,152 logits, forward and backward: 237 at 24 MiB, 174 at 48, 163 at 96 (345, 285 and 277 without the blocks below)."""
 
 BLOCK_BYTES = 3 * 2**19
-"""Size of the float32 rows that a softmax works on at a time on a CPU: they stay in a core's second cache (usually 1 to 2 MiB)."""
+"""Size of the float32 rows of one softmax block on a CPU: they stay in a core's L2 cache (usually 1 to 2 MiB)."""
 
 
 HEAD_ROWS = 8192
-"""Rows of the head whose gradient is made at once."""
+"""Rows of the head whose gradient is computed at once."""
 
 
 @functools.cache
 def kernel_works(device: torch.device) -> bool:
-    """Whether the kernel of `worker/kernels/gpu/cross_entropy.py` can be built and run there, tried once: Triton, which torch's builds for CUDA bring, also
-    needs a C compiler on the machine. Without it the loss takes plain torch, which is slower."""
+    """Whether the Triton kernel of `worker/kernels/gpu/cross_entropy.py` can be built and run on the device; tried once. Triton
+    comes with torch's CUDA builds, but needs a C compiler on the machine. Without it the loss uses plain torch, which is slower."""
     try:
         from worker.kernels.gpu.cross_entropy import softmax_gradient_
 
@@ -94,7 +94,7 @@ class WeightKeeper(Protocol):
 
 
 class Head(NamedTuple):
-    """The last linear layer and what some models do to its logits: `cap` · tanh(logits · `scale` / `cap`)."""
+    """The language-model head and its logit transform: `cap` · tanh(logits · `scale` / `cap`)."""
 
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None
@@ -118,16 +118,16 @@ def head_of(model: torch.nn.Module) -> Head:
 
 
 CHUNK_BYTES_CUDA = 2**30
-"""The same on a GPU, whose products want thousands of rows: 2,048 rows of 128,256 logits in float32."""
+"""The chunk size on a GPU, whose products need thousands of rows: 2,048 rows of 128,256 logits in float32."""
 
 
 def chunk_rows(vocabulary: int, rows: int, cuda: bool = False, width: int = 8) -> int:
-    """Places whose logits are made at once; `width` bytes are alive for each logit, 4 at least on a GPU."""
+    """Positions per chunk; `width` bytes are alive for each logit, at least 4 on a GPU."""
     return max(16, min(rows, CHUNK_BYTES_CUDA // (max(width, 4) * vocabulary) if cuda else CHUNK_BYTES // (width * vocabulary)))
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The rows of a chunk a few at a time, as float32: (which, a copy of them, or they themselves where they are float32)."""
+    """Blocks of a chunk's rows in float32: (slice, a copy, or a view where the chunk is float32)."""
     rows = logits.shape[0] if logits.is_cuda else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
     room = torch.empty(min(rows, logits.shape[0]), logits.shape[1], device=logits.device) if logits.dtype != torch.float32 else None
     for start in range(0, logits.shape[0], rows):
@@ -136,7 +136,8 @@ def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def _finish(logits: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Float32 products made into logits, in place where they are not capped, and tanh of the capped ones, which the gradient needs."""
+    """Apply scale, bias and cap to float32 products, in place where there is no cap: (logits, tanh of the capped ones, which the
+    gradient needs, or None)."""
     if head.bias is not None:
         logits += head.bias.float()
     if head.scale != 1.0:
@@ -148,7 +149,7 @@ def _finish(logits: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _softmax_(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats of each target, probabilities in the place of the logits). Shapes (rows, 1) and (rows, V)."""
+    """(nats of each target (rows, 1), probabilities (rows, V)); overwrites the logits."""
     picked = logits.gather(1, targets[:, None])
     top = logits.amax(1, keepdim=True)
     p = logits.sub_(top).exp_()
@@ -163,15 +164,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
         if hidden.is_cuda and plain and compute != torch.float32 and kernel_works(hidden.device):
             return _on_gpu(ctx, hidden, weight, targets, compute)
-        # A processor is asked whether there are filling places, a GPU would be waited for.
+        # On a GPU this check would synchronize, so the mask is always applied there.
         kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
         wanted, targets = targets, targets if kept is None else targets.clamp(min=0)
-        single = head.bias is None and head.cap is None and head.scale > 0  # a kernel's formula
+        single = head.bias is None and head.cap is None and head.scale > 0  # what the CPU kernel supports
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # The head's gradient is as large as the head; the logits' gradients it is made of are kept instead where they are smaller.
+        # The head's gradient is as large as the head; where the logits' gradients are smaller, they are kept and multiplied
+        # later.
         keeps = needs_weight and hidden.shape[0] * compute.itemsize <= 4 * hidden.shape[1]
         parts: list[torch.Tensor] = []
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
@@ -232,7 +234,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """The same with logits in `compute`, made into their gradient in place by one kernel. A target below 0 is left out."""
+    """The loss with logits in `compute`, overwritten with their gradient by one kernel. Targets below 0 are ignored."""
     from worker.kernels.gpu.cross_entropy import softmax_gradient_
 
     needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -259,17 +261,16 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 def pad_to_multiple(
     hidden: torch.Tensor, targets: torch.Tensor, compute: torch.dtype, value: int = -100
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (K, H) and targets (K,) of a product in a narrow type on a CPU, filled up to a multiple of `attention.MULTIPLE` with
-    states of zeros whose target is `value`. All others as they are."""
+    """Hidden states (K, H) and targets (K,) padded to a multiple of `packed_attention.MULTIPLE` rows, with zero states and the
+    target `value`, for a bf16 product on a CPU. Others are returned unchanged."""
     spare = -hidden.shape[0] % MULTIPLE if hidden.device.type == "cpu" and compute.itemsize < 4 else 0
     return (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare), value=value)) if spare else (hidden, targets)
 
 
 def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
-    """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,); products in `compute`, sums in float32.
-
-    Gradients flow to `hidden` and, where they are trained, to the head's weight and bias.
-    """
+    """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,), which are ignored below 0: a float32 scalar.
+    Products run in the dtype `compute`, sums in float32. Differentiable in `hidden` and, where they are trained, the head's
+    weight and bias."""
     if hidden.shape[0] == 0:
         return hidden.sum() * 0.0
     if not kernels.allowed():
@@ -300,7 +301,7 @@ def plain_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute:
 def score(
     hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy in nats and whether the likeliest token is the right one, for each of K positions."""
+    """Cross-entropy in nats (K,), and whether the likeliest token is the target (K,), without gradients."""
     count = hidden.shape[0]
     hidden, targets = pad_to_multiple(hidden, targets, compute)
     losses = torch.empty(hidden.shape[0], device=hidden.device)

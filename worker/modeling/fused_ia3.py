@@ -1,8 +1,8 @@
-"""(IA)³'s factors without a copy of what they scale in float32. Same parameters, same names, same saved layout.
+"""(IA)³'s scaling vectors without a float32 copy of what they scale. Same parameters, names and saved layout as peft's.
 
     y = l · x, rounded once;    dx = l · dy,    dl = Σ dy · x in float32
 
-with x (…, N) what a frozen layer gives (keys and values) or reads (the end of the feed-forward) and l (N,) learnt
+x (…, N) is the output of a frozen layer (keys and values) or its input (the last one of the feed-forward), l (N,) is trainable
 (Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3).
 """
 
@@ -30,7 +30,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class FusedIa3(PeftIa3):
-    """The forward that takes the place of peft's; all else stays peft's."""
+    """Replaces the forward of peft's layer and nothing else."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
@@ -40,7 +40,7 @@ class FusedIa3(PeftIa3):
 
 
 def fuse(model: torch.nn.Module) -> int:
-    """Give every layer that learns such factors, one adapter's, the forward above. Returns how many there are."""
+    """Give every layer with exactly one such adapter the forward above. Returns the number of layers changed."""
     found = [m for m in model.modules() if type(m) is PeftIa3 and list(m.ia3_l) == [ADAPTER] == m.active_adapters and plain_linear(m)]
     for layer in found:
         layer.__class__ = FusedIa3

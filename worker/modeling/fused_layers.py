@@ -1,4 +1,4 @@
-"""Faster forms of layers that transformers writes out step by step. Same formula, same weights, same names."""
+"""Faster forms of layers that transformers composes of single operations. Same formulas, weights and names."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def patch_norms_and_mlp(model: torch.nn.Module) -> None:
 
 
 def use_fused_norms(model: torch.nn.Module) -> int:
-    """Compute root-mean-square norms in one kernel instead of six. Returns how many were switched.
+    """Compute RMS norms in one kernel instead of six. Returns the number of layers changed.
 
-    Measured per processor second in float32, LoRA on a 135 M model: no difference (137 and 137 tokens). It is kept for bf16
-    autocast, where a prototype of 14 M gained a quarter, and for GPUs, where it saves kernels.
+    Measured in float32 on a CPU, LoRA on a 135 M model: no difference (137 and 137 tokens per CPU second). It is kept for bf16
+    autocast, where a prototype of 14 M gained a quarter, and for GPUs, where it saves kernel launches.
     """
     found = [m for m in model.modules() if type(m).__name__ in PLAIN_NORMS and not hasattr(type(m), "plain")]
     before_products = {id(norm) for block in blocks_of(model) for norm in block.children()}
@@ -64,11 +64,12 @@ def use_fused_norms(model: torch.nn.Module) -> int:
 
 @functools.cache
 def _fused_norm(kind: type, before_products: bool) -> type:
-    """The class of a norm with another forward: a copy of the model keeps it, and a compiler sees one class for all layers.
+    """A subclass of a norm with another forward: a deep copy of the model keeps it, and torch.compile sees one class for all
+    layers.
 
-    What linear layers alone read is rounded once to the type of their products; autocast would round it for each of them anew.
-    On a GPU autocast would besides compute every norm in float32 and hand float32 on, Qwen3's queries and keys among them;
-    the kernel sums in float32 whatever it reads, so it is called outside.
+    An output that only linear layers read is rounded once to the dtype of their products; autocast would round it for each of
+    them. On a GPU autocast would also compute every norm in float32 and return float32, Qwen3's query and key norms included; the
+    kernel sums in float32 whatever its input, so it is called outside of autocast.
     """
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,14 +94,14 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 MIN_SECONDS_TO_COMPILE = 120.0
-"""Compiling one block takes 30 to 60 seconds on an H100 and gains a sixth to a quarter, so a shorter job loses by it."""
+"""Compiling one block takes 30 to 60 seconds on an H100 and gains a sixth to a quarter, so it does not pay for a shorter job."""
 
 _compiled = False
 
 
 def compile_blocks(model: torch.nn.Module, backend: Any = "inductor") -> int:
     """Compile the decoder's blocks one by one with a backend of torch.compile: they share one graph (two where the lowest block's
-    input needs no gradient), and the head and the attention's table stay outside."""
+    input needs no gradient), and the head and the rotary tables are not compiled."""
     global _compiled
     import torch._dynamo.utils
 
@@ -114,12 +115,12 @@ def compile_blocks(model: torch.nn.Module, backend: Any = "inductor") -> int:
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """While inside, nothing is compiled: evaluations meet many shapes, and each would cost a compilation."""
+    """Within this context nothing is compiled: evaluations have many shapes, and each would cost a compilation."""
     return torch.compiler.set_stance("force_eager") if _compiled else contextlib.nullcontext()
 
 
 def given_up() -> int:
-    """How many pieces of code the compiler gave up on; they run as they are, only slower."""
+    """Number of graphs that the compiler gave up on; they run uncompiled, only slower."""
     if not _compiled:
         return 0
     frames = torch._dynamo.utils.counters["frames"]
@@ -130,10 +131,8 @@ def given_up() -> int:
 
 
 def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[str, Any]:
-    """Make a model whose strategy is attached as fast as it gets here; `seconds` is how long the job is expected to run.
-
-    Returns what was done, for the record.
-    """
+    """Apply all speed-ups that this device supports to a model with its strategy attached; `seconds` is the expected duration of
+    the job. Returns what was applied, for the record."""
     done: dict[str, Any] = {}
     if engine.fp8:
         done["fp8_layers"] = fp8.use_fp8(blocks_of(model))
@@ -149,8 +148,8 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
 
 
 def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
-    """Have what a decoder's blocks pass on to each other be `compute`, also where the embedding is kept in float32 because it
-    learns: what a block adds is of that type in any case. Returns whether that was needed. The strategy is attached already."""
+    """Make a decoder's residual stream be in `compute` even where the embedding is kept in float32 because it is trained: what a
+    block adds has that dtype anyway. Returns whether a cast was needed. The strategy is attached already."""
     table = cast("torch.nn.Embedding", transformer(model).get_input_embeddings())
     if table.weight.dtype == compute:
         return False
@@ -159,16 +158,20 @@ def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:
 
 
 def recompute_layers(model: torch.nn.Module, count: int, reaches: int | None = None) -> int:
-    """Have `count` blocks recompute their activations in the backward pass: the lowest of those, `reaches` from the top, that
-    gradients pass through (None: all). Returns how many do. The model is a transformers model whose strategy is attached."""
+    """Activation checkpointing: `count` blocks recompute their activations in the backward pass, the lowest of the `reaches` top
+    blocks that gradients pass through (None: all). Returns how many do. The model is a transformers model with its strategy
+    attached.
+
+    (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174.)
+    """
     blocks = blocks_of(model)
     reached = blocks[max(0, len(blocks) - reaches) :] if reaches is not None else blocks
     chosen = reached[: max(count, 0)]
     if not chosen:
         return 0
     transformer(model).gradient_checkpointing_enable({"use_reentrant": False})
-    # That has the embedding's output ask for a gradient, which only the reentrant form needs: it would be computed and kept for
-    # nothing below the lowest layer that learns.
+    # Otherwise the embedding's output would require a gradient, which only reentrant checkpointing needs: below the lowest
+    # trainable layer it would be computed and kept for nothing.
     transformer(model).disable_input_require_grads()
     for block in blocks:
         block.gradient_checkpointing = any(block is one for one in chosen)  # type: ignore[assignment]  # a flag of transformers' blocks

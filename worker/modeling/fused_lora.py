@@ -1,19 +1,19 @@
-"""The layers of LoRA and its relatives in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
+"""Fused layers for LoRA and its variants, replacing peft's forward. Same parameters, names and saved layout.
 
 For a frozen weight W (N, K) and the correction s · B · A, with A (r, K) and B (N, r) kept in float32:
 
     forward    y  = x Wᵀ + s (x Aᵀ) Bᵀ
     backward   dx = dy W + s (dy B) A,   dA = s (dy B)ᵀ x,   dB = s dyᵀ (x Aᵀ)
 
-All products run in the type of x. The small product is made first and the large one is added to it inside the matrix
-product, where sums are float32: a correction far below the last digit of a bf16 result still moves how that result is rounded.
-peft adds it to a value that is rounded already, so that most of a young correction is lost (so it is beside weights in fp8, whose
-product comes rounded). Kept for the backward pass are x
-and x Aᵀ alone; layers that read the same x (q, k and v; gate and up) share one product, and where x needs no gradient none is made.
-(Hu et al. 2021, LoRA, section 4.1; the joint products follow the idea of Unsloth's and NeMo's kernels, written anew.)
+All products run in the dtype of x. The low-rank product is computed first and the large one is added to it within the matrix
+product, which accumulates in float32: a correction far below the last bit of a bf16 result still influences its rounding. peft
+adds it to a rounded value, so most of a small correction is lost (as it is here next to fp8 weights, whose product comes
+rounded). Only x and x Aᵀ are kept for the backward pass; layers that read the same x (q, k and v; gate and up) share one product,
+and where x needs no gradient none is computed. (Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685, section 4.1; the joint
+products follow the idea of Unsloth's and NeMo's kernels.)
 
-PiSSA and AdaLoRA have an A and a B that are made of more than one learnt tensor (`_correction`); DoRA stretches the rows of what comes
-out (`worker/modeling/fused_dora.py`).
+In PiSSA and AdaLoRA, A and B are computed from more than one trainable tensor (`_correction`); DoRA rescales the rows of the
+output (`worker/modeling/fused_dora.py`).
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ ADAPTER = "default"
 
 
 class Fp8Weight(NamedTuple):
-    """A frozen weight of one layer or of several joined, (ΣN, K) in e4m3, and the scales of its rows, (ΣN, 1); see `worker/kernels/gpu/fp8.py`."""
+    """A frozen weight of one layer or of several concatenated, (ΣN, K) in e4m3, and its row scales (ΣN, 1); see
+    `worker/kernels/gpu/fp8.py`."""
 
     weight: torch.Tensor
     scale: torch.Tensor
 
 
 class _Rounded(NamedTuple):
-    """What learns, in the type of the products: A of all layers of a product, (Σr, K), and s B of each, (N, r)."""
+    """The trainable factors in the dtype of the products: A of all layers of a product, (Σr, K), and s B of each, (N, r)."""
 
     down: torch.Tensor
     ups: tuple[torch.Tensor, ...]
-    lifts: torch.Tensor | None  # all s B, turned, each beside and below the one before: (Σr, ΣN); not for the way back
+    lifts: torch.Tensor | None  # all s Bᵀ as diagonal blocks, (Σr, ΣN); None in the backward pass
 
 
 class _Product(torch.autograd.Function):
@@ -73,7 +74,7 @@ class _Product(torch.autograd.Function):
         weights, biases, downs, ups = (tensors[i::4] for i in range(4))
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
         low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
-        assert rounded.lifts is not None  # this is the way forwards
+        assert rounded.lifts is not None  # always set in the forward pass
         y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
         if isinstance(joined, Fp8Weight):
             y += fp8.product(x, *joined)
@@ -96,7 +97,7 @@ class _Product(torch.autograd.Function):
         rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
         in_tiles = lora_products.supports(x, *parts)
-        if in_tiles:  # what comes back of each, (T, Σr), and the gradients of B
+        if in_tiles:  # (T, Σr): dy B of each layer, and the gradients of B
             joined = torch.empty(dy.shape[0], low.shape[1], dtype=dy.dtype)
             backs = joined.split([up.shape[1] for up in ups], 1)
             d_ups = [lora_products.both(*given) for given in zip(parts, rounded.ups, lows, backs, ctx.scales, strict=True)]
@@ -127,12 +128,12 @@ class _Product(torch.autograd.Function):
 
 
 def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in a type. Where it is of that type torch is not asked: each call hands the interpreter to another part's thread."""
+    """x in a dtype. Checked here rather than by `x.to`, because each torch call hands the GIL to another part's thread."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A frozen weight as a matrix; one kept in 4 bits is made dense for one product and dropped."""
+    """A frozen weight as a dense matrix; a 4-bit one is dequantized for one product and discarded."""
     if state is None:
         return weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -163,13 +164,14 @@ def _count(*_: Any) -> None:
     _steps += 1
 
 
-# A fused optimizer leaves no mark on what it changes.
+# A fused optimizer does not bump a tensor's version.
 register_optimizer_step_post_hook(_count)
 
 
 @torch.no_grad()
 def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
-    """What `_round` gives, made once a step for all parts of a pack and both passes, and kept by the first layer of a product."""
+    """The result of `_round`, computed once per step for all parts of a pack and both passes, and cached on the first layer of a
+    product."""
     stands_at = (_steps, dtype, *scales, *((x.data_ptr(), x._version) for x in (*downs, *ups)))
     kept = layer.kept
     if kept is None or kept[0] != stands_at:
@@ -178,7 +180,8 @@ def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]
 
 
 class _Group(SharedProjection):
-    """Layers that read the same input. Their frozen weights are made views of one matrix, so that joining them takes no memory."""
+    """Layers that read the same input. Their frozen weights become views of one matrix, so that the shared product takes no extra
+    memory."""
 
     def __init__(self, layers: list[Any]) -> None:
         weights = [layer.base_layer.weight for layer in layers]
@@ -193,7 +196,7 @@ class _Group(SharedProjection):
 
 
 def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
-    """Frozen weights (N, K) as views of one matrix (ΣN, K), which is returned; None where they are not numbers of one type."""
+    """Make frozen weights (N, K) views of one matrix (ΣN, K), which is returned; None unless they are floats of one dtype."""
     if not all(w.dtype == weights[0].dtype and w.is_floating_point() for w in weights):
         return None
     joined = torch.cat([w.detach() for w in weights])
@@ -205,12 +208,12 @@ def joined_weight(weights: list[torch.Tensor]) -> torch.Tensor | None:
 def product(
     x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8Weight | None = None, own: LoraLayerState | None = None
 ) -> torch.Tensor:
-    """The outputs of `layers` for x (…, K) side by side, (…, ΣN). Several in fp8 come with their weights `joined`; `own` are their factors
-    where they are kept (`keep`)."""
+    """The outputs of `layers` for x (…, K), concatenated: (…, ΣN). Several fp8 layers come with their weights `joined`; `own` is
+    their kernel state, where there is one (`keep`)."""
     compute = compute_type(x)
     x = _as(x, compute)
     y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.takes(x) else _product(x, layers, joined)
-    if hasattr(layers[0], "squares"):  # DoRA, whose lengths leave a bias as it is
+    if hasattr(layers[0], "squares"):  # DoRA: the magnitude does not scale the bias
         rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
         y = fused_dora.apply_magnitude(
             y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows
@@ -242,8 +245,9 @@ def _product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8W
 
 
 def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A (r, K), B (N, r) and s of a layer. PiSSA's are of twice the rank and made anew for each pass, with s in B: they are kept for
-    the backward pass in the type of the products. So is AdaLoRA's A, with its singular values in it and s, which no device waits for."""
+    """A (r, K), B (N, r) and s of a layer. PiSSA's have twice the rank and are recomputed in each pass, with s in B: they are
+    kept for the backward pass in the products' dtype. So is AdaLoRA's A, which includes its singular values and s, so that no
+    device is synchronized to read s."""
     scale = layer.scaling[ADAPTER]
     if isinstance(layer, SVDLinear):
         values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
@@ -256,7 +260,7 @@ def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.T
 
 
 def _made_anew(layer: Any) -> bool:
-    """Whether A and B are made of other tensors for each pass."""
+    """Whether A and B are computed from other tensors in each pass."""
     return isinstance(layer, SVDLinear) or hasattr(layer, "first_down")
 
 
@@ -265,7 +269,7 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
 
 
 class Fused(SharedProjectionPart):
-    """The forward that takes the place of peft's. An existing layer gets it by a change of its class; all else stays peft's."""
+    """Replaces the forward of peft's layer and nothing else. An existing layer is converted by changing its class."""
 
     kept: tuple[tuple, _Rounded] | None = None
     own: LoraLayerState | None = None
@@ -277,13 +281,13 @@ class Fused(SharedProjectionPart):
 
 
 class FusedLora(Fused, PeftLinear):
-    """On a base whose weights are numbers as they are. DoRA's has `squares`, those of the frozen rows' lengths."""
+    """LoRA on an unquantized base. With DoRA it has `squares`, the squared norms of the frozen rows."""
 
     kept_lengths: tuple[tuple[int, int], torch.Tensor] | None = None
     squares: torch.Tensor
 
     def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-        """DoRA's lengths of the rows. While nothing learns they stay what they are: an answer of one token more costs less than they."""
+        """DoRA's row norms. They are cached while nothing is trained: computing them costs more than generating one token."""
         if self.training:
             return fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
         of = down._version, up._version
@@ -292,22 +296,22 @@ class FusedLora(Fused, PeftLinear):
         return self.kept_lengths[1]
 
     def train(self, mode: bool = True) -> FusedLora:
-        self.kept_lengths = None  # a fused optimizer leaves no mark on what it changes
+        self.kept_lengths = None  # a fused optimizer does not bump a tensor's version
         return super().train(mode)
 
 
 class FusedAdaLora(Fused, SVDLinear):
-    """The same with singular values beside A and B."""
+    """AdaLoRA: singular values in addition to A and B."""
 
 
 @functools.cache
 def _fused_4bit(kind: type) -> type:
-    """On a base kept in 4 bits; peft has that class only where bitsandbytes is installed."""
+    """The class for a base in 4 bits; peft has its counterpart only where bitsandbytes is installed."""
     return type("FusedLora4bit", (Fused, kind), {})
 
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
-    """Give every plain layer of LoRA or a relative the fused forward. Returns how many were plain; the others stay peft's."""
+    """Give every plain layer of LoRA or a variant the fused forward. Returns the number of layers changed; the others stay peft's."""
     found = _take([m for m in model.modules() if _plain(m)])
     if grouped:
         for layers in siblings(model, Fused):
@@ -358,7 +362,7 @@ def _keep(place: _Group | FusedLora, engine: Compute, parts: int) -> bool:
 
 
 def _plain(layer: Any) -> bool:
-    """One adapter, no dropout, no variant but DoRA, on an ordinary linear layer that is frozen."""
+    """One adapter, no dropout, no variant except DoRA, on a frozen ordinary linear layer."""
     quantised = type(layer).__name__ == "Linear4bit" and isinstance(layer, LoraLayer)
     if not (quantised or type(layer) in (PeftLinear, SVDLinear)) or list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER]:
         return False
@@ -373,7 +377,7 @@ def _plain(layer: Any) -> bool:
 
 
 def plain_linear(layer: Any, kinds: tuple[type, ...] | None = (torch.nn.Linear,)) -> bool:
-    """Whether what an adapter's layer adds to is one of those kinds (None: any) and frozen."""
+    """Whether the base layer of an adapter's layer is of one of these classes (None: any) and frozen."""
     base = layer.base_layer
     return (
         (kinds is None or type(base) in kinds)

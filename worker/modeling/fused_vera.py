@@ -1,13 +1,13 @@
-"""VeRA's layers in one pass, in place of peft's loop. Same parameters, same names, same saved layout.
+"""Fused VeRA layers, replacing peft's forward. Same parameters, names and saved layout.
 
-For a frozen weight W (N, K), the random matrices A (r, K) and B (N, r) that all layers take their part of, and the vectors d (r,)
-and b (N,) that a layer learns (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, equation 2):
+For a frozen weight W (N, K), the random matrices A (r, K) and B (N, r), sliced from matrices that all layers share, and the
+trainable vectors d (r,) and b (N,) of a layer (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454, equation 2):
 
     forward    low = x Aᵀ,   y = x Wᵀ + (low · d) (b · B)ᵀ
     backward   g = dy (b · B),   dx = dy W + (g · d) A,   dd = Σ g · low,   db = Σ over r of B · (dyᵀ (low · d))
 
-As in `worker/modeling/fused_lora.py` the correction is made first and the large product is added to it, so that bf16 rounds their sum. Kept is
-`low` alone, and layers that read the same x share it, since A is the same for them.
+As in `worker/modeling/fused_lora.py` the correction is computed first and the large product is added to it, so that bf16 rounds
+their sum. Only `low` is kept, and layers that read the same x share it, since A is the same for them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _part(low: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> tor
 
 
 def product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | None = None) -> torch.Tensor:
-    """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
+    """The outputs of `layers` for x (…, K), concatenated: (…, ΣN)."""
     compute = compute_type(x)
     across = layers[0].vera_A[ADAPTER][:, : x.shape[-1]]
     tensors: list[Any] = []
@@ -97,7 +97,7 @@ class _Group(SharedProjection):
 
 
 class FusedVera(SharedProjectionPart, PeftVera):
-    """The forward that takes the place of peft's; all else stays peft's."""
+    """Replaces the forward of peft's layer and nothing else."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
@@ -106,7 +106,7 @@ class FusedVera(SharedProjectionPart, PeftVera):
 
 
 def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
-    """Give every plain VeRA layer of a peft model the fused forward. Returns how many were plain."""
+    """Give every plain VeRA layer of a peft model the fused forward. Returns the number of layers changed."""
     found = [m for m in model.modules() if type(m) is PeftVera and _plain(m)]
     for layer in found:
         layer.__class__ = FusedVera
@@ -116,6 +116,6 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
 
 
 def _plain(layer: Any) -> bool:
-    """One adapter, no dropout, on an ordinary linear layer that is frozen."""
+    """One adapter, no dropout, on a frozen ordinary linear layer."""
     alone = list(layer.vera_lambda_b) == [ADAPTER] == layer.active_adapters
     return alone and isinstance(layer.vera_dropout[ADAPTER], torch.nn.Identity) and plain_linear(layer)

@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders of the data folder: safetensors only, no code of theirs, no network."""
+"""Loads models and tokenizers from folders of the data folder: safetensors only, no remote code, no network."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from worker.modeling import packed_attention as packed
 
-# On Hopper and Blackwell torch prefers cuDNN's attention, which plans each new shape for some tenths of a second, and where answers
-# are written every token is one. Packs have an attention of their own (`worker/modeling/packed_attention.py`).
+# On Hopper and Blackwell torch prefers cuDNN's attention, which plans every new shape for some tenths of a second, and in
+# generation every token has a new one. Packs have an attention of their own (`worker/modeling/packed_attention.py`).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 if not torch.cuda.is_available():
-    # peft reads bitsandbytes in wherever it finds it, which costs every process more than a second of a core, and nothing here
-    # uses it without a GPU. None in its place makes it not installed for all who ask later.
+    # peft imports bitsandbytes wherever it finds it, which costs every process more than a second of CPU time, and nothing here
+    # uses it without a GPU. None in its place makes it look not installed.
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 LOADING = threading.RLock()
-"""Held while weights are read in by a process that loads from several threads: transformers builds a model under settings that
-are the whole process's, so two at once can leave tensors empty."""
+"""Held while weights are loaded by a process that loads from several threads: transformers builds a model under process-wide
+settings, so two at once can leave tensors uninitialized."""
 
 STRATEGY_FILE = "strategy.json"
-"""The strategy's settings, written beside what it learnt, so that a folder alone says how to lay it on its base."""
+"""The strategy's settings, saved with its weights, so that a folder is enough to attach it to its base."""
 
 
 def folder_of(path: str) -> Path:
-    """A folder named by a path relative to the data folder. Raises BadModel when it is not there, or when a file of it differs
-    from its manifest."""
+    """A folder named by a path relative to the data folder. Raises BadModel when it does not exist, or when a file differs from
+    its manifest."""
     integrity.check(path, "the model", may_be_plain=True)
     return get_settings().data_dir / path
 
 
 def load_tokenizer(ref: ModelRef) -> Any:
-    """The tokenizer of a model; an adapter that brought its own (with the template it learnt) is served with that one."""
+    """The tokenizer of a model; an adapter that has its own (with its chat template) is served with that one."""
     own = [a.path for a in ref.adapters if (folder_of(a.path) / "tokenizer_config.json").is_file()]
     folder = folder_of(own[-1] if own else ref.path)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, and all of them mean the same to a person
+    except Exception as error:  # transformers raises many types, and they mean the same to a person
         raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", hint="Add the model again.") from error
 
 
 def load_base(
     ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
 ) -> PreTrainedModel:
-    """The weights in `ref.path` alone, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode; adapters are left out."""
+    """The weights in `ref.path` without adapters, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder_of(ref.path),
@@ -77,7 +77,7 @@ def load_base(
 
 
 def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: str) -> PreTrainedModel:
-    """A loaded model in evaluation mode on its device, able to take packed rows where it was loaded for them.
+    """A loaded model in evaluation mode on its device, set up for packed rows where `attention` asks for them.
 
     Raises BadModel when packing would let its sequences see each other.
     """
@@ -88,13 +88,14 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
                 hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
             )
         packed.count_from_padding(model)
-    # What is saved later names the model, not a folder of this machine.
+    # Saved configs then name the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()  # type: ignore[arg-type]  # its decorator hides `self`
 
 
 def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The arguments that load a base in few bits: NF4 with doubly quantised scales (Dettmers et al. 2023, QLoRA, section 3)."""
+    """Arguments that load a base in 4 or 8 bits: NF4 with double quantization (Dettmers et al. 2023, QLoRA,
+    https://arxiv.org/abs/2305.14314, section 3)."""
     if bits is None:
         return {}
     if find_spec("bitsandbytes") is None:
@@ -116,7 +117,7 @@ def load_strategy(folder: Path) -> Strategy:
 
 
 def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
-    """The model with one adapter on it, at the adapter's blend."""
+    """Attach one adapter to a model, scaled by the adapter's blend."""
     folder = folder_of(adapter.path)
     try:
         strategy = load_strategy(folder)
@@ -128,7 +129,7 @@ def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
 
 
 def load_model(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu") -> torch.nn.Module:
-    """The whole model: the base with its adapters laid on in order. All but the last are merged into it."""
+    """The whole model: the base with its adapters attached in order. All but the last are merged."""
     model: torch.nn.Module = load_base(ref, dtype, attention, device)
     for position, adapter in enumerate(ref.adapters):
         model = lay_adapter(model, adapter)
@@ -140,7 +141,7 @@ def load_model(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str
 def load_plain(
     ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
 ) -> torch.nn.Module:
-    """The whole model with every adapter merged into its weights: what a further tuning starts from.
+    """The whole model with every adapter merged into its weights, the start of another fine-tuning.
 
     Raises BadModel when one of them cannot be merged.
     """

@@ -1,13 +1,12 @@
-"""Attention over packed sequences: none looks into another, and no time is spent on masks or padding.
+"""Attention over packed sequences: sequences do not see each other, and no time is spent on masks or padding.
 
-Registered with transformers as `luthier_packed`, so every decoder that uses its attention interface gets it. The model is
-called with one row of T tokens, positions that start again at 0 in each sequence, and the lengths of the sequences. A name
-that transformers has no mask function for gets no mask, so no T × T mask is ever built.
+Registered with transformers as `luthier_packed`, so every decoder that uses its attention interface gets it. The model is called
+with one row of T tokens, position ids that restart at 0 in each sequence, and the sequence lengths. transformers builds no mask
+for a name it has no mask function for, so there is never a T × T mask.
 
-On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call; it knows no dropout, so an encoder's attention
-weights are not dropped there, while its states are as ever. A CPU with matrix units takes them in one call too
-(`worker/kernels/cpu/attention.py`). Elsewhere each sequence is a call of its own: measured on two cores that equals padding the sequences to one
-batch for speed, and it wastes no memory.
+On a CUDA device `torch.nn.attention.varlen` takes all sequences in one call; it has no dropout, so an encoder's attention weights
+are not dropped there, while its hidden states are. A CPU with AMX takes them in one call too (`worker/kernels/cpu/attention.py`).
+Elsewhere each sequence is one call: on two cores that is as fast as padding the sequences to one batch, and wastes no memory.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ NAME = "luthier_packed"
 
 _AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
 SHORT = 256 if _AMX else 2**30
-"""On a CPU bf16 attention over fewer tokens than this is computed in float32, which is faster and rounds less. Measured per
-sequence and layer, forwards and backwards: without matrix units 0.6 instead of 1.6 ms at 75 tokens (8 heads of 32), 5.5 instead
-of 6.5 ms at 200 (9 of 64); with them (AMX) 0.4 instead of 1.4 ms at 75 and 1.7 instead of 2.6 ms at 200 (8 of 32), 3.1 instead of
-3.2 ms at 200, but 17.8 instead of 10.7 ms at 512 (9 of 64)."""
+"""On a CPU, bf16 attention over fewer tokens than this is computed in float32, which is faster and rounds less. Measured per
+sequence and layer, forward and backward: without AMX 0.6 instead of 1.6 ms at 75 tokens (8 heads of 32), 5.5 instead of 6.5 ms at
+200 (9 of 64); with AMX 0.4 instead of 1.4 ms at 75 and 1.7 instead of 2.6 ms at 200 (8 of 32), 3.1 instead of 3.2 ms at 200, but
+17.8 instead of 10.7 ms at 512 (9 of 64)."""
 
 try:
     from torch.nn.attention.varlen import varlen_attn as varlen_attn
@@ -44,35 +43,36 @@ except ImportError:  # torch before 2.10
 
 
 MULTIPLE = 32
-"""On a CPU packs are filled up to a multiple of this many tokens. oneDNN keeps a primitive for each shape it has met, up to 1,024 of
-them: steps whose packs all differ in length took 13 MB more each, and an eighth of the time to make them."""
+"""On a CPU packs are padded to a multiple of this many tokens. oneDNN caches up to 1,024 primitives by shape: steps whose packs
+all differed in length took 13 MB more each, and an eighth of the time to create them."""
 
 
 def filling(tokens: int, device: torch.device) -> list[int]:
-    """Lengths of what fills a pack of `tokens` up, as a sequence of its own; nothing on a GPU, whose packs have a `PackShape`."""
+    """Lengths of the padding of a pack of `tokens`, as a sequence of its own; empty on a GPU, where packs have a `PackShape`."""
     return [-tokens % MULTIPLE] if device.type == "cpu" and tokens % MULTIPLE else []
 
 
 class PackShape(NamedTuple):
-    """What every pack of a job has in common on a GPU, so that a compiled layer meets one shape and is compiled once."""
+    """What all packs of a job have in common on a GPU, so that a compiled layer sees one shape and is compiled once."""
 
-    tokens: int  # T: packs are filled up to it
-    sequences: int  # places in the table of sequence ends, those of the filling included
-    longest: int  # no sequence, and no piece of the filling, is longer
+    tokens: int  # T: packs are padded to it
+    sequences: int  # capacity of the table of sequence ends, padding included
+    longest: int  # no sequence, and no piece of padding, is longer
 
     def most(self) -> int:
-        """Sequences that a pack may hold beside its filling."""
+        """Sequences that a pack may hold in addition to its padding."""
         return self.sequences - math.ceil(self.tokens / self.longest)
 
     def filling(self, tokens: int) -> list[int]:
-        """Lengths of the pieces that fill a pack of `tokens` up. One piece longer than `longest` would make the attention
-        read outside its table, which gave losses that were not numbers."""
+        """Lengths of the pieces that pad a pack of `tokens`. One piece longer than `longest` would make the attention read
+        outside its table, which gave NaN losses."""
         left = self.tokens - tokens
         return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
 
 
 def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
-    """The frame for packs of up to `budget` tokens of sequences of these lengths: room for twice as many as are usual."""
+    """The shape for packs of up to `budget` tokens of sequences with these lengths; it has room for twice as many sequences as
+    are usual."""
     longest = -(-max(lengths) // 64) * 64
     tokens = -(-max(budget, longest) // 64) * 64
     usual = tokens * len(lengths) / max(sum(lengths), 1)
@@ -81,8 +81,8 @@ def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
 
 
 def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
-    """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
-    with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
+    """Arguments of the model's call in addition to ids and positions. `cu_seq_lens` are the cumulative sequence lengths, int32,
+    beginning with 0; with a `frame` it is padded by repeating the last end, as sequences of length 0."""
     if device.type != "cuda" and frame is None:
         return {"sequence_lengths": lengths}
     places = frame.sequences if frame else len(lengths)
@@ -96,8 +96,8 @@ def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape 
 
 
 def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a model is called with for the tokens of texts end to end, `lengths` tokens each: ids (1, T), their places, and the
-    arguments above. On a CPU T is filled up by `filling`."""
+    """Arguments of a model's call for concatenated texts of `lengths` tokens each: ids (1, T), position ids, and those of
+    `packed_arguments`. On a CPU T is padded by `filling`."""
     all_lengths = [*lengths, *filling(len(ids), device)]
     flat = np.zeros(sum(all_lengths), np.int64)
     flat[: len(ids)] = ids
@@ -121,29 +121,30 @@ def packed_attention(
     longest: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each packed sequence to itself. Returns (1, T, heads, D)."""
+    """Attention within each packed sequence, for queries (1, heads, T, D) and keys and values (1, kv heads, T, D). Returns (1, T,
+    heads, D)."""
     causal = getattr(module, "is_causal", True)
     kind = query.device.type
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
-        # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
+        # A float32 embedding makes the rotary tables float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     fits = query.dtype in (torch.bfloat16, torch.float16) and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        v = v.contiguous()  # a part of one product for q, k and v would keep all three until the backward pass
+        v = v.contiguous()  # a view of a joint q, k, v product would keep all three alive until the backward pass
         if not _GROUPED and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        back = (sliding_window or 0) - 1  # -1: without end
+        back = (sliding_window or 0) - 1  # -1: unlimited
         window = (back, 0 if causal else back)
         ends = cu_seq_lens, cu_seq_lens, longest, longest
         out: torch.Tensor = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, **_GROUPED)  # type: ignore[assignment]
-        return out.unsqueeze(0), None  # without `return_aux` it is no tuple
+        return out.unsqueeze(0), None  # without `return_aux` it returns no tuple
     if sequence_lengths is None and cu_seq_lens is not None:
-        sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # waits for the device: float32 and odd heads only
+        sequence_lengths = [n for n in cu_seq_lens.diff().tolist() if n]  # synchronizes: float32 and odd heads only
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
     value = value.contiguous()  # as above
-    # Under autocast rotated queries and keys may be float32 already while values are not.
+    # Under autocast rotated queries and keys may already be float32 while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     plain = not dropout and softcap is None and not torch.compiler.is_compiling()
     if halves and plain and amx_attention.supports(query, key):
@@ -152,9 +153,9 @@ def packed_attention(
         out = amx_attention.attention(q, k, v, lengths, rules)
         return (out if torch.is_autocast_enabled("cpu") else out.to(given)), None
     with torch.autocast("cpu", enabled=False) if halves else contextlib.nullcontext():
-        if halves and max(lengths) < SHORT:  # all at once: a few long copies instead of many short ones
+        if halves and max(lengths) < SHORT:  # converted at once: a few long copies instead of many short ones
             query, key, value = query.float(), key.float(), value.float()
-        # `split` rather than slices: its backward pass joins the pieces once, a slice's fills a whole (T, D) per sequence.
+        # `split` rather than slices: its backward pass concatenates the pieces once, a slice's fills a whole (T, D) per sequence.
         pieces = []
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
             if halves:
@@ -173,12 +174,12 @@ def _one(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One sequence, (1, heads, L, D). A mask is built only where a window or a soft cap asks for it."""
+    """One sequence, (1, heads, L, D). A mask is built only for a window or a soft cap."""
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
     if softcap is None and (window is None or length <= window):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped)
     places = torch.arange(length, device=q.device)
-    seen = places[:, None] - places[None, :]  # how far back a key lies
+    seen = places[:, None] - places[None, :]  # distance from query to key
     allowed = torch.ones_like(seen, dtype=torch.bool) if not causal else seen >= 0
     if window is not None:
         allowed &= seen.abs() < window
@@ -199,15 +200,14 @@ _PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_atten
 
 
 def packs(model: torch.nn.Module) -> bool:
-    """Whether a model's layers all read their neighbours through the attention registered here. One that computes its attention
-    itself, or has convolutions or recurrent layers, would mix the sequences of a pack."""
+    """Whether all layers of a model mix tokens only through the attention registered here. One that computes attention itself, or
+    has convolutions or recurrent layers, would mix the sequences of a pack."""
     kinds = getattr(model.config, "layer_types", None) or ()
     return bool(getattr(type(model), "_supports_attention_backend", False)) and set(kinds) <= _PLAIN_LAYERS
 
 
 def count_from_padding(model: torch.nn.Module) -> None:
-    """RoBERTa and its kin number a text's first token one higher than the padding. Have their embeddings take positions from 0
-    as every model here is given them."""
+    """Make RoBERTa's embeddings take positions from 0, as every model here is given them; its own count from the padding index + 1."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
             module.register_forward_pre_hook(_shift, with_kwargs=True)

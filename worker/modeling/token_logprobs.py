@@ -1,9 +1,9 @@
-"""How likely a model finds given tokens, one figure per place, with gradients, never holding all logits.
+"""Per-token log-probabilities with gradients, without ever holding all logits.
 
-`worker/modeling/cross_entropy.py` sums over all places and so can make the gradients in its forward pass. Here each place has a weight that is
-known only afterwards (how strongly its pair still pulls). The loss of a place depends on the hidden state of that place
-alone, so its gradient is made in the forward pass too and is scaled row by row in the backward pass; only a head that learns
-needs its chunks of logits a second time.
+`worker/modeling/cross_entropy.py` sums over all positions and so can compute the gradients in its forward pass. Here each
+position has a weight that is known only afterwards (in DPO, the weight of its pair). The loss of a position depends only on the
+hidden state there, so its gradient is computed in the forward pass too and scaled row by row in the backward pass; only a
+trainable head needs its chunks of logits a second time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple, pla
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits of a chunk in `wide`, and tanh of the capped ones, which the gradient needs."""
+    """Logits (rows, V) of a chunk in the dtype `wide`, and tanh of the capped ones, which the gradient needs."""
     logits = F.linear(hidden.to(weight.dtype), weight).to(wide)
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
@@ -31,7 +31,7 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.
 
 
 def _gradient(logits: torch.Tensor, bent: torch.Tensor | None, targets: torch.Tensor, scale: float) -> torch.Tensor:
-    """d nats / d (product of hidden state and weight), (rows, V)."""
+    """d nats / d (hidden · weightᵀ), (rows, V)."""
     p = logits.softmax(1)
     p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1.0))
     if bent is not None:
@@ -44,7 +44,7 @@ class _TokenNats(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         wide = torch.promote_types(compute, torch.float32)
-        # On a GPU a logit is alive as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
+        # On a GPU a logit exists as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
         rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, 12 if hidden.is_cuda else 8)
         cast = head.weight_in(compute)
         nats = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -55,7 +55,7 @@ class _TokenNats(torch.autograd.Function):
             nats[part] = F.cross_entropy(logits, targets[part], reduction="none")
             if d_hidden is not None:
                 d_hidden[part] = _gradient(logits, bent, targets[part], head.scale).to(compute) @ cast
-        # The head's own gradient waits for the weights of the places; what it needs is kept only where it learns.
+        # The head's own gradient needs the weights of the positions; its inputs are kept only where it is trained.
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(d_hidden, *((hidden, weight, bias, targets) if learns else (None,) * 4))
         ctx.rest, ctx.rows = rest, rows

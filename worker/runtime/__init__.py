@@ -1,1 +1,1 @@
-"""What every process with torch stands on."""
+"""Foundations of every process with torch: device, threads, processes, progress, failures."""

@@ -1,9 +1,9 @@
-"""Where and in what numbers a job computes, decided once and written down, so that a resumed job decides the same.
+"""Chooses the device and dtypes of a job, once, and records them, so that a resumed job chooses the same.
 
-Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU: bf16 where a
-product is measured to be faster in it (AMX, AVX-512 BF16) and the strategy learns as well in it as in float32: LoRA and its
-nearest relatives, whose correction is added before the sum is rounded (`worker/modeling/fused_lora.py`), and those that train whole weights
-kept in float32. With peft's own layers bf16 was as fast, but learnt more slowly: a small correction added to a value
+Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU: bf16 where products are
+measured to be faster in it (AMX, AVX-512 BF16) and the strategy trains as well in it as in float32: LoRA and its nearest
+relatives, whose correction is added before the sum is rounded (`worker/modeling/fused_lora.py`), and full fine-tuning with
+float32 master weights. With peft's own layers bf16 was as fast, but trained more slowly: a small correction added to a value
 already rounded to bf16 is lost.
 """
 
@@ -33,19 +33,20 @@ from worker.runtime import distributed
 from worker.runtime.thread_parallel import ThreadParallel
 
 ARITHMETIC = 3
-"""Raised when a step is computed otherwise for many strategies, so that its last digits differ: a job begun before goes on, and is told."""
+"""Version of the arithmetic of a step, increased when results of many strategies change in their last digits: a job begun before
+continues, with a remark."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """The device and the number formats of one attempt."""
+    """The device and dtypes of one attempt."""
 
     device: torch.device
     name: str
     precision: Literal["fp32", "bf16"]
-    frozen: torch.dtype  # how weights that do not learn are stored
+    frozen: torch.dtype  # how frozen weights are stored
     threads: int
-    fp8: bool = False  # frozen layers are kept and multiplied in fp8 once the strategy is attached (worker/kernels/gpu/fp8.py)
+    fp8: bool = False  # frozen layers are quantized once the strategy is attached (worker/kernels/gpu/fp8.py)
     abreast: ThreadParallel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class Compute:
 
     @property
     def framed(self) -> bool:
-        """Packs are filled up to one shape: on a GPU in bf16, where the attention takes a table of sequence ends."""
+        """Whether packs are padded to one shape: on a GPU in bf16, whose attention takes a table of sequence ends."""
         return self.device.type == "cuda" and self.precision == "bf16"
 
     def parts(self, tokens: int) -> int:
@@ -70,13 +71,13 @@ class Compute:
         return parts_of(tokens, self.threads) if self.device.type == "cpu" and kernels.allowed() else 1
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in `compute`; a no-op in float32."""
+        """Autocast of products to `compute`; a no-op in float32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def facts(self) -> dict[str, Any]:
-        """What must be equal for a resumed job to be bit-exact."""
+        """What must be equal for a resumed job to be bitwise reproducible."""
         packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numba")
         return {
             "device": self.name,
@@ -91,9 +92,10 @@ class Compute:
 
 
 def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None = None) -> Compute:
-    """The engine for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads is kept.
+    """The device and dtypes for this machine. `recorded` are the facts of the checkpoint that is resumed: its number of threads
+    is kept.
 
-    Raises DoesNotFit when bf16 is ordered on a GPU that has none, fp8 where it cannot be multiplied, or torch finds no GPU where the
+    Raises DoesNotFit when bf16 is requested on a GPU without it, fp8 where it is not supported, or torch finds no GPU where the
     driver shows one or the run asks for one.
     """
     on_gpu = run.device != "cpu" and torch.cuda.is_available()
@@ -134,15 +136,15 @@ def _no_fp8(reason: str) -> DoesNotFit:
 
 
 def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp32", "bf16"]:
-    """What `auto` takes on a CPU: the format of the checkpoint that is resumed, or bf16 where it was measured to be faster and
-    the strategy learns as well in it."""
+    """The choice of `auto` on a CPU: the dtype of the checkpoint that is resumed, or bf16 where it was measured to be faster and
+    the strategy trains as well in it."""
     if recorded.get("precision") in ("fp32", "bf16"):
         return recorded["precision"]
     return "bf16" if strategy.learns_in_bf16() and bf16_pays_here() else "fp32"
 
 
 def bf16_pays_here() -> bool:
-    """Whether bf16 products beat float32 ones on this CPU, measured once and kept for the studio."""
+    """Whether bf16 products are faster than float32 ones on this CPU, measured once and cached."""
     machine = this_machine()
     if machine.bf16_measured is None:
         note_bf16(_bf16_gain())
@@ -151,7 +153,7 @@ def bf16_pays_here() -> bool:
 
 
 def _bf16_gain() -> float:
-    """How many times faster a product of a training step's size is in bf16; the best of a few tries of each, in turn."""
+    """Speed-up of a product of a training step's size in bf16: the best of a few alternating runs of each."""
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     pairs = {t: (torch.ones(512, 576, dtype=t), torch.ones(1536, 576, dtype=t)) for t in best}
     for _ in range(8):
@@ -167,8 +169,8 @@ def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
 
 
 def memory_here(device: torch.device) -> Machine:
-    """This machine with what a job may take of it now. On a GPU: what is free, and what this process holds already; a playground
-    or another job beside it may have the rest. Several processes all decide by the whole card, since they must decide alike."""
+    """This machine with the memory that a job may use now. On a GPU: what is free, plus what this process holds already; a
+    playground or another job may have the rest. All processes of a job decide by the whole card, because they must decide alike."""
     machine = this_machine().on(device.type).model_copy(update={"processes": distributed.size()})
     if device.type != "cuda":
         return machine
@@ -178,7 +180,7 @@ def memory_here(device: torch.device) -> Machine:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the card's peak of allocated memory, or the peak of this process's resident memory."""
+    """Bytes: the GPU's peak of allocated memory, or this process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with open("/proc/self/status") as file:  # ru_maxrss would also hold the peak of the process that started us
@@ -189,7 +191,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of every generator that training draws from."""
+    """The states of all random generators that training draws from."""
     found = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
@@ -203,7 +205,7 @@ def set_rng(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of what nobody holds any more."""
+    """Return unused memory of the allocator to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""Several processes that train one job together, started by torchrun; one process alone is a world of size one.
+"""Distributed training of one job: processes started by torchrun; a single process has world size 1.
 
-Data parallel: each holds the whole model, computes its share of the packs of every step, and the gradients are summed in one
-flat message. The packs of a step, and so the result, are those of one process with as many passes; float error apart.
-The first process alone evaluates, saves and speaks; the others follow what it decides after each step.
+Data parallel: each process holds the whole model, computes its share of the packs of every step, and gradients are summed by
+all-reduce in flat buckets. The packs of a step, and so the result, are those of one process with gradient accumulation, up to
+rounding. Only rank 0 evaluates, saves and reports; the others follow its decisions after each step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from app.spec import JobSpec
 from app.strategies import Strategy
 
 MESSAGE_BYTES = 64 * 2**20
-"""Gradients travel in flat pieces of about this size: adapters in one, a whole model without a second copy of all of it."""
+"""Bucket size of the all-reduce: an adapter fits in one, and a whole model needs no second copy of all gradients."""
 
 PATIENCE = datetime.timedelta(days=7)
-"""How long processes wait for the first one, which evaluates and saves alone. torchrun ends them where it dies."""
+"""Timeout for waiting for rank 0, which evaluates and saves alone. torchrun ends the others where it dies."""
 
 
 def size() -> int:
@@ -40,7 +40,7 @@ def rank() -> int:
 
 
 def spreads(strategy: Strategy) -> bool:
-    """Whether the processes of a job share out the weights it learns, instead of holding them all."""
+    """Whether a job's processes shard the trained weights (FSDP) instead of holding them all."""
     return size() > 1 and not type(strategy).adapter
 
 
@@ -48,18 +48,18 @@ def spreads(strategy: Strategy) -> bool:
 class ProcessGroup:
     rank: int = 0
     size: int = 1
-    host: Any = None  # a group over the hosts' network, for decisions that no GPU has to wait for
+    host: Any = None  # a gloo group over the hosts' network, for decisions that no GPU has to wait for
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def share(self, window: Sequence[Any]) -> Sequence[Any]:
-        """This process's packs of a step."""
+        """This rank's packs of a step."""
         return window[self.rank :: self.size]
 
     def agree(self, *wishes: bool) -> list[bool]:
-        """What the first process wishes, known to all; a stop that any process was asked for counts as the first's."""
+        """Each wish or'ed over all processes, so that all decide alike whichever of them was asked."""
         if self.size == 1:
             return list(wishes)
         told = torch.tensor([int(w) for w in wishes])
@@ -67,7 +67,7 @@ class ProcessGroup:
         return [bool(v) for v in told]
 
     def most(self, number: int) -> int:
-        """The largest of the numbers that the processes give."""
+        """The maximum of a number over all processes."""
         if self.size == 1:
             return number
         told = torch.tensor(number)
@@ -75,7 +75,7 @@ class ProcessGroup:
         return int(told)
 
     def wait(self) -> None:
-        """Until all processes are here. It may take hours, while the first evaluates; a step's messages may not."""
+        """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""
         if self.size > 1:
             dist.barrier(group=self.host)
 
@@ -90,7 +90,7 @@ class ProcessGroup:
                 tensor.copy_(part.view_as(tensor))
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum the gradients; a process whose share reached a parameter not at all counts as zero."""
+        """Sum the gradients over all processes; a parameter without a gradient in one of them counts as zero there."""
         if self.size == 1:
             return
         with torch.no_grad():
@@ -101,7 +101,7 @@ class ProcessGroup:
             self.sum_(p.grad for p in found if p.grad is not None)
 
     def even(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Give all processes the first one's values, whatever was drawn at random."""
+        """Broadcast the parameters of rank 0, whatever was initialized at random."""
         if self.size > 1:
             for p in parameters:
                 dist.broadcast(p.data, 0)
@@ -116,7 +116,7 @@ class ProcessGroup:
 
 
 def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type, up to the size of a message."""
+    """Consecutive tensors of one dtype, grouped up to the bucket size."""
     held: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
@@ -131,7 +131,7 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def together(device: torch.device) -> Iterator[ProcessGroup]:
-    """The world this process is in, as torchrun's environment says; left in order at the end."""
+    """The process group that torchrun's environment describes, destroyed on exit."""
     if size() == 1:
         yield ProcessGroup()
         return
@@ -145,13 +145,13 @@ def together(device: torch.device) -> Iterator[ProcessGroup]:
 
 
 def _die_with_parent() -> None:
-    """torchrun gives each process a session of its own, which a kill of the trainer's group would not reach."""
+    """torchrun gives each process a session of its own, which killing the trainer's group would not reach."""
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
 
 
 def spread(spec: JobSpec) -> JobSpec:
-    """The order with a step's tokens or rows split over at least as many passes as there are processes, evenly. Raises DoesNotFit where
-    its rows cannot be."""
+    """The spec with a step's tokens or rows split evenly over at least as many passes as there are processes. Raises DoesNotFit
+    where its rows cannot be split."""
     run, count = spec.run, passes(spec.run, size())
     if count == run.passes:
         return spec

@@ -1,10 +1,9 @@
-"""What an error of the machine stands for.
+"""Maps low-level errors to failures of a job.
 
-A GPU's: too little memory, a fault of the card or its driver, or a mistake of a program.
-
-CUDA tells by a number and by the text of `cudaGetErrorString`, mostly at some later call than the one at fault, and every
-call of the same process fails from then on. So a fault of the card is tried again, in a process of its own; an assertion
-in a kernel (an index out of range, say) would only come again.
+A GPU error is too little memory, a fault of the card or its driver, or a bug in a program. CUDA reports it by a number and the
+text of `cudaGetErrorString`, mostly at some later call than the one at fault, and every call of the same process fails from then
+on. So a fault of the card is retried, in a new process; a device-side assertion (an index out of range, for example) would only
+occur again.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ CARD = (
     "CUDNN_STATUS_EXECUTION_FAILED",
     "NCCL error",
 )
-"""Texts of CUDA 12 and 13, cuBLAS, cuDNN and torch's NCCL."""
+"""Error texts of CUDA 12 and 13, cuBLAS, cuDNN and torch's NCCL."""
 
 
 def of_gpu(said: str) -> events.Failed | None:
-    """The failure these words stand for, of one error or of the end of a log; None when they tell of none of the card's."""
+    """The failure that a text stands for, of one error or of the end of a log; None when it is no GPU error."""
     if any(text in said for text in MISTAKES):
         return None
     if any(text in said for text in MEMORY):
@@ -58,7 +57,8 @@ def of_gpu(said: str) -> events.Failed | None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """`DiskFull` is an OSError too; safetensors wraps the system's error in one of its own, so its words are looked at."""
+    """Whether an error means a full disk. `DiskFull` is an OSError too; safetensors wraps the system's error in its own, so the
+    text is checked."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error) or "os error 28" in str(error)
 

@@ -1,5 +1,5 @@
-"""The first import of torch and transformers, done sooner. It makes a million objects that stay as long as the process, and
-Python would look through them for garbage again and again, then and later: a third of the time."""
+"""Imports torch and transformers with the garbage collector off. The import creates a million objects that live as long as the
+process, and scanning them again and again, then and later, takes a third of the time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """No looking for garbage in here, and what is made here is never looked through. Nothing where torch is imported already."""
+    """Within this context there is no garbage collection, and objects created in it are exempt from later ones. No effect where
+    torch is imported already."""
     if "torch" in sys.modules:
         yield
         return

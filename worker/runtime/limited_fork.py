@@ -1,8 +1,8 @@
-"""Run a function of ours in a fork of this process that may use only so much more memory and processor time.
+"""Run one of our functions in a fork of this process, with limits on additional memory and CPU time.
 
-A fork, and no process of its own as in `app/kit/sandbox.py`, because what the function needs (transformers, which imports torch)
-is in here already and takes seconds to import; and because what it takes by itself differs from build to build of torch,
-so that only what comes on top can be limited.
+A fork rather than a process of its own as in `app/kit/sandbox.py`, because what the function needs (transformers, which imports
+torch) is loaded here already and takes seconds to import; and because its base memory differs between torch builds, so that only
+the additional memory can be limited.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _WAY_OUT = "Fix the model, or choose another."
 
 
 def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: int) -> Any:
-    """What `function()` returns, as JSON. `what` names what it opens, for the words of an error.
+    """The result of `function()`, passed as JSON. `what` names what it opens, for error messages.
 
-    It may take `seconds` of processor time, four times as long by the clock, and `memory_bytes` beyond what this process has
-    mapped. Raises BadData when it needed more or did not come to its end, and what it raised of ours.
+    It may take `seconds` of CPU time, four times as much wall-clock time, and `memory_bytes` beyond what this process has mapped.
+    Raises BadData when it exceeds a limit, and re-raises our own exceptions.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -61,7 +61,7 @@ def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: 
 
 
 def _hear(reading: int, deadline: float) -> bytes | None:
-    """What the child says until it closes its end; None when the deadline passes or it says too much."""
+    """What the child writes until it closes its end; None when the deadline passes or it writes too much."""
     heard = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(reading, selectors.EVENT_READ)
@@ -77,7 +77,7 @@ def _hear(reading: int, deadline: float) -> bytes | None:
 
 
 def _run(function: Callable[[], Any], writing: int, seconds: int, memory_bytes: int) -> NoReturn:
-    """Nothing of the parent's is cleaned up or flushed here: this process ends by itself, whatever happens."""
+    """Runs in the child. Nothing of the parent's is cleaned up or flushed here: this process exits by itself, whatever happens."""
     code = 1
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
@@ -95,7 +95,7 @@ def _run(function: Callable[[], Any], writing: int, seconds: int, memory_bytes: 
         code = 0
     except MemoryError:
         pass
-    except BaseException:  # the parent says in words that it broke down; the log says how
+    except BaseException:  # the parent reports that it crashed; the log says how
         traceback.print_exc()
         sys.stderr.flush()
     finally:

@@ -1,6 +1,6 @@
-"""Long work that is no training step: it tells how far it is, so that a page can show it and nobody takes its silence for a hang.
+"""Progress events of long work other than training steps, so that a page can show it and no supervisor takes it for a hang.
 
-Such work is a generator of shares, 0 to 1, that returns what it found; between two shares there is at most one pass over the model.
+Such work is a generator of fractions, 0 to 1, that returns its result; between two of them there is at most one forward pass.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from app import events
 
 T = TypeVar("T")
 EVERY_SECONDS = 15.0
-"""A supervisor waits minutes before it thinks that a trainer hangs; a person who watches a page waits less."""
+"""Minimum interval between events. A supervisor waits minutes before it takes a trainer to hang; a person who watches waits less."""
 
 
 class ProgressReporter:
-    """Passes the shares of several pieces of work, one after the other, on as events about one thing."""
+    """Turns the fractions of several consecutive pieces of work into events of one task."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -40,7 +40,7 @@ class ProgressReporter:
 
 
 def drained(work: Generator[float, None, T], progress: Callable[[float], None] | None = None) -> T:
-    """What `work` finds, for those who are asked by nobody how far it is, or who pass the shares to `progress`."""
+    """The result of `work`, for callers without events; `progress` gets the fractions."""
     while True:
         try:
             share = next(work)

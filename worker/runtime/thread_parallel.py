@@ -1,12 +1,12 @@
-"""The parts of a pack side by side, a thread each: how a CPU computes a training step, and scores packs.
+"""Parts of a pack on parallel threads: how a CPU computes a training step, and scores packs.
 
-Threads that share one product wait for each other thousands of times a step. To wait asleep wastes the cores where they are slow
-to wake, as in a virtual machine; to wait awake takes the cores from whatever else runs. Parts of a pack have nothing to wait for
-until their gradients are added. (Data parallelism, as in Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 3, within
-one process, so that the weights are there once.)
+Threads that share one product synchronize thousands of times per step. Sleeping while they wait wastes the cores where they are
+slow to wake, as in a virtual machine; spinning takes the cores from everything else. Parts of a pack wait for nothing until their
+gradients are added. (Data parallelism, as in Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 3, within one process,
+so that the weights are in memory once.)
 
-Sums do not depend on which thread was faster: every parameter takes the gradient of the first part first. So a step is
-reproducible to the bit, and an interrupted job goes on as if nothing had been.
+Sums do not depend on which thread was faster: every parameter takes the gradient of the first part first. So a step is bitwise
+reproducible, and an interrupted job continues exactly.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Got = TypeVar("Got")
 
 
 class ThreadParallel:
-    """Threads beside each other that share `threads`, those of the process's products, evenly. They are started when needed."""
+    """Threads that divide `threads`, those of the process's products, evenly among themselves. They are started when needed."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._here = threading.local()  # .place: which of the parts this thread computes; .threads: how many its products have
+        self._here = threading.local()  # .place: which of the parts this thread computes; .threads: threads of its products
         self._turn = threading.Condition()
-        # By parameter, or a part of one: how many parts, the first ones, have added to it or had nothing to add.
+        # By parameter, or a slice of one: how many parts, from the first, have added to it or had nothing to add.
         self._added: dict[Hashable, int] = {}
         self._ended: set[int] = set()
 
     def map(self, action: Callable[[Given], Got], given: Sequence[Given]) -> list[Got]:
-        """`action` of everything in `given`, at most `threads` of them, in their order; gradients are on or off in it as they are here.
+        """`action` of everything in `given`, at most `threads` of them, in order; gradients are enabled in it as they are here.
 
-        Raises what the first that failed raised, when all have ended.
+        Raises the exception of the first that failed, when all have ended.
         """
         if len(given) > self.threads:
             raise ValueError(f"{len(given)} parts for {self.threads} threads")
@@ -50,7 +50,7 @@ class ThreadParallel:
         each, learns = self.threads // len(given), torch.is_grad_enabled()
         running = [self._pool.submit(self._compute, action, place, one, each, learns) for place, one in enumerate(given)]
         failed = [error for one in running if (error := one.exception())]
-        torch.set_num_threads(self.threads)  # a thread's number is also what threads started later begin with
+        torch.set_num_threads(self.threads)  # threads started later begin with this thread's number
         if failed:
             raise failed[0]
         return [one.result() for one in running]
@@ -70,7 +70,7 @@ class ThreadParallel:
 
     @contextlib.contextmanager
     def in_order(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-        """While inside, each of the parameters takes the gradients of the parts of one `map` in the parts' order."""
+        """Within this context each of the parameters takes the gradients of the parts of one `map` in the parts' order."""
         hooks = []
         for parameter in parameters:
             key = id(parameter)
@@ -84,18 +84,18 @@ class ThreadParallel:
 
     @contextlib.contextmanager
     def turn(self, key: Hashable) -> Iterator[None]:
-        """Inside, this thread's part adds to what `key` stands for: when the parts before it have, or have ended."""
+        """Within this context, this thread's part adds to what `key` stands for; waits until the parts before it have, or have ended."""
         self._wait(key)
         yield
         self._pass_on(key)
 
     def has_turn(self, key: Hashable) -> bool:
-        """Whether `turn` would not wait. A part that ended without coming there is passed over."""
+        """Whether `turn` would not wait. A part that ended without getting there is skipped."""
         place = self.place()
         return self._added.get(key, 0) >= place or all(p < self._added.get(key, 0) or p in self._ended for p in range(place))
 
     def place(self) -> int:
-        """Which part this thread computes."""
+        """The index of the part that this thread computes."""
         return getattr(self._here, "place", 0)
 
     def _wait(self, key: Hashable) -> None:

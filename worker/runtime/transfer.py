@@ -1,8 +1,8 @@
-"""To the device and back without waiting: what a step reads is sent ahead of it, its figures are read when the device has gone on.
+"""Asynchronous copies: inputs of a step are sent ahead of it, and its metrics are read when the device has finished it.
 
-Reading a tensor of a GPU waits for everything that was ordered before it is copied, so a loop that reads the loss of the step
-before in the middle of a step waits for the newest work too. Here the copy is ordered at the step's end into pinned memory and
-an event is set behind it; reading waits for that event alone.
+Reading a GPU tensor synchronizes with all work enqueued before the copy, so a loop that reads the previous step's loss in the
+middle of a step waits for the newest work too. Here the copy into pinned memory is enqueued at the step's end, followed by an
+event; reading waits for that event alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host's tensor on the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    """A host tensor on the device; to a GPU asynchronously, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class AsyncScalars:
-    """Numbers of one step, any shapes and types, one after the other in float64 (which holds a float32 as it is)."""
+    """Values of one step, of any shapes and dtypes, concatenated in float64 (which represents float32 exactly)."""
 
     def __init__(self, numbers: Sequence[torch.Tensor]) -> None:
         flat = torch.cat([n.detach().reshape(-1).double() for n in numbers])
@@ -30,12 +30,12 @@ class AsyncScalars:
             self.there.record()
 
     def read(self) -> torch.Tensor:
-        """The numbers on the host, (n,), float64; waits until they have arrived, and for nothing that was ordered later."""
+        """The values on the host, (n,) float64; waits until they have arrived, but not for later work."""
         if self.there is not None:
             self.there.synchronize()
         return self.host
 
 
 def depth(device: torch.device) -> int:
-    """How many steps may be on their way unread: on a GPU one, so that the device always has the next one to do."""
+    """Number of steps in flight: one on a GPU, so that the device always has its next step."""
     return int(device.type == "cuda")

@@ -1,1 +1,1 @@
-"""Scores on held-out rows and on general text."""
+"""Scores on validation rows and on general text."""

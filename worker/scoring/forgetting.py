@@ -1,7 +1,7 @@
-"""Scores of the general probe, before tuning and after: what `app/evaluation/forgetting.py` makes its verdict from.
+"""Scores of the general probe before and after fine-tuning, for the verdict of `app/evaluation/forgetting.py`.
 
-The probe is 72 short texts, some 4,000 tokens; scoring it draws no random number, so it changes nothing in what is learnt.
-A model's scores before tuning are kept under `features/` by all they depend on, so the next job on it measures none.
+The probe is 72 short texts, some 4,000 tokens; scoring it draws no random number, so it does not change training. A model's
+scores before fine-tuning are cached under `features/` by everything they depend on, so the next job on it measures none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROBE = Path(__file__).with_name("probe") / "general.yaml"
 
 
 class Probe:
-    """The texts as a model of this kind reads them; `skills` and `bytes` stand beside each row of `data`."""
+    """The probe's texts as tokenized for a model of this kind; `skills` and `bytes` are parallel to the rows of `data`."""
 
     data: Tokenised
     skills: list[str]
@@ -42,7 +42,7 @@ class Probe:
         self.skills = [skill for skill, _ in kept]
         self.bytes = [_size(entry) for _, entry in kept]
         for place, (_, entry) in enumerate(kept):
-            if "text" in entry:  # whether a text ends here is no knowledge of the text
+            if "text" in entry:  # where a text ends is not part of its content
                 self.data.trained[self.data.starts[place + 1] - 1] = False
 
     def score(self, model: torch.nn.Module, budget: int, engine: Compute) -> list[TextScore]:
@@ -54,19 +54,19 @@ class Probe:
 def scores(
     spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute, lead: Sequence[int] = ()
 ) -> list[TextScore]:
-    """The score of every text by a model that writes; `lead` are the placeholders of a soft prompt."""
+    """The score of every text under a generative model; `lead` are the virtual tokens of a soft prompt."""
     return Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
 
 
 def remembered(spec: JobSpec, engine: Compute) -> list[TextScore] | None:
-    """What an earlier job on this model found before it tuned it."""
+    """The scores that an earlier job on this model cached before it trained; None when there are none."""
     path = _kept(spec, engine)
     return [TextScore(*entry) for entry in json.loads(path.read_text())] if path.is_file() else None
 
 
 def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute) -> list[TextScore]:
-    """The scores of the model before tuning, kept for the next job on it."""
-    from app.storage.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
+    """Score the model before fine-tuning, and cache the scores for the next job on it."""
+    from app.storage.files import write_atomically  # it imports the database, which is slow and needed by nothing else here
 
     found = scores(spec, model, tokenizer, budget, engine)
     with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
@@ -75,13 +75,13 @@ def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int,
 
 
 def without_measuring(spec: JobSpec, labels: int) -> dict[str, Any] | None:
-    """What is known of forgetting before anything is scored, as `app.evaluation.forgetting.WithoutMeasuring` in plain data."""
+    """What is known about forgetting without scoring anything, `app.evaluation.forgetting.WithoutMeasuring` as plain data."""
     known = app_forgetting.without_measuring(spec.strategy, spec.model.shape, spec.task, labels)
     return known.model_dump(mode="json") if known else None
 
 
 def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:
-    """The verdict, as `app.evaluation.forgetting.Forgetting` in plain data."""
+    """The verdict, `app.evaluation.forgetting.Forgetting` as plain data."""
     return compare(before, after).model_dump(mode="json")
 
 

@@ -1,4 +1,4 @@
-"""How good the model is on held-out rows: loss, token accuracy and perplexity, and answers to read."""
+"""Evaluation on validation rows: loss, token accuracy and perplexity, and generated answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.runtime.progress import drained
 
 
 class Question(NamedTuple):
-    """A held-out prompt: what is asked, its token ids as the model reads them, and what a person answered."""
+    """A prompt from a validation row: the text, its token ids, and the reference answer."""
 
     text: str
     ids: list[int]
@@ -35,7 +35,7 @@ def plain_model(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
-    """The last hidden states of a pack where the next token is learnt, (K, H). The head is left to `worker/modeling/cross_entropy.py`."""
+    """The last hidden states of a pack at positions with a target, (K, H). The head is applied by `worker/modeling/cross_entropy.py`."""
     decoder = plain_model(model).get_decoder()
     with engine.autocast():
         out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
@@ -44,7 +44,7 @@ def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torc
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients, and everything as before afterwards."""
+    """Within this context dropout is off and there are no gradients; the previous state is restored afterwards."""
     training = model.training
     model.eval()
     try:
@@ -57,18 +57,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def reading(
     model: torch.nn.Module, read: Callable[[list[int]], None], lengths: Sequence[int], budget: int, engine: Compute
 ) -> Generator[float, None, None]:
-    """`read` of all rows, of these lengths, in packs of `budget` tokens, on a CPU in as many parts side by side; it sees the model as it
-    is evaluated, and may be called by several threads at once. Says the share of the rows that is done before each pack."""
+    """Call `read` with the numbers of all rows, of these lengths, packed to `budget` tokens at a time (on a CPU as several packs on
+    parallel threads), with the model in evaluation mode. Before each call yields the fraction of the packs that is done."""
     parts = engine.parts(budget)
     packs = best_fit(range(len(lengths)), lengths, budget // parts)
     for start in range(0, len(packs), parts):
         yield start / len(packs)
-        with evaluating(model):  # for each pack anew: what runs between two shares is somebody else's
+        with evaluating(model):  # per pack, because the caller runs other code between two yields
             engine.abreast.map(read, packs[start : start + parts])
 
 
 class RowScores(NamedTuple):
-    """For each row: the sum of its losses in nats, and how many tokens were learnt and were right."""
+    """For each row: the sum of its losses in nats, its trained tokens, and how many of these were predicted right."""
 
     nats: list[float]
     tokens: list[int]
@@ -76,7 +76,7 @@ class RowScores(NamedTuple):
 
 
 def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> Generator[float, None, RowScores]:
-    """Every row of `data` scored, packed, in its order; says the share of the packs that are done before each of them."""
+    """Score every row of `data` in packs; yields the fraction done before each pack, and returns the scores in the rows' order."""
     found = RowScores([0.0] * len(data), [0] * len(data), [0] * len(data))
     head = head_of(plain_model(model))
 
@@ -94,12 +94,12 @@ def scoring(model: torch.nn.Module, data: Tokenised, budget: int, engine: Comput
 def score_rows(
     model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute, progress: Callable[[float], None] | None = None
 ) -> RowScores:
-    """The same in one go. `progress` is told the share of the packs that are done."""
+    """The same in one call. `progress` gets the fraction of the packs that is done."""
     return drained(scoring(model, data, budget, engine), progress)
 
 
 def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
-    """Loss in nats per learnt token, token accuracy, perplexity and, where the bytes of what is learnt are given, bits per byte."""
+    """Loss in nats per token, token accuracy, perplexity and, where the number of bytes is given, bits per byte."""
     total, count = math.fsum(scored.nats), sum(scored.tokens)
     loss = total / count
     found = {"loss": loss, "token_accuracy": sum(scored.hits) / count, "perplexity": math.exp(min(loss, 700.0))}
@@ -107,12 +107,12 @@ def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
 
 
 def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> dict[str, float]:
-    """Loss in nats per learnt token, token accuracy and perplexity over all rows of `data`."""
+    """Loss in nats per token, token accuracy and perplexity over all rows of `data`."""
     return measures(score_rows(model, data, budget, engine))
 
 
 def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longest: int) -> list[Question]:
-    """The first `count` held-out rows as prompts. Prompts that leave no room for an answer are passed over."""
+    """The first `count` validation rows as prompts. Prompts that leave no room for an answer are skipped."""
     found: list[Question] = []
     for row in rows:
         if len(found) == count:
@@ -127,7 +127,7 @@ def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longes
 
 
 def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as a person would say it: the text itself, or what was said last in a conversation."""
+    """The text of a prompt: the text itself, or the last message of a conversation."""
     if isinstance(prompt, str):
         return prompt
     said = prompt[-1].get("content") or ""
@@ -143,8 +143,8 @@ def answers(
     lead: Sequence[int] = (),
     seconds: float | None = None,
 ) -> list[str]:
-    """The likeliest answer to each question, at most `most` tokens, all written side by side with cached keys and values.
-    `lead` are the placeholders of a soft prompt. After `seconds` all end where they are."""
+    """Greedy answers to all questions in one batch with a KV cache, of at most `most` tokens. `lead` are the virtual tokens of a
+    soft prompt. After `seconds` all end where they are."""
     if not asked:
         return []
     inner = plain_model(model)
@@ -154,8 +154,8 @@ def answers(
     ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
     mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)
     before = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa")  # padding on the left needs a mask, which packed attention has not
-    # The last state of each row is a view; a product of such with a frozen matrix copies the matrix once for each row.
+    inner.set_attn_implementation("sdpa")  # left padding needs a mask, which packed attention does not support
+    # The last state of each row is a view; multiplying it by a frozen matrix would copy the matrix once per row.
     packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
         with evaluating(model), engine.autocast():
@@ -181,7 +181,7 @@ def answers(
 
 ANSWERS_AT_ONCE = 16
 ANSWER_SECONDS = 60.0
-"""Time that all answers at the end of a job together may take; those it is too late for are not counted."""
+"""Time limit of all answers at the end of a job together; those that do not finish are not counted."""
 
 
 def answers_in_batches(
@@ -193,8 +193,8 @@ def answers_in_batches(
     lead: Sequence[int] = (),
     seconds: float = ANSWER_SECONDS,
 ) -> list[str | None]:
-    """As `answers`, a few at once so that memory stays small, prompts of like length together, within `seconds`. None is an
-    answer that the time did not suffice for: it says nothing of the model."""
+    """`answers` in small batches of prompts of similar length, which bounds the memory, within `seconds`. None for an answer that
+    did not finish in time: it says nothing about the model."""
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
     told: list[str | None] = [None] * len(asked)
     until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""What an evaluation says of a classifier: how often it is right, where it errs, and whether its probabilities can be believed."""
+"""Metrics of classifiers and of generated answers, with confidence intervals and paired comparisons."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from app.metrics import METRICS
 
 CALIBRATION_BINS = 10
 MAX_DRAWN = 200
-"""Labels up to which the confusion matrix is told."""
+"""Labels up to which the confusion matrix is returned."""
 
 
 def classification_scores(probabilities: np.ndarray, truth: Sequence[int] | np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """Scores of probabilities (rows, labels) against the right label's number for each row.
+    """Metrics of probabilities (rows, labels) against the index of the right label of each row.
 
-    `accuracy`, `macro_f1`, `log_loss` (nats a row), `calibration_error` (expected calibration error over ten equal bins of
-    confidence, Guo et al. 2017), `per_class` (precision, recall, f1 and rows by label), `confusion` (rows of the truth,
-    columns of the answer, empty above MAX_DRAWN labels) and `reliability` (for each bin: confidence, accuracy, rows).
+    `accuracy`, `macro_f1`, `log_loss` (nats per row), `calibration_error` (expected calibration error over ten equal bins of
+    confidence, Guo et al. 2017, https://arxiv.org/abs/1706.04599), `per_class` (precision, recall, f1 and rows by label),
+    `confusion` (rows: true label, columns: predicted; empty above MAX_DRAWN labels) and `reliability` (for each bin: confidence,
+    accuracy, rows).
     """
-    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support  # slow to import, needed at the end
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support  # slow to import, and needed only at the end
 
     right = np.asarray(truth)
     answer = probabilities.argmax(1)
@@ -45,13 +46,13 @@ def classification_scores(probabilities: np.ndarray, truth: Sequence[int] | np.n
             for label, p, r, f, n in zip(labels, precision, recall, f1, support, strict=True)
         },
         "labels": list(labels),
-        # Its size is the square of the number of labels, and nobody reads a picture of more than these.
+        # Its size is the square of the number of labels, and nobody reads a plot of more than these.
         "confusion": confusion_matrix(right, answer, labels=every).tolist() if len(labels) <= MAX_DRAWN else [],
     }
 
 
 def calibration(confidence: np.ndarray, hit: np.ndarray) -> tuple[float, list[dict[str, float]]]:
-    """The expected calibration error and its bins: how far the stated confidence lies from the share of right answers."""
+    """The expected calibration error and its bins: the distance between stated confidence and accuracy."""
     place = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins, error = [], 0.0
     for i in range(CALIBRATION_BINS):
@@ -71,7 +72,7 @@ def label_metrics(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
-    """The scores of always answering with the shares of the training rows: what any classifier has to beat."""
+    """The metrics of always predicting the label shares of the training rows: the baseline of any classifier."""
     shares = np.bincount(np.asarray(train), minlength=len(labels)) / max(len(train), 1)
     return classification_scores(np.tile(shares, (len(truth), 1)), truth, labels)
 
@@ -80,9 +81,9 @@ def prior_scores(train: Sequence[int], truth: Sequence[int], labels: Sequence[st
 
 
 def paired_losses(one: Sequence[float], other: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, Any]:
-    """Mean losses of two models on the same rows, `one` and `other`, and `interval`: 95 % of other less one by Student's t of the
-    pairs. `weights` are the tokens of the rows where a loss is a mean over them, so that the means are over all tokens."""
-    from scipy.stats import t  # it comes with scikit-learn and is slow to import
+    """Mean losses of two models on the same rows, `one` and `other`, and `interval`: the 95 % interval of other − one by a paired
+    Student's t. `weights` are token counts where the losses are means over a row's tokens, so that the means are over all tokens."""
+    from scipy.stats import t  # comes with scikit-learn and is slow to import
 
     share = np.ones(len(one)) if weights is None else np.asarray(weights, float) / np.mean(weights)
     a, b = np.asarray(one, float) * share, np.asarray(other, float) * share
@@ -93,15 +94,15 @@ def paired_losses(one: Sequence[float], other: Sequence[float], weights: Sequenc
 
 
 def paired_hits(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """The same for answers that are right or wrong, (rows,) of bool: both shares, and 95 % of their difference."""
+    """The same for correctness, (rows,) of bool: both accuracies, and the 95 % interval of their difference."""
     a, b = one.astype(bool), other.astype(bool)
     interval = stats.paired_shares(int((a & b).sum()), int((b & ~a).sum()), int((a & ~b).sum()), int((~a & ~b).sum()))
     return {"rows": len(a), "one": float(a.mean()), "other": float(b.mean()), "interval": interval}
 
 
 def contest(metric: str, base: Mapping[str, Any] | None, few_shot: Mapping[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
-    """What a verdict on a job is founded on (app/evaluation/verdict.py): the tuned model against its base and, where one can be asked, against
-    the base behind solved examples. `base` and `few_shot` are `paired_…` of that model and the tuned one."""
+    """The inputs of a job's verdict (app/evaluation/verdict.py): the fine-tuned model against its base and, where there is one,
+    against the base with few-shot examples. `base` and `few_shot` are `paired_…` of that model and the fine-tuned one."""
     return {"metric": metric, "base": _side(base), "few_shot": _side(few_shot), **facts}
 
 
@@ -136,15 +137,15 @@ def row_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, n
 
 
 class Answered(NamedTuple):
-    """Scores of the answers of several models to the same rows, and how sure they are: what an evaluation tells of answers."""
+    """Scores of several models' answers to the same rows, with intervals."""
 
     scores: list[dict[str, Any]]  # of each model, with the 95 % interval of each score under `intervals`
-    difference: dict[str, tuple[float, float]]  # the last model's score less the first one's: its 95 % interval
+    difference: dict[str, tuple[float, float]]  # 95 % interval of the last model's score minus the first one's
     rows: int
 
 
 def answer_scores(told: Sequence[Mapping[int, str]], references: Mapping[int, str]) -> Answered:
-    """Each model's answers by row, against the rows' references. A row counts where every model answered it."""
+    """Each model's answers by row, scored against the rows' references. A row counts where every model answered it."""
     places = [place for place in references if all(place in said for said in told)]
     found = [row_scores([said[place] for place in places], [references[place] for place in places]) for said in told]
     scores: list[dict[str, Any]] = []
@@ -159,13 +160,13 @@ RESAMPLES = 2000
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean. Where every value is 0 or 1 it is Wilson's (1927), which also holds for few rows that all
-    agree; for any other score the percentiles of a bootstrap over the rows (Efron 1979)."""
+    """The 95 % interval of a mean. For values that are all 0 or 1 it is Wilson's (1927), which also holds for few rows that all
+    agree; otherwise the percentiles of a bootstrap over the rows (Efron 1979)."""
     return share_interval(float(values.mean()), len(values)) if np.isin(values, (0.0, 1.0)).all() else resampled(values)
 
 
 def share_interval(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `rows`."""
+    """Wilson's 95 % interval of a proportion of `rows`."""
     middle, spread = share + z * z / (2 * rows), z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
 
@@ -181,7 +182,7 @@ def rouge_l(answer: str, reference: str) -> float:
     a, r = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
     if not a or not r:
         return float(a == r)
-    above = [0] * (len(r) + 1)  # lengths of the common subsequence of the words so far and each beginning of `r`
+    above = [0] * (len(r) + 1)  # lengths of the longest common subsequence of the words so far and each prefix of `r`
     for word in a:
         row = [0]
         for place, other in enumerate(r):

@@ -1,9 +1,9 @@
-"""What the base reaches on a job's held-out rows without being tuned: with solved examples in the prompt, or by the nearest
-vectors. It is the other half of a job's verdict: tuning has to beat a prompt, not only the bare question.
+"""Baselines of the base model on a job's validation rows without fine-tuning: few-shot prompting, or nearest class means. A job's
+verdict compares with them: fine-tuning has to beat a prompt, not only the zero-shot base.
 
-Answers are compared by the loss of the right one: the base reads it after examples (few-shot, Brown et al. 2020,
-arXiv:2005.14165), the tuned model without. Labels are compared by accuracy: the base's text vectors, each label the mean of
-its examples' (nearest class mean, Snell et al. 2017, arXiv:1703.05175).
+Answers are compared by the loss of the reference: the base reads it after examples (few-shot, Brown et al. 2020,
+arXiv:2005.14165), the fine-tuned model without. Labels are compared by accuracy: the base's text embeddings, with each label the
+mean of its examples' (nearest class mean, Snell et al. 2017, arXiv:1703.05175).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def examples_of(training: Sequence[Row], kind: str, seed: int, count: int = SHOT
 
 
 def last_answer(prompt: str | list[dict[str, Any]], reference: str) -> dict[str, Any]:
-    """A row of which the last answer alone counts."""
+    """A row in which only the last answer has a loss."""
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": reference}
     return {
@@ -46,13 +46,13 @@ def last_answer(prompt: str | list[dict[str, Any]], reference: str) -> dict[str,
 
 
 def nearest_class(vectors: np.ndarray, truth: Sequence[int] | np.ndarray, asked: np.ndarray, labels: int) -> np.ndarray:
-    """The label, (rows,), whose examples' mean lies nearest by cosine to each of `asked`, (rows, H); `vectors` are the examples'."""
+    """The label (rows,) whose class mean is nearest by cosine to each of `asked` (rows, H); `vectors` are the embedded examples."""
     centers = class_means(_unit(vectors), truth, labels)
     return (_unit(asked) @ centers.T).argmax(1)
 
 
 def class_means(vectors: np.ndarray, truth: Sequence[int] | np.ndarray, labels: int) -> np.ndarray:
-    """The mean of each label's vectors, at length 1; a label without examples is nowhere near anything."""
+    """The mean vector of each label, at length 1; −1 in every component for a label without examples, far from any embedding."""
     centers = np.full((labels, vectors.shape[1] if len(vectors) else 1), -1.0, np.float32)
     for label in range(labels):
         mine = vectors[[place for place, one in enumerate(truth) if one == label]]
@@ -63,7 +63,7 @@ def class_means(vectors: np.ndarray, truth: Sequence[int] | np.ndarray, labels: 
 
 
 def a_few_of_each(truth: Sequence[int] | np.ndarray, seed: int) -> list[int]:
-    """Places of up to `EXAMPLES_A_CLASS` rows of every label, and no more than `MAX_VECTOR_EXAMPLES` together."""
+    """Indexes of up to `EXAMPLES_A_CLASS` rows of every label, and at most `MAX_VECTOR_EXAMPLES` in total."""
     order = list(range(len(truth)))
     seen: dict[int, int] = {}
     found = []
@@ -72,7 +72,7 @@ def a_few_of_each(truth: Sequence[int] | np.ndarray, seed: int) -> list[int]:
         if seen.setdefault(int(truth[place]), 0) < EXAMPLES_A_CLASS:
             seen[int(truth[place])] += 1
             found.append((seen[int(truth[place])], place))
-    return [place for _, place in sorted(found)[:MAX_VECTOR_EXAMPLES]]  # a first of every label goes before a second of any
+    return [place for _, place in sorted(found)[:MAX_VECTOR_EXAMPLES]]  # a first row of every label comes before a second of any
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

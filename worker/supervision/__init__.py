@@ -1,1 +1,1 @@
-"""Processes that watch over a trainer."""
+"""Supervision of trainers: attempts, watchdog, exit codes, confinement."""

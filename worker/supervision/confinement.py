@@ -1,7 +1,8 @@
-"""What a trainer or an evaluation is let into, and what of its word is believed: the code of a foreign model runs in it.
+"""What a trainer or an evaluation process may access, and which of its reports are trusted: it runs code of a foreign model.
 
-Read: the system, our sources, its model, its rows, its job's folder. Written: its attempt's own folder, the vectors and the
-speeds that jobs keep for each other, and the trainers' own cache of compiled kernels, which nothing outside the walls reads.
+Readable: the system, our sources, its model, its rows, its job's folder. Writable: its attempt's own folder, the caches of
+embeddings and speeds shared between jobs, and the trainers' own cache of compiled kernels, which nothing outside the sandbox
+reads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ KEPT_BY_JOBS = ("features", MEASURED)
 
 
 def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str]) -> Confinement:
-    """The room of a process that works on `spec` and writes into `folder` (of an attempt, say, whose job's folder is above it)."""
+    """The confinement of a process that works on `spec` and writes into `folder` (that of an attempt, for example, whose job's
+    folder is above it)."""
     settings = get_settings()
     data = settings.data_dir
     models = [spec.model, *([spec.base] if isinstance(spec, EvaluationSpec) and spec.base else [])]
@@ -47,8 +49,8 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
 
 
 def environment_in(folder: Path) -> dict[str, str]:
-    """Where a process behind walls keeps what it passes on to itself and what it compiles. What was compiled before, by a process
-    of ours, is copied once: it must not be read from where others may write."""
+    """Environment of a confined process: where it keeps temporary files and what it compiles. What a process of ours compiled
+    before is copied once: it must not be read from where others may write."""
     data = get_settings().data_dir
     (tmp := folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
     caches = get_settings().folder("cache", "trainers")
@@ -68,7 +70,7 @@ def environment_in(folder: Path) -> dict[str, str]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what only the process itself had use for."""
+    """Remove what only the process itself needed."""
     shutil.rmtree(folder / "tmp", ignore_errors=True)
 
 
@@ -76,14 +78,14 @@ def clean(folder: Path) -> None:
 
 
 class Space:
-    """The mounts that a confined process alone sees, by which all that it started is found: a child can leave its parent's process
-    group and session, but no mounts. Held open, so that their number cannot become another's."""
+    """The mount namespace of a confined process, by which everything it started is found: a child can leave its parent's process
+    group and session, but not its mount namespace. Held open, so that its number cannot be reused."""
 
     def __init__(self) -> None:
         self._handle: int | None = None
 
     def look(self, pid: int) -> None:
-        """Take hold of it, once the process is confined; nothing where it has no mounts of its own."""
+        """Open it, once the process is confined; no effect where it has no mount namespace of its own."""
         if self._handle is None:
             with contextlib.suppress(OSError):
                 handle = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -93,7 +95,7 @@ class Space:
                     self._handle = handle
 
     def end(self) -> None:
-        """Kill who is left in it, and let go."""
+        """Kill what is left in it, and close it."""
         if self._handle is None:
             return
         number = _number(self._handle)
@@ -119,8 +121,8 @@ def _number(space: int | str) -> int | None:
 
 
 def believed(event: events.TrainerEvent, folder: str) -> events.TrainerEvent:
-    """The event, unless it names a place outside the attempt's own `folder` (relative to the data folder): what is said to be a
-    checkpoint is removed one day, and what is said to be a result is given out as a model."""
+    """The event, unless it names a path outside the attempt's own `folder` (relative to the data folder): a path reported as a
+    checkpoint is deleted one day, and one reported as a result is served as a model."""
     if isinstance(event, events.Saved | events.Finished) and not _inside(event.path, folder):
         message = f"The trainer named {event.path[:200]!r}, which is not in its own folder."
         if isinstance(event, events.Finished):
@@ -138,8 +140,8 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def foreign(folder: Path) -> Path | None:
-    """The first thing in a result's folder that is no plain file and no folder: a link would show a file from elsewhere to whoever
-    downloads the result, and a pipe would be waited for."""
+    """The first thing in a result's folder that is no plain file and no folder: a link would expose a file from elsewhere to
+    whoever downloads the result, and reading a pipe would block."""
     for above, folders, names in os.walk(folder):
         for name in (*folders, *names):
             mode = (path := Path(above, name)).lstat().st_mode

@@ -1,4 +1,4 @@
-"""How a trainer's life is started, measured and explained: its environment, its pace, and what its exit stands for."""
+"""The environment of trainers, hang and out-of-memory detection, and what exit codes stand for."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from worker.runtime import failures
 from worker.supervision import confinement
 
 STOPPED = 75
-"""Exit of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
+"""Exit code of a trainer that saved and left because it was asked to (EX_TEMPFAIL)."""
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "MALLOC_TOP_PAD_": str(64 * 2**20)}
-"""glibc gives each large tensor back to the kernel and takes it again, zeroed, for the next. Keeping the memory saves
-most of the page faults of training on a CPU."""
+"""glibc returns each large tensor to the kernel and gets it again, zeroed, for the next. Keeping the memory saves most of the
+page faults of training on a CPU."""
 
 CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""On a GPU freed blocks of memory can grow and be joined, so that tensors of other sizes find room in them: packs of other lengths
-in an evaluation would else leave holes that nothing fits into."""
+"""Lets freed GPU memory segments grow and merge, so that tensors of other sizes fit into them: packs of other lengths in an
+evaluation would otherwise fragment it."""
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the
-playground, another job) spinning threads take the time of those they wait for: a decoding loop on two busy cores ran at
-2.2 tokens/s spinning and at 10 sleeping."""
+"""Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the playground,
+another job), spinning threads take the time of those they wait for: a decoding loop on two busy cores ran at 2.2 tokens/s
+spinning and at 10 sleeping."""
 
 # fmt: off
 _HANDED_ON = {
@@ -53,9 +53,9 @@ _HANDED_ON_PREFIXES = (
 
 
 def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, device: str = "auto") -> dict[str, str]:
-    """What the trainer may know: no address of a database, no key, no token. A list of what it may have cannot forget
-    a secret that is added later. `folder` is the attempt's own, where it keeps what is passing; None for what has no attempt. With
-    the device cpu it sees no GPU, so that it takes none of its memory either."""
+    """The environment of a trainer: no database address, no key, no token. An allow-list cannot forget a secret that is added
+    later. `folder` is the attempt's own, for its temporary files; None for what has no attempt. With the device cpu it sees no
+    GPU, so that it takes no GPU memory either."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
     if device == "cpu":
         kept["CUDA_VISIBLE_DEVICES"] = ""
@@ -70,14 +70,14 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
 
 
 def launcher(processes: int) -> list[str]:
-    """What starts several processes that train one job. They get as long to save as a single one when they are told to stop."""
+    """The command that starts several processes for one job. They get as long to save as a single one when they are told to stop."""
     patience = math.ceil(get_settings().stop_grace_seconds)
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
 
 
 def ask_to_save(pid: int) -> bool:
-    """Ask a trainer to save and go on; whether there was one to ask. A launcher would die of the signal and is passed over: the
-    processes that it started agree on what any of them was asked."""
+    """Ask a trainer to save and continue; returns whether there was one to ask. A launcher would die of the signal and is
+    skipped: the processes that it started agree on what any of them was asked."""
     asked = [pid]
     if get_settings().gpus_per_job > 1:
         with contextlib.suppress(OSError):
@@ -89,19 +89,19 @@ def ask_to_save(pid: int) -> bool:
 
 
 def is_away(error: DBAPIError) -> bool:
-    """The database cannot be reached or is going down, as opposed to refusing what was asked."""
+    """Whether the database is unreachable or shutting down, as opposed to refusing a statement."""
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
 def kill_group(pid: int) -> None:
-    """Kill the trainer and all it started. It leads its process group, and has not been reaped."""
+    """Kill the trainer and everything it started. It leads its process group, and has not been reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 class HangDetector:
-    """How fast the trainer speaks, and so when its silence is too long: ten of its median steps, and never less than
-    `least` seconds; `first` seconds before the first step."""
+    """Detects a hang by the trainer's own pace: silence of ten median steps, but at least `least` seconds; `first` seconds before
+    the first step."""
 
     def __init__(self, first: float, least: float) -> None:
         self.first, self.least = first, least
@@ -129,7 +129,7 @@ class HangDetector:
 
 
 class OomWatch:
-    """How often the kernel has killed for want of memory in our control group. Only a rise says anything."""
+    """Counts the kernel's out-of-memory kills in our control group. Only an increase is evidence."""
 
     def __init__(self) -> None:
         self._before = _oom_kills()
@@ -183,7 +183,7 @@ def tail(path: Path, most: int = 4000) -> str:
 
 
 def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
-    """What an exit without a last word stands for. `code` is negative for a signal; `said` is the end of its log."""
+    """The failure that an exit without a final event stands for. `code` is negative for a signal; `said` is the end of its log."""
     number = -code if code < 0 else code - 128 if code > 128 else 0
     if number == signal.SIGKILL and kernel_killed:
         return _out_of_memory("The kernel killed the trainer because the machine ran out of memory.")
@@ -222,7 +222,7 @@ def _last_words(said: str, lines: int = 12) -> str:
 
 
 def check_result(folder: Path) -> events.Failed | None:
-    """None when the result's folder is whole. A trainer that says it finished is believed only with its manifest."""
+    """None when the result's folder is complete. A trainer that reports success is believed only with its manifest."""
     try:
         if (odd := confinement.foreign(folder)) is not None:
             raise BadData(f"{odd.name} is no plain file.")

@@ -1,5 +1,5 @@
-"""Become the training process, in the environment that a supervisor gives it: `python -m worker.supervision.local` with the arguments of
-`python -m worker.run`, for `luthier train --here`, which has no supervisor."""
+"""Become the training process, in the environment that a supervisor gives it: `python -m worker.supervision.local` with the
+arguments of `python -m worker.run`, for `luthier train --here`, which has no supervisor."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""One attempt at one job: claim it, start its trainer, record what it says, and bring it to an end.
+"""One attempt at one job: claim it, start its trainer, record its events, and bring it to an end.
 
     claim ─▶ spec.json ─▶ Popen(python -m worker.run) ─▶ pipe ─▶ events ─▶ Postgres ─▶ finish | fail | stopped | lost
 
-The trainer is a process of its own with no database address: it can be killed, run out of memory or hang without
-taking anything with it but its attempt. This process holds the fence and never imports torch.
+The trainer is a process of its own with no database address: it can be killed, run out of memory or hang without affecting
+anything but its attempt. This process holds the lease and its fence, and never imports torch.
 
-Three threads: this one records events and watches over the trainer; one reads the pipe, so that the trainer is not
-held up while the database is away; one beats, so that a slow transaction does not cost the lease.
+Three threads: this one records events and supervises the trainer; one reads the pipe, so that the trainer does not block while
+the database is unreachable; one sends heartbeats, so that a slow transaction does not cost the lease.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_HELD_EVENTS = 200_000
-"""Events kept in memory while the database is away, some 100 MB. Beyond it the trainer waits at its pipe."""
+"""Events kept in memory while the database is unreachable, some 100 MB. Beyond it the trainer blocks on its pipe."""
 
 FIRST_STEP_SECONDS = 1800.0
-"""How long loading a model may say nothing."""
+"""Maximum silence while a model is loaded."""
 
 MIN_PATIENCE_SECONDS = 600.0
-"""How long a step may take before the trainer is thought to hang, however short the steps before it were."""
+"""Minimum silence of a step before the trainer is taken to hang, however short the steps before it were."""
 
 BATCH = 500
 
 LOOK_SECONDS = 0.5
-"""Pause between two looks at a trainer that says nothing."""
+"""Polling interval of a silent trainer."""
 
 LOG_LIMIT_BYTES = 32 * 2**20
-"""Of a trainer's log; as much of what stood before is kept beside it."""
+"""Maximum size of a trainer's log; as much of the previous log is kept next to it."""
 
 GATHER_SECONDS = 0.1
-"""What is said within this time is recorded together."""
+"""Events within this time are recorded together."""
 
 
 def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """The body of the train task. `going_down` tells that this worker was asked to leave."""
+    """The body of the train task. `going_down` says whether this worker was asked to leave."""
     if going_down():
-        return  # the reaper announces the job again
+        return  # the reaper redelivers the job
     held = _insist(lambda: _claim(job_id))
     if held is None:
         log.info("Nothing to do for job %s.", job_id)
@@ -87,7 +87,7 @@ def _claim(job_id: uuid.UUID) -> Claim | None:
 
 
 def _insist(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
-    """Try until the database answers. Every move is safe to repeat, so an answer lost on the way costs nothing."""
+    """Retry until the database answers. All transitions are idempotent, so a lost response does no harm."""
     pause = 0.2
     while True:
         try:
@@ -101,19 +101,19 @@ def _insist(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False
 
 
 class Attempt:
-    """One try of a job, from the start of its trainer to the record of its end."""
+    """One attempt at a job, from the start of its trainer to the record of its end."""
 
     def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
         self.held = held
         self.going_down = going_down
         self.folder: Path = get_settings().data_dir / held.folder
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
-        self.recorded = 0  # events recorded so far: the number of the next one
+        self.recorded = 0  # number of the next event
         self.said_last: events.Finished | events.Failed | None = None
-        self.woken = threading.Event()  # something was said, wished or lost
+        self.woken = threading.Event()  # an event, a request or a lost lease
         self.fence_lost = threading.Event()
-        self.over = threading.Event()  # the trainer is gone: the beat goes on until the end is recorded, then stops
-        self.space = confinement.Space()  # what the trainer alone sees
+        self.over = threading.Event()  # the trainer has exited: heartbeats continue until the end is recorded
+        self.space = confinement.Space()  # the trainer's mount namespace
         self.wishes = lifecycle.ControlFlags(False, False, False)
         self.beaten_at = time.monotonic()
         self.stop_at: float | None = None  # when the trainer was asked to stop
@@ -141,7 +141,7 @@ class Attempt:
             self._insist(lambda session: lifecycle.fail(session, self.held, fault))
         except Exception as error:
             if isinstance(error, DBAPIError) and exit_codes.is_away(error):
-                raise  # this worker is leaving and the database is gone: the lease tells the reaper
+                raise  # this worker is leaving and the database is gone: the reaper finds the expired lease
             log.exception("Job %s: the supervisor failed.", self.held.job_id)
             fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", hint="Look at the worker's log.")
             self._insist(lambda session: lifecycle.fail(session, self.held, fault))
@@ -149,8 +149,8 @@ class Attempt:
             self.over.set()
 
     def _train(self) -> int:
-        """Start the trainer and watch over it to its end; its exit code, negative for a signal."""
-        integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading all of a large one takes longer than a lease
+        """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
+        integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading a large one takes longer than a lease
         residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
         read_end = self._start()
         threads = [
@@ -170,7 +170,7 @@ class Attempt:
         return code
 
     def _start(self) -> int:
-        """Start the trainer; the reading end of its pipe."""
+        """Start the trainer; returns the reading end of its pipe."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
@@ -197,7 +197,7 @@ class Attempt:
         return read_end
 
     def _watch(self) -> None:
-        """Record and watch until the trainer is gone. It is looked at but not reaped, so that its process group's number
+        """Record events and supervise until the trainer has exited. It is not reaped yet, so that its process group's number
         stays taken until the group has been killed."""
         while os.waitid(os.P_PID, self.trainer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if self.fence_lost.is_set():
@@ -214,7 +214,7 @@ class Attempt:
     # Hearing ----------------------------------------------------------------------------------------------------------
 
     def _read(self, read_end: int) -> None:
-        """Take events off the pipe until everyone who could write to it is gone."""
+        """Read events off the pipe until all its writers are gone."""
         with os.fdopen(read_end, "rb") as pipe:
             for line in pipe:
                 while len(self.heard) > MAX_HELD_EVENTS and not self.over.is_set():
@@ -234,7 +234,7 @@ class Attempt:
         self.woken.set()
 
     def _record_some(self) -> None:
-        """Record one batch, if there is one. While the database is away the events wait in order."""
+        """Record one batch, if there is one. While the database is unreachable the events wait in order."""
         batch = [self.heard[i] for i in range(min(len(self.heard), BATCH))]
         if not batch:
             return
@@ -264,7 +264,7 @@ class Attempt:
     # Beating and stopping ---------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """Renew the lease, and the word that this machine's idle models make room, until the attempt is over."""
+        """Renew the lease, and the request that this machine's idle models are evicted, until the attempt is over."""
         while not self.over.is_set():
             residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
             self._renew()
@@ -275,7 +275,7 @@ class Attempt:
         residency.give_room_back(self.held.job_id)
 
     def _renew(self) -> None:
-        """One beat, and what people wish."""
+        """One heartbeat, which also reads stop and save requests."""
         try:
             with transaction() as session:
                 self.wishes = lifecycle.heartbeat(session, self.held)
@@ -286,7 +286,7 @@ class Attempt:
             log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
 
     def _beat_when_due(self) -> None:
-        """For the time before there is a trainer, and a thread that beats. Raises FenceLost."""
+        """Heartbeats before there is a trainer and a heartbeat thread. Raises FenceLost."""
         if time.monotonic() > self.beaten_at + get_settings().beat_seconds:
             self.beaten_at = time.monotonic()
             self._renew()
@@ -294,9 +294,9 @@ class Attempt:
             raise FenceLost
 
     def _hear_wishes(self) -> None:
-        """Stop or save as asked. A trainer that does not leave within its grace is killed."""
+        """Stop or save as requested. A trainer that does not leave within its grace period is killed."""
         if not self.wishes.save:
-            self.save_sent = False  # a beat has seen the last request fulfilled
+            self.save_sent = False  # a heartbeat has seen the last request fulfilled
         if self.stop_at is None:
             if self.wishes.cancel or self.wishes.pause:
                 self._stop("asked for")
@@ -319,7 +319,7 @@ class Attempt:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def _conclude(self, code: int, memory: exit_codes.OomWatch) -> None:
-        """Give the job the state that the trainer's exit stands for."""
+        """Move the job to the state that the trainer's exit stands for."""
         last, held = self.said_last, self.held
         if isinstance(last, events.Finished) and code == 0:
             return self._finish(last)
@@ -348,7 +348,7 @@ class Attempt:
         _insist(once, self._give_up)
 
     def _give_up(self) -> bool:
-        """Waiting for the database has no more use: the fence is lost, or this worker has been leaving for a while."""
+        """Whether waiting for the database is pointless: the fence is lost, or this worker has been leaving for a while."""
         leaving = self.stop_at is not None and time.monotonic() > self.stop_at + get_settings().stop_grace_seconds
         return self.fence_lost.is_set() or (leaving and self.going_down())
 
@@ -366,10 +366,10 @@ def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
 
 
 def die_with_parent(parent: int | None = None) -> Callable[[], None]:
-    """What a child runs between fork and exec, so that no orphan trains on: the kernel kills it when its parent dies.
+    """Code for a child between fork and exec, so that no orphan goes on training: the kernel kills it when its parent dies.
 
-    A parent that died before the call is noticed by the changed parent id. The library is loaded here, in the parent,
-    because little may be done after a fork.
+    A parent that died before the call is noticed by the changed parent id. The library is loaded here, in the parent, because
+    little is safe after a fork.
     """
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, parent or os.getpid()
 

@@ -1,8 +1,8 @@
-"""Notice that this worker lives but hears nothing, and end it, so that whoever keeps it alive starts another.
+"""Detects a worker that is alive but receives no messages, and ends it, so that its parent starts another.
 
-A Celery worker that loses its broker at a bad moment may come back with a connection on which no message arrives
-(celery#8030, #8091, #10205), while its thread of life goes on talking. Redis serves whoever has waited longest, so a
-worker that listens and has a free place is not passed over for long: where messages wait all the while, it is deaf.
+A Celery worker that loses its broker at a bad moment may come back with a connection on which no message arrives (celery#8030,
+#8091, #10205), while its heartbeat thread continues. Redis serves the consumer that has waited longest, so a worker that listens
+and has a free slot is not passed over for long: where messages keep waiting, it is deaf.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from app.queue import PREFIX, get_redis
 log = logging.getLogger(__name__)
 
 LEAVING_SECONDS = 30.0
-"""How long a deaf worker may take over its orderly end before it is cut short."""
+"""Time for a deaf worker's orderly shutdown before it is killed."""
 
 DEAF = 70
-"""Exit of a worker that did not even hear that it should leave (EX_SOFTWARE)."""
+"""Exit code of a worker that did not even receive the request to shut down (EX_SOFTWARE)."""
 
 
 class Hearing:
-    """Whether a worker of these queues, with room for `places` tasks at a time, takes what waits there."""
+    """Whether a worker of these queues, with room for `places` tasks at a time, takes the messages that wait there."""
 
     def __init__(self, queues: Sequence[str], places: int, patience_seconds: float) -> None:
         self.keys = [f"{PREFIX}{queue}" for queue in queues]
@@ -38,7 +38,7 @@ class Hearing:
         self.well_at = time.monotonic()  # when there was last an innocent reason for taking nothing
 
     def is_deaf(self) -> bool:
-        """One look; asked every few seconds. A broker that is away is no fault of the worker's."""
+        """One check, made every few seconds. An unreachable broker is not the worker's fault."""
         taken, busy = state.all_total_count[0], len(state.active_requests) >= self.places
         try:
             waiting = sum(int(get_redis().llen(key)) for key in self.keys)
@@ -50,7 +50,7 @@ class Hearing:
 
 
 def watch(hearing: Hearing, leaving: Callable[[], bool]) -> None:
-    """Look now and then, from a thread, until the worker is leaving; make it leave when it is deaf."""
+    """Check regularly, from a thread, until the worker is leaving; make it leave when it is deaf."""
 
     def look() -> None:
         while not leaving():
@@ -63,7 +63,7 @@ def watch(hearing: Hearing, leaving: Callable[[], bool]) -> None:
 
 
 def leave(grace_seconds: float) -> None:
-    """End this process in order, or after the grace at once. What it had claimed is claimed again by its successor."""
+    """Shut down this process, or kill it after the grace period. Its claims are claimed again by its successor."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_seconds)
     os._exit(DEAF)

@@ -1,8 +1,8 @@
-"""Streaming readers: the rows of a file one by one, in bounded memory, each with its line, or what is wrong there.
+"""Streaming readers: the rows of a file one by one, in bounded memory, each with its line number, or the problem there.
 
-A reader never raises for what one line holds: it gives a `Raw` with a problem and goes on. What makes the whole file
-unreadable is a `Raw` without a row at the line where it shows. Files are told apart by their extension; `.gz` and
-`.zip` are opened on the way.
+A reader never raises because of one line: it yields a `Raw` with a problem and continues. What makes the whole file unreadable is
+a `Raw` without a row at the line where it shows. File types are recognized by extension; `.gz` and `.zip` are unpacked on the
+way.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ READERS: dict[str, Callable[[Iterator[bytes]], Iterator[Raw]]] = {
     "txt": read_txt,
 }
 WHOLE: dict[str, Callable[[Path], Iterator[Raw]]] = {"parquet": read_parquet, "xlsx": read_xlsx}
-"""Kinds that are read from their end, so their bytes must lie in a file."""
+"""Types that are read from their end, so their bytes must be in a file."""
 
 
 def kind_of(filename: str) -> str:
-    """jsonl, json, csv, tsv, txt, parquet or xlsx. Raises Unsupported for an extension no reader takes."""
+    """jsonl, json, csv, tsv, txt, parquet or xlsx. Raises Unsupported for an unsupported extension."""
     path = Path(filename.lower())
     suffixes = path.suffixes
     if suffixes and suffixes[-1] == ".zip":
@@ -71,7 +71,7 @@ def kind_of(filename: str) -> str:
 
 
 def read(path: Path, filename: str) -> Iterator[Raw]:
-    """The rows of a file, read as its name says. Raises BadData when it is empty or cannot be opened as that at all."""
+    """The rows of a file, parsed by its extension. Raises BadData when it is empty or cannot be opened as that type at all."""
     kind = kind_of(filename)
     if path.stat().st_size == 0:
         raise BadData("The file is empty.", hint="Upload a file with at least one row.", param="file")
@@ -103,8 +103,8 @@ def read_stream(stream: BinaryIO, kind: str) -> Iterator[Raw]:
 
 
 def read_zip(path: Path) -> Iterator[Raw]:
-    """The data files of an archive, one after the other. Only Parquet and Excel are unpacked to disk, to a file with a name of our own, so
-    no name in the archive can lead anywhere."""
+    """The data files of an archive, in sequence. Only Parquet and Excel are unpacked to disk, to a file with a name of our own,
+    so a name in the archive cannot lead anywhere."""
     try:
         with zipfile.ZipFile(path) as archive:
             members, last = _members(archive), 0
@@ -128,7 +128,7 @@ def _plain_name(member: zipfile.ZipInfo) -> str:
 
 
 def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The data files in the order of their names. Raises BadData where there are none, or of several kinds."""
+    """The data files in the order of their names. Raises BadData where there are none, or of several types."""
     if len(archive.infolist()) > 10_000:
         raise BadData("The archive holds more than 10,000 files.", hint="Pack the data files alone.", param="file")
     found = []

@@ -1,4 +1,4 @@
-"""From the bytes of a file to lines of UTF-8: unpacking, byte order marks, other encodings, lines too long to hold."""
+"""From the bytes of a file to lines of UTF-8: decompression, byte order marks, other encodings, overlong lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.formats._base import Finding, shown
 
 
 class Unpacked(io.RawIOBase):
-    """A stream that unpacks, and refuses to become a bomb. `packed` is the file behind it: how far that was read tells early."""
+    """A decompressing stream with protection against zip bombs. `packed` is the file behind it: its position gives the progress."""
 
     def __init__(self, inner: BinaryIO | gzip.GzipFile, packed_bytes: int, packed: IO[bytes] | None = None) -> None:
         self.inner, self.packed = inner, packed
@@ -39,7 +39,7 @@ class Unpacked(io.RawIOBase):
 
 
 def decode_marks(stream: BinaryIO) -> tuple[Iterator[bytes], list[Raw]]:
-    """The file's bytes as UTF-8 chunks without a byte order mark, and notes about what was found instead."""
+    """The file's bytes as UTF-8 chunks without a byte order mark, and notes about other encodings."""
     head = stream.read(CHUNK_BYTES)
     notes: list[Raw] = []
     if head.startswith(codecs.BOM_UTF8):
@@ -97,7 +97,7 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
     held = 0
     for chunk in chunks:
         if not held and not too_long and chunk.isspace() and (blank := chunk.count(b"\n")) > 1:
-            yield number, b""  # as good as all of them, which may be a million
+            yield number, b""  # stands for all of them, which may be a million
             number, parts = number + blank, []
             continue
         first, *others = chunk.split(b"\n")

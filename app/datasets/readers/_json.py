@@ -1,4 +1,4 @@
-"""JSON Lines, JSON lists and JSON objects that follow each other: rows one by one, a broken one harming no other."""
+"""JSON Lines, JSON arrays and concatenated JSON objects: rows one by one; a broken one does not affect others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from app.kit.json_safe import DEEPEST, too_deep
 
 
 class _Odd(ValueError):
-    """JSON that Python would let through and that must not be."""
+    """JSON that Python's parser accepts and that must be refused."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.message)
@@ -55,7 +55,7 @@ _surrogates = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str) -> Row | Finding:
-    """One row from its JSON text, or what is wrong with it."""
+    """One row from its JSON text, or the problem."""
     try:
         value = _decoder.decode(text)
     except _Odd as odd:
@@ -114,8 +114,8 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _unwritable(value: Any) -> Finding | None:
-    """Half a character anywhere, or a NUL in a key. A NUL in a text is told by the report, which can take it out. Its place is
-    put together on the way back from it: a place for every member of a deep row would take far more room than the row."""
+    """A lone surrogate anywhere, or a NUL in a key. A NUL in a text is a finding of the report, which can remove it. The path is
+    built while the recursion returns: a path for every member of a deep row would take far more memory than the row."""
     if isinstance(value, str):
         half = _surrogates.search(value)
         return half and Finding(
@@ -136,7 +136,7 @@ def _unwritable(value: Any) -> Finding | None:
 
 
 def _inside(step: str, found: Finding) -> Finding:
-    """What was found behind a key, or behind an index in brackets."""
+    """A finding inside a key, or inside an index in brackets."""
     rest = found.column or ""
     return found._replace(column=f"{step}.{rest}" if rest and not rest.startswith("[") else f"{step}{rest}")
 
@@ -197,7 +197,7 @@ def read_json(chunks: Iterator[bytes]) -> Iterator[Raw]:
     wrapped = _WRAPPED.match(head)
     if wrapped:  # {"data": [row, row, …]}
         yield from _elements(chain(head[wrapped.end() :], chunks))
-    else:  # objects one after the other, on lines of their own or pretty-printed
+    else:  # concatenated objects, one per line or pretty-printed
         cutter = _Cutter(array=False)
         for chunk in chain(head, chunks):
             yield from (_cut_row(*item) for item in cutter.feed(chunk))
@@ -222,13 +222,13 @@ def _cut_row(line: int, data: bytes | None) -> Raw:
 _STRUCTURE = re.compile(rb'["{}\[\],]')
 _BACKSLASH = ord("\\")
 _MAX_OPEN = 1_000_000
-"""Brackets that may be open at once while a file is cut into its rows."""
+"""Maximum open brackets while a file is split into its rows."""
 
 
 class _Cutter:
-    """Cuts a JSON array, or objects that follow each other, into pieces by their brackets alone.
+    """Splits a JSON array, or concatenated objects, into pieces by their brackets alone.
 
-    Each piece is parsed by itself afterwards, so a broken one harms no other, and depth costs nothing but a counter.
+    Each piece is parsed by itself afterwards, so a broken one does not affect others, and depth costs only a counter.
     """
 
     def __init__(self, *, array: bool) -> None:
@@ -245,7 +245,7 @@ class _Cutter:
     def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes | None]]:
         """The pieces that end in this chunk, as (line, bytes); None for one too long to be held."""
         at = taken = 0
-        quote = -1  # where the next double quote stands, looked for once however many backslashes come before it
+        quote = -1  # position of the next double quote, searched for once however many backslashes precede it
         while True:
             if self._escaped and at < len(chunk):
                 self._escaped, at = False, at + 1
@@ -272,7 +272,7 @@ class _Cutter:
                 self._depth += 1
                 if self._depth > _MAX_OPEN:
                     raise self._too_deep()
-                if self.array and self._depth == 1:  # the bracket of the list itself
+                if self.array and self._depth == 1:  # the bracket of the array itself
                     self.line += chunk.count(b"\n", 0, at)
                     taken = at
             elif token == b",":

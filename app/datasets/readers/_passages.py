@@ -39,7 +39,7 @@ def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
 
 
 def _passages(line: int, text: str) -> Iterator[Raw]:
-    """A passage, cut at the end of a sentence or a word where it is longer than _base.MAX_PASSAGE_LENGTH."""
+    """A passage, split at the end of a sentence or a word where it is longer than _base.MAX_PASSAGE_LENGTH."""
     at = 0
     while at < len(text):
         end = min(len(text), at + _base.MAX_PASSAGE_LENGTH)

@@ -1,4 +1,4 @@
-"""What a broken line was probably meant to be: offered as a fix, and taken only when a person asks for it."""
+"""Repairs of broken lines: offered as a fix, and applied only when a person asks for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def offer(problem: Finding, row: Row | None) -> Finding:
 
 
 def windows_text(line: bytes) -> str | None:
-    """The line as Windows writes it in western Europe; None where that cannot be."""
+    """The line decoded as Windows-1252; None where that is impossible."""
     try:
         return line.decode("cp1252")
     except UnicodeDecodeError:
@@ -39,8 +39,8 @@ def windows_text(line: bytes) -> str | None:
 
 
 def repaired(text: str) -> Row | None:
-    """A row from almost JSON: the last of two equal keys, null for NaN, a plain mark for half a character; without a comma too
-    many; or what Python prints of a dict. None where nothing sensible comes of it."""
+    """A row from almost-JSON: the last of two equal keys, null for NaN, a replacement character for a lone surrogate, without a
+    trailing comma; or a printed Python dict. None where nothing sensible results."""
     if len(text) > LONGEST:
         return None
     for attempt in (_json, _without_commas, _python):
@@ -69,7 +69,7 @@ def _python(text: str) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """The value without halves of characters and without what JSON has no word for."""
+    """The value without lone surrogates and without what JSON cannot express."""
     if isinstance(value, str):
         return _SURROGATES.sub("\ufffd", value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Excel workbooks: the rows of the first sheet that has any, values as Excel last computed them."""
+"""Excel workbooks: the rows of the first sheet that has any, with values as Excel last computed them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from app.formats._base import Finding, shown
 from app.kit.json_safe import storable
 
 MAX_ROWS = 1 << 20
-"""What Excel itself allows; a row number beyond it is made to fill a machine."""
+"""Excel's own limit; a larger row number can only be meant to exhaust memory."""
 HEAD_ROWS = 10
 _ERRORS = {"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
 _OLE = b"\xd0\xcf\x11\xe0"
-"""How old .xls files and workbooks with a password begin."""
+"""The signature of old .xls files and of workbooks with a password."""
 Filled = tuple[int, list[Any]]
-"""Number of a row of the sheet, and its values without empty ones at the end."""
+"""Row number in the sheet, and its values without empty ones at the end."""
 
 
 def read_xlsx(path: Path) -> Iterator[Raw]:
@@ -48,7 +48,7 @@ def read_xlsx(path: Path) -> Iterator[Raw]:
         raise
     except zipfile.BadZipFile:
         raise _broken("The file is not a whole Excel workbook: it is damaged or cut off.", "Save it again as .xlsx, or as .csv.") from None
-    except Exception as error:  # whatever the library stumbles over lies in the file
+    except Exception as error:  # whatever the library raises is due to the file
         raise _broken(f"The Excel file cannot be read: {shown(str(error), 200)}.", "Save it again as .xlsx, or as .csv.") from None
 
 
@@ -85,8 +85,8 @@ def _other_sheets(titles: list[str]) -> Finding:
 
 
 def _rows(sheet: Any) -> Iterator[Filled]:
-    """The rows of a sheet that hold anything."""
-    sheet.reset_dimensions()  # what a file says of its own size need not be true
+    """The non-empty rows of a sheet."""
+    sheet.reset_dimensions()  # the size that a file claims need not be true
     for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
         if number > MAX_ROWS:
             raise _broken(f"A row has a number above {MAX_ROWS:,}, Excel's own limit.", "Save it again as .xlsx, or as .csv.")
@@ -98,7 +98,7 @@ def _rows(sheet: Any) -> Iterator[Filled]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: dates as ISO 8601, whole numbers without a fraction, nothing for a formula that failed."""
+    """A value as JSON: dates as ISO 8601, integers without a fraction, null for a formula that failed."""
     if isinstance(value, str):
         text = storable(value.replace("_x000D_", ""))
         return None if text in _ERRORS or not text.strip() else text
@@ -131,6 +131,6 @@ def _table(rows: Iterator[Filled]) -> Iterator[Raw]:
 
 
 def _header_of(head: list[Filled]) -> int:
-    """Which of the first rows has the names: the first, or the first of several cells where most rows have several."""
+    """Index of the header among the first rows: the first, or the first of several cells where most rows have several."""
     several = [sum(value is not None for value in values) > 1 for _, values in head]
     return several.index(True) if not several[0] and sum(several) * 2 > len(several) else 0

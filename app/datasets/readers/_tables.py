@@ -1,4 +1,4 @@
-"""Tables: csv and tsv, with whatever delimiter, and Parquet."""
+"""Tables: CSV and TSV, with any delimiter, and Parquet."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def read_tsv(chunks: Iterator[bytes]) -> Iterator[Raw]:
 
 
 class _TextLines:
-    """Lines as text for the csv module, remembering their numbers, and what was wrong with those since the last row."""
+    """Lines as text for the csv module, with their numbers and the problems since the last row."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._lines = lines_of(chunks)
         self.problem: Finding | None = None
-        self.first = self.last = 1  # of the row that was read last
-        self.whole = True  # whether the lines can be read all the same, as Windows writes them
+        self.first = self.last = 1  # of the last row read
+        self.whole = True  # whether the lines can be decoded all the same, as Windows-1252
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
@@ -112,7 +112,7 @@ def check_names(names: list[str]) -> None:
 
 
 def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
-    """A row of too few or too many cells, so that a person can move them to their columns; None for more than a file may have."""
+    """A row of too few or too many cells, so that a person can move them to their columns; None when it is too large."""
     if len(cells) > _MAX_COLUMNS:
         return None
     names = [*header, *(f"more_{n}" for n in range(1, len(cells) - len(header) + 1))]
@@ -120,7 +120,7 @@ def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
 
 
 def _of_header(problem: Finding, whole: bool) -> Finding:
-    """What was wrong up to the line of names; the rows below it are good all the same."""
+    """A problem up to the header; the rows below it are valid all the same."""
     read = " The names were read as Windows-1252 writes them." if problem.rule == "not_utf8" and whole else ""
     return problem._replace(message=f"The line of column names: {problem.message}{read}", severity="warning")
 
@@ -152,7 +152,8 @@ def read_parquet(path: Path) -> Iterator[Raw]:
         file = pq.ParquetFile(path)
         check_names(file.schema_arrow.names)
         number, unpacked = 0, 0
-        # A dictionary of one long text named many times is small in every figure of the file's own, so what comes out is weighed.
+        # A dictionary-encoded long text, referenced many times, is small in all of the file's own sizes, so the output is
+        # measured.
         limit = max(path.stat().st_size * _base.MAX_RATIO, 64 << 20)
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for row in batch.to_pylist():
@@ -173,7 +174,7 @@ def read_parquet(path: Path) -> Iterator[Raw]:
 
 
 def _weight(value: Any) -> int:
-    """Bytes of a value's texts, about."""
+    """Approximate bytes of a value's texts."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):

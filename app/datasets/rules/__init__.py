@@ -1,6 +1,6 @@
-"""Rules that look at many rows at once: the folder is the registry. One file per rule, one class per file.
+"""Rules that compare many rows: the folder is the registry. One file per rule, one class per file.
 
-A rule sees every good row as it goes by and may keep a little of each; what it can only know at the end it says then.
+A rule sees every valid row in one pass and may keep a little of each; what it can know only at the end it reports then.
 """
 
 from __future__ import annotations

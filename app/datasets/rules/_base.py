@@ -1,4 +1,4 @@
-"""What a rule is, and what it is shown of a row."""
+"""The base class of rules, and their view of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.objectives import OBJECTIVES
 
 WORD = re.compile(r"\w+")
 MAX_ROWS = 400_000
-"""Rows a rule remembers something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
+"""Rows that a rule keeps something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
 Say = Callable[[int | None, Finding], None]
 
@@ -25,7 +25,7 @@ MAX_WORDS = 20_000
 
 
 class Seen(NamedTuple):
-    """One good row: its line, its texts with their places, and in lower case the words that are asked and those that are learnt.
+    """One valid row: its line, its texts with their paths, and the lower-case words of prompt and answer.
 
     The system's message is left out: it is often the same in every row and says nothing of this one. Of a passage, and of a
     text with a label, all words are asked; a label is learnt. `shape` is the format that owns the row, `json` the row as it is stored, where
@@ -65,8 +65,8 @@ class Rule(ABC):
 
     @abstractmethod
     def see(self, seen: Seen) -> None:
-        """Look at a row as it goes by."""
+        """Look at one row."""
 
     def finish(self) -> None:
-        """Say what only all rows together show."""
+        """Report what only all rows together show."""
         return

@@ -1,8 +1,8 @@
-"""Rows whose label the other rows speak against: candidates of label noise.
+"""Label noise: rows whose label the other rows contradict.
 
-A naive Bayes over hashed words gives each row a probability of its own label, learnt from the other four fifths of the
-rows only; a row where another label is far likelier is named. Confident learning in its simplest form: Northcutt, Jiang
-and Chuang, "Confident Learning" (2021), section 3.
+A naive Bayes classifier over hashed words gives each row a probability of its own label, trained on the other four fifths of the
+rows (cross-validation); a row where another label is far likelier is reported. Confident learning in its simplest form:
+Northcutt, Jiang and Chuang 2021, Confident Learning, https://arxiv.org/abs/1911.00068, section 3.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FOLDS = 5
 MAX_LABELS = 64
 MIN_ROWS = 100
 OWN, OTHER = 0.03, 0.9
-"""A row is named when its own label gets less than OWN and another more than OTHER."""
+"""A row is reported when its own label gets less than OWN and another more than OTHER."""
 MIN_ACCURACY = 0.7
-"""Where words alone tell labels apart less often than this, they are no witness."""
+"""Minimum accuracy of the classifier; below it, words do not predict the labels."""
 
 
 class LabelNoise(Rule):
@@ -61,7 +61,7 @@ class LabelNoise(Rule):
             prior, words = self._probabilities(features, owner, labels, fold != number, classes)
             for row in np.flatnonzero(fold == number).tolist():
                 own = features[starts[row] : starts[row + 1]]
-                # Words of a text depend on each other, so their evidence is worth less than its sum.
+                # Words of a text are not independent, so their evidence is worth less than its sum.
                 logs = prior + words[:, own].sum(axis=1) / max(1.0, math.sqrt(len(own)))
                 share = np.exp(logs - logs.max())
                 share /= share.sum()
@@ -76,7 +76,7 @@ class LabelNoise(Rule):
     def _probabilities(
         self, features: np.ndarray, owner: np.ndarray, labels: np.ndarray, used: np.ndarray, classes: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithms of the classes' shares (C,) and of each word's share in each class (C, WIDTH), with one added to each count."""
+        """Log prior of each class (C,) and log likelihood of each word in each class (C, WIDTH), with add-one smoothing."""
         import numpy as np
 
         keep = used[owner]

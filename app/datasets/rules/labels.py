@@ -1,4 +1,4 @@
-"""Labels as a set: only one of them, spellings of the same one, those with a single row, numbers among words."""
+"""Label sets: a single label, spelling variants, labels with a single row, numbers among words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.formats._base import fix, shown
 
 MAX_COUNTED = 20_000
 MAX_COMPARED = 500
-"""Labels among which a near one is looked for: it takes a comparison of each with each."""
+"""Labels among which similar ones are searched: it compares all pairs."""
 NEAR = 0.75
 
 
@@ -49,7 +49,7 @@ class Labels(Rule):
             self._warn(numbers[0], "mixed_labels", "Some labels are numbers and some are words.")
 
     def _variants(self) -> set[str]:
-        """Say which labels differ in case, spacing or punctuation only; gives the rarer spellings."""
+        """Report labels that differ in case, spacing or punctuation only; returns the rarer spellings."""
         alike: dict[str, list[str]] = defaultdict(list)
         for label in self._counts:
             alike[re.sub(r"[\W_]+", " ", label.casefold()).strip() or label].append(label)

@@ -1,4 +1,4 @@
-"""Mixed languages: rows in another language than most, told by their script and, for Latin letters, by common words."""
+"""Mixed languages: rows in another language than most, recognized by script and, for Latin letters, by common words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.formats._base import fix, shown
 MIN_LETTERS, MIN_COMMON = 20, 4
 MAX_LOOKED_AT, MAX_WORDS = 1500, 250
 MAIN_SHARE = 0.6
-"""Below this share no language is the dataset's own, so none is odd in it."""
+"""Minimum share of a language to be the dataset's own; without one, none is an outlier."""
 
 _SCRIPTS = {
     "Russian or another Cyrillic language": re.compile("[\u0400-\u04ff]"),

@@ -1,8 +1,8 @@
-"""Near duplicates by MinHash: rows whose prompts have nearly the same word triples, and whose answers have too.
+"""Near duplicates by MinHash: rows whose prompts have nearly the same word trigrams, and whose answers have too.
 
-Broder, "On the resemblance and containment of documents" (1997), section 3: the share of equal minima estimates the
-Jaccard likeness of two sets. Signatures are cut into bands, and only rows that agree in a whole band are compared
-(Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4).
+Broder 1997, On the resemblance and containment of documents, section 3: the share of equal minima estimates the Jaccard
+similarity of two sets. Signatures are divided into bands, and only rows that agree in a whole band are compared
+(locality-sensitive hashing: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 BANDS, ASKED, LEARNT = 16, 4, 2
-"""A band holds so many minima of what is asked and of what is learnt; its rows are alike in both, or they never meet."""
+"""Number of bands, and minima of prompt and of answer in each; only rows similar in both share a band."""
 ALIKE = 0.8
 MIN_WORDS = 8
 EDGE_WORDS, LONG_WORDS = 12, 60
-"""In a prompt of more than LONG_WORDS a passage may outweigh the question about it, which stands at one of the ends."""
+"""In a prompt of more than LONG_WORDS a passage may outweigh the question about it, which is at one of the ends."""
 MAX_WORDS_KNOWN, MAX_WORD_KNOWN_LENGTH = 100_000, 100
-"""Words whose hash is remembered, and characters of one: a cell may be a single word of megabytes."""
+"""Words whose hash is cached, and characters of one: a cell may be a single word of megabytes."""
 
 
 class NearDuplicates(Rule):
@@ -35,7 +35,7 @@ class NearDuplicates(Rule):
 
         super().__init__(say, entry, mapping)
         draw = np.random.default_rng(20260101)
-        # x → ax + b modulo 2³² with an odd a mixes the numbers well enough for minima, and fits a processor's lanes.
+        # x → ax + b modulo 2³² with an odd a mixes well enough for minima, and vectorizes.
         self._a = draw.integers(0, 1 << 31, size=(BANDS * ASKED, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
         self._b = draw.integers(0, 1 << 32, size=(BANDS * ASKED, 1), dtype=np.uint32)
         self._mix = draw.integers(0, 1 << 63, size=3, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -51,7 +51,7 @@ class NearDuplicates(Rule):
         if len(seen.asked) + len(seen.learnt) < MIN_WORDS:
             return
         whole = hash((tuple(seen.texts), seen.row.get("label"), seen.row.get("good")))
-        if whole in self._exact:  # another rule tells of rows that are the same
+        if whole in self._exact:  # another rule reports identical rows
             return
         self._exact.add(whole)
         self._asked += self._signature(seen.asked, BANDS * ASKED)
@@ -60,7 +60,7 @@ class NearDuplicates(Rule):
         self._lines.append(seen.line)
 
     def _signature(self, words: list[str], minima: int) -> bytes:
-        """The smallest of each hash over all triples of words; fewer than three words are one triple with nothing."""
+        """The minimum of each hash over all word trigrams; fewer than three words are one trigram, padded."""
         import numpy as np
 
         hashed = np.array(self._hashes(words) + [0] * (3 - len(words)), dtype=np.uint64)
@@ -120,13 +120,13 @@ class NearDuplicates(Rule):
 
 
 def _likeness(one: bytes | bytearray, other: bytes | bytearray) -> float:
-    """Jaccard likeness of two sets of hashed words, four bytes each."""
+    """Jaccard similarity of two sets of hashed words, four bytes each."""
     a, b = ({words[at : at + 4] for at in range(0, len(words), 4)} for words in (bytes(one), bytes(other)))
     return len(a & b) / len(a | b)
 
 
 def _groups(order: np.ndarray, same: np.ndarray) -> list[np.ndarray]:
-    """Runs of rows with an equal key, as row numbers in rising order."""
+    """Runs of rows with an equal key, as row numbers in ascending order."""
     import numpy as np
 
     if not same.any():

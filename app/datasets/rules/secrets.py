@@ -1,10 +1,10 @@
-"""Secrets and personal data: keys, passwords, e-mail addresses, phone, card and account numbers. A model learns to repeat them.
+"""Secrets and personal data: keys, passwords, e-mail addresses, phone, card and account numbers. A model memorizes them.
 
-A pattern finds what looks like one, and a check of its own sorts out what only looks so: version numbers, dates, hashes, names in
-code, placeholders. What carries a checksum must have the right one.
+A pattern finds candidates, and a check of its own removes false positives: version numbers, dates, hashes, names in code,
+placeholders. What has a checksum must have the right one.
 
-Time grows with the length of a text and no faster: every repeat is bounded, or what it may take ends where no other match can
-begin. `tests/security/test_linear.py` doubles hostile texts.
+The time is linear in the length of a text: every repetition is bounded, or what it may match ends where no other match can begin.
+`tests/security/test_linear.py` doubles hostile texts.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(?:(?:\.|->|::)[A-Za-z_]\w*)+")
 
 
 def _drawn(found: re.Match[str], text: str) -> bool:
-    """Letters and digits as a generator draws them, not words joined by hyphens."""
+    """Letters and digits as a random generator draws them, not words joined by hyphens."""
     longest = max(re.findall(r"[A-Za-z0-9]+", text), key=len)
     return len(longest) >= 12 and len(set(text)) >= 10 and re.search(r"\d", text) is not None and not _PLACEHOLDER.search(text)
 
 
 def _token(found: re.Match[str], text: str) -> bool:
-    """A drawn value that is no name in code: nothing is called, indexed or looked up in it. Asked here and not by the pattern, which
-    would begin anew at every `secret=` within the same run."""
+    """A random value that is no name in code: nothing is called, indexed or looked up in it. Checked here and not by the pattern,
+    which would start again at every `secret=` within the same run."""
     after = found.string[found.end() : found.end() + 1]
     return not (after.isalnum() or after in ("_", "(", "[", ".")) and _drawn(found, text)
 
 
 def _password(found: re.Match[str], text: str) -> bool:
-    """Letters with digits or signs among them: neither a word, nor a number, nor a name in code."""
+    """Letters mixed with digits or signs: neither a word, nor a number, nor a name in code."""
     mixed = re.search(r"[A-Za-z]", text) and re.search(r"[0-9!#$%&*?@^+~]", text)
     return bool(mixed) and not _PLACEHOLDER.search(text) and not _DOTTED_NAME.fullmatch(text)
 
@@ -56,7 +56,7 @@ _MADE_UP_MAIL = re.compile(
     r"|@\d+(?:\.\d+)+|@\dx\.\w+$|\.(?:png|jpe?g|gif|svg|webp)$",
     re.IGNORECASE,
 )
-"""Addresses that belong to nobody, and versions and pictures that only look like one: `pkg@1.2.3-rc.ab`, `logo@2x.png`."""
+"""Example addresses, and versions and pictures that only look like an address: `pkg@1.2.3-rc.ab`, `logo@2x.png`."""
 
 
 def _mail(found: re.Match[str], text: str) -> bool:
@@ -67,13 +67,13 @@ def _mail(found: re.Match[str], text: str) -> bool:
 
 _CARD = re.compile(r"4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
                    r"|6(?:011|4[4-9]\d|5\d\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|62\d{14,17}")  # fmt: skip
-"""Visa, Mastercard, American Express, Discover, JCB, Diners Club and UnionPay, by their first digits and their length."""
+"""Visa, Mastercard, American Express, Discover, JCB, Diners Club and UnionPay, by their prefixes and lengths."""
 
 
 def _card(found: re.Match[str], text: str) -> bool:
     number = re.sub(r"\D", "", text)
     doubled = [int(digit) if place % 2 == 0 else sum(divmod(2 * int(digit), 10)) for place, digit in enumerate(reversed(number))]
-    return _CARD.fullmatch(number) is not None and sum(doubled) % 10 == 0 and len(set(number)) > 1  # Luhn's checksum
+    return _CARD.fullmatch(number) is not None and sum(doubled) % 10 == 0 and len(set(number)) > 1  # the Luhn checksum
 
 
 _IBAN_LENGTHS = {
@@ -84,7 +84,7 @@ _IBAN_LENGTHS = {
     **dict.fromkeys(("FR", "GR", "IT", "MC", "SM"), 27), **dict.fromkeys(("AL", "CY", "HU", "LB", "PL", "AZ"), 28), **dict.fromkeys(("BR", "UA", "QA"), 29),
     **dict.fromkeys(("JO", "KW"), 30), **dict.fromkeys(("MT", "MU"), 31),
 }  # fmt: skip
-"""Characters of an account number by its country (ISO 13616)."""
+"""Length of an account number by its country (ISO 13616)."""
 
 
 def _iban(found: re.Match[str], text: str) -> bool:
@@ -95,7 +95,7 @@ def _iban(found: re.Match[str], text: str) -> bool:
 
 
 def _phone(found: re.Match[str], text: str) -> bool:
-    """Digits as many as a number has (E.164), in groups that no sum and no amount has."""
+    """As many digits as a phone number has (E.164), grouped as no sum or amount is."""
     digits, groups = re.sub(r"\D", "", text), re.findall(r"\d+", text)
     before = found.string[max(0, found.start() - 3) : found.start()].rstrip()
     if text.startswith("+"):
@@ -111,8 +111,8 @@ def _phone(found: re.Match[str], text: str) -> bool:
 
 
 class Kind(NamedTuple):
-    """One kind of place: a text must hold one of `needs`, or seven digits close to each other, for the pattern to be worth trying;
-    most texts do not, and that is cheap to see. Where the pattern has a group `v`, only that is hidden."""
+    """One kind of secret or personal data: a text must contain one of `needs`, or seven digits close to each other, for the
+    pattern to be tried; most texts do not, and that is cheap to check. Where the pattern has a group `v`, only that is hidden."""
 
     name: str
     rule: str
@@ -153,13 +153,13 @@ KINDS = (
         r"|(?i:(?:tel|phone|telephone|call|mobile|cell|fax|telefon|handy|mobil|tél)(?:\.|:|\.:| number| no\.)?:? {0,2})(?P<v>\(?0\d{1,4}\)?[ /-]?\d[\d /-]{4,12}\d))(?![\w-])"
     ), _phone),
 )  # fmt: skip
-"""In this order: a place belongs to the first kind that claims it."""
+"""In order of precedence: a span belongs to the first kind that claims it."""
 
 
 def find(text: str) -> list[tuple[str, str, int, int]]:
-    """(rule, what it looks like, start, end) of each place that a model should not learn to repeat, in the order of the kinds."""
+    """(rule, what it looks like, start, end) of each span that a model should not memorize, in the order of the kinds."""
     found: list[tuple[str, str, int, int]] = []
-    taken: list[tuple[int, int]] = []  # the same places in the order of the text; no two overlap
+    taken: list[tuple[int, int]] = []  # the same spans sorted by position; they do not overlap
     many_digits = _SEVEN_DIGITS.search(text) is not None
     for kind in KINDS:
         if not (many_digits if kind.needs is None else any(word in text for word in kind.needs)):
@@ -181,7 +181,7 @@ def _is_free(taken: list[tuple[int, int]], start: int, end: int) -> bool:
 
 
 def mask(text: str) -> str:
-    """The text with a placeholder in each such place: [e-mail address], [API key]."""
+    """The text with a placeholder for each such span: [e-mail address], [API key]."""
     parts, at = list[str](), 0
     for _, name, start, end in sorted(find(text), key=lambda place: place[2]):
         parts += [text[at:start], f"[{name.split(' ', 1)[1]}]"]
@@ -190,7 +190,7 @@ def mask(text: str) -> str:
 
 
 MAX_LOOKED_AT = 1 << 20
-"""Characters of one text that are looked at while a file is read; more than any model reads at once. `mask` goes over all."""
+"""Characters of one text that are checked while a file is parsed; more than any model reads at once. `mask` covers all."""
 
 
 class Secrets(Rule):

@@ -1,13 +1,13 @@
-"""Walls around the processes that open what came from outside: trainers, evaluations, readers of uploads, converters.
+"""Sandbox of processes that open untrusted input: trainers, evaluations, upload parsers, converters.
 
-    confined([sys.executable, "-m", "worker.run", …], Room(read=[…], write=[…]))
+    confined([sys.executable, "-m", "worker.run", …], Confinement(read=[…], write=[…]))
 
-is the command that starts the same program behind as many layers as this machine allows. A room says what is let in: which
-folders may be read and written, which sockets made, whether a GPU is seen. Each layer is tried when a process starts and
-none is guessed at; `report` tells what holds, and `luthier doctor` shows it.
+is the command that starts the same program behind as many layers as this machine allows. A `Confinement` lists what is
+accessible: which folders may be read and written, which sockets created, whether a GPU is visible. Each layer is tried when a
+process starts and none is assumed; `report` tells which hold, and `luthier doctor` shows it.
 
-enter.py    the script that confines itself and becomes the program
-kernel.py   the system calls that it uses
+    enter.py    the script that confines itself and then becomes the program
+    kernel.py   the system calls that it uses
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Sockets = Literal["none", "local", "loopback"]
 
 MAX_OPEN_FILES = 16_384
 MAX_TASKS = 4096
-"""Processes and threads of one user, beyond those the machine runs already."""
+"""Processes and threads of one user, in addition to those already running."""
 MAX_FILE_BYTES = 1 << 40
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix", "/gnu", "/var/cache/fontconfig")
@@ -48,15 +48,15 @@ _OURS = ("app", "worker", "samples", "tests", "benchmarks")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _GPU_DEVICES = ("nvidia*", "dri", "kfd", "dxg")
 _CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
-"""Where compiled kernels are kept, as the environment names it."""
+"""Environment variables that name caches of compiled kernels."""
 
 
 @dataclass(frozen=True)
 class Confinement:
-    """What a confined process is let into; everything else of the disk, the network and the machine stays outside.
+    """What a confined process may access; everything else of the disk, the network and the machine is out of reach.
 
-    `memory_bytes` bounds what it allocates (None: not bounded, as a GPU's driver needs). `layers` leaves some of the walls
-    out, for tests and the table of them.
+    `memory_bytes` limits its allocations (None: unlimited, as a GPU driver needs). `layers` disables some layers, for tests and
+    for the table of them.
     """
 
     read: Sequence[Path] = ()
@@ -68,7 +68,7 @@ class Confinement:
 
 
 def confined(command: Sequence[str], room: Confinement, *, parent: int | None = None, report: bool = False) -> list[str]:
-    """`command`, to be started behind the walls of `room`. `parent` is the process it dies with (by default this one; 0: none)."""
+    """`command`, to be started within `room`. `parent` is the process it dies with (by default this one; 0: none)."""
     settings = get_settings()
     order = {
         "system": (system := _system(str(settings.data_dir))),
@@ -89,7 +89,7 @@ def confined(command: Sequence[str], room: Confinement, *, parent: int | None = 
 
 
 def report(room: Confinement | None = None) -> dict[str, Any]:
-    """Which layers hold for a process that is started now: `held`, `missing` with the reason for each, and as whom it runs."""
+    """The layers that hold for a process started now: `held`, `missing` with the reason for each, and the user it runs as."""
     room = room or Confinement()
     done = subprocess.run(confined([], room, report=True), capture_output=True, text=True, cwd=PROJECT, timeout=30, check=False)
     if done.returncode != 0:
@@ -100,9 +100,9 @@ def report(room: Confinement | None = None) -> dict[str, Any]:
 
 
 def spare_uid(purpose: str, data_dir: Path) -> int:
-    """A user number of this data folder's own that names nobody, so that files and processes are shared with nothing else.
+    """A user id that belongs to this data folder and to no user, so that files and processes are shared with nothing else.
 
-    High above what people, services and containers are given; below 65,536 where a container knows no other.
+    Far above the ids of people, services and containers; below 65,536 in a container that has no others.
     """
     digest = int.from_bytes(hashlib.sha256(f"{data_dir}:{purpose}".encode()).digest()[:4])
     known = _mapped()
@@ -113,7 +113,7 @@ def spare_uid(purpose: str, data_dir: Path) -> int:
 
 
 def cache_folders(environment: Mapping[str, str]) -> list[Path]:
-    """Where the environment says that compiled kernels are kept, made when missing."""
+    """The folders in which the environment keeps compiled kernels, created when missing."""
     folders = [Path(environment[name]) for name in _CACHES if environment.get(name)]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -129,7 +129,7 @@ def _mapped() -> list[range]:
 
 
 def names_somebody(uid: int) -> bool:
-    """Whether a user of this machine has the number."""
+    """Whether a user of this machine has this id."""
     try:
         pwd.getpwuid(uid)
     except KeyError:
@@ -142,11 +142,11 @@ def names_somebody(uid: int) -> bool:
 
 @functools.cache
 def _system(data: str) -> list[str]:
-    """Programs and libraries: the system's, this Python's and our own sources; never the data folder, wherever it lies."""
+    """Programs and libraries: the system's, this Python's and our own sources; never the data folder, wherever it is."""
     parts = [p for p in _SYSTEM if not os.path.islink(p)] + [f"/etc/{name}" for name in _ETC]
     python = [sys.prefix, sys.base_prefix, *sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     parts += [str(PROJECT / name) for name in _OURS]
-    # What lies around a checkout is nobody's business; what lies around an installed package is Python itself.
+    # The surroundings of a checkout are private; those of an installed package are Python itself.
     around = str(PROJECT) if RESOURCES == PROJECT else ""
     parts += [path for path in python if path and not (around and _above(path, around)) and path != "/"]
     real = {os.path.realpath(path) for path in parts if os.path.isabs(path)} | {path for path in parts if os.path.isabs(path)}
@@ -155,7 +155,7 @@ def _system(data: str) -> list[str]:
 
 
 def _without(path: str, hidden: set[str]) -> Iterator[str]:
-    """`path`, or the parts of it that do not hold what is to be hidden."""
+    """`path`, or those parts of it that do not contain what is to be hidden."""
     if not any(_above(path, one) for one in hidden):
         if not any(_above(one, path) for one in hidden):
             yield path
@@ -166,13 +166,13 @@ def _without(path: str, hidden: set[str]) -> Iterator[str]:
 
 
 def _above(folder: str, path: str) -> bool:
-    """Whether `path` is `folder` or lies in it."""
+    """Whether `path` is `folder` or is inside it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 @functools.cache
 def _links() -> dict[str, str]:
-    """Links of the root (/bin → usr/bin), and those on the way to this Python."""
+    """Symbolic links of the root (/bin → usr/bin), and those on the way to this Python."""
     found = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
     step = sys.executable
     while os.path.islink(step):
@@ -184,14 +184,14 @@ def _links() -> dict[str, str]:
 
 
 def _readable_by_all(system: Sequence[str]) -> bool:
-    """Whether another user than root can run this Python and our sources, once they are shown to it: an installation made with a
-    tight umask is for root alone."""
+    """Whether users other than root can run this Python and our sources, once these are mounted for them: an installation made
+    with a tight umask is for root alone."""
     samples = (os.path.realpath(sys.executable), os.__file__, str(PROJECT / "worker"), sysconfig.get_path("purelib"))
     return all(open_to_all(sample, system) for sample in samples)
 
 
 def open_to_all(path: str, shown: Sequence[str]) -> bool:
-    """Whether everyone may read `path`, reached by the folder of `shown` that it lies in."""
+    """Whether everyone may read `path`, through the folder of `shown` that contains it."""
     while any(_above(folder, path) for folder in shown):
         mode = os.stat(path).st_mode
         if not mode & stat.S_IROTH or (stat.S_ISDIR(mode) and not mode & stat.S_IXOTH):
@@ -212,5 +212,5 @@ def _limits(memory_bytes: int | None) -> dict[str, int]:
 
 
 def _present(paths: Iterable[Path]) -> list[str]:
-    """Those that are there, each once, by their full names."""
+    """The existing ones, each once, resolved."""
     return sorted({str(path.absolute()) for path in paths if path.exists()})

@@ -1,13 +1,13 @@
-"""Confine this process, layer by layer, then become the program: run as a plain script, never imported.
+"""Confines this process, layer by layer, then becomes the program. Run as a plain script, never imported.
 
     python -I -S enter.py ORDER PROGRAM [ARGUMENT …]
 
-ORDER is JSON, as `app.kit.confinement.Room` writes it. A layer that this machine does not allow is left out; where `required`
-is set, a wall that no layer makes ends it instead. The program finds in `LUTHIER_CONFINED` what holds. Small and free of
-threads, because little may be done between fork and exec of a process that has some.
+ORDER is JSON, as `app.kit.confinement.confined` writes it. A layer that this machine does not allow is skipped; where `required`
+is set, a wall without any layer ends the process instead. The program finds in `LUTHIER_CONFINED` which layers hold. Small and
+free of threads, because little is safe between fork and exec of a threaded process.
 
-The order matters: mounts and users need the privileges that are then laid down; the death signal is forgotten by a change
-of user, so it is asked for after it; Landlock would forbid mounting, and seccomp both.
+The order matters: mounts and users need privileges that are dropped afterwards; a change of user clears the death signal, so it
+is requested after that; Landlock would forbid mounting, and seccomp both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from app.kit.confinement import kernel
 
     class Order(TypedDict):
-        """What `app.kit.confinement.confined` writes, and what is found out on the way."""
+        """What `app.kit.confinement.confined` writes, and what is determined on the way."""
 
         system: list[str]
         links: dict[str, str]
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
         private: bool
 else:
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import kernel  # its neighbour, without the package around it
+    import kernel  # its sibling file, without the package around it
 
 WALLS = {"files": ("mounts", "landlock"), "network": ("network", "seccomp"), "privileges": ("capabilities",), "memory": ("limits",)}
-"""What `required` insists on, and which layers make it."""
+"""What `required` insists on, and the layers that provide it."""
 
 FAMILIES = {"none": (), "local": (socket.AF_UNIX, 16), "loopback": (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, 16)}
-"""Sockets a program may make; 16 is the kernel's own (netlink), by which libraries ask for the machine's interfaces."""
+"""Socket families a program may create; 16 is netlink, by which libraries enumerate network interfaces."""
 
 
 def main(arguments: list[str]) -> None:
     order: Order = json.loads(arguments[0])
     command = arguments[1:]
-    order["private"] = False  # whether what lies at the root is this process's own
-    order["own_uid"], order["uid"] = order["uid"], 0  # only where the data's files can be shown to it as its own
+    order["private"] = False  # whether the root is this process's own
+    order["own_uid"], order["uid"] = order["uid"], 0  # only where the data's files can be mapped to it as its own
     where, held, missing = os.getcwd(), [], {}
     layers = [
         ("limits", limits), ("mounts", mounts), ("network", network), ("capabilities", capabilities),
@@ -91,12 +91,12 @@ def limits(order: Order) -> None:
     for name, value in order["limits"].items():
         kernel.limit(name, value)
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # where memory runs out, this ends before the database does
+        file.write("500")  # when memory runs out, this process is killed before the database is
 
 
 def mounts(order: Order) -> None:
-    """A root that holds what is allowed and nothing else. As root also the user of its own, to whom the data's files are shown
-    as theirs: on disk their owner stays as it is."""
+    """A root that contains what is allowed and nothing else. As root, also a user id of its own, to which the data's files are
+    mapped: their owner on disk stays the same."""
     uid, gid, mapping = os.geteuid(), os.getegid(), None
     with contextlib.suppress(OSError):
         if uid == 0 and order["own_uid"]:
@@ -110,7 +110,7 @@ def mounts(order: Order) -> None:
     except OSError:
         if mapping is None:
             raise
-        mapping, trees = None, copies(order, None)  # a file system that cannot show another owner
+        mapping, trees = None, copies(order, None)  # a file system without id-mapped mounts
     build(order, trees)
     order["private"] = True
     if mapping is not None:
@@ -118,7 +118,7 @@ def mounts(order: Order) -> None:
 
 
 def copies(order: Order, mapping: int | None) -> dict[str, int]:
-    """Path → what will be mounted there, while the whole tree can still be seen."""
+    """Path → mount to be attached there, made while the whole tree is still visible."""
     trees = {}
     for path in order["system"]:
         trees[path] = kernel.copy_of(path, kernel.READ_ONLY)
@@ -144,7 +144,7 @@ def build(order: Order, trees: dict[str, int]) -> None:
         for path, target in order["links"].items():
             os.makedirs(root + os.path.dirname(path), exist_ok=True)
             os.symlink(target, root + path)
-        for path in sorted(trees, key=lambda path: path.count("/")):  # what lies within another comes after it
+        for path in sorted(trees, key=lambda path: path.count("/")):  # parents before their children
             place = root + path
             if path == "/proc" and fresh_proc(place):
                 continue
@@ -163,7 +163,7 @@ def build(order: Order, trees: dict[str, int]) -> None:
 
 
 def fresh_proc(place: str) -> bool:
-    """One that shows no process of another user. Only root may have it without a number space of processes of its own."""
+    """A /proc that shows no process of other users. Only root can mount one without a PID namespace."""
     os.makedirs(place, exist_ok=True)
     try:
         kernel.mount("proc", place, "hidepid=ptraceable")
@@ -173,7 +173,7 @@ def fresh_proc(place: str) -> bool:
 
 
 def network(order: Order) -> None:
-    """No interface but loopback."""
+    """No interface except loopback."""
     kernel.unshare(kernel.NEW_NETWORK)
     kernel.raise_loopback()
 
@@ -213,7 +213,7 @@ def landlock(order: Order) -> None:
         rules.allow(path, "write")
     for path in order["devices"]:
         rules.allow(path, "device")
-    rules.allow(order["project"], "list")  # Python looks for our modules by the names in it
+    rules.allow(order["project"], "list")  # Python lists it to find our modules
     rules.enter()
 
 

@@ -1,7 +1,7 @@
-"""What the kernel can be asked for, by its system calls: namespaces, mounts, Landlock, seccomp, capabilities, limits.
+"""Linux system calls for sandboxing: namespaces, mounts, Landlock, seccomp, capabilities, limits.
 
-Nothing but the standard library: `enter.py` runs with it before a program of ours starts. Every call raises OSError that
-says which one failed. Numbers are those of x86-64 and aarch64; the newer system calls have one number on both.
+Standard library only: `enter.py` runs with it before a program of ours starts. Every call raises OSError that says which one
+failed. Numbers are those of x86-64 and aarch64; newer system calls have one number on both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _call(name: str, result: int) -> int:
 
 
 def syscall(name: str, number: int, *arguments: object) -> int:
-    """A call that glibc has no function for. Whole numbers are passed as 64 bits, which variadic arguments are read as."""
+    """A system call without a glibc wrapper. Integers are passed as 64 bits, as variadic arguments are read."""
     given = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     return _call(name, LIBC.syscall(ctypes.c_long(number), *given))
 
@@ -53,14 +53,14 @@ def unshare(flags: int) -> None:
 
 
 def keep_own_ids(uid: int, gid: int) -> None:
-    """In a new user namespace, have the same numbers as outside, with no other user known."""
+    """In a new user namespace, map the current ids to themselves and no others."""
     for name, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(content)
 
 
 def user_namespace(outside: int, inside: int) -> int:
-    """A descriptor of a user namespace that maps one user and the group of the same number, for mounts. Only for root."""
+    """A descriptor of a user namespace that maps one user and the group of the same number, for id-mapped mounts. Only for root."""
     ready, go = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
         with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ def keep_mounts_private() -> None:
 
 
 def copy_of(path: str, attributes: int, mapping: int | None = None) -> int:
-    """A mount of `path` and all below, attached nowhere yet; with `mapping` its files' owner is the namespace's user."""
+    """A detached recursive mount of `path`; with `mapping` its files' owner is the namespace's user."""
     tree = syscall("open_tree", _OPEN_TREE, _AT_FDCWD, path.encode(), 1 | os.O_CLOEXEC | _AT_RECURSIVE)
     attributes |= NO_SUID | (MAPPED if mapping is not None else 0)
     wanted = struct.pack("QQQQ", attributes, 0, 0, mapping or 0)
@@ -112,7 +112,7 @@ def attach(tree: int, target: str) -> None:
 
 
 def make_root(folder: str) -> None:
-    """Let `folder`, which is a mount, be the root, and let go of the old one."""
+    """pivot_root to `folder`, which is a mount, and unmount the old root."""
     os.chdir(folder)
     syscall("pivot_root", 41 if ARM else 155, b".", b".")
     uncover(".")
@@ -124,7 +124,7 @@ def uncover(folder: str) -> None:
 
 
 def raise_loopback() -> None:
-    """Processes of one job talk over 127.0.0.1, which a new network namespace has but does not switch on."""
+    """Bring up 127.0.0.1, over which processes of one job communicate; it is down in a new network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh22x", b"lo", 0x1 | 0x40))  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
 
@@ -138,7 +138,7 @@ _OF_FILES = _EXECUTE | _WRITE | _READ | 1 << 14 | _IOCTL
 
 
 class Landlock:
-    """A rule set: of all paths only those that are allowed, and nothing of it can be taken back."""
+    """A Landlock rule set: only paths that are allowed are accessible, irrevocably."""
 
     def __init__(self, network: bool) -> None:
         self.abi = syscall("landlock_create_ruleset", _LANDLOCK_CREATE, 0, 0, 1)
@@ -149,7 +149,7 @@ class Landlock:
         self.rules = syscall("landlock_create_ruleset", _LANDLOCK_CREATE, rules, len(rules), 0)
 
     def allow(self, path: str, what: str) -> None:
-        """`what` is read, write, list or device. A path that is not there is passed over."""
+        """`what` is read, write, list or device. A path that does not exist is skipped."""
         wanted = {"read": _EXECUTE | _READ | _LIST, "list": _LIST, "device": _READ | _WRITE | _IOCTL | _LIST, "write": self.all}[what]
         try:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)

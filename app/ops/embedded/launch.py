@@ -1,17 +1,17 @@
-"""Start one program so that it cannot outlive its parent: run as a plain script, never imported.
+"""Starts one program so that it cannot outlive its parent: run as a plain script, never imported.
 
     python -I -S launch.py PARENT_PID SIGNAL IDENTITY PROGRAM [ARGUMENT …]
 
-SIGNAL is sent to the program when the parent dies. IDENTITY says as whom it runs:
+SIGNAL is sent to the program when the parent dies. IDENTITY is the user it runs as:
 
-    self        as whoever starts it
-    UID:GID     as that user, for a database started by root
+    self        the caller
+    UID:GID     that user, for a database started by root
     namespace:UID   in a user namespace where the caller's own uid has that number, so that a program which refuses to
-                run as root runs, while every file keeps the owner it has; UID must be one that /etc/passwd names
+                    run as root runs, while every file keeps its owner; UID must be one that /etc/passwd names
 
-A small script instead of `preexec_fn`, because the latter runs Python between fork and exec, where a lock held by
-another thread would never be released. The order matters: the kernel forgets the death signal when a process changes
-its user, so it is asked for last, and a parent that died before that is noticed by its changed pid.
+A small script instead of `preexec_fn`, because the latter runs Python between fork and exec, where a lock held by another thread
+would never be released. The order matters: a change of user clears the death signal, so it is requested last, and a parent that
+died before that is noticed by its changed pid.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Where an embedded studio keeps its sockets and secrets, and who holds its data folder."""
+"""Sockets and secrets of an embedded studio, and the lock of its data folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from app.errors import Conflict, Forbidden
 
 MAX_SOCKET_PATH_BYTES = 107
-"""The kernel's limit on the path of a unix socket, less its closing zero."""
+"""The kernel's limit on the path of a unix socket, less its terminating zero."""
 
 
 def make_data_dir(data_dir: Path) -> None:
-    """The data folder itself. Others may pass through it (the database's user must), but not list it."""
+    """Create the data folder itself. Others may traverse it (the database's user must), but not list it."""
     if not data_dir.exists():
         data_dir.mkdir(parents=True)
         data_dir.chmod(0o711)
@@ -36,7 +36,7 @@ def private_folder(path: Path, owner: tuple[int, int] | None = None) -> Path:
 
 
 def socket_path(data_dir: Path, name: str) -> Path:
-    """Where `socket_folder` is or would be; nothing is made."""
+    """The path of a server's socket; nothing is created."""
     folder = data_dir / "run" / name
     if len(os.fsencode(folder / ".s.PGSQL.5432.lock")) <= MAX_SOCKET_PATH_BYTES:
         return folder
@@ -47,7 +47,7 @@ def socket_path(data_dir: Path, name: str) -> Path:
 def socket_folder(data_dir: Path, name: str, owner: tuple[int, int] | None = None) -> Path:
     """The 0700 folder of one server's socket: `<data_dir>/run/<name>`, or a short one when that path is too long.
 
-    The short folder is derived from the data folder's path, so that every command finds it again without being told.
+    The short folder is derived from the data folder's path, so that every command finds it.
     """
     folder = socket_path(data_dir, name)
     if folder.is_relative_to(data_dir):
@@ -59,7 +59,7 @@ def socket_folder(data_dir: Path, name: str, owner: tuple[int, int] | None = Non
 
 
 def refuse_strangers(folder: Path, owner: tuple[int, int] | None) -> None:
-    """A short folder stands where everyone may write: one that somebody else made first is not used."""
+    """A short folder is in a world-writable place: one that somebody else created first is refused."""
     try:
         found = folder.lstat()
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def refuse_strangers(folder: Path, owner: tuple[int, int] | None) -> None:
 
 
 def secret(data_dir: Path, name: str) -> str:
-    """A secret of this studio, made at the first start and kept in a file only its owner can read."""
+    """A secret of this studio, created at the first start and kept in a file only its owner can read."""
     path = private_folder(data_dir / "secrets") / name
     try:
         return path.read_text()
@@ -80,7 +80,7 @@ def secret(data_dir: Path, name: str) -> str:
 
 
 def password_file(data_dir: Path, name: str, role: str) -> Path:
-    """A file in libpq's form with the password of `role`, so that no process has it in its environment or its arguments."""
+    """A file in libpq's format with the password of `role`, so that no process has it in its environment or its arguments."""
     line, path = f"*:*:*:{role}:{secret(data_dir, name)}\n", data_dir / "secrets" / f"{name}.pgpass"
     if not path.exists() or path.read_text() != line:
         _write_secret(path, line)
@@ -88,7 +88,7 @@ def password_file(data_dir: Path, name: str, role: str) -> Path:
 
 
 def _write_secret(path: Path, value: str) -> None:
-    """Whole or not at all, and never open to others."""
+    """Atomic, and never readable by others."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -98,9 +98,9 @@ def _write_secret(path: Path, value: str) -> None:
 
 
 class Lock:
-    """One studio per data folder. The kernel lets go of the lock when its holder dies, however it dies.
+    """One studio per data folder. The kernel releases the lock when its holder dies, however it dies.
 
-    The file says who holds it and where the studio can be reached, for `luthier status` and the commands beside it.
+    The file says who holds it and the studio's URL, for `luthier status` and other commands.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -108,7 +108,7 @@ class Lock:
         self.descriptor: int | None = None
 
     def take(self, **facts: Any) -> None:
-        """Hold the folder, or raise Conflict that says who does."""
+        """Lock the folder, or raise Conflict that says who holds it."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,13 +124,13 @@ class Lock:
         self.tell(**facts)
 
     def tell(self, **facts: Any) -> None:
-        """Replace what the file says. Only the holder calls this."""
+        """Replace the contents of the file. Only the holder calls this."""
         assert self.descriptor is not None
         text = json.dumps({"pid": os.getpid(), **facts}).encode()
         os.pwrite(self.descriptor, text.ljust(4096), 0)
 
     def holder(self) -> dict[str, Any] | None:
-        """What the running studio says about itself, or None when none runs."""
+        """What the running studio wrote about itself, or None when none runs."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

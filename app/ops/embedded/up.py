@@ -1,4 +1,4 @@
-"""`luthier up`, from top to bottom; and the database alone, for commands beside a studio or without one."""
+"""`luthier up`, from top to bottom; and the database alone, for commands with or without a running studio."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SERVERS = ["valkey", "postgres"]
 
 
 def up(say: Callable[[str], None]) -> None:
-    """Start everything, print the sign-in link, keep it alive until Ctrl-C, and stop it in order."""
+    """Start everything, print the sign-in link, supervise until Ctrl-C, and stop it in order."""
     settings = get_settings()
     refuse_open_address(settings)
     make_data_dir(settings.data_dir)
@@ -56,7 +56,7 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
     try:
         supervisor.start(warden(settings.data_dir, run))
         start_servers(supervisor, settings)
-        if not settings.database_url:  # workers of other machines may hold what they do in another database
+        if not settings.database_url:  # workers of other machines may hold leases in another database
             free_what_was_held()
         web, *others = processes(settings)
         supervisor.start(web)
@@ -64,7 +64,7 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
         lock.tell(url=url, external=bool(settings.database_url))
         path = welcome()
         supervisor.wait_for(lambda: answers(settings), what=web, seconds=120)
-        for child in others:  # only now, so that they do not take the processor from the page a person waits for
+        for child in others:  # only now, so that they do not take CPU time from the page a person waits for
             supervisor.start(child)
         say(f"Luthier is ready. Sign in (once, within an hour):\n\n    {url}{path}\n\nCtrl-C stops it. Logs: {supervisor.logs}")
         supervisor.run()
@@ -77,7 +77,7 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
 
 
 def stop(supervisor: Supervisor, say: Callable[[str], None]) -> None:
-    """Workers first, while all they need to save their work is there; the database last."""
+    """Workers first, while everything they need to save their work is running; the database last."""
     names = [child.name for child in supervisor.children]
     workers = [name for name in names if name.startswith(("train", "data", "import", "generate"))]
     if any(child.process for child in supervisor.children if child.name.startswith("train")):
@@ -96,10 +96,10 @@ def commands(settings: Settings) -> dict[str, list[str]]:
     """Our own processes by name, as a person would type them. docker-compose.yml starts the same; a test compares them."""
     celery = ["celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
     web = ["uvicorn", "app.main:create_app", "--factory", "--host", settings.host, "--port", str(settings.port)]
-    # What proxies say is believed by the application, of those that a setting names; uvicorn would believe all of this machine.
+    # The application trusts forwarded headers of the proxies in the settings; uvicorn would trust all of this machine.
     web += ["--http", "app.web.http_protocol:Guarded", "--no-proxy-headers"]
     return {
-        "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would hold sign-in links
+        "web": [*web, "--no-access-log", "--timeout-graceful-shutdown", "5"],  # an access log would contain sign-in links
         "relay": ["app.relay"],
         "generate": [*celery, "-Q", "generate", "--pool=threads", "-c", "64", "-n", "generate@%h"],
         "data": [*celery, "-Q", "data", "--pool=threads", "-c", "2", "-n", "data@%h"],
@@ -132,7 +132,7 @@ def train_worker(command: list[str], number: int, settings: Settings) -> Child:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this studio may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs this studio may use, in the notation of CUDA_VISIBLE_DEVICES."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name for name in chosen.split(",") if name]
@@ -140,7 +140,7 @@ def visible_gpus() -> list[str]:
 
 
 def warden(data_dir: Path, run: str) -> Child:
-    """It carries no mark of its own, because it ends what is marked and must not die with the supervisor it watches."""
+    """It has no mark of its own, because it ends what is marked and must not die with the supervisor it watches."""
     command = [sys.executable, "-m", "app.ops.embedded.sweep", str(data_dir), run, str(os.getpid())]
     return Child("warden", command, env={sweep.MARK: f"warden:{run}"}, stop_signal=signal.SIGKILL)
 
@@ -149,7 +149,7 @@ def warden(data_dir: Path, run: str) -> Child:
 
 
 def start_servers(supervisor: Supervisor, settings: Settings) -> None:
-    """Valkey and PostgreSQL, unless addresses of others are given; then the newest schema."""
+    """Valkey and PostgreSQL, unless URLs of others are configured; then the newest schema."""
     if not settings.redis_url:
         valkey = Valkey(settings.data_dir)
         server = supervisor.start(Child("valkey", valkey.command(), cwd=valkey.folder, grace_seconds=15))
@@ -176,7 +176,7 @@ def migrate() -> None:
 
 
 def free_what_was_held() -> None:
-    """The lock is held and what was left is ended, so whatever a worker holds in this studio's own database, it is dead."""
+    """The lock is held and leftovers are ended, so every worker that holds a lease in this studio's own database is dead."""
     from app import relay
     from app.db import transaction
 
@@ -195,7 +195,7 @@ def listens(path: Path) -> bool:
 
 
 def is_open(postgres: Postgres) -> bool:
-    """Whether the server takes queries (after a crash it first replays its log); makes our database at the first start."""
+    """Whether the server accepts queries (after a crash it first replays its log); creates our database at the first start."""
     import psycopg
 
     if not (postgres.sockets / ".s.PGSQL.5432").exists():
@@ -223,7 +223,7 @@ def refuse_open_address(settings: Settings) -> None:
 
 
 def refuse_taken_port(settings: Settings) -> None:
-    """Seen before anything starts; `--port 0` is answered with a free port."""
+    """Checked before anything starts; `--port 0` takes a free port."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,7 +241,7 @@ def refuse_taken_port(settings: Settings) -> None:
 
 
 def studio_url(settings: Settings) -> str:
-    """What a person types into a browser on this machine, or the public address when one is set."""
+    """The URL to open in a browser on this machine, or the public one when it is configured."""
     if settings.public_url:
         return settings.public_url.rstrip("/")
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)  # noqa: S104
@@ -249,7 +249,7 @@ def studio_url(settings: Settings) -> str:
 
 
 def answers(settings: Settings) -> bool:
-    """Whether `/readyz` says yes. No proxy: it is our own process on this machine."""
+    """Whether `/readyz` succeeds. No proxy: it is our own process on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)  # noqa: S104
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -268,7 +268,7 @@ def sign_in_path() -> str:
 
 
 def welcome() -> str:
-    """What a person finds when they come in: the starter models on disk, at the first start the samples, and a way in."""
+    """Prepare the first visit: the starter models on disk, at the first start the samples; returns a sign-in link."""
     from app.db import transaction
     from app.web import auth
 
@@ -298,7 +298,7 @@ def import_samples(session: Session, user: User) -> None:
 
 @contextlib.contextmanager
 def beside() -> Iterator[None]:
-    """The studio's database and Redis for one command: the running studio's, else started for the moment."""
+    """The studio's database and Redis for one command: the running studio's, else started temporarily."""
     settings = get_settings()
     if settings.database_url and settings.redis_url:
         yield
@@ -333,7 +333,7 @@ def point_at(postgres: Postgres, valkey: Valkey) -> None:
 
 
 def wait_for_start(settings: Settings, seconds: float = 60.0) -> None:
-    """A studio that has just been started may still be making its database."""
+    """Wait for a studio that has just been started and may still be creating its database."""
     postgres, deadline = Postgres(settings.data_dir), time.monotonic() + seconds
     while not is_open(postgres):
         if time.monotonic() > deadline:

@@ -1,1 +1,1 @@
-"""Kernels for the CPU, compiled on first use."""
+"""CPU kernels, compiled by Numba on first use."""

@@ -1,8 +1,9 @@
-"""AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) over weights whose gradients lie in pieces, on a CPU in one pass.
+"""AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) on a CPU in one pass, over gradients kept in several
+addends.
 
-torch adds the parts' gradients, shortens the sum, moves the weights and rounds them anew in passes of their own, which read and write
-some 70 bytes a weight and step. Here the parts' gradients g₁ and g₂, in bf16 as the products gave them, are added, shortened and
-used where they are read, and the weight is rounded where it is written: 34 bytes, with those of the gradient's length.
+torch sums the parts' gradients, clips them, updates the weights and rounds these to bf16 in separate passes, which read and write
+some 70 bytes per weight and step. Here the parts' gradients g₁ and g₂, in bf16 as the products wrote them, are summed, clipped
+and used where they are read, and the weight is rounded where it is written: 34 bytes, including those for the gradient norm.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ HALF = np.uint16(0)
 
 
 class SplitGradient(NamedTuple):
-    """A gradient (N, K): s₁ g₁ + s₂ g₂ + the rows of `sparse` that `place` names."""
+    """A gradient (N, K) as a sum that is never materialized: s₁ g₁ + s₂ g₂ + rows of `sparse`."""
 
-    first: torch.Tensor  # bf16, as the second: the same again with a scale of 0 where there is one alone
+    first: torch.Tensor  # (N, K), bf16
     second: torch.Tensor
     scales: tuple[float, float]
-    sparse: torch.Tensor  # (R + 1, K), float32; the last row is of zeros
-    place: torch.Tensor | None  # (N,), int32: which row of `sparse` is added to a row; the last one to all where there is none
+    sparse: torch.Tensor  # (R + 1, K), float32; the last row is zero
+    place: torch.Tensor | None  # (N,), int32: the row of `sparse` added to each row; None: the zero row
 
     def read_by(self) -> list[float]:
-        """What kernels read them by."""
+        """The arguments by which kernels read it."""
         return [*addresses(self.first, self.second, self.sparse, self.place), self.sparse.shape[0] - 1, self.first.shape[1], *self.scales]
 
 
 class AdamWParams(NamedTuple):
-    """What the weights of a group are moved by."""
+    """AdamW hyperparameters of one parameter group."""
 
     rate: float
     decay: float
@@ -41,18 +42,18 @@ class AdamWParams(NamedTuple):
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> AdamWParams:
-        """That of a group of torch's optimizer."""
+        """The hyperparameters of a parameter group of a torch optimizer."""
         return cls(group["lr"], group["weight_decay"], group["betas"], group["eps"])
 
     def at(self, step: int) -> tuple[float, float, float, float, float, float]:
-        """What a kernel is told of it in step number `step`, from 1: what is kept of a weight, both betas, the rate and the root of the mean
-        square, each made up for a mean that began at zero, and eps."""
+        """The kernel's arguments in step number `step`, counted from 1: weight decay factor, β₁, β₂, learning rate and reciprocal
+        root of the second moment, both with bias correction, and eps."""
         b1, b2 = self.betas
         return 1 - self.rate * self.decay, b1, b2, self.rate / (1 - b1**step), (1 - b2**step) ** -0.5, self.eps
 
 
 def state_of(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What torch's AdamW keeps of a weight, as it would have made it."""
+    """The AdamW state of a weight in a torch optimizer, created as torch would where there is none."""
     state = optimizer.state[weight]
     if not state:
         state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
@@ -66,7 +67,7 @@ def _row(sparse, place, last, i, width):
 
 @kernel
 def _square(first, second, sparse, place, last, width, scale1, scale2, start, stop):
-    """Two rows at a time, far from each other: a core reads more at once from four places than from two."""
+    """Sum of squares of rows [start, stop). Two distant rows are read at a time: a core reads faster from four streams than from two."""
     s1, s2, total, half = F(scale1), F(scale2), 0.0, (stop - start + 1) // 2
     for i in range(start, start + half):
         k = min(i + half, stop - 1)
@@ -99,7 +100,7 @@ def _move(
 
 
 class AdamWState(NamedTuple):
-    """A weight (N, K) and AdamW's means of its gradient and of its square, float32, and where the weight is put in bf16."""
+    """A weight (N, K) with AdamW's first and second moments, all float32, and the weight's bf16 copy."""
 
     weight: torch.Tensor
     mean: torch.Tensor
@@ -121,15 +122,16 @@ def _check(gradient: SplitGradient, start: int, stop: int) -> None:
 
 
 def squares(gradient: SplitGradient, start: int, stop: int) -> float:
-    """The sum of the squares of rows `start` to `stop`. Raises ValueError as `move_` does."""
+    """Sum of squares of rows [start, stop) of a gradient. Raises ValueError as `move_` does."""
     _check(gradient, start, stop)
     return _square(*gradient.read_by(), start, stop)
 
 
 def move_(moved: AdamWState, gradient: SplitGradient, rule: AdamWParams, step: int, shorten: float, start: int, stop: int) -> None:
-    """Move rows `start` to `stop` of a weight in step number `step`, from 1, by `shorten` times its gradient.
+    """One AdamW update of rows [start, stop) of a weight, in place, in step number `step` (from 1), with `shorten` times its
+    gradient; `shorten` is the clipping coefficient.
 
-    Raises ValueError for tensors of other shapes or types, or whose numbers do not lie one after the other.
+    Raises ValueError when shapes or dtypes do not match or a tensor is not contiguous.
     """
     _check(gradient, start, stop)
     for kind, ones in ((torch.float32, moved[:3]), (torch.bfloat16, [moved.copy])):

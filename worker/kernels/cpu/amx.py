@@ -1,7 +1,8 @@
-"""What a CPU's matrix units (AMX) are told, and passes over rows of 32 numbers, for kernels in Numba (`worker/kernels/cpu/jit.py`).
+"""AMX tile instructions, and operations on rows of 32 float32 values, as Numba intrinsics (`worker/kernels/cpu/jit.py`).
 
-A tile is 16 rows of 64 bytes; a unit multiplies 16 × 32 by 32 × 16 numbers of bf16, of which the second lie as pairs of rows (Intel 64 and
-IA-32 Architectures Software Developer's Manual, volume 1, chapter 18; `TDPBF16PS` in volume 2). Addresses and steps are in bytes.
+A tile is 16 rows of 64 bytes. `TDPBF16PS` multiplies a (16, 32) bf16 tile by a (32, 16) one whose rows are stored in pairs, and
+accumulates in float32 (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2).
+Addresses and strides are in bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numba.extending import intrinsic
 from worker.kernels.cpu.jit import build_exp, build_narrow, constant, inlined
 
 SIDE = 32
-"""Rows and columns of a block of four tiles of float32."""
+"""Rows and columns of a block: 2 × 2 float32 tiles."""
 
 
 # Instructions ---------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def _instruction(builder: Any, name: str, *given: tuple[Any, Any]) -> None:
 
 @functools.cache
 def shapes() -> torch.Tensor:
-    """The configuration of eight tiles of 16 rows of 64 bytes."""
+    """The tile configuration: eight tiles of 16 rows of 64 bytes."""
     told = np.zeros(64, np.uint8)
     told[0] = 1
     told[16:32].view(np.uint16)[:] = 64
@@ -47,7 +48,7 @@ def shapes() -> torch.Tensor:
 
 @intrinsic
 def configure(context: Any, address: Any) -> Any:
-    """Tell the unit the tiles' shapes, from 64 bytes."""
+    """Load a tile configuration of 64 bytes (LDTILECFG)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         _instruction(b, "ldtilecfg", (_PLACE, b.inttoptr(a[0], _PLACE)))
@@ -79,7 +80,7 @@ def zero(context: Any, tile: Any) -> Any:
 
 
 def _moving(name: str, tile: Any) -> Any:
-    """The type and the building of an instruction that moves a tile: 16 rows of 64 bytes, so many bytes from one to the next."""
+    """Signature and code of an instruction that loads or stores a tile: 16 rows of 64 bytes at a row stride."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         _instruction(b, name, _number(tile), (_PLACE, b.inttoptr(a[1], _PLACE)), (_LONG, a[2]))
@@ -100,7 +101,7 @@ def store(context: Any, tile: Any, address: Any, step: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
-    """`sums` += left · right."""
+    """`sums` += `left` · `right` (TDPBF16PS)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         _instruction(b, "tdpbf16ps", _number(sums), _number(left), _number(right))
@@ -111,8 +112,8 @@ def dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
 
 @inlined
 def square(to, to_row, left, left_row, left_step, right, right_row, right_step, times, fresh):
-    """A block of 32 × 32 float32 at `to` (+)= a sum over `times` of left (32 × 32, bf16) · right (16 pairs of rows × 32). From one of the
-    `times` to the next both go on by so many bytes."""
+    """A block (32, 32) of float32 at `to` = (`fresh`) or += the sum over `times` products of left (32, 32) bf16 and right (16
+    pairs of rows, 32) bf16. `left_step` and `right_step` are the bytes from one product's operands to the next."""
     if fresh:
         zero(0)
         zero(1)
@@ -151,7 +152,7 @@ def _get(b: Any, address: Any, half: int) -> Any:
 
 
 def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
-    """A row rounded to bf16 and stored at once: a tile loads its 64 bytes sooner than those of two stores."""
+    """Store a row rounded to bf16 in one 64-byte store: a tile load is served from it sooner than from two stores."""
     whole = b.shuffle_vector(
         *(build_narrow(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
     )
@@ -163,7 +164,7 @@ def _put(b: Any, vector: Any, address: Any, half: int) -> None:
 
 
 def _spread(b: Any, value: Any, kind: Any) -> Any:
-    """One value in each place of a vector."""
+    """One value broadcast to all lanes of a vector."""
     return b.shuffle_vector(
         b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.IntType(32)(0)),
         ir.Constant(kind, ir.Undefined),
@@ -173,7 +174,7 @@ def _spread(b: Any, value: Any, kind: Any) -> Any:
 
 @intrinsic
 def maximum(context: Any, row: Any, highest: Any) -> Any:
-    """The higher of each of two rows' numbers, in the place of the second."""
+    """highest = max(row, highest), elementwise over 32 float32 values, in place."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         for half in (0, 1):
@@ -186,7 +187,7 @@ def maximum(context: Any, row: Any, highest: Any) -> Any:
 
 @intrinsic
 def rounded(context: Any, row: Any, factor: Any, to: Any) -> Any:
-    """A row times a factor, rounded to bf16."""
+    """row · factor for 32 float32 values, rounded to bf16 at `to`."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         factor = _spread(b, a[1], _VECTOR)
@@ -205,7 +206,7 @@ def _shorts(b: Any, address: Any) -> Any:
 
 @intrinsic
 def pair_rows(context: Any, upper: Any, lower: Any, to: Any) -> Any:
-    """Two rows of 32 numbers of bf16 as 32 pairs."""
+    """Interleave two rows of 32 bf16 values into 32 pairs, the layout of a tile's right operand."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         rows = [b.load(_shorts(b, a[i]), align=2) for i in (0, 1)]
@@ -220,7 +221,7 @@ def pair_rows(context: Any, upper: Any, lower: Any, to: Any) -> Any:
 
 @intrinsic
 def transpose(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> Any:
-    """A square of 16 × 16 words, turned: halves of ever smaller squares change places."""
+    """Transpose a (16, 16) matrix of 32-bit words, by exchanging halves of ever smaller squares."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         kind = ir.VectorType(ir.IntType(32), 16)
@@ -245,7 +246,7 @@ def transpose(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> An
 
 @intrinsic
 def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
-    """What is outside of the places [since, until) of a row is made so low that nothing is left of it."""
+    """Set the positions of a row outside [since, until) to −1e30, whose exponential is 0."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         for half in (0, 1):
@@ -256,7 +257,7 @@ def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
 
 
 def _between(b: Any, half: int, since: Any, until: Any) -> Any:
-    """Which places of a half of a row are in [since, until)."""
+    """Which lanes of one half of a row are in [since, until)."""
     places = ir.Constant(_PLACES, [16 * half + j for j in range(16)])
     first, end = (_spread(b, x, _PLACES) for x in (since, until))
     return b.and_(b.icmp_signed(">=", places, first), b.icmp_signed("<", places, end))
@@ -264,7 +265,7 @@ def _between(b: Any, half: int, since: Any, until: Any) -> Any:
 
 @intrinsic
 def top_of(context: Any, row: Any) -> Any:
-    """The highest number of a row."""
+    """The maximum of a row of 32 float32 values."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         found = [_get(b, a[0], half) for half in (0, 1)]
@@ -280,7 +281,7 @@ def top_of(context: Any, row: Any) -> Any:
 
 @intrinsic
 def exponentials(context: Any, scores: Any, top: Any, scale: Any, sums: Any, p: Any) -> Any:
-    """exp(scale · (score - top)) of a row, added to `sums` and rounded to bf16 at `p`."""
+    """exp(scale · (score − top)) of a row of 32, added to `sums` in float32 and rounded to bf16 at `p`."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         top, scale = (_spread(b, x, _VECTOR) for x in (a[1], a[2]))
@@ -295,7 +296,7 @@ def exponentials(context: Any, scores: Any, top: Any, scale: Any, sums: Any, p: 
 
 @intrinsic
 def gradients(context: Any, scores: Any, d_p: Any, logs: Any, pulls: Any, scale: Any, since: Any, until: Any, p: Any, d_s: Any) -> Any:
-    """P = exp(scale · score - log) of a row and scale · P · (dP - pull), rounded to bf16; zeros outside of the places [since, until)."""
+    """P = exp(scale · score − log) of a row of 32, and dS = scale · P · (dP − pull), both rounded to bf16; zeros outside [since, until)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         scale, none = _spread(b, a[4], _VECTOR), constant(_VECTOR, 0.0)

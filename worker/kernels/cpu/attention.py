@@ -1,14 +1,13 @@
-"""Attention within each sequence of a pack on a CPU with matrix units (AMX), all heads of all sequences in one call each way.
+"""Attention over packed sequences on a CPU with AMX: all heads of all sequences in one call each way.
 
-With S = scale · Q Kᵀ, P = softmax(S), O = P V, and the logarithms l of the softmax's sums, which are kept in the place of P:
+With S = scale · Q Kᵀ, P = softmax(S), O = P V, and the log-sum-exp l of each row of S, which is kept instead of P:
 
     P = exp(S − l),   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − Σ dO ∘ O),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-(Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691, sections 2.1 and 2.3.) All products are of bf16 numbers with sums in float32;
-scores, their gradients and l stay float32, P and dS are rounded to bf16 for the products that read them. 32 queries are taken at a time,
-with the keys that they may see. Backwards the scores are made the other way round, keys by queries, for then no block of them has to be
-turned: Pᵀ and dSᵀ are what two products read, and the third takes two of their rows at a time as they lie.
-What the units are told stands in `worker/kernels/cpu/amx.py`.
+(Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691, sections 2.1 and 2.3.) Products are bf16 with float32 accumulation;
+scores, their gradients and l stay float32; P and dS are rounded to bf16 for the products that read them. Queries are processed in
+blocks of 32, against the keys they may attend to. The backward pass computes the scores transposed, keys by queries, so that no
+block of them has to be transposed again: two products read Pᵀ and dSᵀ as they are, and the third reads dSᵀ in pairs of rows.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ HALF, WORD = np.uint16(0), np.uint32(0)
 
 @kernel
 def _rows(x, step, count, padded, dim, y):
-    """`count` rows of x as (padded, dim), zeros below."""
+    """Copy `count` rows of x (bf16) to y (padded, dim), zero-filled below."""
     for i in range(count):
         X, Y = row_of(x, i, step, dim, HALF), row_of(y, i, 2 * dim, dim, HALF)
         for d in range(dim):
@@ -61,7 +60,7 @@ def _rows(x, step, count, padded, dim, y):
 
 @kernel
 def _turned_words(x, rows, words, y):
-    """x (rows, words) of 32 bits as (words, rows), both whole sixteens: columns of bf16 as pairs of rows."""
+    """Transpose x (rows, words) of 32-bit words to (words, rows), both multiples of 16: turns columns of bf16 into pairs of rows."""
     for i in range(0, rows, 16):
         for j in range(0, words, 16):
             transpose(x + 4 * (i * words + j), 4 * words, y + 4 * (j * rows + i), 4 * rows)
@@ -69,7 +68,7 @@ def _turned_words(x, rows, words, y):
 
 @kernel
 def _unpaired(x, rows, columns, y):
-    """Pairs of rows (rows / 2, columns, 2) as they were, (rows, columns)."""
+    """Split pairs of rows (rows / 2, columns, 2) into rows (rows, columns)."""
     for i in range(rows // 2):
         X = row_of(x, i, 4 * columns, columns, WORD)
         A, B = row_of(y, 2 * i, 2 * columns, columns, HALF), row_of(y, 2 * i + 1, 2 * columns, columns, HALF)
@@ -80,7 +79,7 @@ def _unpaired(x, rows, columns, y):
 
 @kernel
 def _paired(x, rows, columns, y):
-    """x (rows, columns) of 16 bits as pairs of rows, (rows / 2, columns, 2)."""
+    """Interleave x (rows, columns) of 16-bit values into pairs of rows (rows / 2, columns, 2)."""
     for i in range(rows // 2):
         A, B = row_of(x, 2 * i, 2 * columns, columns, HALF), row_of(x, 2 * i + 1, 2 * columns, columns, HALF)
         Y = row_of(y, i, 4 * columns, columns, WORD)
@@ -90,7 +89,7 @@ def _paired(x, rows, columns, y):
 
 @inlined
 def _seen(block, padded, causal, window):
-    """The blocks of keys that a block of queries sees some of: from, to."""
+    """The range of key blocks in which a block of queries attends to at least one key."""
     last = block + 1 if causal else padded // SIDE
     if not window:
         return 0, last
@@ -106,7 +105,8 @@ def _forward(
     q, k, v, out, sums, ends, count, heads, groups, dim,
     q_head, q_step, k_head, k_step, v_head, v_step, room, config, longest, scale, causal, window,
 ):  # fmt: skip
-    """out (T, heads, dim) and the logarithms of the sums (heads, T). `longest` is the longest sequence in whole blocks."""
+    """Write out (T, heads, dim) in bf16 and the log-sum-exp of each row (heads, T) in float32. `room` is scratch memory;
+    `longest` is the longest sequence rounded up to a multiple of 32."""
     E, c, wide_row = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale), 4 * longest
     tokens = E[count]
     rows, pairs, keys = room, room + 2 * longest * dim, room + 4 * longest * dim
@@ -146,7 +146,7 @@ def _forward(
                             maximum(at, sides)
                         top = top_of(sides)
                         if not top > F(-1e30):
-                            top = row_of(scores + 4 * begin, r, wide_row, 1, F(0))[0]  # all is below that, or no number
+                            top = row_of(scores + 4 * begin, r, wide_row, 1, F(0))[0]  # every score is below −1e30, or NaN
                         for j in range(SIDE):
                             A[j] = F(0.0)
                         for b in range(low, high):
@@ -172,7 +172,7 @@ def _backward(
     q, k, v, out, given, sums, ends, d_q, d_k, d_v, count, heads, groups, dim,
     q_head, q_step, k_head, k_step, v_head, v_step, g_head, g_step, room, config, longest, scale, causal, window,
 ):  # fmt: skip
-    """The gradients of q (T, heads, dim), k and v (T, groups, dim)."""
+    """Write the gradients of q (T, heads, dim), k and v (T, groups, dim), in bf16. `room` is scratch memory."""
     E, c = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale)
     tokens = E[count]
     size = 2 * longest * dim
@@ -224,7 +224,7 @@ def _backward(
                         square(d_p, 128, v_rows + b * block_bytes, 2 * dim, 64, g_words, 128, 2048, dim // 32, True)
                         for j in range(SIDE):
                             key = b * SIDE + j
-                            # The queries, counted from the block's first, that see this key: from, to.
+                            # The range of queries, counted from the block's first, that attend to this key.
                             since = max(0, key - start) if causal else max(0, key - window + 1 - start) if window else 0
                             until = min(SIDE, key + window - start) if window else SIDE
                             until = until if key < length else 0
@@ -252,15 +252,15 @@ def _backward(
 
 
 class Rules(NamedTuple):
-    """How a sequence looks at itself."""
+    """How the tokens of a sequence attend to each other."""
 
     scale: float
     causal: bool
-    window: int  # a token sees others less than so many places away; 0: all of them
+    window: int  # a token attends to others less than this many positions away; 0: to all
 
 
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Bytes from a head to the next, and from a token to the next, of each (1, heads, T, D)."""
+    """Byte strides from one head and from one token to the next, for each tensor (1, heads, T, D)."""
     return tuple(x.stride(axis) * x.itemsize for x in tensors for axis in (1, 2))
 
 
@@ -297,7 +297,7 @@ class _Attention(torch.autograd.Function):
 
 @functools.cache
 def is_available() -> bool:
-    """Whether this processor has the units and a kernel gives with them what it should, tried once."""
+    """Whether this CPU has AMX and the kernel computes correctly with it; tried once."""
     if not (
         hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and jit.is_available()
     ):
@@ -319,10 +319,12 @@ def supports(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], rules: Rules) -> torch.Tensor:
-    """Attention of each of the sequences of q (1, heads, T, D), k and v (1, groups, T, D) to itself, all in bf16: (1, T, heads, D). D is a
-    multiple of 32, `lengths` are the sequences' tokens in order.
+    """Self-attention within each sequence of a pack, differentiable.
 
-    Raises ValueError when the lengths do not add up to T, a tensor is of another type, or the scale is not above zero.
+    q is (1, heads, T, D), k and v are (1, groups, T, D), all bf16, D a multiple of 32; `lengths` are the numbers of tokens of the
+    sequences, in order. Returns (1, T, heads, D) in bf16.
+
+    Raises ValueError when the lengths do not add up to T, shapes or dtypes do not match, or the scale is not positive.
     """
     if rules.scale <= 0:
         raise ValueError(f"a scale of {rules.scale} turns the order of the scores round")

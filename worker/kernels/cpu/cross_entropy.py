@@ -1,5 +1,5 @@
-"""A chunk of logits made into the gradient of its cross-entropy, in place, on a CPU: three passes over a row, which stays in the core's
-second cache. `worker/kernels/gpu/cross_entropy.py` is the same for a GPU."""
+"""Softmax cross-entropy on a CPU: a chunk of logits is overwritten with its gradient, in three passes over a row, which stays in
+the core's L2 cache. `worker/kernels/gpu/cross_entropy.py` does the same on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, later, rank
 
 @kernel
 def _softmax_loss(logits, kind, targets, losses, rows, width, row, scale, learns):
-    """A row's loss, and where it `learns` softmax minus one at the target, times `scale`, in the place of its logits."""
+    """The loss of each row; where `learns`, its logits become scale · (softmax(scale · logits) − onehot(target))."""
     T, L, c = row_of(targets, 0, 0, rows, np.int64(0)), row_of(losses, 0, 0, rows, F(0)), F(scale)
     for i in range(rows):
         X = row_of(logits, i, row, width, kind)
@@ -39,10 +39,13 @@ def _softmax_loss(logits, kind, targets, losses, rows, width, row, scale, learns
 
 
 def softmax_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, scale: float = 1.0, learns: bool = True) -> None:
-    """Fill `losses` (R,), float32, with the cross-entropy of softmax(scale · logits), (R, V), against `targets` (R,), int64; where it
-    `learns`, the logits become the gradient. A row with a target below 0 has no loss and a gradient of zeros.
+    """Write the cross-entropy of softmax(scale · logits) against `targets` into `losses`; with `learns`, overwrite the logits
+    with its gradient.
 
-    Raises ValueError for a scale of zero or less or targets of another number or type, and IndexError for one beyond the logits.
+    logits (R, V) are bf16 or float32, targets (R,) int64, losses (R,) float32. A row with a target below 0 has loss 0 and
+    gradient 0.
+
+    Raises ValueError when the scale is not positive or the targets' shape or dtype is wrong, and IndexError for a target ≥ V.
     """
     if targets.dtype != torch.long or not targets.shape == losses.shape == logits.shape[:1]:
         raise ValueError(f"{tuple(targets.shape)} targets in {targets.dtype} for {logits.shape[0]} rows")

@@ -1,19 +1,21 @@
-"""Layers whose own weights learn, as a CPU computes them in full tuning: what a weight needs is there once for all parts of a pack.
+"""Full fine-tuning on a CPU: layers whose own weights are trained, with bf16 copies and gradient buffers shared by all parts of a
+pack.
 
-For a weight W (N, K), kept in float32, and its value w rounded to the type of the products:
+For a weight W (N, K), kept in float32, and its copy w rounded to the dtype of the products:
 
     forward    y  = x wᵀ + b
     backward   dx = dy w,   W.grad += dyᵀ x
 
-Autocast rounds W anew for every pass, and autograd brings each pass's gradient in float32 before it is added. Here w is made once a
-step, and a product is added to the gradient as it comes. Layers that read the same x (q, k and v; gate and up) share one product. Of
-the table of words only the rows that were read have a gradient: it is kept as it comes and added when all parts are through, instead of
-a matrix as large as the table for each part. A gated feed-forward layer, down(act(gate) · up), keeps gate and up alone and makes what
-it multiplies anew (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174).
+Autocast would round W again for every pass, and autograd would convert each pass's gradient to float32 before adding it. Here w
+is made once per step, and a product is added to the gradient as it comes. Layers that read the same x (q, k and v; gate and up)
+share one product. Of the embedding only the rows that were read have a gradient: their gradients are collected and added when all
+parts are done, instead of a dense matrix of the embedding's size per part. A gated feed-forward layer, down(act(gate) · up),
+keeps only gate and up and recomputes the input of its last product (Chen et al. 2016, Training Deep Nets with Sublinear Memory
+Cost, https://arxiv.org/abs/1604.06174).
 
-Gradients are kept apart by part (`worker/kernels/cpu/gradient_buffers.py`), or else added in the order of the parts (`worker/runtime/thread_parallel.py`), so a step is the same
-to the bit each time. (Weights in float32 beside rounded copies: Micikevicius et al. 2018, Mixed Precision Training,
-https://arxiv.org/abs/1710.03740, section 3.1.)
+Each part has gradient buffers of its own (`worker/kernels/cpu/gradient_buffers.py`), or the parts' gradients are added in the
+order of the parts (`worker/runtime/thread_parallel.py`), so a step is bitwise reproducible. (Float32 master weights with rounded
+copies: Micikevicius et al. 2018, Mixed Precision Training, https://arxiv.org/abs/1710.03740, section 3.1.)
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from worker.runtime.thread_parallel import ThreadParallel
 
 
 def release_memory(wholes: Sequence[MasterWeight]) -> None:
-    """Let go of the gradients' places, when no step follows."""
+    """Release the gradients and their buffers, when no step follows."""
     for whole in wholes:
         whole.weight.grad = whole.room = None
         whole.rooms.rooms = []
@@ -43,13 +45,13 @@ def release_memory(wholes: Sequence[MasterWeight]) -> None:
 
 
 def add_parts(wholes: Sequence[MasterWeight]) -> None:
-    """Add what parts kept, when all parts of a pack are through."""
+    """Add the gradients that the parts kept, when all parts of a pack are done."""
     for whole in wholes:
         whole.settle()
 
 
 def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
-    """Round the weights that the optimizer moved by `weight.grad` anew, side by side."""
+    """Refresh the rounded copies of the weights that the optimizer updated from `weight.grad`, on all threads."""
     used = [whole for whole in wholes if whole.copy is not None and whole.weight.grad is not None]
     for whole in used:
         whole.moved()
@@ -57,7 +59,7 @@ def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x (T, K) times the weights of n layers, (ΣN, K) in `joined`, and their biases: one (T, ΣN)."""
+    """x (T, K) times the concatenated weights `joined` (ΣN, K) of n layers, plus their biases: (T, ΣN)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: GradientBuffers, bias: torch.Tensor | None, *weights: Any) -> Any:
@@ -82,7 +84,7 @@ class _Group(SharedProjection):
         self.joined = torch.empty(sum(self.widths), layers[0].in_features, dtype=self.wholes[0].kind)
         for whole, part in zip(self.wholes, self.joined.split(self.widths), strict=True):
             whole.copy = part
-        GradientBuffers(self.wholes)  # they know it as theirs
+        GradientBuffers(self.wholes)  # registers itself with each of them
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         for whole in self.wholes:
@@ -91,17 +93,17 @@ class _Group(SharedProjection):
 
 
 def product(x: torch.Tensor, layers: Sequence[FullLinear], joined: torch.Tensor) -> torch.Tensor:
-    """The outputs of `layers` for x (…, K) side by side, (…, ΣN)."""
+    """The outputs of `layers` for x (…, K), concatenated: (…, ΣN)."""
     flat = x.reshape(-1, x.shape[-1]).to(joined.dtype)
     biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-    # The weights themselves are given so that a gradient is made also where x needs none.
+    # The weights themselves are arguments so that autograd calls backward even where x needs no gradient.
     y = _Product.apply(flat, joined, _whole(layers[0]).rooms, bias, *(layer.weight for layer in layers))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class FullLinear(torch.nn.Linear):
-    """A linear layer whose weight is a `MasterWeight`. An existing layer becomes one by a change of its class."""
+    """A linear layer whose weight is a `MasterWeight`. An existing nn.Linear is converted by changing its class."""
 
     group: _Group | None = None
     place = 0  # in the group
@@ -119,7 +121,7 @@ class FullLinear(torch.nn.Linear):
         return product(x, [self], _whole(self).rounded())
 
     def shares(self, x: torch.Tensor) -> bool:
-        """Whether x is multiplied by the layers of a group together."""
+        """Whether x is multiplied by the whole group in one product."""
         return self.group is not None and _kind(x) == _whole(self).kind
 
 
@@ -132,8 +134,8 @@ def _kind(x: torch.Tensor) -> torch.dtype:
 
 
 class _Gated(torch.autograd.Function):
-    """(act(gate) · up) wᵀ + b of gate and up (T, I), or both (T, 2 I); `act` works on each number alone, and is a kernel's where there is
-    one. The weight itself is given as in `product`."""
+    """(act(gate) · up) wᵀ + b for gate and up (T, I), or both concatenated (T, 2 I). `act` is an elementwise function, or a
+    `Gate` where there is a kernel. The weight is an argument for the reason given in `product`."""
 
     @staticmethod
     def forward(ctx: Any, act: Any, whole: MasterWeight, bias: torch.Tensor | None, _: Any, *given: torch.Tensor) -> torch.Tensor:
@@ -178,7 +180,7 @@ def _lean(kind: type[torch.nn.Module]) -> type:
 
 
 class _Rows(torch.autograd.Function):
-    """Rows (…) of a table (V, H): (…, H)."""
+    """Rows (…) of an embedding (V, H): (…, H). The backward pass collects the gradients of the rows that were read."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.nn.Parameter, whole: MasterWeight, unmoved: int | None) -> torch.Tensor:
@@ -197,7 +199,7 @@ class _Rows(torch.autograd.Function):
 
 
 class FullEmbedding(torch.nn.Embedding):
-    """A table of words whose weight is a `MasterWeight`."""
+    """An embedding whose weight is a `MasterWeight`."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return _Rows.apply(rows, self.weight, _whole(self), self.padding_idx)
@@ -208,8 +210,9 @@ def _plain_table(module: torch.nn.Module) -> TypeGuard[torch.nn.Embedding]:
 
 
 def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWeight]:
-    """Have the plain linear layers of a model that learns in full, its head and its table of words be computed as above. Returns
-    what has to be settled after each `map` of parts. The head is left as it is where its weight is read by others too."""
+    """Convert a model's plain trainable linear layers, its head and its embedding to the classes above. Returns their master
+    weights, whose kept gradients have to be added after each `map` of parts. The head is left as it is where its weight is shared
+    with another kind of module."""
     plain = [m for m in model.modules() if type(m) is torch.nn.Linear or _plain_table(m)]
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     known = Counter(id(module.weight) for module in plain)
@@ -222,7 +225,7 @@ def patch_full_tuning(model: torch.nn.Module, engine: Compute) -> list[MasterWei
         module.__class__ = FullEmbedding if isinstance(module, torch.nn.Embedding) else FullLinear
     if engine.compute != torch.float32:
         for layers in siblings(model, FullLinear):
-            if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded weight lies in one place
+            if all(users[id(layer.weight)] == 1 for layer in layers):  # a rounded copy can be a part of one matrix only
                 _Group(layers)
     for block in list(model.modules()):
         if type(block).__name__ in GATED and type(block.down_proj) is FullLinear and not block.down_proj._forward_hooks:

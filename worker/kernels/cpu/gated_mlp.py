@@ -1,7 +1,7 @@
-"""The product in the middle of a gated feed-forward layer, act(gate) · up (Shazeer 2020, https://arxiv.org/abs/2002.05202), on a CPU in
-one pass each way instead of two and five. Gate and up are kept for the backward pass, their activation is not.
-Layers whose gate and up share one product (`worker/kernels/cpu/shared_projection.py`) get one gradient for both, so that none is joined.
-"""
+"""The gated activation of a feed-forward layer, act(gate) · up (Shazeer 2020, https://arxiv.org/abs/2002.05202), on a CPU in one
+pass each way instead of two and five. Gate and up are kept for the backward pass, the activation is recomputed. Where gate and up
+share one product (`worker/kernels/cpu/shared_projection.py`), their gradients are written into one tensor, so that nothing has to
+be concatenated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from worker.kernels.cpu.jit import KINDS, F, addresses, contiguous_rows, kernel,
 GATED = frozenset(
     f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3", "Olmo2")
 )
-"""Classes whose forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
+"""Class names of layers whose forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
 
 
 class Gate(NamedTuple):
-    """An activation x · σ(linear · x + cubic · x³)."""
+    """Coefficients of an activation x · σ(linear · x + cubic · x³)."""
 
     linear: float
     cubic: float
@@ -30,13 +30,13 @@ class Gate(NamedTuple):
 
 SILU = Gate(1.0, 0.0)
 GELU_TANH = Gate(2 * (2 / np.pi) ** 0.5, 2 * (2 / np.pi) ** 0.5 * 0.044715)
-"""GELU by the hyperbolic tangent (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415): x/2 (1 + tanh z) is x σ(2z)."""
+"""GELU, tanh approximation (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415): x/2 (1 + tanh z) equals x σ(2z)."""
 
 ACTIVATIONS: dict[type, Gate] = {torch.nn.SiLU: SILU, SiLUActivation: SILU, GELUTanh: GELU_TANH}
 
 
 def gate_of(layer: Any) -> Gate | None:
-    """The activation of a gated layer, where there is a kernel for it."""
+    """The activation of a gated layer; None where there is no kernel for it."""
     return ACTIVATIONS.get(type(layer.act_fn))
 
 
@@ -52,7 +52,7 @@ def _forward(gate, up, y, kind, rows, width, gate_row, up_row, y_row, linear, cu
 
 @kernel
 def _backward(gate, up, dy, d_gate, d_up, y, kind, rows, width, gate_row, up_row, dy_row, d_row, y_row, linear, cubic):
-    """Where `y` is not 0, what the forward pass gave is made there anew."""
+    """Where `y` is not 0, the output of the forward pass is recomputed there."""
     c1, c3 = F(linear), F(cubic)
     for i in range(rows):
         G, U, D = row_of(gate, i, gate_row, width, kind), row_of(up, i, up_row, width, kind), row_of(dy, i, dy_row, width, kind)
@@ -71,7 +71,7 @@ def _backward(gate, up, dy, d_gate, d_up, y, kind, rows, width, gate_row, up_row
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, act: Gate) -> torch.Tensor:
-    """act(gate) · up of two (…, I) of one type: one (R, I)."""
+    """act(gate) · up for two tensors (…, I) of one dtype: (R, I) in that dtype. Raises ValueError when shapes or dtypes differ."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"a gate of {tuple(gate.shape)} in {gate.dtype} for {tuple(up.shape)} in {up.dtype}")
     gate, up = contiguous_rows(gate), contiguous_rows(up)
@@ -83,7 +83,8 @@ def gated(gate: torch.Tensor, up: torch.Tensor, act: Gate) -> torch.Tensor:
 def gated_back(
     gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, act: Gate, again: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of gate and up side by side, (R, 2 I), from that of their product, and that product made anew where `again`."""
+    """The gradients of gate and up concatenated, (R, 2 I), from dy (R, I), the gradient of their product; with `again` also that
+    product (R, I), recomputed, else None."""
     gate, up, dy = contiguous_rows(gate), contiguous_rows(up), contiguous_rows(dy)
     rows, width = gate.shape
     found = torch.empty(rows, 2 * width, dtype=gate.dtype)
@@ -95,7 +96,7 @@ def gated_back(
 
 
 class _GatedActivation(torch.autograd.Function):
-    """act(gate) · up, (R, I), of gate and up (R, 2 I) side by side, or of each (R, I)."""
+    """act(gate) · up, (R, I), of gate and up concatenated (R, 2 I), or of each (R, I)."""
 
     @staticmethod
     def forward(ctx: Any, act: Gate, *given: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,7 @@ def halves(given: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gate_and_up(layer: Any, x: torch.Tensor) -> list[torch.Tensor]:
-    """gate and up of x (…, K) as rows: side by side, (R, 2 I), where they share a product, else each, (R, I)."""
+    """Gate and up of x (…, K) as rows: one tensor (R, 2 I) where they share a product, else two (R, I)."""
     gate, up = layer.gate_proj, layer.up_proj
     group: Any = getattr(gate, "group", None)
     shared = group is not None and group is getattr(up, "group", None) and gate.shares(x)
@@ -140,7 +141,7 @@ def _in_one_pass(kind: type) -> type:
 
 
 def patch_gated_mlp(model: torch.nn.Module) -> int:
-    """Have a model's gated layers computed as above. Returns how many were switched."""
+    """Have a model's gated feed-forward layers use the kernel. Returns the number of layers changed."""
     found = [m for m in model.modules() if type(m).__name__ in GATED and not hasattr(type(m), "plain") and gate_of(m)]
     for module in found:
         module.__class__ = _in_one_pass(type(module))  # type: ignore[arg-type]  # a class is hashable

@@ -1,9 +1,10 @@
-"""Where the parts of a pack keep the gradients of weights that learn whole, apart from each other, until the optimizer adds them.
+"""Gradient buffers of full fine-tuning: each part of a pack keeps its gradients in bf16, apart from the others', until AdamW sums
+them.
 
-A gradient that is added as it comes is written by its product, read, widened and written again for each part. Where a step is one pack in
-one or two parts, each part's products are put straight into a place of its own, in bf16, and `worker/kernels/cpu/adamw.py` adds them where it
-reads them. Two such places are as large as one gradient in float32. What a part adds to a weight a second time goes the other way
-(`MasterWeight.add`), and takes what was kept along.
+A gradient that is accumulated in float32 is written by its product, then read, widened and written again for each part. Where a
+step is one pack in one or two parts, each part's products go straight into a buffer of its own, in bf16, and
+`worker/kernels/cpu/adamw.py` sums them where it reads them. Two such buffers are as large as one float32 gradient. What a part
+adds to a weight a second time is accumulated in `weight.grad` (`MasterWeight.add`), together with what the buffers hold.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from worker.runtime.thread_parallel import ThreadParallel
 
 MAX_PARTS = 2
 MAX_LAID_BY = 2
-"""Pieces of a head's gradient that a part may keep while it is not its turn."""
+"""Slices of the head's gradient that a part may hold back while it waits for its turn."""
 
 
 class MasterWeight:
-    """A weight that learns: its value in `kind`, once a product has asked for it, and its gradient. The weight itself knows it as
-    `weight.whole`."""
+    """A trainable float32 weight, its copy rounded to `kind` (made when a product first needs it), and its gradient. The
+    parameter refers to it as `weight.whole`."""
 
     def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: ThreadParallel) -> None:
         self.weight, self.kind, self.abreast = weight, kind, abreast
         self.copy: torch.Tensor | None = None
-        self.room: torch.Tensor | None = None  # where the gradient is put in every step, so that it leaves no holes in a thread's memory
-        self.multiplies = False  # or is read row by row alone
-        self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and what it is yet to be multiplied by
-        self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of a table, and what they add to what is kept
+        self.room: torch.Tensor | None = None  # the gradient's memory, reused in every step, so that it does not fragment a thread's arena
+        self.multiplies = False  # used in products, not only as an embedding
+        self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and the factor not applied to it yet
+        self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # embedding rows and their gradients, in addition to `kept`
         self.rooms = GradientBuffers([self])
         self.rounded_at: tuple[int, int] | None = None
         self.lock = threading.Lock()
-        self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, rows of a table, their gradients), not yet added
+        self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, embedding rows, their gradients), not added yet
         weight.whole = self  # type: ignore[attr-defined]
 
     def rounded(self) -> torch.Tensor:
-        """The weight as it is now, in `kind`."""
+        """The current value of the weight, in `kind`."""
         if self.weight.dtype == self.kind:
             return self.weight.detach()
         stands_at = (self.weight.data_ptr(), self.weight._version)
@@ -58,15 +59,15 @@ class MasterWeight:
         return self.copy
 
     def moved(self) -> None:
-        """Tell that the weight has other values: torch's fused optimizer does not count as a change of a tensor."""
+        """Mark the copy as stale: torch's fused optimizer does not bump a tensor's version."""
         self.rounded_at = None
 
     def follows(self) -> None:
-        """Tell that the weight has other values and the rounded ones are theirs already."""
+        """Mark the copy as current: the kernel that updated the weight wrote both."""
         self.rounded_at = (self.weight.data_ptr(), self.weight._version)
 
     def add(self, gradient: torch.Tensor) -> None:
-        """Add a part's gradient in its turn."""
+        """Add a part's gradient to `weight.grad`, in the order of the parts."""
         with self.abreast.turn(id(self.weight)):
             if self.weight.grad is None:
                 self.weight.grad = self._room().copy_(gradient)
@@ -74,8 +75,9 @@ class MasterWeight:
                 self.weight.grad += gradient
 
     def add_rows(self, gradients: Iterable[tuple[slice, torch.Tensor]], scale: float) -> None:
-        """Add `scale` times a part's gradients of some rows each, no row twice, in its turn for each. What comes before its turn
-        is laid by, for the parts come here at the same time and to sleep takes longer than to go on."""
+        """Add `scale` times a part's gradients of slices of rows, each row at most once, in the order of the parts within each
+        slice. A slice whose turn has not come is held back, because the parts arrive here at the same time and sleeping takes
+        longer than going on."""
         laid_by: deque[tuple[slice, torch.Tensor]] = deque()
 
         def add_first() -> None:
@@ -106,7 +108,7 @@ class MasterWeight:
         return self.room
 
     def settle(self) -> None:
-        """Add what the parts kept for the rows of a table, and what they kept apart where it cannot stay so."""
+        """Add what the parts collected for embedding rows, and the buffered gradients where they have to be accumulated after all."""
         read = sorted(self.read, key=lambda kept: kept[0])
         self.read.clear()
         if self.kept and self.weight.grad is None:
@@ -127,7 +129,7 @@ class MasterWeight:
             whole.index_add_(0, rows, gradients)
 
     def pieces(self) -> SplitGradient:
-        """The gradient as it is kept."""
+        """The buffered gradient as the AdamW kernel reads it."""
         first, *more = (self.kept[place] for place in sorted(self.kept))
         second = more[0] if more else (first[0], 0.0)
         height, width = self.weight.shape
@@ -140,7 +142,7 @@ class MasterWeight:
 
 
 class GradientBuffers:
-    """For weights (N, K) that share a product, (ΣN, K) for each part of a pack."""
+    """For weights (N, K) that share a product, one buffer (ΣN, K) for each part of a pack."""
 
     def __init__(self, wholes: Sequence[MasterWeight]) -> None:
         self.wholes, self.heights = wholes, [whole.weight.shape[0] for whole in wholes]
@@ -153,8 +155,8 @@ class GradientBuffers:
         self.rooms = [torch.empty(size, dtype=self.wholes[0].kind) for _ in range(parts)]
 
     def enter(self, scale: float = 1.0) -> torch.Tensor | None:
-        """The place that this thread's part fills now, its numbers yet to be multiplied by `scale`; None where there is none, or where
-        the part filled it in this step already."""
+        """The buffer for the current part's product, whose values are still to be multiplied by `scale`; None where there is
+        none, or where the part filled it earlier in this step."""
         place = self.wholes[0].abreast.place()
         if place >= len(self.rooms) or any(place in whole.kept for whole in self.wholes):
             return None
@@ -163,7 +165,7 @@ class GradientBuffers:
         return self.rooms[place]
 
     def take(self, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """The gradient dyᵀ x of dy (T, ΣN) and x (T, K)."""
+        """Take the gradient dyᵀ x of dy (T, ΣN) and x (T, K): into the buffer where it is free, else added to `weight.grad`."""
         room = self.enter()
         if room is not None:
             torch.mm(dy.t(), x, out=room)
@@ -182,7 +184,7 @@ def keep(wholes: Sequence[MasterWeight], parts: int) -> bool:
 
 
 class RowRange(NamedTuple):
-    """Rows of a weight that one thread works on."""
+    """Rows of a weight that one thread updates."""
 
     whole: MasterWeight
     pieces: SplitGradient
@@ -191,7 +193,7 @@ class RowRange(NamedTuple):
 
 
 def shares(wholes: Sequence[MasterWeight], threads: int) -> list[list[RowRange]]:
-    """The weights of which gradients are kept, cut into as many equal pieces as there are threads."""
+    """The buffered weights, cut into one piece of equal size for each thread."""
     kept = [(whole, whole.pieces()) for whole in wholes if whole.kept]
     if not kept:
         return []
@@ -209,13 +211,13 @@ def shares(wholes: Sequence[MasterWeight], threads: int) -> list[list[RowRange]]
 
 
 def squares(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel) -> float:
-    """The sum of the squares of all gradients that are kept."""
+    """The sum of squares of all buffered gradients."""
     return sum(abreast.map(lambda own: sum(adamw.squares(share.pieces, share.start, share.stop) for share in own), cut))
 
 
 def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: torch.optim.Optimizer, shorten: float) -> None:
-    """One step of AdamW over the weights of which gradients are kept, by `shorten` times these. The moments are the optimizer's own, as
-    it would have made them."""
+    """One AdamW step over the buffered weights with `shorten` (the clipping coefficient) times their gradients. The moments are
+    those of the torch optimizer, so its state can be saved and loaded as usual."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     moments = {id(whole): _moments(whole, optimizer) for whole in _each(cut)}
 
@@ -230,7 +232,7 @@ def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: 
 
 
 def leave(wholes: Sequence[MasterWeight]) -> None:
-    """Forget what is kept, when the step is over."""
+    """Discard the buffered gradients, when the step is over."""
     for whole in wholes:
         whole.kept.clear()
         whole.sparse = None
@@ -248,7 +250,7 @@ def _moments(whole: MasterWeight, optimizer: torch.optim.Optimizer) -> AdamWStat
 
 
 def _sum_of_rows(read: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows (R,) that were read, and the sums of their gradients (R, K)."""
+    """The distinct rows (R,) that were read, and the sums of their gradients (R, K)."""
     rows, which = torch.cat([rows for _, rows, _ in read]).unique(return_inverse=True)
     gradients = torch.cat([gradients for *_, gradients in read]).float()
     return rows, torch.zeros(len(rows), gradients.shape[1]).index_add_(0, which, gradients)

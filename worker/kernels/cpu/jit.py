@@ -1,13 +1,13 @@
-"""What passes over rows of numbers on a CPU are written with, compiled for the processor they run on (Numba).
+"""Numba toolkit of the CPU kernels: bf16 conversion, exp, row addressing, and compilation for the host CPU.
 
-torch has one kernel for each single operation: a norm or a gated activation reads and writes its rows five to nine times, and on a CPU
-with matrix units that takes half as long as all matrix products. A kernel here does a whole formula in one pass, in float32, and rounds
-once. The kernels stand where they are used: `rms_norm.py`, `gated_mlp.py`, `rotary.py`, `cross_entropy.py`, `attention.py`, `lora_products.py`,
-`lora_step.py` and `adamw.py`, all in `worker/kernels/cpu/`.
+torch runs one kernel per operation: a norm or a gated activation reads and writes its rows five to nine times, and on a CPU with
+AMX that takes half as long as all matrix products. A kernel here evaluates a whole formula in one pass, in float32, and rounds
+once. They are in `rms_norm.py`, `gated_mlp.py`, `rotary.py`, `cross_entropy.py`, `attention.py`, `lora_products.py`,
+`lora_step.py` and `adamw.py` of this package.
 
-A kernel takes addresses, sizes, bytes from one row to the next, and for each type of numbers one that is `like` them (`KINDS`). It
-holds no lock of Python's while it runs, is compiled on first use, which takes half a second, and is kept on disk (`NUMBA_CACHE_DIR`, else
-`cache/numba` in the data folder; see `worker/kernels/cpu/warmup.py`).
+A kernel takes addresses, sizes, row strides in bytes, and for each dtype a sample value of it (`KINDS`), by which Numba
+specializes it. It runs without the GIL. It is compiled on first use, which takes half a second, and cached on disk
+(`NUMBA_CACHE_DIR`, else `cache/numba` in the data folder; see `worker/kernels/cpu/warmup.py`).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ numba.config.CACHE_DIR = str(kernel_cache.folder())
 
 FEATURES = binding.get_host_cpu_features().flatten()
 ROUNDS = "+avx512bf16" in FEATURES.split(",")
-"""Whether the processor has an instruction that rounds to bf16. Those that have it lose nothing by vectors of 512 bits, which LLVM
-avoids on some for the sake of older ones: a chunk of the head's loss took 16.9 instead of 22.2 ms."""
+"""Whether the CPU has an instruction that rounds to bf16. CPUs that have it lose nothing by 512-bit vectors, which LLVM avoids by
+default because older CPUs lower their clock for them: a chunk of the head's loss took 16.9 instead of 22.2 ms."""
 if ROUNDS:
     numba.config.CPU_NAME, numba.config.CPU_FEATURES = binding.get_host_cpu_name(), FEATURES + ",-prefer-256-bit"
 
 
 class _Bf16(ir.Type):
-    """LLVM's type of bf16, which llvmlite does not name."""
+    """LLVM's bf16 type, which llvmlite does not define."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -59,7 +59,7 @@ FLOAT, INT, SHORT, BF16 = ir.FloatType(), ir.IntType(32), ir.IntType(16), _Bf16(
 
 
 def constant(kind: Any, value: float) -> Any:
-    """A value of an LLVM type, in each place of a vector."""
+    """A constant of an LLVM type, broadcast to all lanes of a vector type."""
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
@@ -68,7 +68,7 @@ def _integers(kind: Any, bits: int) -> Any:
 
 
 def _call(b: Any, name: str, *given: Any) -> Any:
-    """One of LLVM's functions that take and give one type."""
+    """Call an LLVM intrinsic whose arguments and result have one float32 (vector) type."""
     kind = given[0].type
     name = f"llvm.{name}." + (f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32")
     known = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(kind, [kind] * len(given)), name)
@@ -76,7 +76,7 @@ def _call(b: Any, name: str, *given: Any) -> Any:
 
 
 def build_narrow(b: Any, x: Any) -> Any:
-    """The bits of x rounded to bf16, to nearest even."""
+    """The bits of float32 x rounded to bf16, to nearest even. NaN stays NaN."""
     ints, shorts = _integers(x.type, 32), _integers(x.type, 16)
     if ROUNDS:
         return b.bitcast(b.fptrunc(x, ir.VectorType(BF16, x.type.count) if isinstance(x.type, ir.VectorType) else BF16), shorts)
@@ -87,8 +87,8 @@ def build_narrow(b: Any, x: Any) -> Any:
 
 
 def build_exp(b: Any, x: Any) -> Any:
-    """e to the power of x: 2 to the power of a whole number times a polynomial of degree 5 (Cephes, S. L. Moshier, expf). What is no
-    number stays none."""
+    """e^x in float32: 2^n times a polynomial of degree 5 in the remainder (Cephes, S. L. Moshier, expf). x is clamped to ±87; NaN
+    propagates."""
     kind, ints = x.type, _integers(x.type, 32)
 
     def number(value: float) -> Any:
@@ -102,7 +102,7 @@ def build_exp(b: Any, x: Any) -> Any:
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = _call(b, "fma", p, r, number(factor))
     p = b.fadd(_call(b, "fma", b.fmul(p, r), r, r), number(1.0))
-    # What is no number has no whole number beside it either, and keeps p from being one.
+    # For NaN, fptosi gives an arbitrary n, but p is NaN already and the product stays NaN.
     power = b.shl(b.add(b.fptosi(n, ints), constant(ints, 127)), constant(ints, 23))
     return b.fmul(p, b.bitcast(power, kind))
 
@@ -112,7 +112,7 @@ def build_exp(b: Any, x: Any) -> Any:
 
 @intrinsic
 def at(context: Any, address: Any, like: Any) -> Any:
-    """The numbers at an address, of the type of `like`: uint16 stands for bf16."""
+    """A pointer to values at an address, of the type of `like`; uint16 stands for bf16."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         return b.inttoptr(a[0], c.get_value_type(like).as_pointer())
@@ -122,7 +122,7 @@ def at(context: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def to_f32(context: Any, number: Any) -> Any:
-    """bf16 as float32; float32 as it is."""
+    """bf16 to float32; float32 is returned unchanged."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         return b.bitcast(b.shl(b.zext(a[0], INT), INT(16)), FLOAT) if number == types.uint16 else a[0]
@@ -132,7 +132,7 @@ def to_f32(context: Any, number: Any) -> Any:
 
 @intrinsic
 def to_bf16(context: Any, number: Any, like: Any) -> Any:
-    """float32 rounded to bf16, to nearest even, where `like` is that; what is no number stays none."""
+    """float32 rounded to bf16, to nearest even, where `like` is bf16; unchanged where it is float32. NaN stays NaN."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         return a[0] if like == types.float32 else build_narrow(b, a[0])
@@ -142,7 +142,7 @@ def to_bf16(context: Any, number: Any, like: Any) -> Any:
 
 @intrinsic
 def rank(context: Any, number: Any) -> Any:
-    """An integer that orders float32 numbers as they are ordered, turned back by `ranked`. What is no number comes first or last."""
+    """An int32 with the order of the float32 values, inverted by `ranked`. NaN sorts first or last, by its sign."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         bits = b.bitcast(a[0], INT)
@@ -161,19 +161,20 @@ def ranked(context: Any, rank: Any) -> Any:
 
 @intrinsic
 def later(context: Any, one: Any, other: Any) -> Any:
-    """The higher of two ranks."""
+    """The maximum of two ranks."""
     return types.int32(types.int32, types.int32), lambda c, b, s, a: b.select(b.icmp_signed(">", a[0], a[1]), a[0], a[1])
 
 
 F = np.float32
 inlined = numba.njit(inline="always")
 kernel: Callable[[Callable], Callable] = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-"""Sums may be taken in any order, the same in every run; what is no number stays none, for a job that diverges must be seen to."""
+"""Compiles a kernel. Sums may be reordered (the same way in every run); NaN is not optimized away, because a diverged job must be
+noticed."""
 
 
 @intrinsic
 def exp(context: Any, number: Any) -> Any:
-    """e to the power of a float32, held to ±87, within 2e-7 of its value."""
+    """e^x in float32, clamped to ±87, with a relative error below 2e-7."""
     return types.float32(types.float32), lambda c, b, s, a: build_exp(b, a[0])
 
 
@@ -199,7 +200,7 @@ def _powers(x, y, kind, count):
 
 @functools.cache
 def is_available() -> bool:
-    """Whether kernels can be compiled and run here, tried once. Without them torch's own operations are taken, which are slower."""
+    """Whether kernels can be compiled and run here; tried once. Without them torch's own, slower operations are used."""
     try:
         x = torch.full((40,), 3.0, dtype=torch.bfloat16)
         _powers(*addresses(x, x), KINDS[x.dtype], len(x))
@@ -212,7 +213,7 @@ def is_available() -> bool:
 
 
 KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
-"""What the kernels tell types of numbers by."""
+"""The sample value by which a kernel is specialized for a dtype."""
 
 
 def supports(*tensors: torch.Tensor) -> bool:
@@ -224,13 +225,13 @@ def supports(*tensors: torch.Tensor) -> bool:
 
 
 def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (…, N) as rows (R, N) whose numbers lie side by side; copied where they do not."""
+    """x (…, N) as rows (R, N) whose elements are contiguous; a copy where they are not."""
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """x (…, N) as it is, where its rows lie one after the other, or as `contiguous_rows` gives it; how many rows; bytes from one to the next."""
+    """x (…, N), or contiguous rows of it where it has gaps; the number of rows R; the row stride in bytes."""
     width = x.shape[-1]
     if x.is_contiguous():
         return x, x.numel() // width, width * x.itemsize
@@ -239,10 +240,10 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 
 def steps(*tensors: torch.Tensor) -> list[int]:
-    """Bytes from a row to the next."""
+    """Row strides in bytes."""
     return [x.stride(0) * x.itemsize for x in tensors]
 
 
 def addresses(*tensors: torch.Tensor | None) -> list[int]:
-    """Where tensors lie; 0 for one that is not there."""
+    """Data addresses of tensors; 0 for None."""
     return [0 if x is None else x.data_ptr() for x in tensors]

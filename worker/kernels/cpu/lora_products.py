@@ -1,13 +1,13 @@
-"""The small products of LoRA's layers by a CPU's matrix units (AMX): what a core has to wait for is x and dy, so each is read once.
+"""LoRA's low-rank products on a CPU with AMX. They are bound by reading x and dy, so each is read once.
 
-    project    x (T, K) · A ᵀ            with A (r, K):      (T, r)
-    both       dy (T, N) · B             with B (N, r):      (T, r)
-               lowᵀ · dy, turned         with low (T, r):    (N, r), float32
-    gather     lowᵀ · x                  with low (T, r):    (r, K), float32
+    project    x (T, K) · A ᵀ              with A (r, K):      (T, r)
+    both       dy (T, N) · B               with B (N, r):      (T, r)
+               (lowᵀ · dy)ᵀ                with low (T, r):    (N, r), float32
+    gather     lowᵀ · x                    with low (T, r):    (r, K), float32
 
-T, K and N are whole thirty-twos, r is any. As products of their own these took a seventh of a step: with a rank of 16 a product of oneDNN
-reads its wide matrix at a quarter of what the memory gives, and two of them read dy twice. A `GradientBuffer` takes what goes back through all layers
-of one product in one call. (The units' layouts: `worker/kernels/cpu/amx.py`.)
+T, K and N are multiples of 32, r is any. As separate products these took a seventh of a step: at rank 16 oneDNN reads the wide
+matrix at a quarter of the memory bandwidth, and two of the products read dy twice. A `GradientBuffer` takes the backward pass of
+all layers of one shared product in one call. (Tile layouts: `worker/kernels/cpu/amx.py`.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ log = logging.getLogger(__name__)
 
 HALF, WORD, LONG = np.uint16(0), np.uint32(0), np.int64(0)
 LANE = 16
-"""Ranks that are computed at once: the columns of a tile."""
+"""Ranks computed at once: the columns of a tile."""
 TILE = 1024
 """Bytes of a tile."""
 
 
 @kernel
 def _lay_rows(x, step, rows, columns, y):
-    """x (rows, columns) as tiles of 32 rows of 16 columns in pairs of rows: for each sixteen columns all of them, zeros beyond `columns`."""
+    """Pack x (rows, columns) into right-operand tiles of 32 rows by 16 columns, rows in pairs, one column block after another;
+    zero-filled beyond `columns`."""
     lanes = (columns + LANE - 1) // LANE
     for lane in range(lanes):
         width = min(LANE, columns - lane * LANE)
@@ -51,7 +52,7 @@ def _lay_rows(x, step, rows, columns, y):
 
 @kernel
 def _lay_turned(x, step, columns, rows, room, y):
-    """The same of what lies turned, x (columns, rows)."""
+    """The same for a transposed x (columns, rows)."""
     lanes = (columns + LANE - 1) // LANE
     for lane in range(lanes):
         height = min(LANE, columns - lane * LANE)
@@ -72,7 +73,7 @@ def _lay_turned(x, step, columns, rows, room, y):
 
 @inlined
 def _put(tile_at, out, out_row, lane, rank, rows):
-    """Rows of a tile of float32, rounded, in their lane of `out`."""
+    """Round the rows of a float32 tile to bf16 into their columns of `out`."""
     width = min(LANE, rank - lane * LANE)
     for i in range(rows):
         S, Y = row_of(tile_at, i, 64, LANE, F(0)), row_of(out + 2 * LANE * lane, i, out_row, width, HALF)
@@ -104,8 +105,8 @@ def _project(x, step, rows, width, down, down_row, rank, out, out_row, room, con
 
 @kernel
 def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config):
-    """`sums` (16 ⌈rank / 16⌉, width) = lowᵀ x, and where `right` is not 0 `back` (rows, rank) = x times it. 64 rows at a time, so that the
-    sums are fetched half as often."""
+    """`sums` (16 ⌈rank / 16⌉, width) = lowᵀ x, and where `right` is not 0 `back` (rows, rank) = x · right. 64 rows at a time, so
+    that the sums are loaded and stored half as often."""
     steps, lanes, sums_row = width // SIDE, (rank + LANE - 1) // LANE, 4 * width
     turned, pairs = room, room + 2 * TILE
     found = pairs + 2 * TILE
@@ -176,7 +177,7 @@ def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row,
 
 @kernel
 def _back(dy, dy_row, rows, x, x_row, width, low, rank, layers, scales, count, back, d_down, room, config):
-    """`both` for each of the layers of a product, their dy side by side, and `gather` of what came back of all."""
+    """`both` for each layer of a shared product, whose dy are concatenated, then `gather` of the concatenated results."""
     L, S = row_of(layers, 0, 0, 4 * count, LONG), row_of(scales, 0, 0, count, np.float64(0))
     column, before = 0, 0
     for i in range(count):
@@ -197,8 +198,8 @@ def _lanes(rank: int) -> int:
 
 
 def supports(*wide: torch.Tensor) -> bool:
-    """Whether the units take matrices (…, K): bf16, whole thirty-twos, their rows' numbers side by side, and one thread for them. A
-    product of several threads would have to be cut for them."""
+    """Whether AMX takes these matrices (…, K): bf16, both dimensions multiples of 32, contiguous rows, and one thread, because a
+    product on several threads would have to be split."""
     return (
         not torch.compiler.is_compiling()
         and all(x.dtype == torch.bfloat16 and x.shape[1] % SIDE == 0 and x.stride(1) == 1 and x.device.type == "cpu" for x in wide)
@@ -211,7 +212,7 @@ def supports(*wide: torch.Tensor) -> bool:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether this processor has the units and the kernels give with them what they should, tried once."""
+    """Whether this CPU has AMX and the kernels compute correctly with it; tried once."""
     if not amx_attention.is_available():
         return False
     try:
@@ -226,12 +227,12 @@ def is_available() -> bool:
         return False
 
 
-_here = threading.local()  # .room: what this thread's kernels work in
+_here = threading.local()  # .room: this thread's scratch memory
 
 
 def _room(size: int) -> int:
-    """Where so many bytes lie that are this thread's own. A tensor of its own for each call would be one more call of torch's, and each of
-    these hands the interpreter to a thread that waits for it, which a virtual machine wakes slowly."""
+    """Address of at least `size` bytes of this thread's scratch memory. Allocating a tensor per call would be one more torch
+    call, and each of these hands the GIL to a waiting thread, which a virtual machine wakes slowly."""
     room = getattr(_here, "room", None)
     if room is None or room.nbytes < size:
         room = _here.room = torch.empty(size, dtype=torch.uint8)
@@ -239,7 +240,7 @@ def _room(size: int) -> int:
 
 
 def _check(wide: torch.Tensor, *narrow: tuple[torch.Tensor, tuple[int, int]]) -> None:
-    """Raise ValueError for what would be read or written beyond its end."""
+    """Raise ValueError where a kernel would read or write out of bounds."""
     if wide.shape[0] % SIDE or wide.shape[1] % SIDE:
         raise ValueError(f"the units take whole thirty-twos, not {tuple(wide.shape)}")
     for x, shape in ((wide, tuple(wide.shape)), *narrow):
@@ -248,7 +249,7 @@ def _check(wide: torch.Tensor, *narrow: tuple[torch.Tensor, tuple[int, int]]) ->
 
 
 def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x (T, K) · downᵀ with down (r, K), bf16: (T, r). Raises ValueError for what does not fit, as the others do."""
+    """x (T, K) · downᵀ for down (r, K), all bf16: (T, r). Raises ValueError when shapes, dtypes or strides do not match."""
     (rows, width), rank = x.shape, down.shape[0]
     _check(x, (down, (rank, width)))
     out, room = torch.empty(rows, rank, dtype=x.dtype), _room(TILE * (2 + _lanes(rank) * width // SIDE))
@@ -258,7 +259,8 @@ def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """dy (T, N) · up (N, r) into `back` (T, r), all bf16; returns `scale` · dyᵀ · low (T, r), (N, r) in float32."""
+    """Write dy (T, N) · up (N, r) into `back` (T, r), all bf16; return `scale` · dyᵀ · low for low (T, r): (N, r) in float32.
+    Raises ValueError as `project` does."""
     (rows, width), rank = dy.shape, up.shape[1]
     _check(dy, (up, (width, rank)), (low, (rows, rank)), (back, (rows, rank)))
     lanes = _lanes(rank)
@@ -270,7 +272,7 @@ def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tens
 
 
 def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """lowᵀ · x with low (T, r) and x (T, K), bf16: (r, K) in float32."""
+    """lowᵀ · x for low (T, r) and x (T, K), bf16: (r, K) in float32. Raises ValueError as `project` does."""
     (rows, width), rank = x.shape, low.shape[1]
     _check(x, (low, (rows, rank)))
     sums, room = torch.empty(_lanes(rank) * LANE, width), _room(8 * TILE)
@@ -283,12 +285,13 @@ def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 def lays(width: int, heights: Sequence[int]) -> bool:
-    """Whether the units take layers of these sizes: whole thirty-twos."""
+    """Whether layers of these sizes can be computed: all multiples of 32."""
     return not any(size % SIDE for size in (width, *heights))
 
 
 class Layers:
-    """Layers that read the same x (T, K): their B (N, r) in bf16, and what dB is multiplied by. Raises ValueError for what does not fit."""
+    """Layers that read the same x (T, K): their bf16 copies of B (N, r), and the factors of dB. Raises ValueError for unsupported
+    sizes or dtypes."""
 
     def __init__(self, ups: Sequence[torch.Tensor], scales: Sequence[float], width: int) -> None:
         if any(up.dtype != torch.bfloat16 or not up.is_contiguous() for up in ups) or not lays(width, [up.shape[0] for up in ups]):
@@ -298,12 +301,13 @@ class Layers:
         self.work = max(8 * TILE, *(TILE * (8 + lanes * n // SIDE) + lanes * LANE * 4 * n for n, lanes in self.sizes()))
 
     def sizes(self) -> list[tuple[int, int]]:
-        """N and lanes of each."""
+        """(N, number of 16-rank blocks) of each layer."""
         return [(up.shape[0], _lanes(up.shape[1])) for up in self.ups]
 
 
 class GradientBuffer:
-    """Where the gradients of the layers' A and B are put, float32: `down` (Σr, K) and `ups` (N, r), parts of what has room for whole lanes."""
+    """Gradients of the layers' A and B, float32: `down` (Σr, K) and `ups` (N, r), views of tensors whose ranks are padded to
+    multiples of 16."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers, self.down = layers, torch.empty(_lanes(layers.rank) * LANE, layers.width)[: layers.rank]
@@ -318,7 +322,11 @@ class GradientBuffer:
         return [self.down, *self.ups]
 
     def take(self, dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Put the gradients that dy (T, ΣN), x (T, K) and x Aᵀ (T, Σr) give in their places; returns dy B of each side by side, (T, Σr)."""
+        """Write the gradients given by dy (T, ΣN), x (T, K) and low = x Aᵀ (T, Σr) into this buffer; return dy B of each layer,
+        concatenated, (T, Σr).
+
+        Raises ValueError when shapes or dtypes do not match.
+        """
         layers, rows = self.layers, dy.shape[0]
         _check(x, (low, (rows, layers.rank)))
         if dy.shape != (rows, layers.height) or x.shape != (rows, layers.width) or dy.dtype != low.dtype or dy.stride(1) != 1:

@@ -1,11 +1,11 @@
-"""LoRA's layers on a CPU with matrix units, with few words between Python and torch: what learns is rounded once a step, and the
-gradients of A and B are put where the optimizer finds them.
+"""LoRA forward, backward and AdamW on a CPU with AMX, with few calls between Python and torch: trainable factors are rounded to
+bf16 once per step, and the gradients of A and B are written where the optimizer kernel reads them.
 
-Parts of a pack run in threads beside each other (`worker/runtime/thread_parallel.py`), and each call of torch hands Python's lock to the other thread,
-which a virtual machine wakes slowly. So a product of layers that read the same x asks for four things each way: room for what comes out,
-the small products in one call of a kernel (`worker/kernels/cpu/lora_products.py`), and two products of torch's. Gradients go to a place of each part's
-own, past autograd; one pass adds them, another moves the factors by AdamW (Loshchilov and Hutter 2019,
-https://arxiv.org/abs/1711.05101) and rounds them where it writes them. The moments are the optimizer's own.
+Parts of a pack run on parallel threads (`worker/runtime/thread_parallel.py`), and each torch call hands the GIL to another
+thread, which a virtual machine wakes slowly. So a shared product makes four calls each way: one allocation, one kernel for the
+low-rank products (`worker/kernels/cpu/lora_products.py`), and two torch products. Each part has gradient buffers of its own,
+outside autograd; one pass sums them, another applies AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) and
+rounds the factors where it writes them. The moments are those of the torch optimizer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HALF, LONG, DOUBLE = np.uint16(0), np.int64(0), np.float64(0)
 
 
 class LoraFactor(NamedTuple):
-    """An A or a B, the parts' gradients of it, and where it stands in bf16 times `scale`; turned as well, where `turned` is not None."""
+    """An A or a B, its gradient in each part, and its bf16 `copy` times `scale`; also the transposed copy, where `turned` is not None."""
 
     parameter: torch.nn.Parameter
     gradients: list[torch.Tensor]
@@ -38,8 +38,10 @@ class LoraFactor(NamedTuple):
 
 
 class LoraLayerState:
-    """A (r, K) and B (N, r) of layers that read the same x, as their product reads them: with W (ΣN, K) and a bias (ΣN,) or None, in bf16,
-    that they add to, and with a room for their gradients for each of `parts` of a pack. Raises ValueError where the units do not take them.
+    """Bf16 copies and gradient buffers of A (r, K) and B (N, r) of layers that share a product.
+
+    The copies are laid out as the product reads them, next to the frozen W (ΣN, K) and bias (ΣN,) or None in bf16; each of
+    `parts` parts of a pack has a gradient buffer. Raises ValueError for sizes or dtypes that AMX does not take.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class LoraLayerState:
         self.downs, self.ups, self.scales = downs, ups, scales
         self.weight, self.turned, self.bias, self.abreast = weight, weight.t(), bias, abreast
         self.down = torch.empty(sum(down.shape[0] for down in downs), width, dtype=kind)
-        self.lifts = torch.zeros(self.down.shape[0], height, dtype=kind)  # all s B, turned, each beside and below the one before
+        self.lifts = torch.zeros(self.down.shape[0], height, dtype=kind)  # s Bᵀ of each layer, as diagonal blocks
         self.layers = Layers([torch.empty(up.shape, dtype=kind) for up in ups], scales, width)
         self.rooms, self.filled = [GradientBuffer(self.layers) for _ in range(parts)], [False] * parts
         self.round()
@@ -71,19 +73,19 @@ class LoraLayerState:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Take the factors as they are now."""
+        """Refresh the copies from the current factors."""
         for factor in self.factors():
             factor.copy.copy_(factor.parameter * factor.scale)
             if factor.turned is not None:
                 factor.turned.copy_(factor.copy.t())
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether the units multiply x (…, K): in the type of the products, whole thirty-twos of rows, in a thread of its own."""
+        """Whether x (…, K) can be computed here: the products' dtype, a multiple of 32 rows, and one thread."""
         rows = x.numel() // x.shape[-1]
         return x.dtype == self.weight.dtype and rows > 0 and rows % SIDE == 0 and torch.get_num_threads() == 1
 
     def take(self, dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Keep what the pass of this thread's part says of the factors, with what it said in this step before; returns dy B (T, Σr)."""
+        """Add the gradients of one pass to the current part's buffer; returns dy B (T, Σr)."""
         place = self.abreast.place()
         if not self.filled[place]:
             self.filled[place] = True
@@ -95,7 +97,7 @@ class LoraLayerState:
         return back
 
     def settle(self) -> bool:
-        """Whether there are gradients; where a part has none its room is emptied."""
+        """Whether there are gradients; zeroes the buffers of parts that have none, and begins a new step."""
         found = any(self.filled)
         for room, filled in zip(self.rooms, self.filled, strict=True):
             if found and not filled:
@@ -106,7 +108,8 @@ class LoraLayerState:
 
 
 class Product(torch.autograd.Function):
-    """x (…, K) through the layers that `own` stands for: (…, ΣN). A factor is given so that the pass comes back also where x needs nothing."""
+    """x (…, K) through the layers of `own`: (…, ΣN). A factor is an argument so that autograd calls backward even where x needs
+    no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: LoraLayerState, _: torch.Tensor) -> torch.Tensor:
@@ -133,8 +136,8 @@ class Product(torch.autograd.Function):
 
 @kernel
 def _add(table, width, start, stop):
-    """Add the gradients of factors in the place of the first of each; returns the sum of the squares of what comes of it. A factor has
-    `width` words: rows, columns, bytes from a gradient's row to the next, and where each lies."""
+    """Sum the parts' gradients of the factors [start, stop) into the first part's; returns the sum of squares of the results. A
+    factor is a row of `width` int64: rows, columns, the row stride of its gradients in bytes, and the address of each gradient."""
     total = 0.0
     for e in range(start, stop):
         T = row_of(table, e, 8 * width, width, LONG)
@@ -152,8 +155,9 @@ def _add(table, width, start, stop):
 
 @kernel
 def _move(table, rules, start, stop, shorten):
-    """A factor has ten words: rows, columns, bytes from a gradient's row to the next, where it lies, and the weight, its two means, its
-    copy, and that turned or 0, and bytes from a row of that to the next."""
+    """AdamW on the factors [start, stop). A factor is a row of ten int64: rows, columns, the gradient's row stride in bytes, the
+    addresses of gradient, weight, first and second moment, copy and transposed copy (or 0), and the row stride of the last in
+    bytes."""
     for e in range(start, stop):
         T, R = row_of(table, e, 80, 10, LONG), row_of(rules, e, 56, 7, DOUBLE)
         rows, columns, s = T[0], T[1], F(shorten)
@@ -176,18 +180,18 @@ def _move(table, rules, start, stop, shorten):
 
 
 class LoraOptimizer:
-    """All factors of a job that are computed so. When a step's parts are through, ask for `squares`, then `move` where these are finite."""
+    """The optimizer step of all factors computed here. When a step's parts are done, call `squares`, then `move` if the norm is finite."""
 
     def __init__(self, places: Sequence[Any], optimizer: torch.optim.Optimizer, abreast: ThreadParallel) -> None:
-        self.places, self.optimizer, self.abreast = places, optimizer, abreast  # each of which has factors of its own
+        self.places, self.optimizer, self.abreast = places, optimizer, abreast  # places: the modules that hold a `LoraLayerState` as `own`
         self.products: list[LoraLayerState] = [place.own for place in places]
         self.every = [list(product.factors()) for product in self.products]
-        self.moving: list[LoraFactor] = []  # what has gradients in this step
-        self.elsewhere = False  # whether these were handed to torch
+        self.moving: list[LoraFactor] = []  # the factors that have gradients in this step
+        self.elsewhere = False  # whether the gradients were handed to torch
 
     def squares(self) -> float:
-        """The sum of the squares of this step's gradients, those of all parts added; 0 where some lie in `parameter.grad`, of passes that
-        did not fit, and all were put there."""
+        """The sum of squares of this step's gradients, summed over the parts. 0 where some passes could not use the kernels and
+        left gradients in `parameter.grad`: all are then added there, for torch's optimizer."""
         self.moving = [factor for product, own in zip(self.products, self.every, strict=True) if product.settle() for factor in own]
         told = [[*_size(f), *(g.data_ptr() for g in f.gradients)] for f in self.moving]
         total = sum(self._share(_add, torch.tensor(told, dtype=torch.int64), len(told[0]))) if told else 0.0
@@ -201,7 +205,7 @@ class LoraOptimizer:
         return 0.0
 
     def move(self, shorten: float) -> None:
-        """One step of AdamW by `shorten` times the gradients, as torch's own."""
+        """One AdamW step with `shorten` (the clipping coefficient) times the gradients, as torch's optimizer would take it."""
         if self.elsewhere:
             for product in self.products:
                 product.round()
@@ -216,13 +220,13 @@ class LoraOptimizer:
         self._share(_move, torch.tensor(told, dtype=torch.int64), numbers.data_ptr(), after=(shorten,))
 
     def give_back(self) -> None:
-        """Let go of all this takes, when no step follows; the layers are computed as before."""
+        """Release the buffers when no step follows; the layers are computed as before."""
         for place in self.places:
             place.own = None
         self.products, self.every, self.moving, self.places = [], [], [], []
 
     def _share(self, work: Any, table: torch.Tensor, given: int, after: Sequence[float] = ()) -> list[Any]:
-        """A kernel over the factors that move, cut into as many equal pieces as there are threads."""
+        """Run a kernel over the moving factors, split into one piece of about equal size for each thread."""
         ends = torch.tensor([factor.parameter.numel() for factor in self.moving]).cumsum(0)
         cuts = torch.arange(1, self.abreast.threads) * ends[-1] // self.abreast.threads
         edges = [0, *torch.searchsorted(ends, cuts).tolist(), len(self.moving)]

@@ -1,9 +1,11 @@
-"""Root-mean-square norm on a CPU in as few passes as its formula needs (Zhang and Sennrich 2019, equation 4).
+"""RMSNorm on a CPU in one pass each way (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4).
 
-torch composes it there of single operations, each of which autograd keeps something for. Here the input and one number a row
-are kept, and where it can be one pass is made of the formula (`_forward`, `_backward`). With r = 1 / sqrt(mean(x²) + eps) and g = dy · weight:
+torch composes it of single operations, each of which keeps a tensor for autograd. Here only the input and one value per row are
+kept. With r = 1 / sqrt(mean(x²) + eps) and g = dy · weight:
 
     y = x · r · weight        dx = r · g − x · r³ · mean(g · x)        d weight = Σ dy · x · r
+
+Where the kernel does not take the dtypes, the same formulas run in torch (`_RmsNorm`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _forward(x, kind, weight, own, y, wanted, scales, rows, width, x_row, y_row,
 
 @kernel
 def _backward(x, kind, weight, own, scales, dy, given, dx, d_weight, rows, width, x_row, dy_row, dx_row):
-    """Either of `dx` and `d_weight` may be 0 and is left out then."""
+    """`dx` or `d_weight` may be 0 and is then not computed."""
     W, R = row_of(weight, 0, 0, width, own), row_of(scales, 0, 0, rows, F(0))
     for i in range(rows):
         X, DY = row_of(x, i, x_row, width, kind), row_of(dy, i, dy_row, width, given)
@@ -54,7 +56,7 @@ def _backward(x, kind, weight, own, scales, dy, given, dx, d_weight, rows, width
 
 
 def _in_one(x: torch.Tensor, weight: torch.Tensor, eps: float, wanted: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (…, N) normed by weight (N,): (y like x, contiguous, in the type `wanted`; r (R,) in float32)."""
+    """RMSNorm of x (…, N) with weight (N,): y (…, N) in the dtype `wanted`, contiguous, and r (R,) in float32."""
     (rows, count, x_row), width = as_rows(x), x.shape[-1]
     y, r = torch.empty(x.shape, dtype=wanted), torch.empty(count)
     x_at, w_at, y_at, r_at = addresses(rows, weight, y, r)
@@ -65,7 +67,7 @@ def _in_one(x: torch.Tensor, weight: torch.Tensor, eps: float, wanted: torch.dty
 def _in_one_back(
     x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, dy: torch.Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(gradient of x in its type, gradient of weight (N,) in float32), either None where it is not needed."""
+    """(dx in the dtype of x, d weight (N,) in float32); each is None where it is not needed."""
     (rows, count, x_row), (given, _, dy_row), width = as_rows(x), as_rows(dy), x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype) if needs_x else None
     d_weight = torch.zeros(width) if needs_weight else None
@@ -109,5 +111,6 @@ def _float(x: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, kind: torch.dtype) -> torch.Tensor:
-    """x (…, H) in any type, computed in float32 (float64 in its own) and rounded once to `kind`; gradients flow to x and weight (H,)."""
+    """RMSNorm of x (…, H) with weight (H,), computed in float32 (float64 for float64) and rounded once to the dtype `kind`.
+    Differentiable in x and weight."""
     return _RmsNorm.apply(x, weight, eps, kind)

@@ -1,8 +1,8 @@
-"""Rotary position embeddings on a CPU in one pass over queries and keys instead of seven, forwards and backwards.
+"""Rotary position embeddings on a CPU in one pass over queries and keys instead of seven, forward and backward (Su et al. 2021,
+RoFormer, https://arxiv.org/abs/2104.09864, in the layout of GPT-NeoX).
 
-transformers writes x · cos + rotate_half(x) · sin, which negates, joins, multiplies twice and adds, each a pass with memory of
-its own (Su et al. 2021, RoFormer, https://arxiv.org/abs/2104.09864, in the form of GPT-NeoX). On a GPU the compiler makes one
-kernel of that, so nothing is changed there.
+transformers writes x · cos + rotate_half(x) · sin, which negates, concatenates, multiplies twice and adds, each a pass with a
+tensor of its own. On a GPU torch.compile fuses these, so nothing is changed there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @kernel
 def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_token, y_token, c_token, s_token, size, back):
-    """y (T, heads, D) of x (heads, T, D) with any steps. `back` turns the other way."""
+    """Rotate x (heads, T, D), with any strides, into y (T, heads, D). `back` applies the inverse rotation."""
     half = dim // 2
     for t in range(tokens):
         C, S = row_of(cos, t, c_token, dim, angles), row_of(sin, t, s_token, dim, angles)
@@ -43,7 +43,7 @@ def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_to
 
 
 def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> list[torch.Tensor]:
-    """Each x (1, heads, T, D) turned by cos and sin (1, T, D), in the type `wanted`."""
+    """Each x (1, heads, T, D) rotated by cos and sin (1, T, D), in the dtype `wanted`."""
     _, _, tokens, dim = given[0].shape
     found = []
     angles = KINDS[cos.dtype], *(z.stride(1) * z.itemsize for z in (cos, sin))
@@ -60,7 +60,7 @@ def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
 
 
 class _InOnePass(torch.autograd.Function):
-    """Queries and keys (1, heads, T, D) of one type turned by cos and sin (1, T, D), in the type `wanted`."""
+    """Queries and keys (1, heads, T, D) of one dtype rotated by cos and sin (1, T, D), in the dtype `wanted`, by the kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype) -> Any:
@@ -75,7 +75,7 @@ class _InOnePass(torch.autograd.Function):
 
 
 class _Rotary(torch.autograd.Function):
-    """x (…, T, D) turned by the angles of `cos` and `sin`, which broadcast to it: y₁ = x₁c₁ − x₂s₁, y₂ = x₂c₂ + x₁s₂."""
+    """x (…, T, D) rotated by cos and sin, which broadcast to it, in torch: y₁ = x₁c₁ − x₂s₁, y₂ = x₂c₂ + x₁s₂."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -100,18 +100,18 @@ class _Rotary(torch.autograd.Function):
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys, (B, heads, T, D), turned by `cos` and `sin`, (B, T, D)."""
+    """Queries and keys (B, heads, T, D) rotated by `cos` and `sin` (B, T, D); replaces transformers' `apply_rotary_pos_emb`."""
     if unsqueeze_dim == 1 and _in_one_pass(q, k, cos, sin):
         wanted = torch.promote_types(q.dtype, cos.dtype)
         if q.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu") and amx_attention.supports(q, k):
-            wanted = q.dtype  # which attention would round them to
+            wanted = q.dtype  # attention would round them to it anyway
         return _InOnePass.apply(q, k, cos, sin, wanted)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
 
 def _in_one_pass(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether a kernel takes these, of one sequence or pack."""
+    """Whether the kernel takes these: one sequence or pack, matching shapes and dtypes, and constant angles."""
     return (
         q.shape[0] == k.shape[0] == 1
         and q.shape[2:] == k.shape[2:]
@@ -125,8 +125,8 @@ def _in_one_pass(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
 
 
 def use_fused_rotary(model: torch.nn.Module, device: torch.device) -> int:
-    """Have a model's layers on a CPU use `rotate` where their own function computes the same. Returns in how many of the modules
-    that define the layers it stands now; 0 on a GPU."""
+    """Replace `apply_rotary_pos_emb` by `rotate` in the modules that define a model's layers, where both compute the same.
+    Returns the number of such modules; 0 on a GPU."""
     if device.type != "cpu":
         return 0
     homes = {type(m).__module__ for m in model.modules()}
@@ -155,7 +155,7 @@ def _chosen(own: Rotate) -> Rotate:
 
 @torch.no_grad()
 def _is_the_same(own: Rotate) -> bool:
-    """Whether a function turns numbers as `rotate` does; other families turn neighbours, or a part of each head."""
+    """Whether a function computes what `rotate` does; some families rotate interleaved pairs, or only a part of each head."""
     draw = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
     try:

@@ -1,4 +1,4 @@
-"""Layers of a model that read the same input (q, k and v; gate and up) and so can share one product."""
+"""Layers of a model that read the same input (q, k and v; gate and up) and can share one matrix product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.strategies._model import place_for_notes
 
 
 def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
-    """The layers of each such set, where all of them are of `kind`, with or all without a bias, and of one type of numbers."""
+    """Each such set of sibling layers of class `kind`, all with or all without a bias, and of one dtype."""
     for parent in model.modules():
         for names in JOINED:
             layers: list[Any] = [getattr(parent, name, None) for name in names]
@@ -24,21 +24,21 @@ def siblings(model: torch.nn.Module, kind: type) -> Iterator[list[Any]]:
 
 
 class SharedProjection(ABC):
-    """Layers computed together by whichever is called first. Each knows it as `group`, and its own `place` in it."""
+    """Layers computed together by whichever is called first. Each layer refers to it as `group`, and has its `place` in it."""
 
     def __init__(self, layers: Sequence[Any], device: torch.device) -> None:
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
-        self.kept: Any = place_for_notes(device)  # .source and .parts: an input, and what of its outputs nobody took yet
+        self.kept: Any = place_for_notes(device)  # .source and .parts: the last input, and the outputs not taken yet
         for place, layer in enumerate(layers):
             layer.group, layer.place = self, place
 
     @abstractmethod
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs of all layers for x (…, K) side by side, (…, ΣN)."""
+        """The outputs of all layers for x (…, K), concatenated: (…, ΣN)."""
 
     def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """The output of the layer at `place`. Each is handed out once, and only for the very input it was made of."""
+        """The output of the layer at `place`. Each is handed out once, and only for the very tensor it was computed from."""
         kept = self.kept
         if getattr(kept, "source", None) is not x or kept.parts[place] is None:
             kept.source, kept.parts = x, list(self.product(x).split_with_sizes(self.widths, -1))
@@ -49,11 +49,11 @@ class SharedProjection(ABC):
 
 
 class SharedProjectionPart:
-    """What a layer of peft's that may be in a group has for it."""
+    """Mixin of a peft layer that may be in a group."""
 
     group: Any = None
     place = 0  # in the group
 
     def shares(self: Any, x: torch.Tensor) -> bool:
-        """Whether x is multiplied by the layers of a group together."""
+        """Whether x is multiplied by the whole group in one product."""
         return self.group is not None and not (self.disable_adapters or self.merged)

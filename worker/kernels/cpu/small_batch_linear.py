@@ -1,9 +1,10 @@
-"""Linear layers of a model that answers on a CPU in float32, where a step has one row for each answer that is being written.
+"""Float32 linear layers for generation on a CPU, where a step has one row for each answer being generated.
 
-Between one row and some dozens the library that torch asks for products in float32 loses half of its speed (MKL; all products of a step
-of a model of 135 M, milliseconds on two cores with AMX, at 1, 3, 4, 8, 11, 16 and 32 rows: 30, 35, 49, 59, 68, 56, 66); oneDNN takes
-36, 44, 44, 48, 52, 52, 63 with the same weights. So a layer asks the one or the other by its number of rows, where this is measured to
-pay here. Layers that read the same share one product, since two threads wait for each other at every one.
+Between one row and some dozens MKL, which torch uses for float32 products, loses half of its speed (all products of a step of a
+model of 135 M, milliseconds on two cores with AMX, at 1, 3, 4, 8, 11, 16 and 32 rows: 30, 35, 49, 59, 68, 56, 66); oneDNN takes
+36, 44, 44, 48, 52, 52, 63 with the same weights. So a layer uses one or the other by its number of rows, where a measurement
+shows that it pays on this machine. Layers that read the same input share one product, because the threads synchronize at every
+product.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from worker import kernels
 from worker.kernels.cpu.shared_projection import SharedProjection, siblings
 
 FEW = range(4, 49)
-"""Numbers of rows for which oneDNN is asked."""
+"""Numbers of rows for which oneDNN is used."""
 WORTHWHILE = 1.05
 
 
 class _Group(SharedProjection):
-    """Layers that read the same input; their weights are made views of one matrix, so that joining them takes no memory."""
+    """Layers that read the same input; their weights become views of one matrix, so that the shared product takes no extra memory."""
 
     def __init__(self, layers: list[FewRows]) -> None:
         super().__init__(layers, layers[0].weight.device)
@@ -39,7 +40,7 @@ class _Group(SharedProjection):
 
 
 class FewRows(torch.nn.Linear):
-    """An existing layer becomes one by a change of its class."""
+    """An existing nn.Linear is converted by changing its class."""
 
     group: _Group | None = None
     place = 0  # in the group
@@ -49,7 +50,7 @@ class FewRows(torch.nn.Linear):
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (…, K) Wᵀ + b, (…, N)."""
+    """x (…, K) Wᵀ + b: (…, N)."""
     rows = x.numel() // x.shape[-1]
     if rows not in FEW or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
@@ -61,8 +62,9 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def patch_small_batch(model: torch.nn.Module, join: bool) -> int:
-    """Have a model's plain linear layers in float32 on a CPU compute so, where it pays; with `join`, which moves weights, also together.
-    Returns how many there are. Only without gradients."""
+    """Have a model's plain float32 linear layers on a CPU use oneDNN for few rows, where it pays; with `join`, which moves
+    weights, also share products. Returns the number of layers changed. For inference only: with gradients enabled F.linear is
+    used."""
     found = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"]
     if not found or not kernels.allowed() or not pays_here():
         return 0
@@ -76,7 +78,8 @@ def patch_small_batch(model: torch.nn.Module, join: bool) -> int:
 @cache
 @torch.inference_mode()
 def pays_here() -> bool:
-    """Whether oneDNN is faster at eight rows on this machine; the best of a few tries of each, in turn. False where torch has none."""
+    """Whether oneDNN is faster at eight rows on this machine: the best of twelve alternating runs of each. False where torch has
+    no oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(8, 576), torch.ones(3072, 576)

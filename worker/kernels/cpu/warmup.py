@@ -1,8 +1,9 @@
-"""Kernels for the processor compiled before the first job asks for them, by a process of its own when a worker starts:
+"""Compiles the CPU kernels before the first job needs them, in a process that each worker starts:
 
     python -m worker.kernels.cpu.warmup
 
-Compiled they are kept on disk for all later jobs (`worker/kernels/cpu/jit.py`). It takes about ten seconds of one core, once for each version.
+They are cached on disk for all later jobs (`worker/kernels/cpu/jit.py`). It takes about ten seconds of one core, once for each
+version.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from worker.runtime import kernel_cache
 
 
 def begin() -> subprocess.Popen | None:
-    """Start to compile where nothing is kept yet and a processor trains; it ends with this process at the latest."""
+    """Start compiling where the cache is empty and training runs on the CPU; the child ends with this process at the latest."""
     from worker.supervision import exit_codes
     from worker.supervision.train_attempt import die_with_parent
 
@@ -36,7 +37,7 @@ def begin() -> subprocess.Popen | None:
 
 
 def compile_all() -> None:
-    """Use every kernel once, forwards and backwards, with each type of numbers that a job gives it."""
+    """Call every kernel once, forward and backward, with each combination of dtypes that a job uses."""
     import torch
 
     from worker.kernels.cpu import adamw, jit, lora_products, lora_step
@@ -57,7 +58,7 @@ def compile_all() -> None:
         q, angles = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True), torch.ones(1, 4, 32, dtype=table)
         with torch.autocast("cpu", half, enabled=rounds):
             turned = rotate(q, q, angles, angles)[0]
-        turned.square().sum().backward()  # not of ones that are there once
+        turned.square().sum().backward()  # of a square: the gradient of a plain sum is an expanded tensor, with strides 0
     for kind in (half, full):
         x = torch.ones(4, 32, dtype=kind)
         gated_back(x, x, gated(x, x, SILU), SILU, again=True)

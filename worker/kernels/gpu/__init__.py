@@ -1,1 +1,1 @@
-"""Kernels for CUDA."""
+"""CUDA kernels."""

@@ -1,4 +1,4 @@
-"""One Triton kernel: a chunk of logits becomes the gradient of its cross-entropy, in place."""
+"""Softmax cross-entropy in one Triton kernel: a chunk of logits is overwritten with its gradient."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton.language as tl
 
 @triton.jit
 def softmax_gradient_kernel(logits, targets, losses, stride, vocabulary: tl.constexpr, BLOCK: tl.constexpr):
-    """One row each: its loss, then softmax minus one at the target, over the logits that were there."""
+    """One program per row: write its loss, then overwrite its logits with softmax − onehot(target)."""
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * stride
     target = tl.load(targets + row)
     places = tl.arange(0, BLOCK)
-    # Read before the loops: their reductions make all warps meet, so that none has written over it yet.
+    # Read before the loops: their reductions synchronize all warps, so none has overwritten it yet.
     picked = tl.load(here + tl.maximum(target, 0)).to(tl.float32)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -22,7 +22,7 @@ def softmax_gradient_kernel(logits, targets, losses, stride, vocabulary: tl.cons
         at = start + places
         x = tl.load(here + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, x)
-        # A lane that has seen nothing but what lies behind the vocabulary would take infinity from infinity.
+        # A lane that has only seen masked positions has −inf as its maximum, and −inf − (−inf) would be NaN.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(top - safe) + tl.exp(x - safe)
         top = higher
@@ -41,7 +41,7 @@ def softmax_gradient_kernel(logits, targets, losses, stride, vocabulary: tl.cons
 def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
     """Overwrite `logits` (R, V) with d loss / d logits and fill `losses` (R,), float32; rows with a target below 0 give zeros.
 
-    The reading of all logits twice and the writing of them once is the least that two products around it allow.
+    All logits are read twice and written once, the least that is possible between the two products around it.
     """
     rows, vocabulary = logits.shape
     block = min(8192, triton.next_power_of_2(vocabulary))

@@ -1,14 +1,15 @@
-"""Frozen weights kept in fp8 and multiplied in it: half the memory of bf16, and up to twice the products a second.
+"""Frozen linear layers with fp8 weights and fp8 products: half the memory of bf16, and up to twice the throughput.
 
-A matrix is squeezed row by row to e4m3 (4 bits of exponent, 3 of mantissa, up to 448), each row with a float32 scale of its own
-(Micikevicius et al. 2022, FP8 Formats for Deep Learning). Activations are squeezed as they come, a scale for every token:
+Each row of a weight is quantized to e4m3 (4 exponent bits, 3 mantissa bits, at most 448) with a float32 scale of its own
+(Micikevicius et al. 2022, FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433). Activations are quantized on the fly,
+with a scale per token:
 
     forward    y  = (x̂ Ŵᵀ) · s_x · s_W
-    backward   dx = (ĝ Ŵ) · s_g,  g = dy · s_W:  the weights' scales run along what is summed, so they go into dy first
+    backward   dx = (ĝ Ŵ) · s_g,  g = dy · s_W:  the weight's scales run along the summed axis, so dy takes them first
 
-Both products are `torch._scaled_mm`, on a processor too, where it is slow and for tests alone. Of a product's length about 4 %
-is rounding, most of it of the activations. What learns beside such a layer stays as it is. Whether a model of billions of
-weights learns as well with it, and how much faster, has not been measured on a GPU.
+Both products are `torch._scaled_mm`; it also runs on a CPU, slowly, which the tests use. The relative rounding error of a product
+is about 4 %, most of it from the activations. Trainable weights next to such a layer are not quantized. Whether a model of
+billions of weights trains as well this way, and how much faster, has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch import nn
 KIND = torch.float8_e4m3fn
 MOST = torch.finfo(KIND).max
 MULTIPLE = 16
-"""Both widths of a weight must be multiples of this for the GPU's product."""
+"""Both dimensions of a weight must be multiples of this for the GPU's product."""
 MIN_CAPABILITY = (8, 9)
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why a device cannot multiply in fp8; None where it can."""
+    """Why a device has no fp8 products; None where it has."""
     if device.type != "cuda":
         return "Products in fp8 need an NVIDIA GPU."
     found = torch.cuda.get_device_capability(device)
@@ -36,20 +37,20 @@ def why_not(device: torch.device) -> str | None:
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (R, C) in e4m3 and the scale of each row, (R, 1) in float32."""
+    """Quantize x (R, C) row by row: e4m3 values (R, C) and scales (R, 1) in float32."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / MOST
     return (x.float() / scale).to(KIND), scale
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (T, K) times the transpose of a squeezed weight (N, K) with scales (N, 1): (T, N) in bf16."""
+    """x (T, K) times the transpose of a quantized weight (N, K) with scales (N, 1): (T, N) in bf16."""
     rows, own = quantize(x)
     return torch._scaled_mm(rows, weight.t(), scale_a=own, scale_b=scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """dy (T, N) times a squeezed weight (N, K) with scales (N, 1): (T, K) in bf16. The GPU wants the weight's columns to lie
-    together, so it is turned for the one product: two bytes moved for each weight, little beside the product itself."""
+    """dy (T, N) times a quantized weight (N, K) with scales (N, 1): (T, K) in bf16. The GPU's product needs a column-major right
+    operand, so the weight is transposed for it: two bytes moved per weight, little compared with the product."""
     rows, own = quantize(dy.float() * scale.view(1, -1))
     ones = torch.ones(1, weight.shape[1], device=dy.device)
     turned = weight.t().contiguous().t()
@@ -68,7 +69,7 @@ class _Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer whose weight is e4m3, (N, K), with `scale` (N, 1) in float32; its outputs are bf16."""
+    """A frozen linear layer with an e4m3 weight (N, K) and `scale` (N, 1) in float32; its outputs are bf16."""
 
     scale: torch.Tensor
 
@@ -79,8 +80,8 @@ class Fp8Linear(nn.Linear):
 
 
 def use_fp8(blocks: list[nn.Module]) -> int:
-    """Keep the frozen linear layers of a decoder's blocks in fp8, one after the other. Their strategy is attached already, so
-    that what it adds is not made in the type of the weights. Returns how many were squeezed."""
+    """Quantize the frozen linear layers of a decoder's blocks to fp8, in place. Call it after the strategy is attached, because
+    adapters take the dtype of the weight they find. Returns the number of layers quantized."""
     count = 0
     for block in blocks:
         for layer in block.modules():
