@@ -68,7 +68,7 @@ def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) 
     """A classifier on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
     if not OBJECTIVES[task].classifies:
         return None
-    if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
+    if strategy.trainable_parameters(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
         sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":

@@ -161,7 +161,7 @@ class ModelPool:
 
     # Putting away -----------------------------------------------------------------------------------------------------
 
-    def put_away(self, before: float) -> int:
+    def evict(self, before: float) -> int:
         """Evict models without users that were last used before this time of the monotonic clock; returns how many."""
         with self._lock:
             old = [lane for lane in self._idle() if lane.used_at < before]
@@ -263,9 +263,9 @@ class ModelPool:
             model = load_model(ref, self.dtype, "sdpa", str(self.device))
         model = model.requires_grad_(False).eval()
         if STRATEGIES[ref.adapters[-1].strategy] is Dora:
-            from worker.modeling.fused_lora import fuse_stretched  # peft's layers take a while to import
+            from worker.modeling.fused_lora import fuse_dora  # peft's layers take a while to import
 
-            fuse_stretched(model)
+            fuse_dora(model)
         patch_small_batch(model, join=False)  # without joining, which moves weights: they may be the base's
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model)
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()

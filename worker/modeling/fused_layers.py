@@ -13,7 +13,7 @@ from app.strategies._model import transformer
 from worker import kernels
 from worker.kernels.cpu.gated_mlp import patch_gated_mlp
 from worker.kernels.cpu.rms_norm import rms_norm
-from worker.kernels.cpu.rotary import use_fused_rotary
+from worker.kernels.cpu.rotary import patch_rotary
 from worker.kernels.gpu import fp8
 from worker.runtime.device import Compute
 
@@ -34,7 +34,7 @@ def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool =
         return 0
     patch_norms_and_mlp(model)
     if rotary:
-        use_fused_rotary(model, device)
+        patch_rotary(model, device)
     if not hasattr(model, "peft_config"):
         return 0
     from worker.modeling import fused_ia3, fused_lora, fused_vera  # peft takes a while to import
@@ -44,12 +44,12 @@ def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool =
 
 def patch_norms_and_mlp(model: torch.nn.Module) -> None:
     """Norms and gated activations in as few passes as they need, where a model has such."""
-    use_fused_norms(model)
+    patch_norms(model)
     if next(model.parameters()).device.type == "cpu":
         patch_gated_mlp(model)
 
 
-def use_fused_norms(model: torch.nn.Module) -> int:
+def patch_norms(model: torch.nn.Module) -> int:
     """Compute RMS norms in one kernel instead of six. Returns the number of layers changed.
 
     Measured in float32 on a CPU, LoRA on a 135 M model: no difference (137 and 137 tokens per CPU second). It is kept for bf16
@@ -135,7 +135,7 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     the job. Returns what was applied, for the record."""
     done: dict[str, Any] = {}
     if engine.fp8:
-        done["fp8_layers"] = fp8.use_fp8(blocks_of(model))
+        done["fp8_layers"] = fp8.patch_fp8(blocks_of(model))
     compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE and kernels.allowed()
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.

@@ -180,7 +180,7 @@ def test_afterwards_the_layers_are_as_before() -> None:
     products, batch = len(job.factors.products), job.window.batches[0][0]
     with torch.no_grad():
         kept = job.loss(job.model, batch, job.engine).loss
-        job.factors.give_back()
+        job.factors.release()
         assert products == PRODUCTS and not job.factors.products
         assert job.loss(job.model, batch, job.engine).loss == pytest.approx(float(kept), rel=1e-6)
         for parameter in job.trained.values():

@@ -91,7 +91,7 @@ BOTH = [
     (name, kind.tasks[0], precision)
     for name, kind in STRATEGIES.items()
     for precision in ("fp32", "bf16")
-    if precision == "fp32" or kind().learns_in_bf16()  # elsewhere nobody takes bf16 on a CPU but who asks for it
+    if precision == "fp32" or kind().trains_in_bf16()  # elsewhere nobody takes bf16 on a CPU but who asks for it
 ]
 MORE = [(name, task, precision) for name in ("lora", "full") for task in ("classification", "preference") for precision in ("fp32", "bf16")]
 

@@ -47,7 +47,7 @@ def release_memory(wholes: Sequence[MasterWeight]) -> None:
 def add_parts(wholes: Sequence[MasterWeight]) -> None:
     """Add the gradients that the parts kept, when all parts of a pack are done."""
     for whole in wholes:
-        whole.settle()
+        whole.add_parts()
 
 
 def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:

@@ -110,7 +110,7 @@ class PlainBackend(StepBackend):
 
     def start(self, world: ProcessGroup) -> None:
         self.world = world
-        world.even(self.trained.values())
+        world.broadcast(self.trained.values())
 
     def backward(self, batch: StepBatch) -> StepSums:
         device, measures = self.engine.device, self.lesson.measures

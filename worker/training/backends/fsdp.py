@@ -155,7 +155,7 @@ class FsdpBackend(PlainBackend):
             self.shards.write_states(self.optimizer, pieces[world.rank])
         except Exception as error:
             failed = error
-        code = world.most(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
+        code = world.maximum(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
         if failed:
             raise failed
         if code:

@@ -126,7 +126,7 @@ class ThreadedCpuBackend(PlainBackend):
     def close(self) -> None:
         self.hooks.close()
         if self.factors:
-            self.factors.give_back()
+            self.factors.release()
             self.factors = None
         full_tuning.release_memory(self.wholes)
         self.wholes = []
