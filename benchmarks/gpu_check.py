@@ -95,7 +95,7 @@ def pass_through(
         more = _in_bits(bits, dtype, device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.frozen, attn_implementation=packed_attention.NAME, **more)
     model = model if bits else model.to(where)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     torch.manual_seed(5)
     model = chosen.attach(model).train()
     fused_layers.recompute_layers(held_out.plain_model(model), recompute)

@@ -137,7 +137,7 @@ def load(spec: Any, finished: Any) -> Any:
         model = load_model(ref, wide, packed_attention.NAME, str(engine.device))
     if isinstance(spec.strategy, Selected):
         _narrow(model, spec.strategy, engine.frozen)
-    fused_layers.use_fused_layers(model)  # as in training, whose rounding the fused layers share
+    fused_layers.patch_layers(model)  # as in training, whose rounding the fused layers share
     fused_layers.speed_up(body_of(model), engine, 0.0)
     return model
 

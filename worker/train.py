@@ -24,9 +24,9 @@ from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.kernels.cpu import gradient_buffers
-from worker.kernels.cpu.full_tuning import learns_whole, patch_full_tuning, release_memory
+from worker.kernels.cpu.full_tuning import patch_full_tuning, release_memory, uses_full_tuning
 from worker.kernels.cpu.gradient_buffers import MasterWeight
-from worker.kernels.cpu.rotary import use_fused_rotary
+from worker.kernels.cpu.rotary import patch_rotary
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
@@ -128,8 +128,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     yield from (_log("warn", text) for text in lesson.remarks())
 
     model = lesson.load(engine)
-    fused_layers.use_fused_layers(model)
-    use_fused_rotary(model, engine.device)
+    fused_layers.patch_layers(model)
+    patch_rotary(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
@@ -145,7 +145,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
     )
     trained = trained_parameters(model)
-    wholes = patch_full_tuning(body_of(model), engine) if learns_whole(strategy, engine) else []
+    wholes = patch_full_tuning(body_of(model), engine) if uses_full_tuning(strategy, engine) else []
     optimizer = optim.optimizer_of(trained, spec)
 
     strategy.begin(body_of(model), course.total_steps)
@@ -393,7 +393,7 @@ def finish(job: TrainState) -> Iterator[events.Log | events.Doing | events.Finis
     measured on the same rows and texts, one after the other, so that both are never in memory together."""
     state, spec, lesson = job.state, job.spec, job.lesson
     if job.factors:
-        job.factors.give_back()
+        job.factors.release()
         job.factors = None
     if not spec.run.load_best and state.best_step is not None:
         state.best, state.best_rows, state.best_step = state.last, state.last_rows, state.step

@@ -96,7 +96,7 @@ def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Lite
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
 
 
-def learns_whole(strategy: Strategy, machine: Machine) -> bool:
+def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
     """Whether a job's layers are those of `worker/kernels/cpu/full_tuning.py`, which hold rounded weights and gradients permanently."""
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
@@ -179,7 +179,7 @@ def memory_of(
     writes = task != "classification"
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
-    whole = learns_whole(strategy, machine)
+    whole = uses_full_tuning(strategy, machine)
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)

@@ -59,7 +59,7 @@ def fresh(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=packed_attention.NAME, dtype=dtype)
     model.name_or_path = model.config._name_or_path = "tiny"
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     return model
 
 
@@ -261,7 +261,7 @@ def built(kind: str) -> torch.nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False))
     model.set_attn_implementation(packed_attention.NAME)
     model.name_or_path = model.config._name_or_path = kind
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     return model
 
 

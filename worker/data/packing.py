@@ -40,7 +40,7 @@ def plan(
         window.append(row)
         held += lengths[row]
         if held >= WINDOW_PACKS * budget:
-            good, window = _settle(fit(window, lengths, budget, most), lengths, budget, most)
+            good, window = _fill_packs(fit(window, lengths, budget, most), lengths, budget, most)
             packs += good
             held = sum(lengths[r] for r in window)
     packs += fit(window, lengths, budget, most)
@@ -124,7 +124,7 @@ def _evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[lis
     return found
 
 
-def _settle(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
+def _fill_packs(packs: list[list[int]], lengths: Sequence[int], budget: int, most: int | None) -> tuple[list[list[int]], list[int]]:
     """The packs filled well enough to keep, and the rows of the others."""
     keep: list[list[int]] = []
     wait: list[int] = []

@@ -21,14 +21,14 @@ PLAIN_NORMS = frozenset(
 """Norms whose formula is weight · x / sqrt(mean(x²) + eps). Gemma's, which adds 1 to the weight, is not among them."""
 
 
-def use_fused_layers(model: torch.nn.Module) -> None:
+def patch_layers(model: torch.nn.Module) -> None:
     """Use fused RMS norms and gated activations in a model that has them, in training and in evaluation."""
-    use_fused_norms(model)
+    patch_norms(model)
     if next(model.parameters()).device.type == "cpu":
         patch_gated_mlp(model)
 
 
-def use_fused_norms(model: torch.nn.Module) -> int:
+def patch_norms(model: torch.nn.Module) -> int:
     """Compute RMS norms in one kernel instead of six. Returns the number of layers changed.
 
     Measured in float32 on a CPU, LoRA on a 135 M model: no difference (137 and 137 tokens per CPU second). It is kept for bf16
@@ -114,7 +114,7 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     the job. Returns what was applied, for the record."""
     done: dict[str, Any] = {}
     if engine.fp8:
-        done["fp8_layers"] = fp8.use_fp8(blocks_of(model))
+        done["fp8_layers"] = fp8.patch_fp8(blocks_of(model))
     compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     if hasattr(model, "peft_config"):

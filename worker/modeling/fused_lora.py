@@ -212,7 +212,7 @@ def product(
     their kernel state, where there is one (`keep`)."""
     compute = compute_type(x)
     x = _as(x, compute)
-    y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.takes(x) else _product(x, layers, joined)
+    y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.supports(x) else _product(x, layers, joined)
     if hasattr(layers[0], "squares"):  # DoRA: the magnitude does not scale the bias
         rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
         y = fused_dora.apply_magnitude(
@@ -338,7 +338,7 @@ def _take(layers: list[Any]) -> list[Any]:
 
 def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.optim.Optimizer) -> LoraOptimizer | None:
     """Have the layers of a model that trains with packs in `parts` parts use the kernels of `worker/kernels/cpu/lora_step.py`,
-    where possible; None where none can. Until `LoraOptimizer.give_back` nothing else may change their A and B."""
+    where possible; None where none can. Until `LoraOptimizer.release` nothing else may change their A and B."""
     alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
     if not alone or engine.compute != torch.bfloat16 or not lora_products.is_available():
         return None

@@ -69,7 +69,7 @@ def _loader(job: Any) -> Loader:
     def load() -> torch.nn.Module:
         if not loaded:
             model = job.lesson.load(job.engine)
-            fused_layers.use_fused_layers(model)
+            fused_layers.patch_layers(model)
             loaded.append(model)
         return loaded[0]
 

@@ -65,7 +65,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
     yield from (events.Log(level="warn", message=text) for text in _remarks(sized.cut, longest, data.train, data.held_out, data.labels))
 
     body = strategy.attach(load_stack(spec.model, engine.frozen, packed_attention.NAME, str(engine.device)), task="classification").eval()
-    fused_layers.use_fused_layers(body)
+    fused_layers.patch_layers(body)
     head = strategy.head(spec.model.shape.hidden, len(data.labels))
     # Vectors of length 1, so that one range of strengths serves every model.
     pooling = pooling_of(strategy, spec.model.shape.architecture)

@@ -45,7 +45,7 @@ def test_products_are_those_of_the_squeezed_numbers_and_near_those_of_the_whole_
 
 def squeezed(folder, way: str):
     model = build(folder, torch.bfloat16, fused=False)
-    assert fp8.use_fp8(fused_layers.blocks_of(model)) == 14
+    assert fp8.patch_fp8(fused_layers.blocks_of(model)) == 14
     if way != "peft":
         assert fuse(model, grouped=way == "grouped") == 14
         groups = [m for m in model.modules() if isinstance(m, Fused) and m.group is not None]
@@ -67,7 +67,7 @@ def test_thirty_steps_end_where_bf16_ends(tiny_model) -> None:
     for model in (build(tiny_model, torch.bfloat16, young=True), None):
         if model is None:
             model = build(tiny_model, torch.bfloat16, fused=False, young=True)
-            fp8.use_fp8(fused_layers.blocks_of(model))
+            fp8.patch_fp8(fused_layers.blocks_of(model))
             fuse(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         losses = []

@@ -53,7 +53,7 @@ def model_of(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family]().train()
     model.set_attn_implementation(packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     return model
 
 

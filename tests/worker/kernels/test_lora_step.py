@@ -29,7 +29,7 @@ def tuned(biases: bool = False, sizes: dict | None = None, **config) -> torch.nn
     sizes = {**FITTING, **(sizes or {})}
     model = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if biases else LlamaForCausalLM(LlamaConfig(**sizes))).bfloat16()
     model.set_attn_implementation(packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     config = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     model = get_peft_model(model, LoraConfig(**config))
     draw = torch.Generator().manual_seed(2)
@@ -176,7 +176,7 @@ def test_afterwards_the_layers_are_as_before() -> None:
     products, batch = len(job.factors.products), job.window.batches[0][0]
     with torch.no_grad():
         kept = job.loss(job.model, batch, job.engine).loss
-        job.factors.give_back()
+        job.factors.release()
         assert products == PRODUCTS and not job.factors.products
         assert job.loss(job.model, batch, job.engine).loss == pytest.approx(float(kept), rel=1e-6)
         for parameter in job.trained.values():

@@ -56,9 +56,9 @@ def test_only_a_function_that_does_the_same_is_taken_the_place_of(plain):
     for module, same in ((modeling_llama, True), (modeling_qwen3, True), (modeling_glm, False)):
         own = getattr(module.apply_rotary_pos_emb, "plain", module.apply_rotary_pos_emb)
         home = types.SimpleNamespace(apply_rotary_pos_emb=own)
-        assert rotary._settle(home) is same and (home.apply_rotary_pos_emb is own) is not same
+        assert rotary._patch(home) is same and (home.apply_rotary_pos_emb is own) is not same
     home = types.SimpleNamespace(apply_rotary_pos_emb=plain)
-    assert rotary._settle(home) and rotary._settle(home) and home.apply_rotary_pos_emb.plain is plain, "it is settled once"
+    assert rotary._patch(home) and rotary._patch(home) and home.apply_rotary_pos_emb.plain is plain, "it is settled once"
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
     part = angles(3, 4, torch.float32)
     with pytest.raises(RuntimeError):
@@ -70,6 +70,6 @@ def test_a_model_says_the_same_with_it(tiny_model, monkeypatch, plain):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(20)[None]
     before = model(ids).logits
-    assert rotary.use_fused_rotary(model, torch.device("cuda")) == 0 and modeling_llama.apply_rotary_pos_emb is plain
-    assert rotary.use_fused_rotary(model, torch.device("cpu")) == 1 and modeling_llama.apply_rotary_pos_emb is not plain
+    assert rotary.patch_rotary(model, torch.device("cuda")) == 0 and modeling_llama.apply_rotary_pos_emb is plain
+    assert rotary.patch_rotary(model, torch.device("cpu")) == 1 and modeling_llama.apply_rotary_pos_emb is not plain
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)

@@ -23,7 +23,7 @@ PLACES = torch.cat([torch.arange(40), torch.arange(56)])[None]
 def bare(folder, dtype=torch.float32):
     """The small model before anything is attached."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     return model
 
 

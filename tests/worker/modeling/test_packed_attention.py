@@ -49,7 +49,7 @@ def test_packed_loss_and_gradients_equal_the_padded_batch(network, tiny_model, t
     data, rows = data_of(tokenizer), list(range(7))
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     if norms:
-        assert fused_layers.use_fused_norms(network) == 2 * network.config.num_hidden_layers + 1
+        assert fused_layers.patch_norms(network) == 2 * network.config.num_hidden_layers + 1
     packed, padded = packed_loss(network, data, rows), padded_loss(reference, data, rows)
     packed.backward()
     padded.backward()

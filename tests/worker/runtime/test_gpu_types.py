@@ -45,7 +45,7 @@ class Seen:
             model.model.rotary_emb.forward = lambda x, position_ids: (x.new_empty(1, 64, 16), x.new_empty(1, 64, 16))
             family_of = sys.modules[type(model).__module__]
             monkeypatch.setattr(family_of, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos.unsqueeze(1), k * sin.unsqueeze(1)))
-            assert fused_layers.use_fused_norms(model) == (9 if family == "qwen3" else 5)
+            assert fused_layers.patch_norms(model) == (9 if family == "qwen3" else 5)
             if rounded:
                 assert fused_layers.round_embeddings(model, torch.bfloat16) == (weights == torch.float32)
             for block in fused_layers.blocks_of(model):

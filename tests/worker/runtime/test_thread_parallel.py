@@ -18,7 +18,7 @@ from app.strategies import STRATEGIES
 from tests.worker.orders import Trainer, chat_rows, order, put_dataset, put_model
 from worker import train
 from worker.data.packing import divide
-from worker.kernels.cpu.full_tuning import add_parts, learns_whole, patch_full_tuning
+from worker.kernels.cpu.full_tuning import add_parts, patch_full_tuning, uses_full_tuning
 from worker.modeling.classifier import plain
 from worker.modeling.fused_layers import recompute_layers, speed_up
 from worker.modeling.loading import load_tokenizer
@@ -135,7 +135,7 @@ def test_parts_give_the_gradients_of_the_whole(data_dir: Path, tiny_model: Path,
     assert recompute_layers(plain(made), 1, spec.strategy.reaches(model.shape)) == min(1, spec.strategy.reaches(model.shape))
     speed_up(body_of(made), engine, 0.0)
     trained = trained_parameters(made)
-    wholes = patch_full_tuning(body_of(made), engine) if learns_whole(spec.strategy, engine) else []
+    wholes = patch_full_tuning(body_of(made), engine) if uses_full_tuning(spec.strategy, engine) else []
     # What starts at zero would hide what it is multiplied with; margins are differences of likelihoods, and small ones all rounding.
     size = 0.1 if task == "preference" else 0.02
     with torch.no_grad():

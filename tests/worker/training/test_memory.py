@@ -15,7 +15,7 @@ from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES
 from worker.data.batching import Tokenised, make_batch
 from worker.kernels.cpu import attention as amx_attention
-from worker.kernels.cpu.full_tuning import learns_whole, patch_full_tuning
+from worker.kernels.cpu.full_tuning import patch_full_tuning, uses_full_tuning
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime.device import Compute
@@ -38,11 +38,11 @@ def kept_by(name: str, precision: str, layers: int, tokens: int) -> Counted:
     frozen = torch.bfloat16 if half and strategy.adapter else torch.float32
     model = LlamaForCausalLM(LlamaConfig(**WIDTHS, num_key_value_heads=2, num_hidden_layers=layers)).to(frozen)
     model.set_attn_implementation(packed_attention.NAME)
-    fused_layers.use_fused_layers(model)
+    fused_layers.patch_layers(model)
     model = strategy.attach(model).train()
     engine = Compute(CPU, "cpu", precision, frozen, 1)
     fused_layers.speed_up(model, engine, 0.0)
-    if learns_whole(strategy, engine):
+    if uses_full_tuning(strategy, engine):
         patch_full_tuning(model, engine)
     lead = strategy.virtual_tokens()
     rows = [np.asarray([0] * lead + list(range(1, 1 + tokens // 4)), np.int32)] * 4

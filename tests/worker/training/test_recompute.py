@@ -27,7 +27,7 @@ class Passed:
         torch.manual_seed(2)
         self.model = LlamaForCausalLM(CONFIG)
         self.model.set_attn_implementation(packed_attention.NAME)
-        fused_layers.use_fused_layers(self.model)
+        fused_layers.patch_layers(self.model)
         body = STRATEGIES[name](**settings).attach(self.model).train()
         draw = torch.Generator().manual_seed(4)
         for part, p in body.named_parameters():

@@ -115,7 +115,7 @@ class Run:
         chosen = STRATEGIES[strategy]()
         model = LlamaForCausalLM(CONFIG).to(torch.bfloat16 if chosen.adapter else torch.float32)
         model.set_attn_implementation(packed_attention.NAME)
-        fused_layers.use_fused_norms(model)
+        fused_layers.patch_norms(model)
         model = chosen.attach(model).train()
         fused_layers.recompute_layers(held_out.plain_model(model), recompute)
         fused_layers.round_embeddings(held_out.plain_model(model), engine.compute)
@@ -123,7 +123,7 @@ class Run:
             if "lora_" in name:
                 p.data = torch.randn(p.shape) * 0.05
         if in_fp8:
-            assert fp8.use_fp8(fused_layers.blocks_of(model)) == 21
+            assert fp8.patch_fp8(fused_layers.blocks_of(model)) == 21
         if strategy == "lora":
             assert fuse(model, grouped=not (compiled and recompute))
         self.counter = CompileCounterWithBackend("aot_eager")

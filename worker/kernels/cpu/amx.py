@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from worker.kernels.cpu.jit import build_exp, build_narrow, constant, inlined
+from worker.kernels.cpu.jit import build_exp, build_to_bf16, constant, inlined
 
 SIDE = 32
 """Rows and columns of a block: 2 × 2 float32 tiles."""
@@ -154,7 +154,7 @@ def _get(b: Any, address: Any, half: int) -> Any:
 def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
     """Store a row rounded to bf16 in one 64-byte store: a tile load is served from it sooner than from two stores."""
     whole = b.shuffle_vector(
-        *(build_narrow(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
+        *(build_to_bf16(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
     )
     b.store(whole, b.inttoptr(address, whole.type.as_pointer()), align=2)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, later, rank, ranked, row_of, steps, to_bf16, to_f32
+from worker.kernels.cpu.jit import KINDS, F, addresses, exp, kernel, maximum, rank, ranked, row_of, steps, to_bf16, to_f32
 
 
 @kernel
@@ -25,7 +25,7 @@ def _softmax_loss(logits, kind, targets, losses, rows, width, row, scale, learns
         picked = to_f32(X[target]) * c
         highest = np.int32(-0x80000000)
         for j in range(width):
-            highest = later(highest, rank(to_f32(X[j])))
+            highest = maximum(highest, rank(to_f32(X[j])))
         top = ranked(highest) * c
         mass = F(0.0)
         for j in range(width):

@@ -49,7 +49,7 @@ def release_memory(wholes: Sequence[MasterWeight]) -> None:
 def add_parts(wholes: Sequence[MasterWeight]) -> None:
     """Add the gradients that the parts kept, when all parts of a pack are done."""
     for whole in wholes:
-        whole.settle()
+        whole.add_parts()
 
 
 def move(wholes: Sequence[MasterWeight], abreast: ThreadParallel) -> None:
@@ -208,7 +208,7 @@ class FullEmbedding(torch.nn.Embedding):
         return _Rows.apply(rows, self.weight, _whole(self), self.padding_idx)
 
 
-def learns_whole(strategy: Strategy, engine: Compute) -> bool:
+def uses_full_tuning(strategy: Strategy, engine: Compute) -> bool:
     """Whether a job's layers are computed this way: full fine-tuning in one process on a CPU."""
     return engine.device.type == "cpu" and distributed.size() == 1 and not type(strategy).adapter
 

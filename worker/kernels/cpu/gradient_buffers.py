@@ -99,7 +99,7 @@ class MasterWeight:
             self.room = torch.empty_like(self.weight)
         return self.room
 
-    def settle(self) -> None:
+    def add_parts(self) -> None:
         """Add what the parts collected for embedding rows, and the buffered gradients where they have to be accumulated after all."""
         read = sorted(self.read, key=lambda kept: kept[0])
         self.read.clear()

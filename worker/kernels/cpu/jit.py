@@ -74,7 +74,7 @@ def _call(b: Any, name: str, *given: Any) -> Any:
     return b.call(known, given)
 
 
-def build_narrow(b: Any, x: Any) -> Any:
+def build_to_bf16(b: Any, x: Any) -> Any:
     """The bits of float32 x rounded to bf16, to nearest even. NaN stays NaN."""
     ints, shorts = _integers(x.type, 32), _integers(x.type, 16)
     if ROUNDS:
@@ -134,7 +134,7 @@ def to_bf16(context: Any, number: Any, like: Any) -> Any:
     """float32 rounded to bf16, to nearest even, where `like` is bf16; unchanged where it is float32. NaN stays NaN."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        return a[0] if like == types.float32 else build_narrow(b, a[0])
+        return a[0] if like == types.float32 else build_to_bf16(b, a[0])
 
     return like(types.float32, like), build
 
@@ -159,7 +159,7 @@ def ranked(context: Any, rank: Any) -> Any:
 
 
 @intrinsic
-def later(context: Any, one: Any, other: Any) -> Any:
+def maximum(context: Any, one: Any, other: Any) -> Any:
     """The maximum of two ranks."""
     return types.int32(types.int32, types.int32), lambda c, b, s, a: b.select(b.icmp_signed(">", a[0], a[1]), a[0], a[1])
 

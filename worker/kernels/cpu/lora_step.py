@@ -79,7 +79,7 @@ class LoraLayerState:
             if factor.turned is not None:
                 factor.turned.copy_(factor.copy.t())
 
-    def takes(self, x: torch.Tensor) -> bool:
+    def supports(self, x: torch.Tensor) -> bool:
         """Whether x (…, K) can be computed here: the products' dtype, a multiple of 32 rows, and one thread."""
         rows = x.numel() // x.shape[-1]
         return x.dtype == self.weight.dtype and rows > 0 and rows % SIDE == 0 and torch.get_num_threads() == 1
@@ -96,7 +96,7 @@ class LoraLayerState:
             kept += added
         return back
 
-    def settle(self) -> bool:
+    def finish_step(self) -> bool:
         """Whether there are gradients; zeroes the buffers of parts that have none, and begins a new step."""
         found = any(self.filled)
         for room, filled in zip(self.rooms, self.filled, strict=True):
@@ -192,7 +192,7 @@ class LoraOptimizer:
     def squares(self) -> float:
         """The sum of squares of this step's gradients, summed over the parts. 0 where some passes could not use the kernels and
         left gradients in `parameter.grad`: all are then added there, for torch's optimizer."""
-        self.moving = [factor for product, own in zip(self.products, self.every, strict=True) if product.settle() for factor in own]
+        self.moving = [factor for product, own in zip(self.products, self.every, strict=True) if product.finish_step() for factor in own]
         told = [[*_size(f), *(g.data_ptr() for g in f.gradients)] for f in self.moving]
         total = sum(self._share(_add, torch.tensor(told, dtype=torch.int64), len(told[0]))) if told else 0.0
         self.elsewhere = any(factor.parameter.grad is not None for own in self.every for factor in own)
@@ -219,7 +219,7 @@ class LoraOptimizer:
         numbers = torch.tensor(rules, dtype=torch.float64)
         self._share(_move, torch.tensor(told, dtype=torch.int64), numbers.data_ptr(), after=(shorten,))
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Release the buffers when no step follows; the layers are computed as before."""
         for place in self.places:
             place.own = None

@@ -23,7 +23,7 @@ Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @kernel
-def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_token, y_token, c_token, s_token, size, back):
+def _rotate(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_token, y_token, c_token, s_token, size, back):
     """Rotate x (heads, T, D), with any strides, into y (T, heads, D). `back` applies the inverse rotation."""
     half = dim // 2
     for t in range(tokens):
@@ -41,7 +41,7 @@ def _turn(x, kind, y, wanted, cos, sin, angles, heads, tokens, dim, x_head, x_to
                     Y[j + half] = to_bf16(b * to_f32(C[j + half]) + a * to_f32(S[j + half]), wanted)
 
 
-def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> list[torch.Tensor]:
+def _rotated(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype, back: bool) -> list[torch.Tensor]:
     """Each x (1, heads, T, D) rotated by cos and sin (1, T, D), in the dtype `wanted`."""
     _, _, tokens, dim = given[0].shape
     found = []
@@ -53,7 +53,7 @@ def _turned(given: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
         x_at, y_at, cos_at, sin_at = addresses(x, y, cos, sin)
         strides = x.stride(1) * x.itemsize, x.stride(2) * x.itemsize, heads * dim * y.itemsize, *angles[1:]
         kinds = KINDS[x.dtype], y_at, KINDS[wanted], cos_at, sin_at, angles[0]
-        _turn(x_at, *kinds, heads, tokens, dim, *strides, y.itemsize, back)
+        _rotate(x_at, *kinds, heads, tokens, dim, *strides, y.itemsize, back)
         found.append(y.transpose(1, 2))
     return found
 
@@ -65,12 +65,12 @@ class _InOnePass(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: torch.dtype) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.given = q.dtype
-        return tuple(_turned((q, k), cos, sin, wanted, back=False))
+        return tuple(_rotated((q, k), cos, sin, wanted, back=False))
 
     @staticmethod
     def backward(ctx: Any, *given: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        return *_turned(given, cos, sin, ctx.given, back=True), None, None, None
+        return *_rotated(given, cos, sin, ctx.given, back=True), None, None, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -123,16 +123,16 @@ def _in_one_pass(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     )
 
 
-def use_fused_rotary(model: torch.nn.Module, device: torch.device) -> int:
+def patch_rotary(model: torch.nn.Module, device: torch.device) -> int:
     """Replace `apply_rotary_pos_emb` by `rotate` in the modules that define a model's layers, where both compute the same.
     Returns the number of such modules; 0 on a GPU."""
     if device.type != "cpu":
         return 0
     homes = {type(m).__module__ for m in model.modules()}
-    return sum(_settle(sys.modules[home]) for home in homes if hasattr(sys.modules.get(home), NAME))
+    return sum(_patch(sys.modules[home]) for home in homes if hasattr(sys.modules.get(home), NAME))
 
 
-def _settle(home: Any) -> bool:
+def _patch(home: Any) -> bool:
     own = getattr(home, NAME)
     if not hasattr(own, "plain"):
         if not _is_the_same(own):

@@ -79,7 +79,7 @@ class Fp8Linear(nn.Linear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def use_fp8(blocks: list[nn.Module]) -> int:
+def patch_fp8(blocks: list[nn.Module]) -> int:
     """Quantize the frozen linear layers of a decoder's blocks to fp8, in place. Call it after the strategy is attached, because
     adapters take the dtype of the weight they find. Returns the number of layers quantized."""
     count = 0
