@@ -184,7 +184,7 @@ def _steps(job: TrainState, control: StopSignals, saved: Path | None) -> Iterato
     """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved. They
     go on from the checkpoint `saved`."""
     run, state, course, lesson, world = job.spec.run, job.state, job.course, job.lesson, job.world
-    world.even(job.trained.values())
+    world.broadcast(job.trained.values())
     if world.first and state.evaluated_at < 0:
         yield from evaluate(job)
     world.wait()

@@ -263,9 +263,9 @@ class ModelPool:
             model = load_model(ref, self.dtype, "sdpa", str(self.device))
         model = model.requires_grad_(False).eval()
         if STRATEGIES[ref.adapters[-1].strategy] is Dora:
-            from worker.modeling.fused_lora import fuse_stretched  # peft's layers take a while to import
+            from worker.modeling.fused_lora import fuse_dora  # peft's layers take a while to import
 
-            fuse_stretched(model)
+            fuse_dora(model)
         patch_small_batch(model, join=False)  # without joining, which moves weights: they may be the base's
         lane = self._as_lane((ref.path, ref.revision, *(a.key for a in ref.adapters)), ref, model)
         shared = {p.data_ptr() for p in base.source.parameters()} if base.source is not None else set()

@@ -29,7 +29,7 @@ def row_norms(weight: torch.Tensor, own: torch.Tensor, down: torch.Tensor, up: t
     return (own + (up * (2 * scale * across + scale**2 * (up @ gram))).sum(1)).clamp_min_(0).sqrt_()
 
 
-class _Stretched(torch.autograd.Function):
+class _ScaledRows(torch.autograd.Function):
     """y (T, N) times c (N,) in float32, rounded once. The output is kept for the backward pass instead of y, because the next
     layers often keep it too."""
 
@@ -50,4 +50,4 @@ def apply_magnitude(y: torch.Tensor, magnitudes: list[torch.Tensor], rows: list[
     """y (T, ΣN), the concatenated outputs of layers, with each layer's rows scaled from their norms `rows` (N,) to its trainable
     `magnitudes` (N,)."""
     ratios = [m / length.clamp_min(torch.finfo(length.dtype).tiny) for m, length in zip(magnitudes, rows, strict=True)]
-    return _Stretched.apply(y, ratios[0] if len(ratios) == 1 else torch.cat(ratios))
+    return _ScaledRows.apply(y, ratios[0] if len(ratios) == 1 else torch.cat(ratios))

@@ -214,7 +214,7 @@ def product(
     x = _as(x, compute)
     y = FactorProduct.apply(x, own, own.downs[0]) if own is not None and own.supports(x) else _product(x, layers, joined)
     if hasattr(layers[0], "squares"):  # DoRA: the magnitude does not scale the bias
-        rows = [layer.lengths(*_correction(layer, compute)) for layer in layers]
+        rows = [layer.row_norms(*_correction(layer, compute)) for layer in layers]
         y = fused_dora.apply_magnitude(
             y.view(-1, y.shape[-1]), [layer.lora_magnitude_vector[ADAPTER].weight for layer in layers], rows
         ).view(y.shape)
@@ -238,7 +238,7 @@ def _product(x: torch.Tensor, layers: Sequence[Any], joined: torch.Tensor | Fp8W
         joined = None
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
     kept = None
-    if x.device.type == "cpu" and not _made_anew(layers[0]) and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not _recomputes_factors(layers[0]) and not torch.compiler.is_compiling():
         kept = _kept(layers[0], tensors[2::4], tensors[3::4], scales, compute)
     y = _Product.apply(x.reshape(-1, x.shape[-1]), joined, tuple(scales), states, kept, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -253,13 +253,13 @@ def _correction(layer: Any, compute: torch.dtype) -> tuple[torch.Tensor, torch.T
         values = layer.lora_E[ADAPTER] * (scale / (layer.ranknum[ADAPTER] + 1e-5))
         up: torch.Tensor = layer.lora_B[ADAPTER]  # type: ignore[assignment]  # AdaLoRA's are parameters
         return (layer.lora_A[ADAPTER] * values).to(compute), up, 1.0
-    if not _made_anew(layer):
+    if not _recomputes_factors(layer):
         return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, scale
     down, up = whole_correction(layer)
     return down.to(compute), (up * scale).to(compute), 1.0
 
 
-def _made_anew(layer: Any) -> bool:
+def _recomputes_factors(layer: Any) -> bool:
     """Whether A and B are computed from other tensors in each pass."""
     return isinstance(layer, SVDLinear) or hasattr(layer, "first_down")
 
@@ -283,20 +283,20 @@ class Fused(SharedProjectionPart):
 class FusedLora(Fused, PeftLinear):
     """LoRA on an unquantized base. With DoRA it has `squares`, the squared norms of the frozen rows."""
 
-    kept_lengths: tuple[tuple[int, int], torch.Tensor] | None = None
+    kept_norms: tuple[tuple[int, int], torch.Tensor] | None = None
     squares: torch.Tensor
 
-    def lengths(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    def row_norms(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         """DoRA's row norms. They are cached while nothing is trained: computing them costs more than generating one token."""
         if self.training:
             return fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
         of = down._version, up._version
-        if self.kept_lengths is None or self.kept_lengths[0] != of:
-            self.kept_lengths = of, fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
-        return self.kept_lengths[1]
+        if self.kept_norms is None or self.kept_norms[0] != of:
+            self.kept_norms = of, fused_dora.row_norms(cast("torch.nn.Linear", self.base_layer).weight, self.squares, down, up, scale)
+        return self.kept_norms[1]
 
     def train(self, mode: bool = True) -> FusedLora:
-        self.kept_lengths = None  # a fused optimizer does not bump a tensor's version
+        self.kept_norms = None  # a fused optimizer does not bump a tensor's version
         return super().train(mode)
 
 
@@ -319,7 +319,7 @@ def fuse(model: torch.nn.Module, grouped: bool = True) -> int:
     return len(found)
 
 
-def fuse_stretched(model: torch.nn.Module) -> int:
+def fuse_dora(model: torch.nn.Module) -> int:
     """The same for DoRA's layers only, for generation: peft materializes the whole weight for every token. Frozen weights, which
     other models may share, are not moved."""
     return len(_take([m for m in model.modules() if ADAPTER in getattr(m, "lora_variant", ()) and _plain(m)]))
@@ -342,7 +342,7 @@ def keep(model: torch.nn.Module, parts: int, engine: Compute, optimizer: torch.o
     alone = engine.device.type == "cpu" and distributed.size() == 1 and type(optimizer) is torch.optim.AdamW
     if not alone or engine.compute != torch.bfloat16 or not lora_products.is_available():
         return None
-    layers = [m for m in model.modules() if type(m) is FusedLora and not _made_anew(m)]
+    layers = [m for m in model.modules() if type(m) is FusedLora and not _recomputes_factors(m)]
     places = {id(place): place for place in (layer.group or layer for layer in layers)}
     found = [place for place in places.values() if _keep(place, engine, parts)]
     return LoraOptimizer(found, optimizer, engine.abreast) if found else None

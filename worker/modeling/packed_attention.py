@@ -59,7 +59,7 @@ class PackShape(NamedTuple):
     sequences: int  # capacity of the table of sequence ends, padding included
     longest: int  # no sequence, and no piece of padding, is longer
 
-    def most(self) -> int:
+    def max_sequences(self) -> int:
         """Sequences that a pack may hold in addition to its padding."""
         return self.sequences - math.ceil(self.tokens / self.longest)
 

@@ -66,7 +66,7 @@ class ProcessGroup:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return [bool(v) for v in told]
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """The maximum of a number over all processes."""
         if self.size == 1:
             return number
@@ -100,7 +100,7 @@ class ProcessGroup:
                     p.grad = torch.zeros_like(p)
             self.sum_(p.grad for p in found if p.grad is not None)
 
-    def even(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def broadcast(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Broadcast the parameters of rank 0, whatever was initialized at random."""
         if self.size > 1:
             for p in parameters:

@@ -134,7 +134,7 @@ def whole(job: Any) -> Iterator[None]:
         job.shards.write_states(job.optimizer, pieces[job.world.rank])
     except Exception as error:
         failed = error
-    code = job.world.most(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
+    code = job.world.maximum(errno.ENOSPC if failed and disk_is_full(failed) else errno.EIO if failed else 0)
     if failed:
         raise failed
     if code:

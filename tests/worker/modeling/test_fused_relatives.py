@@ -163,7 +163,7 @@ def test_only_doras_layers_are_taken_where_answers_are_written(tiny_model):
     model = build(tiny_model, "dora", fused=False).requires_grad_(False)
     places = [p.data_ptr() for p in model.get_base_model().parameters()]
     wanted = logits(model)
-    assert fused_lora.fuse_stretched(model) == 14 and fused_lora.fuse_stretched(build(tiny_model, "adalora", fused=False)) == 0
+    assert fused_lora.fuse_dora(model) == 14 and fused_lora.fuse_dora(build(tiny_model, "adalora", fused=False)) == 0
     assert [p.data_ptr() for p in model.get_base_model().parameters()] == places
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
 

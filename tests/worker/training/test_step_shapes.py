@@ -131,7 +131,7 @@ class Run:
             fused_layers.compile_blocks(model, self.counter)
             torch._dynamo.config.suppress_errors = False
         frame = frame_of(DATA.lengths, BUDGET) if engine.framed else None
-        packs = plan(DATA.lengths, BUDGET, seed=1, epoch=0, most=frame_of(DATA.lengths, BUDGET).most())[:steps]
+        packs = plan(DATA.lengths, BUDGET, seed=1, epoch=0, most=frame_of(DATA.lengths, BUDGET).max_sequences())[:steps]
         assert len({len(pack) for pack in packs}) > 1, "all packs hold the same number of sequences, so nothing is shown"
         trained = optim.trained_parameters(model)
         optimizer = optim.make_optimizer(trained, 2e-3, 0.0)
@@ -184,7 +184,7 @@ def test_packs_of_one_shape_learn_the_same_and_are_compiled_once(kernel, plain, 
 def test_every_pack_fits_the_one_table(lengths: list[int], budget: int, seed: int) -> None:
     """Places enough for the documents and the filling, every piece within the longest, ends that rise to the frame's tokens."""
     frame = frame_of(lengths, budget)
-    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frame.most()):
+    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frame.max_sequences()):
         own = [lengths[row] for row in pack]
         filled = own + frame.filling(sum(own))
         assert sum(filled) == frame.tokens and max(filled) <= frame.longest and min(filled) > 0
@@ -202,7 +202,7 @@ def test_a_pack_with_more_documents_than_places_is_refused() -> None:
 def test_a_filled_batch_has_one_shape_and_the_loss_of_its_rows() -> None:
     """What fills a pack up is no target, so that neither the loss nor a gradient hears of it."""
     frame = frame_of(DATA.lengths, BUDGET)
-    rows = plan(DATA.lengths, BUDGET, seed=1, epoch=0, most=frame.most())[0]
+    rows = plan(DATA.lengths, BUDGET, seed=1, epoch=0, most=frame.max_sequences())[0]
     filled, bare = make_batch(DATA, rows, CPU, frame), make_batch(DATA, rows, CPU)
     assert filled.input_ids.shape == filled.position_ids.shape == (1, frame.tokens)
     assert len(filled.targets) % LEARNT_MULTIPLE == 0 and (filled.tokens, filled.trained) == (bare.tokens, bare.trained)
