@@ -104,7 +104,7 @@ def test_a_base_stays_while_trees_on_its_tensors_stand(data_dir, tiny_model, tmp
     (ready,) = shelf.ready()
     assert ready.answering == 2 and ready.adapters == [str(tmp_path / "dora")] and ready.bytes == shelf.memory()
     shelf.release(base)
-    assert shelf.put_away(before=float("inf")) == 0 and len(shelf.lanes) == 2
+    assert shelf.evict(before=float("inf")) == 0 and len(shelf.lanes) == 2
     shelf.release(tuned)
     shelf.training_bytes = 2**60
     assert shelf.fit(0) == 2 and not shelf.lanes and shelf.memory() == 0

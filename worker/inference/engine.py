@@ -413,7 +413,7 @@ class Engine:
     def _finish(self, running: Request, row: TokenSequence, reason: str, entries: list[Entry]) -> None:
         self._show(row, row.text.end(), entries, all_of_it=True)
         row.finished = True
-        running.let_go(row)
+        running.free(row)
         entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
 
     def _leave(self, running: Request, entries: list[Entry]) -> None:

@@ -46,10 +46,10 @@ def look(shelf: ModelPool, worker: str) -> None:
     if told := bool(get_settings().redis_url):
         shelf.training_bytes = residency.room_asked(shelf.device.type == "cuda")
     before = time.monotonic() - idle_seconds
-    gone += sum(one.put_away(before) for one in model_cache.ALL)
-    gone += shelf.put_away(before)
+    gone += sum(one.evict(before) for one in model_cache.ALL)
+    gone += shelf.evict(before)
     if shelf.memory() > shelf.limit():
-        gone += sum(one.put_away(time.monotonic()) for one in model_cache.ALL)
+        gone += sum(one.evict(time.monotonic()) for one in model_cache.ALL)
         gone += shelf.fit(0)
     if gone:
         release(shelf.device)

@@ -53,7 +53,7 @@ class ModelCache(Generic[T]):
                 self.loaded[key] = found
             return found
 
-    def put_away(self, before: float) -> int:
+    def evict(self, before: float) -> int:
         """Evict values last used before this time of the monotonic clock; returns how many. A value in use is kept alive by its user."""
         with self._lock:
             old = [key for key, one in self.loaded.items() if one.used_at < before]

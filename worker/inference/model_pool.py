@@ -161,7 +161,7 @@ class ModelPool:
 
     # Putting away -----------------------------------------------------------------------------------------------------
 
-    def put_away(self, before: float) -> int:
+    def evict(self, before: float) -> int:
         """Evict models without users that were last used before this time of the monotonic clock; returns how many."""
         with self._lock:
             old = [lane for lane in self._idle() if lane.used_at < before]

@@ -117,7 +117,7 @@ class Request:
         assert slot is not None, "it is let go of when the last row begins"
         row.slot, slot.tokens = slot, slot.tokens[: len(self.prompt)]
 
-    def let_go(self, row: TokenSequence) -> None:
+    def free(self, row: TokenSequence) -> None:
         """Release the slot of a sequence that has finished, unless it keeps the prompt for sequences that have not begun."""
         waited_for = any(other.slot is None and not other.finished for other in self.rows)
         if row.finished and row.slot is not None and not (row is self.keeper and waited_for):
