@@ -272,7 +272,7 @@ def _record(
     ours.rows, ours.good_rows = result["rows"], result["good_rows"]
     ours.rows_path, ours.rows_sha256 = rows.relative_to(get_settings().data_dir).as_posix(), result["sha256"]
     ours.report = result["report"]
-    _settle(session, ours, "processed", None)
+    _publish(session, ours, "processed", None)
     counter = session.get(Model, uuid.UUID(counted_by["model"])) if counted_by else None
     if counter is not None and result.get("lengths"):
         inspections.keep_lengths(session, ours, counter, result["lengths"])
@@ -300,10 +300,10 @@ def _fail(session: Session, dataset: Dataset, error: dict[str, Any]) -> None:
     details = {"file": file.filename if file else dataset.name, "line": None} | (error.get("details") or {})
     dataset.status, dataset.lease_until, dataset.progress, dataset.report = "error", None, None, None
     dataset.error = {key: error.get(key) for key in ("code", "message", "hint")} | details
-    _settle(session, dataset, "error", storable(error.get("message")))
+    _publish(session, dataset, "error", storable(error.get("message")))
 
 
-def _settle(session: Session, dataset: Dataset, file_status: str, details: str | None) -> None:
+def _publish(session: Session, dataset: Dataset, file_status: str, details: str | None) -> None:
     """Update the file and notify open pages. Waiting jobs are resolved by the task, and by the reaper."""
     if dataset.file_id and (dataset.version == 1 or (dataset.origin or {}).get("sources")):
         file = session.get(File, dataset.file_id)

@@ -188,7 +188,7 @@ def finish(user: User, held: UploadHandle) -> str | None:
         upload = session.scalars(select(Upload).where(Upload.id == held.id).with_for_update()).one()
         if upload.file_id is not None:
             return ticket(upload).dataset
-        blob = _settle(held)
+        blob = _store_blob(held)
         file = files.create(session, user, blob, upload.filename, upload.purpose)
         upload.file_id = file.id
         if upload.purpose == "fine-tune":
@@ -198,7 +198,7 @@ def finish(user: User, held: UploadHandle) -> str | None:
         return ticket(upload).dataset
 
 
-def _settle(held: UploadHandle) -> Blob:
+def _store_blob(held: UploadHandle) -> Blob:
     """Store the bytes under their SHA-256. The name in tmp/ is removed by the next sweep."""
     digest = hashlib.sha256()
     with held.path.open("rb") as stream, disk_errors():

@@ -231,7 +231,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     if job.cancel_requested:
         folder = get_settings().data_dir / finished.path
         db.on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))
-        _settle_wish(session, job, finished.step, "asked for")
+        _apply_request(session, job, finished.step, "asked for")
         return
     values = _QUIET | {
         "finished_at": now(),
@@ -266,7 +266,7 @@ def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
         return _mark_attempt_dead(session, job, failed)
     if job.cancel_requested:
-        _settle_wish(session, job, failed.step, failed.message)
+        _apply_request(session, job, failed.step, failed.message)
         return None
     if failed.kind == "disk_full":
         _end(session, held, "paused", error=_error(failed), **_QUIET)
@@ -298,11 +298,11 @@ def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -
     """The trainer saved and left. The request decides: cancelled, paused, or, without one, requeued because its worker is
     shutting down. Raises FenceLost."""
     job = _mine(session, held)
-    if job is not None and not _settle_wish(session, job, step, reason):
+    if job is not None and not _apply_request(session, job, step, reason):
         _requeue(session, job, "worker_left")
 
 
-def _settle_wish(session: Session, job: Job, step: int | None, reason: str = "") -> bool:
+def _apply_request(session: Session, job: Job, step: int | None, reason: str = "") -> bool:
     """Apply the pending request to a job that nobody runs any more. False when there is none. The caller holds its row."""
     if not (job.cancel_requested or job.pause_requested):
         return False
@@ -326,7 +326,7 @@ def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> Non
     """An attempt is dead: requeue the job, or fail it at the maximum of deaths. The caller holds its row."""
     record_event(session, job.id, job.attempt, events.Lost(attempt=job.attempt, message=failed.message))
     job.deaths += 1  # since the newest checkpoint, see `_checkpoint`
-    if _settle_wish(session, job, job.step):
+    if _apply_request(session, job, job.step):
         return
     if job.deaths < MAX_DEATHS:
         return _requeue(session, job, "worker_lost" if failed.kind == "worker_lost" else "retry")
@@ -344,12 +344,12 @@ def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> Non
     record_event(session, job.id, job.attempt, given_up)
 
 
-def _bury(session: Session, job: Job, how: str) -> None:
+def _died(session: Session, job: Job, how: str) -> None:
     log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
     _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=f"Worker {job.worker} {how}"))
 
 
-WORK = leases.Work(Job, queue.TRAIN, waits_as="queued", runs_as="running", since=Job.created_at, on_death=_bury, due=has_rows())
+WORK = leases.Work(Job, queue.TRAIN, waits_as="queued", runs_as="running", since=Job.created_at, on_death=_died, due=has_rows())
 
 
 # The reaper ---------------------------------------------------------------------------------------------------------

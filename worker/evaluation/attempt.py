@@ -37,7 +37,7 @@ from app.settings import PROJECT, get_settings
 from app.storage.files import write_atomically
 from worker.supervision import confinement, exit_codes
 from worker.supervision.train_attempt import LOG_LIMIT_BYTES
-from worker.supervision.train_attempt import _insist as insist
+from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: Fals
     """The body of the task EVALUATE. `going_down` says whether this worker was asked to leave."""
     if going_down():
         return  # the reaper redelivers it
-    held = insist(lambda: _claim(evaluation_id))
+    held = retry_until_database(lambda: _claim(evaluation_id))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
         return
@@ -206,7 +206,7 @@ class Run:
             with transaction() as session:
                 move(session)
 
-        insist(once, self.going_down)
+        retry_until_database(once, self.going_down)
 
 
 def _error(failed: events.Failed, message: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     """The body of the train task. `going_down` says whether this worker was asked to leave."""
     if going_down():
         return  # the reaper redelivers the job
-    held = _insist(lambda: _claim(job_id))
+    held = _retry_until_database(lambda: _claim(job_id))
     if held is None:
         log.info("Nothing to do for job %s.", job_id)
         return
@@ -86,7 +86,7 @@ def _claim(job_id: uuid.UUID) -> Claim | None:
         return lifecycle.claim(session, job_id, worker=f"{socket.gethostname()}:{os.getpid()}")
 
 
-def _insist(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
+def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
     """Retry until the database answers. All transitions are idempotent, so a lost response does no harm."""
     pause = 0.2
     while True:
@@ -135,16 +135,16 @@ class Attempt:
         except BadModel as error:
             integrity.tell(error)
             fault = events.Failed(kind="bad_model", message=error.message, hint=error.hint)
-            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
         except OSError as error:
             fault = exit_codes.of_os_error(error)
-            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
         except Exception as error:
             if isinstance(error, DBAPIError) and exit_codes.is_away(error):
                 raise  # this worker is leaving and the database is gone: the reaper finds the expired lease
             log.exception("Job %s: the supervisor failed.", self.held.job_id)
             fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", hint="Look at the worker's log.")
-            self._insist(lambda session: lifecycle.fail(session, self.held, fault))
+            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
         finally:
             self.over.set()
 
@@ -250,7 +250,7 @@ class Attempt:
 
     def _record_all(self) -> None:
         while self.heard:
-            _insist(lambda: self._record([self.heard[i] for i in range(min(len(self.heard), BATCH))]), self._give_up)
+            _retry_until_database(lambda: self._record([self.heard[i] for i in range(min(len(self.heard), BATCH))]), self._give_up)
 
     def _record(self, batch: list[events.TrainerEvent]) -> None:
         with transaction() as session:
@@ -325,27 +325,27 @@ class Attempt:
             return self._finish(last)
         if self.hung:
             failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log.")
-            return self._insist(lambda session: lifecycle.fail(session, held, failed))
+            return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
         if isinstance(last, events.Failed):
-            return self._insist(lambda session: lifecycle.fail(session, held, last))
+            return self._retry_until_database(lambda session: lifecycle.fail(session, held, last))
         if code == exit_codes.STOPPED or self.stop_at is not None:
-            return self._insist(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
+            return self._retry_until_database(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
         failed = exit_codes.classify(code, exit_codes.tail(self.folder / "trainer.log"), memory.killed_since())
         log.error("Job %s: %s", held.job_id, failed.message)
-        return self._insist(lambda session: lifecycle.fail(session, held, failed))
+        return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
 
     def _finish(self, finished: events.Finished) -> None:
         fault = exit_codes.check_result(get_settings().data_dir / finished.path)
         if fault is not None:
-            return self._insist(lambda session: lifecycle.fail(session, self.held, fault))
-        return self._insist(lambda session: lifecycle.finish(session, self.held, finished))
+            return self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
+        return self._retry_until_database(lambda session: lifecycle.finish(session, self.held, finished))
 
-    def _insist(self, move: Callable[..., None]) -> None:
+    def _retry_until_database(self, move: Callable[..., None]) -> None:
         def once() -> None:
             with transaction() as session:
                 move(session)
 
-        _insist(once, self._give_up)
+        _retry_until_database(once, self._give_up)
 
     def _give_up(self) -> bool:
         """Whether waiting for the database is pointless: the fence is lost, or this worker has been leaving for a while."""
