@@ -4,7 +4,7 @@
 
 Each strategy learns the same rows twice from the same seed, in turn: once in each number format, each time in a process of its own
 with its usual learning rate. Printed are the held-out loss before and after, the share of float32's gain that bf16 reaches, the
-largest difference of a step's loss, and the tokens a second. On a CPU `Strategy.learns_in_bf16` says which format a job takes.
+largest difference of a step's loss, and the tokens a second. On a CPU `Strategy.trains_in_bf16` says which format a job takes.
 """
 
 from __future__ import annotations

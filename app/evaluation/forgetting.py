@@ -67,7 +67,7 @@ def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) 
     """A classifier on a frozen backbone forgets nothing; an encoder has no generation to score. None for all others."""
     if task != "classification":
         return None
-    if strategy.learns(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
+    if strategy.trainable_parameters(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
         sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":

@@ -104,7 +104,7 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
         seconds=seconds,
         low_seconds=seconds / spread,
         high_seconds=seconds * spread,
-        trainable_parameters=spec.strategy.learns(spec.model.shape, task=spec.task, labels=course.labels),
+        trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels),
         fits=total <= 0.95 * machine.training_memory_bytes,
         steps=course.steps,
         tokens=course.tokens,

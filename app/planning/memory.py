@@ -93,7 +93,7 @@ def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Lite
     """The dtype a job runs in: as configured, or bf16 where the machine gains by it."""
     if run.precision != "auto":
         return run.precision
-    return "bf16" if machine.cuda or (machine.bf16_pays and strategy.learns_in_bf16()) else "fp32"
+    return "bf16" if machine.cuda or (machine.bf16_pays and strategy.trains_in_bf16()) else "fp32"
 
 
 def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
@@ -115,7 +115,7 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
     read = compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
-    own = strategy.kept(shape)
+    own = strategy.activation_counts(shape)
     in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
     # The same tensor as the next layer's input, which is counted where that is trained.
     attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * kv

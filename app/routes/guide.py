@@ -136,7 +136,7 @@ def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str,
             shape = Shape.model_validate(model.shape)
             reasons = {task: cls().unavailable(shape, task=task, cuda=cuda) for task in cls.tasks}
             task = next((task for task, reason in reasons.items() if reason is None), None)
-            learns = cls().learns(shape, task=task, labels=10) if task else None
+            learns = cls().trainable_parameters(shape, task=task, labels=10) if task else None
             share = learns / shape.parameters() if learns else None
             found.append({"model": model, "learns": learns, "share": share, "task": task, "reason": next(iter(reasons.values()))})
     return found[:6]

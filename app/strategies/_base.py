@@ -114,7 +114,7 @@ class Strategy(BaseModel, ABC):
         """Parameters of the head that `head` builds."""
         return shape.hidden * labels + labels
 
-    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+    def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         """All trained parameters."""
         return self.trainable(shape) + (self.head_parameters(shape, labels) if task == "classification" else 0)
 
@@ -122,7 +122,7 @@ class Strategy(BaseModel, ABC):
         """Number of virtual tokens: placeholder ids before every sequence, whose embeddings the strategy replaces."""
         return 0
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         """Whether it trains as well in bf16 on a CPU as in float32: its weights are updated in float32, and what it adds to a
         frozen product is added before rounding."""
         return not self.adapter
@@ -138,7 +138,7 @@ class Strategy(BaseModel, ABC):
         learnt = self.trainable(shape)
         return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         """Values that a layer keeps in addition to those that any gradient passing through needs: trained weights in or next to
         the linear layers need their inputs."""
         return Kept(shape.layer_inputs())

@@ -49,7 +49,7 @@ class InOnePass:
     def joins(self) -> bool:
         return not self.dropout  # with dropout, the layers are peft's own
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         return self.joins()
 
 
@@ -80,7 +80,7 @@ class LowRank(PeftStrategy):
     def trainable(self, shape: Shape) -> int:
         return sum(self.rank * (x.inputs + x.outputs) for x in self.chosen(shape))
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs() + self.rank * len(self.targets(shape)))
 
     @classmethod

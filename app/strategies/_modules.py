@@ -37,7 +37,7 @@ class Added(Strategy):
     tasks: ClassVar = ("generation", "classification", "preference")
     blends: ClassVar = True
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         return True  # the new layers' weights stay in float32; their start is exact, zero, in any dtype
 
     @abstractmethod

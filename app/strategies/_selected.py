@@ -24,7 +24,7 @@ class Selected(Strategy):
     def chosen(self, model: torch.nn.Module) -> list[str]:
         """Names of the trained parameters."""
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         return True  # trained weights stay in float32, as in full fine-tuning
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:

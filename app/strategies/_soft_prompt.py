@@ -44,7 +44,7 @@ class SoftPrompt(Strategy):
     def virtual_tokens(self) -> int:
         return self.tokens
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         return True  # trained vectors stay in float32; the model computes as in full fine-tuning
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
@@ -52,7 +52,7 @@ class SoftPrompt(Strategy):
             return f"The model reads {shape.positions} tokens at once; {self.tokens} trained ones leave no room. Choose fewer."
         return super().unavailable(shape, task=task, cuda=cuda)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(0)
 
     @abstractmethod

@@ -48,7 +48,7 @@ class AdaLora(InOnePass, LowRank):
         plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
         return plain._replace(optimizer=plain.optimizer + 12 * self.trainable(shape))
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         chosen = [x for x in shape.linears() if x.name in set(self.targets(shape))]
         made = self.first_rank() * sum(x.inputs for x in chosen) if self.joins() else 0  # A with its singular values
         return Kept(shape.layer_inputs() + self.first_rank() * len(chosen), made)

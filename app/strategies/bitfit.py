@@ -35,7 +35,7 @@ class BitFit(Selected):
             return "This model has no biases to learn. Choose layer_norm or ia3, which are as small."
         return super().unavailable(shape, task=task, cuda=cuda)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(0)
 
     @classmethod

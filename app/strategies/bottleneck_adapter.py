@@ -45,7 +45,7 @@ class BottleneckAdapter(Added):
         one = 2 * shape.hidden * self.width + self.width + shape.hidden
         return shape.layers * one * (2 if self.arrangement == "houlsby" else 1)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept((shape.hidden + 2 * self.width) * (2 if self.arrangement == "houlsby" else 1))
 
     @classmethod

@@ -45,7 +45,7 @@ class DenseHead(Added):
     def trainable(self, shape: Shape) -> int:
         return 2 * shape.hidden * self.width + self.width + shape.hidden
 
-    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+    def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         return self.head_parameters(shape, labels) if task == "classification" else self.trainable(shape)
 
     def head_parameters(self, shape: Shape, labels: int) -> int:

@@ -23,8 +23,8 @@ class Dora(WithOwnWeights):
     place: ClassVar = 12
     arithmetic: ClassVar = 2
 
-    def kept(self, shape: Shape) -> Kept:
-        plain = super().kept(shape).per_token
+    def activation_counts(self, shape: Shape) -> Kept:
+        plain = super().activation_counts(shape).per_token
         if not self.joins():  # each layer's output before and after scaling; the norms pass no gradient (the paper, section 4.3)
             return Kept(plain + 2 * shape.layer_outputs())
         # The scaled output only; that of a feed-forward's first layers is kept in any case.

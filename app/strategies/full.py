@@ -33,7 +33,7 @@ class Full(Strategy):
     def trainable(self, shape: Shape) -> int:
         return shape.parameters()
 
-    def learns(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
+    def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         if task != "classification":
             return self.trainable(shape)
         return shape.body_parameters() + self.head_parameters(shape, labels)
@@ -42,7 +42,7 @@ class Full(Strategy):
         learnt = self.trainable(shape)
         return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs())
 
     @classmethod

@@ -36,10 +36,10 @@ class Ia3(PeftStrategy):
         key_value, down = self._targets(shape)
         return sum(x.inputs if x.name == down else x.outputs for x in shape.each_linear() if x.name in (*key_value, down))
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(2 * shape.kv_heads * shape.head_dim + shape.intermediate)
 
-    def learns_in_bf16(self) -> bool:
+    def trains_in_bf16(self) -> bool:
         return True  # its factors stay in float32, and it adds nothing that rounding could lose
 
     def _targets(self, shape: Shape) -> tuple[tuple[str, str], str]:

@@ -28,7 +28,7 @@ class LayerNorm(Selected):
     def trainable(self, shape: Shape) -> int:
         return shape.norm_parameters()
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(0)  # a norm's own gradient needs what every gradient passing through needs
 
     @classmethod

@@ -31,7 +31,7 @@ class LoHa(LowRank):
     def trainable(self, shape: Shape) -> int:
         return 2 * super().trainable(shape)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         # The correction is materialized, as large as the weights, and kept until the gradient has passed.
         return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 

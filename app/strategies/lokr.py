@@ -40,7 +40,7 @@ class LoKr(LowRank):
         low_rank = self.rank < max(out_large, in_large) / 2
         return out_small * in_small + (self.rank * (out_large + in_large) if low_rank else out_large * in_large)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         # The correction is materialized, as large as the weights, and kept until the gradient has passed.
         return Kept(shape.layer_inputs(), sum(x.inputs * x.outputs for x in shape.linears() if x.name in set(self.targets(shape))))
 

@@ -46,7 +46,7 @@ class Oft(PeftStrategy):
         inputs = [x.inputs for x in shape.linears() if x.name in chosen]
         return shape.layers * sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         # The rotated inputs, and four matrices for each rotated block: the generator and three steps to the rotation.
         chosen = [x for x in shape.linears() if x.name in set(linear_names(shape, self.layers))]
         return Kept(shape.layer_inputs(), 4 * sum(x.inputs * nearest_divisor(x.inputs, self.block) for x in chosen))

@@ -45,9 +45,9 @@ class Pissa(InOnePass, LowRank):
         plain = super().memory(shape, weight_bytes=weight_bytes, optimizer_bytes=optimizer_bytes)
         return plain._replace(weights=plain.weights + 4 * self.trainable(shape))  # A₀ and B₀
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         if not self.joins():
-            return super().kept(shape)
+            return super().activation_counts(shape)
         # The output of A' per token, and A' and B' themselves.
         wide = shape.layer_inputs() + 2 * self.rank * len(self.targets(shape))
         return Kept(wide, 2 * self.trainable(shape) // shape.layers)

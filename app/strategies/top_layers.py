@@ -48,7 +48,7 @@ class TopLayers(Selected):
         norm = shape.hidden * (2 if shape.norm_bias else 1) if self.norm and decoder else 0
         return own + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs())
 
     def reaches(self, shape: Shape) -> int:

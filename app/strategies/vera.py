@@ -48,7 +48,7 @@ class Vera(InOnePass, PeftStrategy):
         shared = self.rank * (max(x.inputs for x in chosen) + max(x.outputs for x in chosen))
         return plain._replace(weights=plain.weights + shared * 4)
 
-    def kept(self, shape: Shape) -> Kept:
+    def activation_counts(self, shape: Shape) -> Kept:
         # The projections are frozen, so their inputs are not needed; their outputs are, and with peft's own layers their results.
         names = linear_names(shape, self.layers)
         if not self.joins():

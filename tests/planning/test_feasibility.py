@@ -407,7 +407,7 @@ def test_a_classifiers_head_is_counted_among_what_learns(session, user, tiny_reg
     from app.strategies import STRATEGIES
 
     spec = job_request.build_spec(session, user, job_request.read_order(order_of(read(labelled("card", "cash", "coin")))))
-    three, two = (STRATEGIES["dense_head"]().learns(spec.model.shape, task="classification", labels=n) for n in (3, 2))
+    three, two = (STRATEGIES["dense_head"]().trainable_parameters(spec.model.shape, task="classification", labels=n) for n in (3, 2))
     assert job_request.estimate_of(session, spec)["trainable_parameters"] == three > two
 
 

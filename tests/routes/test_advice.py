@@ -60,7 +60,9 @@ def test_every_strategy_is_ranked_with_its_cost_or_the_reason_against_it(api, ti
         reason = STRATEGIES[a["strategy"]]().unavailable(shape, task="generation", cuda=this_machine().cuda)
         assert a["available"] == (reason is None) and a["reason"] == reason
         if a["available"]:
-            assert a["cost"]["memory_bytes"] > 0 and a["cost"]["trainable_parameters"] == STRATEGIES[a["strategy"]]().learns(shape)
+            assert a["cost"]["memory_bytes"] > 0 and a["cost"]["trainable_parameters"] == STRATEGIES[a["strategy"]]().trainable_parameters(
+                shape
+            )
     scores = [a["score"] for a in found["ranking"] if a["available"]]
     assert scores == sorted(scores, reverse=True) and [a["advised"] for a in found["ranking"]].count(True) == 1
     assert found["facts"]["rows"] == 60 and found["facts"]["memory_bytes"] == this_machine().training_memory_bytes
@@ -153,7 +155,7 @@ def test_the_guide_counts_by_a_task_that_the_model_can_do(client, session):
     session.commit()
     for name in ("lora", "full"):
         text = html.unescape(client.get(f"/guide/{name}").text)
-        learns = STRATEGIES[name]().learns(ENCODER, task="classification", labels=10)
+        learns = STRATEGIES[name]().trainable_parameters(ENCODER, task="classification", labels=10)
         assert human_number(learns) in text and "not available" not in text, name
     assert "not available" in client.get("/guide/qlora").text or this_machine().cuda
 

@@ -108,7 +108,7 @@ def logits(model: torch.nn.Module, data: Tokenised) -> torch.Tensor:
 @pytest.mark.parametrize("name", WRITERS)
 def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: Path, shape: Shape, tokenizer) -> None:
     strategy = runnable(name, shape)
-    if not strategy.learns_in_bf16():
+    if not strategy.trains_in_bf16():
         pytest.skip("A processor trains it in float32.")
     data, told = data_for(tokenizer, strategy), {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16 if strategy.adapter else torch.float32)):
@@ -310,7 +310,9 @@ def test_what_it_trains_is_counted_whatever_its_settings(name: str, kind: str) -
     for strategy in able:
         model = strategy.attach(built(kind), task=task, labels=3)
         head = strategy.head_parameters(shape, 3) if task == "classification" else 0
-        assert sum(p.numel() for p in learning(model).values()) == strategy.learns(shape, task=task, labels=3) - head, strategy
+        assert sum(p.numel() for p in learning(model).values()) == strategy.trainable_parameters(shape, task=task, labels=3) - head, (
+            strategy
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

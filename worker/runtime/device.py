@@ -131,7 +131,7 @@ def _precision_here(strategy: Strategy, recorded: dict[str, Any]) -> Literal["fp
     the strategy trains as well in it."""
     if recorded.get("precision") in ("fp32", "bf16"):
         return recorded["precision"]
-    return "bf16" if strategy.learns_in_bf16() and bf16_pays_here() else "fp32"
+    return "bf16" if strategy.trains_in_bf16() and bf16_pays_here() else "fp32"
 
 
 def bf16_pays_here() -> bool:

@@ -152,7 +152,7 @@ def floor_of(spec: JobSpec, seen: ProfileWindow) -> tuple[float, float]:
     shape, strategy = spec.model.shape, spec.strategy
     attention = 7 * seen.length * shape.heads * shape.head_dim * shape.layers
     work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1)) + attention) * seen.tokens
-    learnt = strategy.learns(shape)
+    learnt = strategy.trainable_parameters(shape)
     bits = type(strategy).base_bits
     width = bits / 8 if bits else 2 if strategy.adapter else 4
     return work, STEPS * (2 * spec.run.passes * shape.parameters() * width + 28 * learnt)

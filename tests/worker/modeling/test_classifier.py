@@ -72,7 +72,7 @@ def test_every_strategy_that_classifies_saves_and_loads(stack, name, tmp_path, d
     body.eval()
     head = strategy.head(48, 3)
     learning = sum(p.numel() for p in [*body.parameters(), *head.parameters()] if p.requires_grad)
-    assert learning == strategy.learns(stack.shape, task="classification", labels=3)
+    assert learning == strategy.trainable_parameters(stack.shape, task="classification", labels=3)
     k = strategy.virtual_tokens()
     classifier = Classifier(body, head, "mean", skip=k).eval()
     inputs, lengths = packed([[0] * k + text for text in TEXTS])

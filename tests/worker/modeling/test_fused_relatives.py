@@ -100,7 +100,7 @@ def test_dropout_leaves_them_to_peft(tiny_model, name):
     strategy = STRATEGIES[name](**RELATIVES[name], dropout=0.1)
     model = strategy.attach(bare(tiny_model))
     assert fuse(model) == 0
-    assert not strategy.joins() and not strategy.learns_in_bf16()
+    assert not strategy.joins() and not strategy.trains_in_bf16()
 
 
 @each

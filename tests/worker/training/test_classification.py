@@ -94,7 +94,7 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
     said = run(spec, data_dir)
     (started,), finished = of(said, events.Started), said[-1]
     assert isinstance(finished, events.Finished) and finished.kind == "classifier" and finished.labels == ["part", "sound", "wood"]
-    assert started.trainable_parameters == spec.strategy.learns(model.shape, task="classification", labels=3)
+    assert started.trainable_parameters == spec.strategy.trainable_parameters(model.shape, task="classification", labels=3)
     losses = [step.loss for step in of(said, events.Step)]
     sixth = max(1, len(losses) // 6)  # packs of texts are small, so single steps are noisy
     assert of(said, events.Evaluated)[0].step == 0
