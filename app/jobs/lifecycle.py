@@ -345,7 +345,7 @@ def _mark_attempt_dead(session: Session, job: Job, failed: events.Failed) -> Non
 
 
 def _died(session: Session, job: Job, how: str) -> None:
-    log.warning("The lease of job %s, attempt %s, on worker %s has passed.", job.id, job.attempt, job.worker)
+    log.warning("The lease of job %s, attempt %s, on worker %s has expired.", job.id, job.attempt, job.worker)
     _mark_attempt_dead(session, job, events.Failed(kind="worker_lost", message=f"Worker {job.worker} {how}"))
 
 

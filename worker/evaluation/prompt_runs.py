@@ -100,7 +100,7 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
             with contextlib.nullcontext() if _is_trial(run_id) else _turns:
                 work(run_id, going_down)
         except SQLAlchemyError as error:  # the lease expires, and the run is redelivered
-            log.warning("The run %s was left: %s", run_id, error)
+            log.warning("The run %s was abandoned: %s", run_id, error)
         finally:
             with _lock:
                 _held.discard(run_id)

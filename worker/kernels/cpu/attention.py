@@ -308,7 +308,7 @@ def is_available() -> bool:
             wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=0.2)
             return bool(torch.allclose(found.float(), wanted, atol=0.02))
     except Exception as error:
-        log.warning("The matrix units cannot be used for attention: %s: %s", type(error).__name__, error)
+        log.warning("AMX cannot be used for attention: %s: %s", type(error).__name__, error)
         return False
 
 

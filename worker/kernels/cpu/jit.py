@@ -204,9 +204,7 @@ def is_available() -> bool:
         x = torch.full((40,), 3.0, dtype=torch.bfloat16)
         _powers(*addresses(x, x), KINDS[x.dtype], len(x))
     except Exception as error:
-        log.warning(
-            "Kernels for this processor cannot be compiled, so torch's own operations are taken: %s: %s", type(error).__name__, error
-        )
+        log.warning("CPU kernels cannot be compiled, so torch's own operations are used: %s: %s", type(error).__name__, error)
         return False
     return bool((x == 20.125).all())
 

@@ -221,7 +221,7 @@ def is_available() -> bool:
             wanted = [x.float() @ low.float(), x.float().t() @ low.float(), x.float() @ low.float(), low.float().t() @ x.float()]
             return all(torch.allclose(a.float(), b, rtol=0.02, atol=0.02) for a, b in zip(found, wanted, strict=True))
     except Exception as error:
-        log.warning("The matrix units cannot be used for LoRA's small products: %s: %s", type(error).__name__, error)
+        log.warning("AMX cannot be used for LoRA's products: %s: %s", type(error).__name__, error)
         return False
 
 
