@@ -145,7 +145,7 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     mean = train / max(learned_from, 1)
     steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
-    learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
+    learnt = 0.0 if spec.task == "classification" else 1.0 if run.train_on == "all_turns" else loss_share(stats)
     return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
 
 
@@ -170,7 +170,7 @@ def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
     return min(tokens, each * stats.rows * run.max_length), max(1, min(longest, run.max_length))
 
 
-def learnt_share(stats: Stats) -> float:
+def loss_share(stats: Stats) -> float:
     """Share of the tokens with a loss; half when nobody counted."""
     if not stats.tokens or stats.trained_tokens is None:
         return 0.5
