@@ -34,9 +34,10 @@ labels already, below the second its embeddings hardly do."""
 
 
 class Facts(BaseModel):
-    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe; `prompted`
-    is the best score by `metric` that a prompt alone reached on validation rows, `how` it was tried (answers, labels or vectors),
-    `chance` what always predicting the most frequent label reaches. None while they have not been measured. Memory in bytes."""
+    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
+    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
+    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
+    Memory in bytes."""
 
     task: Literal["generation", "classification", "preference"]
     rows: int
@@ -93,8 +94,7 @@ class Rule(BaseModel):
 
 
 class Advice(BaseModel):
-    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it
-    cannot run."""
+    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it cannot run."""
 
     strategy: str
     title: str
