@@ -35,7 +35,7 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The model is loaded and the first batch is next. `resumed_from` is the step of the checkpoint it continues from."""
+    """The model is loaded and the first batch is next. `resumed_from` is the step of the checkpoint it goes on from."""
 
     type: Literal["started"] = "started"
     device: str

@@ -121,10 +121,10 @@ class File(Base):
 
 
 class Dataset(Leased, Base):
-    """A file read as rows of one format. Never changed in place: a fix makes a new version with `parent_id`.
+    """A file parsed into rows of one format. Never changed in place: a fix makes a new version with `parent_id`.
 
-    `status` goes reading → ready | error. `rows_path` is a Parquet file with the columns `line` (int64, the 1-based
-    line or record of the source) and `row` (the normalised row as JSON; shapes in `app/formats/__init__.py`).
+    `status` goes reading → ready | error. `rows_path` is a Parquet file with the columns `line` (int64, the 1-based line or
+    record of the source) and `row` (the normalized row as JSON; shapes in `app/formats/__init__.py`).
     """
 
     __tablename__ = "datasets"
@@ -154,7 +154,7 @@ class Dataset(Leased, Base):
 
 
 class Finding(Base):
-    """One thing the report found: a place, a rule, the offending value and a fix."""
+    """One issue of the report: its path in the row, the rule, the offending value and a fix."""
 
     __tablename__ = "findings"
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
@@ -187,7 +187,7 @@ class Inspection(Leased, Base):
 
 
 class Upload(Base):
-    """A resumable upload (tus 1.0) that is not complete yet. Its bytes lie in tmp/; `sha256` is known at the end."""
+    """A resumable upload (tus 1.0) that is not complete yet. Its bytes are in tmp/; `sha256` is known at the end."""
 
     __tablename__ = "uploads"
     id: Mapped[uuid.UUID] = new_key()
@@ -207,10 +207,10 @@ class Upload(Base):
 
 
 class Model(Leased, Base):
-    """A base model (its own weights) or a tuned one (`job_id`, and an adapter or weights of its own).
+    """A base model (its own weights) or a fine-tuned one (`job_id`, and an adapter or weights of its own).
 
-    `base_id` is the model it was tuned from. `path` is its folder; for an adapter that folder holds the adapter alone.
-    `revision` is the SHA-256 over its files; `adapter_sha256` the one of the adapter's weights, null for whole models.
+    `base_id` is the model it was fine-tuned from. `path` is its folder; for an adapter that folder holds the adapter alone.
+    `revision` is the SHA-256 over its files; `adapter_sha256` that of the adapter's weights, null for whole models.
     """
 
     __tablename__ = "models"
@@ -248,7 +248,7 @@ class Model(Leased, Base):
 
 
 class ModelAlias(Base):
-    """A name that a person chose for a model. What may be called so stands in `app/models/aliases.py`."""
+    """A name that a person chose for a model; `app/models/aliases.py` validates it."""
 
     __tablename__ = "model_aliases"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
@@ -262,7 +262,7 @@ class ModelAlias(Base):
 
 
 class Job(Leased, Base):
-    """One order to tune. Its states and who may move it between them stand in `app/jobs/lifecycle.py`."""
+    """One fine-tuning job. Its states and transitions are in `app/jobs/lifecycle.py`."""
 
     __tablename__ = "jobs"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
@@ -283,7 +283,7 @@ class Job(Leased, Base):
     cancel_requested: Mapped[bool] = mapped_column(server_default=false())
     pause_requested: Mapped[bool] = mapped_column(server_default=false())
     save_requested: Mapped[bool] = mapped_column(server_default=false())
-    # What happened.
+    # Progress and results.
     step: Mapped[int] = mapped_column(server_default="0")
     total_steps: Mapped[int | None]
     seconds_left: Mapped[float | None]
@@ -306,9 +306,9 @@ class Job(Leased, Base):
 
 
 class Comparison(Base):
-    """Several jobs on the same data, split, seed and token budget, ordered as one; its jobs carry its id.
+    """Several jobs on the same data, split, seed and token budget, created together; its jobs carry its id.
 
-    `refused` holds the strategies that were asked for and could not be had, each with the reason.
+    `refused` lists the requested strategies that could not run, each with the reason.
     """
 
     __tablename__ = "comparisons"
@@ -325,7 +325,7 @@ class Comparison(Base):
 
 
 class Evaluation(Leased, Base):
-    """A model scored on a dataset, or run over a file, without training. Its states and claims stand in `app/evaluation/service.py`."""
+    """A model scored on a dataset, or run over a file, without training. Its states and leases are in `app/evaluation/service.py`."""
 
     __tablename__ = "evaluations"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
@@ -346,7 +346,7 @@ class Evaluation(Leased, Base):
 
 
 class Outbox(Base):
-    """A message that must be sent once its transaction is in. The relay sends it at least once."""
+    """A message to be sent once its transaction is committed. The relay sends it at least once."""
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
@@ -407,7 +407,7 @@ class CheckpointPermission(Base):
 
 
 class Exchange(Base):
-    """One prompt put to one or more models at once. `parent_id` is the turn before it in a conversation."""
+    """One prompt sent to one or more models at once. `parent_id` is the turn before it in a conversation."""
 
     __tablename__ = "exchanges"
     id: Mapped[uuid.UUID] = new_key()
@@ -423,7 +423,7 @@ class Exchange(Base):
 
 
 class Answer(Base):
-    """What one model answered, and the proof of which weights spoke."""
+    """What one model answered, and the proof of which weights gave it."""
 
     __tablename__ = "answers"
     id: Mapped[uuid.UUID] = new_key()
@@ -471,7 +471,7 @@ class Vote(Base):
 
 
 class Prompt(Base):
-    """A named prompt. What it says stands in its versions, which are never changed."""
+    """A named prompt. Its text is in its versions, which are never changed."""
 
     __tablename__ = "prompts"
     id: Mapped[uuid.UUID] = new_key()
@@ -493,7 +493,7 @@ class PromptVersion(Base):
 
 
 class PromptRun(Leased, Base):
-    """One version of a prompt, put to one model over the validation rows of one dataset. States in `app/prompts/runs.py`."""
+    """One version of a prompt on one model, over the validation rows of one dataset. States in `app/prompts/runs.py`."""
 
     __tablename__ = "prompt_runs"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))

@@ -359,7 +359,7 @@ def downsample(points: Sequence[Point], budget: int) -> list[Point]:
     """
     points = [p for p in points if abs(p[1]) < float("inf")]
     if budget < 3:
-        raise ValueError("A budget of fewer than three points keeps no picture.")
+        raise ValueError("The budget must be at least three points.")
     if len(points) <= budget:
         return points
     size = (len(points) - 2) / (budget - 2)

@@ -38,8 +38,7 @@ class Rule(BaseModel):
 
 
 class Advice(BaseModel):
-    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it
-    cannot run."""
+    """One strategy's place. `reasons` speak for it alone, `warnings` against it alone (see `rules`); `reason` says why it cannot run."""
 
     strategy: str
     title: str

@@ -167,7 +167,7 @@ def tokens_of(stats: Stats, run: RunSettings, each: int = 1) -> tuple[int, int]:
     return min(tokens, each * stats.rows * run.max_length), max(1, min(longest, run.max_length))
 
 
-def learnt_share(stats: Stats) -> float:
+def loss_share(stats: Stats) -> float:
     """Share of the tokens with a loss; half when nobody counted."""
     if not stats.tokens or stats.trained_tokens is None:
         return 0.5

@@ -31,7 +31,7 @@ from app.spec import DatasetRef, JobSpec, ModelRef, Split
 from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRun, PromptVersion, User
 
 
-class Learnt(BaseModel):
+class TrainedRows(BaseModel):
     """The rows that one job in a model's lineage was trained on, of this dataset or another version of it: all except its
     validation rows."""
 
@@ -59,7 +59,7 @@ class RunSpec(BaseModel):
     validation_fraction: float  # 1: all rows are validation rows
     split_seed: int
     split: Split | None = None
-    learnt: tuple[Learnt, ...] = ()
+    learnt: tuple[TrainedRows, ...] = ()
     trial: bool = False  # a trial of the form, which is in no list
 
 
@@ -126,7 +126,7 @@ def create(
 def _held_out(session: Session, user: User, speakers: Sequence[playground.ResolvedModel], dataset: Dataset, order: RunOrder) -> JSON:
     """The validation rows, in RunSpec's terms: the split of the first job trained on this dataset, and what all were trained on."""
     kin = set(datasets.family(session, dataset))
-    learnt: list[Learnt] = []
+    learnt: list[TrainedRows] = []
     found: tuple[float, int, Split | None] | None = None
     for job in {job.id: job for who in speakers for job in _past(session, who)}.values():
         spec = JobSpec.model_validate(job.spec)
@@ -134,7 +134,7 @@ def _held_out(session: Session, user: User, speakers: Sequence[playground.Resolv
         if spec.validation and spec.validation.id == dataset.id:
             found = found or (1.0, spec.run.seed, None)
         if spec.dataset.id in kin:
-            learnt.append(Learnt(dataset=spec.dataset, validation_fraction=share, seed=spec.run.seed, split=spec.split))
+            learnt.append(TrainedRows(dataset=spec.dataset, validation_fraction=share, seed=spec.run.seed, split=spec.split))
             found = found or ((share, spec.run.seed, spec.split) if spec.dataset.id == dataset.id and share else None)
     fraction, seed, split = found or (0.1, 42, None)
     if order.validation_fraction is not None or order.split_seed is not None:

@@ -152,7 +152,7 @@ class Feed:
                     spoke = loop.time()
                     await asyncio.sleep(max(0.02, PER_WATCHER_SECONDS * len(self.watchers)))
             except Exception as error:  # the database is unreachable for a moment: watchers stay, and get the events later
-                log.warning("Job %s cannot be watched just now: %s", self.job_id, error)
+                log.warning("Events of job %s cannot be read: %s", self.job_id, error)
                 await asyncio.sleep(1)
             if loop.time() - spoke > KEEP_ALIVE_SECONDS:
                 spoke = loop.time()
@@ -202,7 +202,7 @@ class Hub:
                         if name.startswith(head):
                             self._wake(name.removeprefix(head))
             except (redis.RedisError, OSError) as error:
-                log.info("Redis is away, watchers look by themselves: %s", error)
+                log.info("Redis is unreachable, watchers poll: %s", error)
             await asyncio.sleep(1)
 
     def _wake(self, hexed: str) -> None:

@@ -114,7 +114,7 @@ def lay_out(
         trained = [True] * len(ids)
     elif written is not None and chat is not None:
         turns = conversation(row)
-        learnt = _learnt(written, [turn.get("weight", 1) != 0 for turn in turns], train_on)
+        learnt = _trained_spans(written, [turn.get("weight", 1) != 0 for turn in turns], train_on)
         ids, trained = _tokens(tokenizer, written.text, learnt, [edge for span in written.answers.values() for edge in span], chat.kept)
     else:
         asked, said = (message["content"] for message in conversation(row))
@@ -126,7 +126,7 @@ def lay_out(
     return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
 
 
-def _learnt(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
+def _trained_spans(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
     """The spans of a rendered conversation that have a loss; `weighed` says for each turn whether it may."""
     answers = [span for i, span in sorted(written.answers.items()) if weighed[i]]
     if train_on != "all_turns":

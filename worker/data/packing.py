@@ -24,6 +24,7 @@ def plan(
     """Packs of row numbers for one epoch; each row once. No pack holds more than `budget` tokens, unless a single row does, nor
     more than `most` rows. With `rows` each has that many, whatever their tokens, and only the last may have fewer; with `padded`,
     all rows of a pack count as its longest."""
+    # The draw depends on seed and epoch only, so a resumed job plans the same packs.
     draw = random.Random(f"luthier/{seed}/{epoch}")
     order = list(range(len(lengths)))
     draw.shuffle(order)
@@ -72,6 +73,7 @@ def fit(rows: Sequence[int], lengths: Sequence[int], budget: int, most: int | No
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, pack), sorted; packs that take no more rows are dropped
     for row in rows:
+        # `room` is sorted, so the first pack with enough tokens left is the fullest that takes the row.
         at = bisect.bisect_left(room, (lengths[row], -1))
         if at == len(room):
             packs.append([row])
@@ -100,12 +102,15 @@ def divide(pack: Sequence[int], lengths: Sequence[int], parts: int) -> list[list
 def _halves(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """Rows in two parts whose lengths are as equal as possible: subset sum by dynamic programming (Bellman 1957), with the
     reachable sums as bits of an integer. A greedy choice left one of two threads waiting for a twenty-fifth of each step."""
+    # Bit n of sums[i] says whether some of the first i rows have n tokens together.
     sums = [1]
     for row in rows:
         sums.append(sums[-1] | sums[-1] << lengths[row])
     half = sum(lengths[row] for row in rows) // 2
+    # The highest reachable sum that is not above half.
     left = (sums[-1] & ((1 << half + 1) - 1)).bit_length() - 1
     found: list[list[int]] = [[], []]
+    # Backwards from that sum: a row is not part of it where the sum was reachable without the row.
     for row, before in zip(reversed(rows), reversed(sums[:-1]), strict=True):
         without = before >> left & 1
         found[without].append(row)
@@ -131,6 +136,7 @@ def _fill_packs(packs: list[list[int]], lengths: Sequence[int], budget: int, mos
     for pack in packs:
         full = sum(lengths[r] for r in pack) >= WELL_FILLED * budget or len(pack) == most
         (keep.append if full else wait.extend)(pack)
+    # Where none is filled well, all are kept, or the window would grow forever.
     return (keep, wait) if keep else (packs, [])
 
 

@@ -150,7 +150,7 @@ class Run:
             with transaction() as session:
                 return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
-            log.warning("Evaluation %s: no beat: %s", self.held.id, type(error).__name__)
+            log.warning("Evaluation %s: no heartbeat: %s", self.held.id, type(error).__name__)
             return True  # the lease decides whether it is still ours once the database is back
 
     def _read(self, read_end: int) -> None:

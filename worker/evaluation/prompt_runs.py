@@ -27,7 +27,7 @@ from app.errors import BadData, StudioError
 from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampling, Started, TextPart
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
-from app.prompts.runs import Learnt, RunSpec
+from app.prompts.runs import RunSpec, TrainedRows
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> 
             with contextlib.nullcontext() if _is_trial(run_id) else _turns:
                 work(run_id, going_down)
         except SQLAlchemyError as error:  # the lease expires, and the run is redelivered
-            log.warning("The run %s was left: %s", run_id, error)
+            log.warning("The run %s was abandoned: %s", run_id, error)
         finally:
             with _lock:
                 _held.discard(run_id)
@@ -287,7 +287,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
     if spec.part == "validation":
         if spec.validation_fraction < 1:
             training, held = split(rows, spec.validation_fraction, spec.split_seed, spec.split)
-        taught = {key for one in spec.learnt for key in _taught(one)}
+        taught = {key for one in spec.learnt for key in _trained_keys(one)}
         held = [row for row in held if key_of(row.row, "") not in taught]
         if not held:
             raise BadData(
@@ -302,7 +302,7 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
     return asked, [row for row, _ in examples], [row for row, _ in everything], labels
 
 
-def _taught(one: Learnt) -> list[bytes]:
+def _trained_keys(one: TrainedRows) -> list[bytes]:
     """Keys of the rows that a job was trained on."""
     from worker.data.batching import read_rows, split
 

@@ -81,7 +81,7 @@ class Reader:
         probe = Probe(self.tokenizer, self.ref.kind, self.ref.shape.positions, self.lead)
         return probe.score(self.model, BUDGET, self.engine)
 
-    def learnt_bytes(self, data: Tokenised) -> int:
+    def trained_bytes(self, data: Tokenised) -> int:
         """UTF-8 bytes of all tokens with a loss."""
         total = 0
         for start, end in zip(data.starts[:-1], data.starts[1:], strict=True):
@@ -191,7 +191,7 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
     if spec.forgetting:
         say(0.6, f"Reading general texts with {reader.ref.name}")
         general = reader.probe()
-    return RowScores(held_out.measures(scored, reader.learnt_bytes(data)), losses, general)
+    return RowScores(held_out.measures(scored, reader.trained_bytes(data)), losses, general)
 
 
 def part(say: Say, place: int, of: int) -> Say:

@@ -303,12 +303,14 @@ class Engine:
             lane.cache.blocks = {}
 
     def _step(self, lane: LoadedModel, mine: list[Request]) -> None:
+        # Decoding sequences come first in the flat row, ordered by slot, as `Step` expects.
         pairs = [(row, r) for r in mine for row in r.writing()]
         writing = sorted(pairs, key=lambda pair: (_slot(pair[0]).blocks.size, _slot(pair[0]).index))
         ids: list[int] = [row.written[-1] for row, _ in writing]
         decode = [Segment(_slot(row), i, 1, len(r.prompt) + len(row.written) - 1) for i, (row, r) in enumerate(writing)]
         positions = [s.past for s in decode]
         prefill, last, done, looked = [], list(range(len(decode))), [], []
+        # Then a chunk of each prompt in prefill, oldest request first.
         reading = sorted((r for r in mine if not r.has_read), key=lambda r: r.arrived)
         needs = [(r.account, min(len(r.prompt) - r.read, prompt_logprobs.CHUNK if r.request.look else len(r.prompt))) for r in reading]
         for r, count in zip(reading, scheduler.shares(needs, self.chunk if decode else self.lone_chunk), strict=True):
@@ -317,6 +319,8 @@ class Engine:
             prefill.append((r, Segment(_slot(r.rows[0]), len(ids), count, r.read)))
             ids += r.prompt[r.read : r.read + count]
             positions += range(r.read, r.read + count)
+            # Log-probabilities of a prompt need logits at all of its positions, an answer only those after its last
+            # token.
             if r.request.look:
                 looked.append((r, slice(len(last), len(last) + count)))
                 last += range(len(ids) - count, len(ids))
@@ -337,6 +341,7 @@ class Engine:
         for r, rows in looked:
             if (seen := prompt_logprobs.look(r, logits[rows])) is not None:
                 self._leave(r, [seen])
+        # The other sequences of the request begin from these logits.
         for r, i in done:
             r.first_logits = logits[i].clone() if len(r.rows) > 1 else None
         with one_thread(lane.device):
@@ -347,6 +352,7 @@ class Engine:
         one sequence ends its request only."""
         if not writing:
             return
+        # For all rows at once: greedy sequences need no more than this.
         highest, likeliest = logits.max(-1)
         finite = highest.isfinite().tolist()  # NaN propagates to the maximum
         tokens: list[int] = likeliest.tolist()
@@ -359,6 +365,7 @@ class Engine:
                 self._choose_one(r, row, logits[i], tokens[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
             except Exception as error:
                 broken[id(r)] = r
+                # NaN in the cache would reach the next owner of the slot.
                 if not finite[i]:
                     for slot in (one.slot for one in r.rows if one.slot is not None):
                         lane.cache.wipe(slot)

@@ -32,7 +32,7 @@ def keep_tidy(shelf: ModelPool, worker: str) -> None:
             try:
                 look(shelf, worker)
             except redis.RedisError as error:
-                log.warning("Redis does not say whether jobs need memory: %s", error)
+                log.warning("Whether jobs need memory cannot be read from Redis: %s", error)
             except Exception:
                 log.exception("Idle models could not be unloaded.")
             time.sleep(EVERY_SECONDS)

@@ -268,11 +268,13 @@ def _decode(group, query, key, value, keys, values, out, scale, window, cap) -> 
     count = group.end - group.begin
     blocks = query[:, here].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
     first, mask = 0, None
+    # A single sequence needs no mask: its slice of the cache ends at its own length.
     if count == 1:
         first = max(0, longest - window) if window is not None else 0
     else:
         mask = group.mask(window, query.dtype)
         if rows is not None:
+            # The product covers the whole span of slots; those that do not decode get zero queries.
             blocks = blocks.new_zeros(high - low, *blocks.shape[1:]).index_copy_(0, rows, blocks)
     answer = _attend(blocks, keys[low:high, :, first:longest], values[low:high, :, first:longest], mask, scale, cap)
     if rows is not None:
@@ -290,6 +292,7 @@ def _prefill(step, segment, query, key, value, keys, values, out, scale, window,
     k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # A prompt from its beginning, without limits, can use the fused causal kernel, which needs no mask.
     plain = past == 0 and cap is None and (window is None or count <= window)
     how = {"is_causal": True} if plain else {}
     mask = None if plain else step.prefill_mask(segment, window, query.dtype)

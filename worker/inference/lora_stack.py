@@ -106,6 +106,7 @@ class StackedLinear(torch.nn.Module):
         chosen = step.selection if step is not None else None
         if chosen is None or self.a is None or self.b is None:
             return y
+        # Columns outside [low, high) are of adapters that no token of this step uses.
         low, high = chosen.low, chosen.high
         h = x.reshape(-1, x.shape[-1]) @ self.a[low:high].T
         if chosen.mask is not None:
@@ -141,6 +142,7 @@ class AdapterStack:
         """Load these adapters where they are not loaded, keeping those that are `busy`."""
         for key, weights in adapters.items():
             if key in self.loaded:
+                # To the end of the dict, which is in order of last use.
                 self.loaded[key] = self.loaded.pop(key)
             else:
                 self.add(key, weights, busy | set(adapters))
@@ -152,6 +154,7 @@ class AdapterStack:
             self.columns[key] = (at, at + weights.rank)
             at += weights.rank
         names = {name for weights in self.loaded.values() for name in weights.layers}
+        # A layer is wrapped when an adapter first corrects it, and stays wrapped.
         for name in names - self.wrapped.keys():
             parent, _, leaf = name.rpartition(".")
             self.wrapped[name] = StackedLinear(self.linears[name])
@@ -174,6 +177,7 @@ class AdapterStack:
             return None
         low = min(self.columns[k][0] for k in used)
         high = max(self.columns[k][1] for k in used)
+        # Where all tokens use the same adapters and these fill the columns, there is nothing to mask.
         if len({keys for _, keys in tokens}) == 1 and sum(self.loaded[k].rank for k in used) == high - low:
             return Selection(low, high, None)
         weight = next(iter(self.linears.values())).weight

@@ -82,6 +82,7 @@ class Sampler:
         """One draw after top-k, min-p and top-p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al.
         2024, https://arxiv.org/abs/2407.01082)."""
         s, size = self.sampling, logits.shape[0]
+        # Drawn before anything else, so that every token takes exactly one number.
         u = torch.rand((), generator=self.generator, dtype=torch.float64).item()
         total = logits.logsumexp(0)
         if s.top_p == 1 and s.min_p == 0 and not 0 < s.top_k < size:
@@ -95,6 +96,7 @@ class Sampler:
         p = (best - total).exp()
         keep = p >= s.min_p * p[0]
         if s.top_p < 1:
+            # A token is kept while the probability before it is below top_p, so the one that crosses it is included.
             keep &= p.cumsum(0) - p < s.top_p
         keep[0] = True
         return int(tokens[_pick(p[keep], u)])

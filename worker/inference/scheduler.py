@@ -139,6 +139,7 @@ def may_begin(running: Request, rows: Counter[tuple[Hashable, bool]], most_rows:
     free = most_rows - rows.total()
     if free <= 0:
         return False
+    # Whatever their number, bulk runs leave a share of the rows to chats.
     if running.request.bulk and sum(n for (_, bulk), n in rows.items() if bulk) >= max(1, int(BULK_SHARE * most_rows)):
         return False
     return rows[running.account] < HELD_TO_FREE * free
@@ -163,6 +164,7 @@ def _even(needs: list[int], budget: int) -> list[int]:
     """Max-min fair shares: nobody gets more than it needs, and nobody who needs more gets less than another."""
     found, left = [0] * len(needs), budget
     order = sorted(range(len(needs)), key=needs.__getitem__)
+    # Smallest needs first: what one leaves of its share goes to the rest.
     for done, i in enumerate(order):
         found[i] = min(needs[i], -(-left // (len(order) - done)))
         left -= found[i]

@@ -92,7 +92,7 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
                 if not publisher.is_read():
                     return
     except redis.RedisError as error:
-        log.warning("Answer %s was given up: Redis is away (%s).", request.id, error)
+        log.warning("Answer %s was dropped: Redis is unreachable (%s).", request.id, error)
     except Exception as error:
         log.info("Answer %s ended: %s", request.id, error, exc_info=not hasattr(error, "hint"))
         if isinstance(error, BadModel):
@@ -146,7 +146,7 @@ def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
 
 def _leave() -> None:
     """Leave after the engine has died: tell the readers, then exit, so that the worker's parent starts a new process."""
-    log.critical("The engine's thread has died; the worker ends, to be started again.")
+    log.critical("The engine's thread has died; the worker exits, to be restarted.")
     time.sleep(1)
     os._exit(DEAD_ENGINE)
 

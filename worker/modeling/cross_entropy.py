@@ -49,7 +49,7 @@ def kernel_works(device: torch.device) -> bool:
 
         softmax_gradient_(torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.long, device=device), torch.empty(1, device=device))
     except Exception as error:
-        log.warning("The loss takes plain torch, which is slower: %s: %s", type(error).__name__, error)
+        log.warning("The loss uses plain torch, which is slower: %s: %s", type(error).__name__, error)
         return False
     return True
 

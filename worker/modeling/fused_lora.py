@@ -75,6 +75,7 @@ class _Product(torch.autograd.Function):
         ctx.rounded, rounded = rounded, rounded or _round(downs, ups, scales, x.dtype)
         low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
         assert rounded.lifts is not None  # always set in the forward pass
+        # The low-rank product first: the large one is then added inside a product that accumulates in float32.
         y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
         if isinstance(joined, Fp8Weight):
             y += fp8.product(x, *joined)
@@ -94,6 +95,7 @@ class _Product(torch.autograd.Function):
         x, low, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        # Where the rounded factors are not cached they are rounded again, which costs less memory than keeping them.
         rounded = ctx.rounded or _round(downs, ups, ctx.scales, dy.dtype, back=True)
         parts, lows = dy.split([up.shape[0] for up in ups], 1), low.split([up.shape[1] for up in ups], 1)
         in_tiles = lora_products.supports(x, *parts)
@@ -172,6 +174,7 @@ register_optimizer_step_post_hook(_count)
 def _kept(layer: Any, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype) -> _Rounded:
     """The result of `_round`, computed once per step for all parts of a pack and both passes, and cached on the first layer of a
     product."""
+    # Changes with every optimizer step and every in-place change of a factor.
     stands_at = (_steps, dtype, *scales, *((x.data_ptr(), x._version) for x in (*downs, *ups)))
     kept = layer.kept
     if kept is None or kept[0] != stands_at:

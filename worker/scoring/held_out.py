@@ -98,12 +98,12 @@ def score_rows(
     return drained(scoring(model, data, budget, engine), progress)
 
 
-def measures(scored: RowScores, learnt_bytes: int = 0) -> dict[str, float]:
+def measures(scored: RowScores, trained_bytes: int = 0) -> dict[str, float]:
     """Loss in nats per token, token accuracy, perplexity and, where the number of bytes is given, bits per byte."""
     total, count = math.fsum(scored.nats), sum(scored.tokens)
     loss = total / count
     found = {"loss": loss, "token_accuracy": sum(scored.hits) / count, "perplexity": math.exp(min(loss, 700.0))}
-    return found | ({"bits_per_byte": total / math.log(2) / learnt_bytes} if learnt_bytes else {})
+    return found | ({"bits_per_byte": total / math.log(2) / trained_bytes} if trained_bytes else {})
 
 
 def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compute) -> dict[str, float]:

@@ -95,7 +95,7 @@ def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] =
         except DBAPIError as error:
             if not exit_codes.is_away(error) or give_up():
                 raise
-            log.warning("The database is away: %s", str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else error)
+            log.warning("The database is unreachable: %s", str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else error)
             time.sleep(pause)
             pause = min(pause * 1.6, 3.0)
 
@@ -243,7 +243,7 @@ class Attempt:
         except DBAPIError as error:
             if not exit_codes.is_away(error):
                 raise
-            log.warning("Job %s: the database is away; %d events wait.", self.held.job_id, len(self.heard))
+            log.warning("Job %s: the database is unreachable; %d events wait.", self.held.job_id, len(self.heard))
             time.sleep(0.5)
         if self.heard:
             self.woken.set()
@@ -283,7 +283,7 @@ class Attempt:
             if not self.over.is_set():
                 self.fence_lost.set()
         except SQLAlchemyError as error:
-            log.warning("Job %s: no beat: %s", self.held.job_id, type(error).__name__)
+            log.warning("Job %s: no heartbeat: %s", self.held.job_id, type(error).__name__)
 
     def _beat_when_due(self) -> None:
         """Heartbeats before there is a trainer and a heartbeat thread. Raises FenceLost."""

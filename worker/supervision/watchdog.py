@@ -55,7 +55,7 @@ def watch(hearing: Hearing, leaving: Callable[[], bool]) -> None:
     def look() -> None:
         while not leaving():
             if hearing.is_deaf():
-                log.error("Messages wait and this worker takes none of them. It ends, to be started again.")
+                log.error("Messages wait and this worker receives none of them. It exits, to be restarted.")
                 return leave(LEAVING_SECONDS)
             time.sleep(hearing.patience_seconds / 12)
 

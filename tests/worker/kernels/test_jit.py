@@ -108,7 +108,7 @@ def test_a_loss_and_its_gradient_in_the_place_of_the_logits(kind: torch.dtype, s
     wanted = F.cross_entropy(scale * source, targets, reduction="none")
     (gradient,) = torch.autograd.grad(wanted.sum(), source)
     losses, untouched = torch.empty(6), logits.clone()
-    cpu_cross_entropy.softmax_loss_(untouched, targets, losses, scale, learns=False)
+    cpu_cross_entropy.softmax_loss_(untouched, targets, losses, scale, with_gradient=False)
     assert torch.equal(untouched, logits) and torch.allclose(losses.double(), wanted, rtol=1e-6, atol=2e-6)
     again = torch.empty(6)
     cpu_cross_entropy.softmax_loss_(logits, targets, again, scale)

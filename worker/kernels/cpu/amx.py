@@ -246,7 +246,7 @@ def transpose(context: Any, square: Any, step: Any, to: Any, to_step: Any) -> An
 
 @intrinsic
 def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
-    """Set the positions of a row outside [since, until) to −1e30, whose exponential is 0."""
+    """Set the positions of a row outside [since, until) to −1e30, whose exponential is negligible."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         for half in (0, 1):

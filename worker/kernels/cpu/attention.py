@@ -109,6 +109,9 @@ def _forward(
     `longest` is the longest sequence rounded up to a multiple of 32."""
     E, c, wide_row = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale), 4 * longest
     tokens = E[count]
+    # Scratch memory: `rows` (longest, dim) bf16; `pairs`, V in pairs of rows; `keys`, Kᵀ in pairs of rows; `own`, a
+    # block of queries; `scores` (32, longest) float32; `p`, the same in bf16; `o` (32, dim) float32; `sides`, one row
+    # of 32 float32.
     rows, pairs, keys = room, room + 2 * longest * dim, room + 4 * longest * dim
     own, scores = keys + 2 * longest * dim, keys + 2 * longest * dim + 2 * SIDE * dim
     p = scores + SIDE * wide_row
@@ -120,6 +123,7 @@ def _forward(
         first, length = E[s], E[s + 1] - E[s]
         padded = (length + SIDE - 1) // SIDE * SIDE
         for g in range(groups):
+            # Packed once for all query heads that share these keys and values (grouped-query attention).
             _rows(v + g * v_head + first * v_step, v_step, length, padded, dim, rows)
             _paired(rows, padded, dim, pairs)
             _rows(k + g * k_head + first * k_step, k_step, length, padded, dim, rows)
@@ -130,9 +134,11 @@ def _forward(
                     mine = min(SIDE, length - start)
                     _rows(q + h * q_head + (first + start) * q_step, q_step, mine, SIDE, dim, own)
                     low, high = _seen(block, padded, causal, window)
+                    # S = Q Kᵀ, 32 keys at a time.
                     for b in range(low, high):
                         square(scores + 128 * b, wide_row, own, 2 * dim, 64, keys + 128 * b, 4 * padded, 64 * padded, dim // 32, True)
                     R = row_of(sums + 4 * (h * tokens + first + start), 0, 0, mine, F(0))
+                    # Softmax of each row. The maximum is subtracted, so that no exponential overflows.
                     for r in range(mine):
                         place = start + r
                         begin = max(0, place - window + 1) if window else 0
@@ -155,8 +161,10 @@ def _forward(
                         for j in range(SIDE):
                             mass += A[j]
                         R[r] = top * c + np.log(mass)
+                        # 1 / Σ exp is kept in place of the row's first score, which is not needed any more.
                         shares = row_of(scores, r, wide_row, 1, F(0))
                         shares[0] = F(1.0) / mass
+                    # O = P V, normalized by 1 / Σ exp when it is rounded.
                     for d in range(dim // SIDE):
                         at, from_ = o + 128 * d, pairs + 128 * d + low * 64 * dim
                         square(at, 4 * dim, p + 64 * low, 2 * longest, 64, from_, 4 * dim, 64 * dim, high - low, True)
@@ -176,6 +184,8 @@ def _backward(
     E, c = row_of(ends, 0, 0, count + 1, np.int64(0)), F(scale)
     tokens = E[count]
     size = 2 * longest * dim
+    # Scratch memory of a sequence: rows of K and V, Kᵀ, and the float32 sums of dK and dV. Of a block of queries: Q and
+    # dO as rows, in pairs of rows and transposed, dQᵀ in float32, and for 32 keys scores, dP, P and dS.
     k_rows, v_rows, k_turned, sum_k, sum_v = room, room + size, room + 2 * size, room + 3 * size, room + 5 * size
     block_bytes = 2 * SIDE * dim
     q_rows = room + 7 * size
@@ -194,6 +204,7 @@ def _backward(
         for g in range(groups):
             _rows(k + g * k_head + first * k_step, k_step, length, padded, dim, k_rows)
             _rows(v + g * v_head + first * v_step, v_step, length, padded, dim, v_rows)
+            # `sum_k` holds an intermediate layout before it is zeroed.
             _turned_words(k_rows, padded, dim // 2, sum_k)
             _unpaired(sum_k, dim, padded, k_turned)
             K, V = row_of(sum_k, 0, 0, padded * dim, F(0)), row_of(sum_v, 0, 0, padded * dim, F(0))
@@ -210,16 +221,19 @@ def _backward(
                     _turned_words(q_rows, SIDE, dim // 2, q_words)
                     _turned_words(g_rows, SIDE, dim // 2, g_words)
                     R = row_of(sums + 4 * (h * tokens + first + start), 0, 0, mine, F(0))
+                    # Rows beyond the sequence get a negligible P.
                     for i in range(mine, SIDE):
                         L[i], D[i] = F(1e30), F(0.0)
                     for i in range(mine):
                         Y, G = row_of(out, (first + start + i) * heads + h, 2 * dim, dim, HALF), row_of(g_rows, i, 2 * dim, dim, HALF)
+                        # Σ dO ∘ O, the term of this row in dS.
                         pull = F(0.0)
                         for d in range(dim):
                             pull += to_f32(Y[d]) * to_f32(G[d])
                         L[i], D[i] = R[i], pull
                     low, high = _seen(block, padded, causal, window)
                     for b in range(low, high):
+                        # Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, so that P and dS come out transposed.
                         square(scores, 128, k_rows + b * block_bytes, 2 * dim, 64, q_words, 128, 2048, dim // 32, True)
                         square(d_p, 128, v_rows + b * block_bytes, 2 * dim, 64, g_words, 128, 2048, dim // 32, True)
                         for j in range(SIDE):
@@ -230,6 +244,7 @@ def _backward(
                             until = until if key < length else 0
                             gradients(scores + 128 * j, d_p + 128 * j, logs, pulls, c, since, until, p + 64 * j, d_s + 64 * j)
                         _paired(d_s, SIDE, SIDE, d_s_pairs)
+                        # dV += Pᵀ dO, dK += dSᵀ Q, and dQᵀ += Kᵀ dSᵀ, which the first block of keys starts.
                         for d in range(dim // SIDE):
                             square(sum_v + 4 * b * SIDE * dim + 128 * d, 4 * dim, p, 64, 0, g_pairs + 128 * d, 4 * dim, 0, 1, False)
                             square(sum_k + 4 * b * SIDE * dim + 128 * d, 4 * dim, d_s, 64, 0, q_pairs + 128 * d, 4 * dim, 0, 1, False)
@@ -309,7 +324,7 @@ def is_available() -> bool:
             wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=0.2)
             return bool(torch.allclose(found.float(), wanted, atol=0.02))
     except Exception as error:
-        log.warning("The matrix units cannot be used for attention: %s: %s", type(error).__name__, error)
+        log.warning("AMX cannot be used for attention: %s: %s", type(error).__name__, error)
         return False
 
 

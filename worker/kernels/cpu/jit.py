@@ -80,6 +80,7 @@ def build_to_bf16(b: Any, x: Any) -> Any:
     ints, shorts = _integers(x.type, 32), _integers(x.type, 16)
     if ROUNDS:
         return b.bitcast(b.fptrunc(x, ir.VectorType(BF16, x.type.count) if isinstance(x.type, ir.VectorType) else BF16), shorts)
+    # Without the instruction: add half a unit of the last bit kept, a little less where that is even, and truncate.
     bits, half = b.bitcast(x, ints), constant(ints, 16)
     odd = b.and_(b.lshr(bits, half), constant(ints, 1))
     rounded = b.trunc(b.lshr(b.add(b.add(bits, constant(ints, 0x7FFF)), odd), half), shorts)
@@ -96,6 +97,7 @@ def build_exp(b: Any, x: Any) -> Any:
 
     for bound, beyond in ((-87.0, "<"), (87.0, ">")):
         x = b.select(b.fcmp_ordered(beyond, x, number(bound)), number(bound), x)
+    # ln 2 is subtracted in two parts (Cody and Waite), so that the remainder r keeps its precision.
     n = _call(b, "rint", b.fmul(x, number(1.44269504)))
     r = _call(b, "fma", n, number(2.12194440e-4), _call(b, "fma", n, number(-0.693359375), x))
     p = number(1.9875691500e-4)
@@ -205,9 +207,7 @@ def is_available() -> bool:
         x = torch.full((40,), 3.0, dtype=torch.bfloat16)
         _powers(*addresses(x, x), KINDS[x.dtype], len(x))
     except Exception as error:
-        log.warning(
-            "Kernels for this processor cannot be compiled, so torch's own operations are taken: %s: %s", type(error).__name__, error
-        )
+        log.warning("CPU kernels cannot be compiled, so torch's own operations are used: %s: %s", type(error).__name__, error)
         return False
     return bool((x == 20.125).all())
 

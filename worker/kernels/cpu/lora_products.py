@@ -84,6 +84,7 @@ def _put(tile_at, out, out_row, lane, rank, rows):
 @kernel
 def _project(x, step, rows, width, down, down_row, rank, out, out_row, room, config):
     steps, lanes, right = width // SIDE, (rank + LANE - 1) // LANE, room + 2 * TILE
+    # Aᵀ as right-operand tiles, packed once for all rows.
     _lay_turned(down, down_row, rank, width, room, right)
     configure(config)
     for first in range(0, rows, SIDE):
@@ -114,9 +115,11 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
     for lane in range(lanes):
         for first in range(0, rows, 2 * SIDE):
             halves = min(2, (rows - first) // SIDE)
+            # lowᵀ of these rows, the left operand of the sums.
             for h in range(halves):
                 _lay_rows(low + (first + SIDE * h) * low_row + 2 * LANE * lane, low_row, SIDE, min(LANE, rank - lane * LANE), pairs)
                 transpose(pairs, 64, turned + h * TILE, 64)
+            # Tiles 0 to 3 accumulate `back`, 4 and 5 `sums`; 6 and 7 are operands.
             zero(0)
             zero(1)
             zero(2)
@@ -140,6 +143,7 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
                 else:
                     zero(4)
                     zero(5)
+                # x in pairs of rows is the right operand.
                 for h in range(halves):
                     for i in range(LANE):
                         pair = at + (SIDE * h + 2 * i) * step
@@ -167,6 +171,7 @@ def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row,
     right = sums + lanes * LANE * 4 * width
     _lay_rows(up, up_row, width, rank, right)
     _pass(dy, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config)
+    # out = scale · sumsᵀ, 16 × 16 values at a time.
     S = row_of(sums, 0, 0, lanes * LANE * width, F(0))
     for i in range(lanes * LANE * width):
         S[i] *= c
@@ -223,7 +228,7 @@ def is_available() -> bool:
             wanted = [x.float() @ low.float(), x.float().t() @ low.float(), x.float() @ low.float(), low.float().t() @ x.float()]
             return all(torch.allclose(a.float(), b, rtol=0.02, atol=0.02) for a, b in zip(found, wanted, strict=True))
     except Exception as error:
-        log.warning("The matrix units cannot be used for LoRA's small products: %s: %s", type(error).__name__, error)
+        log.warning("AMX cannot be used for LoRA's products: %s: %s", type(error).__name__, error)
         return False
 
 
