@@ -147,7 +147,7 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     mean = train / max(learned_from, 1)
     steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
-    learnt = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else learnt_share(stats)
+    learnt = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
     return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
 
 
