@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from app import events
+from app.objectives import OBJECTIVES
 from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -121,7 +122,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         fused_layers.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
     done = fused_layers.speed_up(
-        body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
+        body_of(model),
+        engine,
+        seconds_expected(spec, course) if OBJECTIVES[spec.task].uniform and run.packing and not run.batch_size else 0.0,
     )
 
     # The optimizer, and the state of the checkpoint that is resumed.
