@@ -396,9 +396,7 @@ def test_a_field_that_is_wrong_says_so_itself_and_nothing_is_saved(client, sessi
     form = {"name": "x", "prompt.template": "{{input}}", "prompt.max_tokens": "0", "dataset": ids.public(ids.DATASET, sums.id)}
     page = client.post("/playground/prompts", data=form | {"do": "run", "models": ["tiny"]})
     assert page.status_code == 400 and 'id="prompt-max-tokens-error"' in page.text and "<details open>" in page.text
-    assert (
-        client.post("/playground/prompts", data=form | {"prompt.max_tokens": "4", "do": "run", "models": ["gone"]}).status_code == 404
-    )
+    assert client.post("/playground/prompts", data=form | {"prompt.max_tokens": "4", "do": "run", "models": ["gone"]}).status_code == 404
     assert session.query(PromptRun).count() == 0 and session.query(Prompt).count() == 0
 
 
