@@ -9,6 +9,7 @@ import json
 import pytest
 
 from app.db import transaction
+from app.errors import NotFound
 from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.kit import ids
@@ -63,7 +64,7 @@ def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session,
     stranger = User(name="stranger")
     session.add(stranger)
     session.flush()
-    with pytest.raises(evaluations.NotFound):
+    with pytest.raises(NotFound):
         evaluations.get(session, stranger, made.id, predictions.KINDS)
     session.rollback()
     assert api.delete(url).json()["deleted"] and not predictions.path_of(made.id).exists() and api.get(url).status_code == 404
