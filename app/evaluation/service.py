@@ -31,6 +31,7 @@ from app.kit import ids
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
+from app.planning.schedule import held_out_share
 from app.spec import DatasetRef, ModelRef, Split, Task
 from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
@@ -154,7 +155,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         dataset=datasets.reference(dataset),
         rows=order.rows or ROWS[order.kind],
         part=part,
-        validation_fraction=order.validation_fraction or run.get("validation_fraction") or 0.1,
+        validation_fraction=order.validation_fraction or run.get("validation_fraction") or held_out_share(dataset.good_rows),
         split=Split.model_validate(job.spec["split"]) if learnt and job is not None and job.spec.get("split") else None,
         max_length=order.max_length,
         answers=order.answers,

@@ -24,6 +24,7 @@ from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
 from app.models import starters
+from app.planning.schedule import held_out_share
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape, shape_of
@@ -53,6 +54,8 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     settings = dict(order.get("run") or {})
     if order.get("seed") is not None:
         settings.setdefault("seed", order["seed"])
+    if held_out is None:
+        settings.setdefault("validation_fraction", held_out_share(data.rows))
     try:
         run = RunSettings.model_validate(settings)
     except ValidationError as error:

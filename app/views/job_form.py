@@ -23,7 +23,7 @@ from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
 from app.models import service as models
 from app.planning import feasibility
 from app.planning.advisor import Advice
-from app.planning.schedule import GOVERNED, PRESETS, PresetName
+from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
 from app.spec import JobSpec, ModelRef, PreferenceSettings, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
@@ -207,9 +207,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
     if typed.get("preset") and typed["preset"] != preset:
         errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
-    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=GOVERNED)
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset) if dataset else {}
-    usual = {"early_stopping_patience": RunSettings().early_stopping_patience} | usual
+    usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
