@@ -34,11 +34,12 @@ EXAMINE = "luthier.examine"
 GENERATE = "luthier.generate"
 PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
+PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate",
+    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task, and models that
 take long to bring in, or never come to an end, hold up no upload."""

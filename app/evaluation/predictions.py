@@ -1,4 +1,6 @@
-"""Predictions over a whole file, and a look at a dataset's vectors: work for the queue of evaluations, with results of their own.
+"""Predictions over a whole file, and a look at a dataset's vectors: evaluations with results of their own.
+
+The generate worker runs them, one at a time, so that they do not wait for hours behind a job that trains.
 
 A row of the table `evaluations` with the kind `predictions` gives a file back with columns added: classes with their
 probabilities, answers, or vectors. `vectors` is a map of a dataset's rows with the nearest of each. Claims, leases, deaths and
@@ -117,7 +119,7 @@ def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.U
     )
     session.add(made)
     session.flush()
-    queue.enqueue(session, queue.EVALUATE, made.id)
+    queue.enqueue(session, evaluations.work_of(spec.kind).task, made.id)
     session.refresh(made)
     return made
 

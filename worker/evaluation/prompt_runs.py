@@ -3,22 +3,18 @@
 Several rows are asked at once, so the engine answers them in one batch, together with whoever chats meanwhile: all runs
 together hold at most half of its rows. Every few seconds the scored rows are stored; a stopped or deleted run ends there.
 
-A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for
-people who chat. What waits is not claimed, so it may be taken by another worker, or be announced again when this one dies.
+A few runs go on at once, in their turns (worker/evaluation/turns.py), since each takes minutes or hours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.datasets.splits import key_of
 from app.db import transaction
@@ -27,6 +23,7 @@ from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampli
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import Learnt, RunSpec
+from worker.evaluation.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -82,29 +79,12 @@ class RunTotals:
         }  # fmt: skip
 
 
-_turns = threading.Semaphore(RUNS_AT_ONCE)
-_held: set[uuid.UUID] = set()
-_lock = threading.Lock()
+_runs = Turns(RUNS_AT_ONCE)
 
 
 def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """See to it that the run is done in its turn, and return at once. A run that waits here already is not put twice."""
-    with _lock:
-        if run_id in _held:
-            return
-        _held.add(run_id)
-
-    def in_turn() -> None:
-        try:
-            with contextlib.nullcontext() if _is_trial(run_id) else _turns:
-                work(run_id, going_down)
-        except SQLAlchemyError as error:  # the lease runs out, and the run is announced again
-            log.warning("The run %s was left: %s", run_id, error)
-        finally:
-            with _lock:
-                _held.discard(run_id)
-
-    threading.Thread(target=in_turn, name=f"run-{run_id.hex[:6]}", daemon=True).start()
+    """See to it that the run is done in its turn, and return at once."""
+    _runs.begin(run_id, lambda: work(run_id, going_down), waits=lambda: not _is_trial(run_id))
 
 
 def _is_trial(run_id: uuid.UUID) -> bool:
