@@ -21,7 +21,7 @@ from app.datasets import readers
 from app.datasets.ingest import VERSION
 from app.errors import BadField, Conflict, NotFound
 from app.formats._messages import known_role
-from app.kit import ids
+from app.kit import ids, once
 from app.settings import get_settings
 from app.spec import DatasetRef
 from app.storage import files
@@ -189,6 +189,10 @@ def _readings(file_id: uuid.UUID | None) -> Select[Dataset]:
 
 def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
     """The newest reading of the same file where it failed and came after this one, which then stands in for it."""
+    return once.of(("failed later", dataset.id), lambda: _failed_later(session, dataset))
+
+
+def _failed_later(session: Session, dataset: Dataset) -> Dataset | None:
     if dataset.edits is not None or dataset.file_id is None:
         return None
     own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)

@@ -17,7 +17,7 @@ from app.evaluation import comparisons
 from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
-from app.kit import ids
+from app.kit import ids, once
 from app.kit.forms import Fault, FormField, as_text, controls, fill
 from app.machines import heartbeats
 from app.models import service as models
@@ -139,6 +139,11 @@ class CompareForm:
 
 def compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = ()) -> CompareForm:
     """The form for what was typed and checked so far, whatever it was. Never raises for it: errors stand beside their fields."""
+    with once.remembered():
+        return _compare_form(session, user, typed, strategies)
+
+
+def _compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str]) -> CompareForm:
     from app.datasets import service as datasets
 
     typed = dict(typed)
