@@ -93,6 +93,7 @@ class OrderForm:
     spec: JobSpec | None = None
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
+    coming: list[str] = field(default_factory=list)  # titles of models that are being added
 
     @property
     def ready(self) -> bool:
@@ -179,7 +180,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     from app.datasets import service as datasets
 
     typed = dict(typed)
-    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    known = models.list_(session, user)
+    ready = [m for m in known if m.status == "ready"]
     rows = datasets.list_(session, user)
     usable = [d for d in rows if d.status in ("ready", "reading")]
     errors: dict[str, str] = {}
@@ -246,6 +248,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
+        coming=[m.title for m in known if m.status == "fetching"],
     )
     if model and dataset and not errors:
         _try(session, user, form, filled, run, compared)
