@@ -184,7 +184,7 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
         return _Judged("no_better", [f"No better than the base, as far as {plural(base.rows, 'row')} can tell. {against}"], more)
     if few_shot is not None and few_shot.worse:
         sentence = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
-        return _Judged("no_better", [sentence, against], more)
+        return _Judged("no_better", [sentence, against], more or (_more_epochs(spec, found) if 0 < steps < MIN_STEPS else []))
     words = [f"Better than the base. {against}", *_beside_prompt(few_shot, contest, metric)]
     if more:
         words.append("Its validation loss was still falling at the end: more epochs would likely help.")
@@ -279,7 +279,11 @@ def _more_epochs(spec: JobSpec, found: Mapping[str, Any]) -> list[Suggestion]:
     if spec.strategy.recipe == "features":
         return []
     steps = int(found.get("steps") or 0)
-    epochs = math.ceil(spec.run.epochs * max(2.0, 60 / steps if steps else 2.0))
+    longer = max(2.0, 60 / steps if steps else 2.0)
+    epochs = math.ceil(spec.run.epochs * longer)
+    if spec.run.max_steps:  # else a limit, as of the quick preset, would end it where it ended before
+        limit = math.ceil(spec.run.max_steps * longer)
+        return [Suggestion(label=f"Train for {limit} steps", order={"run": {"epochs": epochs, "max_steps": limit}})]
     return [Suggestion(label=f"Train for {epochs} epochs", order={"run": {"epochs": epochs}})]
 
 

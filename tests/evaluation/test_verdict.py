@@ -84,6 +84,13 @@ def test_each_planted_outcome_is_told(name):
     assert told.ready == (outcome == "better")
 
 
+def test_a_job_that_a_limit_ended_is_offered_a_higher_limit():
+    """The quick preset ends after 25 steps: more epochs alone would end there again."""
+    for evaluation in (found(losses(0.05, noise=0.5), curve=[], steps=25), found(losses(1.0), losses(-0.6), steps=25)):
+        (offered,) = verdict("succeeded", spec(max_steps=25, epochs=3), evaluation).suggestions
+        assert offered.label == "Train for 60 steps" and offered.order == {"run": {"epochs": 8, "max_steps": 60}}
+
+
 FORGOT = {"verdict": "forgot much", "change": 0.2, "interval": [0.16, 0.24]}
 
 
