@@ -33,11 +33,12 @@ EXAMINE = "luthier.examine"
 GENERATE = "luthier.generate"
 PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
+PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate",
+    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
 model imports delay no upload."""

@@ -21,7 +21,7 @@ from app.datasets import readers
 from app.datasets.ingest import VERSION
 from app.errors import BadField, Conflict
 from app.formats._messages import known_role
-from app.kit import ids
+from app.kit import ids, once
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef
@@ -187,6 +187,10 @@ def _readings(file_id: uuid.UUID | None) -> Select[Dataset]:
 
 def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
     """The newest dataset of the same file that failed after this one was parsed, which is therefore used in its place."""
+    return once.of(("failed later", dataset.id), lambda: _failed_later(session, dataset))
+
+
+def _failed_later(session: Session, dataset: Dataset) -> Dataset | None:
     if dataset.edits is not None or dataset.file_id is None:
         return None
     own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)

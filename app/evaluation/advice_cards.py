@@ -106,9 +106,13 @@ def _is_stronger(cost: Cost | None, best: Cost | None) -> bool:
 
 def _less(a: Advice, best: Advice) -> str:
     assert a.cost and best.cost
-    memory = f"{human_bytes(a.cost.memory_bytes)} instead of {human_bytes(best.cost.memory_bytes)}"
-    time = f"{human_seconds(a.cost.seconds)} instead of {human_seconds(best.cost.seconds)}"
-    return f"Takes {memory} and {time}, for somewhat less capacity than {best.title}."
+    assert a.cost.seconds is not None and best.cost.seconds is not None
+    said = []
+    if a.cost.memory_bytes <= CHEAPER * best.cost.memory_bytes:
+        said.append(f"{human_bytes(a.cost.memory_bytes)} instead of {human_bytes(best.cost.memory_bytes)}")
+    if a.cost.seconds <= CHEAPER * best.cost.seconds:
+        said.append(f"{human_seconds(a.cost.seconds)} instead of {human_seconds(best.cost.seconds)}")
+    return f"Takes {' and '.join(said)}, for somewhat less capacity than {best.title}."
 
 
 def _more(a: Advice, best: Advice) -> str:

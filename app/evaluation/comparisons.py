@@ -24,7 +24,7 @@ from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.jobs.defaults import usual_run
 from app.jobs.request import DatasetId, JobRequest, bad_field
-from app.kit import ids
+from app.kit import ids, once
 from app.kit.forms import as_text
 from app.models import service as models
 from app.objectives import Task
@@ -135,6 +135,13 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
             code="still_reading",
         )
     usual = usual_run(found.dataset, order.run, validated_elsewhere=found.validation is not None)
+    with once.remembered():
+        _plan_jobs(session, order, found, usual, plan)
+    return plan
+
+
+def _plan_jobs(session: Session, order: ComparisonOrder, found: job_request.OrderContext, usual: JSON, plan: Plan) -> None:
+    """Put every job that can be had, and every refusal, into the plan."""
     for strategy in _read_strategies(order):
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
             asked = {"name": strategy.name, **strategy.model_dump(mode="json", exclude_defaults=True)}
@@ -145,7 +152,6 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
                 plan.refused.append({"strategy": strategy.name, "title": title, "reason": reason})
             else:
                 plan.jobs.append(Planned(strategy.name, title, one, estimate))
-    return plan
 
 
 def _read_strategies(order: ComparisonOrder) -> list[Strategy]:

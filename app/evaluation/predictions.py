@@ -1,4 +1,6 @@
-"""Batch predictions over a file, and embedding maps of datasets: work on the queue of evaluations, with results of their own.
+"""Batch predictions over a file, and embedding maps of datasets: evaluations with results of their own.
+
+The generate worker runs predictions, one at a time, so that they do not wait for hours behind a job that trains.
 
 A row of the table `evaluations` with the kind `predictions` returns a file with added columns: classes with their probabilities,
 answers, or embeddings. `vectors` is a map of a dataset's rows with the nearest neighbors of each. Claims, leases, deaths and the
@@ -119,7 +121,7 @@ def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.U
     )
     session.add(made)
     session.flush()
-    queue.enqueue(session, queue.EVALUATE, made.id)
+    queue.enqueue(session, evaluations.work_of(spec.kind).task, made.id)
     session.refresh(made)
     return made
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy import Select, select, update
+from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session
 
 from app import leases, ownership, queue
@@ -32,6 +32,7 @@ from app.models import interpolation
 from app.models import service as models
 from app.objectives import DEFAULT, OBJECTIVES, Task
 from app.ownership import owned
+from app.planning.schedule import held_out_share
 from app.spec import DatasetRef, ModelRef, Split
 from app.tables import JSON, Dataset, Evaluation, Job, Model, User
 
@@ -156,7 +157,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         dataset=datasets.reference(dataset),
         rows=order.rows or ROWS[order.kind],
         part=part,
-        validation_fraction=order.validation_fraction or run.get("validation_fraction") or 0.1,
+        validation_fraction=order.validation_fraction or run.get("validation_fraction") or held_out_share(dataset.good_rows),
         split=Split.model_validate(job.spec["split"]) if learnt and job is not None and job.spec.get("split") else None,
         max_length=order.max_length,
         answers=order.answers,
@@ -316,12 +317,32 @@ def _died(session: Session, evaluation: Evaluation, how: str) -> None:
     _again(session, evaluation, f"Its worker {how}")
 
 
-WORK = leases.Work(Evaluation, queue.EVALUATE, waits_as="queued", runs_as="running", since=Evaluation.created_at, on_death=_died)
+BESIDE_TRAINING: tuple[Kind, ...] = ("predictions", "vectors")
+"""Kinds that the generate worker runs, one at a time, so that they do not wait for hours behind a job that trains."""
+
+
+def _work(task: str, due: ColumnElement[bool]) -> leases.Work[Evaluation]:
+    return leases.Work(Evaluation, task, waits_as="queued", runs_as="running", since=Evaluation.created_at, on_death=_died, due=due)
+
+
+WORK = _work(queue.EVALUATE, Evaluation.kind.not_in(BESIDE_TRAINING))
+PREDICTIONS = _work(queue.PREDICT, Evaluation.kind.in_(BESIDE_TRAINING))
+
+
+def work_of(kind: str) -> leases.Work[Evaluation]:
+    return PREDICTIONS if kind in BESIDE_TRAINING else WORK
+
+
+def waiting(session: Session, evaluation_id: uuid.UUID) -> EvaluationSpec | None:
+    """What is to be done; None when it does not wait any more."""
+    found = session.scalar(select(Evaluation.spec).where(Evaluation.id == evaluation_id, WORK.free() | PREDICTIONS.free()))
+    return None if found is None else EvaluationSpec.model_validate(found)
 
 
 def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
     """Claim a queued one, or one whose worker stopped sending heartbeats. None: there is nothing to do, drop the message."""
-    found = leases.claim(session, WORK, evaluation_id, progress=0.0, stage=None)
+    kind = session.scalar(select(Evaluation.kind).where(Evaluation.id == evaluation_id))
+    found = leases.claim(session, work_of(kind or ""), evaluation_id, progress=0.0, stage=None)
     return None if found is None else Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
 
 
@@ -353,7 +374,7 @@ def release(session: Session, held: Claim, reason: str = "") -> None:
 def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
     """Requeue it, or fail it at the maximum of deaths. The caller holds its row."""
     evaluation.stage = None
-    if leases.requeue(session, WORK, evaluation, died=bool(reason)):
+    if leases.requeue(session, work_of(evaluation.kind), evaluation, died=bool(reason)):
         return
     evaluation.status = "failed"
     evaluation.finished_at = session.scalar(select(now()))
@@ -362,5 +383,8 @@ def _again(session: Session, evaluation: Evaluation, reason: str) -> None:
 
 
 def reap(session: Session) -> dict[str, int]:
-    """One round of the reaper."""
-    return leases.reap(session, WORK)
+    """The relay's round. A generate worker takes the messages of predictions at once and runs one at a time, so those that wait in it
+    do not show in its queue: they are its backlog while one runs."""
+    held = session.scalar(select(func.count()).where(PREDICTIONS.taken(), PREDICTIONS.due))
+    found = leases.reap(session, WORK)
+    return found | {"announced": found["announced"] + leases.redeliver(session, PREDICTIONS, backlog=held or None)}

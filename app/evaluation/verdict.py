@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from app.kit.humanize import plural
 from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
@@ -81,7 +82,12 @@ class Side(NamedTuple):
 
 
 def verdict(
-    status: str, spec: JobSpec, evaluation: Mapping[str, Any] | None, error: Mapping[str, Any] | None = None, step: int | None = None
+    status: str,
+    spec: JobSpec,
+    evaluation: Mapping[str, Any] | None,
+    error: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    forgetting: Mapping[str, Any] | None = None,
 ) -> Verdict | None:
     """The verdict on a job that has ended; None while it goes on, and where it failed for a reason unrelated to its training."""
     if status == "failed":
@@ -110,12 +116,13 @@ def verdict(
         "n": base.rows,
     }
     judged = _judge(spec, found, contest, base, few_shot, metric)
-    return Verdict(**figures, outcome=judged.outcome, sentence=" ".join(judged.sentences), suggestions=judged.suggestions)
+    sentences = [*judged.sentences, *_forgot(spec, forgetting)]
+    return Verdict(**figures, outcome=judged.outcome, sentence=" ".join(sentences), suggestions=judged.suggestions)
 
 
 def of_job(job: Job) -> Verdict | None:
     """The verdict on a stored job, from its row alone."""
-    return verdict(job.status, JobSpec.model_validate(job.spec), job.evaluation, job.error, job.step)
+    return verdict(job.status, JobSpec.model_validate(job.spec), job.evaluation, job.error, job.step, job.forgetting)
 
 
 # Jobs without a result --------------------------------------------------------------------------------------------------
@@ -153,21 +160,22 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     if base.rows < MIN_ROWS or base.interval is None:
         return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
     if base.worse:
-        return _Judged("worse", [f"Worse than the base. {against}", "The base answers better; do not use this result."], lower)
+        other = METRICS[metric].beside.removeprefix("of ").capitalize()
+        return _Judged("worse", [f"Worse than the base. {against}", f"{other} does better; do not use this result."], lower)
     if (best := overfitted(curve)) is not None and not base.better:
         sentence = f"Overfitted: the validation loss was lowest at step {best} and rose again. {against}"
         return _Judged("overfitted", [sentence], [*lower, *_fewer_epochs(spec, best, steps)])
     if not base.better:
         if more or (0 < steps < MIN_STEPS and spec.strategy.recipe != "features"):
-            why = "its validation loss was still falling" if more else f"{steps} steps are few"
+            why = "its validation loss was still falling" if more else f"{plural(steps, 'step')} {'is' if steps == 1 else 'are'} few"
             sentence = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
             return _Judged("undertrained", [sentence], more or _more_epochs(spec, found))
         if base.rows < FEW_ROWS:
             return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
-        return _Judged("no_better", [f"No better than the base, as far as {base.rows} rows can tell. {against}"], more)
+        return _Judged("no_better", [f"No better than the base, as far as {plural(base.rows, 'row')} can tell. {against}"], more)
     if few_shot is not None and few_shot.worse:
         sentence = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
-        return _Judged("no_better", [sentence, against], more)
+        return _Judged("no_better", [sentence, against], more or (_more_epochs(spec, found) if 0 < steps < MIN_STEPS else []))
     words = [f"Better than the base. {against}", *_beside_prompt(few_shot, contest, metric)]
     if more:
         words.append("Its validation loss was still falling at the end: more epochs would likely help.")
@@ -190,20 +198,35 @@ def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
 def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
     """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95 % confidence, 40 held-out rows).`"""
     name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
-    between = (
-        f"difference {_signed(base.interval[0], metric)} to {_signed(base.interval[1], metric)} with 95 % confidence, "
-        if base.interval
-        else ""
+    between = ""
+    if base.interval:
+        low, high = (_signed(end, metric) for end in base.interval)
+        between = f"difference {low} to {high}{' points' if METRICS[metric].unit == 'share' else ''} with 95 % confidence, "
+    rows = (
+        f"{plural(base.rows, 'row')}, each held out once (cross-validation)"
+        if contest.get("cross_validated")
+        else plural(base.rows, "validation row")
     )
-    rows = f"{base.rows} rows, each held out once (cross-validation)" if contest.get("cross_validated") else f"{base.rows} validation rows"
     return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
+
+
+def _forgot(spec: JobSpec, measured: Mapping[str, Any] | None) -> list[str]:
+    """`It forgot much: general ability −20 % (95 %: −24 to −16 %), with the adapter on; removable.` Nothing where little was lost."""
+    found = measured or {}
+    if found.get("verdict") not in ("forgot some", "forgot much") or not found.get("interval"):
+        return []
+    low, high = (-100 * float(end) for end in reversed(found["interval"]))
+    change = -100 * float(found["change"])
+    removable = ", with the adapter on; removable" if type(spec.strategy).adapter else ""
+    lost = f"It {found['verdict']}: general ability {change:+.0f} % (95 %: {low:+.0f} to {high:+.0f} %){removable}."
+    return [lost.replace("-", "−")]
 
 
 def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: str) -> list[str]:
     if few_shot is None:
         return []
     if few_shot.better:
-        return [f"Better than {_prompt(contest)} too ({_told(few_shot.score, metric)})."]
+        return [f"Better than {_prompt(contest)}, too ({_told(few_shot.score, metric)})."]
     enough = "no training may be needed" if contest.get("few_shot_by") == "vectors" else "a prompt may be enough"
     return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): {enough}."]
 
@@ -211,7 +234,7 @@ def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: st
 def _prompt(contest: Mapping[str, Any]) -> str:
     if contest.get("few_shot_by") == "vectors":
         return "nearest-neighbor classification without training"
-    return f"the base with {int(contest.get('examples') or 0)} examples in its prompt"
+    return f"the base with {plural(int(contest.get('examples') or 0), 'example')} in its prompt"
 
 
 def _told(value: float, metric: str) -> str:
@@ -219,7 +242,7 @@ def _told(value: float, metric: str) -> str:
 
 
 def _signed(value: float, metric: str) -> str:
-    return (f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f} points").replace("-", "−")
+    return (f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f}").replace("-", "−")
 
 
 # Curves -----------------------------------------------------------------------------------------------------------------
@@ -250,7 +273,11 @@ def _more_epochs(spec: JobSpec, found: Mapping[str, Any]) -> list[Suggestion]:
     if spec.strategy.recipe == "features":
         return []
     steps = int(found.get("steps") or 0)
-    epochs = math.ceil(spec.run.epochs * max(2.0, 60 / steps if steps else 2.0))
+    longer = max(2.0, 60 / steps if steps else 2.0)
+    epochs = math.ceil(spec.run.epochs * longer)
+    if spec.run.max_steps:  # else a limit, as of the quick preset, would end it where it ended before
+        limit = math.ceil(spec.run.max_steps * longer)
+        return [Suggestion(label=f"Train for {limit} steps", order={"run": {"epochs": epochs, "max_steps": limit}})]
     return [Suggestion(label=f"Train for {epochs} epochs", order={"run": {"epochs": epochs}})]
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from app import objectives
 from app.objectives import OBJECTIVES
-from app.planning.schedule import PRESETS, PresetName, schedule
+from app.planning.schedule import PRESETS, PresetName, held_out_share, schedule
 from app.run_settings import RunSettings, displaced
 from app.tables import Dataset
 
@@ -27,8 +27,8 @@ def usual_run(
         wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
     except ValidationError:
         return {}  # errors in them are reported where the settings are parsed
-    held_out = 0.0 if validated_elsewhere else wanted.validation_fraction
-    rows = (dataset.good_rows or 0) * (1 - held_out) * wanted.data_fraction
+    share = wanted.validation_fraction if "validation_fraction" in asked else held_out_share(dataset.good_rows or 0)
+    rows = (dataset.good_rows or 0) * (1.0 if validated_elsewhere else 1 - share) * wanted.data_fraction
     each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[dataset.task].sequences_per_row
     found = schedule(
         dataset.task,
@@ -40,6 +40,7 @@ def usual_run(
         preset=preset,
     )._asdict() | dict(PRESETS[preset].more)
     found["max_tokens_per_step"] = max(16, found["max_tokens_per_step"] // wanted.gradient_accumulation_steps)
+    found["validation_fraction"] = share
     given = {*asked, *displaced(dict(asked))}
     return {name: value for name, value in found.items() if name not in given}
 

@@ -25,6 +25,7 @@ from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
 from app.models import starters
 from app.objectives import OBJECTIVES, Task
+from app.planning.schedule import held_out_share
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape, shape_of
@@ -54,6 +55,8 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     settings = dict(order.get("run") or {})
     if order.get("seed") is not None:
         settings.setdefault("seed", order["seed"])
+    if held_out is None:
+        settings.setdefault("validation_fraction", held_out_share(data.rows))
     try:
         run = RunSettings.model_validate(settings)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.datasets import inspections
-from app.kit import ids
+from app.kit import ids, once
 from app.spec import JobSpec
 from app.tables import JSON, Dataset, Inspection, Job
 
@@ -43,6 +43,10 @@ def ask(session: Session, spec: JobSpec) -> Inspection | None:
 def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
     """(its part of an estimate, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that are in the
     training set too, of `held_out`; `page` lists them."""
+    return once.of(("leakage", spec.dataset.id, page_of(spec)), lambda: _leakage_summary(session, spec))
+
+
+def _leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
     found = ask(session, spec)
     if found is None:
         return {"status": "none", "rows": 0}, []

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import redis
 from pydantic import ValidationError
 
+from app.kit import once
 from app.machines import hardware
 from app.machines.hardware import Machine
 from app.queue import PREFIX, get_redis
@@ -81,6 +82,10 @@ def say_machine(here: Machine | None = None, *, name: str | None = None) -> None
 def training_machine() -> Machine:
     """The machine that the next job is planned for: the one that trains. Of several, the weakest, since any may take the job.
     This one where none was ever heard of, and while Redis is unreachable."""
+    return once.of("the machine that trains", _training_machine)
+
+
+def _training_machine() -> Machine:
     heard = _heard()
     newest = max((seen for seen, _ in heard), default=0.0)
     there = [found for seen, found in heard if newest - seen < FADES_SECONDS]

@@ -63,6 +63,18 @@ class Schedule(NamedTuple):
 
 GOVERNED = (*Schedule._fields, "max_steps", "early_stopping_patience")
 """Run settings that a preset decides where they are empty."""
+DERIVED = (*GOVERNED, "validation_fraction")
+"""Run settings that a preset or the data decides where they are left empty."""
+
+HELD_OUT_SHARE, MAX_HELD_OUT_SHARE = 0.1, 0.25
+HELD_OUT_ROWS = 10
+"""So many at least tell a clear gain from chance; four do not, however clear it is."""
+
+
+def held_out_share(rows: int) -> float:
+    """Share of `rows` that is held out where nobody says: a tenth, and of less than 100 rows enough for ten, but a quarter at most."""
+    wanted = math.ceil(100 * HELD_OUT_ROWS / max(rows, 1)) / 100
+    return min(MAX_HELD_OUT_SHARE, max(HELD_OUT_SHARE, wanted))
 
 
 def schedule(

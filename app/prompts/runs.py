@@ -26,6 +26,7 @@ from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
 from app.ownership import owned
+from app.planning.schedule import held_out_share
 from app.prompts.service import PromptBody
 from app.spec import DatasetRef, JobSpec, ModelRef, Split
 from app.tables import JSON, Dataset, Job, Model, Prompt, PromptResult, PromptRun, PromptVersion, User
@@ -136,9 +137,10 @@ def _held_out(session: Session, user: User, speakers: Sequence[playground.Resolv
         if spec.dataset.id in kin:
             learnt.append(TrainedRows(dataset=spec.dataset, validation_fraction=share, seed=spec.run.seed, split=spec.split))
             found = found or ((share, spec.run.seed, spec.split) if spec.dataset.id == dataset.id and share else None)
-    fraction, seed, split = found or (0.1, 42, None)
+    usual = held_out_share(dataset.good_rows or 0)
+    fraction, seed, split = found or (usual, 42, None)
     if order.validation_fraction is not None or order.split_seed is not None:
-        fraction, seed, split = order.validation_fraction or 0.1, 42 if order.split_seed is None else order.split_seed, None
+        fraction, seed, split = order.validation_fraction or usual, 42 if order.split_seed is None else order.split_seed, None
     return {"validation_fraction": fraction, "split_seed": seed, "split": split, "learnt": tuple(learnt)}
 
 

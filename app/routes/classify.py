@@ -85,6 +85,6 @@ def _page(
     names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
     context = {
         "choices": choices, "names": names, "most_panes": MAX_PANES, "text": text, "texts": texts, "found": found, "error": error,
-        "shown": SHOWN,
+        "shown": SHOWN, "titles": {option.name: option.title for option in every},
     }  # fmt: skip
     return web_templates.render(request, "classify.html", status_code=error.status if error else 200, **context)

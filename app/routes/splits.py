@@ -14,6 +14,7 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
+from app.planning.schedule import held_out_share
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import RunSettings
 from app.schemas.openapi import answers
@@ -40,15 +41,18 @@ class Look(NamedTuple):
     split: Inspection | None
     rows: Inspection | None
     others: list[Dataset]
+    fraction: float
 
 
 def _ask(
-    user: CurrentUser, key: str, method: str, column: str, fraction: float, seed: int, validation: str, side: str = "", page: int = 1
+    user: CurrentUser, key: str, method: str, column: str, fraction: float | None, seed: int, validation: str, side: str = "", page: int = 1
 ) -> Look:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
-            return Look(dataset, None, None, [])
+            return Look(dataset, None, None, [], fraction or 0)
+        if fraction is None:
+            fraction = held_out_share(dataset.good_rows or 0)
         mine = [found for found in datasets.list_(session, user) if found.status == "ready" and found.task == dataset.task]
         arguments: dict[str, Any] = {"method": method, "column": column or None, "fraction": fraction, "seed": seed}
         if validation:
@@ -61,7 +65,7 @@ def _ask(
         if side in SIDES:
             wanted = {"side": side, "skip": (page - 1) * ROWS_PER_PAGE, "count": ROWS_PER_PAGE}
             rows = inspections.ask(session, dataset, "side", arguments | wanted)
-        return Look(dataset, asked, rows, [found for found in mine if found.id != dataset.id])
+        return Look(dataset, asked, rows, [found for found in mine if found.id != dataset.id], fraction)
 
 
 @pages.get("/datasets/{key}/split")
@@ -71,7 +75,7 @@ def show(
     key: str,
     method: Method = "random",
     column: str = "",
-    fraction: Fraction = DEFAULTS.validation_fraction,
+    fraction: Fraction | None = None,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
     side: Literal["validation", "train", "overlap"] = "validation",
@@ -80,7 +84,7 @@ def show(
     look = _ask(user, key, method, column, fraction, seed, validation, side, page)
     if look.split is None:
         return RedirectResponse(path_of(look.dataset), 303)
-    chosen = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
+    chosen = {"method": method, "column": column, "fraction": look.fraction, "seed": seed, "validation": validation}
     found = inspections.wait(look.split.id, WAIT_SECONDS)
     rows = inspections.wait(look.rows.id, WAIT_SECONDS) if look.rows is not None else None
     examples = (found.result or {}).get("examples", [])
@@ -112,12 +116,12 @@ def drop(
     key: str,
     method: Annotated[Method, Form()] = "random",
     column: Annotated[str, Form()] = "",
-    fraction: Annotated[float, Form(ge=0, lt=1)] = DEFAULTS.validation_fraction,
+    fraction: Annotated[float | None, Form(ge=0, lt=1)] = None,
     seed: Annotated[int, Form(ge=0, le=2**31 - 1)] = DEFAULTS.seed,
     validation: Annotated[str, Form()] = "",
 ) -> Response:
     """A version whose training set has none of its validation rows; the answer leads to its split."""
-    dataset, asked, *_ = _ask(user, key, method, column, fraction, seed, validation)
+    dataset, asked, *_, share = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     if found is None or not found.result:
         raise Conflict("The two sides are not compared yet.", hint="Reload the split page and wait until its rows are shown.")
@@ -128,7 +132,7 @@ def drop(
         request,
         f"Version {new.version} removes {len(lines):,} row{'s' if len(lines) != 1 else ''} from the training set that leaked into validation.",
     )
-    query = {"method": method, "column": column, "fraction": fraction, "seed": seed, "validation": validation}
+    query = {"method": method, "column": column, "fraction": share, "seed": seed, "validation": validation}
     return RedirectResponse(f"{path_of(new)}/split?{urlencode(query)}", 303)
 
 
@@ -138,7 +142,7 @@ def show_json(
     key: str,
     method: Method = "random",
     column: str = "",
-    fraction: Fraction = DEFAULTS.validation_fraction,
+    fraction: Fraction | None = None,
     seed: Seed = DEFAULTS.seed,
     validation: str = "",
     side: Annotated[Literal["validation", "train"] | None, Query(description="The side whose rows are listed.")] = None,

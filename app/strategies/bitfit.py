@@ -33,7 +33,7 @@ class BitFit(Selected):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.trainable(shape) == 0:
-            return "This model has no biases to learn. Choose layer_norm or ia3, which are as small."
+            return "This model has no biases to learn. Choose Norm tuning or (IA)³, which are as small."
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def activation_counts(self, shape: Shape) -> Kept:

@@ -28,5 +28,5 @@ class QLora(ChosenLowRank):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if not cuda:
-            return "A 4-bit base needs an NVIDIA GPU. Choose lora, which needs no GPU."
+            return "A 4-bit base needs an NVIDIA GPU. Choose LoRA, which needs no GPU."
         return super().unavailable(shape, task=task, cuda=cuda)

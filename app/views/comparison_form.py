@@ -17,11 +17,11 @@ from app.evaluation import comparisons
 from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
-from app.kit import ids
+from app.kit import ids, once
 from app.kit.forms import Fault, FormField, as_text, controls, fill
 from app.machines import heartbeats
 from app.models import service as models
-from app.planning.schedule import Schedule
+from app.planning.schedule import DERIVED
 from app.run_settings import RunSettings, displaced
 from app.strategies import STRATEGIES, Strategy
 from app.tables import JSON, Dataset, Model, User
@@ -139,6 +139,11 @@ class CompareForm:
 
 def compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = ()) -> CompareForm:
     """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
+    with once.remembered():
+        return _compare_form(session, user, typed, strategies)
+
+
+def _compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str]) -> CompareForm:
     from app.datasets import service as datasets
 
     typed = dict(typed)
@@ -150,10 +155,8 @@ def compare_form(session: Session, user: User, typed: Mapping[str, str], strateg
     for name, found in (("model", model), ("dataset", dataset)):
         if typed.get(name) and found is None:
             errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
-    run = fill(
-        RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=Schedule._fields
-    )
-    usual = usual_run(dataset, run.settings) if dataset else {}
+    run = fill(RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=DERIVED)
+    usual = {"validation_fraction": RunSettings().validation_fraction} | (usual_run(dataset, run.settings) if dataset else {})
     errors |= {f"run.{name}": text for name, text in run.errors.items()}
     form = CompareForm(
         typed=typed,

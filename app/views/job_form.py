@@ -25,7 +25,7 @@ from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.planning import feasibility
 from app.planning.advisor import Advice
-from app.planning.schedule import GOVERNED, PRESETS, PresetName
+from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
 from app.spec import JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
@@ -95,6 +95,7 @@ class OrderForm:
     spec: JobSpec | None = None
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
+    coming: list[str] = field(default_factory=list)  # titles of models that are being added
 
     @property
     def ready(self) -> bool:
@@ -181,7 +182,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     from app.datasets import service as datasets
 
     typed = dict(typed)
-    ready = [m for m in models.list_(session, user) if m.status == "ready"]
+    known = models.list_(session, user)
+    ready = [m for m in known if m.status == "ready"]
     rows = datasets.list_(session, user)
     usable = [d for d in rows if d.status in ("ready", "reading")]
     errors: dict[str, str] = {}
@@ -210,9 +212,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
     if typed.get("preset") and typed["preset"] != preset:
         errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
-    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=GOVERNED)
+    filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset) if dataset else {}
-    usual = {"early_stopping_patience": RunSettings().early_stopping_patience} | usual
+    usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
@@ -249,6 +251,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
+        coming=[m.title for m in known if m.status == "fetching"],
     )
     if model and dataset and not errors:
         _try(session, user, form, filled, run, compared)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import redis
 from pydantic import BaseModel, computed_field
-from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
+from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from app.db import get_engine
 from app.machines.heartbeats import Worker, alive
@@ -133,7 +133,7 @@ _DUTIES = {
     "train": ("Training", "Jobs stay queued."),
     "data": ("Data workers", "Datasets are not read."),
     "import": ("Model downloads", "Models are not downloaded."),
-    "generate": ("Inference", "Models cannot answer."),
+    "generate": ("Inference", "Models cannot answer, and predictions stay queued."),
     "relay": ("Job dispatcher", "No new job starts."),
 }
 
@@ -188,20 +188,22 @@ def overview(session: Session, user: User) -> Overview:
         list(
             session.scalars(select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None)).order_by(Job.created_at.desc()).limit(5))
         ),
-        list(
-            session.scalars(
-                select(Dataset)
-                .where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
-                .order_by(Dataset.created_at.desc())
-                .limit(5)
-            )
-        ),
+        _newest_datasets(session, user),
         list(
             session.scalars(
                 select(Model).where(_mine(user), Model.deleted_at.is_(None), Model.kept).order_by(Model.created_at.desc()).limit(5)
             )
         ),
     )
+
+
+def _newest_datasets(session: Session, user: User) -> list[Dataset]:
+    """One line for all versions of a dataset, as in the list of datasets: that of the newest."""
+    lines: dict[tuple[object, str], Dataset] = {}
+    query = select(Dataset).options(defer(Dataset.report)).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    for dataset in session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id).limit(100)):
+        lines.setdefault((dataset.file_id, dataset.name), dataset)
+    return list(lines.values())[:5]
 
 
 def _mine(user: User) -> ColumnElement[bool]:
@@ -217,7 +219,9 @@ def _steps(session: Session, user: User) -> Steps:
     tried = (Model.owner_id == user.id, Model.job_id.is_not(None), Answer.model_id == Model.id, Answer.exchange_id == Exchange.id)
     row = session.execute(
         select(
-            count(Dataset, *datasets, Dataset.status == "ready"),
+            select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name))))
+            .where(*datasets, Dataset.status == "ready")
+            .scalar_subquery(),
             count(Dataset, *datasets, Dataset.status == "reading"),
             count(Job, *jobs),
             count(Job, *jobs, Job.status == "running"),

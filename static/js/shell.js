@@ -179,6 +179,7 @@ function prepare() {
 }
 
 prepare();
+document.querySelector(".tabs [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }); // tabs scroll on phones
 document.addEventListener("htmx:after:swap", prepare);
 
 document.addEventListener("htmx:config:request", (event) => {

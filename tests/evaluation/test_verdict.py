@@ -56,6 +56,20 @@ PLANTED = {
     "overfitted": (found(losses(0.02, noise=0.5), curve=RISING), "overfitted", "lowest at step 10 and rose again", ["Try again with learning rate 0.0002"]),
     "undertrained": (found(losses(0.05, noise=0.5), curve=[], steps=6), "undertrained", "6 steps are few", ["Train for 30 epochs"]),
     "perfect": (found(hits(0.3, 1.0), hits(0.7, 1.0), metric="accuracy"), "better", "Not one mistake", []),
+    "one step": (found(losses(0.05, noise=0.5), curve=[], steps=1), "undertrained", "1 step is few", []),
+    "worse than a guess": (found(hits(0.7, 0.3), metric="accuracy"), "worse", "Always answering the commonest label does better", []),
+    "neighbors better": (
+        found(hits(0.3, 0.7), hits(0.95, 0.7), metric="accuracy", few_shot_by="vectors"), "no_better",
+        "Better than the base, but nearest-neighbor classification without training does better still: 96 % against 70 %.", [],
+    ),
+    "neighbors as good": (
+        found(hits(0.3, 0.7), hits(0.72, 0.7), metric="accuracy", few_shot_by="vectors"), "better", "no training may be needed", [],
+    ),
+    "neighbors beaten": (
+        found(hits(0.3, 0.9), hits(0.5, 0.9), metric="accuracy", few_shot_by="vectors", cross_validated=True), "better",
+        "(difference +38 to +75 points with 95 % confidence, 50 rows, each held out once). Better than nearest-neighbor classification "
+        "without training, too (50 %).", [],
+    ),
     "nothing held out": ({}, "too_few_rows", "No rows were held out", ["Hold out 20 % and train again"]),
 }  # fmt: skip
 
@@ -68,6 +82,26 @@ def test_each_planted_outcome_is_told(name):
     assert sentence in told.sentence
     assert [s.label for s in told.suggestions][: len(suggested)] == suggested
     assert told.ready == (outcome == "better")
+
+
+def test_a_job_that_a_limit_ended_is_offered_a_higher_limit():
+    """The quick preset ends after 25 steps: more epochs alone would end there again."""
+    for evaluation in (found(losses(0.05, noise=0.5), curve=[], steps=25), found(losses(1.0), losses(-0.6), steps=25)):
+        (offered,) = verdict("succeeded", spec(max_steps=25, epochs=3), evaluation).suggestions
+        assert offered.label == "Train for 60 steps" and offered.order == {"run": {"epochs": 8, "max_steps": 60}}
+
+
+FORGOT = {"verdict": "forgot much", "change": 0.2, "interval": [0.16, 0.24]}
+
+
+def test_what_was_forgotten_is_part_of_the_verdict_and_reads_forwards():
+    told = verdict("succeeded", spec(), found(losses(1.5), losses(0.8)), forgetting=FORGOT)
+    assert told.outcome == "better"
+    assert told.sentence.endswith("It forgot much: general ability −20 % (95 %: −24 to −16 %), with the adapter on; removable.")
+    whole = verdict("succeeded", spec(strategy="full"), found(losses(1.5), losses(0.8)), forgetting=FORGOT)
+    assert whole.sentence.endswith("(95 %: −24 to −16 %).")
+    for little in (None, FORGOT | {"verdict": "within noise"}, {"verdict": "not applicable", "change": None, "interval": None}):
+        assert "forgot" not in verdict("succeeded", spec(), found(losses(1.5), losses(0.8)), forgetting=little).sentence
 
 
 def test_a_diverged_job_offers_a_lower_rate_and_an_interrupted_one_says_so():

@@ -82,6 +82,9 @@ def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
     assert [(c.kind, c.strategy) for c in found] == [("recommended", "lora"), ("cheaper", "prompt_tuning"), ("stronger", "full")]
     assert "2 GB instead of 3 GB and 2 min instead of 3 min" in found[1].sentence
     assert all(c.label == "Use this method" and f"strategy={c.strategy}" in c.url for c in found)
+    slow = costs | {"prompt_tuning": Cost(memory_bytes=2 * GB, seconds=179, trainable_parameters=100)}
+    said = cards(ranked(facts, costs=slow), facts, "m", "ds-1")[1].sentence
+    assert said == "Takes 2 GB instead of 3 GB, for somewhat less capacity than LoRA.", "a second less is no reason"
     enough = facts.model_copy(update={"metric": "rouge_l", "prompted": 0.9, "how": "answers"})
     first = cards(ranked(enough, costs=costs), enough, "m", "ds-1")[0]
     assert first.strategy is None and "ROUGE-L 0.90" in first.sentence and first.url.startswith("/playground/prompts/new?builder=few_shot")

@@ -263,7 +263,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     page = html.unescape(client.get("/jobs/new", params=typed).text)
     assert error.message in page and "disabled>Start" in page
     squeezed = refused(session, user, order_of(kinds, strategy={"name": "qlora"}))
-    assert squeezed.code == "strategy_unavailable" and "Choose lora, which needs no GPU" in squeezed.message
+    assert squeezed.code == "strategy_unavailable" and "Choose LoRA, which needs no GPU" in squeezed.message
 
     card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
     monkeypatch.setattr(heartbeats, "training_machine", lambda: card)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.planning.schedule import MIN_STEPS, PRESETS, schedule, steps
+from app.planning.schedule import MIN_STEPS, PRESETS, held_out_share, schedule, steps
 
 
 @pytest.mark.parametrize("task", ["generation", "classification", "preference"])
@@ -44,3 +44,16 @@ def test_a_preset_is_a_number_of_steps(rows, mean):
         found = schedule("generation", rows, mean, preset=name)
         made[name] = min(steps(rows * mean, found.max_tokens_per_step, found.epochs), preset.more.get("max_steps", 10**9))
     assert 20 <= made["quick"] <= 30 and 50 <= made["balanced"] <= 100 and 120 <= made["best"] <= 250
+
+
+def test_small_data_holds_out_rows_enough_to_tell_and_large_data_a_tenth():
+    assert {rows: round(rows * held_out_share(rows)) for rows in (20, 40, 48, 60, 72, 99)} == {
+        20: 5,
+        40: 10,
+        48: 10,
+        60: 10,
+        72: 10,
+        99: 11,
+    }
+    assert [held_out_share(rows) for rows in (0, 1, 8, 100, 1000, 10**6)] == [0.25, 0.25, 0.25, 0.1, 0.1, 0.1]
+    assert all(rows * held_out_share(rows) >= 10 for rows in range(40, 2000))

@@ -219,20 +219,20 @@ def test_few_runs_go_on_at_once_and_a_leaving_worker_lets_go(session, user, sums
     register_tiny(session)
     run = order(session, user, sums, prompts.STARTS["zero_shot"] | {"max_tokens": 2}, rows=3)
     for _ in range(evaluation_prompt_runs.RUNS_AT_ONCE):
-        assert evaluation_prompt_runs._turns.acquire(timeout=5)
+        assert evaluation_prompt_runs._runs.free.acquire(timeout=5)
     evaluation_prompt_runs.begin(run.id, lambda: True)
     evaluation_prompt_runs.begin(run.id)  # announced again meanwhile
     time.sleep(0.3)
     session.refresh(run)
-    assert run.status == "queued" and len(evaluation_prompt_runs._held) == 1, "it was claimed before its turn"
-    evaluation_prompt_runs._turns.release(evaluation_prompt_runs.RUNS_AT_ONCE)
-    wait_until(lambda: not evaluation_prompt_runs._held, what="the run's turn", seconds=30)
+    assert run.status == "queued" and len(evaluation_prompt_runs._runs.held) == 1, "it was claimed before its turn"
+    evaluation_prompt_runs._runs.free.release(evaluation_prompt_runs.RUNS_AT_ONCE)
+    wait_until(lambda: not evaluation_prompt_runs._runs.held, what="the run's turn", seconds=30)
     session.refresh(run)
     assert run.status == "running", "a worker that is leaving went on to the end"
     run.lease_until = leases.OVER
     session.commit()
     evaluation_prompt_runs.begin(run.id)
-    wait_until(lambda: not evaluation_prompt_runs._held, what="the run's end", seconds=30)
+    wait_until(lambda: not evaluation_prompt_runs._runs.held, what="the run's end", seconds=30)
     session.refresh(run)
     assert run.status == "succeeded" and run.result["rows"] == 3
 

@@ -78,6 +78,9 @@ def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api,
     assert (after["status"], after["good_rows"], after["mapping"], after["error"]) == ("ready", 12, mapping, None)
     page = client.get(f"/datasets/{made['id']}").text
     assert "Change format or columns" in page and error["preview"][0][mapping["text"]] in page
+    first, home = ids.public(ids.DATASET, dataset.id), client.get("/").text
+    assert f'<a href="/datasets/{made["id"]}">Version 2</a> is ready' in client.get(f"/datasets/{first}").text
+    assert made["id"] in home and first not in home and "1 dataset ready" in home, "versions of one dataset are one line"
 
 
 def test_an_excel_file_is_read_in_the_limited_child(api, session, user):

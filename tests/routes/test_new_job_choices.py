@@ -15,6 +15,7 @@ from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
 from app.machines.hardware import this_machine
+from app.spec import JobSpec
 from app.storage import files
 from app.strategies import STRATEGIES
 
@@ -295,3 +296,22 @@ def test_the_api_says_what_auto_came_to(api, session, user, tiny_registered, cha
     assert begun["hyperparameters"] == {"n_epochs": begun["run"]["epochs"], "batch_size": rows, "learning_rate_multiplier": 1.0}
     assert isinstance(rows, int) and 1 < rows < 60 and begun["run"]["learning_rate"] == 5e-4
     assert begun["method"]["supervised"]["hyperparameters"] == begun["hyperparameters"]
+
+
+def test_small_data_holds_out_more_unless_somebody_says_how_much(client, api, session, user, tiny_registered, chats):
+    """60 rows hold out ten. The form, the API and the split page say the same share; a tenth that was typed stays a tenth, and so does
+    that of a job ordered before the rule."""
+    asked = {"model": "tiny", "dataset": public(chats), "strategy": "lora"}
+    page = client.get("/jobs/new", params=asked).text
+    field = re.search(r'<input id="run-validation-fraction"[^>]*>', page).group(0)
+    assert 'placeholder="0.17"' in field and 'value=""' in field
+    assert 'name="fraction" type="number" min="0" max="0.9" step="0.01" value="0.17"' in client.get(f"/datasets/{public(chats)}/split").text
+    job = started(session, user, client.post("/jobs", data=asked | {"run.validation_fraction": ""}, follow_redirects=False))
+    assert job.spec["run"]["validation_fraction"] == 0.17 and "validation_fraction" not in job.order["run"]
+    typed = started(session, user, client.post("/jobs", data=asked | {"run.validation_fraction": "0.1"}, follow_redirects=False))
+    assert typed.spec["run"]["validation_fraction"] == 0.1
+    body = {"model": "tiny", "dataset_id": public(chats), "strategy": {"name": "lora"}}
+    assert api.post("/v1/fine_tuning/jobs", json=body).json()["run"]["validation_fraction"] == 0.17
+    before = dict(job.spec["run"])
+    del before["validation_fraction"]
+    assert JobSpec.model_validate(job.spec | {"run": before}).run.validation_fraction == 0.1

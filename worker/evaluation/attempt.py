@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import redis
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -28,19 +29,25 @@ from app.db import transaction
 from app.errors import StudioError
 from app.evaluation import predictions
 from app.evaluation import service as evaluations
-from app.evaluation.service import Claim
+from app.evaluation.service import Claim, EvaluationSpec
+from app.inference import residency
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import PROJECT, get_settings
 from app.storage.files import write_atomically
+from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes
 from worker.supervision.train_attempt import LOG_LIMIT_BYTES
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
 
+ROOM_SECONDS = 2.0
+"""Pause between two looks whether there is room beside a job that trains."""
+ROOM_SHARE = 0.95
 MAX_SILENT_SECONDS = 1800.0
 """A child that has reported nothing for this long is taken to hang; loading a large model takes minutes without a report."""
 
@@ -61,8 +68,41 @@ def _claim(evaluation_id: uuid.UUID) -> Claim | None:
         return evaluations.claim(session, evaluation_id)
 
 
+_turn = Turns(1, lasting=True)
+
+
+def begin(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
+    """The body of the task PREDICT: see to it that it is done in its turn, beside what trains, and return at once."""
+
+    def when_there_is_room() -> None:
+        while not going_down() and not _fits(evaluation_id):
+            time.sleep(ROOM_SECONDS)
+        work(evaluation_id, going_down)
+
+    _turn.begin(evaluation_id, when_there_is_room)
+
+
+def _fits(evaluation_id: uuid.UUID) -> bool:
+    """Whether its model has room beside the jobs that train here. One that waits no more need not wait for that."""
+    with transaction() as session:
+        spec = evaluations.waiting(session, evaluation_id)
+    here = this_machine()
+    try:
+        taken = residency.room_asked(here.cuda)
+    except redis.RedisError:
+        return True
+    total = (here.gpu_memory_bytes or 0) if here.cuda else here.memory_bytes
+    return spec is None or not taken or taken + weight_bytes(spec) <= ROOM_SHARE * total
+
+
+def weight_bytes(spec: EvaluationSpec) -> int:
+    """What its weights take at most, those of fp32."""
+    return 4 * spec.model.shape.parameters()
+
+
 class Run:
-    """One attempt at an evaluation, from the start of its process to the record of its end."""
+    """One try of an evaluation, from the start of its process to the record of its end. While it runs beside jobs that train, idle
+    models make room for it."""
 
     def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
         self.held, self.going_down = held, going_down
@@ -87,6 +127,7 @@ class Run:
             failed = exit_codes.of_os_error(error)
             self._finish(error=_error(failed, failed.message))
         finally:
+            residency.give_room_back(self.held.id)
             shutil.rmtree(self.folder.parent if self.ended else self.folder, ignore_errors=True)
 
     def _assess(self) -> int:
@@ -143,6 +184,7 @@ class Run:
     def _beat_when_due(self) -> None:
         if time.monotonic() >= self.next_beat:
             self.next_beat = time.monotonic() + get_settings().beat_seconds
+            residency.ask_room(self.held.id, weight_bytes(self.held.spec))
             self.lost = not self._beat()
 
     def _beat(self) -> bool:

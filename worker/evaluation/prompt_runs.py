@@ -3,22 +3,18 @@
 Several rows are requested at once, so the engine answers them in one batch, together with chats: all runs together hold at most
 half of its rows. Scored rows are stored every few seconds; a stopped or deleted run ends there.
 
-A few runs go on at once in threads of their own, since each takes minutes or hours: the worker's own threads stay free for chats.
-A waiting run is not claimed, so another worker may take it, or it is redelivered when this one dies.
+A few runs go on at once, in their turns (worker/evaluation/turns.py), since each takes minutes or hours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from app import formats
 from app.datasets.splits import key_of
@@ -28,6 +24,7 @@ from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampli
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec, TrainedRows
+from worker.evaluation.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -84,29 +81,12 @@ class RunTotals:
         }  # fmt: skip
 
 
-_turns = threading.Semaphore(RUNS_AT_ONCE)
-_held: set[uuid.UUID] = set()
-_lock = threading.Lock()
+_runs = Turns(RUNS_AT_ONCE)
 
 
 def begin(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
     """Queue the run in this process, and return at once. A run that is queued here already is not added again."""
-    with _lock:
-        if run_id in _held:
-            return
-        _held.add(run_id)
-
-    def in_turn() -> None:
-        try:
-            with contextlib.nullcontext() if _is_trial(run_id) else _turns:
-                work(run_id, going_down)
-        except SQLAlchemyError as error:  # the lease expires, and the run is redelivered
-            log.warning("The run %s was abandoned: %s", run_id, error)
-        finally:
-            with _lock:
-                _held.discard(run_id)
-
-    threading.Thread(target=in_turn, name=f"run-{run_id.hex[:6]}", daemon=True).start()
+    _runs.begin(run_id, lambda: work(run_id, going_down), waits=lambda: not _is_trial(run_id))
 
 
 def _is_trial(run_id: uuid.UUID) -> bool:

@@ -49,6 +49,8 @@ BATCH_ROWS = 256
 """Rows of a step of the dense classifier."""
 FEW_ROWS = 30
 """Fewer held-out rows than these say little; a classifier that is fitted in a moment is then cross-validated over all rows."""
+MIN_FOLDED_ROWS = 15
+"""Three rows in each of five folds. Groups, and the rows of another dataset, stay on their side and are not folded."""
 
 
 def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -> Iterator[events.TrainerEvent]:
@@ -118,7 +120,8 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         nearest = _nearest(len(data.labels), run.seed)
         by_examples = nearest(inside, truth, outside[: prompt_baseline.MAX_VECTOR_ROWS])
         evaluation |= {"contest": label_contest(found.argmax(1), truth, held_truth, by_examples), "steps": state.step}
-        if fitted is not None and len(held_truth) < FEW_ROWS <= len(vectors):
+        foldable = spec.validation is None and (spec.split is None or spec.split.method != "grouped")
+        if fitted is not None and foldable and len(held_truth) < FEW_ROWS and len(vectors) >= MIN_FOLDED_ROWS:
             everything = np.concatenate([truth, held_truth])
             right = feature_cache.cross_validated(vectors, everything, feature_cache.regression_of(fitted.C), seed=run.seed) == everything
             shown = feature_cache.cross_validated(vectors, everything, nearest, seed=run.seed) == everything

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +20,21 @@ from sqlalchemy import func, select, update
 
 from app import events, queue
 from app.db import get_engine, transaction
+from app.evaluation import predictions
+from app.evaluation import service as evaluations
 from app.inference import residency
 from app.jobs import checkpoints, lifecycle
 from app.jobs import service as jobs
-from app.kit import manifest
+from app.kit import ids, manifest
+from app.machines.hardware import this_machine
 from app.models import service as models
 from app.ops.embedded import sweep
 from app.settings import get_settings
-from app.tables import Checkpoint, Event, Job, Model
+from app.storage import files
+from app.tables import Checkpoint, Evaluation, Event, Job, Model, Outbox
 from tests.conftest import PROJECT, wait_until
 from tests.orders import make_dataset, make_job
+from worker.evaluation import attempt
 from worker.supervision import exit_codes, train_attempt
 
 RUN = {"epochs": 4, "max_tokens_per_step": 128, "evaluations_per_epoch": 2, "samples": 1, "sample_tokens": 4, "early_stopping_patience": 0}
@@ -399,6 +405,68 @@ def running_trainers(job: Job) -> list[psutil.Process]:
         if "worker.run" in line and str(job.id) in line:
             found.append(process)
     return found
+
+
+def order_predictions(session, user, rows: int, tokens: int) -> uuid.UUID:
+    file = files.add_bytes(session, user, ("text\n" + "What carries the strings?\n" * rows).encode(), "a.csv", "user_data")
+    wanted = predictions.PredictionOrder(model="tiny", file=ids.public(ids.FILE, file.id), max_tokens=tokens)
+    made = predictions.create(session, user, wanted)
+    session.commit()
+    return made.id
+
+
+def row_of(key: uuid.UUID) -> Evaluation:
+    with transaction() as session:
+        return session.get_one(Evaluation, key)
+
+
+GENERATE_WORKER = ("-m", "celery", "-A", "worker.main", "worker", "-Q", "generate", "--pool=threads", "-c", "4", "--without-gossip")
+
+
+@pytest.mark.timeout(600)
+def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_their_worker(new_job, processes, session, user):
+    job = new_job(epochs=1000)
+    queue.enqueue(session, queue.TRAIN, job.id)
+    session.commit()
+    wait_until(lambda: now_of(job).step > 0, what="a step", seconds=180)
+    worker = processes.start(*GENERATE_WORKER)
+    short = order_predictions(session, user, rows=3, tokens=2)
+    wait_until(lambda: row_of(short).status == "succeeded", what="the predictions", seconds=180)
+    assert now_of(job).status == "running" and running_trainers(job)
+
+    long, next_one = (order_predictions(session, user, rows=20_000, tokens=200) for _ in range(2))
+    wait_until(lambda: (row_of(long).progress or 0) > 0, what="the first rows", seconds=180)
+    assert residency.room_asked(cuda=this_machine().cuda) > 0 and row_of(next_one).status == "queued"
+    time.sleep(6)  # three times announce_again_seconds
+    with transaction() as other:
+        told = other.scalar(select(func.count()).where(Outbox.key == next_one))
+    assert told == 1, "what waits in the worker was announced again and again"
+    worker.terminate()
+    worker.wait(30)
+    assert (row_of(long).status, row_of(long).deaths) == ("queued", 0), "a worker that leaves gives back what it has"
+    processes.start(*GENERATE_WORKER)
+    wait_until(lambda: "running" in {row_of(key).status for key in (long, next_one)}, what="the second try", seconds=180)
+    for key in (long, next_one):
+        evaluations.cancel(session, user, key, predictions.KINDS)
+    session.commit()
+    last = order_predictions(session, user, rows=1, tokens=1)
+    wait_until(lambda: row_of(last).status == "succeeded", what="what was ordered after those cancelled", seconds=180)
+    jobs.cancel(session, user, job.id)
+    session.commit()
+    wait_until(lambda: now_of(job).status == "cancelled", what="the end of the job", seconds=60)
+
+
+def test_predictions_wait_for_room_beside_a_job_that_trains(new_job, session, user, monkeypatch):
+    key = order_predictions(session, user, rows=1, tokens=1)
+    here, job = this_machine(), uuid.uuid4()
+    monkeypatch.setattr(attempt, "ROOM_SECONDS", 0.05)
+    residency.ask_room(job, here.gpu_memory_bytes if here.cuda else here.memory_bytes)
+    attempt.begin(key)
+    time.sleep(0.5)
+    assert row_of(key).status == "queued"
+    residency.give_room_back(job)
+    wait_until(lambda: row_of(key).status == "succeeded", what="the predictions", seconds=90)
+    assert residency.room_asked(here.cuda) == 0
 
 
 @pytest.mark.timeout(240)

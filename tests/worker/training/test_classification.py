@@ -17,7 +17,7 @@ from app.errors import BadData
 from app.models.model_card import Provenance, load_code
 from app.settings import get_settings
 from app.shapes import shape_of
-from app.spec import Adapter, JobSpec, ModelRef
+from app.spec import Adapter, JobSpec, ModelRef, Split
 from app.strategies import STRATEGIES
 from tests.card_code import run_card
 from tests.worker.orders import order, put_dataset, put_model
@@ -182,6 +182,18 @@ def test_few_held_out_rows_are_cross_validated_beside_the_commonest_label_and_ex
     assert found["cross_validated"] and found["base"]["rows"] == found["few_shot"]["rows"] == 60
     assert found["base"]["score"] == pytest.approx(1 / 3, abs=0.01)
     assert found["base"]["tuned"] == found["few_shot"]["tuned"] > found["few_shot"]["score"] > found["base"]["score"]
+
+
+def test_only_rows_that_may_change_sides_are_folded(data_dir: Path, tiny_model: Path) -> None:
+    """Fifteen rows are enough for it; whole groups, and the rows of another dataset, stay where they were put."""
+    model, rows = put_encoder(tiny_model), texts(15)
+    assert run(sorting(model, rows, "feature_extraction"), data_dir, "few")[-1].evaluation["contest"]["base"]["rows"] == 15
+    grouped = [row | {"metadata": {"day": str(n // 3)}} for n, row in enumerate(rows)]
+    by_day = sorting(model, grouped, "feature_extraction").model_copy(update={"split": Split(method="grouped", column="day")})
+    apart = sorting(model, rows, "feature_extraction").model_copy(update={"validation": put_dataset(texts(18)[15:], "classification")})
+    for name, spec in (("grouped", by_day), ("apart", apart)):
+        contest = run(spec, data_dir, name)[-1].evaluation["contest"]
+        assert "cross_validated" not in contest and contest["base"]["rows"] == 3
 
 
 def test_vectors_are_made_once_and_a_dense_classifier_learns_on_them(data_dir: Path, tiny_model: Path, monkeypatch) -> None:
