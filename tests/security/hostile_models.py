@@ -1,4 +1,4 @@
-"""Model folders made by somebody who means harm, and honest ones that look odd; `python -m tests.security.hostile_models --table`
+"""Model folders made by somebody who means harm, and honest ones that look odd; `python -m tests.security.hostile_models`
 brings each of them in as the studio does and prints what it said.
 
 A hostile folder is a copy of the small model with something changed: `HOSTILE[name] = Case(change, words)`, where
