@@ -60,7 +60,7 @@ def max_connections() -> int:
 @functools.lru_cache(maxsize=1024)
 def max_connections_from(address: str) -> int:
     """Maximum connections from the network of one address. Loopback, where tunnels and proxies of this machine end, and the
-    proxies in the settings stand for many clients: they may use all but what is reserved for one other network."""
+    proxies in the settings speak for many clients: they may use all but what is reserved for one other network."""
     settings, total = get_settings(), max_connections()
     each = min(settings.max_connections_per_address, total // 2)
     proxies = ProxyHeadersMiddleware(nothing, settings.forwarded_allow_ips).trusted_hosts
