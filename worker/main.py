@@ -14,13 +14,13 @@ from typing import Any
 from celery import signals
 
 from app.db import get_engine
+from app.kit.child_process import die_with_parent
 from app.machines import heartbeats
 from app.queue import celery, get_redis
 from app.settings import get_settings
 from worker import tasks
 from worker.kernels.cpu import warmup
 from worker.supervision import watchdog
-from worker.supervision.train_attempt import die_with_parent
 
 app = celery
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from app.kit import child_process
 from app.kit.confinement import Confinement, confined
 from app.settings import PROJECT
 
@@ -90,19 +91,14 @@ def run(
     with tempfile.TemporaryDirectory(prefix="child-", dir=folder) as own, tempfile.TemporaryFile(dir=own) as stderr:
         room = Confinement(read=[Path(path) for path in read], write=[Path(own), *(Path(path) for path in write)])
         command = confined([sys.executable, "-m", "app.kit.sandbox", function], room)
-        process = subprocess.Popen(
-            command, cwd=own, env=_environment(own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
-        )
-        try:
+        with child_process.start(command, cwd=own, env=_environment(own), output=stderr, answers=True) as child:
+            process = child.process
             with contextlib.suppress(BrokenPipeError):
                 assert process.stdin is not None
                 process.stdin.write(json.dumps({"limits": asdict(limits), "payload": payload}).encode())
                 process.stdin.close()
             outcome = _listen(process, limits, on_message, keep_going)
             code = process.wait(timeout=30)
-        finally:
-            if process.poll() is None:
-                _kill(process)
         return _judge(outcome, code, limits, stderr, Path(own))
 
 
@@ -137,12 +133,10 @@ def _listen(process: subprocess.Popen[bytes], limits: Limits, on_message: Say, k
         while True:
             now = time.monotonic()
             if now > deadline:
-                _kill(process)
                 raise Killed(_OUT_OF_TIME, f"It took longer than {limits.seconds:.0f} seconds.")
             if now - asked >= 1.0:
                 asked = now
                 if not keep_going():
-                    _kill(process)
                     raise Killed("stopped", "It was stopped.")
             if not selector.select(timeout=0.5):
                 continue
@@ -153,7 +147,6 @@ def _listen(process: subprocess.Popen[bytes], limits: Limits, on_message: Say, k
             *lines, rest = buffer.split(b"\n")
             buffer = bytearray(rest)
             if len(buffer) > MAX_MESSAGE_BYTES:
-                _kill(process)
                 raise Killed(_CRASHED, "It said something too long.")
             for line in lines:
                 message = json.loads(line)
@@ -196,12 +189,6 @@ def _words(kind: str, limits: Limits) -> str:
         _OUT_OF_TIME: f"It took longer than {limits.cpu_seconds} seconds.",
         _FILE_TOO_LARGE: f"It wrote more than {limits.file_bytes:,} bytes.",
     }.get(kind, "The reading process ended unexpectedly.")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # In the child -------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from app.errors import BadData, Conflict, DiskFull, NotFound, Unavailable
-from app.kit import manifest
+from app.kit import child_process, manifest
 from app.kit.confinement import Confinement, confined
 from app.models import gguf_header, import_checks
 from app.models.license_text import text_of
-from app.settings import PROJECT, get_settings
+from app.settings import get_settings
 
 Report = Callable[[float], None]
 """Called with the fraction that is done, 0 to 1. May raise to stop the work."""
@@ -314,34 +314,15 @@ def run_child(command: list[str], environment: dict[str, str], beat: Callable[[]
 
     Raises Unavailable when the child takes longer than `seconds`.
     """
-    launch = [sys.executable, "-I", "-S", str(PROJECT / "app" / "ops" / "embedded" / "launch.py"), str(os.getpid()), "9", "self"]
     with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            [*launch, *command],
-            env=environment,
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            waited = 0.0
-            while True:
-                try:
-                    child.wait(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    waited += 0.5
-                    if waited > seconds:
-                        raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", hint="Try again.") from None
-                    beat()
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, 9)
-                child.wait()
+        with child_process.start(child_process.launched(command), env=environment, output=output) as child:
+            late = time.monotonic() + seconds
+            while not child.ends_within(0.5):
+                if time.monotonic() > late:
+                    raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", hint="Try again.")
+                beat()
         output.seek(max(0, output.seek(0, os.SEEK_END) - 200_000))
-        return child.returncode, output.read().decode("utf-8", "replace")
+        return child.end(), output.read().decode("utf-8", "replace")
 
 
 def _member(wheels: list[Path], name: str) -> bytes:

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from app.errors import Conflict, Forbidden, Unavailable
+from app.kit.child_process import launched
 from app.ops.embedded import sweep
 from app.ops.embedded.places import MAX_SOCKET_PATH_BYTES, Lock, secret, socket_folder
-from app.ops.embedded.postgres import Postgres, give, launched
+from app.ops.embedded.postgres import Postgres, give
 from app.ops.embedded.supervisor import Child, Supervisor
 from app.settings import PROJECT
 from tests.conftest import Studio, start_studio, studio_environment, wait_until
@@ -316,7 +317,7 @@ def test_a_secret_is_made_once(tmp_path):
 
 def test_a_launched_program_dies_with_its_parent(tmp_path):
     script = (
-        "import subprocess,sys,time; from app.ops.embedded.postgres import launched;"
+        "import subprocess,sys,time; from app.kit.child_process import launched;"
         "p=subprocess.Popen(launched(['/bin/sleep','600']), start_new_session=True); print(p.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=PROJECT)

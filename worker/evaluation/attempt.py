@@ -11,9 +11,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,12 +29,14 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.service import Claim, EvaluationSpec
 from app.inference import residency
+from app.kit import child_process
+from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
-from app.settings import PROJECT, get_settings
+from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes
@@ -140,38 +140,20 @@ class Run:
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         environment = exit_codes.trainer_environment(os.environ, self.folder)
         room = confinement.room_of(self.held.spec, self.folder, environment)
-        read_end, write_end = os.pipe()
-        try:
-            with (self.folder / "assess.log").open("ab") as out:
-                child = subprocess.Popen(
-                    confined(assess_command(spec, write_end), room),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    cwd=PROJECT,
-                    env=environment,
-                    pass_fds=[write_end],
-                    start_new_session=True,
-                )
-        except BaseException:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        reader = threading.Thread(target=self._read, args=(read_end,), name="said", daemon=True)
-        reader.start()
+        with (self.folder / "assess.log").open("ab") as out:
+            child = child_process.start(lambda pipe: confined(assess_command(spec, pipe), room), env=environment, output=out)
+        child.listen(self._hear)
         try:
             self._watch(child)
         finally:
-            exit_codes.kill_group(child.pid)  # not yet reaped, so the number is still the child's
+            child.kill_group()
             self.space.end()
-            code = child.wait()
-        reader.join(timeout=10)  # the pipe's last line
+            code = child.end()
         return code
 
-    def _watch(self, child: subprocess.Popen[bytes]) -> None:
-        """Send heartbeats until the child has exited, or until there is a reason to end it."""
-        while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    def _watch(self, child: Child) -> None:
+        """Beat until the child is gone, or until there is a reason to end it."""
+        while child.is_running():
             self._beat_when_due()
             self.space.look(child.pid)
             turn_over(self.folder / "assess.log", LOG_LIMIT_BYTES)
@@ -195,17 +177,15 @@ class Run:
             log.warning("Evaluation %s: no heartbeat: %s", self.held.id, type(error).__name__)
             return True  # the lease decides whether it is still ours once the database is back
 
-    def _read(self, read_end: int) -> None:
-        """Read the child's reports off the pipe, one JSON object per line."""
-        with os.fdopen(read_end, "rb") as pipe:
-            for line in pipe:
-                self.heard_at = time.monotonic()
-                try:
-                    said = json.loads(line)
-                except ValueError:
-                    continue  # a kill may truncate the last line
-                self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
-                self.result, self.error = said.get("result", self.result), said.get("error", self.error)
+    def _hear(self, line: bytes) -> None:
+        """Take what the child says off the pipe, one JSON object a line."""
+        self.heard_at = time.monotonic()
+        try:
+            said = json.loads(line)
+        except ValueError:
+            return  # a kill may cut the last line short
+        self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
+        self.result, self.error = said.get("result", self.result), said.get("error", self.error)
 
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held

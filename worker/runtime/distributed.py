@@ -8,10 +8,8 @@ rounding. Only rank 0 evaluates, saves and reports; the others follow its decisi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from app.errors import DoesNotFit
+from app.kit.child_process import die_with_parent
 from app.planning.memory import passes
 from app.spec import JobSpec
 from app.strategies import Strategy
@@ -135,18 +134,13 @@ def together(device: torch.device) -> Iterator[ProcessGroup]:
     if size() == 1:
         yield ProcessGroup()
         return
-    _die_with_parent()
+    die_with_parent(os.getppid())()  # torchrun gives each a session of its own, which a kill of the trainer's group would not reach
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def _die_with_parent() -> None:
-    """torchrun gives each process a session of its own, which killing the trainer's group would not reach."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
 
 
 def spread(spec: JobSpec) -> JobSpec:

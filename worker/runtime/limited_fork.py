@@ -7,7 +7,6 @@ the additional memory can be limited.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from app.errors import BadData, StudioError
+from app.kit.child_process import die_with_parent
 
 _MAX_ANSWER_BYTES = 64 * 2**20
 _WAY_OUT = "Fix the model, or choose another."
@@ -33,9 +33,11 @@ def limited(function: Callable[[], Any], what: str, seconds: int, memory_bytes: 
     Raises BadData when it exceeds a limit, and re-raises our own exceptions.
     """
     reading, writing = os.pipe()
+    die = die_with_parent()
     child = os.fork()
     if child == 0:
         os.close(reading)
+        die()
         _run(function, writing, seconds, memory_bytes)
     os.close(writing)
     answer: bytes | None = None
@@ -80,7 +82,6 @@ def _run(function: Callable[[], Any], writing: int, seconds: int, memory_bytes: 
     """Runs in the child. Nothing of the parent's is cleaned up or flushed here: this process exits by itself, whatever happens."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         for what, most in ((resource.RLIMIT_AS, mapped + memory_bytes), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
             _, hard = resource.getrlimit(what)

@@ -93,12 +93,6 @@ def is_away(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
-def kill_group(pid: int) -> None:
-    """Kill the trainer and everything it started. It leads its process group, and has not been reaped."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 class HangDetector:
     """Detects a hang by the trainer's own pace: silence of ten median steps, but at least `least` seconds; `first` seconds before
     the first step."""

@@ -12,12 +12,10 @@ the database is unreachable; one sends heartbeats, so that a slow transaction do
 from __future__ import annotations
 
 import collections
-import ctypes
 import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -34,11 +32,13 @@ from app.db import transaction
 from app.inference import residency
 from app.jobs import lifecycle
 from app.jobs.lifecycle import Claim, FenceLost
+from app.kit import child_process
+from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
 from app.models import integrity
 from app.models.integrity import BadModel
-from app.settings import PROJECT, get_settings
+from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.supervision import confinement, exit_codes
 
@@ -152,54 +152,30 @@ class Attempt:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
         integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading a large one takes longer than a lease
         residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
-        read_end = self._start()
-        threads = [
-            threading.Thread(target=self._read, args=(read_end,), name="events", daemon=True),
-            threading.Thread(target=self._beat, name="beat", daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
+        self.trainer = self._start()
+        self.trainer.listen(self._hear, over=self.woken.set)
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
         try:
             self._watch()
         finally:
-            exit_codes.kill_group(self.trainer.pid)  # also what the trainer itself started
+            self.trainer.kill_group()  # also what the trainer itself started
             self.space.end()
-            code = self.trainer.wait()
+            code = self.trainer.end()
             confinement.clean(self.folder)
-        threads[0].join(timeout=10)  # the pipe's last lines
         return code
 
-    def _start(self) -> int:
-        """Start the trainer; returns the reading end of its pipe."""
+    def _start(self) -> Child:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
-        read_end, write_end = os.pipe()
         environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device)
-        command = confined(trainer_command(self.held, spec, write_end), confinement.room_of(self.held.spec, self.folder, environment))
-        try:
-            with (self.folder / "trainer.log").open("ab") as out:
-                self.trainer = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    cwd=PROJECT,
-                    env=environment,
-                    pass_fds=[write_end],
-                    start_new_session=True,
-                )
-        except BaseException:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        return read_end
+        room = confinement.room_of(self.held.spec, self.folder, environment)
+        with (self.folder / "trainer.log").open("ab") as out:
+            return child_process.start(lambda pipe: confined(trainer_command(self.held, spec, pipe), room), env=environment, output=out)
 
     def _watch(self) -> None:
-        """Record events and supervise until the trainer has exited. It is not reaped yet, so that its process group's number
-        stays taken until the group has been killed."""
-        while os.waitid(os.P_PID, self.trainer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        """Record and watch until the trainer is gone."""
+        while self.trainer.is_running():
             if self.fence_lost.is_set():
                 raise FenceLost
             self.space.look(self.trainer.pid)
@@ -213,24 +189,19 @@ class Attempt:
 
     # Hearing ----------------------------------------------------------------------------------------------------------
 
-    def _read(self, read_end: int) -> None:
-        """Read events off the pipe until all its writers are gone."""
-        with os.fdopen(read_end, "rb") as pipe:
-            for line in pipe:
-                while len(self.heard) > MAX_HELD_EVENTS and not self.over.is_set():
-                    time.sleep(0.5)
-                try:
-                    event = confinement.believed(events.read_line(line), self.held.folder)
-                except ValidationError as error:
-                    event = events.Log(
-                        level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})"
-                    )
-                self.pace.note(event)
-                if isinstance(event, events.Finished | events.Failed):
-                    self.said_last = event  # recorded with the end of the job, in one transaction
-                else:
-                    self.heard.append(event)
-                self.woken.set()
+    def _hear(self, line: bytes) -> None:
+        """Take one event off the pipe. While too many wait to be recorded, so does the trainer."""
+        while len(self.heard) > MAX_HELD_EVENTS and not self.over.is_set():
+            time.sleep(0.5)
+        try:
+            event = confinement.believed(events.read_line(line), self.held.folder)
+        except ValidationError as error:
+            event = events.Log(level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})")
+        self.pace.note(event)
+        if isinstance(event, events.Finished | events.Failed):
+            self.said_last = event  # recorded with the end of the job, in one transaction
+        else:
+            self.heard.append(event)
         self.woken.set()
 
     def _record_some(self) -> None:
@@ -305,7 +276,7 @@ class Attempt:
             elif self.wishes.save and not self.save_sent:
                 self.save_sent = exit_codes.ask_to_save(self.trainer.pid)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
-            exit_codes.kill_group(self.trainer.pid)
+            self.trainer.kill_group()
 
     def _stop(self, reason: str) -> None:
         self.stop_at, self.stop_reason = time.monotonic(), reason
@@ -363,19 +334,3 @@ def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
         "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
     ]
     # fmt: on
-
-
-def die_with_parent(parent: int | None = None) -> Callable[[], None]:
-    """Code for a child between fork and exec, so that no orphan goes on training: the kernel kills it when its parent dies.
-
-    A parent that died before the call is noticed by the changed parent id. The library is loaded here, in the parent, because
-    little is safe after a fork.
-    """
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, parent or os.getpid()
-
-    def ask() -> None:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask

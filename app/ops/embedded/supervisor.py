@@ -1,7 +1,7 @@
 """Supervises the children of a studio: start, watch, restart, stop in order. One thread, no polling: signals wake it.
 
 Each child leads a process group of its own, so that Ctrl-C in the terminal reaches only the supervisor and a child is ended
-together with its helpers. Each dies with the supervisor (launch.py), and the warden (sweep.py) handles the rest.
+together with its helpers. Each dies with the supervisor (app/kit/launch.py), and the warden (sweep.py) handles the rest.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def warden(data_dir: Path, run: str, supervisor: int) -> None:
         servers = {*working_in(data_dir / "postgres"), *working_in(data_dir / "valkey")}
         end([pid for pid in marked(data_dir, run) if pid not in servers])
         time.sleep(0.3)
-    # The death signal has told the servers to stop (launch.py); they may take as long as in an orderly stop.
+    # The death signal has told the servers to stop (app/kit/launch.py); they may take as long as in an orderly stop.
     deadline = time.monotonic() + SERVERS_GRACE_SECONDS
     while any(True for _ in marked(data_dir, run)) and time.monotonic() < deadline:
         time.sleep(0.1)

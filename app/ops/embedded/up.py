@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from app.errors import BadField, Forbidden, Unavailable
 from app.kit.addresses import is_loopback
+from app.kit.child_process import launched
 from app.ops.embedded import sweep
 from app.ops.embedded.places import Lock, make_data_dir, private_folder
-from app.ops.embedded.postgres import DATABASE, Postgres, launched
+from app.ops.embedded.postgres import DATABASE, Postgres
 from app.ops.embedded.supervisor import Child, Supervisor
 from app.ops.embedded.valkey import Valkey
 from app.settings import Settings, get_settings

@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from app.errors import Unavailable
+from app.kit.child_process import launched
 from app.ops.embedded.places import make_data_dir, private_folder, socket_folder
-from app.ops.embedded.postgres import launched
 
 
 def binary() -> Path:

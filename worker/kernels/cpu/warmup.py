@@ -13,6 +13,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from app.kit.child_process import die_with_parent
 from app.machines.hardware import this_machine
 from app.settings import PROJECT
 from worker import kernels
@@ -22,7 +23,6 @@ from worker.runtime import kernel_cache
 def begin() -> subprocess.Popen | None:
     """Start compiling where the cache is empty and training runs on the CPU; the child ends with this process at the latest."""
     from worker.supervision import exit_codes
-    from worker.supervision.train_attempt import die_with_parent
 
     if this_machine().cuda or not kernels.allowed() or kernel_cache.folder().exists():
         return None
