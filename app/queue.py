@@ -35,10 +35,11 @@ GENERATE = "luthier.generate"
 PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
 INSPECT = "luthier.inspect"
+EXPORT = "luthier.export"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate",
+    GENERATE: "generate", PROMPT: "generate", EXPORT: "export",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never holds up a short task, and models that
 take long to bring in, or never come to an end, hold up no upload."""

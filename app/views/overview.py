@@ -128,6 +128,7 @@ _DUTIES = {
     "train": ("Training", "Jobs stay queued."),
     "data": ("Data workers", "Datasets are not read."),
     "import": ("Model downloads", "Models are not downloaded."),
+    "export": ("Exports", "Models are not exported."),
     "generate": ("Inference", "Models cannot answer."),
     "relay": ("Job dispatcher", "No new job starts."),
 }
