@@ -308,9 +308,9 @@ def _written(
     found = {"files": storable(facts["files"]), "parity": storable(facts["parity"]), "progress": 1.0}
     if facts["fault"]:
         return {**found, "files": [], "status": "failed", "error": facts["fault"]}
-    if sorted(p.name for p in into.iterdir()) != sorted(file["name"] for file in facts["files"]) or any(
-        p.is_symlink() for p in into.iterdir()
-    ):
+    there = [path for path in into.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = sorted(path.relative_to(into).as_posix() for path in there)
+    if names != sorted(file["name"] for file in facts["files"]) or any(path.is_symlink() for path in there):
         raise BadData("The exporter left other files than it named.", hint="Report this.")
     place = folder_of(export_id)
     get_settings().folder("exports")

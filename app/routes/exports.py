@@ -62,11 +62,11 @@ def delete(session: Db, user: CurrentUser, export_id: str) -> Json:
     return {"id": export_id, "object": "export", "deleted": True}
 
 
-@api.get("/exports/{export_id}/files/{name}", operation_id="retrieve_export_file", responses=CONTENT, response_class=FileResponse)
+@api.get("/exports/{export_id}/files/{name:path}", operation_id="retrieve_export_file", responses=CONTENT, response_class=FileResponse)
 def file(session: Db, user: CurrentUser, export_id: str, name: str) -> Response:
     """One file. A Range header gives a part of it, so a broken download can go on."""
     path = exports.file_path(exports.get(session, user, key_of(export_id)), name)
-    return FileResponse(path, media_type="application/octet-stream", filename=name, headers={"x-content-type-options": "nosniff"})
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers={"x-content-type-options": "nosniff"})
 
 
 def key_of(text: str) -> uuid.UUID:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from app.export_formats import FORMATS, ExportFormat, ModelFacts
+from app.export_formats import ExportFormat, ModelFacts
 
 Progress = Callable[[float, str], None]
 """`progress(share, stage)`: how much is done, from 0 to 1, and what is being done, in words."""
@@ -27,6 +27,8 @@ class ExportOptions(BaseModel):
     base: str | None = None
     system: str = ""
     card: str = ""
+    base_folder: str = ""
+    """The folder of the weights that an adapter lies on."""
 
 
 class Written(NamedTuple):
@@ -35,6 +37,13 @@ class Written(NamedTuple):
     name: str
     type: str
     notes: tuple[str, ...] = ()
+
+
+class Run(NamedTuple):
+    """What is run in llama.cpp to compare a file with its model: weights, and an adapter on them."""
+
+    file: Path
+    lora: Path | None = None
 
 
 class Exporter(ABC):
@@ -62,6 +71,6 @@ class Exporter(ABC):
     def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
         """Write the model in the folder `source` to files in the existing folder `into`. Raises StudioError where it cannot be done."""
 
-
-def format_of(name: str) -> ExportFormat:
-    return FORMATS[name]
+    def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run | None:
+        """What is run to compare a written file with the model; None for a file that nothing can be compared with."""
+        return Run(into / one.name) if one.name.endswith(".gguf") else None

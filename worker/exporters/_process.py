@@ -82,12 +82,18 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
     source = source or folder_of(spec.model.adapters[-1].path)
     into.mkdir()
     options = ExportOptions(
-        name=spec.model.name, title=spec.title, types=spec.types, license=spec.license, base=spec.upstream, system=spec.system
+        name=spec.model.name,
+        title=spec.title,
+        types=spec.types,
+        license=spec.license,
+        base=spec.upstream,
+        system=spec.system,
+        base_folder=str(folder_of(spec.model.path)),
     )
     written = exporter.write(source, into, options, report.part(MERGED, WRITTEN))
     shutil.rmtree(into.parent / "merged", ignore_errors=True)
     files = [_about(into, one) for one in written]
-    parity = prove(spec, exporter, into, written, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
+    parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
     return {"files": files, "parity": parity, "fault": fault_of(parity)}
 
 
@@ -101,7 +107,9 @@ def _about(into: Path, one: Written) -> dict[str, Any]:
 # Parity ---------------------------------------------------------------------------------------------------------------
 
 
-def prove(spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[Written], progress: Progress) -> dict[str, Any]:
+def prove(
+    spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[Written], options: ExportOptions, progress: Progress
+) -> dict[str, Any]:
     """Run each file in the program that it is for, on held-out rows."""
     from worker.exporters import _parity
     from worker.modeling.loading import load_model, load_tokenizer
@@ -118,7 +126,9 @@ def prove(spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[Wr
     ours = _parity.reference(load(spec.model), load_tokenizer(spec.model), spec.model.kind, rows, load(spec.base) if spec.base else None)
     for place, one in enumerate(written):
         progress((place + 0.5) / (len(written) + 0.5), f"Comparing {one.type} in llama.cpp")
-        heard = _parity.run(into / one.name, ours, into.parent)
+        if (what := exporter.run(into, one, into.parent, options)) is None:
+            continue
+        heard = _parity.run(what.file, ours, into.parent, what.lora)
         found["lines"].append(_parity.report(one.type, into / one.name, ours, heard))
     return {**found, "smallest": _parity.smallest(found["lines"]), "seconds": time.monotonic() - began}
 
