@@ -32,7 +32,7 @@ from app.kit.json_safe import storable
 from app.leases import now
 from app.models import integrity, starters
 from app.models import service as models
-from app.models.model_card import upstream
+from app.models.model_card import about, upstream
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
@@ -62,6 +62,7 @@ class ExportSpec(BaseModel):
     license: str | None = None
     upstream: str | None = None
     system: str = ""
+    card: str = ""
 
 
 class ExportLost(Exception):
@@ -122,6 +123,7 @@ def _spec(session: Session, resolved: models.Resolved, kind: ExportFormat, types
         license=resolved.model.license,
         upstream=upstream(models.base_of(session, resolved.model)),
         system=system,
+        card=about(resolved.model, models.lineage(session, resolved.model), job),
     )
 
 

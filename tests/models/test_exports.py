@@ -84,13 +84,17 @@ def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_regist
     session.refresh(made)
     assert (made.status, made.error, made.progress, made.stage, made.lease_until) == ("succeeded", None, 1.0, None, None)
     folder = exports.folder_of(made.id)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(f["name"] for f in made.files) and len(made.files) == 2
+    assert sorted(p.name for p in folder.iterdir()) == sorted(f["name"] for f in made.files) and len(made.files) == 3
     for file in made.files:
         assert file["sha256"] == sha256_of(folder / file["name"]) and file["bytes"] == (folder / file["name"]).stat().st_size
     lines = {line["type"]: line for line in made.parity["lines"]}
     assert lines["F16"]["kl"] < 1e-4 and lines["Q8_0"]["kl"] < 0.01 and lines["F16"]["identical"] == lines["F16"]["prompts"] > 0
     assert made.parity["smallest"] == "Q8_0" and made.parity["skipped"] is None and "validation split" in made.parity["rows"]
     assert list((data_dir / "tmp").iterdir()) == [], "nothing is left of the work"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ") and "license: apache-2.0" in card and "Settings: `lora`" in card
+    assert f"| Q8_0 | {lines['Q8_0']['identical']} of " in card and all(f["sha256"] in card for f in made.files if f["type"])
+    assert [word for word in ("llama.cpp", "Ollama", "LM Studio", "KoboldCpp", "Jan", "Python") if f"### {word}" not in card] == []
     exports.delete(session, user, made.id)
     session.commit()
     assert not folder.exists()

@@ -17,7 +17,8 @@ def test_an_export_through_the_api(api, session, user, tiny_registered) -> None:
     exports.run(ids.parse(ids.EXPORT, key))
     found = api.get(f"/v1/exports/{key}").json()
     assert found["status"] == "succeeded" and found["error"] is None and found["parity"]["lines"][0]["kl"] < 1e-4
-    (file,) = found["files"]
+    file, card = found["files"]
+    assert card["name"] == "README.md"
     whole = api.get(file["url"])
     assert whole.status_code == 200 and len(whole.content) == file["bytes"] and whole.content[:4] == b"GGUF"
     part = api.get(file["url"], headers={"range": "bytes=100-199"})

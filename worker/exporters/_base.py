@@ -26,7 +26,6 @@ class ExportOptions(BaseModel):
     license: str | None = None
     base: str | None = None
     system: str = ""
-    card: str = ""
     base_folder: str = ""
     """The folder of the weights that an adapter lies on."""
 

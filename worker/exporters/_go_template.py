@@ -101,9 +101,10 @@ def _own_system(ours: str, with_system: str) -> str:
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], jinja: str | None = None) -> str:
-    """A prompt without the token that begins every text, which Ollama adds by itself. Empty where the template refuses it."""
+    """A prompt without the token that the tokenizer puts before every text, which Ollama does too. Empty where the template refuses it."""
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=True))
     except Exception:  # whatever a foreign template raises
         return ""
-    return str(text).removeprefix(tokenizer.bos_token or "") if tokenizer.bos_token else str(text)
+    begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if begins else text

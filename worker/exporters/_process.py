@@ -20,12 +20,13 @@ from typing import Any
 from app.errors import DiskFull, StudioError
 from app.kit.manifest import sha256_of
 from app.models.exports import ExportSpec
+from app.models.model_card import export_card
 from app.spec import JobSpec, ModelRef
 from worker import exporters
 from worker.exporters._base import Exporter, ExportOptions, Progress, Written
 from worker.runtime.fast_import import importing
 
-ROWS = 8
+ROWS, CARD = 8, "README.md"
 MERGED, WRITTEN = 0.15, 0.7
 """Shares of the work that are done when the weights are merged, and when the files are written."""
 
@@ -92,9 +93,10 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
     )
     written = exporter.write(source, into, options, report.part(MERGED, WRITTEN))
     shutil.rmtree(into.parent / "merged", ignore_errors=True)
-    files = [_about(into, one) for one in written]
+    files = [_about(into, one) for one in written if one.name != CARD]
     parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
-    return {"files": files, "parity": parity, "fault": fault_of(parity)}
+    (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
+    return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": fault_of(parity)}
 
 
 def _about(into: Path, one: Written) -> dict[str, Any]:

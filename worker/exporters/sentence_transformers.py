@@ -13,7 +13,7 @@ from app.kit import manifest
 from worker.exporters._base import Exporter, ExportOptions, Progress, Written
 
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-LEFT_OUT = (manifest.NAME, manifest.SEEN, "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+LEFT_OUT = ("README.md", manifest.NAME, manifest.SEEN, "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class SentenceTransformersExporter(Exporter):

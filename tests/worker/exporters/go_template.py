@@ -36,29 +36,28 @@ def tokens(template: str) -> list[tuple[str, str]]:
 def parse(rest: list[tuple[str, str]]) -> tuple[list[Any], list[tuple[str, str]]]:
     """Nodes up to an `else` or `end`, and what comes from there on."""
     nodes: list[Any] = []
-    while rest:
-        kind, text = rest[0]
-        word = text.split(" ")[0] if kind == "do" else ""
-        if word in ("else", "end"):
-            break
-        rest = rest[1:]
-        if word in ("range", "if"):
-            inside, rest = parse(rest)
-            otherwise: list[Any] = []
-            if rest[0][1].startswith("else if"):
-                otherwise, rest = parse([("do", rest[0][1].removeprefix("else ")), *rest[1:]])
-                nodes.append((word, text.removeprefix(f"{word} "), inside, otherwise))
-                continue
-            if rest[0][1] == "else":
-                otherwise, rest = parse(rest[1:])
-            assert rest[0][1] == "end", rest[0]
-            nodes.append((word, text.removeprefix(f"{word} "), inside, otherwise))
-            rest = rest[1:]
-            if nodes[-1][0] == "if" and not rest:
-                break
+    while rest and not (rest[0][0] == "do" and rest[0][1].split(" ")[0] in ("else", "end")):
+        if rest[0][0] == "do" and rest[0][1].split(" ")[0] in ("range", "if"):
+            node, rest = parse_block(rest)
+            nodes.append(node)
         else:
-            nodes.append((kind, text))
+            nodes.append(rest[0])
+            rest = rest[1:]
     return nodes, rest
+
+
+def parse_block(rest: list[tuple[str, str]]) -> tuple[Any, list[tuple[str, str]]]:
+    """One `range` or `if` with its branches, and what comes after its `end`."""
+    word, _, what = rest[0][1].partition(" ")
+    inside, rest = parse(rest[1:])
+    if rest[0][1].startswith("else if "):  # which ends with the same `end`
+        node, rest = parse_block([("do", rest[0][1].removeprefix("else ")), *rest[1:]])
+        return (word, what, inside, [node]), rest
+    otherwise: list[Any] = []
+    if rest[0][1] == "else":
+        otherwise, rest = parse(rest[1:])
+    assert rest[0][1] == "end", rest[0]
+    return (word, what, inside, otherwise), rest[1:]
 
 
 def run(nodes: list[Any], dot: Any, names: dict[str, Any]) -> list[str]:

@@ -57,6 +57,18 @@ def test_a_system_prompt_of_the_template_becomes_the_modelfiles(tmp_path: Path):
     assert ours and 'SYSTEM """Be brief."""' in (tmp_path / "out" / "Modelfile").read_text()
 
 
+@pytest.mark.starter
+def test_the_starters_template_is_the_same_in_go(starter_model: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(starter_model)
+    found = _go_template.find(tokenizer)
+    for messages in _go_template.CONVERSATIONS:
+        asked = messages if messages[0]["role"] == "system" else [{"role": "system", "content": found.system}, *messages]
+        assert go_template.render(found.template, asked) == _go_template.render(tokenizer, messages)
+    assert found.system.startswith("You are a helpful AI assistant named SmolLM")
+
+
 def test_a_template_that_is_none_of_the_families_is_refused_before_anything_is_written(tmp_path: Path):
     folder = build(tmp_path / "m", "llama")
     path = folder / "chat_template.jinja"
