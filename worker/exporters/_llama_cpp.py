@@ -53,7 +53,7 @@ def look(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
     # Where the next token is an end or half a character nothing is answered, so a letter is forced. The probabilities are those before.
     letter = [[post("/tokenize", {"content": "a"})["tokens"][-1], 1000.0]]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in asked["rows"]:
         try:
             text = row["text"] if "text" in row else post("/apply-template", {"messages": row["messages"]})["prompt"]

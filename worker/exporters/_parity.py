@@ -190,8 +190,9 @@ def compare(questions: Sequence[Question], ours: Sequence[np.ndarray], rows: Seq
                 continue
             kl.append(found)
             same.append(pairs[0][0] == int(logp.argmax()))
-            here.append(-float(logp[answer]))
-            theirs.append(-logq.get(answer, _rest(pairs) - np.log(max(1, logp.size - len(pairs)))))
+            if answer in logq:  # of the others only what they have together is known
+                here.append(-float(logp[answer]))
+                theirs.append(-logq[answer])
     return Compared(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same, theirs, here)))
 
 
