@@ -7,7 +7,7 @@ from app.export_formats.gguf import Gguf
 
 class Ollama(Gguf):
     name, title, place = "ollama", "Ollama", 20
-    summary = "A GGUF file and a Modelfile with template, stops and system prompt: `ollama create NAME -f Modelfile`."
+    summary = "A GGUF file and a Modelfile with template, stops and system prompt: then ollama create NAME -f Modelfile."
 
 
 FORMAT = Ollama()

@@ -16,6 +16,7 @@ from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError
 from app.evaluation import service as evaluations
 from app.evaluation import verdict
+from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
 from app.models import aliases, exports, integrity, model_card, starters
@@ -329,6 +330,7 @@ def show_model(
         merged=merged,
         export_formats=exports.choices(facts) if facts else [],
         export_bytes=lambda kind, name: kind.bytes_of(facts, [name]),
+        export_title=lambda name: FORMATS[name].title if name in FORMATS else name,
         exports=[exports.to_json(one) for one in exported],
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
