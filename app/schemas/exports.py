@@ -59,7 +59,9 @@ class Parity(Schema):
 
     program: str
     rows: str = Field(description="Which rows were compared.")
-    smallest: str | None = Field(description="The smallest type whose loss on the answers rises by at most one percent.")
+    smallest: str | None = Field(
+        description="The smallest type whose loss on the answers rises by at most one percent, with nine of ten tokens the same."
+    )
     lines: list[ParityLine]
     seconds: float
     skipped: str | None

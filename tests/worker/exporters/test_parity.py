@@ -192,8 +192,14 @@ def test_divergence_counts_what_is_not_listed_as_one():
 
 
 def test_the_smallest_that_keeps_the_score():
-    def one(name: str, size: int, loss: float, faults: tuple[str, ...] = ()) -> dict[str, Any]:
-        return {"type": name, "bytes": size, "loss": loss, "loss_here": 2.0, "faults": list(faults)}
+    def one(name: str, size: int, loss: float, faults: tuple[str, ...] = (), top1: float = 0.95) -> dict[str, Any]:
+        return {"type": name, "bytes": size, "loss": loss, "loss_here": 2.0, "faults": list(faults), "top1": top1}
 
-    lines = [one("F16", 100, 2.0), one("Q8_0", 50, 2.015), one("Q4_0", 25, 2.1), one("Q5_K_M", 30, 2.0, ("x",))]
+    lines = [
+        one("F16", 100, 2.0),
+        one("Q8_0", 50, 2.015),
+        one("Q4_0", 25, 2.1),
+        one("IQ4_XS", 20, 1.9, top1=0.6),
+        one("Q5_K_M", 30, 2.0, ("x",)),
+    ]
     assert _parity.smallest(lines) == "Q8_0" and _parity.smallest(lines[2:]) is None
