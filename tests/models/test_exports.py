@@ -89,7 +89,7 @@ def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_regist
         assert file["sha256"] == sha256_of(folder / file["name"]) and file["bytes"] == (folder / file["name"]).stat().st_size
     lines = {line["type"]: line for line in made.parity["lines"]}
     assert lines["F16"]["kl"] < 1e-4 and lines["Q8_0"]["kl"] < 0.01 and lines["F16"]["identical"] == lines["F16"]["prompts"] > 0
-    assert made.parity["smallest"] == "Q8_0" and made.parity["skipped"] is None and "validation split" in made.parity["rows"]
+    assert made.parity["skipped"] is None and made.parity["rows"]
     assert list((data_dir / "tmp").iterdir()) == [], "nothing is left of the work"
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "license: apache-2.0" in card and "Settings: `lora`" in card
@@ -100,9 +100,7 @@ def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_regist
     assert not folder.exists()
 
 
-def test_a_file_that_does_not_answer_as_the_model_is_not_handed_out(session, user, tiny_registered, data_dir, tiny_model) -> None:
-    """The chat template of the registered model is changed after its tokenizer was read by nobody: a template that llama.cpp's own
-    reader of templates renders in another way would look the same."""
+def test_what_the_exporter_refuses_fails_with_its_reason_and_leaves_nothing(session, user, tiny_registered, data_dir, tiny_model) -> None:
     folder = data_dir / tiny_registered.path
     told = json.loads((folder / "tokenizer.json").read_text())
     told["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, told["pre_tokenizer"]]}

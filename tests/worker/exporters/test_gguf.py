@@ -56,7 +56,7 @@ def test_every_type_is_written_and_reads_back_near_the_weights(tmp_path: Path):
         expected = weights["model.layers.1.mlp.up_proj.weight"]
         worst[name] = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
         assert {t.tensor_type for t in tensors.values() if "norm" in t.name} == {G.F32}
-    assert worst["F32"] == 0 and worst["F16"] < 1e-3 > worst["F16"] and worst["BF16"] < 5e-3 and worst["Q8_0"] < 0.01
+    assert worst["F32"] == 0 and worst["F16"] < 1e-3 and worst["BF16"] < 5e-3 and worst["Q8_0"] < 0.01
     assert worst["Q6_K"] < 0.02 < worst["Q5_K_M"] < 0.05 < worst["Q4_K_M"] < 0.1 and worst["IQ4_XS"] < worst["Q4_0"] < 0.12
 
 
