@@ -93,6 +93,8 @@ def ask(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]]) -> list[Quest
     for row in rows:
         try:
             asked, _ = sample_of(row, kind)
+            if not isinstance(asked, str) and not tokenizer.chat_template:
+                continue  # a file without a template is given conversations in whatever form its program likes
             text, prompt = render_prompt(tokenizer, kind, asked)
             ids, trained, _ = render_row(tokenizer, row, kind, MAX_TOKENS)
         except StudioError:
