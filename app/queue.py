@@ -35,10 +35,11 @@ PROMPT = "luthier.prompt"
 EVALUATE = "luthier.evaluate"
 PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
+EXPORT = "luthier.export"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate",
+    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
 model imports delay no upload."""

@@ -345,6 +345,26 @@ class Evaluation(Leased, Base):
     __table_args__ = (Index(None, "owner_id", "created_at"),)
 
 
+class Export(Leased, Base):
+    """A model written in a format for other programs. Its states and claims are in `app/models/exports.py`; its files lie in `exports/<id>/`."""
+
+    __tablename__ = "exports"
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
+    status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
+    format: Mapped[str] = mapped_column(comment="name of one of app/export_formats")
+    spec: Mapped[JSON] = mapped_column(comment="app.models.exports.ExportSpec, frozen")
+    files: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="name, type, bytes, sha256 and notes of each")
+    parity: Mapped[JSON | None] = mapped_column(comment="the files compared with the model, one line per type")
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
+    progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
+    stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
+    created_at: Mapped[datetime] = now()
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (Index(None, "owner_id", "created_at"),)
+
+
 class Outbox(Base):
     """A message to be sent once its transaction is committed. The relay sends it at least once."""
 

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import EVALUATE, EXAMINE, FETCH, GENERATE, INSPECT, PREDICT, PROMPT, READ, TRAIN, celery
+from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, PREDICT, PROMPT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -90,3 +90,10 @@ def predict(key: str) -> None:
     from worker.evaluation import attempt
 
     attempt.begin(uuid.UUID(key), lambda: going_down())
+
+
+@celery.task(name=EXPORT)
+def export(key: str) -> None:
+    from app.models import exports
+
+    exports.run(uuid.UUID(key), lambda: going_down())

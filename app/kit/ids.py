@@ -8,7 +8,7 @@ from app.errors import NotFound
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
-PREDICTION, RUN = "pred", "run"
+PREDICTION, RUN, EXPORT = "pred", "run", "export"
 
 _NAMES = {
     FILE: "file",
@@ -19,6 +19,7 @@ _NAMES = {
     COMPARISON: "comparison",
     EVALUATION: "evaluation",
     PREDICTION: "prediction",
+    EXPORT: "export",
 }
 
 

@@ -21,19 +21,66 @@ def upstream(base: Model) -> str:
 
 def card(model: Model, chain: list[Model], job: Job | None, made_of: Provenance) -> str:
     """Markdown with the front matter of the Hugging Face hub. `chain` leads from the base to `model`."""
-    base = chain[0]
     code = load_code(model.kind, made_of)
+    library = "peft" if model.adapter and "import PeftModel" in code else "transformers"
+    return f"{about(model, chain, job, library)}\n## Load it\n\n{requirements(code)}\n\n```python\n{code}```\n"
+
+
+def about(model: Model, chain: list[Model], job: Job | None, library: str | None = None) -> str:
+    """What a card says of the model itself: base, license, data, method, settings, scores, general ability."""
     front = {
-        "base_model": upstream(base),
-        "library_name": "peft" if model.adapter and "import PeftModel" in code else "transformers",
+        "base_model": upstream(chain[0]),
+        **({"library_name": library} if library else {}),
         "license": model.license or "other",
         "tags": ["luthier", *([model.strategy] if model.strategy else [])],
     }
-    parts = [_front(front), f"# {model.title}\n", _origin(model, chain, job)]
+    parts = [_front(front), f"# {model.title}\n", _origin(model, chain, job), _settings(job) if job is not None else ""]
     if job is not None and model.step is None:  # only the result of a job was scored, not its checkpoints
-        parts.append(_results(job))
-    parts.append(f"## Load it\n\n{requirements(code)}\n\n```python\n{code}```\n")
+        parts += [_results(job), _ability(job)]
     return "\n".join(part for part in parts if part)
+
+
+# Files for other programs ---------------------------------------------------------------------------------------------
+
+
+def export_card(text: str, format: str, files: list[dict[str, Any]], parity: dict[str, Any] | None) -> str:
+    """The card of an export: `about` the model, its files, how they compare with it, and how to run them elsewhere."""
+    rows = [f"| {file['name']} | {file['type']} | {file['bytes'] / 1e6:.1f} MB | `{file['sha256']}` |" for file in files]
+    parts = [text, "## Files\n\n| file | type | size | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"]
+    if parity and parity["lines"]:
+        head = "| type | prompts identical | KL (nats) | same first token | loss |\n|---|---|---|---|---|\n"
+        lines = [
+            f"| {x['type']} | {x['identical']} of {x['prompts']} | {x['kl']:.2g} | {x['top1']:.0%} | {x['loss']:.3f} |"
+            for x in parity["lines"]
+        ]
+        best = f"\n\n{parity['smallest']} is the smallest that keeps the score.\n" if parity["smallest"] else "\n"
+        parts.append(f"## Compared with the model\n\nRun in {parity['program']} on {parity['rows']}.\n\n{head}" + "\n".join(lines) + best)
+    weights = next((file["name"] for file in files if file["name"].endswith(".gguf")), None)
+    if weights:
+        parts.append(_run_adapter(weights) if format == "gguf_adapter" else _run_gguf(weights, format))
+    elif format == "sentence_transformers":
+        code = 'from sentence_transformers import SentenceTransformer\n\nprint(SentenceTransformer(".").encode(["A text."]).shape)'
+        parts.append(f"## Run it\n\n```python\n{code}\n```\n")
+    return "\n".join(parts)
+
+
+def _run_gguf(weights: str, format: str) -> str:
+    python = f'import xllamacpp\n\nparams = xllamacpp.CommonParams()\nparams.model.path = "{weights}"\nserver = xllamacpp.Server(params)'
+    asked = 'print(server.handle_chat_completions({"messages": [{"role": "user", "content": "Hello!"}]}))'
+    made = "ollama create my-model -f Modelfile" if format == "ollama" else f'echo "FROM ./{weights}" > Modelfile && ollama create my-model'
+    programs = [
+        ("llama.cpp", f"```bash\nllama-server -m {weights}\n```"),
+        ("Ollama", f"```bash\n{made} && ollama run my-model\n```"),
+        ("LM Studio", f"```bash\nlms import {weights}\n```"),
+        ("KoboldCpp", f"```bash\nkoboldcpp {weights}\n```"),
+        ("Jan", f"Hub → Import model → `{weights}`."),
+        ("Python", f"```python\n{python}\n{asked}\n```"),
+    ]
+    return "## Run it\n\n" + "\n".join(f"### {name}\n\n{how}\n" for name, how in programs)
+
+
+def _run_adapter(weights: str) -> str:
+    return f"## Run it\n\n```bash\nllama-server -m BASE.gguf --lora {weights}\n```\n"
 
 
 # Loading it elsewhere -------------------------------------------------------------------------------------------------
@@ -159,6 +206,24 @@ def _origin(model: Model, chain: list[Model], job: Job | None) -> str:
             )
         )
     return "\n\n".join(lines) + "\n"
+
+
+def _settings(job: Job) -> str:
+    """The method's settings and those of the run that shape what is learned."""
+    strategy, run = job.spec["strategy"], job.spec["run"]
+    shown = {name: value for name, value in strategy.items() if name != "name" and isinstance(value, int | float | str)}
+    named = ("learning_rate", "schedule", "optimizer", "epochs", "max_tokens_per_step", "max_length", "seed", "precision")
+    shown |= {name: run[name] for name in named if run.get(name) is not None}
+    return f"Settings: `{strategy['name']}`, " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
+
+
+def _ability(job: Job) -> str:
+    """What the model lost on general texts, in a sentence."""
+    verdict = (job.forgetting or {}).get("verdict")
+    change = (job.forgetting or {}).get("change")
+    if not verdict or not isinstance(change, int | float):
+        return ""
+    return f"General ability, on texts that the data is not about: {verdict} ({change:+.1%} bits per byte).\n"
 
 
 def _results(job: Job) -> str:

@@ -23,7 +23,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Checkpoint, Evaluation, Job, Model, ModelAlias, User
+from app.tables import Checkpoint, Evaluation, Export, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
 """The part of a fine-tuned model's name where OpenAI has the organization."""
@@ -336,6 +336,8 @@ def dependants(session: Session, model: Model) -> list[str]:
         Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
     )
     reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
+    exported = select(Export).where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(("queued", "running")))
+    reasons += ["An export of it has not ended." for _ in session.scalars(exported.limit(1))]
     tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
     reasons += [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
     named = session.scalars(select(ModelAlias.name).where(ModelAlias.model_id == model.id).order_by(ModelAlias.name))

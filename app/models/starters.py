@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from app.errors import BadData, Conflict, DiskFull, NotFound, Unavailable
 from app.kit import child_process, manifest
-from app.kit.confinement import Confinement, confined
+from app.kit.confinement import Confinement, Sockets, confined
 from app.models import gguf_header, import_checks
 from app.models.license_text import text_of
 from app.settings import get_settings
@@ -403,7 +403,15 @@ def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: No
 
 
 def ask_child(
-    module: str, first: list[str], rest: list[str], into: Path, beat: Callable[[], None], read: Sequence[Path] = ()
+    module: str,
+    first: list[str],
+    rest: list[str],
+    into: Path,
+    beat: Callable[[], None],
+    read: Sequence[Path] = (),
+    *,
+    seconds: float = 1800,
+    sockets: Sockets = "none",
 ) -> dict[str, Any]:
     """The result of `python -m module *first ANSWER *rest` in a sandbox: it reads the paths it is given and `read`, and writes
     its work folder, the parent of `into`. Raises BadData with the code of the child's error, or `cannot_convert` when it crashed."""
@@ -420,8 +428,8 @@ def ask_child(
     }
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
     given = [Path(word) for word in first if os.path.isabs(word)]
-    command = confined(command, Confinement(read=[*given, *read], write=[into.parent]))
-    code, said = run_child(command, environment, beat, seconds=1800)
+    command = confined(command, Confinement(read=[*given, *read], write=[into.parent], sockets=sockets))
+    code, said = run_child(command, environment, beat, seconds=seconds)
     try:
         facts: dict[str, Any] = json.loads(answer.read_text())
     except (OSError, ValueError):

@@ -16,9 +16,10 @@ from app.db import Db
 from app.errors import BadField, Conflict, Forbidden, StudioError, problem_json
 from app.evaluation import service as evaluations
 from app.evaluation import verdict
+from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
-from app.models import aliases, integrity, model_card, starters
+from app.models import aliases, exports, integrity, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models
 from app.models.integrity import BadModel
@@ -296,6 +297,8 @@ def show_model(
     merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
     named = aliases.list_(session, user)
     own = [one.alias.name for one in named if one.model.id == model.id]
+    facts = exports.facts(session, model) if tab == "export" else None
+    exported = exports.of_model(session, user, model) if tab == "export" else []
     address = f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1"
     return render(
         request,
@@ -327,6 +330,11 @@ def show_model(
         aliases=own,
         aliases_elsewhere=[one for one in named if one.model.id != model.id],
         merged=merged,
+        export_formats=exports.choices(facts) if facts else [],
+        export_bytes=lambda kind, name: kind.bytes_of(facts, [name]),
+        export_title=lambda name: FORMATS[name].title if name in FORMATS else name,
+        exports=[exports.to_json(one) for one in exported],
+        exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
         key_of=_key,
         may_rename=model.owner_id == user.id or user.role == "admin",

@@ -28,6 +28,7 @@ from app.schemas.datasets import (
     VoteDataset,
 )
 from app.schemas.evaluations import Evaluation
+from app.schemas.exports import CreateExport, Export
 from app.schemas.files import CreateFile, UploadedFile
 from app.schemas.fine_tuning import (
     CheckpointPermission,
@@ -56,6 +57,7 @@ __all__ = [
     "CompletionChunk",
     "CreateCheckpointPermissions",
     "CreateComparison",
+    "CreateExport",
     "CreateFile",
     "CreateJob",
     "CreatePrompt",
@@ -72,6 +74,7 @@ __all__ = [
     "Engine",
     "EngineOfModel",
     "Evaluation",
+    "Export",
     "FileReport",
     "FineTuningCheckpoint",
     "FineTuningJob",

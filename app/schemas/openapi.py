@@ -197,6 +197,7 @@ TAGS = {
     "engines": "Servers that answer for models.",
     "estimates": "What a job would take.",
     "evaluations": "Models scored on datasets.",
+    "exports": "Models written in formats for other programs.",
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
     "fine_tuning": "Jobs, their events and checkpoints.",

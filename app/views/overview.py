@@ -133,6 +133,7 @@ _DUTIES = {
     "train": ("Training", "Jobs stay queued."),
     "data": ("Data workers", "Datasets are not read."),
     "import": ("Model downloads", "Models are not downloaded."),
+    "export": ("Exports", "Models are not exported."),
     "generate": ("Inference", "Models cannot answer, and predictions stay queued."),
     "relay": ("Job dispatcher", "No new job starts."),
 }

@@ -21,7 +21,7 @@ from app.inference import playground, votes
 from app.inference.playground import AnswerFold
 from app.inference.protocol import Done, Sampling, Started, TextPart
 from app.kit import ids, manifest
-from app.models import aliases
+from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
@@ -92,7 +92,7 @@ class World:
             "sha": "0" * 64,
         }
         self.session.commit()
-        for kind in ("evaluation", "comparison", "vote", "key", "permission"):
+        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission"):
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -197,6 +197,14 @@ class World:
     def _new_ended_evaluation(self) -> str:
         key = self._new_evaluation()
         evaluations.cancel(self.session, self.user, ids.parse(ids.EVALUATION, key))
+        return key
+
+    def _new_export(self) -> str:
+        return ids.public(ids.EXPORT, exports.create(self.session, self.user, self.base.name, "gguf", ["F16"]).id)
+
+    def _new_ended_export(self) -> str:
+        key = self._new_export()
+        exports.cancel(self.session, self.user, ids.parse(ids.EXPORT, key))
         return key
 
     def _new_comparison(self) -> str:

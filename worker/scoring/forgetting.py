@@ -35,7 +35,7 @@ class Probe:
     bytes: list[int]
 
     def __init__(self, tokenizer: Any, kind: str, longest: int, lead: Sequence[int] = ()) -> None:
-        entries = [(skill, entry) for skill, texts in yaml.safe_load(PROBE.read_text(encoding="utf-8")).items() for entry in texts]
+        entries = _entries()
         rows = [Row(line, _row(entry)) for line, (_, entry) in enumerate(entries, start=1)]
         self.data = tokenise(tokenizer, rows, kind, longest, lead)
         kept = [entries[line - 1] for line in self.data.lines]
@@ -49,6 +49,16 @@ class Probe:
         """The loss of every text, in nats."""
         nats = held_out.score_rows(model, self.data, budget, engine).nats
         return [TextScore(skill, loss, size) for skill, loss, size in zip(self.skills, nats, self.bytes, strict=True)]
+
+
+def _entries() -> list[tuple[str, dict[str, Any]]]:
+    """(skill, text) of the whole probe, in its order."""
+    return [(skill, entry) for skill, texts in yaml.safe_load(PROBE.read_text(encoding="utf-8")).items() for entry in texts]
+
+
+def probe_rows() -> list[dict[str, Any]]:
+    """The texts as normalized rows."""
+    return [_row(entry) for _, entry in _entries()]
 
 
 def scores(

@@ -1,0 +1,59 @@
+"""What an export format says of itself before anything is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from app.errors import BadField
+from app.shapes import Shape
+
+
+class ModelFacts(NamedTuple):
+    """What is known of a model without opening its weights. `strategies` are the adapters on the way from the base, in order;
+    `unmergeable` is the title of the first of them that cannot be folded into the weights."""
+
+    name: str
+    kind: str
+    shape: Shape
+    labels: tuple[str, ...] = ()
+    strategies: tuple[str, ...] = ()
+    unmergeable: str | None = None
+
+
+class ExportFormat(ABC):
+    """One format: its name in the API, its title, and the types that its files can have; the first is written where none is named."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    types: ClassVar[tuple[str, ...]]
+    place: ClassVar[int] = 100
+    """Where it is on the page: lower is earlier."""
+    merged: ClassVar[bool] = True
+    """Whether it is written from the weights with every adapter folded in; otherwise from the model's own folder."""
+    proves: ClassVar[bool] = False
+    """Whether the written files are run in the program they are for and compared with the studio's model."""
+
+    @abstractmethod
+    def accepts(self, facts: ModelFacts) -> str | None:
+        """None, or why this model cannot be written in this format: a sentence."""
+
+    @abstractmethod
+    def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:
+        """About how many bytes the files take, so that a disk too full for them is noticed before the start."""
+
+    def chosen(self, types: Sequence[str] | None) -> list[str]:
+        """The types that were asked for, each once, in the order of `types`. Raises BadField."""
+        wanted = set(types or self.types[:1])
+        if unknown := sorted(wanted - set(self.types)):
+            raise BadField(f"{self.title} has no type “{unknown[0][:40]}”.", hint=f"Use some of {', '.join(self.types)}.", param="types")
+        return [name for name in self.types if name in wanted]
+
+
+def needs_merging(facts: ModelFacts) -> str | None:
+    """Why a model whose adapters stay apart cannot be written as plain weights."""
+    if facts.unmergeable:
+        return f"It was fine-tuned with {facts.unmergeable}, which cannot be merged into the weights."
+    return None

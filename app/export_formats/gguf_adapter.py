@@ -1,0 +1,30 @@
+"""A LoRA adapter as GGUF, for llama.cpp's `--lora` on a GGUF file of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from app.export_formats._base import ExportFormat, ModelFacts
+from app.export_formats.gguf import FORMAT as GGUF
+
+PLAIN_LORA = ("lora", "rslora", "qlora")
+"""Strategies whose result is two matrices for each layer and nothing else."""
+
+
+class GgufAdapter(ExportFormat):
+    name, title, place, merged, proves = "gguf_adapter", "GGUF adapter", 30, False, True
+    summary = "The LoRA matrices alone, a few megabytes, for llama.cpp's --lora next to a GGUF file of the base."
+    types = ("F16", "F32")
+
+    def accepts(self, facts: ModelFacts) -> str | None:
+        if not facts.strategies:
+            return "It is not an adapter."
+        if len(facts.strategies) > 1 or facts.strategies[0] not in PLAIN_LORA:
+            return f"llama.cpp applies one LoRA adapter ({', '.join(PLAIN_LORA)}) to a base, and this is {' on '.join(facts.strategies[::-1])}."
+        return GGUF.accepts(facts)
+
+    def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:
+        return facts.shape.parameters() // 4 + GGUF.bytes_of(facts, ["F16"])  # the base is written too, to run the adapter on
+
+
+FORMAT = GgufAdapter()

@@ -1,0 +1,111 @@
+"""`/v1/exports` and `/v1/models/{model}/exports`: models written in formats for other programs."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+
+from app import schemas
+from app.db import Db
+from app.errors import StudioError
+from app.kit import ids
+from app.models import exports
+from app.models import service as models
+from app.routes.models import show_model
+from app.schemas.openapi import BYTES, answers
+from app.tables import Export, Model
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
+from app.web.templates import flash
+
+pages = APIRouter()
+api = APIRouter(prefix="/v1")
+Json = dict[str, Any]
+CONTENT = answers(None, 409, description="The bytes of the file.") | {
+    206: {"description": "The bytes that a Range header asked for.", "content": {"application/octet-stream": {"schema": BYTES}}},
+    416: {"description": "The file has no such range."},
+}
+CONTENT[200] |= {"content": {"application/octet-stream": {"schema": BYTES}}}
+
+
+@api.post("/models/{model:path}/exports", operation_id="create_export", responses=answers(schemas.Export, 404, 409, 415, 507))
+def create(session: Db, user: CurrentUser, model: str, order: schemas.CreateExport) -> Json:
+    """Queue the files of a model, a checkpoint or a blend in a format. Each is run and compared with the model before it is handed out."""
+    return exports.to_json(exports.create(session, user, model, order.format, order.types, order.system or ""))
+
+
+@api.get("/exports", operation_id="list_exports", responses=answers(schemas.page_of(schemas.Export)))
+def list_exports(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Exports, newest first."""
+    return page(exports.mine(user), after, limit, "desc", exports.to_json, session=session, key=key_of)
+
+
+@api.get("/exports/{export_id}", operation_id="retrieve_export", responses=answers(schemas.Export))
+def retrieve(session: Db, user: CurrentUser, export_id: str) -> Json:
+    """One export: how far it is, its files and their parity table."""
+    return exports.to_json(exports.get(session, user, key_of(export_id)))
+
+
+@api.post("/exports/{export_id}/cancel", operation_id="cancel_export", responses=answers(schemas.Export))
+def cancel(session: Db, user: CurrentUser, export_id: str) -> Json:
+    """Stop an export. One that has ended stays as it is."""
+    return exports.to_json(exports.cancel(session, user, key_of(export_id)))
+
+
+@api.delete("/exports/{export_id}", operation_id="delete_export", responses=answers(schemas.Deleted))
+def delete(session: Db, user: CurrentUser, export_id: str) -> Json:
+    """Delete an export and its files; one that has not ended is stopped."""
+    exports.delete(session, user, key_of(export_id))
+    return {"id": export_id, "object": "export", "deleted": True}
+
+
+@api.get("/exports/{export_id}/files/{name:path}", operation_id="retrieve_export_file", responses=CONTENT, response_class=FileResponse)
+def file(session: Db, user: CurrentUser, export_id: str, name: str) -> Response:
+    """One file. A Range header gives a part of it, so a broken download can go on."""
+    path = exports.file_path(exports.get(session, user, key_of(export_id)), name)
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers={"x-content-type-options": "nosniff"})
+
+
+def key_of(text: str) -> uuid.UUID:
+    return ids.parse(ids.EXPORT, text, param="export_id")
+
+
+# The page of the model ------------------------------------------------------------------------------------------------
+
+
+@pages.post("/models/{key}/exports")
+def create_from_page(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    key: str,
+    format: Annotated[str, Form()] = "",
+    types: Annotated[list[str] | None, Form()] = None,
+    system: Annotated[str, Form()] = "",
+) -> Response:
+    model = models.get(session, user, key)
+    try:
+        exports.create(session, user, model.name, format, types, system)
+    except StudioError as fault:
+        return show_model(request, session, user, model, "export", fault)
+    return _back(model)
+
+
+@pages.post("/exports/{export_id}/cancel")
+def cancel_from_page(session: Db, user: CurrentUser, export_id: str) -> Response:
+    return _back(session.get_one(Model, exports.cancel(session, user, key_of(export_id)).model_id))
+
+
+@pages.post("/exports/{export_id}/delete")
+def delete_from_page(request: Request, session: Db, user: CurrentUser, export_id: str) -> Response:
+    found: Export = exports.get(session, user, key_of(export_id))
+    exports.delete(session, user, found.id)
+    flash(request, "The export was deleted.")
+    return _back(session.get_one(Model, found.model_id))
+
+
+def _back(model: Model) -> Response:
+    return RedirectResponse(f"/models/{ids.public(ids.MODEL, model.id)}?tab=export#exports", status_code=303)

@@ -1,0 +1,205 @@
+"""Exported files run in llama.cpp and are compared with the model they came from; planted faults are each found with their cause."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.errors import BadData
+from tests.worker.exporters.models import build
+from worker import exporters
+from worker.exporters import _gguf_tokenizer, _parity
+from worker.exporters import gguf as gguf_exporter
+from worker.exporters._base import ExportOptions
+
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+    for asked, answered in [
+        ("What wood is the belly made of?", "The belly is made of spruce, and the back of maple."),
+        ("How long  does varnish dry, in 2 days or 12?", "In summer a thin coat dries in two days; in winter it takes a week."),
+        ("Why does my violin buzz? élan — 木", "Look for an open seam, a loose fine tuner or a crack in the belly."),
+    ]
+]
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ours(folder: Path, base: Path | None = None) -> _parity.Reference:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _parity.reference(lambda: load(folder), tokenizer, "dialogue", ROWS, (lambda: load(base)) if base else None)
+
+
+def file_of(folder: Path, into: Path, kind: str = "F16") -> Path:
+    into.mkdir(exist_ok=True)
+    (made,) = exporters.get("gguf").write(folder, into, ExportOptions(name="t", types=(kind,)), lambda *_: None)
+    return into / made.name
+
+
+def line(folder: Path, into: Path, expected: _parity.Reference, kind: str = "F16") -> dict[str, Any]:
+    file = file_of(folder, into, kind)
+    return _parity.report(kind, file, expected, _parity.run(file, expected, into))
+
+
+def causes(found: dict[str, Any]) -> list[str]:
+    return [fault["cause"] for fault in found["faults"]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_llama_cpp_answers_as_the_studio_does(tmp_path: Path, kind: str):
+    folder = build(tmp_path / "m", kind)
+    expected = ours(folder)
+    for name, limit in (("F16", 1e-4), ("Q8_0", 0.01)):
+        found = line(folder, tmp_path / "out", expected, name)
+        assert found["faults"] == [] and found["identical"] == found["prompts"] == 3, found
+        assert 0 <= found["kl"] < limit and found["top1"] > 0.8 and found["loss"] == pytest.approx(found["loss_here"], rel=0.05), found
+        assert found["tokens_per_second"] > 1 and found["bytes"] > 10_000
+
+
+def test_llama_3s_rotary_embedding_is_the_same_there(tmp_path: Path):
+    rope = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        "rope_theta": 10_000.0,
+    }  # fmt: skip
+    folder = build(tmp_path / "m", "llama", rope_parameters=rope)
+    assert line(folder, tmp_path / "out", ours(folder))["faults"] == []
+
+
+# Planted faults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _parity.Reference]:
+    folder = build(tmp_path_factory.mktemp("good") / "m", "llama")
+    return folder, ours(folder)
+
+
+def copy_of(folder: Path, into: Path) -> Path:
+    return Path(shutil.copytree(folder, into))
+
+
+def test_a_wrong_template_is_found(good, tmp_path: Path):
+    folder, expected = good
+    other = copy_of(folder, tmp_path / "m")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|im_end|>' + '\n'", "'<|im_end|>'"))
+    found = line(other, tmp_path / "out", expected)
+    assert causes(found) == ["template"] and found["identical"] == 0
+    assert "writes another prompt from character" in found["faults"][0]["message"]
+
+
+def test_a_missing_end_token_is_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Under a name that llama.cpp does not know by itself as an end."""
+    folder, _ = good
+    other = copy_of(folder, tmp_path / "m")
+    for path in (other / "tokenizer.json", other / "tokenizer_config.json", other / "chat_template.jinja"):
+        path.write_text(path.read_text().replace("<|im_end|>", "<|done|>"))
+    expected = ours(other)
+    assert causes(line(other, tmp_path / "right", expected)) == []
+    read = _gguf_tokenizer.read
+
+    def without_end(*given: Any) -> _gguf_tokenizer.Vocabulary:
+        made = read(*given)
+        return made._replace(ids={name: i for name, i in made.ids.items() if name not in ("eos", "eot")} | {"eos": 0})
+
+    monkeypatch.setattr(_gguf_tokenizer, "read", without_end)
+    found = line(other, tmp_path / "out", expected)
+    assert causes(found) == ["end"] and "<|done|> (id 2) ends an answer in the studio" in found["faults"][0]["message"]
+
+
+def test_swapped_rotary_rows_are_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, expected = good
+    monkeypatch.setattr(gguf_exporter, "permuted", lambda weights, heads: weights)
+    found = line(folder, tmp_path / "out", expected)
+    assert causes(found) == ["positions"] and found["identical"] == 3
+    assert "query and key rows are in another order" in found["faults"][0]["message"]
+
+
+def test_an_adapter_that_was_not_applied_is_found(good, tmp_path: Path):
+    base, _ = good
+    tuned = copy_of(base, tmp_path / "tuned")
+    model = load(tuned)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.self_attn.v_proj.weight
+            torch.manual_seed(3)
+            weight += weight.std() * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+    model.save_pretrained(tuned)
+    expected = ours(tuned, base)
+    assert causes(line(tuned, tmp_path / "right", expected)) == []
+    for kind in ("F16", "Q4_0"):
+        found = line(base, tmp_path / "out", expected, kind)
+        assert causes(found) == ["adapter"] and "the adapter was not applied" in found["faults"][0]["message"]
+
+
+def test_a_wrong_bos_is_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, expected = good
+    read = _gguf_tokenizer.read
+    for changes, words in (({"ids": {"bos": 0, "eos": 2}, "add_bos": True}, "The file puts the token 0 (BOS) before every text"),):
+        monkeypatch.setattr(_gguf_tokenizer, "read", lambda *given, changes=changes: read(*given)._replace(**changes))
+        found = line(folder, tmp_path / "out", expected)
+        assert causes(found) == ["bos"] and words in found["faults"][0]["message"]
+    gemma = build(tmp_path / "g", "gemma3_text")
+    expected = ours(gemma)
+    monkeypatch.setattr(_gguf_tokenizer, "read", lambda *given: read(*given)._replace(add_bos=False))
+    template = gemma / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ bos_token }}", ""))
+    found = line(gemma, tmp_path / "go", expected)
+    assert causes(found) == ["bos"] and "The studio puts the token 2 (BOS) before every text" in found["faults"][0]["message"]
+
+
+def test_another_vocabulary_is_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, expected = good
+    read = _gguf_tokenizer.read
+    monkeypatch.setattr(_gguf_tokenizer, "read", lambda *given: read(*given)._replace(merges=read(*given).merges[:20]))
+    assert causes(line(folder, tmp_path / "out", expected)) == ["tokens"]
+
+
+def test_other_weights_are_found(good, tmp_path: Path):
+    folder, expected = good
+    other = copy_of(folder, tmp_path / "m")
+    model = load(other)
+    with torch.no_grad():
+        model.lm_head.weight *= 1.3
+    model.save_pretrained(other)
+    assert causes(line(other, tmp_path / "out", expected)) == ["weights"]
+
+
+def test_a_file_that_does_not_load_is_said_to_be_so(good, tmp_path: Path):
+    folder, expected = good
+    file = file_of(folder, tmp_path / "out")
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    with pytest.raises(BadData, match=r"llama\.cpp cannot run t-F16\.gguf"):
+        _parity.run(file, expected, tmp_path)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_counts_what_is_not_listed_as_one():
+    logp = np.log(np.array([0.5, 0.2, 0.2, 0.1]))
+    assert _parity.divergence(logp, [(i, float(q)) for i, q in enumerate(logp)]) == pytest.approx(0)
+    two = [(0, float(np.log(0.25))), (1, float(np.log(0.25)))]
+    assert _parity.divergence(logp, two) == pytest.approx(0.5 * np.log(2) + 0.2 * np.log(0.8) + 0.3 * np.log(0.6))
+
+
+def test_the_smallest_that_keeps_the_score():
+    def one(name: str, size: int, loss: float, faults: tuple[str, ...] = (), top1: float = 0.95) -> dict[str, Any]:
+        return {"type": name, "bytes": size, "loss": loss, "loss_here": 2.0, "faults": list(faults), "top1": top1}
+
+    lines = [
+        one("F16", 100, 2.0),
+        one("Q8_0", 50, 2.015),
+        one("Q4_0", 25, 2.1),
+        one("IQ4_XS", 20, 1.9, top1=0.6),
+        one("Q5_K_M", 30, 2.0, ("x",)),
+    ]
+    assert _parity.smallest(lines) == "Q8_0" and _parity.smallest(lines[2:]) is None

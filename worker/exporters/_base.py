@@ -1,0 +1,75 @@
+"""What an exporter is: a name, a title, types, and a function that writes a folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from app.export_formats import ExportFormat, ModelFacts
+
+Progress = Callable[[float, str], None]
+"""`progress(share, stage)`: how much is done, from 0 to 1, and what is being done, in words."""
+
+
+class ExportOptions(BaseModel):
+    """What a person chose, and what the files say of the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str = ""
+    types: tuple[str, ...]
+    license: str | None = None
+    base: str | None = None
+    system: str = ""
+    base_folder: str = ""
+    """The folder of the weights that an adapter lies on."""
+
+
+class Written(NamedTuple):
+    """One file that was written. `notes` say where it differs from what its type promises."""
+
+    name: str
+    type: str
+    notes: tuple[str, ...] = ()
+
+
+class Run(NamedTuple):
+    """What is run in llama.cpp to compare a file with its model: weights, and an adapter on them."""
+
+    file: Path
+    lora: Path | None = None
+
+
+class Exporter(ABC):
+    """Writes one format. What it says of itself is the format's own word."""
+
+    format: ExportFormat
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def title(self) -> str:
+        return self.format.title
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return self.format.types
+
+    def accepts(self, facts: ModelFacts) -> str | None:
+        """None, or why a model cannot be written: a sentence."""
+        return self.format.accepts(facts)
+
+    @abstractmethod
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+        """Write the model in the folder `source` to files in the existing folder `into`. Raises StudioError where it cannot be done."""
+
+    def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run | None:
+        """What is run to compare a written file with the model; None for a file that nothing can be compared with."""
+        return Run(into / one.name) if one.name.endswith(".gguf") else None

@@ -1,0 +1,172 @@
+"""Write one export and compare it with its model: `python -m worker.exporters._process ORDER INTO ANSWER`, a child behind walls.
+
+ORDER is an `app.models.exports.ExportSpec`. How far it is is written to `progress.json` beside INTO; the answer names the files, the
+parity table and the fault that keeps the files from being handed out, or an error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from app.errors import DiskFull, StudioError
+from app.kit.manifest import sha256_of
+from app.models.exports import ExportSpec
+from app.models.model_card import export_card
+from app.spec import JobSpec, ModelRef
+from worker import exporters
+from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.runtime.fast_import import importing
+
+ROWS, CARD = 8, "README.md"
+MERGED, WRITTEN = 0.15, 0.7
+"""Shares of the work that are done when the weights are merged, and when the files are written."""
+
+
+def main(arguments: list[str]) -> None:
+    order, into, answer = (Path(a) for a in arguments)
+    try:
+        found = export(ExportSpec.model_validate_json(order.read_text()), into, Reporter(into.parent / "progress.json"))
+    except StudioError as error:
+        found = {"error": error.message, "hint": error.hint, "code": error.code}
+    except ModuleNotFoundError as error:
+        message = f"The package {error.name} is not installed with this worker."
+        found = {"error": message, "hint": "Install the extra `export`: pip install luthier[export].", "code": "not_installed"}
+    except OSError as error:
+        full = DiskFull("The disk of the data folder is full; nothing was saved.")
+        found = {"error": full.message if error.errno == full.errno else str(error), "hint": full.hint, "code": full.code}
+    except Exception as error:  # whatever a library raises, a person must read it
+        found = {"error": f"The model cannot be exported: {type(error).__name__}: {str(error)[:400]}", "hint": "Choose another format."}
+    answer.write_text(json.dumps(found))
+
+
+class Reporter:
+    """Writes how far the work is, at most twice a second, whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.at, self.stage = path, 0.0, ""
+
+    def __call__(self, share: float, stage: str) -> None:
+        if stage == self.stage and time.monotonic() - self.at < 0.5:
+            return
+        self.at, self.stage = time.monotonic(), stage
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text(json.dumps({"progress": round(min(share, 1.0), 4), "stage": stage}))
+        os.replace(fresh, self.path)
+
+    def part(self, first: float, last: float) -> Progress:
+        """The same for a step that begins and ends at these shares of the whole."""
+        return lambda share, stage: self(first + (last - first) * share, stage)
+
+
+def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
+    """Merge where that is needed, write the files, compare them: `{"files", "parity", "fault"}`. Raises StudioError."""
+    with importing():
+        from worker.modeling.loading import folder_of
+    exporter = exporters.get(spec.format)
+    source = folder_of(spec.model.path) if not spec.model.adapters else None
+    if source is None and exporter.format.merged:
+        from worker.conversion.merge import merge
+
+        report(0.0, "Merging the adapter")
+        source = into.parent / "merged"
+        merge(spec.model, source)
+        gc.collect()
+    source = source or folder_of(spec.model.adapters[-1].path)
+    into.mkdir()
+    options = ExportOptions(
+        name=spec.model.name,
+        title=spec.title,
+        types=spec.types,
+        license=spec.license,
+        base=spec.upstream,
+        system=spec.system,
+        base_folder=str(folder_of(spec.model.path)),
+    )
+    written = exporter.write(source, into, options, report.part(MERGED, WRITTEN))
+    shutil.rmtree(into.parent / "merged", ignore_errors=True)
+    files = [_about(into, one) for one in written if one.name != CARD]
+    parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
+    (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
+    return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": fault_of(parity)}
+
+
+def _about(into: Path, one: Written) -> dict[str, Any]:
+    path = into / one.name
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"name": one.name, "type": one.type, "bytes": path.stat().st_size, "sha256": sha256_of(path), "notes": list(one.notes)}
+
+
+# Parity ---------------------------------------------------------------------------------------------------------------
+
+
+def prove(
+    spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[Written], options: ExportOptions, progress: Progress
+) -> dict[str, Any]:
+    """Run each file in the program that it is for, on held-out rows."""
+    from worker.exporters import _parity
+    from worker.modeling.loading import load_model, load_tokenizer
+
+    began, rows, where = time.monotonic(), *held_out(spec)
+    found: dict[str, Any] = {"program": "llama.cpp", "rows": where, "smallest": None, "lines": [], "seconds": 0.0, "skipped": None}
+    if find_spec("xllamacpp") is None:
+        return {**found, "skipped": "The package xllamacpp is not installed with this worker, so the files were not run."}
+    progress(0.0, "Answering in the studio")
+
+    def load(ref: ModelRef) -> Callable[[], Any]:
+        return lambda: load_model(ref)
+
+    ours = _parity.reference(load(spec.model), load_tokenizer(spec.model), spec.model.kind, rows, load(spec.base) if spec.base else None)
+    for place, one in enumerate(written):
+        progress((place + 0.5) / (len(written) + 0.5), f"Comparing {one.type} in llama.cpp")
+        if (what := exporter.run(into, one, into.parent, options)) is None:
+            continue
+        heard = _parity.run(what.file, ours, into.parent, what.lora)
+        found["lines"].append(_parity.report(one.type, into / one.name, ours, heard))
+    return {**found, "smallest": _parity.smallest(found["lines"]), "seconds": time.monotonic() - began}
+
+
+def held_out(spec: ExportSpec) -> tuple[list[dict[str, Any]], str]:
+    """Rows that are asked of both, and which these are: of the validation split of the job that made the model, else general texts."""
+    from worker.data import batching
+    from worker.scoring.forgetting import probe_rows
+
+    if spec.job is not None:
+        try:
+            rows = [row.row for row in batching.sides(JobSpec.model_validate(spec.job))[1]]
+        except (StudioError, OSError, ValueError):
+            rows = []  # the dataset was deleted since
+        if rows := [row for row in rows if {"messages", "prompt", "text"} & row.keys()]:
+            return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{min(ROWS, len(rows))} rows of the validation split of its job"
+    rows = probe_rows()
+    return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{ROWS} general texts"
+
+
+def fault_of(parity: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The first fault that makes a file useless; a type that is only too coarse for the model is left to the reader of the table."""
+    from worker.exporters._parity import EXACT
+
+    for line in (parity or {}).get("lines", []):
+        for fault in line["faults"]:
+            if fault["cause"] != "weights" or line["type"] in EXACT:
+                message = f"The {line['type']} file does not answer as the model does. {fault['message']}"
+                return {
+                    "code": f"parity_{fault['cause']}",
+                    "message": message,
+                    "hint": "Its files were not kept. Report this, with the table.",
+                }
+    return None
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main(sys.argv[1:])
