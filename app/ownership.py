@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from app.errors import NotFound
 from app.kit import ids
-from app.tables import Comparison, Dataset, Evaluation, Exchange, File, Job, Prompt, PromptRun, Upload, User, Vote
+from app.tables import Comparison, Dataset, Evaluation, Exchange, Export, File, Job, Prompt, PromptRun, Upload, User, Vote
 
-T = TypeVar("T", bound=File | Dataset | Job | Comparison | Evaluation | Prompt | PromptRun | Vote | Exchange | Upload)
+T = TypeVar("T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | Vote | Exchange | Upload)
 
 
 class _Shown(NamedTuple):
@@ -30,6 +30,7 @@ _SHOWN: dict[type[Any], _Shown] = {
     Job: _Shown("fine-tuning job", ids.JOB, "fine_tuning_job_id"),
     Comparison: _Shown("comparison", ids.COMPARISON, "comparison_id"),
     Evaluation: _Shown("evaluation", ids.EVALUATION, "evaluation_id"),
+    Export: _Shown("export", ids.EXPORT, "export_id"),
     Prompt: _Shown("prompt", ids.PROMPT, "prompt_id"),
     PromptRun: _Shown("run", ids.RUN, "run_id"),
     Vote: _Shown("vote", ids.VOTE, "vote_id"),

@@ -5,14 +5,13 @@
       │                 │ └───cancel───▶ cancelled
       └────requeue──────┘     a worker that died; after three deaths it failed
 
-The work is done by a child behind walls (`worker/exporters/_process.py`), which writes into a temporary folder. Its files are renamed
-into `exports/<id>/` only when they are whole and answer as the model does, so nobody sees half of one.
+The work is done by a confined child (`worker/exporters/_process.py`), which writes to a temporary folder. Its files are moved to
+`exports/<id>/` only when they are complete and answer as the model does, so nobody sees half of one.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import uuid
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Select, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app import db, export_formats, leases, queue
-from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported
+from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported, problem_json
 from app.export_formats import ExportFormat, ModelFacts
 from app.kit import ids
 from app.kit.json_safe import storable
@@ -33,12 +32,11 @@ from app.leases import now
 from app.models import integrity, starters
 from app.models import service as models
 from app.models.model_card import about, upstream
+from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
 from app.tables import JSON, Export, Model, User
-
-log = logging.getLogger(__name__)
 
 OPEN = ("queued", "running")
 SECONDS = 6 * 3600
@@ -48,8 +46,8 @@ SPARE_BYTES = 256 * 2**20
 
 
 class ExportSpec(BaseModel):
-    """The frozen request, all that the child is told. `base` is the model without its last adapter; `job` is the spec of the job that
-    made it, whose held-out rows are compared."""
+    """The frozen request: all that the child is given. `base` is the model without its last adapter; `job` is the spec of the job that made
+    it, whose held-out rows are compared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,7 +67,7 @@ class ExportLost(Exception):
     """The export was taken over, cancelled or deleted: stop and write nothing."""
 
 
-# Ordering -----------------------------------------------------------------------------------------------------------
+# Requests -----------------------------------------------------------------------------------------------------------
 
 
 def create(session: Session, user: User, name: str, format: str, types: Sequence[str] | None = None, system: str = "") -> Export:
@@ -94,7 +92,8 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     _check_room(kind, facts, chosen)
     spec = _spec(session, resolved, kind, chosen, system)
     frozen = storable(spec.model_dump(mode="json"))
-    if (earlier := session.scalar(mine(user).where(Export.status.in_(OPEN), Export.spec == frozen).limit(1))) is not None:
+    equal = mine(Export, user, Export.status.in_(OPEN), Export.spec == frozen)
+    if (earlier := session.scalar(equal.limit(1))) is not None:
         return earlier
     export = Export(id=uuid.uuid4(), owner_id=user.id, model_id=resolved.model.id, format=kind.name, spec=frozen, files=[])
     session.add(export)
@@ -140,24 +139,13 @@ def _check_room(kind: ExportFormat, facts: ModelFacts, types: Sequence[str]) -> 
         )
 
 
-# Looking ------------------------------------------------------------------------------------------------------------
-
-
-def mine(user: User) -> Select[Export]:
-    return select(Export).where(Export.owner_id == user.id, Export.deleted_at.is_(None))
-
-
-def get(session: Session, user: User, export_id: uuid.UUID) -> Export:
-    """One's own. Raises NotFound, also for another person's."""
-    found = session.scalar(mine(user).where(Export.id == export_id).execution_options(populate_existing=True))
-    if found is None:
-        raise NotFound(f"No such export: {ids.public(ids.EXPORT, export_id)}", param="export_id")
-    return found
+# Reading ------------------------------------------------------------------------------------------------------------
 
 
 def of_model(session: Session, user: User, model: Model) -> list[Export]:
     """Exports of one model, newest first."""
-    return list(session.scalars(mine(user).where(Export.model_id == model.id).order_by(Export.created_at.desc(), Export.id).limit(50)))
+    found = mine(Export, user, Export.model_id == model.id).order_by(Export.created_at.desc(), Export.id)
+    return list(session.scalars(found.limit(50)))
 
 
 def facts(session: Session, model: Model) -> ModelFacts | None:
@@ -175,16 +163,23 @@ def choices(facts: ModelFacts) -> list[tuple[ExportFormat, str | None]]:
 
 def cancel(session: Session, user: User, export_id: uuid.UUID) -> Export:
     """Stop one that waits or runs: its worker sees at the next beat that it is no longer wanted. One that has ended stays."""
-    get(session, user, export_id)
-    ended = {"status": "cancelled", "lease_until": None, "finished_at": now()}
+    owned(session, Export, user, export_id)
+    ended = {"status": "cancelled", "lease_until": None, "stage": None, "finished_at": now()}
     session.execute(update(Export).where(Export.id == export_id, Export.status.in_(OPEN)).values(**ended))
-    return get(session, user, export_id)
+    found = owned(session, Export, user, export_id)
+    if found.status != "succeeded":
+        _forget_files(session, export_id)
+    return found
 
 
 def delete(session: Session, user: User, export_id: uuid.UUID) -> None:
     """Take it and its files away; one that runs is stopped."""
     cancel(session, user, export_id).deleted_at = session.scalar(select(now()))
     session.flush()
+    _forget_files(session, export_id)
+
+
+def _forget_files(session: Session, export_id: uuid.UUID) -> None:
     db.on_commit(session, lambda: shutil.rmtree(folder_of(export_id), ignore_errors=True))
 
 
@@ -217,13 +212,13 @@ def to_json(export: Export) -> JSON:
         "stage": export.stage,
         "files": [{**file, "url": f"/v1/exports/{key}/files/{file['name']}"} for file in export.files] if there else [],
         "parity": export.parity,
-        "error": export.error,
+        "error": problem_json(export.error),
         "created_at": int(export.created_at.timestamp()),
         "finished_at": int(export.finished_at.timestamp()) if export.finished_at else None,
     }
 
 
-# Who runs it --------------------------------------------------------------------------------------------------------
+# The worker's part --------------------------------------------------------------------------------------------------------
 
 
 def _died(session: Session, export: Export, how: str) -> None:
@@ -233,6 +228,7 @@ def _died(session: Session, export: Export, how: str) -> None:
     export.status, export.finished_at = "failed", session.scalar(select(now()))
     message = f"The worker that wrote it {how} That was death {export.deaths}."
     export.error = {"code": "worker_lost", "message": message, "hint": "Look at the worker's log; fewer types may help."}
+    _forget_files(session, export.id)  # a worker can die between moving its files and recording them
 
 
 WORK = leases.Work(Export, queue.EXPORT, waits_as="queued", runs_as="running", since=Export.created_at, on_death=_died)
@@ -256,25 +252,20 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
             row = leases.lock_if_held(session, WORK, export_id, fence)
             if row is not None:
                 leases.requeue(session, WORK, row)
-        return
     except ExportLost:
-        return
+        pass
     except StudioError as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        outcome = {"status": "failed", "error": starters.as_row_error(error)}
+        _finish(export_id, fence, status="failed", error=error.as_problem())
     except Exception as error:
-        words = {
-            "code": "internal_error",
-            "message": f"The export failed: {type(error).__name__}: {str(error)[:300]}",
-            "hint": "Try again.",
-        }
-        _finish(export_id, fence, status="failed", error=words)
+        message = f"The export failed: {type(error).__name__}: {str(error)[:300]}"
+        _finish(export_id, fence, status="failed", error={"code": "internal_error", "message": message, "hint": "Try again."})
         raise
+    else:
+        _finish(export_id, fence, work / "out", **outcome)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if not _finish(export_id, fence, **outcome):
-        _forget_unless_wanted(export_id)
 
 
 class _GoingDown(Exception):
@@ -284,7 +275,7 @@ class _GoingDown(Exception):
 def _written(
     export_id: uuid.UUID, fence: int, spec: ExportSpec, model_id: uuid.UUID, work: Path, going_down: Callable[[], bool]
 ) -> dict[str, Any]:
-    """Have the files written, compared and moved into place; the columns that say so. Raises ExportLost and StudioError."""
+    """Have the files written to `work/out` and compared; the columns that say how it went. Raises ExportLost and StudioError."""
     beat, progress = leases.Beat(WORK, export_id, fence), work / "progress.json"
 
     def tell() -> None:
@@ -307,18 +298,14 @@ def _written(
     facts = starters.ask_child(
         "worker.exporters._process", [str(order), str(into)], [], into, tell, _readable(spec), seconds=SECONDS, sockets="loopback"
     )
-    found = {"files": storable(facts["files"]), "parity": storable(facts["parity"]), "progress": 1.0}
+    found = {"parity": storable(facts["parity"]), "progress": 1.0}
     if facts["fault"]:
-        return {**found, "files": [], "status": "failed", "error": facts["fault"]}
+        return {**found, "status": "failed", "error": facts["fault"]}
     there = [path for path in into.rglob("*") if path.is_symlink() or not path.is_dir()]
     names = sorted(path.relative_to(into).as_posix() for path in there)
     if names != sorted(file["name"] for file in facts["files"]) or any(path.is_symlink() for path in there):
         raise BadData("The exporter left other files than it named.", hint="Report this.")
-    place = folder_of(export_id)
-    get_settings().folder("exports")
-    shutil.rmtree(place, ignore_errors=True)  # of an attempt that died just after moving
-    into.rename(place)
-    return {**found, "status": "succeeded"}
+    return {**found, "status": "succeeded", "files": storable(facts["files"])}
 
 
 def _readable(spec: ExportSpec) -> list[Path]:
@@ -327,17 +314,18 @@ def _readable(spec: ExportSpec) -> list[Path]:
     return [data / path for path in (spec.model.path, *(adapter.path for adapter in spec.model.adapters), *rows) if path]
 
 
-def _finish(export_id: uuid.UUID, fence: int, **values: Any) -> bool:
+def _finish(export_id: uuid.UUID, fence: int, made: Path | None = None, **values: Any) -> None:
+    """Record how an export ended, unless it is no longer held. The files `made` by one that succeeded are moved while its row is locked,
+    so a worker that was taken for dead replaces nobody's files, and an export that is deleted takes its files along."""
     with db.transaction() as session:
-        return leases.finish_if_held(session, WORK, export_id, fence, stage=None, finished_at=now(), **values)
-
-
-def _forget_unless_wanted(export_id: uuid.UUID) -> None:
-    """Remove the files of an export that was cancelled or deleted before it was recorded."""
-    with db.transaction() as session:
-        found = session.get(Export, export_id)
-        if found is None or found.deleted_at is not None or found.status in ("cancelled", "failed"):
-            shutil.rmtree(folder_of(export_id), ignore_errors=True)
+        row = leases.lock_if_held(session, WORK, export_id, fence)
+        if row is None:
+            return
+        if made is not None and values["status"] == "succeeded":
+            starters.move_into_place(made, folder_of(export_id))
+        for name, value in {**values, "stage": None, "lease_until": None}.items():
+            setattr(row, name, value)
+        row.finished_at = session.scalar(select(now()))
 
 
 def reap(session: Session) -> dict[str, int]:

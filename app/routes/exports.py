@@ -14,6 +14,7 @@ from app.errors import StudioError
 from app.kit import ids
 from app.models import exports
 from app.models import service as models
+from app.ownership import mine, owned
 from app.routes.models import show_model
 from app.schemas.openapi import BYTES, answers
 from app.tables import Export, Model
@@ -40,13 +41,13 @@ def create(session: Db, user: CurrentUser, model: str, order: schemas.CreateExpo
 @api.get("/exports", operation_id="list_exports", responses=answers(schemas.page_of(schemas.Export)))
 def list_exports(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Exports, newest first."""
-    return page(exports.mine(user), after, limit, "desc", exports.to_json, session=session, key=key_of)
+    return page(mine(Export, user), after, limit, "desc", exports.to_json, session=session, key=key_of)
 
 
 @api.get("/exports/{export_id}", operation_id="retrieve_export", responses=answers(schemas.Export))
 def retrieve(session: Db, user: CurrentUser, export_id: str) -> Json:
     """One export: how far it is, its files and their parity table."""
-    return exports.to_json(exports.get(session, user, key_of(export_id)))
+    return exports.to_json(owned(session, Export, user, key_of(export_id)))
 
 
 @api.post("/exports/{export_id}/cancel", operation_id="cancel_export", responses=answers(schemas.Export))
@@ -65,7 +66,7 @@ def delete(session: Db, user: CurrentUser, export_id: str) -> Json:
 @api.get("/exports/{export_id}/files/{name:path}", operation_id="retrieve_export_file", responses=CONTENT, response_class=FileResponse)
 def file(session: Db, user: CurrentUser, export_id: str, name: str) -> Response:
     """One file. A Range header gives a part of it, so a broken download can go on."""
-    path = exports.file_path(exports.get(session, user, key_of(export_id)), name)
+    path = exports.file_path(owned(session, Export, user, key_of(export_id)), name)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers={"x-content-type-options": "nosniff"})
 
 
@@ -101,7 +102,7 @@ def cancel_from_page(session: Db, user: CurrentUser, export_id: str) -> Response
 
 @pages.post("/exports/{export_id}/delete")
 def delete_from_page(request: Request, session: Db, user: CurrentUser, export_id: str) -> Response:
-    found: Export = exports.get(session, user, key_of(export_id))
+    found = owned(session, Export, user, key_of(export_id))
     exports.delete(session, user, found.id)
     flash(request, "The export was deleted.")
     return _back(session.get_one(Model, found.model_id))

@@ -10,11 +10,12 @@ import time
 import pytest
 from sqlalchemy import select, update
 
-from app import db, leases, queue
+from app import leases, queue
 from app.errors import BadField, Conflict, DiskFull, NotFound, Unsupported
 from app.kit.manifest import sha256_of
 from app.models import exports
 from app.models import service as models
+from app.ownership import owned
 from app.tables import Export, Model, Outbox
 from tests.models.test_service import finished, job_on, tune_by_hand  # noqa: F401  (a fixture)
 
@@ -70,7 +71,7 @@ def test_another_persons_export_is_not_there(session, user, tiny_registered) -> 
     session.flush()
     made = order(session, other)
     with pytest.raises(NotFound):
-        exports.get(session, user, made.id)
+        owned(session, Export, user, made.id)
 
 
 # The child ------------------------------------------------------------------------------------------------------------
@@ -182,13 +183,25 @@ def test_a_worker_that_leaves_gives_it_back(session, user, tiny_registered, data
     assert (made.status, made.deaths, made.lease_until) == ("queued", 0, None) and list((data_dir / "tmp").iterdir()) == []
 
 
-def test_files_of_an_export_that_was_cancelled_at_the_last_moment_go_too(session, user, tiny_registered, data_dir) -> None:
+def test_files_that_were_moved_and_never_recorded_go_with_a_cancelled_export(session, user, tiny_registered, data_dir) -> None:
     made = order(session, user)
     folder = exports.folder_of(made.id)
     folder.mkdir(parents=True)
     exports.cancel(session, user, made.id)
     session.commit()
-    exports._forget_unless_wanted(made.id)
-    assert not folder.exists()
-    with db.transaction() as other:
-        assert other.get(Export, made.id).files == []
+    assert not folder.exists() and made.files == []
+
+
+def test_a_worker_that_was_taken_for_dead_replaces_no_files(session, user, tiny_registered, data_dir) -> None:
+    made = order(session, user)
+    first = leases.claim(session, exports.WORK, made.id).fence
+    session.execute(update(Export).where(Export.id == made.id).values(lease_until=leases.OVER))
+    second = leases.claim(session, exports.WORK, made.id).fence
+    session.commit()
+    for fence, text in ((second, "second"), (first, "first")):
+        late = data_dir / "tmp" / text
+        late.mkdir(parents=True)
+        (late / "a.gguf").write_text(text)
+        exports._finish(made.id, fence, late, status="succeeded", files=[{"name": "a.gguf"}], progress=1.0, parity=None)
+    session.refresh(made)
+    assert made.status == "succeeded" and exports.file_path(made, "a.gguf").read_text() == "second"
