@@ -43,31 +43,35 @@ def about(model: Model, chain: list[Model], job: Job | None, library: str | None
 # Files for other programs ---------------------------------------------------------------------------------------------
 
 
-def export_card(text: str, format: str, files: list[dict[str, Any]], parity: dict[str, Any] | None) -> str:
+def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[str, Any] | None) -> str:
     """The card of an export: `about` the model, its files, how they compare with it, and how to run them elsewhere."""
     rows = [f"| {file['name']} | {file['type']} | {file['bytes'] / 1e6:.1f} MB | `{file['sha256']}` |" for file in files]
     parts = [text, "## Files\n\n| file | type | size | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"]
     if parity and parity["lines"]:
         head = "| type | prompts identical | KL (nats) | same first token | loss |\n|---|---|---|---|---|\n"
         lines = [
-            f"| {x['type']} | {x['identical']} of {x['prompts']} | {x['kl']:.2g} | {x['top1']:.0%} | {x['loss']:.3f} |"
+            f"| {x['type']} | {x['identical']} of {x['prompts']} | {_cell(x['kl'], '.2g')} | {_cell(x['top1'], '.0%')} | {_cell(x['loss'], '.3f')} |"
             for x in parity["lines"]
         ]
         best = f"\n\n{parity['smallest']} is the smallest that keeps the score.\n" if parity["smallest"] else "\n"
         parts.append(f"## Compared with the model\n\nRun in {parity['program']} on {parity['rows']}.\n\n{head}" + "\n".join(lines) + best)
     weights = next((file["name"] for file in files if file["name"].endswith(".gguf")), None)
     if weights:
-        parts.append(_run_adapter(weights) if format == "gguf_adapter" else _run_gguf(weights, format))
-    elif format == "sentence_transformers":
+        parts.append(_run_adapter(weights) if kind == "gguf_adapter" else _run_gguf(weights, kind))
+    elif kind == "sentence_transformers":
         code = 'from sentence_transformers import SentenceTransformer\n\nprint(SentenceTransformer(".").encode(["A text."]).shape)'
         parts.append(f"## Run it\n\n```python\n{code}\n```\n")
     return "\n".join(parts)
 
 
-def _run_gguf(weights: str, format: str) -> str:
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _run_gguf(weights: str, kind: str) -> str:
     python = f'import xllamacpp\n\nparams = xllamacpp.CommonParams()\nparams.model.path = "{weights}"\nserver = xllamacpp.Server(params)'
     asked = 'print(server.handle_chat_completions({"messages": [{"role": "user", "content": "Hello!"}]}))'
-    made = "ollama create my-model -f Modelfile" if format == "ollama" else f'echo "FROM ./{weights}" > Modelfile && ollama create my-model'
+    made = "ollama create my-model -f Modelfile" if kind == "ollama" else f'echo "FROM ./{weights}" > Modelfile && ollama create my-model'
     programs = [
         ("llama.cpp", f"```bash\nllama-server -m {weights}\n```"),
         ("Ollama", f"```bash\n{made} && ollama run my-model\n```"),

@@ -13,6 +13,7 @@ What differs is told apart by what does not: `faults` gives the cause in words.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -165,7 +166,8 @@ def threads() -> int:
 
 
 def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    seconds = SECONDS * threads()
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -187,21 +189,27 @@ def compare(questions: Sequence[Question], ours: Sequence[np.ndarray], rows: Seq
     kl, first, same, theirs, here = [], [], [], [], []
     for question, expected, row in zip(questions, ours, rows, strict=True):
         for place, (logp, pairs, answer) in enumerate(zip(expected, row["probes"], question.answers, strict=True)):
-            logq = dict(map(tuple, pairs))
             found = divergence(logp, pairs)
             if place == 0:
                 first.append(found)
                 continue
             kl.append(found)
+            if not math.isfinite(found):
+                continue
             same.append(pairs[0][0] == int(logp.argmax()))
-            if answer in logq:  # of the others only what they have together is known
-                here.append(-float(logp[answer]))
-                theirs.append(-logq[answer])
+            # Below the last listed token only what all have together is known. Both losses are cut there: to leave such answers out
+            # would leave out those that the file finds unlikely, and favor it.
+            least = min(q for _, q in pairs)
+            here.append(-max(float(logp[answer]), least))
+            theirs.append(-dict(map(tuple, pairs)).get(answer, least))
     return Compared(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same, theirs, here)))
 
 
 def divergence(logp: np.ndarray, pairs: Sequence[Sequence[float]]) -> float:
-    """KL in nats of a distribution over all tokens from one that is known for some, (id, logprob) each: all others count as one."""
+    """KL in nats of a distribution over all tokens from one that is known for some, (id, logprob) each: all others count as one. Infinite
+    where the file gives what is no probability, as after an overflow."""
+    if not pairs or any(q is None or not math.isfinite(q) for _, q in pairs):
+        return math.inf
     at = np.array([int(i) for i, _ in pairs])
     logq = np.array([q for _, q in pairs], np.float64)
     p = logp.astype(np.float64)
@@ -229,20 +237,24 @@ def report(kind: str, file: Path, ours: Reference, heard: dict[str, Any]) -> dic
         "prompts": len(ours.questions),
         "identical": same,
         "places": sum(len(q.places) for q in ours.questions),
-        "kl": found.kl if found else None,
-        "top1": found.top1 if found else None,
-        "loss": found.loss if found else None,
-        "loss_here": found.loss_here if found else None,
+        "kl": _finite(found and found.kl),
+        "top1": _finite(found and found.top1),
+        "loss": _finite(found and found.loss),
+        "loss_here": _finite(found and found.loss_here),
         "limit": LIMITS[kind],
         "tokens_per_second": heard["tokens_per_second"],
         "faults": [fault._asdict() for fault in faults(kind, ours, heard)],
     }
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def smallest(lines: Sequence[dict[str, Any]]) -> str | None:
     """The smallest type that keeps the score: its loss on the answers is at most a hundredth above the studio's, and nine of ten tokens are
     the same."""
-    sound = [x for x in lines if not x["faults"] and x["loss"] is not None and x["top1"] >= SAME_FIRST]
+    sound = [x for x in lines if not x["faults"] and None not in (x["loss"], x["top1"]) and x["top1"] >= SAME_FIRST]
     kept = [x for x in sound if x["loss"] <= x["loss_here"] * (1 + KEEPS_SCORE)]
     return min(kept, key=lambda line: line["bytes"])["type"] if kept else None
 
@@ -296,9 +308,11 @@ def _weights_fault(kind: str, ours: Reference, rows: Sequence[dict[str, Any]]) -
     tuned = compare(ours.questions, ours.logprobs, rows)
     if ours.base is not None:
         base = compare(ours.questions, ours.base, rows)
-        if base.kl < 0.5 * tuned.kl and tuned.kl > LIMITS["Q8_0"] / 10:
+        if math.isfinite(tuned.kl) and base.kl < 0.5 * tuned.kl and tuned.kl > LIMITS["Q8_0"] / 10:
             words = f"The file answers as the base does (KL {base.kl:.2g} nats) and not as the fine-tuned model (KL {tuned.kl:.2g})"
             return [Fault("adapter", f"{words}: the adapter was not applied.")]
+    if not math.isfinite(tuned.kl):
+        return [Fault("weights", "The file computes no numbers for some texts: its weights are damaged, or too large for its type.")]
     if not tuned.kl > LIMITS[kind]:
         return []
     if tuned.first_kl <= max(LIMITS[kind] / 10, 0.02 * tuned.kl):

@@ -1,11 +1,12 @@
-"""Write one export and compare it with its model: `python -m worker.exporters._process ORDER INTO ANSWER`, a child behind walls.
+"""Write one export and compare it with its model: `python -m worker.exporters._process ORDER INTO ANSWER`, in a confined child.
 
-ORDER is an `app.models.exports.ExportSpec`. How far it is is written to `progress.json` beside INTO; the answer names the files, the
+ORDER is an `app.models.exports.ExportSpec`. The progress is written to `progress.json` beside INTO; the answer names the files, the
 parity table and the fault that keeps the files from being handed out, or an error.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -41,15 +42,18 @@ def main(arguments: list[str]) -> None:
         message = f"The package {error.name} is not installed with this worker."
         found = {"error": message, "hint": "Install the extra `export`: pip install luthier[export].", "code": "not_installed"}
     except OSError as error:
-        full = DiskFull("The disk of the data folder is full; nothing was saved.")
-        found = {"error": full.message if error.errno == full.errno else str(error), "hint": full.hint, "code": full.code}
+        if error.errno == errno.ENOSPC:
+            full = DiskFull("The disk of the data folder is full; nothing was saved.")
+            found = {"error": full.message, "hint": full.hint, "code": full.code}
+        else:
+            found = {"error": f"The export cannot be written: {error}", "hint": "Look at the disk of the data folder, then try again."}
     except Exception as error:  # whatever a library raises, a person must read it
         found = {"error": f"The model cannot be exported: {type(error).__name__}: {str(error)[:400]}", "hint": "Choose another format."}
     answer.write_text(json.dumps(found))
 
 
 class Reporter:
-    """Writes how far the work is, at most twice a second, whole or not at all."""
+    """Writes the progress, at most twice a second and atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.at, self.stage = path, 0.0, ""
@@ -63,7 +67,7 @@ class Reporter:
         os.replace(fresh, self.path)
 
     def part(self, first: float, last: float) -> Progress:
-        """The same for a step that begins and ends at these shares of the whole."""
+        """A reporter of one step, which begins and ends at these shares of the whole."""
         return lambda share, stage: self(first + (last - first) * share, stage)
 
 
@@ -95,8 +99,10 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
     shutil.rmtree(into.parent / "merged", ignore_errors=True)
     files = [_about(into, one) for one in written if one.name != CARD]
     parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
+    if fault := fault_of(parity):
+        return {"files": [], "parity": parity, "fault": fault}
     (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
-    return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": fault_of(parity)}
+    return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": None}
 
 
 def _about(into: Path, one: Written) -> dict[str, Any]:

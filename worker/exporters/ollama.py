@@ -55,8 +55,8 @@ def parameters(source: Path) -> dict[str, Any]:
     config = json.loads((source / "config.json").read_text())
     path = source / "generation_config.json"
     given = json.loads(path.read_text()) if path.is_file() else {}
-    sampling = {ours: given[name] for name, ours in SAMPLING.items() if given.get(name) is not None and given.get("do_sample", True)}
-    return {"num_ctx": min(CONTEXT, config["max_position_embeddings"]), **sampling}
+    numbers = {ours: given[name] for name, ours in SAMPLING.items() if isinstance(given.get(name), int | float)}
+    return {"num_ctx": min(CONTEXT, config["max_position_embeddings"]), **(numbers if given.get("do_sample", True) else {})}
 
 
 def quoted(text: str) -> str:

@@ -191,6 +191,31 @@ def test_divergence_counts_what_is_not_listed_as_one():
     assert _parity.divergence(logp, two) == pytest.approx(0.5 * np.log(2) + 0.2 * np.log(0.8) + 0.3 * np.log(0.6))
 
 
+def test_what_is_no_number_is_no_agreement():
+    """llama.cpp writes null for the logarithm of what is no probability."""
+    logp = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
+    question = _parity.Question("a", "a", [0], [0, 1, 2], [2])
+    broken = {"text": "a", "tokens": [0], "probes": [[[0, -0.7]], [[0, None], [1, None]]]}
+    assert _parity.divergence(logp, broken["probes"][1]) == np.inf
+    expected = _parity.Reference([question], [np.stack([logp, logp])], None, {}, None)
+    heard = {"rows": [broken], "ends": {}, "tokens_per_second": 1.0}
+    (fault,) = _parity.faults("F16", expected, heard)
+    assert fault.cause == "weights" and "computes no numbers" in fault.message
+    found = _parity.compare(expected.questions, expected.logprobs, [broken])
+    assert (
+        found.kl == np.inf
+        and _parity.smallest([{"type": "F16", "bytes": 1, "faults": [], "loss": None, "loss_here": None, "top1": None}]) is None
+    )
+
+
+def test_an_answer_that_is_not_listed_is_cut_on_both_sides():
+    logp = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    question = _parity.Question("a", "a", [0], [0, 1, 3], [2])
+    listed = {"probes": [[[0, -0.7]], [[0, float(np.log(0.6))], [1, float(np.log(0.2))]]]}
+    found = _parity.compare([question], [np.stack([logp, logp])], [listed])
+    assert found.loss == found.loss_here == pytest.approx(-np.log(0.2))
+
+
 def test_the_smallest_that_keeps_the_score():
     def one(name: str, size: int, loss: float, faults: tuple[str, ...] = (), top1: float = 0.95) -> dict[str, Any]:
         return {"type": name, "bytes": size, "loss": loss, "loss_here": 2.0, "faults": list(faults), "top1": top1}
