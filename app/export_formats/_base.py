@@ -12,7 +12,8 @@ from app.shapes import Shape
 
 class ModelFacts(NamedTuple):
     """What is known of a model without opening its weights. `strategies` are the adapters on the way from the base, in order;
-    `unmergeable` is the title of the first of them that cannot be folded into the weights."""
+    `unmergeable` is the title of the first of them that cannot be merged into the weights; `peft` says that the last has the layout of
+    the peft library."""
 
     name: str
     kind: str
@@ -20,6 +21,7 @@ class ModelFacts(NamedTuple):
     labels: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     unmergeable: str | None = None
+    peft: bool = False
 
 
 class ExportFormat(ABC):
@@ -32,7 +34,7 @@ class ExportFormat(ABC):
     place: ClassVar[int] = 100
     """Where it is on the page: lower is earlier."""
     merged: ClassVar[bool] = True
-    """Whether it is written from the weights with every adapter folded in; otherwise from the model's own folder."""
+    """Whether it is written from the weights with every adapter merged; otherwise from the model's own folder."""
     proves: ClassVar[bool] = False
     """Whether the written files are run in the program they are for and compared with the studio's model."""
 

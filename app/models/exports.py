@@ -36,6 +36,7 @@ from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
+from app.strategies._peft import PeftStrategy
 from app.tables import JSON, Export, Model, User
 
 OPEN = ("queued", "running")
@@ -106,7 +107,8 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
 def facts_of(ref: ModelRef) -> ModelFacts:
     strategies = tuple(adapter.strategy for adapter in ref.adapters)
     stuck = next((STRATEGIES[name].title for name in strategies if name in STRATEGIES and not STRATEGIES[name].merges), None)
-    return ModelFacts(ref.name, ref.kind, ref.shape, tuple(ref.labels or ()), strategies, stuck)
+    peft = bool(strategies) and issubclass(STRATEGIES.get(strategies[-1], object), PeftStrategy)
+    return ModelFacts(ref.name, ref.kind, ref.shape, tuple(ref.labels or ()), strategies, stuck, peft)
 
 
 def _spec(session: Session, resolved: models.Resolved, kind: ExportFormat, types: list[str], system: str) -> ExportSpec:

@@ -58,10 +58,28 @@ def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[
     weights = next((file["name"] for file in files if file["name"].endswith(".gguf")), None)
     if weights:
         parts.append(_run_adapter(weights) if kind == "gguf_adapter" else _run_gguf(weights, kind))
-    elif kind == "sentence_transformers":
-        code = 'from sentence_transformers import SentenceTransformer\n\nprint(SentenceTransformer(".").encode(["A text."]).shape)'
-        parts.append(f"## Run it\n\n```python\n{code}\n```\n")
+    elif kind in _RUN_FOLDER:
+        parts.append(f"## Run it\n\n{_RUN_FOLDER[kind]}\n")
     return "\n".join(parts)
+
+
+_RUN_FOLDER = {
+    "sentence_transformers": (
+        '```python\nfrom sentence_transformers import SentenceTransformer\n\nprint(SentenceTransformer(".").encode(["A text."]).shape)\n```'
+    ),
+    "safetensors": (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n```\n\n'
+        "Servers take the folder too: `vllm serve .`, `python -m sglang.launch_server --model-path .`. With several types each is in a folder "
+        "of its name."
+    ),
+    "adapter": (
+        "```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")  # fetches its base\n```\n\n'
+        "On a server of its base: `vllm serve BASE --enable-lora --lora-modules my-model=.`."
+    ),
+}
+"""How a folder is loaded elsewhere, by export format."""
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,6 +28,8 @@ class ExportOptions(BaseModel):
     system: str = ""
     base_folder: str = ""
     """The folder of the weights that an adapter lies on."""
+    generates: bool = True
+    """Whether it writes text: an encoder and a classifier do not."""
 
 
 class Written(NamedTuple):
@@ -39,16 +41,18 @@ class Written(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is run in llama.cpp to compare a file with its model: weights, and an adapter on them."""
+    """What is run to compare an export with its model: a GGUF file with an adapter on it, or a folder for transformers."""
 
     file: Path
     lora: Path | None = None
 
 
 class Exporter(ABC):
-    """Writes one format. What it says of itself is the format's own word."""
+    """Writes one format. Its name, title and types are those of `app.export_formats`."""
 
     format: ExportFormat
+    program: ClassVar[str] = "llama.cpp"
+    """What its files are run in to compare them."""
 
     @property
     def name(self) -> str:

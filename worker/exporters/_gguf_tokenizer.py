@@ -51,7 +51,7 @@ def read(folder: Path, vocabulary: int) -> Vocabulary:
     if parts["model"].get("type") != "BPE":
         raise _unknown(f"its tokenizer is of the kind {parts['model'].get('type')}")
     made = _byte_level(parts, vocabulary) if not parts["model"].get("byte_fallback") else _sentencepiece(parts, vocabulary)
-    ends = _ends(folder, tokenizer)
+    ends = ends_of(folder, tokenizer)
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -67,7 +67,7 @@ def read(folder: Path, vocabulary: int) -> Vocabulary:
     )
 
 
-def _ends(folder: Path, tokenizer: Any) -> list[int]:
+def ends_of(folder: Path, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's, those of the generation config, and the one that the chat template closes a turn with."""
     path = folder / "generation_config.json"
     named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

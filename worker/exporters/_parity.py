@@ -18,6 +18,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ LIMITS = {
     "F32": 1e-4, "F16": 1e-4, "BF16": 0.01, "Q8_0": 0.01, "Q6_K": 0.03, "Q5_K_M": 0.08, "Q4_K_M": 0.25, "Q4_0": 0.5, "IQ4_XS": 0.3,
 }  # fmt: skip
 """KL in nats that rounding to a type explains; small models lose the most. More is a fault of the weights, or a type too coarse."""
+SPEED_TOKENS = 32
 EXACT = ("F32", "F16", "BF16", "Q8_0")
 KEEPS_SCORE = 0.01
 """A type keeps the score when the loss on the answers rises by at most this share,"""
@@ -160,6 +162,39 @@ def run(file: Path, ours: Reference, work: Path, lora: Path | None = None) -> di
     return heard
 
 
+def run_folder(folder: Path, ours: Reference) -> dict[str, Any]:
+    """The same of a folder in transformers, computed in float32: the answers of its weights, its tokenizer, template and generation
+    config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    ).eval()
+    rows: list[dict[str, Any]] = []
+    for question, found in zip(ours.questions, logprobs(model, ours.questions), strict=True):
+        try:
+            text, framed = question.asked, True
+            if not isinstance(text, str):
+                text, framed = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True), False
+        except Exception as error:  # whatever a template raises
+            rows.append({"text": None, "error": str(error)[:400], "tokens": [], "probes": []})
+            continue
+        top = [torch.from_numpy(logp).topk(min(TOP, len(logp))) for logp in found]
+        probes = [list(zip(one.indices.tolist(), one.values.tolist(), strict=True)) for one in top]
+        rows.append({"text": text, "tokens": tokenizer(text, add_special_tokens=framed).input_ids, "probes": probes})
+    named = model.generation_config.eos_token_id
+    ends = {str(token): token in (named if isinstance(named, list) else [named]) for token in ours.ends}
+    began, asked = time.monotonic(), torch.tensor([ours.questions[0].prompt])
+    with torch.inference_mode():
+        made = model.generate(
+            asked, attention_mask=torch.ones_like(asked), max_new_tokens=SPEED_TOKENS, min_new_tokens=SPEED_TOKENS, do_sample=False
+        )
+    speed = (made.shape[1] - asked.shape[1]) / (time.monotonic() - began)
+    return {"rows": rows, "ends": ends, "tokens_per_second": speed}
+
+
 def threads() -> int:
     """As many as torch takes: llama.cpp's threads wait for each other in a loop, so one too many makes all of them slow."""
     return int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
@@ -227,13 +262,13 @@ def _rest(pairs: Sequence[Sequence[float]]) -> float:
 
 
 def report(kind: str, file: Path, ours: Reference, heard: dict[str, Any]) -> dict[str, Any]:
-    """One line of the parity table, with its faults."""
+    """One line of the parity table of a file or a folder, with its faults."""
     whole = all(row["text"] is not None for row in heard["rows"])
     found = compare(ours.questions, ours.logprobs, heard["rows"]) if whole else None
     same = sum(row["tokens"] == q.prompt for q, row in zip(ours.questions, heard["rows"], strict=True))
     return {
         "type": kind,
-        "bytes": file.stat().st_size,
+        "bytes": file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors")),
         "prompts": len(ours.questions),
         "identical": same,
         "places": sum(len(q.places) for q in ours.questions),

@@ -86,6 +86,7 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
         gc.collect()
     source = source or folder_of(spec.model.adapters[-1].path)
     into.mkdir()
+    generates = spec.model.kind != "encoder" and not spec.model.labels
     options = ExportOptions(
         name=spec.model.name,
         title=spec.title,
@@ -94,11 +95,12 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
         base=spec.upstream,
         system=spec.system,
         base_folder=str(folder_of(spec.model.path)),
+        generates=generates,
     )
     written = exporter.write(source, into, options, report.part(MERGED, WRITTEN))
     shutil.rmtree(into.parent / "merged", ignore_errors=True)
     files = [_about(into, one) for one in written if one.name != CARD]
-    parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves else None
+    parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves and generates else None
     if fault := fault_of(parity):
         return {"files": [], "parity": parity, "fault": fault}
     (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
@@ -123,8 +125,8 @@ def prove(
     from worker.modeling.loading import load_model, load_tokenizer
 
     began, rows, where = time.monotonic(), *held_out(spec)
-    found: dict[str, Any] = {"program": "llama.cpp", "rows": where, "smallest": None, "lines": [], "seconds": 0.0, "skipped": None}
-    if find_spec("xllamacpp") is None:
+    found: dict[str, Any] = {"program": exporter.program, "rows": where, "smallest": None, "lines": [], "seconds": 0.0, "skipped": None}
+    if exporter.program == "llama.cpp" and find_spec("xllamacpp") is None:
         return {**found, "skipped": "The package xllamacpp is not installed with this worker, so the files were not run."}
     progress(0.0, "Answering in the studio")
 
@@ -133,11 +135,11 @@ def prove(
 
     ours = _parity.reference(load(spec.model), load_tokenizer(spec.model), spec.model.kind, rows, load(spec.base) if spec.base else None)
     for place, one in enumerate(written):
-        progress((place + 0.5) / (len(written) + 0.5), f"Comparing {one.type} in llama.cpp")
+        progress((place + 0.5) / (len(written) + 0.5), f"Comparing {one.type} in {exporter.program}")
         if (what := exporter.run(into, one, into.parent, options)) is None:
             continue
-        heard = _parity.run(what.file, ours, into.parent, what.lora)
-        found["lines"].append(_parity.report(one.type, into / one.name, ours, heard))
+        heard = _parity.run_folder(what.file, ours) if what.file.is_dir() else _parity.run(what.file, ours, into.parent, what.lora)
+        found["lines"].append(_parity.report(one.type, what.lora or what.file, ours, heard))
     return {**found, "smallest": _parity.smallest(found["lines"]), "seconds": time.monotonic() - began}
 
 

@@ -4,27 +4,26 @@ their mean over the text's tokens, scaled to unit length."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from app.export_formats import FORMATS
-from app.kit import manifest
 from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._folder import WEIGHTS, copy_others, write_weights
 
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-LEFT_OUT = ("README.md", manifest.NAME, manifest.SEEN, "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+REPLACED = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class SentenceTransformersExporter(Exporter):
     format = FORMATS["sentence_transformers"]
 
     def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
-        """Copy the model's own files and write what the layout adds."""
-        progress(0.0, "Copying the weights")
+        """The model's own files, its weights in float32, and what the layout adds."""
+        progress(0.0, "Writing the weights")
         config = json.loads((source / "config.json").read_text())
-        for path in sorted(p for p in source.iterdir() if p.is_file() and p.name not in LEFT_OUT):
-            shutil.copyfile(path, into / path.name)
+        copy_others(source, into, lambda name: name in REPLACED or WEIGHTS.fullmatch(name))
+        write_weights(source, into, "F32")
         layers = [
             {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
             for i, (folder, kind) in enumerate(MODULES)
