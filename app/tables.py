@@ -337,6 +337,7 @@ class Evaluation(Leased, Base):
     spec: Mapped[JSON] = mapped_column(comment="app.evaluation.service.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
+    hub: Mapped[JSON | None] = mapped_column(comment="the last push to the hub: repo, private, status, url, commit and error")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     created_at: Mapped[datetime] = now()
@@ -357,6 +358,7 @@ class Export(Leased, Base):
     files: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="name, type, bytes, sha256 and notes of each")
     parity: Mapped[JSON | None] = mapped_column(comment="the files compared with the model, one line per type")
     error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
+    hub: Mapped[JSON | None] = mapped_column(comment="the last push to the hub: repo, private, status, url, commit and error")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     created_at: Mapped[datetime] = now()

@@ -1,9 +1,11 @@
 """Exports: a model written in a format for other programs, compared with the model, and kept to be downloaded.
 
-    queued ──claim──▶ running ──finish──▶ succeeded
+    queued ──claim──▶ running ──finish──▶ succeeded ──push──▶ queued, with `files` and `hub`
       ▲                 │ ├────fail────▶ failed
       │                 │ └───cancel───▶ cancelled
       └────requeue──────┘     a worker that died; after three deaths it failed
+
+An export that has its files has succeeded, whatever becomes of a push to the hub: `hub` tells of that, and its end is `succeeded` again.
 
 The work is done by a confined child (`worker/exporters/_process.py`), which writes to a temporary folder. Its files are moved to
 `exports/<id>/` only when they are complete and answer as the model does, so nobody sees half of one.
@@ -12,12 +14,13 @@ The work is done by a confined child (`worker/exporters/_process.py`), which wri
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, update
@@ -29,7 +32,7 @@ from app.export_formats import ExportFormat, ModelFacts
 from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import now
-from app.models import integrity, starters
+from app.models import hub, hub_upload, integrity, starters
 from app.models import service as models
 from app.models.model_card import about, upstream
 from app.ownership import mine, owned
@@ -39,6 +42,7 @@ from app.strategies import STRATEGIES
 from app.strategies._peft import PeftStrategy
 from app.tables import JSON, Export, Model, User
 
+_TOKEN = re.compile(r"[\x21-\x7e]{3,500}")
 OPEN = ("queued", "running")
 SECONDS = 6 * 3600
 """How long one export may take: a large model in many types on a few cores takes hours."""
@@ -164,18 +168,23 @@ def choices(facts: ModelFacts) -> list[tuple[ExportFormat, str | None]]:
 
 
 def cancel(session: Session, user: User, export_id: uuid.UUID) -> Export:
-    """Stop one that waits or runs: its worker sees at the next beat that it is no longer wanted. One that has ended stays."""
-    owned(session, Export, user, export_id)
-    ended = {"status": "cancelled", "lease_until": None, "stage": None, "finished_at": now()}
-    session.execute(update(Export).where(Export.id == export_id, Export.status.in_(OPEN)).values(**ended))
-    found = owned(session, Export, user, export_id)
-    if found.status != "succeeded":
-        _forget_files(session, export_id)
+    """Stop one that waits or runs, or its push: the worker notices at its next heartbeat. One that has ended stays as it is."""
+    query = select(Export).where(Export.id == owned(session, Export, user, export_id).id).with_for_update()
+    found = session.scalars(query.execution_options(populate_existing=True)).one()
+    if found.status in OPEN:
+        found.lease_until, found.stage = None, None
+        if found.files:
+            found.status, found.hub = "succeeded", {**(found.hub or {}), "status": "cancelled"}
+            _forget_token(session, export_id)
+        else:
+            found.status, found.finished_at = "cancelled", session.scalar(select(now()))
+            _forget_files(session, export_id)
+        session.flush()
     return found
 
 
 def delete(session: Session, user: User, export_id: uuid.UUID) -> None:
-    """Take it and its files away; one that runs is stopped."""
+    """Delete it with its files; one that runs is stopped."""
     cancel(session, user, export_id).deleted_at = session.scalar(select(now()))
     session.flush()
     _forget_files(session, export_id)
@@ -185,13 +194,44 @@ def _forget_files(session: Session, export_id: uuid.UUID) -> None:
     db.on_commit(session, lambda: shutil.rmtree(folder_of(export_id), ignore_errors=True))
 
 
+def _forget_token(session: Session, export_id: uuid.UUID) -> None:
+    db.on_commit(session, lambda: hub_upload.forget_token(export_id))
+
+
+def push(session: Session, user: User, export_id: uuid.UUID, repo: str, private: bool = True, token: str | None = None) -> Export:
+    """Queue the upload of a finished export to a repository of the hub. Without a token that of the worker's environment is used, which
+    is the operator's, so only an admin may leave it out.
+
+    Raises BadField, Conflict while there are no files or another push runs, and Unavailable when the studio stays offline.
+    """
+    hub.check_name(repo, None)
+    if "/" not in repo:
+        raise BadField(f"{repo[:80]!r} names no owner.", hint="It looks like `owner/name`.", param="repo")
+    if token is None and user.role != "admin":
+        raise BadField("A token of the hub is needed.", hint="Make one with write permission in its settings.", param="token")
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise BadField("That is no token of the hub.", hint="It is one word, as hf_….", param="token")
+    hub.must_be_allowed()
+    found = owned(session, Export, user, export_id)
+    wanted: JSON = {"repo": repo, "private": private, "status": "queued", "url": None, "commit": None, "error": None}
+    ready = update(Export).where(Export.id == export_id, Export.status == "succeeded", Export.deleted_at.is_(None))
+    queued = ready.values(status="queued", hub=wanted, deaths=0, progress=0.0, stage=None)
+    if session.scalar(queued.returning(Export.id)) is None:
+        state = "being pushed" if found.files else found.status
+        raise Conflict(f"The export is {state}.", hint="Wait until that has ended.", code="not_ready")
+    if token is not None:
+        hub_upload.keep_token(export_id, token)
+    queue.enqueue(session, queue.EXPORT, export_id)
+    return owned(session, Export, user, export_id)
+
+
 def folder_of(export_id: uuid.UUID) -> Path:
     return get_settings().data_dir / "exports" / str(export_id)
 
 
 def file_path(export: Export, name: str) -> Path:
     """Where one file of an export lies. Raises Conflict before it has succeeded, NotFound for a name that is not in its list."""
-    if export.status != "succeeded":
+    if not export.files:
         raise Conflict(f"The export is {export.status}.", hint="Wait until it has succeeded.", code="not_ready")
     path = folder_of(export.id) / name
     if name not in {file["name"] for file in export.files} or not path.is_file():
@@ -201,57 +241,83 @@ def file_path(export: Export, name: str) -> Path:
 
 def to_json(export: Export) -> JSON:
     """The export as the API gives it."""
-    key, spec = ids.public(ids.EXPORT, export.id), export.spec
-    there = export.status == "succeeded"
+    key, spec, there = ids.public(ids.EXPORT, export.id), export.spec, bool(export.files)
     return {
         "id": key,
         "object": "export",
         "model": spec["model"]["name"],
         "format": export.format,
         "types": spec["types"],
-        "status": export.status,
-        "progress": export.progress,
-        "stage": export.stage,
-        "files": [{**file, "url": f"/v1/exports/{key}/files/{file['name']}"} for file in export.files] if there else [],
+        "status": "succeeded" if there else export.status,
+        "progress": 1.0 if there else export.progress,
+        "stage": None if there else export.stage,
+        "files": [{**file, "url": f"/v1/exports/{key}/files/{file['name']}"} for file in export.files],
         "parity": export.parity,
         "error": problem_json(export.error),
+        "hub": export.hub and _hub_json(export.hub, export),
         "created_at": int(export.created_at.timestamp()),
         "finished_at": int(export.finished_at.timestamp()) if export.finished_at else None,
     }
 
 
-# The worker's part --------------------------------------------------------------------------------------------------------
+def _hub_json(push: JSON, export: Export) -> JSON:
+    status = export.status if export.status in OPEN else push["status"]
+    return {**push, "status": status, "progress": export.progress, "error": problem_json(push["error"])}
+
+
+# The worker's part ----------------------------------------------------------------------------------------------------
 
 
 def _died(session: Session, export: Export, how: str) -> None:
     export.stage = None
     if leases.requeue(session, WORK, export, died=True):
         return
+    message = f"Its worker {how} That was death {export.deaths}."
+    problem = {"code": "worker_lost", "message": message, "hint": "Look at the worker's log."}
+    if export.files:
+        export.status, export.hub = "succeeded", {**(export.hub or {}), "status": "failed", "error": problem}
+        _forget_token(session, export.id)
+        return
     export.status, export.finished_at = "failed", session.scalar(select(now()))
-    message = f"The worker that wrote it {how} That was death {export.deaths}."
-    export.error = {"code": "worker_lost", "message": message, "hint": "Look at the worker's log; fewer types may help."}
+    export.error = problem | {"hint": "Look at the worker's log; fewer types may help."}
     _forget_files(session, export.id)  # a worker can die between moving its files and recording them
 
 
 WORK = leases.Work(Export, queue.EXPORT, waits_as="queued", runs_as="running", since=Export.created_at, on_death=_died)
 
 
+class Held(NamedTuple):
+    """An export that this worker has claimed. With files it is pushed to the hub, otherwise it is written."""
+
+    id: uuid.UUID
+    fence: int
+    spec: ExportSpec
+    model_id: uuid.UUID
+    files: list[Any]
+    hub: JSON | None
+
+    def failed(self, problem: JSON) -> JSON:
+        """The columns that say that it failed."""
+        if self.files:
+            return {"status": "succeeded", "hub": {**(self.hub or {}), "status": "failed", "error": problem}}
+        return {"status": "failed", "error": problem}
+
+
 def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """Write one export, if nobody else is at it. The body of the task EXPORT: it opens its own transactions."""
+    """Write or push one export, if nobody else is at it. The body of the task EXPORT: it opens its own transactions."""
     if going_down():
         return  # the reaper announces it again
     with db.transaction() as session:
-        found = leases.claim(session, WORK, export_id, progress=0.0, stage=None, error=None, parity=None, files=[])
-        held = (found.fence, ExportSpec.model_validate(found.spec), found.model_id) if found is not None else None
-    if held is None:
-        return
-    fence, spec, model_id = held
+        found = leases.claim(session, WORK, export_id, progress=0.0, stage=None)
+        if found is None:
+            return
+        held = Held(found.id, found.fence, ExportSpec.model_validate(found.spec), found.model_id, found.files, found.hub)
     work = Path(tempfile.mkdtemp(prefix="export-", dir=get_settings().folder("tmp")))
     try:
-        outcome = _written(export_id, fence, spec, model_id, work, going_down)
+        outcome = (_pushed if held.files else _written)(held, work, _teller(held, work, going_down))
     except _GoingDown:
         with db.transaction() as session:
-            row = leases.lock_if_held(session, WORK, export_id, fence)
+            row = leases.lock_if_held(session, WORK, export_id, held.fence)
             if row is not None:
                 leases.requeue(session, WORK, row)
     except ExportLost:
@@ -259,13 +325,13 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
     except StudioError as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        _finish(export_id, fence, status="failed", error=error.as_problem())
+        _finish(held, work, **held.failed(error.as_problem()))
     except Exception as error:
         message = f"The export failed: {type(error).__name__}: {str(error)[:300]}"
-        _finish(export_id, fence, status="failed", error={"code": "internal_error", "message": message, "hint": "Try again."})
+        _finish(held, work, **held.failed({"code": "internal_error", "message": message, "hint": "Try again."}))
         raise
     else:
-        _finish(export_id, fence, work / "out", **outcome)
+        _finish(held, work, **outcome)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -274,11 +340,9 @@ class _GoingDown(Exception):
     """This worker was asked to leave: the export begins again elsewhere."""
 
 
-def _written(
-    export_id: uuid.UUID, fence: int, spec: ExportSpec, model_id: uuid.UUID, work: Path, going_down: Callable[[], bool]
-) -> dict[str, Any]:
-    """Have the files written to `work/out` and compared; the columns that say how it went. Raises ExportLost and StudioError."""
-    beat, progress = leases.Beat(WORK, export_id, fence), work / "progress.json"
+def _teller(held: Held, work: Path, going_down: Callable[[], bool]) -> Callable[[], None]:
+    """The heartbeat: it records what the child wrote into `work/progress.json`, and raises ExportLost or _GoingDown to stop."""
+    beat, progress = leases.Beat(WORK, held.id, held.fence), work / "progress.json"
 
     def tell() -> None:
         if going_down():
@@ -290,8 +354,14 @@ def _written(
         if not beat(**{name: said[name] for name in ("progress", "stage") if name in said}):
             raise ExportLost
 
+    return tell
+
+
+def _written(held: Held, work: Path, tell: Callable[[], None]) -> JSON:
+    """Have the files written to `work/out` and compared; the columns that say how it went. Raises ExportLost and StudioError."""
+    spec = held.spec
     with db.transaction() as session:
-        gone = session.get_one(Model, model_id).deleted_at is not None
+        gone = session.get_one(Model, held.model_id).deleted_at is not None
     if gone:
         raise Conflict(f"{spec.model.name} was deleted.", hint="Export a model that is there.")
     integrity.check_model(spec.model, tell)
@@ -310,24 +380,35 @@ def _written(
     return {**found, "status": "succeeded", "files": storable(facts["files"])}
 
 
+def _pushed(held: Held, work: Path, tell: Callable[[], None]) -> JSON:
+    """Have the files uploaded to the hub; the columns that say so. Raises ExportLost and StudioError."""
+    assert held.hub is not None, "an export with files is only queued to be pushed"
+    order = {"repo": held.hub["repo"], "private": held.hub["private"], "files": [file["name"] for file in held.files]}
+    found = hub_upload.upload(held.id, folder_of(held.id), order, work, tell)
+    return {"status": "succeeded", "progress": 1.0, "hub": {**held.hub, **found, "status": "succeeded"}}
+
+
 def _readable(spec: ExportSpec) -> list[Path]:
     data = get_settings().data_dir
     rows = [part["path"] for name in ("dataset", "validation") if (part := (spec.job or {}).get(name))]
     return [data / path for path in (spec.model.path, *(adapter.path for adapter in spec.model.adapters), *rows) if path]
 
 
-def _finish(export_id: uuid.UUID, fence: int, made: Path | None = None, **values: Any) -> None:
-    """Record how an export ended, unless it is no longer held. The files `made` by one that succeeded are moved while its row is locked,
-    so a worker that was taken for dead replaces nobody's files, and an export that is deleted takes its files along."""
+def _finish(held: Held, work: Path, **values: Any) -> None:
+    """Record how it ended, unless it is no longer held. New files are moved while the row is locked, so a worker that was taken for dead
+    replaces nobody's files, and an export that is deleted takes its files along."""
     with db.transaction() as session:
-        row = leases.lock_if_held(session, WORK, export_id, fence)
+        row = leases.lock_if_held(session, WORK, held.id, held.fence)
         if row is None:
             return
-        if made is not None and values["status"] == "succeeded":
-            starters.move_into_place(made, folder_of(export_id))
+        if "files" in values:
+            starters.move_into_place(work / "out", folder_of(held.id))
         for name, value in {**values, "stage": None, "lease_until": None}.items():
             setattr(row, name, value)
-        row.finished_at = session.scalar(select(now()))
+        if held.files:
+            _forget_token(session, held.id)
+        else:
+            row.finished_at = session.scalar(select(now()))
 
 
 def reap(session: Session) -> dict[str, int]:

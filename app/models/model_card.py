@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from app.models.starters import STARTERS
@@ -203,10 +204,16 @@ def _front(values: dict[str, Any]) -> str:
     lines = []
     for key, value in values.items():
         if isinstance(value, list):
-            lines += [f"{key}:", *[f"- {item}" for item in value]]
+            lines += [f"{key}:", *[f"- {_yaml(item)}" for item in value]]
         else:
-            lines.append(f"{key}: {value}")
+            lines.append(f"{key}: {_yaml(value)}")
     return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _yaml(value: object) -> str:
+    """A scalar of YAML. A license or a name may come from anywhere, and a JSON text is one of YAML too."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text)
 
 
 def _origin(model: Model, chain: list[Model], job: Job | None) -> str:

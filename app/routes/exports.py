@@ -52,8 +52,15 @@ def retrieve(session: Db, user: CurrentUser, export_id: str) -> Json:
 
 @api.post("/exports/{export_id}/cancel", operation_id="cancel_export", responses=answers(schemas.Export))
 def cancel(session: Db, user: CurrentUser, export_id: str) -> Json:
-    """Stop an export. One that has ended stays as it is."""
+    """Stop an export, or its push to the hub. One that has ended stays as it is."""
     return exports.to_json(exports.cancel(session, user, key_of(export_id)))
+
+
+@api.post("/exports/{export_id}/push", operation_id="push_export", responses=answers(schemas.Export, 409, 503))
+def push(session: Db, user: CurrentUser, export_id: str, order: schemas.PushExport) -> Json:
+    """Push the files of an export that has succeeded to the Hugging Face hub. `hub` tells how far it is. A push that broke off goes on where
+    it was when it is asked for again."""
+    return exports.to_json(exports.push(session, user, key_of(export_id), order.repo, order.private, order.token))
 
 
 @api.delete("/exports/{export_id}", operation_id="delete_export", responses=answers(schemas.Deleted))
@@ -98,6 +105,24 @@ def create_from_page(
 @pages.post("/exports/{export_id}/cancel")
 def cancel_from_page(session: Db, user: CurrentUser, export_id: str) -> Response:
     return _back(session.get_one(Model, exports.cancel(session, user, key_of(export_id)).model_id))
+
+
+@pages.post("/exports/{export_id}/push")
+def push_from_page(
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    export_id: str,
+    repo: Annotated[str, Form(max_length=200)] = "",
+    token: Annotated[str, Form(max_length=500)] = "",
+    public: Annotated[str, Form()] = "",
+) -> Response:
+    model = session.get_one(Model, owned(session, Export, user, key_of(export_id)).model_id)
+    try:
+        exports.push(session, user, key_of(export_id), repo.strip(), not public, token.strip() or None)
+    except StudioError as fault:
+        return show_model(request, session, user, model, "export", fault)
+    return _back(model)
 
 
 @pages.post("/exports/{export_id}/delete")

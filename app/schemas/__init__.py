@@ -28,7 +28,7 @@ from app.schemas.datasets import (
     VoteDataset,
 )
 from app.schemas.evaluations import Evaluation
-from app.schemas.exports import CreateExport, Export
+from app.schemas.exports import CreateExport, Export, PushExport
 from app.schemas.files import CreateFile, UploadedFile
 from app.schemas.fine_tuning import (
     CheckpointPermission,
@@ -90,6 +90,7 @@ __all__ = [
     "Prompt",
     "PromptRun",
     "PromptRunRows",
+    "PushExport",
     "RevisePrompt",
     "Strategy",
     "StrategyAdvice",

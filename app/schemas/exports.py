@@ -19,6 +19,32 @@ class CreateExport(Schema):
     system: str | None = Field(None, max_length=20_000, description="A system prompt for formats that hold one.")
 
 
+class PushExport(Schema):
+    """Where an export is pushed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    repo: str = Field(max_length=200, description="`owner/name` on the Hugging Face hub; it is created where it does not exist.")
+    private: bool = Field(True, description="Whether the repository is private. A public one is not used for a private push.")
+    token: str | None = Field(
+        None,
+        max_length=500,
+        description="A token with write permission. It is deleted when the push ends; an admin may leave it out where HF_TOKEN is set.",
+    )
+
+
+class HubPush(Schema):
+    """The last push of an export to the hub."""
+
+    repo: str
+    private: bool
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float | None = Field(description="0 to 1.")
+    url: str | None = Field(description="Address of the repository, once it has succeeded.")
+    commit: str | None
+    error: Problem | None
+
+
 class ExportFile(Schema):
     """One file, at `url` once the export has succeeded."""
 
@@ -81,5 +107,6 @@ class Export(Schema):
     files: list[ExportFile]
     parity: Parity | None
     error: Problem | None
+    hub: HubPush | None
     created_at: int = Field(description="Seconds since 1970.")
     finished_at: int | None

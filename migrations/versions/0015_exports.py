@@ -28,8 +28,11 @@ def upgrade() -> None:
         ),
         sa.Column("parity", postgresql.JSONB(), nullable=True, comment="the files compared with the model, one line per type"),
         sa.Column("error", postgresql.JSONB(), nullable=True, comment="code, message, hint"),
+        sa.Column(
+            "hub", postgresql.JSONB(), nullable=True, comment="the last push to the hub: repo, private, status, url, commit and error"
+        ),
         sa.Column("progress", sa.Float(), nullable=True, comment="share of the work done, 0 to 1"),
-        sa.Column("stage", sa.Text(), nullable=True, comment="what is being done, in when"),
+        sa.Column("stage", sa.Text(), nullable=True, comment="what is being done, in words"),
         sa.Column("created_at", when, server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.Column("finished_at", when, nullable=True),
         sa.Column("deleted_at", when, nullable=True),

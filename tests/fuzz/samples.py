@@ -168,9 +168,11 @@ UNSAFE: dict[str, Sample] = {
     "POST /evaluations/{evaluation_id}/delete": Sample({"evaluation_id": "+ended_evaluation"}),
     "POST /v1/models/{model:path}/exports": Sample({"model:path": "$model_name"}, json={"format": "gguf", "types": ["F16"], "system": ""}),
     "POST /v1/exports/{export_id}/cancel": Sample({"export_id": "+export"}),
+    "POST /v1/exports/{export_id}/push": Sample({"export_id": "$export"}, json={"repo": "lab/tiny", "private": True, "token": "hf_token"}, expect=(409, 503)),
     "DELETE /v1/exports/{export_id}": Sample({"export_id": "+ended_export"}),
     "POST /models/{key}/exports": Sample({"key": "$model"}, form=[("format", "gguf"), ("types", "F16"), ("system", "")]),
     "POST /exports/{export_id}/cancel": Sample({"export_id": "+export"}),
+    "POST /exports/{export_id}/push": Sample({"export_id": "$export"}, form=[("repo", "lab/tiny"), ("token", "hf_token"), ("public", "")], expect=(409, 503)),
     "POST /exports/{export_id}/delete": Sample({"export_id": "+ended_export"}),
     # the playground
     "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "text"}, "tool_choice": "auto", "stream_options": {"include_usage": True}, **SAMPLING}),

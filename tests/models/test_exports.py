@@ -198,10 +198,12 @@ def test_a_worker_that_was_taken_for_dead_replaces_no_files(session, user, tiny_
     session.execute(update(Export).where(Export.id == made.id).values(lease_until=leases.OVER))
     second = leases.claim(session, exports.WORK, made.id).fence
     session.commit()
+    spec = exports.ExportSpec.model_validate(made.spec)
     for fence, text in ((second, "second"), (first, "first")):
-        late = data_dir / "tmp" / text
-        late.mkdir(parents=True)
-        (late / "a.gguf").write_text(text)
-        exports._finish(made.id, fence, late, status="succeeded", files=[{"name": "a.gguf"}], progress=1.0, parity=None)
+        work = data_dir / "tmp" / text
+        (work / "out").mkdir(parents=True)
+        (work / "out" / "a.gguf").write_text(text)
+        held = exports.Held(made.id, fence, spec, made.model_id, [], None)
+        exports._finish(held, work, status="succeeded", files=[{"name": "a.gguf"}], progress=1.0, parity=None)
     session.refresh(made)
     assert made.status == "succeeded" and exports.file_path(made, "a.gguf").read_text() == "second"

@@ -175,9 +175,10 @@ def run_folder(folder: Path, ours: Reference) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for question, found in zip(ours.questions, logprobs(model, ours.questions), strict=True):
         try:
-            text, framed = question.asked, True
-            if not isinstance(text, str):
-                text, framed = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True), False
+            framed = isinstance(question.asked, str)
+            text: Any = question.asked
+            if not framed:
+                text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template raises
             rows.append({"text": None, "error": str(error)[:400], "tokens": [], "probes": []})
             continue
