@@ -35,6 +35,8 @@ class ExportFormat(ABC):
     """Where it is on the page: lower is earlier."""
     merged: ClassVar[bool] = True
     """Whether it is written from the weights with every adapter merged; otherwise from the model's own folder."""
+    weighted: ClassVar[tuple[str, ...]] = ()
+    """Types that are quantized by an importance matrix, where the rows are there that the model was trained on."""
     proves: ClassVar[bool] = False
     """Whether the written files are run in the program they are for and compared with the studio's model."""
 

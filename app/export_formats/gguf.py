@@ -21,6 +21,7 @@ class Gguf(ExportFormat):
     name, title, place, proves = "gguf", "GGUF", 10, True
     summary = "One file per type, for llama.cpp, Ollama, LM Studio and others that run models on a CPU or a small GPU."
     types = tuple(BITS)
+    weighted = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
 
     def accepts(self, facts: ModelFacts) -> str | None:
         if facts.labels:

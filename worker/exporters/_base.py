@@ -28,6 +28,8 @@ class ExportOptions(BaseModel):
     system: str = ""
     base_folder: str = ""
     """The folder of the weights that an adapter lies on."""
+    importance: str = ""
+    """A .npz file with the importance matrix of `_importance.measure`, or empty."""
     generates: bool = True
     """Whether it writes text: an encoder and a classifier do not."""
 

@@ -1,8 +1,8 @@
 """Which type each tensor of a GGUF file gets, and its bytes.
 
 A file's type names a recipe: most matrices get its base type, a few that matter more get a larger one, norms and biases stay F32. The
-recipes are those of llama.cpp (`src/llama-quant.cpp`, `llama_tensor_get_type`), without its special cases for mixtures of experts,
-for 70B models and for importance matrices, so that a file is what its name promises elsewhere.
+recipes are those of llama.cpp (`src/llama-quant.cpp`, `llama_tensor_get_type`), without its special cases for mixtures of experts
+and for 70B models, so that a file is what its name promises elsewhere.
 """
 
 from __future__ import annotations
@@ -89,8 +89,10 @@ def nbytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def encode(rows: Iterator[np.ndarray], kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a tensor, (nbytes,) uint8, from pieces of its rows in float32."""
+def encode(
+    rows: Iterator[np.ndarray], kind: GGMLQuantizationType, shape: tuple[int, ...], importance: np.ndarray | None = None
+) -> np.ndarray:
+    """The bytes of a tensor, (nbytes,) uint8, from pieces of its rows in float32. `importance` (shape[-1],) weighs its columns."""
     import gguf
     import libgguf
 
@@ -99,7 +101,7 @@ def encode(rows: Iterator[np.ndarray], kind: GGMLQuantizationType, shape: tuple[
         if kind in PLAIN:  # `gguf` rounds to the nearest even, and keeps what is too large for float16 as infinite
             done = gguf.quants.quantize(np.ascontiguousarray(piece, np.float32), kind)
         else:
-            done = libgguf.quantize_rows(piece, int(kind))
+            done = libgguf.quantize_rows(piece, int(kind), importance)
         flat = done.reshape(-1).view(np.uint8)
         out[at : at + flat.size] = flat
         at += flat.size

@@ -28,8 +28,8 @@ from worker.exporters._base import Exporter, ExportOptions, Progress, Written
 from worker.runtime.fast_import import importing
 
 ROWS, CARD = 8, "README.md"
-MERGED, WRITTEN = 0.15, 0.7
-"""Shares of the work that are done when the weights are merged, and when the files are written."""
+MERGED, MEASURED, WRITTEN = 0.15, 0.25, 0.7
+"""Shares of the work that are done when the weights are merged, when their importance is measured, and when the files are written."""
 
 
 def main(arguments: list[str]) -> None:
@@ -95,9 +95,10 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
         base=spec.upstream,
         system=spec.system,
         base_folder=str(folder_of(spec.model.path)),
+        importance=importance(spec, exporter, source, into.parent / "importance.npz", report),
         generates=generates,
     )
-    written = exporter.write(source, into, options, report.part(MERGED, WRITTEN))
+    written = exporter.write(source, into, options, report.part(MEASURED, WRITTEN))
     shutil.rmtree(into.parent / "merged", ignore_errors=True)
     files = [_about(into, one) for one in written if one.name != CARD]
     parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves and generates else None
@@ -105,6 +106,21 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
         return {"files": [], "parity": parity, "fault": fault}
     (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
     return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": None}
+
+
+def importance(spec: ExportSpec, exporter: Exporter, source: Path, path: Path, report: Reporter) -> str:
+    """Measure the importance matrix into `path`; "" where no type is quantized by one or the training rows are not there."""
+    rows = sides(spec)[0] if set(spec.types) & set(exporter.format.weighted) else []
+    if not rows:
+        return ""
+    import numpy as np
+
+    from worker.exporters import _importance
+
+    stage = "Measuring which weights matter"
+    found = _importance.measure(source, spec.model.kind, rows, lambda share: report(MERGED + (MEASURED - MERGED) * share, stage))
+    np.savez(path, **found)
+    return str(path) if found else ""
 
 
 def _about(into: Path, one: Written) -> dict[str, Any]:
@@ -145,18 +161,25 @@ def prove(
 
 def held_out(spec: ExportSpec) -> tuple[list[dict[str, Any]], str]:
     """Rows that are asked of both, and which these are: of the validation split of the job that made the model, else general texts."""
-    from worker.data import batching
     from worker.scoring.forgetting import probe_rows
 
-    if spec.job is not None:
-        try:
-            rows = [row.row for row in batching.sides(JobSpec.model_validate(spec.job))[1]]
-        except (StudioError, OSError, ValueError):
-            rows = []  # the dataset was deleted since
-        if rows := [row for row in rows if {"messages", "prompt", "text"} & row.keys()]:
-            return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{min(ROWS, len(rows))} rows of the validation split of its job"
+    if rows := [row for row in sides(spec)[1] if {"messages", "prompt", "text"} & row.keys()]:
+        return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{min(ROWS, len(rows))} rows of the validation split of its job"
     rows = probe_rows()
     return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{ROWS} general texts"
+
+
+def sides(spec: ExportSpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and validation rows of the job that made the model; none where there was no job or its dataset was deleted."""
+    from worker.data import batching
+
+    if spec.job is None:
+        return [], []
+    try:
+        train, held = batching.sides(JobSpec.model_validate(spec.job))[:2]
+    except (StudioError, OSError, ValueError):
+        return [], []
+    return [row.row for row in train], [row.row for row in held]
 
 
 def fault_of(parity: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -129,6 +129,7 @@ class Source:
         output = "token_embd.weight" if self.tied else "output.weight"
         recipe = Recipe(kind, c["num_hidden_layers"], heads // kv, output)
         chosen = {t.name: recipe.type_of(t.name, t.shape) for t in self.tensors}
+        importance = np.load(options.importance) if options.importance and kind in FORMATS["gguf"].weighted else {}
         writer = gguf.GGUFWriter(path, self.architecture)
         self._keys(writer, kind, options)
         extra = rope_factors(c)
@@ -150,11 +151,13 @@ class Source:
             writer.write_tensor_data(extra)
         total, done = sum(math.prod(t.shape) for t in self.tensors), 0
         for tensor in self.tensors:
-            writer.write_tensor_data(encode(self._rows(tensor), chosen[tensor.name][0], tensor.shape))
+            columns = importance.get(tensor.source)
+            writer.write_tensor_data(encode(self._rows(tensor), chosen[tensor.name][0], tensor.shape, columns))
             done += math.prod(tensor.shape)
             share(done / total)
         writer.close()
-        return fallback_notes(chosen, {t.name: t.shape[-1] for t in self.tensors})
+        notes = fallback_notes(chosen, {t.name: t.shape[-1] for t in self.tensors})
+        return (*notes, "Quantized with an importance matrix of the training rows.") if importance else notes
 
     def _rows(self, tensor: Tensor) -> Iterator[np.ndarray]:
         """The tensor in pieces of whole rows, float32, as llama.cpp wants its numbers."""

@@ -72,6 +72,31 @@ def test_llama_3s_rotary_embedding_is_the_same_there(tmp_path: Path):
     assert line(folder, tmp_path / "out", ours(folder))["faults"] == []
 
 
+def test_a_gemma_in_the_plain_template_is_asked_as_llama_cpp_asks_it(tmp_path: Path):
+    """A base without a template that was tuned on conversations: the begin-of-text token stands before both prompts."""
+    from app import chat_templates
+
+    folder = build(tmp_path / "m", "gemma3_text")
+    (folder / "chat_template.jinja").write_text(str(chat_templates.source("plain", None, (), True)))
+    found = line(folder, tmp_path / "out", ours(folder))
+    assert found["faults"] == [] and found["identical"] == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_a_file_that_is_imported_again_answers_as_the_model(tmp_path: Path, kind: str):
+    from worker.conversion.convert import from_gguf
+
+    folder = build(tmp_path / "m", kind)
+    facts = from_gguf(file_of(folder, tmp_path / "out", "F16"), tmp_path / "again")
+    assert facts["shape"]["model_type"] == kind
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "again")
+    ids = before(ROWS[1]["messages"][1]["content"]).input_ids
+    assert after(ROWS[1]["messages"][1]["content"]).input_ids == ids
+    with torch.no_grad():
+        apart = (load(folder)(torch.tensor([ids])).logits - load(tmp_path / "again")(torch.tensor([ids])).logits).abs().max().item()
+    assert apart < 1e-2, apart  # the weights are rounded to 16 bits
+
+
 # Planted faults -------------------------------------------------------------------------------------------------------
 
 
