@@ -8,9 +8,9 @@ import importlib
 import pkgutil
 
 from app.errors import BadField
-from app.export_formats._base import ExportFormat, ModelFacts
+from app.export_formats._base import PART, ExportFormat, ModelFacts
 
-__all__ = ["FORMATS", "ExportFormat", "ModelFacts", "get"]
+__all__ = ["FORMATS", "PART", "ExportFormat", "ModelFacts", "get"]
 
 
 def _scan() -> dict[str, ExportFormat]:

@@ -9,6 +9,9 @@ from typing import ClassVar, NamedTuple
 from app.errors import BadField
 from app.shapes import Shape
 
+PART = ".part"
+"""What the name of a file ends with while it is written."""
+
 
 class ModelFacts(NamedTuple):
     """What is known of a model without opening its weights. `strategies` are the adapters on the way from the base, in order;

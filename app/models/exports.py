@@ -7,8 +7,9 @@
 
 An export that has its files has succeeded, whatever becomes of a push to the hub: `hub` tells of that, and its end is `succeeded` again.
 
-The work is done by a confined child (`worker/exporters/_process.py`), which writes to a temporary folder. Its files are moved to
-`exports/<id>/` only when they are complete and answer as the model does, so nobody sees half of one.
+The work is done by a confined child (`worker/exporters/_process.py`), which writes to a temporary folder; an attempt after one that was
+interrupted begins with the files that were completed there. All are moved to `exports/<id>/` when they are complete and answer as the
+model does, so nobody sees half of an export.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from app import db, export_formats, leases, queue
 from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported, problem_json
-from app.export_formats import ExportFormat, ModelFacts
+from app.export_formats import PART, ExportFormat, ModelFacts
 from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import now
@@ -44,6 +44,8 @@ from app.tables import JSON, Export, Model, User
 
 _TOKEN = re.compile(r"[\x21-\x7e]{3,500}")
 OPEN = ("queued", "running")
+LINES = "parity-lines.json"
+"""In the folder of an attempt: the files that were compared, each with its line of the table."""
 SECONDS = 6 * 3600
 """How long one export may take: a large model in many types on a few cores takes hours."""
 SPARE_BYTES = 256 * 2**20
@@ -191,7 +193,13 @@ def delete(session: Session, user: User, export_id: uuid.UUID) -> None:
 
 
 def _forget_files(session: Session, export_id: uuid.UUID) -> None:
-    db.on_commit(session, lambda: shutil.rmtree(folder_of(export_id), ignore_errors=True))
+    """Once this is committed: the files, and what an attempt left that was interrupted."""
+
+    def forget() -> None:
+        for path in (folder_of(export_id), *_work_folders(export_id)):
+            shutil.rmtree(path, ignore_errors=True)
+
+    db.on_commit(session, forget)
 
 
 def _forget_token(session: Session, export_id: uuid.UUID) -> None:
@@ -312,10 +320,12 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
         if found is None:
             return
         held = Held(found.id, found.fence, ExportSpec.model_validate(found.spec), found.model_id, found.files, found.hub)
-    work = Path(tempfile.mkdtemp(prefix="export-", dir=get_settings().folder("tmp")))
+    work = _work_folder(export_id, held.fence)
+    leave = True
     try:
         outcome = (_pushed if held.files else _written)(held, work, _teller(held, work, going_down))
     except _GoingDown:
+        leave = False
         with db.transaction() as session:
             row = leases.lock_if_held(session, WORK, export_id, held.fence)
             if row is not None:
@@ -333,7 +343,30 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
     else:
         _finish(held, work, **outcome)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if leave:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folder(export_id: uuid.UUID, fence: int) -> Path:
+    """A folder for this attempt, with the files that were completed by the attempts before, whose workers left or died. A worker that was
+    only taken for dead does not find this folder, and changes nothing in a file that is complete."""
+    work = get_settings().folder("tmp") / f"export-{export_id}-{fence}"
+    work.mkdir()
+    for earlier in _work_folders(export_id):
+        if earlier == work:
+            continue
+        done = [path for path in earlier.glob("out/**/*") if path.is_file() and not path.is_symlink() and path.suffix != PART]
+        for path in [*done, *earlier.glob(LINES)]:
+            place = work / path.relative_to(earlier)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                path.rename(place)
+        shutil.rmtree(earlier, ignore_errors=True)
+    return work
+
+
+def _work_folders(export_id: uuid.UUID) -> list[Path]:
+    return list(get_settings().folder("tmp").glob(f"export-{export_id}-*"))
 
 
 class _GoingDown(Exception):

@@ -180,7 +180,27 @@ def test_a_worker_that_leaves_gives_it_back(session, user, tiny_registered, data
     made, asked = order(session, user), iter([False, True])
     exports.run(made.id, lambda: next(asked, True))
     session.refresh(made)
-    assert (made.status, made.deaths, made.lease_until) == ("queued", 0, None) and list((data_dir / "tmp").iterdir()) == []
+    assert (made.status, made.deaths, made.lease_until) == ("queued", 0, None)
+    exports.cancel(session, user, made.id)
+    session.commit()
+    assert list((data_dir / "tmp").iterdir()) == [], "what it left for another worker goes with the export"
+
+
+def test_an_interrupted_export_continues_with_the_files_that_were_completed(session, user, tiny_registered, data_dir) -> None:
+    made = order(session, user, types=("Q8_0", "F16", "F32"))
+    first = lambda: list((data_dir / "tmp").glob("export-*/out/*-Q8_0.gguf"))  # noqa: E731
+    exports.run(made.id, lambda: bool(first()))
+    session.refresh(made)
+    assert made.status == "queued" and len(first()) == 1
+    written = (first()[0].stat().st_ino, first()[0].stat().st_mtime_ns)
+    (first()[0].parent / "tiny-F16.gguf.part").write_bytes(b"GGUF")
+    exports.run(made.id)
+    session.refresh(made)
+    assert made.status == "succeeded" and made.fence == 2, made.error
+    path = exports.file_path(made, "tiny-Q8_0.gguf")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == written, "it was not written again"
+    assert [line["type"] for line in made.parity["lines"]] == ["Q8_0", "F16", "F32"] and list((data_dir / "tmp").iterdir()) == []
+    assert not any(file["name"].endswith(".part") for file in made.files)
 
 
 def test_files_that_were_moved_and_never_recorded_go_with_a_cancelled_export(session, user, tiny_registered, data_dir) -> None:

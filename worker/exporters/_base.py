@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from app.export_formats import ExportFormat, ModelFacts
+from app.export_formats import PART, ExportFormat, ModelFacts
 
 Progress = Callable[[float, str], None]
 """`progress(share, stage)`: how much is done, from 0 to 1, and what is being done, in words."""
+
+
+@contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when the block ends, so that a file of that name is complete, and one that was interrupted is
+    written again and the others are not."""
+    part = path.with_name(path.name + PART)
+    yield part
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 class ExportOptions(BaseModel):
@@ -74,7 +87,8 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
-        """Write the model in the folder `source` to files in the existing folder `into`. Raises StudioError where it cannot be done."""
+        """Write the model in the folder `source` to files in the existing folder `into`. Files that are there are of an attempt that was
+        interrupted, and complete. Raises StudioError where it cannot be done."""
 
     def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run | None:
         """What is run to compare a written file with the model; None for a file that nothing can be compared with."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.errors import BadData, Unsupported
 from app.kit import manifest
+from worker.exporters._base import completed
 
 if TYPE_CHECKING:
     import torch
@@ -39,44 +41,51 @@ def write_weights(source: Path, into: Path, kind: str, share: Callable[[float], 
 
     dtype = getattr(torch, DTYPES[kind])
     shards = _shards(source, dtype.itemsize)
-    total = sum(len(names) for names in shards)
+    total = sum(tensor.bytes for group in shards for tensor in group)
     places: dict[str, str] = {}
-    size = done = 0
-    for number, names in enumerate(shards, start=1):
+    done = 0
+    for number, group in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for name, path in names:
-            with safe_open(path, framework="pt") as opened:
-                tensors[name] = _cast(name, opened.get_tensor(name), dtype)
-            done += 1
-            share(done / total)
-        save_file(tensors, into / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        if not (into / file).is_file():
+            tensors = {}
+            for tensor in group:
+                with safe_open(tensor.file, framework="pt") as opened:
+                    tensors[tensor.name] = _cast(tensor.name, opened.get_tensor(tensor.name), dtype)
+            with completed(into / file) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+        places |= dict.fromkeys((tensor.name for tensor in group), file)
+        done += sum(tensor.bytes for tensor in group)
+        share(done / total)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
     (into / "config.json").write_text(json.dumps({**config, "dtype": DTYPES[kind]}, indent=2, sort_keys=True) + "\n")
 
 
-def _shards(source: Path, itemsize: int) -> list[list[tuple[str, Path]]]:
-    """Tensors and the files they are in, in groups of about SHARD_BYTES at `itemsize` bytes per weight."""
+class Tensor(NamedTuple):
+    """A tensor, the file it is in, and its bytes in the dtype that is written."""
+
+    name: str
+    file: Path
+    bytes: int
+
+
+def _shards(source: Path, itemsize: int) -> list[list[Tensor]]:
+    """The tensors in groups of at most SHARD_BYTES at `itemsize` bytes per weight."""
     from safetensors import safe_open
 
-    shards: list[list[tuple[str, Path]]] = []
+    shards: list[list[Tensor]] = []
     room = 0
     for path in sorted(p for p in source.glob("model*.safetensors") if WEIGHTS.fullmatch(p.name)):
         with safe_open(path, framework="pt") as opened:
             for name in sorted(opened.keys()):
-                size = itemsize
-                for length in opened.get_slice(name).get_shape():
-                    size *= length
+                size = itemsize * math.prod(opened.get_slice(name).get_shape())
                 if not shards or size > room:
                     shards.append([])
                     room = SHARD_BYTES
-                shards[-1].append((name, path))
+                shards[-1].append(Tensor(name, path, size))
                 room -= size
     if not shards:
         raise BadData("The folder holds no weights.", hint="Add the model again.")

@@ -20,7 +20,7 @@ from typing import Any
 
 from app.errors import DiskFull, StudioError
 from app.kit.manifest import sha256_of
-from app.models.exports import ExportSpec
+from app.models.exports import LINES, ExportSpec
 from app.models.model_card import export_card
 from app.spec import JobSpec, ModelRef
 from worker import exporters
@@ -82,10 +82,11 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
 
         report(0.0, "Merging the adapter")
         source = into.parent / "merged"
+        shutil.rmtree(source, ignore_errors=True)
         merge(spec.model, source)
         gc.collect()
     source = source or folder_of(spec.model.adapters[-1].path)
-    into.mkdir()
+    into.mkdir(exist_ok=True)
     generates = spec.model.kind != "encoder" and not spec.model.labels
     options = ExportOptions(
         name=spec.model.name,
@@ -150,12 +151,19 @@ def prove(
         return lambda: load_model(ref)
 
     ours = _parity.reference(load(spec.model), load_tokenizer(spec.model), spec.model.kind, rows, load(spec.base) if spec.base else None)
+    known = into.parent / LINES
+    lines: dict[str, Any] = json.loads(known.read_text()) if known.is_file() else {}
     for place, one in enumerate(written):
         progress((place + 0.5) / (len(written) + 0.5), f"Comparing {one.type} in {exporter.program}")
         if (what := exporter.run(into, one, into.parent, options)) is None:
             continue
-        heard = _parity.run_folder(what.file, ours) if what.file.is_dir() else _parity.run(what.file, ours, into.parent, what.lora)
-        found["lines"].append(_parity.report(one.type, what.lora or what.file, ours, heard))
+        if one.name not in lines:
+            heard = _parity.run_folder(what.file, ours) if what.file.is_dir() else _parity.run(what.file, ours, into.parent, what.lora)
+            lines[one.name] = _parity.report(one.type, what.lora or what.file, ours, heard)
+            fresh = known.with_suffix(".new")
+            fresh.write_text(json.dumps(lines))
+            os.replace(fresh, known)
+        found["lines"].append(lines[one.name])
     return {**found, "smallest": _parity.smallest(found["lines"]), "seconds": time.monotonic() - began}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from app.errors import BadData, Unsupported
 from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from worker.exporters import _gguf_tokenizer as tokenizers
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, Written, completed
 from worker.exporters._gguf_types import FILE_TYPES, PLAIN, Recipe, encode, fallback_notes, nbytes, pieces
 
 LAYER = {
@@ -50,7 +50,10 @@ class GgufExporter(Exporter):
                 progress((place + done) / len(options.types), f"Writing {name}")
 
             path = into / f"{file_name(options.name)}-{name}.gguf"
-            written.append(Written(path.name, name, model.write(path, name, options, share)))
+            if not path.is_file():
+                with completed(path) as part:
+                    model.write(part, name, options, share)
+            written.append(Written(path.name, name, model.notes(name, options)))
         return written
 
 
@@ -122,17 +125,13 @@ class Source:
 
     # The file ---------------------------------------------------------------------------------------------------------
 
-    def write(self, path: Path, kind: str, options: ExportOptions, share: Any) -> tuple[str, ...]:
-        """Write one file and give the notes on it."""
-        c = self.config
-        heads, kv = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
-        output = "token_embd.weight" if self.tied else "output.weight"
-        recipe = Recipe(kind, c["num_hidden_layers"], heads // kv, output)
-        chosen = {t.name: recipe.type_of(t.name, t.shape) for t in self.tensors}
-        importance = np.load(options.importance) if options.importance and kind in FORMATS["gguf"].weighted else {}
+    def write(self, path: Path, kind: str, options: ExportOptions, share: Callable[[float], None]) -> None:
+        """Write one file."""
+        chosen = self._chosen(kind)
+        importance = np.load(options.importance) if self._is_weighted(kind, options) else {}
         writer = gguf.GGUFWriter(path, self.architecture)
         self._keys(writer, kind, options)
-        extra = rope_factors(c)
+        extra = rope_factors(self.config)
         if extra is not None:
             writer.add_tensor_info("rope_freqs.weight", list(extra.shape), np.dtype(np.float32), extra.nbytes)
         for tensor in self.tensors:
@@ -156,8 +155,22 @@ class Source:
             done += math.prod(tensor.shape)
             share(done / total)
         writer.close()
-        notes = fallback_notes(chosen, {t.name: t.shape[-1] for t in self.tensors})
-        return (*notes, "Quantized with an importance matrix of the training rows.") if importance else notes
+
+    def notes(self, kind: str, options: ExportOptions) -> tuple[str, ...]:
+        """Where a file differs from what its type promises."""
+        found = fallback_notes(self._chosen(kind), {t.name: t.shape[-1] for t in self.tensors})
+        return (*found, "Quantized with an importance matrix of the training rows.") if self._is_weighted(kind, options) else found
+
+    def _chosen(self, kind: str) -> dict[str, tuple[gguf.GGMLQuantizationType, gguf.GGMLQuantizationType]]:
+        """Tensor → (its type, its type by the recipe)."""
+        c = self.config
+        heads, kv = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
+        recipe = Recipe(kind, c["num_hidden_layers"], heads // kv, "token_embd.weight" if self.tied else "output.weight")
+        return {t.name: recipe.type_of(t.name, t.shape) for t in self.tensors}
+
+    @staticmethod
+    def _is_weighted(kind: str, options: ExportOptions) -> bool:
+        return bool(options.importance) and kind in FORMATS["gguf"].weighted
 
     def _rows(self, tensor: Tensor) -> Iterator[np.ndarray]:
         """The tensor in pieces of whole rows, float32, as llama.cpp wants its numbers."""

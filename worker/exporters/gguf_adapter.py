@@ -19,7 +19,7 @@ from app.errors import BadData, Unsupported
 from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from worker import exporters
-from worker.exporters._base import Exporter, ExportOptions, Progress, Run, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, Run, Written, completed
 from worker.exporters._gguf_types import FILE_TYPES
 from worker.exporters.gguf import LAYER, file_name, permuted
 
@@ -36,17 +36,20 @@ class GgufAdapterExporter(Exporter):
         for place, kind in enumerate(options.types):
             progress(place / len(options.types), f"Writing {kind}")
             path = into / f"{file_name(options.name)}-lora-{kind}.gguf"
-            self._write(source, path, kind, options)
+            if not path.is_file():
+                with completed(path) as part:
+                    self._write(source, part, kind, options)
             written.append(Written(path.name, kind))
         return written
 
     def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run:
         """On a GGUF file of the base, which is written for that and not kept."""
         base = work / "base"
-        if not base.is_dir():
-            base.mkdir()
-            exporters.get("gguf").write(Path(options.base_folder), base, options.model_copy(update={"types": ("F16",)}), lambda *_: None)
-        return Run(next(base.glob("*.gguf")), into / one.name)
+        base.mkdir(exist_ok=True)
+        (made,) = exporters.get("gguf").write(
+            Path(options.base_folder), base, options.model_copy(update={"types": ("F16",)}), lambda *_: None
+        )
+        return Run(base / made.name, into / one.name)
 
     def _write(self, source: Path, path: Path, kind: str, options: ExportOptions) -> None:
         base = json.loads((Path(options.base_folder) / "config.json").read_text())
