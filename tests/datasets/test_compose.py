@@ -16,8 +16,8 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
-from app.storage import files
 from app.tables import Dataset, File
+from tests.factories import read, upload
 from tests.formats.test_every_format import SHAPES
 
 
@@ -27,19 +27,7 @@ def chat(n, answer="tell"):
 
 @pytest.fixture
 def make(session, user):
-    def make(rows, name="a.jsonl", **rest):
-        file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-        return read(session, datasets.create(session, user, file, **rest))
-
-    return make
-
-
-def read(session, dataset):
-    session.commit()
-    ingest_task.read(dataset.id)
-    session.expire_all()
-    assert dataset.status == "ready", dataset.error
-    return dataset
+    return lambda rows, name="a.jsonl", **rest: upload(session, user, rows, name, **rest)
 
 
 def rows_of(dataset, data_dir):

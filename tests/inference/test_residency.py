@@ -12,7 +12,7 @@ import pytest
 from app.inference import residency
 from app.settings import get_settings
 from tests.conftest import wait_until
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
 from worker.inference.model_pool import ModelPool
 
 ASK = {"messages": [{"role": "user", "content": "What wood is the belly made of?"}], "max_tokens": 2}

@@ -24,8 +24,8 @@ from app.kit import ids
 from app.leases import expire
 from app.spec import JobSpec
 from app.tables import Dataset, Event, Job, Outbox, User
+from tests.factories import make_dataset
 from tests.jobs.test_lifecycle import leases, let_lapse, take  # noqa: F401
-from tests.orders import make_dataset
 
 
 @pytest.fixture

@@ -17,11 +17,9 @@ from app.kit import ids
 from app.storage import files
 from app.tables import Dataset, Event, File, Job
 from tests.data_worker import data_worker
+from tests.factories import make_spec
 from tests.looks import COLORS, check, look_at
-from tests.orders import make_spec
-from tests.views.test_looks import page, served
 
-__all__ = ["page", "served"]
 pytestmark = pytest.mark.browser
 
 
