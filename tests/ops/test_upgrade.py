@@ -96,6 +96,10 @@ def test_what_was_there_is_there(old, request):
         new = {row["id"]: row for row in after[name]}
         for row in before[name]:
             changed = {column for column, value in row.items() if new[row["id"]][column] != value}
+            if row.get("type") == "doing":  # an event, called progress since 0014
+                changed -= {"type"}
+            if name == "jobs":  # whose passes of a step have a name of their own since 0009
+                changed -= {"spec", "order"}
             assert changed <= {"error", "data"} and (not changed or "way_out" in str(row)), (name, changed)
 
 
@@ -104,7 +108,8 @@ def test_its_schema_is_that_of_a_new_database(upgraded):
     from alembic.runtime.migration import MigrationContext
 
     context = MigrationContext.configure(upgraded.connection(), opts={"compare_type": True, "compare_server_default": True})
-    assert compare_metadata(context, Base.metadata) == []
+    found = [part for change in compare_metadata(context, Base.metadata) for part in (change if isinstance(change, list) else [change])]
+    assert [" ".join(map(str, change)) for change in found] == []
 
 
 def test_errors_say_hint(upgraded):
@@ -149,7 +154,7 @@ def test_a_paused_job_goes_on_from_its_checkpoint(upgraded, user):
     upgraded.refresh(job)
     assert job.status == "succeeded", job.error
     events = upgraded.scalars(select(Event).where(Event.job_id == job.id).order_by(Event.id)).all()
-    assert [event.data["resumed_from"] for event in events if event.type == "started"] == [0, seen]
+    assert [event.data["resumed_from"] for event in events if event.type == "started"] == [None, seen]
     steps = {event.data["step"]: event.data["loss"] for event in events if event.type == "step"}
     assert sorted(steps) == list(range(1, job.total_steps + 1)) and steps[job.total_steps] < steps[1]
     assert upgraded.scalars(select(Model).where(Model.job_id == job.id)).one().status == "ready"
@@ -168,7 +173,7 @@ def without_lease(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("deaths", "fence")} for row in rows]
 
 
-@pytest.mark.parametrize("revision", ["0013", "0012", "0011"])
+@pytest.mark.parametrize("revision", ["0015", "0014", "0013", "0012", "0011"])
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)
     full = everything(upgraded)
@@ -179,14 +184,16 @@ def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision)
         name: len(rows) for name, rows in full.items() if name != "model_aliases"
     }
     errors = [row["error"] for name in WITH_ERROR for row in down[name] if row["error"]]
-    assert len(errors) == len(WITH_ERROR) and all(error["way_out"] and "hint" not in error for error in errors)
-    assert ("model_aliases" in down) == (revision == "0013")
+    told, other = ("hint", "way_out") if revision > "0013" else ("way_out", "hint")
+    assert len(errors) == len(WITH_ERROR) and all(error[told] and other not in error for error in errors)
+    assert ("doing" in {row["type"] for row in down["events"]}) == (revision <= "0014")
+    assert ("model_aliases" in down) == (revision > "0012")
     assert ("deaths" in down["inspections"][0]) == (revision != "0011")
     run_alembic("upgrade", "head")
     again = everything(upgraded)
     for name in full:
         if name == "model_aliases":
-            assert again[name] == (full[name] if revision == "0013" else [])
+            assert again[name] == (full[name] if revision > "0012" else [])
         elif revision == "0011" and name not in ("jobs", "evaluations"):  # whose leases had these columns before
             assert without_lease(again[name]) == without_lease(full[name]), name
         else:
