@@ -245,7 +245,7 @@ def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     new = session.scalars(select(Dataset).where(Dataset.origin["operation"].astext == "mix")).one()
     assert (read(session, new).parent_id, new.name) == (second.id, "b"), "the dataset it was asked from comes first"
     shown = client.get(answer.headers["location"] + "?tab=versions").text
-    assert "Made of" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
+    assert "Sources" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
     wrong = client.post("/datasets/combine", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
     for data, words in (({"operation": "mix"}, "Select at least one"), ({"operation": "boil", **chosen}, "operation"),
