@@ -31,7 +31,8 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-"""The template of a generic model that is trained on conversations or instructions. It is saved with the result."""
+"""The template of a generic model that is trained on conversations or instructions. It is saved with the result. `source` puts the
+begin-of-text token before it where the tokenizer puts one before every text: Gemma was trained on no text without it."""
 
 _CHATML = (
     "{% for message in messages %}"
@@ -63,7 +64,13 @@ _ALPACA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
-_NAMED = {"chatml": (_CHATML, "<|im_end|>"), "llama3": (_LLAMA3, "<|eot_id|>"), "gemma": (_GEMMA, "<end_of_turn>"), "alpaca": (_ALPACA, "")}
+_NAMED = {
+    "chatml": (_CHATML, "<|im_end|>"),
+    "llama3": (_LLAMA3, "<|eot_id|>"),
+    "gemma": (_GEMMA, "<end_of_turn>"),
+    "alpaca": (_ALPACA, ""),
+    "plain": (PLAIN, ""),
+}
 
 
 def source(name: TemplateName, written: str | None, tokens: Container[str], begins: bool) -> str | None:
@@ -73,8 +80,6 @@ def source(name: TemplateName, written: str | None, tokens: Container[str], begi
         return None
     if name == "jinja":
         return written
-    if name == "plain":
-        return PLAIN
     text, end = _NAMED[name]
     return ("{{ bos_token }}" if begins else "") + text.replace("END", f"'{end}'" if end in tokens else "eos_token")
 

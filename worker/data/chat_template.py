@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app import formats
-from app.chat_templates import PLAIN, source
+from app.chat_templates import source
 from app.errors import BadData, BadRequest
 from worker.data import special_tokens, template_pool
 from worker.data.template_pool import Chat, Span, Written
@@ -58,7 +58,7 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
         tokenizer.chat_template = source(run.chat_template, run.chat_template_jinja, special, bool(_lead(tokenizer)))
     if tokenizer.chat_template:
         return False
-    tokenizer.chat_template = PLAIN
+    tokenizer.chat_template = _plain_template(tokenizer)
     return True
 
 
@@ -274,7 +274,12 @@ def template_of(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
-    return template or PLAIN
+    return template or _plain_template(tokenizer)
+
+
+def _plain_template(tokenizer: Any) -> str:
+    """The template of a model without one."""
+    return str(source("plain", None, (), bool(_lead(tokenizer))))
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,24 @@ def test_the_prompt_is_the_one_that_was_trained_on(own, template: str | None) ->
     assert row.trained[len(ids)] and not row.trained[len(ids) - 1]
 
 
+def test_a_conversation_in_the_plain_template_begins_as_every_text_does(own) -> None:
+    """Gemma's base has no template, and answers badly to a text that does not begin with its begin-of-text token."""
+    from tokenizers import processors
+
+    own.chat_template, own.bos_token = None, "<|endoftext|>"
+    begins = own.bos_token_id
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begins)]
+    )
+    assert render_row(own, {"text": "A belly."}, "generic", 999).ids[0] == begins
+    row = render_row(own, {"messages": TALK}, "generic", 999)
+    text, prompt = render_prompt(own, "generic", TALK[:3])
+    assert text.startswith("<|endoftext|>### User:\nWhat wood is it?") and row.ids[: len(prompt)] == prompt
+    assert row.ids[0] == begins and row.ids.count(begins) == 1
+    assert prepare_tokenizer(own) and "{{ bos_token }}" in own.chat_template, "and so does the template that is saved with the result"
+    assert render_row(own, {"messages": TALK}, "dialogue", 999).ids == row.ids
+
+
 def test_a_template_that_drops_reasoning(own) -> None:
     own.chat_template = REASONING
     talk = [TALK[0], {"role": "assistant", "content": "<think>hm</think> Spruce."}, *TALK[2:]]
