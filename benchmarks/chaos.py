@@ -112,7 +112,7 @@ def main() -> None:
 def chaos(options: argparse.Namespace, running: Servers) -> dict[str, Any]:
     from app.db import transaction
     from app.web import auth
-    from tests.orders import make_dataset, make_job
+    from tests.factories import make_dataset, make_job
 
     draw = random.Random(options.seed)
     with transaction() as session:

@@ -92,8 +92,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from app.jobs import lifecycle
     from app.kit import ids
     from app.web import auth
+    from tests.factories import make_dataset, make_job
     from tests.jobs.test_lifecycle import STARTED, step
-    from tests.orders import make_dataset, make_job
 
     with transaction() as session:
         user = auth.first_user(session)

@@ -5,6 +5,7 @@ Each test has a database, a data folder and an empty Valkey of its own. The serv
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,12 +16,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -107,7 +110,7 @@ def wait_until(condition, *, what: str, log: Path | None = None, seconds: float 
     while time.monotonic() < deadline:
         if condition():
             return
-        time.sleep(0.03)
+        time.sleep(0.02)
     said = log.read_text(errors="replace")[-3000:] if log and log.exists() else ""
     pytest.fail(f"{what} was not there after {seconds} s. {said}")
 
@@ -186,7 +189,7 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
     name = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(postgres.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {postgres.template}"))
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {postgres.template} STRATEGY FILE_COPY"))  # half the work of WAL_LOG
     redis.Redis.from_url(valkey.url).flushall()
     monkeypatch.setenv("LUTHIER_DATABASE_URL", postgres.url_of(name))
     monkeypatch.setenv("LUTHIER_REDIS_URL", valkey.url)
@@ -209,15 +212,56 @@ def user(session: Session):
     return found
 
 
+_applications: dict[tuple[str | None, ...], Any] = {}
+
+
+@contextlib.contextmanager
+def application() -> Iterator[Any]:
+    """The web application of this process.
+
+    What each of its routes takes is worked out at the first request, which costs an application half a second of a core. So one
+    serves test after test, as one serves request after request, unless a test has added a route to it.
+    """
+    from app.db import answer_people
+    from app.kit import logs
+    from app.main import create_app
+    from app.settings import get_settings
+
+    settings = get_settings()
+    read = (settings.public_url, settings.trusted_hosts, settings.forwarded_allow_ips)  # once, by its layers
+    app = _applications.pop(read, None) or create_app()
+    logs.configure()  # to this test's standard error
+    answer_people()
+    routes = len(app.routes)
+    yield app
+    if len(app.routes) == routes:
+        _applications[read] = app
+
+
 @pytest.fixture
 def web(session: Session) -> Iterator:
     """The web application, started. `client` and `api` are two ways into it."""
     from starlette.testclient import TestClient
 
-    from app.main import create_app
-
-    with TestClient(create_app(), base_url=ORIGIN) as started:
+    with application() as app, TestClient(app, base_url=ORIGIN) as started:
         yield started
+
+
+@pytest.fixture
+def served(session: Session) -> Iterator[str]:
+    """The address of the web application on a port of its own, in this process, so that it has this test's database."""
+    import uvicorn
+
+    port = free_port()
+    with application() as app:
+        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, ws="none", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started or not thread.is_alive(), what="the web application")
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "it does not leave"
 
 
 @pytest.fixture
@@ -455,13 +499,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = {mark.name for mark in item.iter_markers()}
         own = 0 if marks & {"studio", "starter"} else 1 if marks & {"browser", "timeout"} else 2
         rank[item.path] = min(own, rank.get(item.path, own))
+        for mark in item.iter_markers("flaky"):
+            item.user_properties.append(("flaky", mark.kwargs["reason"]))
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (rank[item.path], -tests[item.path], str(item.path)))
 
 
+_BEGAN = pytest.StashKey[tuple[float, float]]()
+
+
+def seconds_so_far() -> tuple[float, float]:
+    """Of all cores, by this process and by its children that ended; and by the clock."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system, time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_BEGAN] = seconds_so_far()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    if call.when == "teardown":
+        item.user_properties.append(("seconds", [now - then for now, then in zip(seconds_so_far(), item.stash[_BEGAN], strict=True)]))
+
+
+def where_the_time_went(terminalreporter: pytest.TerminalReporter, most: int = 15) -> None:
+    """The files that took most of the processor, so that one that grows is seen."""
+    files: dict[str, list[float]] = {}
+    for report in terminalreporter.stats.get("", []):
+        for cpu, wall in (said for name, said in report.user_properties if name == "seconds" and report.when == "teardown"):
+            found = files.setdefault(report.nodeid.partition("::")[0], [0.0, 0.0, 0])
+            found[:] = [found[0] + cpu, found[1] + wall, found[2] + 1]
+    if len(files) < 2:
+        return
+    terminalreporter.section("where the time went")
+    all_ = [sum(column) for column in zip(*files.values(), strict=True)]
+    for name, (cpu, wall, tests) in [("all files", all_), *sorted(files.items(), key=lambda item: -item[1][0])[:most]]:
+        terminalreporter.write_line(f"{cpu:8.1f} s of CPU {wall:8.1f} s by the clock {tests:5.0f} tests  {name}")
+
+
+def passed_on_the_second_try(terminalreporter: pytest.TerminalReporter) -> None:
+    """After the second try of `make test`: what is known to fail beside others, and what is not and must be mended or marked."""
+    if not terminalreporter.config.getoption("lf", False):
+        return
+    for report in terminalreporter.stats.get("passed", []):
+        reason = dict(report.user_properties).get("flaky")
+        said = f"known, {reason}" if reason else "NOT KNOWN: mend it, or mark it `flaky` with the reason"
+        terminalreporter.write_line(f"{report.nodeid} failed beside others and passed alone ({said})")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures of the main job. A test's report brings them from whichever process it ran in; what it prints is lost there.
-    How many answers were checked against the API's document is known where all tests ran in this process."""
+    """The figures of the main job, where the time went, and what only passed alone. A test's report brings them from whichever process it
+    ran in; what it prints is lost there. How many answers were checked against the API's document is known where all tests ran here."""
     documented = sys.modules.get("tests.documented")
     if documented is not None and documented.checked:
         kinds = documented.checked
@@ -472,3 +563,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 if name.startswith("main job"):
                     terminalreporter.section(name)
                     terminalreporter.write_line(said)
+    where_the_time_went(terminalreporter)
+    passed_on_the_second_try(terminalreporter)

@@ -10,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 
 LONG = 16384
 """Tokens that `models/long` has room for: half a minute of its work, or more."""
@@ -108,26 +107,6 @@ def register_tiny(session, name: str = "tiny", kind: str = "dialogue", path: str
     return model
 
 
-@pytest.fixture
-def live(session, user):
-    """The web application on a real port, in this process."""
-    import uvicorn
-
-    from app.main import create_app
-
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(), host="127.0.0.1", port=port, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert server.started
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
-
-
 def leave_while_it_speaks(url: str, path: str, body: bytes, headers: dict[str, str]) -> None:
     """Send a request and close its connection once a worker has said something in reply to it, and before it has ended."""
     from app.queue import PREFIX, get_redis
@@ -170,12 +149,12 @@ def stored_answers(session, count: int = 1) -> list:
 
 
 @pytest.fixture
-def openai_client(live, session, user):
+def openai_client(served, session, user):
     import openai
 
     from app.web import auth
 
     _, key = auth.create_key(session, user, "tests")
     session.commit()
-    with openai.OpenAI(base_url=f"{live}/v1", api_key=key, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{served}/v1", api_key=key, max_retries=0, timeout=60) as client:
         yield client

@@ -17,8 +17,8 @@ def sign_in(page, url: str, session, user):
     return page
 
 
-SETTLED = "!document.querySelector('script[src*=\"js/again.js\"], #reading')"
-"""Whether a page is not about to load itself again, because its answer is there."""
+UNSETTLED = "script[src*='js/refresh.js'], #reading"
+"""What a page has that is about to load itself again, because its answer is not there yet."""
 COLORS = ("color-contrast", "link-in-text-block")
 """The rules of axe that can find in one theme what they did not find in the other: all others read the document and its boxes."""
 
@@ -37,7 +37,7 @@ def objections(page, rules: tuple[str, ...] = ()) -> list[str]:
 def check(page, folder: Path, name: str, rules: tuple[str, ...] = ()) -> None:
     """Fits its width, and says nothing axe objects to by all its rules or by these. Pictures: of every page in the folder that
     PICTURES names, or of one at fault in `folder`."""
-    page.wait_for_function(SETTLED, timeout=60_000)
+    page.locator(UNSETTLED).first.wait_for(state="detached", timeout=60_000)
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     faults = [*([f"{wide} px wider than the window"] if wide > 0 else []), *objections(page, rules)]
     wanted = os.environ.get("PICTURES")
@@ -48,7 +48,7 @@ def check(page, folder: Path, name: str, rules: tuple[str, ...] = ()) -> None:
 
 def look_at(page, name: str, folder: Path) -> None:
     """Checked in light and dark, 1280 and 320 px wide."""
-    page.wait_for_function(SETTLED, timeout=60_000)
+    page.locator(UNSETTLED).first.wait_for(state="detached", timeout=60_000)
     for width in (1280, 320):
         page.set_viewport_size({"width": width, "height": 900})
         for theme in ("light", "dark"):

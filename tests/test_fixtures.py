@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from sqlalchemy import select
 
 from app.db import transaction
 from app.shapes import Shape
 from app.tables import User
+from tests.conftest import application, passed_on_the_second_try, where_the_time_went
 
 
 @pytest.mark.parametrize("round_", [1, 2])
@@ -44,3 +47,54 @@ def test_the_tiny_model_is_real(tiny_registered, tiny_model):
     assert ids.count(tokenizer.eos_token_id) == 2
     answer = model.generate(**tokenizer("Which", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert answer.shape[1] > 1
+
+
+def test_one_application_serves_test_after_test_until_one_adds_a_route(session):
+    with application() as first:
+        pass
+    with application() as second:
+        assert second is first
+        second.get("/v1/unheard-of")(lambda: None)
+    with application() as third:
+        assert third is not first and "/v1/unheard-of" not in {getattr(route, "path", "") for route in third.routes}
+
+
+class Terminal:
+    """What a run's end is written to."""
+
+    def __init__(self, second_try: bool, **stats: list) -> None:
+        self.stats, self.written = stats | {"": stats.pop("quiet", [])}, []
+        self.config = SimpleNamespace(getoption=lambda name, otherwise: second_try)
+
+    def section(self, title: str) -> None:
+        self.written.append(title)
+
+    write_line = section
+
+
+def test_the_files_that_take_most_cpu_are_named_first():
+    def report(file: str, cpu: float) -> SimpleNamespace:
+        return SimpleNamespace(nodeid=f"{file}::test", when="teardown", user_properties=[("seconds", [cpu, 2.0])])
+
+    terminal = Terminal(False, quiet=[report("a.py", 1.0), report("b.py", 4.0), report("a.py", 1.5)])
+    where_the_time_went(terminal)
+    assert [line.split()[-1] for line in terminal.written[1:]] == ["files", "b.py", "a.py"]
+    assert terminal.written[3].split()[0] == "2.5" and terminal.written[1].split()[0] == "6.5"
+
+
+def test_what_passes_on_the_second_try_alone_is_named_with_its_reason():
+    passed = [
+        SimpleNamespace(nodeid="a.py::one", user_properties=[("flaky", "it is tired")]),
+        SimpleNamespace(nodeid="a.py::two", user_properties=[]),
+    ]
+    first, second = Terminal(False, passed=passed), Terminal(True, passed=passed)
+    passed_on_the_second_try(first)
+    passed_on_the_second_try(second)
+    assert not first.written
+    assert "it is tired" in second.written[0] and "NOT KNOWN" in second.written[1]
+
+
+def test_what_is_marked_flaky_says_why(request):
+    for item in request.session.items:
+        for mark in item.iter_markers("flaky"):
+            assert len(mark.kwargs["reason"].split()) > 3, item.nodeid

@@ -26,7 +26,7 @@ from app.prompts import service as prompts
 from app.settings import get_settings
 from app.storage import files
 from app.tables import Base, Dataset, Leased, Model, Outbox, User
-from tests.orders import make_dataset, make_job
+from tests.factories import make_dataset, make_job
 
 
 class World(NamedTuple):

@@ -33,7 +33,7 @@ from app.settings import PROJECT, get_settings
 from app.storage import files
 from app.tables import Evaluation, Event, Job, Outbox, PromptRun
 from tests.conftest import wait_until
-from tests.orders import make_dataset, make_job
+from tests.factories import make_dataset, make_job
 
 
 def order(count: int = 1, task: str = queue.TRAIN) -> list[uuid.UUID]:

@@ -202,7 +202,7 @@ def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any])
     if base.interval:
         low, high = (_signed(end, metric) for end in base.interval)
         between = f"difference {low} to {high}{' points' if METRICS[metric].unit == 'share' else ''} with 95 % confidence, "
-    rows = f"{plural(base.rows, 'row')}, each held out once" if contest.get("cross_validated") else plural(base.rows, "validation row")
+    rows = f"{plural(base.rows, 'row')} in cross-validation" if contest.get("cross_validated") else plural(base.rows, "validation row")
     return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
 
 

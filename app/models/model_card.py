@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.models.starters import STARTERS
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Job, Model
+
+if TYPE_CHECKING:  # a trainer imports this too, which has no use for a database
+    from app.tables import Job, Model
 
 
 def upstream(base: Model) -> str:

@@ -41,7 +41,7 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), server_default="queued", nullable=False, comment="queued, running, succeeded or failed"),
         sa.Column("model_id", sa.Uuid(), nullable=False),
         sa.Column("dataset_id", sa.Uuid(), nullable=False),
-        sa.Column("spec", postgresql.JSONB(astext_type=sa.Text()), nullable=False, comment="app.evaluation.service.EvaluationSpec, frozen"),
+        sa.Column("spec", postgresql.JSONB(astext_type=sa.Text()), nullable=False, comment="app.evaluations.EvaluationSpec, frozen"),
         sa.Column("result", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("error", postgresql.JSONB(astext_type=sa.Text()), nullable=True, comment="code, message, way_out"),
         sa.Column("progress", sa.Double(), nullable=True, comment="share of the work done, 0 to 1"),

@@ -17,7 +17,7 @@ def upgrade() -> None:
             "edits",
             postgresql.JSONB(none_as_null=True, astext_type=sa.Text()),
             nullable=True,
-            comment="what this version changes in its file's rows, see app/datasets/edits.py",
+            comment="what this version changes in its file's rows, see app/edits.py",
         ),
     )
     op.create_table(

@@ -27,9 +27,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("prompt_id", sa.Uuid(), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
-        sa.Column(
-            "body", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False, comment="app.prompts.service.PromptBody"
-        ),
+        sa.Column("body", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False, comment="app.prompts.PromptBody"),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.ForeignKeyConstraint(["prompt_id"], ["prompts.id"], name=op.f("fk_prompt_versions_prompt_id_prompts"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_prompt_versions")),
@@ -43,7 +41,7 @@ def upgrade() -> None:
         sa.Column("model_id", sa.Uuid(), nullable=False),
         sa.Column("dataset_id", sa.Uuid(), nullable=False),
         sa.Column(
-            "spec", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False, comment="app.prompts.runs.RunSpec, frozen"
+            "spec", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False, comment="app.prompt_runs.RunSpec, frozen"
         ),
         sa.Column("status", sa.Text(), server_default="queued", nullable=False, comment="queued, running, succeeded, failed or cancelled"),
         sa.Column("progress", sa.Double(), nullable=True),

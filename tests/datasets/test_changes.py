@@ -13,7 +13,8 @@ from app.storage import files
 from app.tables import Dataset
 from app.views import dataset as dataset_view
 from tests.data_worker import data_worker
-from tests.datasets.test_versions import make, read
+from tests.datasets.test_versions import make
+from tests.factories import read
 from tests.routes.test_rows import until_ready
 
 __all__ = ["make"]

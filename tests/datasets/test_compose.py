@@ -16,8 +16,8 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict
 from app.kit import ids
-from app.storage import files
 from app.tables import Dataset, File
+from tests.factories import read, upload
 from tests.formats.test_every_format import SHAPES
 
 
@@ -27,19 +27,7 @@ def chat(n, answer="tell"):
 
 @pytest.fixture
 def make(session, user):
-    def make(rows, name="a.jsonl", **rest):
-        file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-        return read(session, datasets.create(session, user, file, **rest))
-
-    return make
-
-
-def read(session, dataset):
-    session.commit()
-    ingest_task.read(dataset.id)
-    session.expire_all()
-    assert dataset.status == "ready", dataset.error
-    return dataset
+    return lambda rows, name="a.jsonl", **rest: upload(session, user, rows, name, **rest)
 
 
 def rows_of(dataset, data_dir):
@@ -257,7 +245,7 @@ def test_the_form_joins_and_says_what_is_wrong(session, user, make, client):
     new = session.scalars(select(Dataset).where(Dataset.origin["operation"].astext == "mix")).one()
     assert (read(session, new).parent_id, new.name) == (second.id, "b"), "the dataset it was asked from comes first"
     shown = client.get(answer.headers["location"] + "?tab=versions").text
-    assert "Made of" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
+    assert "Sources" in shown and "weight 2" in shown and "with seed 42" in shown and "Changes in version" not in shown
     wrong = client.post("/datasets/combine", data={"operation": "mix", "rows": "90", **chosen})
     assert wrong.status_code == 400 and "at most 18 rows" in wrong.text and f'name="use.{key(second)}" checked' in wrong.text
     for data, words in (({"operation": "mix"}, "Select at least one"), ({"operation": "boil", **chosen}, "operation"),

@@ -11,7 +11,8 @@ from app.kit import ids
 from app.storage import files
 from app.tables import Dataset
 from tests.data_worker import data_worker
-from tests.datasets.test_versions import make, read, rows_of
+from tests.datasets.test_versions import make, rows_of
+from tests.factories import read
 from tests.routes.test_rows import until_ready
 
 __all__ = ["make"]

@@ -15,7 +15,7 @@ from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
 from app.tables import Dataset
-from tests.orders import chat_rows
+from tests.factories import chat_rows
 from tests.worker.orders import Trainer, order, put_dataset, put_model
 from worker.data.batching import read_rows as rows_to_learn
 from worker.evaluation import attempt as evaluation_attempt

@@ -15,6 +15,7 @@ from app.errors import BadField, Conflict
 from app.kit import ids
 from app.storage import files
 from app.tables import Dataset, Finding
+from tests.factories import read, upload
 
 
 def chat(*turns, **rest):
@@ -26,22 +27,7 @@ GOOD = chat(("user", "ask {}"), ("assistant", "tell"))
 
 @pytest.fixture
 def make(session, user):
-    def make(lines, name="x.jsonl"):
-        data = "\n".join(lines) if isinstance(lines, list) else lines
-        file = files.add_bytes(session, user, data.encode("utf-8", "surrogatepass"), name, "fine-tune")
-        dataset = datasets.create(session, user, file)
-        session.commit()
-        return read(session, dataset)
-
-    return make
-
-
-def read(session, dataset):
-    session.commit()
-    ingest_task.read(dataset.id)
-    session.expire_all()
-    assert dataset.status == "ready", dataset.error
-    return dataset
+    return lambda lines, name="x.jsonl": upload(session, user, "\n".join(lines) if isinstance(lines, list) else lines, name)
 
 
 def rows_of(dataset, data_dir):

@@ -18,8 +18,8 @@ from app.settings import get_settings
 from app.tables import Evaluation, User
 from tests.conftest import wait_until
 from tests.evaluation.test_service import children, in_thread, now_of
+from tests.factories import tune
 from tests.routes.test_advice import labelled  # noqa: F401  a fixture
-from tests.tuned import tune
 from worker.evaluation import attempt as evaluation_attempt
 from worker.evaluation.embedding_map import flat
 

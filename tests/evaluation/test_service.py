@@ -18,9 +18,8 @@ from app.models import service as models
 from app.settings import get_settings
 from app.tables import Evaluation, Outbox
 from tests.conftest import wait_until
-from tests.orders import make_dataset
+from tests.factories import make_dataset, tune
 from tests.routes.test_advice import labelled  # noqa: F401  a fixture
-from tests.tuned import tune
 from worker.evaluation import attempt as evaluation_attempt
 
 

@@ -67,7 +67,7 @@ PLANTED = {
     ),
     "neighbors beaten": (
         found(hits(0.3, 0.9), hits(0.5, 0.9), metric="accuracy", few_shot_by="vectors", cross_validated=True), "better",
-        "(difference +38 to +75 points with 95 % confidence, 50 rows, each held out once). Better than nearest-neighbor classification "
+        "(difference +38 to +75 points with 95 % confidence, 50 rows in cross-validation). Better than nearest-neighbor classification "
         "without training, too (50 %).", [],
     ),
     "nothing held out": ({}, "too_few_rows", "No rows were held out", ["Hold out 20 % and train again"]),

@@ -27,8 +27,8 @@ from app.prompts import service as prompts
 from app.storage import files
 from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
 from app.web import auth
+from tests.factories import make_job
 from tests.lives import Life, started, steps
-from tests.orders import make_job
 
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from app.models import service as models
 from app.settings import get_settings
 from app.tables import Answer
 from tests.conftest import PROJECT, free_port, studio_environment, wait_until
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
 
 ASK = [{"role": "user", "content": "What wood is the belly made of?"}]
 KEY = "a-key/with:signs@it"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def test_the_page_without_scripts(client, session, two, generate_worker):  # noq
     assert page.text.count('<li class="tok">') == 10 and "bits/token" in page.text
 
 
-def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
+def test_in_the_browser(browser_page, served, session, user, two, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/next-tokens?models=tiny")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/next-tokens?models=tiny")
     page.locator("select[name=models]").nth(1).select_option("tiny-generic")
     page.get_by_role("button", name="Predict").click()
     page.locator(".next").nth(1).wait_for()

@@ -22,7 +22,6 @@ from tests.generating import (  # noqa: F401
     answering_dir,
     generate_worker,
     leave_while_it_speaks,
-    live,
     register_long,
     register_tiny,
     stopped_after,
@@ -142,19 +141,19 @@ def test_the_plain_form_answers(client, session, three, generate_worker):  # noq
     assert newest.rendered_prompt.count("<|im_start|>user") == 2
 
 
-def test_a_browser_that_leaves_the_plain_form_stops_the_models(live, session, user, generate_worker, answering_dir):  # noqa: F811
+def test_a_browser_that_leaves_the_plain_form_stops_the_models(served, session, user, generate_worker, answering_dir):  # noqa: F811
     from app.web import auth
 
     link = auth.new_sign_in_link(session, user)
     session.commit()
-    with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True) as browser:
+    with httpx.Client(base_url=served, headers={"origin": served}, follow_redirects=True) as browser:
         token = csrf_token(browser.get(link).text)
         cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
     for name, kind in KINDS.items():
         register_long(session, name, kind)
     order = {"models": NAMES, "prompt": "Go on", "sampling.max_tokens": "8000", "sampling.temperature": "0"}
-    headers = {"origin": live, "x-csrf-token": token, "cookie": cookies, "content-type": "application/x-www-form-urlencoded"}
-    leave_while_it_speaks(live, "/playground", urlencode(order, doseq=True).encode(), headers)
+    headers = {"origin": served, "x-csrf-token": token, "cookie": cookies, "content-type": "application/x-www-form-urlencoded"}
+    leave_while_it_speaks(served, "/playground", urlencode(order, doseq=True).encode(), headers)
     rows = stored_answers(session, 3)
     assert {r.finish_reason for r in rows} == {"cancelled"}
     heard = [r for r in rows if r.usage["completion_tokens"]]  # a model that had not begun yet did not begin any more
@@ -193,7 +192,7 @@ def shown(page):
     return [" ".join(text.replace("\0", "�").split()) for text in texts]
 
 
-def test_in_the_browser(browser_page, live, session, user, generate_worker, answering_dir):  # noqa: F811
+def test_in_the_browser(browser_page, served, session, user, generate_worker, answering_dir):  # noqa: F811
     from app.web import auth
 
     for name in NAMES[:2]:
@@ -201,10 +200,10 @@ def test_in_the_browser(browser_page, live, session, user, generate_worker, answ
     link = auth.new_sign_in_link(session, user)
     session.commit()
     page = browser_page
-    page.goto(live + link)
+    page.goto(served + link)
     if page.locator("form button").count() and "/sign-in" in page.url:
         page.locator("main form button").first.click()
-    page.goto(f"{live}/playground?models=tiny&models=tiny-generic")
+    page.goto(f"{served}/playground?models=tiny&models=tiny-generic")
     page.get_by_label("Max tokens").fill("12")
     page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")
     page.keyboard.press("Control+Enter")

@@ -9,10 +9,11 @@ import uuid
 import openai
 import pytest
 
+from app import queue
 from app.inference import residency
 from app.settings import get_settings
 from tests.conftest import wait_until
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
 from worker.inference.model_pool import ModelPool
 
 ASK = {"messages": [{"role": "user", "content": "What wood is the belly made of?"}], "max_tokens": 2}
@@ -76,6 +77,20 @@ def test_another_persons_model_is_not_named(session, user):
     )
     assert residency.to_json(session, user, standing)["models"][0]["model"] is None
     assert residency.to_json(session, other, standing)["models"][0]["model"] == "secret"
+
+
+def test_of_several_workers_each_is_named_with_its_device(client, session):
+    register_tiny(session)
+    for number, device in enumerate(("cpu", "cuda")):
+        residency.say(
+            f"several-{number}", residency.WorkerResidency(device=device, used_bytes=0, limit_bytes=10**9, training_bytes=0, models=[])
+        )
+    try:
+        for page in ("/models", "/models/loaded"):
+            text = client.get(page).text
+            assert ", on cpu</h3>" in text and ", on cuda</h3>" in text
+    finally:
+        queue.get_redis().delete(*(f"{queue.PREFIX}loaded:several-{number}" for number in range(2)))
 
 
 def test_room_is_counted_on_the_device_it_is_taken_from(session, monkeypatch):

@@ -14,7 +14,7 @@ from app.datasets import service as datasets
 from app.inference import votes
 from app.kit import ids, stats
 from app.tables import Answer, Dataset, Exchange, User, Vote
-from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 ASK = [{"role": "user", "content": "Which wood is it?"}]
 
@@ -161,11 +161,11 @@ def test_a_model_that_fails_leaves_no_round(client, session, two, generate_worke
     assert client.post("/playground/arena", data={"models": ["tiny", "tiny-generic"], "prompt": " "}).status_code == 400
 
 
-def test_in_the_browser(browser_page, live, session, user, two, generate_worker, tmp_path):  # noqa: F811
+def test_in_the_browser(browser_page, served, session, user, two, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/arena")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/arena")
     page.get_by_label("Model 1").select_option("tiny")
     page.get_by_label("Model 2").select_option("tiny-generic")
     page.get_by_label("Prompt", exact=True).fill("What wood is the belly made of?")

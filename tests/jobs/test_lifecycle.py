@@ -23,7 +23,7 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import Checkpoint, Event, File, Job, Model, Outbox
 from tests.conftest import wait_until
-from tests.orders import make_dataset, make_job
+from tests.factories import make_dataset, make_job
 
 
 def step(n: int) -> events.Step:

@@ -24,8 +24,8 @@ from app.kit import ids
 from app.leases import expire
 from app.spec import JobSpec
 from app.tables import Dataset, Event, Job, Outbox, User
+from tests.factories import make_dataset
 from tests.jobs.test_lifecycle import leases, let_lapse, take  # noqa: F401
-from tests.orders import make_dataset
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_openai_settings_become_ours(session, user, order, dataset):
     session.expire_all()
     spec = JobSpec.model_validate(make(session, user, order(method=nested)).spec)
     assert spec.run.max_tokens_per_step == 8 * 25  # 40 rows of 25 tokens each
-    assert spec.run.epochs == 12, "as many as it takes to sixty steps"
+    assert spec.run.epochs == 15, "as many as it takes to sixty steps of the 30 rows that are not held out"
     spec = JobSpec.model_validate(make(session, user, order(hyperparameters=hyper, run={"epochs": 1})).spec)
     assert spec.run.epochs == 1
 

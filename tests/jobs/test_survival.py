@@ -26,6 +26,7 @@ ORDER = {
         "micro_batches": 2,
         "evaluations_per_epoch": 0.5,
         "samples": 0,
+        "forgetting": False,
         "early_stopping_patience": 0,
     },
 }

@@ -19,7 +19,7 @@ from app.models import integrity
 from app.models import service as models
 from app.models.integrity import BadModel, Damaged
 from app.tables import Model
-from tests.orders import make_dataset, make_job
+from tests.factories import make_dataset, make_job
 from tests.routes.test_models import tuned  # noqa: F401  a fixture
 from worker.evaluation import attempt as evaluation_attempt
 from worker.supervision import train_attempt

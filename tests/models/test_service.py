@@ -17,7 +17,7 @@ from app.leases import MAX_DEATHS, OVER
 from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Checkpoint, Job, Model, Outbox, User
-from tests.orders import make_dataset, make_spec
+from tests.factories import make_dataset, make_spec
 
 MEASURED = Measured(peak_memory_bytes=1, seconds=1, tokens_per_second=1, tokens=1, trained_tokens=1, steps=1, device="cpu")
 

@@ -29,6 +29,7 @@ from app.strategies.lora import Lora
 from app.tables import Dataset
 from tests.conftest import wait_until
 from tests.data_worker import data_worker
+from tests.factories import upload
 from worker import tasks
 
 
@@ -36,17 +37,7 @@ from worker import tasks
 def read(session, user, data_dir):
     """Rows → a dataset, read by the real reader."""
 
-    def make(rows: list[dict], name: str = "kinds.jsonl"):
-        file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-        session.flush()
-        found = datasets.create(session, user, file)
-        session.commit()
-        ingest_task.read(found.id)
-        session.refresh(found)
-        assert found.status == "ready", found.error
-        return found
-
-    return make
+    return lambda rows, name="kinds.jsonl": upload(session, user, rows, name)
 
 
 def labelled(*labels: str, each: int = 6) -> list[dict]:

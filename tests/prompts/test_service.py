@@ -21,7 +21,7 @@ from app.prompts.service import PromptBody
 from app.storage import files
 from app.tables import Outbox, Prompt, PromptResult, PromptRun
 from tests.conftest import wait_until
-from tests.generating import _running, live, register_tiny, start_worker, stop_worker  # noqa: F401
+from tests.generating import _running, register_tiny, start_worker, stop_worker
 
 COLOURS = ("red", "green", "blue")
 
@@ -284,7 +284,7 @@ def test_what_goes_wrong_is_told(client, session, user, sums):
 def test_prompts_and_a_tuned_model_are_asked_lines_that_it_has_not_learnt(session, user, sums):
     """By the split of the job that tuned it, also for the models beside it; by versions of the data too."""
     from app.tables import Job
-    from tests.orders import make_spec
+    from tests.factories import make_spec
     from worker.data.batching import read_rows, split
     from worker.evaluation.prompt_runs import _rows
 
@@ -400,19 +400,19 @@ def test_a_field_that_is_wrong_says_so_itself_and_nothing_is_saved(client, sessi
     assert session.query(PromptRun).count() == 0 and session.query(Prompt).count() == 0
 
 
-def test_in_the_browser_through_a_real_worker(browser_page, live, session, user, sums, data_dir, valkey):  # noqa: F811
+def test_in_the_browser_through_a_real_worker(browser_page, served, session, user, sums, data_dir, valkey):
     """The preview follows the keys, a try shows three answers and is kept nowhere, and Save & run ends with a score."""
     import os
 
     from tests.looks import look_at, sign_in
 
     register_tiny(session)
-    page = sign_in(browser_page, live, session, user)
+    page = sign_in(browser_page, served, session, user)
     for other in _running:  # one without a database, on the same queue, would take the run
         stop_worker(other)
     worker = start_worker(data_dir, valkey.url, LUTHIER_DATABASE_URL=os.environ["LUTHIER_DATABASE_URL"])
     try:
-        page.goto(f"{live}/playground/prompts")
+        page.goto(f"{served}/playground/prompts")
         page.get_by_role("link", name="Few-shot").click()
         assert page.locator("#prompt-form > .field").count() == 5
         page.get_by_label("Name").fill("Four like it")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 
 import pytest
 
-from app.datasets import ingest_task
-from app.datasets import service as datasets
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_number
 from app.machines.hardware import this_machine
@@ -17,35 +14,24 @@ from app.planning import calculator
 from app.planning import memory as memory_estimate
 from app.shapes import Shape
 from app.spec import RunSettings
-from app.storage import files
 from app.strategies import STRATEGIES
 from app.tables import Model
 from app.views.glossary import GLOSSARY
 from app.views.learning_path import PATH
+from tests.factories import upload
 from tests.planning.test_advisor import ENCODER
-
-
-def make(session, user, rows: list[dict], name: str):
-    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-    session.flush()
-    found = datasets.create(session, user, file)
-    session.commit()
-    ingest_task.read(found.id)
-    session.refresh(found)
-    assert found.status == "ready", found.error
-    return found
 
 
 @pytest.fixture
 def chats(session, user, data_dir):
     turns = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes. " * 9}]} for n in range(60)]
-    return make(session, user, turns, "replies.jsonl")
+    return upload(session, user, turns, "replies.jsonl")
 
 
 @pytest.fixture
 def labelled(session, user, data_dir):
     rows = [{"text": f"text number {n} about things", "label": "abc"[n % 3] if n % 5 else "a"} for n in range(60)]
-    return make(session, user, rows, "kinds.jsonl")
+    return upload(session, user, rows, "kinds.jsonl")
 
 
 def ask(api, model, dataset, change=None):
@@ -117,7 +103,7 @@ def test_the_form_leads_to_the_advice_and_the_advice_back(client, tiny_registere
 def test_what_would_help_more_than_another_method_is_said_first(api, client, session, user, tiny_registered, labelled, data_dir):
     """An encoder for labels, rows for a small class, even classes, and a max length that keeps the rows whole."""
     rows = [{"text": "a text", "label": "a"}] * 50 + [{"text": "a rare text", "label": "b"}]
-    uneven = make(session, user, rows, "uneven.jsonl")
+    uneven = upload(session, user, rows, "uneven.jsonl")
     uneven.report = uneven.report | {"token_lengths": [[512, 90], [1024, 8], [2048, 2]]}
     tiny_registered.shape = tiny_registered.shape | {"positions": 4096}
     session.commit()
@@ -224,7 +210,7 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
         found["distance"] == pytest.approx(found["data_bits_per_byte"] / found["general_bits_per_byte"]) and found["compared"] == "answers"
     )
     assert after["facts"]["distance"] == found["distance"] and after["tune"]["measured"] and after["tune"]["worth_it"] is True
-    assert after["tune"]["metric"] == "ROUGE-L" and after["tune"]["rows"] == 6 and after["tune"]["shots"] == 4
+    assert after["tune"]["metric"] == "ROUGE-L" and after["tune"]["rows"] == 10 and after["tune"]["shots"] == 4
     assert after["how_to_measure"] is None and session.query(Evaluation).count() == 1
     shown = html.unescape(client.get(page).text)
     assert (

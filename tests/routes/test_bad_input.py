@@ -15,7 +15,7 @@ from app.models import service as models
 from app.tables import Answer
 from app.web import streaming
 from tests.conftest import csrf_token, wait_until
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stop_worker  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny, stop_worker  # noqa: F401
 
 ASK = [{"role": "user", "content": "Go on"}]
 ENDLESS = {"max_tokens": 400, "logit_bias": {"70": 100}}
@@ -84,7 +84,7 @@ def test_empty_and_odd_texts_are_answered_or_refused_by_every_way_in(client, ses
     assert still_serves(client)
 
 
-def lines(client, live, user, session, order):  # noqa: F811
+def lines(client, served, user, session, order):
     """What the playground's own stream says, as it comes."""
     import httpx
 
@@ -92,7 +92,7 @@ def lines(client, live, user, session, order):  # noqa: F811
 
     link = auth.new_sign_in_link(session, user)
     session.commit()
-    with httpx.Client(base_url=live, headers={"origin": live}, follow_redirects=True, timeout=60) as browser:
+    with httpx.Client(base_url=served, headers={"origin": served}, follow_redirects=True, timeout=60) as browser:
         page = browser.get(link)
         browser.headers["x-csrf-token"] = csrf_token(page.text)
         with browser.stream("POST", "/playground/stream", data=order) as answer:
@@ -104,11 +104,11 @@ def lines(client, live, user, session, order):  # noqa: F811
 LONG = {"models": ["tiny", "going"], "prompt": "Go on", "sampling.max_tokens": "400", "sampling.temperature": "0"}
 
 
-def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, live, user, session, generate_worker):  # noqa: F811
+def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, served, user, session, generate_worker):  # noqa: F811
     register_tiny(session, "going")
     order = LONG | {"sampling.temperature": "2", "sampling.frequency_penalty": "2"}  # so that neither ends soon
     told = []
-    for line in lines(client, live, user, session, order):
+    for line in lines(client, served, user, session, order):
         told.append(line)
         if line["type"] == "text" and generate_worker.poll() is None:
             stop_worker(generate_worker, kill=True)
@@ -120,9 +120,9 @@ def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, liv
     assert len(stored) == 2 and any(a.finish_reason == "error" for a in stored)
 
 
-def test_after_it_a_new_worker_answers_the_playground(client, live, user, session):  # noqa: F811
+def test_after_it_a_new_worker_answers_the_playground(client, served, user, session):
     register_tiny(session, "going")
-    told = list(lines(client, live, user, session, LONG | {"sampling.max_tokens": "4"}))
+    told = list(lines(client, served, user, session, LONG | {"sampling.max_tokens": "4"}))
     assert sorted(line["type"] for line in told if line["type"] in ("error", "done")) == ["done", "done"]
 
 
@@ -152,9 +152,9 @@ def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user
     assert still_serves(client)
 
 
-def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, live, session, monkeypatch):  # noqa: F811
+def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, served, session, monkeypatch):
     monkeypatch.setattr(streaming, "STUCK_SECONDS", 1.0)
-    host, port = live.removeprefix("http://").split(":")
+    host, port = served.removeprefix("http://").split(":")
     many = {"n": 8, "logprobs": True, "top_logprobs": 20}  # more than all buffers on the way hold
     body = json.dumps({"model": "tiny", "messages": ASK, "stream": True, **many, **ENDLESS}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\nauthorization: Bearer {client.api_key}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

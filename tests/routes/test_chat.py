@@ -16,7 +16,6 @@ from tests.generating import (  # noqa: F401
     answering_dir,
     generate_worker,
     leave_while_it_speaks,
-    live,
     openai_client,
     register_long,
     register_tiny,
@@ -66,11 +65,11 @@ def test_stream_is_the_whole_answer_in_parts(client):
     assert {c.id for c in chunks} == {chunks[0].id} and chunks[0].object == "chat.completion.chunk"
 
 
-def test_stream_without_usage_ends_with_done(client, live):  # noqa: F811
+def test_stream_without_usage_ends_with_done(client, served):
     import httpx
 
     body = {"model": "tiny", "messages": ASK, "max_tokens": 3, "stream": True, "unknown_parameter": 1}
-    with httpx.stream("POST", f"{live}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {client.api_key}"}) as got:
+    with httpx.stream("POST", f"{served}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {client.api_key}"}) as got:
         assert got.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in got.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines) and '"usage"' not in lines[0]
@@ -196,12 +195,12 @@ def test_markers_and_control_characters_are_survived(client, session):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_stops_the_generation(client, live, session, answering_dir, stream):  # noqa: F811
+def test_client_that_leaves_stops_the_generation(client, served, session, answering_dir, stream):  # noqa: F811
     # The bias makes one letter certain and the end impossible, so the answer only ends when it is cut or runs out of room.
     register_long(session, "long")
     body = {"model": "long", "messages": ASK, "max_tokens": 8000, "stream": stream, "logit_bias": {"70": 100}}
     headers = {"authorization": f"Bearer {client.api_key}", "content-type": "application/json"}
-    leave_while_it_speaks(live, "/v1/chat/completions", json.dumps(body).encode(), headers)
+    leave_while_it_speaks(served, "/v1/chat/completions", json.dumps(body).encode(), headers)
     (row,) = stored_answers(session)
     assert row.finish_reason == "cancelled" and len(row.text) == row.usage["completion_tokens"]
     assert 0 < row.usage["completion_tokens"] <= stopped_after(answering_dir, row.id) < 8000
@@ -222,10 +221,10 @@ def test_after_a_death_a_new_worker_answers(client):
     assert answer(client).choices[0].finish_reason in ("stop", "length")
 
 
-def test_lone_surrogate_in_raw_json(client, live):  # noqa: F811
+def test_lone_surrogate_in_raw_json(client, served):
     import httpx
 
     body = b'{"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "a\\ud83eb"}]}'
     headers = {"authorization": f"Bearer {client.api_key}", "content-type": "application/json"}
-    said = httpx.post(f"{live}/v1/chat/completions", content=body, headers=headers)
+    said = httpx.post(f"{served}/v1/chat/completions", content=body, headers=headers)
     assert said.status_code in (200, 400) and ("choices" in said.json() or "error" in said.json())

@@ -11,7 +11,7 @@ import pytest
 from app import events
 from app.tables import Model
 from tests.conftest import forget_settings
-from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.worker.training.test_classification import put_encoder, sorting, texts
 from worker.train import train
 
@@ -66,11 +66,11 @@ def test_bad_requests(api, classifier, change, param):
 
 
 @pytest.mark.parametrize("classifier", ["lora"], indirect=True)
-def test_the_page_shows_bars(browser_page, live, session, user, classifier, generate_worker, tmp_path):  # noqa: F811
+def test_the_page_shows_bars(browser_page, served, session, user, classifier, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/classify")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/classify")
     page.get_by_label("Texts").fill("The spruce of number 3 is told of.\nThe scroll of number 5 is told of.")
     page.get_by_role("button", name="Classify").click()
     pane = page.get_by_role("region", name="sorter")

@@ -11,7 +11,6 @@ import re
 import pytest
 from sqlalchemy import select, update
 
-from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import BadField
 from app.evaluation import comparison_table, comparisons
@@ -25,27 +24,17 @@ from app.strategies import STRATEGIES
 from app.tables import Comparison, Event, Job, Model, Outbox, User
 from app.web import charts
 from tests import lives
-
-
-def make(session, user, rows: list[dict], name: str):
-    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-    session.flush()
-    found = datasets.create(session, user, file)
-    session.commit()
-    ingest_task.read(found.id)
-    session.refresh(found)
-    assert found.status == "ready", found.error
-    return found
+from tests.factories import upload
 
 
 @pytest.fixture
 def chats(session, user, data_dir):
-    return make(session, user, [{"prompt": f"{n}?", "completion": "Yes. " * 9} for n in range(60)], "chats.jsonl")
+    return upload(session, user, [{"prompt": f"{n}?", "completion": "Yes. " * 9} for n in range(60)], "chats.jsonl")
 
 
 @pytest.fixture
 def kinds(session, user, data_dir):
-    return make(session, user, [{"text": f"text number {n} about things", "label": "abc"[n % 3]} for n in range(60)], "kinds.jsonl")
+    return upload(session, user, [{"text": f"text number {n} about things", "label": "abc"[n % 3]} for n in range(60)], "kinds.jsonl")
 
 
 def body(dataset, *strategies, **more) -> dict:

@@ -11,8 +11,7 @@ import pytest
 from app.evaluation import service as evaluations
 from app.kit import ids
 from app.tables import Evaluation
-from tests.orders import make_dataset
-from tests.tuned import tune
+from tests.factories import make_dataset, tune
 from worker.evaluation import attempt as evaluation_attempt
 
 

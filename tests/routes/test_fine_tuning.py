@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from app import events, queue
 from app.datasets import ingest_task
@@ -23,27 +22,16 @@ from app.kit import ids
 from app.spec import JobSpec
 from app.tables import User
 from app.web import auth
-from tests.conftest import free_port
+from tests.factories import make_dataset
 from tests.jobs.test_lifecycle import FINISHED, STARTED, saved, step, take
-from tests.orders import make_dataset
 
 
 @pytest.fixture
-def server(session, user, data_dir):
+def server(session, user, served):
     """The address of a live server, and a key."""
-    from app.main import create_app
-
     _, key = auth.create_key(session, user, "tests")
     session.commit()
-    port = free_port()
-    running = uvicorn.Server(uvicorn.Config(create_app(), port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}", key
-    running.should_exit = True
-    thread.join(10)
+    return served, key
 
 
 @pytest.fixture

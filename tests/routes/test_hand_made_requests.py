@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.kit import ids
-from tests.orders import make_dataset
+from tests.factories import make_dataset
 
 BIG = 9223372036854775808
 

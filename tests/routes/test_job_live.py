@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 
 from app import events
 from app.jobs import lifecycle
@@ -16,7 +14,6 @@ from app.jobs import service as jobs
 from app.kit import ids
 from app.views import job_tabs
 from tests import lives
-from tests.conftest import free_port
 from tests.looks import COLORS, objections
 from tests.routes.test_job_pages import address, dataset  # noqa: F401  (a fixture)
 
@@ -24,23 +21,6 @@ pytestmark = pytest.mark.browser
 
 CHART = """(name) => { const box = document.querySelector(`[data-chart="${name}"]`);
   const canvas = box?.querySelector("canvas"); return canvas ? [canvas.clientWidth, canvas.clientHeight, box.clientWidth] : null }"""
-
-
-@pytest.fixture
-def served(session, user) -> Iterator[str]:
-    """The web application on a port of its own, in this process, so that it has this test's database."""
-    from app.main import create_app
-
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        thread.join(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
 
 
 def sign_in(context, served, session, user):

@@ -9,28 +9,19 @@ import re
 import pytest
 
 from app import events
-from app.datasets import ingest_task
-from app.datasets import service as datasets
 from app.jobs import service as jobs
 from app.kit import ids
 from app.settings import get_settings
-from app.storage import files
 from app.strategies import STRATEGIES
 from app.views import job_tabs
 from tests import lives
+from tests.factories import upload
 
 
 @pytest.fixture
 def dataset(session, user, data_dir):
     rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes. " * 9}]} for n in range(60)]
-    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), "replies.jsonl", "fine-tune")
-    session.flush()
-    found = datasets.create(session, user, file)
-    session.commit()
-    ingest_task.read(found.id)
-    session.refresh(found)
-    assert found.status == "ready", found.error
-    return found
+    return upload(session, user, rows, "replies.jsonl")
 
 
 def address(life_or_job) -> str:

@@ -16,9 +16,9 @@ from app.jobs import checkpoints
 from app.kit import ids, manifest
 from app.prompts import service as prompts
 from app.tables import Checkpoint, Model
+from tests.factories import make_job, upload
 from tests.lives import Life, started, steps
-from tests.orders import make_job
-from tests.routes.test_comparisons import body, create, make
+from tests.routes.test_comparisons import body, create
 from tests.views.test_evaluation_looks import record, scores
 
 NAMED = re.compile(r"(?<=/)(ds|ftjob|model|eval|cmp|prompt|run|vote)-[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=/rows/)\d+")
@@ -49,7 +49,7 @@ class Links(HTMLParser):
 def full(session, user, tiny_registered, data_dir) -> None:
     """A studio with at least one of everything that has a page."""
     rows = [{"prompt": f"{n}?", "completion": f"Yes, {n}. " * 9} for n in range(60)]
-    dataset = make(session, user, rows, "chats.jsonl")
+    dataset = upload(session, user, rows, "chats.jsonl")
     life = Life(session, make_job(session, user, tiny_registered, dataset)).claim()
     life.say(started(24), *steps(1, 24, 24)).finish(24)
     make_job(session, user, tiny_registered, dataset)

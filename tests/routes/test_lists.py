@@ -14,9 +14,9 @@ from app.db import get_engine
 from app.evaluation import comparisons
 from app.kit import ids
 from app.tables import Comparison, Dataset, Job, Model
-from tests.routes.test_comparisons import body, chats, create, end, kinds, make, words
+from tests.routes.test_comparisons import body, chats, create, end, kinds, words
 
-__all__ = ["chats", "kinds", "make"]
+__all__ = ["chats", "kinds"]
 
 
 def options(page) -> dict[str, str]:

@@ -14,7 +14,7 @@ from app.models import imports as model_imports
 from app.tables import Answer, ModelAlias, User
 from app.web import auth
 from tests.conftest import ORIGIN, PROJECT
-from tests.generating import _workers, answering_dir, generate_worker, live, openai_client, register_tiny, stored_answers  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny, stored_answers  # noqa: F401
 
 ASK = [{"role": "user", "content": "What wood is the belly made of?"}]
 

@@ -23,8 +23,8 @@ from app.shapes import Shape
 from app.tables import Job, Model
 from tests.card_code import run_card
 from tests.conftest import ORIGIN
+from tests.factories import make_dataset, make_spec
 from tests.models.test_service import tune_by_hand
-from tests.orders import make_dataset, make_spec
 
 MEASURED = Measured(peak_memory_bytes=1, seconds=1, tokens_per_second=1, tokens=1, trained_tokens=1, steps=1, device="cpu")
 

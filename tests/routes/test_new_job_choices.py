@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 
 import pytest
 
-from app.datasets import ingest_task
-from app.datasets import service as datasets
 from app.evaluation import advice
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
 from app.machines.hardware import this_machine
 from app.spec import JobSpec
-from app.storage import files
 from app.strategies import STRATEGIES
-
-
-def make(session, user, rows: list[dict], name: str):
-    file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-    session.flush()
-    found = datasets.create(session, user, file)
-    session.commit()
-    ingest_task.read(found.id)
-    session.refresh(found)
-    assert found.status == "ready", found.error
-    return found
+from tests.factories import upload
 
 
 def public(dataset) -> str:
@@ -37,17 +23,17 @@ def public(dataset) -> str:
 
 @pytest.fixture
 def kinds(session, user, data_dir):
-    return make(session, user, [{"text": f"text number {n} about things", "label": "abc"[n % 3]} for n in range(60)], "kinds.jsonl")
+    return upload(session, user, [{"text": f"text number {n} about things", "label": "abc"[n % 3]} for n in range(60)], "kinds.jsonl")
 
 
 @pytest.fixture
 def more_kinds(session, user, data_dir):
-    return make(session, user, [{"text": f"another text {n}", "label": "abc"[n % 3]} for n in range(12)], "more-kinds.jsonl")
+    return upload(session, user, [{"text": f"another text {n}", "label": "abc"[n % 3]} for n in range(12)], "more-kinds.jsonl")
 
 
 @pytest.fixture
 def chats(session, user, data_dir):
-    return make(session, user, [{"prompt": f"{n}?", "completion": "Yes. " * 9} for n in range(60)], "chats.jsonl")
+    return upload(session, user, [{"prompt": f"{n}?", "completion": "Yes. " * 9} for n in range(60)], "chats.jsonl")
 
 
 def test_the_advised_strategy_is_marked_and_chosen_where_none_was_named(client, session, user, tiny_registered, kinds, chats):
@@ -76,7 +62,7 @@ def test_rows_to_check_with_can_come_from_another_dataset(client, session, user,
 
 
 def test_labels_that_cannot_be_checked_stand_beside_the_choice(client, session, user, tiny_registered, kinds):
-    odd = make(session, user, [{"text": f"text {n}", "label": "ax"[n % 2]} for n in range(8)], "odd.jsonl")
+    odd = upload(session, user, [{"text": f"text {n}", "label": "ax"[n % 2]} for n in range(8)], "odd.jsonl")
     asked = {"model": "tiny", "dataset": public(kinds), "strategy": "dense_head", "validation": public(odd)}
     page = client.post("/jobs", data=asked)
     assert page.status_code == 400 and jobs.list_(session, user) == []
@@ -193,7 +179,7 @@ def test_the_pair_used_last_is_chosen_and_the_model_suits_the_task(client, sessi
     session.commit()
     encoder = Model(name="mini", title="Mini", kind="encoder")
     assert pair(session, user, [*both, encoder], [], None, None)[0] is both[0], "for text a model that writes"
-    newest = make(session, user, [{"prompt": f"{n}!", "completion": "No."} for n in range(20)], "newest.jsonl")
+    newest = upload(session, user, [{"prompt": f"{n}!", "completion": "No."} for n in range(20)], "newest.jsonl")
     assert pair(session, user, both, [newest, chats, kinds], None, None) == (both[0], kinds)
     page = client.get("/jobs/new").text
     assert re.search(rf'value="{public(kinds)}" selected', page)
@@ -210,8 +196,8 @@ def test_presets_are_offered_where_they_differ(client, tiny_registered, kinds):
 def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session, user, tiny_registered, kinds, chats):
     from app.jobs.preselection import pair
 
-    rated = make(session, user, [{"prompt": f"{n}?", "completion": "No.", "label": n % 2 == 0} for n in range(20)], "rated.jsonl")
-    bare = make(session, user, [{"messages": []}, {"messages": []}], "bare.jsonl")
+    rated = upload(session, user, [{"prompt": f"{n}?", "completion": "No.", "label": n % 2 == 0} for n in range(20)], "rated.jsonl")
+    bare = upload(session, user, [{"messages": []}, {"messages": []}], "bare.jsonl")
     assert rated.format == "rated" and bare.good_rows == 0
     assert pair(session, user, [tiny_registered], [bare, rated, chats], None, None)[1] is chats
     assert pair(session, user, [tiny_registered], [rated], None, None)[1] is rated, "where there is no other, the form says why"
@@ -227,7 +213,7 @@ def test_text_begins_with_a_base_model(session, user, tiny_registered):
     from app.tables import Model
 
     base = Model(name="plain", title="Plain", kind="generic", kept=True)
-    text = make(session, user, [{"text": f"Note {n} of the workshop."} for n in range(20)], "notes.jsonl")
+    text = upload(session, user, [{"text": f"Note {n} of the workshop."} for n in range(20)], "notes.jsonl")
     assert text.format == "plain_text" and pair(session, user, [tiny_registered, base], [text], None, None)[0] is base
 
 

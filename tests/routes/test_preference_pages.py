@@ -9,27 +9,15 @@ import re
 import pytest
 
 from app import events
-from app.datasets import ingest_task
-from app.datasets import service as datasets
 from app.jobs import service as jobs
 from app.kit import ids
-from app.storage import files
 from tests import lives
+from tests.factories import upload
 
 
 @pytest.fixture
 def make(session, user, data_dir):
-    def put(name: str, rows: list[dict]) -> str:
-        file = files.add_bytes(session, user, "\n".join(map(json.dumps, rows)).encode(), name, "fine-tune")
-        session.flush()
-        found = datasets.create(session, user, file)
-        session.commit()
-        ingest_task.read(found.id)
-        session.refresh(found)
-        assert found.status == "ready", found.error
-        return ids.public(ids.DATASET, found.id)
-
-    return put
+    return lambda name, rows: ids.public(ids.DATASET, upload(session, user, rows, name).id)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def until_ready(client, address):
     for _ in range(40):
         page = client.get(address)
         assert page.status_code == 200, page.text
-        if "again" not in page.text.split("</head>")[0]:
+        if "js/refresh.js" not in page.text.split("</head>")[0]:
             return page.text
     raise AssertionError("never ready")
 

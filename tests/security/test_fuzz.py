@@ -23,11 +23,11 @@ from app.main import create_app
 from app.tables import Outbox
 from tests import documented
 from tests.conftest import ORIGIN, csrf_token
+from tests.factories import make_dataset, make_job
 from tests.fuzz.asgi import Raw, ask
 from tests.fuzz.run import MAX_SECONDS, Fuzz, cases, json_shape, spy
 from tests.fuzz.world import World
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
-from tests.orders import make_dataset, make_job
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("FUZZ_SEED", "7"))

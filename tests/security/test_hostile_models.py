@@ -17,7 +17,7 @@ from app.models import import_checks
 from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Job, Model, Outbox
-from tests.orders import make_dataset, make_spec
+from tests.factories import make_dataset, make_spec
 from tests.security import hostile_models
 from tests.security.hostile_models import CONFIG, HONEST, HOSTILE, MARK, TOKENIZER
 from worker import tasks

@@ -19,7 +19,7 @@ from app.main import create_app
 from app.web import auth, revocation
 from app.web.streaming import Stream
 from tests.conftest import csrf_token, free_port, wait_until
-from tests.orders import make_dataset, make_job
+from tests.factories import make_dataset, make_job
 
 
 @pytest.fixture

@@ -171,4 +171,6 @@ def test_an_object_that_is_not_there_is_a_404(api, client):
         if "{" in path and path not in OPEN:
             asker = api if path.startswith("/v1") else client
             answer = asker.request(method, address(path), headers=TUS, follow_redirects=False)
+            if answer.status_code == 308:  # an address of the version before
+                answer = asker.request(method, answer.headers["location"], headers=TUS, follow_redirects=False)
             assert answer.status_code in (400, 404), f"{method} {path}: {answer.status_code} for an id that names nothing"

@@ -33,7 +33,7 @@ from app.web.error_responses import fault_of
 from tests import lives
 from tests.conftest import forget_settings, wait_until
 from tests.datasets.test_service import rows
-from tests.orders import chat_rows, make_dataset, make_job
+from tests.factories import chat_rows, make_dataset, make_job
 
 
 @dataclass

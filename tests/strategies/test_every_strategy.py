@@ -105,6 +105,10 @@ def logits(model: torch.nn.Module, data: Tokenised) -> torch.Tensor:
         return held_out.plain_model(model).get_output_embeddings()(hidden)
 
 
+DELICATE = {"full", "pissa"}
+"""They move the largest directions of the weights: at ten times the rate, every last digit doubles from step to step."""
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: Path, shape: Shape, tokenizer) -> None:
     strategy = runnable(name, shape)
@@ -117,10 +121,9 @@ def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: P
         model = strategy.attach(model)
         fused_layers.speed_up(model, choose(RunSettings(precision=precision), strategy), 0.0)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        # At a rate ten times as high, full tuning doubles every last digit from step to step.
-        told[precision] = learn(strategy, model, data, 8, precision, least=1e-2 if strategy.adapter else 1e-3)
+        told[precision] = learn(strategy, model, data, 8, precision, least=1e-3 if name in DELICATE else 1e-2)
     assert told["fp32"][-1] < told["fp32"][0]
-    assert told["bf16"] == pytest.approx(told["fp32"], rel=0.01 if strategy.adapter else 0.002)
+    assert told["bf16"] == pytest.approx(told["fp32"], rel=0.002 if name in DELICATE else 0.01)
 
 
 def test_a_norm_of_two_types_learns_in_the_wider() -> None:

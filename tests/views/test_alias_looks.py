@@ -11,9 +11,7 @@ from app.kit import ids
 from app.models import aliases
 from tests.generating import register_tiny
 from tests.looks import look_at
-from tests.views.test_looks import page, served
 
-__all__ = ["page", "served"]
 pytestmark = pytest.mark.browser
 
 

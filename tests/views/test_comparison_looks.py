@@ -14,9 +14,8 @@ from app.kit import ids
 from tests.looks import look_at
 from tests.routes.test_comparisons import body, chats, create, end, kinds
 from tests.routes.test_job_results import GENERATION, classified, finish, forgotten
-from tests.views.test_looks import page, served
 
-__all__ = ["chats", "kinds", "page", "served"]
+__all__ = ["chats", "kinds"]
 pytestmark = pytest.mark.browser
 
 
@@ -116,9 +115,10 @@ def test_results_of_finished_jobs(page: Page, served: str, session, user, tiny_r
 def test_the_form_of_a_job_with_advice_and_rows_to_check_with(
     page: Page, served: str, session, user, tiny_registered, kinds, tmp_path: Path
 ):
-    from tests.routes.test_new_job_choices import make, public
+    from tests.factories import upload
+    from tests.routes.test_new_job_choices import public
 
-    other = make(session, user, [{"text": f"another {n}", "label": "abx"[n % 3]} for n in range(9)], "others.jsonl")
+    other = upload(session, user, [{"text": f"another {n}", "label": "abx"[n % 3]} for n in range(9)], "others.jsonl")
     page.goto(f"{served}/jobs/new?model=tiny&dataset={public(kinds)}")
     expect(page.locator("#methods .card.on")).to_contain_text("Recommended")
     expect(page.locator("#start")).to_be_enabled()

@@ -17,11 +17,9 @@ from app.kit import ids
 from app.storage import files
 from app.tables import Dataset, Event, File, Job
 from tests.data_worker import data_worker
+from tests.factories import make_spec
 from tests.looks import COLORS, check, look_at
-from tests.orders import make_spec
-from tests.views.test_looks import page, served
 
-__all__ = ["page", "served"]
 pytestmark = pytest.mark.browser
 
 
@@ -102,7 +100,6 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):
     places += [("upload", "/../new")]
     for name, tail in places:
         page.goto(f"{served}{room}{tail}")
-        page.locator("script[src*='again.js']").wait_for(state="detached")  # it loads the page again until all is there
         check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
 
 
@@ -199,7 +196,7 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
     page.locator(".facts").wait_for()
     assert "30" in page.locator(".facts").first.inner_text()
     page.get_by_role("link", name="Versions").click()
-    page.get_by_text("Made of").wait_for()
+    page.get_by_role("heading", name="Sources").wait_for()
     look_at(page, "joined", tmp_path)
     page.goto(f"{served}/datasets/{ids.public(ids.DATASET, other.id)}/split")
     page.locator("#fraction").fill("0.25")

@@ -13,7 +13,6 @@ from app.tables import Evaluation
 from tests.lives import order, running
 from tests.looks import look_at
 from tests.routes.test_advice import chats  # noqa: F401  a fixture
-from tests.views.test_looks import page, served  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.browser
 

@@ -8,7 +8,6 @@ import pytest
 
 from tests.looks import COLORS, check
 from tests.routes.test_advice import chats  # noqa: F401  a fixture
-from tests.views.test_looks import page, served  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.browser
 

@@ -13,9 +13,8 @@ from app.jobs import service as jobs
 from app.kit import ids
 from tests.looks import look_at
 from tests.routes.test_comparisons import body, chats, create, end, kinds
-from tests.views.test_looks import page, served
 
-__all__ = ["chats", "kinds", "page", "served"]
+__all__ = ["chats", "kinds"]
 pytestmark = pytest.mark.browser
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from playwright.sync_api import Page
 from sqlalchemy import update
 
 from app.kit import manifest
 from app.machines import heartbeats
-from app.main import create_app
 from app.models import first_model, starters
 from app.models import imports as model_imports
 from app.tables import Dataset, File, Job, Model
@@ -24,34 +19,6 @@ from tests.looks import COLORS, check, look_at, objections
 from tests.models.test_starters import folder_members, small
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture
-def served(session, user) -> Iterator[str]:
-    """The web application on a port of its own, as uvicorn runs it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_app(), host="127.0.0.1", port=port, log_config=None, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture
-def page(browser_page: Page, served: str, session, user) -> Iterator[Page]:
-    """Signed in. What the content security policy had to stop fails the test."""
-    stopped: list[str] = []
-    browser_page.on("console", lambda said: stopped.append(said.text) if said.type == "error" else None)
-    link = auth.new_sign_in_link(session, user)
-    session.commit()
-    browser_page.goto(served + link)
-    yield browser_page
-    assert not [text for text in stopped if "Content Security Policy" in text or "integrity" in text], stopped
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ import pytest
 from tests.data_worker import data_worker
 from tests.looks import look_at
 from tests.routes.test_mapping import ENGLISH, GERMAN
-from tests.views.test_looks import page, served
 
-__all__ = ["page", "served"]
 pytestmark = pytest.mark.browser
 
 

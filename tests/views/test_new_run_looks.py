@@ -9,9 +9,8 @@ from app.jobs import service as jobs
 from app.machines import heartbeats
 from tests.looks import look_at
 from tests.routes.test_job_pages import dataset
-from tests.views.test_looks import page, served
 
-__all__ = ["dataset", "page", "served"]
+__all__ = ["dataset"]
 pytestmark = pytest.mark.browser
 
 

@@ -18,11 +18,10 @@ from app.storage import files
 from app.tables import Answer, Exchange, Job
 from tests import lives
 from tests.data_worker import data_worker
-from tests.generating import _workers, answering_dir, generate_worker, live, register_tiny  # noqa: F401
+from tests.factories import carry_out, make_dataset, tune
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.inference.test_external_servers import allow, outside, url  # noqa: F401
 from tests.looks import look_at, sign_in
-from tests.orders import make_dataset
-from tests.tuned import carry_out, tune
 
 pytestmark = pytest.mark.browser
 
@@ -39,13 +38,13 @@ def rendered(page) -> list[str]:
     return [text.replace("\r", "\n") for text in page.locator("[data-prompt]").all_text_contents()]
 
 
-def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browser, live, session, user, generate_worker, tmp_path):  # noqa: F811
+def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browser, served, session, user, generate_worker, tmp_path):  # noqa: F811
     """By keyboard, at both widths: four kinds of answers, a second turn, a title, a link that shows it again, and both exports."""
     names = ["tiny", "tiny-generic", "tiny-instruction", "tiny-other"]
     for name, kind in zip(names, ("dialogue", "generic", "instruction", "dialogue"), strict=True):
         register_tiny(session, name, kind)
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground?models={','.join(names)}")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground?models={','.join(names)}")
     ask(page, "What wood is the belly made of?")
     ask(page, "And the back?")
     assert page.locator("[data-pane]").count() == 4
@@ -73,7 +72,7 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browse
     bare = browser.new_context(java_script_enabled=False, storage_state=page.context.storage_state()).new_page()
     bare.set_default_timeout(10_000)
     for one in (page, bare):  # with scripts and without
-        one.goto(live + place)
+        one.goto(served + place)
         assert one.get_by_label("Title").input_value() == "Four of a kind" and one.locator("[data-turn]").count() == 8
         for name in ("JSONL", "Markdown"):
             with one.expect_download() as saved:
@@ -90,7 +89,7 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browse
 
 def test_a_tuned_model_gets_a_fair_first_look(
     browser_page,
-    live,  # noqa: F811
+    served,
     session,
     user,
     data_dir,
@@ -107,8 +106,8 @@ def test_a_tuned_model_gets_a_fair_first_look(
     assert left["system"] == "You are Luthier, and brief." and len(left["questions"]) == 8 and len(left["examples"]) == 4
     shutil.copytree(data_dir / "models", answering_dir / "models", dirs_exist_ok=True)
     shutil.copytree(data_dir / "runs", answering_dir / "runs", dirs_exist_ok=True)
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/jobs/{ids.public(ids.JOB, job.id)}")
     page.get_by_role("link", name="Compare in the playground").click()
     assert page.locator("[data-pane]").count() == 3 and page.get_by_label("System prompt").input_value() == left["system"]
     assert page.get_by_label("Temperature").input_value() == "0" and tuned.title in page.title()
@@ -157,13 +156,13 @@ def test_a_tuned_model_gets_a_fair_first_look(
     predictions.create(session, user, predictions.PredictionOrder(model="tiny", file=ids.public(ids.FILE, file.id)))
     session.commit()
     for name in ("batch", "vectors"):
-        page.goto(f"{live}/playground/{name}")
+        page.goto(f"{served}/playground/{name}")
         look_at(page, name, tmp_path)
     page.get_by_role("link", name="chat", exact=True).click()
     page.locator(".map a").nth(4).click()
     page.get_by_role("table").get_by_role("link", name="6").wait_for()
     look_at(page, "vectors-map", tmp_path)
-    page.goto(f"{live}/models")
+    page.goto(f"{served}/models")
     look_at(page, "models", tmp_path)
     page.get_by_role("link", name=tuned.title, exact=True).first.click()
     for tab in ("Export", "Evaluations", "Lineage", "Files & hashes", "Settings", "Use"):
@@ -172,12 +171,12 @@ def test_a_tuned_model_gets_a_fair_first_look(
             look_at(page, f"model-{tab[:3].lower()}", tmp_path)
     page.set_viewport_size({"width": 390, "height": 800})
     for path in ("/models", f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=files"):
-        page.goto(live + path)
+        page.goto(served + path)
         cut = page.locator("main table").evaluate_all("ts => ts.map(t => t.parentElement.scrollWidth - t.parentElement.clientWidth)")
         assert cut and max(cut) <= 0, f"a table of {path} is cut at 390 px"
 
 
-def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session, user):  # noqa: F811
+def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, served, session, user):
     """What a model writes is rendered as Markdown and never runs: no script, no handler, no foreign picture, no javascript: link."""
     register_tiny(session)
     exchange, asked = playground.ask(session, user, ["tiny"], "Show <b>me</b>", Sampling())
@@ -185,8 +184,8 @@ def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session
     heard = AnswerFold(choices={0: playground.Choice(wild, finish_reason="stop", tokens=9)})
     playground.record(session, exchange.id, asked[0], heard)
     session.commit()
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/{exchange.id}")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/{exchange.id}")
     shown = page.locator("[data-pane] [data-text]")
     assert (
         shown.locator("strong").inner_text() == "bold" and shown.locator("li").count() == 2 and shown.locator("h1").inner_text() == "Head"
@@ -195,16 +194,16 @@ def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, live, session
     assert page.locator("[data-note]").first.inner_text() == "End of answer"
 
 
-def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811
+def test_an_engine_is_chosen_and_answers(browser_page, served, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811
     model = register_tiny(session)
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
     look_at(page, "engine", tmp_path)
     page.get_by_label("Model name on server").fill("served-base")
     page.get_by_role("button", name="Use this server").click()
     page.get_by_text("runs on 127.0.0.1").wait_for()
     look_at(page, "engine-chosen", tmp_path)
-    page.goto(f"{live}/playground?models=tiny")
+    page.goto(f"{served}/playground?models=tiny")
     ask(page, "Which glue should I use?")
     assert f"through 127.0.0.1:{outside}" in page.locator("[data-proof]").inner_text()
     page.locator("[data-rendered] summary").click()
@@ -212,13 +211,13 @@ def test_an_engine_is_chosen_and_answers(browser_page, live, session, user, gene
     session.rollback()
     answer = session.scalars(select(Answer)).one()
     assert answer.usage["engine"] == f"127.0.0.1:{outside}" and answer.text  # at temperature 0 the small model writes line ends alone
-    page.goto(f"{live}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
+    page.goto(f"{served}/models/{ids.public(ids.MODEL, model.id)}?tab=settings")
     page.get_by_role("button", name="Use built-in").click()
     page.get_by_text("runs on the built-in engine").wait_for()
 
 
 @pytest.mark.timeout(240)
-def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session, user, data_dir, tiny_model, tmp_path):  # noqa: F811
+def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, served, session, user, data_dir, tiny_model, tmp_path):
     """All the way by its buttons: votes, a dataset of pairs, a DPO job that really learns, and its margin on the page."""
     shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
     register_tiny(session)
@@ -226,8 +225,8 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session,
         asked = [{"role": "user", "content": f"What is {n}?"}]
         votes.add(session, user, ["a", "b"], asked, ["Who knows, and who asks?", f"It is {n}."], 2, None)
     session.commit()
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/arena")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/arena")
     assert "b is preferred" in page.get_by_role("row", name="a against b").inner_text()
     with data_worker():
         page.get_by_role("button", name="Create preference dataset").click()
@@ -251,7 +250,7 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, live, session,
     look_at(page, "pairs-learnt", tmp_path)
 
 
-def test_pairs_are_learnt_before_ones_eyes(browser_page, live, session, user, tiny_registered, tmp_path):  # noqa: F811
+def test_pairs_are_learnt_before_ones_eyes(browser_page, served, session, user, tiny_registered, tmp_path):
     """The margin's curve grows on the open page as the job says its steps."""
 
     def said(first: int, last: int) -> list[events.TrainerEvent]:
@@ -264,8 +263,8 @@ def test_pairs_are_learnt_before_ones_eyes(browser_page, live, session, user, ti
 
     job = lives.order(session, user, tiny_registered)
     life = lives.Life(session, job).claim().say(lives.started(), *said(1, 6))
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/jobs/{ids.public(ids.JOB, job.id)}?tab=metrics")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/jobs/{ids.public(ids.JOB, job.id)}?tab=metrics")
     page.locator('[data-chart="reward_margin"] canvas').first.wait_for()
     page.locator("#table-reward_margin summary").click()
     last = page.locator("#table-reward_margin tbody tr").filter(has_text="0.6")

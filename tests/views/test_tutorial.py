@@ -12,9 +12,9 @@ from app.models import starters
 from app.tables import Dataset, Job, Model
 from app.views import tutorial
 from tests.data_worker import data_worker
-from tests.generating import live, register_tiny  # noqa: F401
+from tests.factories import carry_out
+from tests.generating import register_tiny
 from tests.looks import look_at, sign_in
-from tests.tuned import carry_out
 
 
 def arrive(session, name: str, kind: str) -> Model:
@@ -37,12 +37,12 @@ def test_nothing_is_tuned_before_there_is_a_generic_model(session, user):
 
 @pytest.mark.browser
 @pytest.mark.timeout(240)
-def test_one_button_a_step(browser_page, live, session, user, data_dir, tiny_model, tmp_path):  # noqa: F811
+def test_one_button_a_step(browser_page, served, session, user, data_dir, tiny_model, tmp_path):
     shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
     kept = data_dir / "models" / f".{starters.model_id(tutorial.GENERIC)}.terms.txt"
     kept.write_text("Last modified\n\nBy using Gemma you agree.\n")
-    page = sign_in(browser_page, live, session, user)
-    page.goto(f"{live}/playground/tutorial")
+    page = sign_in(browser_page, served, session, user)
+    page.goto(f"{served}/playground/tutorial")
     look_at(page, "kinds-empty", tmp_path)
     page.get_by_role("link", name="Read the terms and add it").click()
     page.get_by_label("I have read the").check()

@@ -123,8 +123,8 @@ def test_what_is_kept_goes_on_with_torchs_optimizer_and_the_other_way() -> None:
 
 @pytest.mark.parametrize("reached", [(True, False), (False, True), (False, False)])
 def test_a_part_that_does_not_fit_is_added_to_those_that_do(reached: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs, takes = Job(), Job(past=False), lora_step.LoraLayerState.takes
-    monkeypatch.setattr(lora_step.LoraLayerState, "takes", lambda own, x: reached[own.abreast.place()] and takes(own, x))
+    ours, theirs, takes = Job(), Job(past=False), lora_step.LoraLayerState.supports
+    monkeypatch.setattr(lora_step.LoraLayerState, "supports", lambda own, x: reached[own.abreast.place()] and takes(own, x))
     for number in (1, 2):
         ((loss, norm),), ((wanted, length),) = ours.go(), theirs.go()
         assert ours.summed == set(ours.trained) and stands(ours)
@@ -200,7 +200,7 @@ def test_scoring_between_steps_sees_the_newest_factors() -> None:
             for context in (contextlib.nullcontext(), pytest.MonkeyPatch.context()):
                 with context as patch:
                     if patch:
-                        patch.setattr(lora_step.LoraLayerState, "takes", lambda own, x: False)
+                        patch.setattr(lora_step.LoraLayerState, "supports", lambda own, x: False)
                     found.append(float(job.loss(job.model, job.window.batches[0][0], job.engine).loss))
         assert found[0] == pytest.approx(found[1], rel=1e-4)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from app import events
+from tests.factories import chat_rows
 from tests.lives import finished, steps
-from tests.orders import chat_rows
 from tests.worker.orders import order, put_dataset, put_model
 from worker import run
 from worker.training import tensorboard

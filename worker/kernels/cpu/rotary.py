@@ -144,13 +144,13 @@ def _patch(home: Any) -> bool:
 
 def _chosen(own: Rotate) -> Rotate:
     @functools.wraps(own)
-    def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    def chosen(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **more: Any) -> Any:
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and not rest and not more.keys() - {"unsqueeze_dim"}
         ours = whole and q.device.type == "cpu" and (torch.compiler.is_compiling() or kernels.allowed())
         return (rotate if ours else own)(q, k, cos, sin, *rest, **more)
 
-    turned.plain = own  # type: ignore[attr-defined]
-    return turned
+    chosen.plain = own  # type: ignore[attr-defined]
+    return chosen
 
 
 @torch.no_grad()

@@ -1,16 +1,26 @@
-"""Datasets and jobs as rows, for tests of what happens to a job after it was ordered."""
+"""What tests need to have before they begin: datasets, jobs and tuned models.
+
+`upload` is what a person does, and takes the reader's half second; `make_dataset` and `make_job` write the rows that the studio would
+have written; `tune` trains a model here and now.
+"""
 
 from __future__ import annotations
 
+import json
 import uuid
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import queue
+from app import events, queue
+from app.datasets import ingest_task
+from app.datasets import service as datasets
 from app.datasets.row_store import write_rows
+from app.jobs import lifecycle
 from app.spec import JobSpec
+from app.storage import files
 from app.tables import Dataset, File, Job, Model, User
 
 TURNS = [
@@ -25,6 +35,12 @@ TURNS = [
 ]
 
 
+TUNING_RUN = {
+    "epochs": 6, "max_tokens_per_step": 128, "learning_rate": 2e-2, "evaluations_per_epoch": 1, "samples": 0, "sample_tokens": 8,
+    "early_stopping_patience": 0, "precision": "fp32", "forgetting": False, "row_losses": False,
+}  # fmt: skip
+
+
 def chat_rows(count: int, system: str = "") -> list[dict[str, Any]]:
     pairs = [TURNS[i % len(TURNS)] for i in range(count)]
     lead = [{"role": "system", "content": system}] if system else []
@@ -32,6 +48,23 @@ def chat_rows(count: int, system: str = "") -> list[dict[str, Any]]:
         {"messages": [*lead, {"role": "user", "content": f"{i}. {q}"}, {"role": "assistant", "content": a}]}
         for i, (q, a) in enumerate(pairs)
     ]
+
+
+def upload(session: Session, user: User, rows: list[dict[str, Any]] | str, name: str = "chats.jsonl", **given: Any) -> Dataset:
+    """A dataset of a file with these rows or this text, read by the real reader."""
+    text = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows))
+    file = files.add_bytes(session, user, text.encode("utf-8", "surrogatepass"), name, "fine-tune")
+    session.flush()
+    return read(session, datasets.create(session, user, file, **given))
+
+
+def read(session: Session, dataset: Dataset) -> Dataset:
+    """A dataset that waits to be read, once it has been."""
+    session.commit()
+    ingest_task.read(dataset.id)
+    session.expire_all()
+    assert dataset.status == "ready", dataset.error
+    return dataset
 
 
 def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, status: str = "ready", system: str = "") -> Dataset:
@@ -98,3 +131,32 @@ def make_job(session: Session, user: User, model: Model, dataset: Dataset, **run
     queue.enqueue(session, queue.TRAIN, job.id)
     session.commit()
     return job
+
+
+def tune(
+    session: Session, user: User, data_dir: Path, base: Model, dataset: Dataset, strategy: dict[str, Any] | None = None, **run: Any
+) -> tuple[Job, Model]:
+    """The finished job and its model, committed."""
+    job = make_job(session, user, base, dataset, **(TUNING_RUN | run))
+    spec = make_spec(base, dataset, strategy, **(TUNING_RUN | run)).model_dump(mode="json")
+    job.spec = spec | {"task": dataset.task, "dataset": spec["dataset"] | {"format": dataset.format}}
+    session.commit()
+    return job, carry_out(session, data_dir, job)
+
+
+def carry_out(session: Session, data_dir: Path, job: Job, *, live: bool = False) -> Model:
+    """Train a queued job here and now, and record what came of it; with `live` also every event, for pages that show them."""
+    from worker.train import train
+
+    held = lifecycle.claim(session, job.id, "a test")
+    assert held is not None
+    session.commit()
+    for number, event in enumerate(train(held.spec, data_dir / held.folder)):
+        if isinstance(event, events.Finished):
+            lifecycle.finish(session, held, event)
+        elif not isinstance(event, events.Failed):
+            lifecycle.record(session, held, number, [event]) if live or isinstance(event, events.Saved) else None
+        session.commit()
+    session.refresh(job)
+    assert job.status == "succeeded", job.error
+    return session.scalars(select(Model).where(Model.job_id == job.id)).one()

@@ -1,0 +1,200 @@
+"""A data folder that an earlier version wrote opens, and what is in it goes on.
+
+`tests/fixtures/dd046fc.tar.xz` was written by commit dd046fc itself (`tests/fixtures/write_dd046fc.py`): its tables and rows, and its files.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import NullPool, create_engine, func, select, text, update
+from sqlalchemy.orm import Session
+
+from app import migrate
+from app.db import get_engine, transaction
+from app.jobs import service as jobs
+from app.models import aliases
+from app.tables import Base, Evaluation, Event, Inspection, Job, Model, PromptRun, User
+from tests.conftest import PROJECT, PostgresServer, wait_until
+from tests.data_worker import data_worker
+from worker.supervision import train_attempt
+
+ARCHIVE = PROJECT / "tests" / "fixtures" / "dd046fc.tar.xz"
+WITH_ERROR = ("datasets", "models", "jobs", "inspections", "evaluations", "answers", "prompt_runs")
+
+
+@pytest.fixture
+def old(postgres: PostgresServer, data_dir: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Session]:
+    """A session on the old database, before any step of migration, beside the old files."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(data_dir.parent, filter="data")
+    admin = create_engine(postgres.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    name = "template_dd046fc"
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    with psycopg.connect(postgres.url_of(name).replace("+psycopg", "")) as connection:
+        connection.execute((data_dir.parent / "dump.sql").read_bytes())
+    monkeypatch.setattr(postgres, "template", name)
+    yield request.getfixturevalue("session")
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name}"))
+
+
+@pytest.fixture
+def upgraded(old: Session) -> Session:
+    address = get_engine().url.render_as_string(hide_password=False)
+    with get_engine().connect() as connection:
+        assert not migrate.is_current(connection)
+    migrate.upgrade(address)
+    with get_engine().connect() as connection:
+        assert migrate.is_current(connection)
+    return old
+
+
+def everything(session: Session) -> dict[str, list[dict[str, Any]]]:
+    """Every row of every table, as JSON."""
+    session.rollback()
+    tables = session.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")).all()
+    found = {name: list(session.scalars(text(f"SELECT to_jsonb(t) FROM {name} t ORDER BY to_jsonb(t)::text"))) for name in tables}
+    session.rollback()  # a step of migration waits for whoever reads
+    return found
+
+
+def run_alembic(move: str, revision: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config(PROJECT / "alembic.ini")
+    with get_engine().begin() as connection:
+        config.attributes["connection"] = connection
+        getattr(command, move)(config, revision)
+
+
+def test_what_was_there_is_there(old, request):
+    before = everything(old)
+    after = everything(request.getfixturevalue("upgraded"))
+    assert {name: len(rows) for name, rows in before.items()}.items() <= {name: len(rows) for name, rows in after.items()}.items()
+    assert len(before["events"]) > 40 and len(before["jobs"]) == 3 and len(before["models"]) == 3
+    for name in (
+        "users",
+        "files",
+        "datasets",
+        "models",
+        "jobs",
+        "checkpoints",
+        "exchanges",
+        "prompts",
+        "prompt_versions",
+        "outbox",
+        "events",
+    ):
+        new = {row["id"]: row for row in after[name]}
+        for row in before[name]:
+            changed = {column for column, value in row.items() if new[row["id"]][column] != value}
+            if row.get("type") == "doing":  # an event, called progress since 0014
+                changed -= {"type"}
+            if name == "jobs":  # whose passes of a step have a name of their own since 0009
+                changed -= {"spec", "order"}
+            assert changed <= {"error", "data"} and (not changed or "way_out" in str(row)), (name, changed)
+
+
+def test_its_schema_is_that_of_a_new_database(upgraded):
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
+    context = MigrationContext.configure(upgraded.connection(), opts={"compare_type": True, "compare_server_default": True})
+    found = [part for change in compare_metadata(context, Base.metadata) for part in (change if isinstance(change, list) else [change])]
+    assert [" ".join(map(str, change)) for change in found] == []
+
+
+def test_errors_say_hint(upgraded):
+    rows = everything(upgraded)
+    assert "way_out" not in str(rows)
+    for name in WITH_ERROR:
+        (error,) = [row["error"] for row in rows[name] if row["error"]]
+        assert error["message"] and error["hint"], name
+    failed = upgraded.scalars(select(Event).where(Event.type == "failed")).one()
+    assert failed.data["hint"]
+    assert [row["result"] for row in rows["prompt_runs"]] == [{"rows": 3}], "what its lease once kept there has columns now"
+
+
+def test_pages_and_programs_read_it(upgraded, client, api):
+    listed = {job["status"]: job for job in api.get("/v1/fine_tuning/jobs").json()["data"]}
+    assert set(listed) == {"succeeded", "paused", "failed"}
+    assert listed["failed"]["error"]["hint"] and listed["succeeded"]["fine_tuned_model"]
+    for job in listed.values():
+        events = api.get(f"/v1/fine_tuning/jobs/{job['id']}/events?limit=100").json()["data"]
+        assert events and all(event["message"] for event in events)
+        for tab in ("overview", "metrics", "samples", "evaluation", "data", "config"):
+            assert client.get(f"/jobs/{job['id']}?tab={tab}").status_code == 200
+    assert {model["id"] for model in api.get("/v1/models").json()["data"]} >= {"tiny", listed["succeeded"]["fine_tuned_model"]}
+    datasets = api.get("/v1/datasets").json()["data"]
+    assert {found["name"]: found["status"] for found in datasets} == {"chat": "ready", "broken": "error"}
+    for found in datasets:
+        assert client.get(f"/datasets/{found['id']}").status_code == 200
+    (chat,) = [found for found in datasets if found["name"] == "chat"]
+    with data_worker():
+        wait_until(lambda: api.get(f"/v1/datasets/{chat['id']}/rows").json()["data"], what="the rows", seconds=60)
+    for page in ("/", "/jobs", "/models", "/datasets", "/playground"):
+        assert client.get(page).status_code == 200, page
+
+
+@pytest.mark.timeout(300)
+def test_a_paused_job_goes_on_from_its_checkpoint(upgraded, user):
+    job = upgraded.scalars(select(Job).where(Job.status == "paused")).one()
+    seen = job.step
+    with transaction() as session:
+        jobs.resume(session, user, job.id)
+    train_attempt.work(job.id)
+    upgraded.refresh(job)
+    assert job.status == "succeeded", job.error
+    events = upgraded.scalars(select(Event).where(Event.job_id == job.id).order_by(Event.id)).all()
+    assert [event.data["resumed_from"] for event in events if event.type == "started"] == [None, seen]
+    steps = {event.data["step"]: event.data["loss"] for event in events if event.type == "step"}
+    assert sorted(steps) == list(range(1, job.total_steps + 1)) and steps[job.total_steps] < steps[1]
+    assert upgraded.scalars(select(Model).where(Model.job_id == job.id)).one().status == "ready"
+
+
+def fill(session: Session, user: User) -> None:
+    """Rows that the newest steps of migration have something to do with."""
+    aliases.set_(session, user, "favorite", "tiny")
+    for table in (Inspection, PromptRun, Evaluation, Job):
+        session.execute(update(table).values(deaths=2))
+    session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
+    session.commit()
+
+
+def without_lease(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in ("deaths", "fence")} for row in rows]
+
+
+@pytest.mark.parametrize("revision", ["0015", "0014", "0013", "0012", "0011"])
+def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
+    fill(upgraded, user)
+    full = everything(upgraded)
+    assert full["model_aliases"]
+    run_alembic("downgrade", f"{int(revision) - 1:04}")
+    down = everything(upgraded)
+    assert {name: len(rows) for name, rows in down.items() if name != "model_aliases"} == {
+        name: len(rows) for name, rows in full.items() if name != "model_aliases"
+    }
+    errors = [row["error"] for name in WITH_ERROR for row in down[name] if row["error"]]
+    told, other = ("hint", "way_out") if revision > "0013" else ("way_out", "hint")
+    assert len(errors) == len(WITH_ERROR) and all(error[told] and other not in error for error in errors)
+    assert ("doing" in {row["type"] for row in down["events"]}) == (revision <= "0014")
+    assert ("model_aliases" in down) == (revision > "0012")
+    assert ("deaths" in down["inspections"][0]) == (revision != "0011")
+    run_alembic("upgrade", "head")
+    again = everything(upgraded)
+    for name in full:
+        if name == "model_aliases":
+            assert again[name] == (full[name] if revision > "0012" else [])
+        elif revision == "0011" and name not in ("jobs", "evaluations"):  # whose leases had these columns before
+            assert without_lease(again[name]) == without_lease(full[name]), name
+        else:
+            assert again[name] == full[name], name
