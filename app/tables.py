@@ -337,7 +337,6 @@ class Evaluation(Leased, Base):
     spec: Mapped[JSON] = mapped_column(comment="app.evaluation.service.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
-    hub: Mapped[JSON | None] = mapped_column(comment="the last push to the hub: repo, private, status, url, commit and error")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     created_at: Mapped[datetime] = now()

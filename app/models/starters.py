@@ -427,7 +427,7 @@ def ask_child(
         "CUDA_VISIBLE_DEVICES": "",
     }
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
-    given = [Path(word) for word in first if os.path.isabs(word)]
+    given = [path for word in first if (path := Path(word)).is_absolute() and into.parent not in path.parents]
     command = confined(command, Confinement(read=[*given, *read], write=[into.parent], sockets=sockets))
     code, said = run_child(command, environment, beat, seconds=seconds)
     try:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select, update
 
 from app import leases, queue
+from app.db import transaction
 from app.errors import BadField, Conflict, DiskFull, NotFound, Unsupported
 from app.kit.manifest import sha256_of
 from app.models import exports
@@ -24,6 +25,12 @@ def order(session, user, name: str = "tiny", types: tuple[str, ...] = ("F16",), 
     made = exports.create(session, user, name, "gguf", list(types), **more)
     session.commit()
     return made
+
+
+def act(do, user, made: Export) -> None:
+    """As a request does it: what waits for the commit is done after it."""
+    with transaction() as session:
+        do(session, user, made.id)
 
 
 def test_an_export_is_queued_once_and_its_message_with_it(session, user, tiny_registered) -> None:
@@ -96,8 +103,7 @@ def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_regist
     assert card.startswith("---\nbase_model: ") and "license: apache-2.0" in card and "Settings: `lora`" in card
     assert f"| Q8_0 | {lines['Q8_0']['identical']} of " in card and all(f["sha256"] in card for f in made.files if f["type"])
     assert [word for word in ("llama.cpp", "Ollama", "LM Studio", "KoboldCpp", "Jan", "Python") if f"### {word}" not in card] == []
-    exports.delete(session, user, made.id)
-    session.commit()
+    act(exports.delete, user, made)
     assert not folder.exists()
 
 
@@ -130,8 +136,7 @@ def test_an_export_that_is_cancelled_while_it_runs_leaves_nothing(session, user,
         session.commit()
         time.sleep(0.05)
     assert made.status == "running"
-    exports.cancel(session, user, made.id)
-    session.commit()
+    act(exports.cancel, user, made)
     running.join(60)
     session.refresh(made)
     assert made.status == "cancelled" and not exports.folder_of(made.id).exists() and list((data_dir / "tmp").iterdir()) == []
@@ -181,8 +186,7 @@ def test_a_worker_that_leaves_gives_it_back(session, user, tiny_registered, data
     exports.run(made.id, lambda: next(asked, True))
     session.refresh(made)
     assert (made.status, made.deaths, made.lease_until) == ("queued", 0, None)
-    exports.cancel(session, user, made.id)
-    session.commit()
+    act(exports.cancel, user, made)
     assert list((data_dir / "tmp").iterdir()) == [], "what it left for another worker goes with the export"
 
 
@@ -207,8 +211,8 @@ def test_files_that_were_moved_and_never_recorded_go_with_a_cancelled_export(ses
     made = order(session, user)
     folder = exports.folder_of(made.id)
     folder.mkdir(parents=True)
-    exports.cancel(session, user, made.id)
-    session.commit()
+    act(exports.cancel, user, made)
+    session.refresh(made)
     assert not folder.exists() and made.files == []
 
 

@@ -20,10 +20,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from app.errors import BadData, StudioError, Unsupported
 from app.models import gguf_header, import_checks
 from app.shapes import Shape
-from worker.conversion import trial
+from worker.conversion import rotary, trial
 from worker.runtime.fast_import import importing
 from worker.runtime.limited_fork import limited
 
@@ -58,11 +60,14 @@ def main(arguments: list[str]) -> None:
 def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     """Dequantize, save as float16 safetensors with its tokenizer, read it back and compare."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     keys = gguf_header.check_gguf(source)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    place: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(source.parent, **place)
+    mend_config(config, source, keys)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, config=config, dtype=torch.float32, **place)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
     mend_tokenizer(tokenizer, keys, model.config.max_position_embeddings)
     make_plain(model)
     ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
@@ -103,6 +108,31 @@ def make_plain(model: Any) -> None:
         model.config.__dict__.pop(name, None)
     if getattr(model, "quantization_method", None) is not None:
         del model.quantization_method
+
+
+def mend_config(config: Any, source: Path, keys: dict[str, Any]) -> None:
+    """Restore what transformers' GGUF reader drops from a config: the width of a head where it is no share of the hidden size, the
+    scale of Gemma's queries, and the stretched rotary frequencies of Llama 3.1 and later. Raises Unsupported for a rotary embedding that would be read as a plain one.
+    """
+    import gguf
+
+    width = keys.get(f"{keys.get('general.architecture')}.attention.key_length")
+    if width and getattr(config, "head_dim", width) != width:
+        config.head_dim = width
+    if config.model_type == "gemma3_text":  # llama.cpp knows the 27B, whose queries are scaled by another width, by its 62 layers
+        config.query_pre_attn_scalar = (
+            config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+        )
+    scaling = keys.get(f"{keys.get('general.architecture')}.rope.scaling.type", "none")
+    factors = [np.array(one.data, np.float32) for one in gguf.GGUFReader(source).tensors if one.name == "rope_freqs.weight"]
+    found = rotary.llama3_of(factors[0], config.to_dict()) if factors else None
+    if found:
+        config.rope_parameters = found
+    elif factors or scaling != "none":
+        raise Unsupported(
+            f"Its rotary embedding ({scaling if scaling != 'none' else 'factors per frequency'}) is not read from GGUF files.",
+            hint="Import the model's safetensors version.",
+        )
 
 
 def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None:

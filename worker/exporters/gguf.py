@@ -20,6 +20,7 @@ import numpy as np
 from app.errors import BadData, Unsupported
 from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
+from worker.conversion.rotary import rope_factors, rope_of
 from worker.exporters import _gguf_tokenizer as tokenizers
 from worker.exporters._base import Exporter, ExportOptions, Progress, Written, completed
 from worker.exporters._gguf_types import FILE_TYPES, PLAIN, Recipe, encode, fallback_notes, nbytes, pieces
@@ -267,28 +268,6 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 # The config -----------------------------------------------------------------------------------------------------------
-
-
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding of the layers that see everything: `rope_theta`, `rope_type` and what that type needs."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = found.get("full_attention", found)
-    return {"rope_theta": config.get("rope_theta", 10_000.0), "rope_type": "default", **found}
-
-
-def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """What the rotary frequencies of a Llama 3.1 are divided by, (head_dim / 2,); None where they are as usual.
-
-    From `_compute_llama3_parameters` of transformers: low frequencies are divided by `factor`, high ones are kept.
-    """
-    rope = rope_of(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = np.clip((old / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
 def check_config(config: dict[str, Any]) -> None:

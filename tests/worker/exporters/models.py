@@ -52,7 +52,7 @@ def gemma_tokenizer() -> Any:
 
     from tests.tiny import SENTENCES
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -66,5 +66,5 @@ def gemma_tokenizer() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=special[4:], chat_template=GEMMA_TEMPLATE, model_max_length=512,
+        mask_token="<mask>", additional_special_tokens=special[5:], chat_template=GEMMA_TEMPLATE, model_max_length=512,
     )  # fmt: skip

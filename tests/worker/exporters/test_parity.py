@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.errors import BadData
+from app.errors import BadData, Unsupported
 from tests.worker.exporters.models import build
 from worker import exporters
+from worker.conversion.convert import from_gguf
 from worker.exporters import _gguf_tokenizer, _parity
 from worker.exporters import gguf as gguf_exporter
 from worker.exporters._base import ExportOptions
@@ -82,19 +83,45 @@ def test_a_gemma_in_the_plain_template_is_asked_as_llama_cpp_asks_it(tmp_path: P
     assert found["faults"] == [] and found["identical"] == 3
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
-def test_a_file_that_is_imported_again_answers_as_the_model(tmp_path: Path, kind: str):
-    from worker.conversion.convert import from_gguf
+LLAMA_3_1 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}  # fmt: skip
 
-    folder = build(tmp_path / "m", kind)
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"rope_parameters": LLAMA_3_1, "max_position_embeddings": 131_072}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {}),
+    ],
+    ids=["llama", "llama-3.1", "qwen2", "qwen3", "gemma3_text"],
+)
+def test_a_file_that_is_imported_again_answers_as_the_model(tmp_path: Path, kind: str, changes: dict[str, Any]):
+    """Published weights are of 16 bits, so these are too: nothing else is rounded on the way."""
+    folder = build(tmp_path / "m", kind, **changes)
+    model = load(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    model.save_pretrained(folder)
     facts = from_gguf(file_of(folder, tmp_path / "out", "F16"), tmp_path / "again")
     assert facts["shape"]["model_type"] == kind
     before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "again")
     ids = before(ROWS[1]["messages"][1]["content"]).input_ids
     assert after(ROWS[1]["messages"][1]["content"]).input_ids == ids
+    far = torch.tensor([ids * 6])  # far enough for the stretched frequencies to tell
     with torch.no_grad():
-        apart = (load(folder)(torch.tensor([ids])).logits - load(tmp_path / "again")(torch.tensor([ids])).logits).abs().max().item()
-    assert apart < 1e-2, apart  # the weights are rounded to 16 bits
+        apart = (model(far).logits - load(tmp_path / "again")(far).logits).abs().max().item()
+    assert apart < 1e-3, apart
+
+
+def test_rotary_factors_of_no_llama_are_refused(tmp_path: Path):
+    folder = build(tmp_path / "m", "llama", rope_parameters={**LLAMA_3_1, "high_freq_factor": 16.0}, max_position_embeddings=131_072)
+    with pytest.raises(Unsupported, match="factors per frequency"):
+        from_gguf(file_of(folder, tmp_path / "out", "F16"), tmp_path / "again")
 
 
 # Planted faults -------------------------------------------------------------------------------------------------------
