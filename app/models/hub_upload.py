@@ -33,6 +33,7 @@ def upload(export_id: uuid.UUID, folder: Path, order: dict[str, Any], work: Path
     left_out = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_") and k not in left_out}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"HF_HUB_DISABLE_XET": "1"}  # by Git LFS, whose errors have statuses, and which is tested here
     token = token_file(export_id)
     if token.is_file():
         environment |= {"HF_TOKEN": token.read_text(), "HF_HOME": str(work)}  # so that no other account's token is near

@@ -29,7 +29,7 @@ class PushExport(Schema):
     token: str | None = Field(
         None,
         max_length=500,
-        description="A token with write permission. It is deleted when the push ends; an admin may leave it out where HF_TOKEN is set.",
+        description="A token with write permission. It is deleted when the push ends; an admin may omit it where HF_TOKEN is set.",
     )
 
 

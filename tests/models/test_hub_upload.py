@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import update
 
 from app import leases
+from app.db import transaction
 from app.errors import BadField, Conflict, Unavailable
 from app.kit import ids
 from app.models import exports, hub_upload
@@ -136,8 +137,9 @@ def test_what_can_be_known_is_refused_before_the_start(session, user, made, hub,
 
 def test_a_push_is_cancelled_and_its_files_stay(session, user, made, hub) -> None:
     push(session, user, made)
-    exports.cancel(session, user, made.id)
-    session.commit()
+    with transaction() as request:
+        exports.cancel(request, user, made.id)
+    session.refresh(made)
     assert exports.to_json(made)["hub"]["status"] == "cancelled" and not hub_upload.token_file(made.id).exists()
     assert exports.file_path(made, "a.gguf").is_file()
     exports.run(made.id)
@@ -149,8 +151,9 @@ def test_three_deaths_end_a_push_and_not_the_export(session, user, made, hub) ->
     for _ in range(3):
         assert leases.claim(session, exports.WORK, made.id) is not None
         session.execute(update(Export).where(Export.id == made.id).values(lease_until=leases.OVER))
-        leases.expire(session, exports.WORK)
         session.commit()
+        with transaction() as reaper:
+            leases.expire(reaper, exports.WORK)
     session.refresh(made)
     assert made.status == "succeeded" and made.hub["status"] == "failed" and made.hub["error"]["code"] == "worker_lost"
     assert exports.file_path(made, "a.gguf").is_file() and not hub_upload.token_file(made.id).exists()

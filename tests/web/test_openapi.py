@@ -38,6 +38,7 @@ VERBS = set(
         "pause",
         "plan",
         "predict",
+        "push",
         "preview",
         "register",
         "remove",

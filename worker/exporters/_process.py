@@ -120,7 +120,7 @@ def importance(spec: ExportSpec, exporter: Exporter, source: Path, path: Path, r
 
     stage = "Measuring which weights matter"
     found = _importance.measure(source, spec.model.kind, rows, lambda share: report(MERGED + (MEASURED - MERGED) * share, stage))
-    np.savez(path, **found)
+    np.savez(path, allow_pickle=False, **found)
     return str(path) if found else ""
 
 
