@@ -211,7 +211,7 @@ def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: D
     if entry.classifies and not labels:
         return BadField(
             f"{name} is not a classifier, so it cannot be scored on labels.",
-            hint="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
+            hint="Use a model fine-tuned on labeled rows. Advice tests what a prompt alone reaches.",
             param="model",
         )
     if not entry.classifies and (architecture == "encoder" or labels):
