@@ -199,8 +199,8 @@ def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: 
                 f"{name} is a classifier already, so it cannot be tested before fine-tuning.", hint="Take its base.", param="model"
             )
         return
-    if reason := unfit(name, ref.shape.architecture, ref.labels, dataset):
-        raise reason
+    if fault := unfit(name, ref.shape.architecture, ref.labels, dataset):
+        raise fault
 
 
 def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: Dataset) -> BadField | None:
