@@ -127,7 +127,7 @@ def test_the_form_begins_with_the_last_pair_that_can_be_scored(client, session, 
     assert 'aria-describedby="model-help model-error" aria-invalid="true"' in wrong.text
 
     strategy = {"name": "feature_extraction"}
-    _, sorter = tune(session, user, data_dir, tiny_registered, kinds, strategy, task="classification", epochs=1)
+    _, sorter = tune(session, user, data_dir, tiny_registered, kinds, strategy)
     page = client.get("/evaluations").text
     assert chosen(page, "model") == [sorter.name] and chosen(page, "dataset") == [dataset_id(kinds)], "what was trained last"
     assert chosen(client.get("/evaluations", params={"model": sorter.name}).text, "dataset") == [dataset_id(kinds)]
