@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from app.kit.humanize import NARROW
-
 Unit = Literal["", "share"]
 
 
@@ -81,9 +79,9 @@ ABILITY = {
 
 
 def signed(share: float, digits: int = 1) -> str:
-    """A relative change as pages show it: 0.067 → `+6.7 %`, −0.067 → `−6.7 %`, and plain 0 for what rounds to 0."""
+    """A relative change as pages show it: 0.067 → `+6.7%`, −0.067 → `−6.7%`, and plain 0 for what rounds to 0."""
     text = f"{share * 100:+.{digits}f}"
-    return f"{text.replace('-', '−') if float(text) else text[1:]}{NARROW}%"
+    return f"{text.replace('-', '−') if float(text) else text[1:]}%"
 
 
 def ability(change: float, digits: int = 1) -> str:

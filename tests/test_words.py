@@ -41,11 +41,12 @@ INSTEAD = {
     r"(several|which|other|two|more|more than \d+|every) strateg(y|ies)": "methods (the API's field stays `strategy`)",
     r"woven|wavers|slipped in|squeezed|wholly its own": "plain technical words",
     r"put away|made ready|under way": "unloaded, preparing, running",
-    r"ticked(?= (ones|rows|findings))": "selected",
+    r"(ticked|no row is ticked|tick)(?= (ones|rows|findings|runs|datasets|comparisons|at least))": "selected",
     r"which strategy": "method (the API's field stays `strategy`)",
     r"look again": "refresh",
     r"take (it|them) back|(the|a) deed": "undo, delete, action",
     r"longest length": "max sequence length",
+    r"(\d+(\.\d+)?|\})[ \u00a0\u202f]%": "percent without a space, by human_percent or the filter",
 }
 """Words that are not used any more, as patterns of whole words in any case, and what is said instead."""
 
@@ -171,6 +172,23 @@ def test_people_read_the_words_of_the_field():
     assert not found, "\n".join(["", *found])
 
 
+JOB = re.compile(r"(?<![\w/.&-])jobs?(?![\w/=-]|\.\w| =| stacked)", re.IGNORECASE)
+"""The API's word in a sentence; names of classes, files and variables, addresses and code to copy keep it."""
+
+
+def test_pages_say_run_where_the_api_says_job():
+    """But for the sentences of a job's events and errors, which both show."""
+    views = [path for path in (PROJECT / "app" / "views").glob("*.py") if path.name != "job_json.py"]
+    found = [
+        f"{path.relative_to(PROJECT)}:{line}: “{text[max(0, word.start() - 30) : word.end() + 30]}”, say: run"
+        for path in (*sorted((PROJECT / "templates").rglob("*.html")), *sorted((PROJECT / "static" / "js").glob("*.js")), *sorted(views))
+        for line, text in passages(path)
+        for word in JOB.finditer(text)
+    ]
+    assert not found, "\n".join(["", *found])
+    assert [word[0] for word in JOB.finditer("A job ends. Jobs: /jobs/new?a&job=b client.fine_tuning.jobs.create")] == ["job", "Jobs"]
+
+
 @pytest.mark.parametrize(
     ("name", "source", "phrase"),
     [
@@ -183,6 +201,7 @@ def test_people_read_the_words_of_the_field():
         ("a.html", "<td>\n<b>Ended</b>", "Ended"),
         ("a.js", '\nsay("Stopped", `${n} tuned`);', "Stopped"),
         ("a.md", "# A\nWhat learns", "What learns"),
+        ("a.html", "<p>At 2.5 % of it</p>", "2.5 %"),
     ],
 )
 def test_a_planted_word_is_found(tmp_path, name, source, phrase):

@@ -112,7 +112,7 @@ class Report:
             self.roles.update(message["role"] for message in turns)
             self.turns[len(turns)] += 1
         if (label := one.shape.label(row)) is not None:
-            label = _name(label)
+            label = label_name(label)
             if label in self.labels or len(self.labels) < 20_000:
                 self.labels[label] += 1
         for rule in self._rules:
@@ -143,7 +143,7 @@ class Report:
         }
 
 
-def _name(label: str) -> str:
+def label_name(label: str) -> str:
     """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
     short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({fingerprint(label):016x})"
     return str(storable(short))

@@ -20,7 +20,7 @@ from app.evaluation import service as evaluations
 from app.evaluation.advice_cards import Card, Step, cards, steps
 from app.jobs.defaults import usual_run
 from app.kit import ids
-from app.kit.humanize import human_bytes, human_number
+from app.kit.humanize import human_bytes, human_count, human_number
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
@@ -200,7 +200,7 @@ def show(facts: Facts, shape: Shape) -> list[Shown]:
             uneven = _advice.balance(facts)
             even = "imbalanced: judge by macro F1, not accuracy" if uneven >= _advice.UNEVEN else "largest class to smallest"
             found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
-    found.append(Shown(name="Model", value=f"{human_number(shape.parameters() / 1e6, 1)} M", note=f"parameters, {shape.architecture}"))
+    found.append(Shown(name="Model", value=human_count(shape.parameters()), note=f"parameters, {shape.architecture}"))
     found.append(Shown(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
     found.append(_domain(facts))
     return found

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from pydantic import BaseModel
 
 from app.kit import ids
-from app.kit.humanize import human_bytes, human_number, human_percent, human_seconds
+from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds
 from app.metrics import in_text
 from app.objectives import OBJECTIVES
 from app.planning.advisor import Advice, Cost
@@ -145,7 +145,7 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
             return Step(about="model", text=text, label="Add a model", url="/models#add")
         small, large = Shape.model_validate(encoder.shape).parameters(), shape.parameters()
         if small < large:
-            text = f"Use the encoder {encoder.title} for labels: {human_number(small / 1e6, 0)} M parameters instead of {human_number(large / 1e6, 0)} M."
+            text = f"Use the encoder {encoder.title} for labels: {human_count(small)} parameters instead of {human_count(large)}."
             return _take(encoder, dataset, text)
     if not classifies and model.kind in ("encoder", "classifier"):
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)

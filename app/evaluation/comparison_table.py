@@ -174,7 +174,7 @@ def is_number(value: Any) -> bool:
 
 
 def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
-    """95 % interval of each measured value. On the same rows a score's interval is that of its difference from the base, which
+    """95% interval of each measured value. On the same rows a score's interval is that of its difference from the base, which
     all share."""
     found: dict[str, Interval] = {}
     if row["verdict"] == "nothing, by construction":
@@ -255,7 +255,7 @@ def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> 
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
-    """95 % interval of the change of the loss between two jobs, on the validation rows that both have row losses for."""
+    """95% interval of the change of the loss between two jobs, on the validation rows that both have row losses for."""
     first, second = (
         {entry.line: entry for entry in row_losses.read(session, session.get_one(Job, ids.parse(ids.JOB, job))) if entry.held_out}
         for job in (before, now)
@@ -269,7 +269,7 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
 
 def _by_share(moved: str, before: float, now: float, rows: int | None) -> Outcome:
     """The same for an accuracy, whose uncertainty follows from the number of validation rows."""
-    noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95 %, were the two measured on different rows
+    noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95%, were the two measured on different rows
     gain = now - before
     held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:

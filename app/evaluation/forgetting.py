@@ -1,7 +1,7 @@
 """Forgetting: what a fine-tuned model lost on general text compared with its base, and whether that is more than noise.
 
 Both models are scored on the same probe (`worker/scoring/probe/general.yaml`), text by text, in bits per byte. The change is
-relative: +2 % means that general text takes 2 % more bits than before. Its interval is a paired bootstrap over the texts (Efron
+relative: +2% means that general text takes 2% more bits than before. Its interval is a paired bootstrap over the texts (Efron
 1979; Koehn 2004 for the paired form), so a change that depends on a few texts is not called forgetting. Where nothing can be
 measured, `without_measuring` says why, and what is known all the same.
 """
@@ -36,7 +36,7 @@ class TextScore(NamedTuple):
 
 
 class SkillChange(BaseModel):
-    """Bits per byte of one skill before and after, and the relative change with its 95 % interval."""
+    """Bits per byte of one skill before and after, and the relative change with its 95% interval."""
 
     before: float
     after: float

@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session
 
-from app import leases, ownership, queue
+from app import leases, objectives, ownership, queue
 from app.datasets import service as datasets
+from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
 from app.jobs.request import bad_field
 from app.kit import ids
@@ -30,7 +31,7 @@ from app.kit.json_safe import storable
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
-from app.objectives import DEFAULT, OBJECTIVES, Task
+from app.objectives import DEFAULT, Task
 from app.ownership import owned
 from app.planning.schedule import held_out_share
 from app.spec import DatasetRef, ModelRef, Split
@@ -144,7 +145,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         )
     task = dataset.task or DEFAULT
     job, base = models.origin(session, resolved)
-    _check_can_do(resolved, task, order.kind, job)
+    _check_can_do(resolved, dataset, order.kind, job)
     learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
     run = job.spec["run"] if job is not None and learnt else {}
     shared = learnt and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
@@ -180,9 +181,9 @@ def _strategy(job: Job | None) -> str | None:
     return job.spec["strategy"]["name"] if job is not None else None
 
 
-def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | None) -> None:
+def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: Job | None) -> None:
     model, ref = resolved.model, resolved.ref
-    name, writes = ref.name, ref.shape.architecture != "encoder" and not ref.labels
+    name = ref.name
     if model.engine is not None:
         raise BadField(
             f"{name} answers through another server; its weights are not here.", hint="Take a model of this studio.", param="model"
@@ -198,19 +199,49 @@ def _check_can_do(resolved: models.Resolved, task: str, kind: Kind, job: Job | N
                 f"{name} is a classifier already, so it cannot be tested before fine-tuning.", hint="Take its base.", param="model"
             )
         return
-    entry = OBJECTIVES[task]
+    if fault := unfit(name, ref.shape.architecture, ref.labels, dataset):
+        raise fault
+
+
+def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: Dataset) -> BadField | None:
+    """Why a model cannot be scored on these rows; None where it can."""
+    entry, own = objectives.get(dataset.task), (dataset.report or {}).get("labels") or {}
     if not entry.scored:
-        raise BadField("Preference rows cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
-    if entry.classifies and not ref.labels:
-        raise BadField(
+        return BadField("Preference rows cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
+    if entry.classifies and not labels:
+        return BadField(
             f"{name} is not a classifier, so it cannot be scored on labels.",
-            hint="Use a model fine-tuned on labeled rows; kind “advice” tests what a prompt alone reaches.",
+            hint="Use a model fine-tuned on labeled rows. Advice tests what a prompt alone reaches.",
             param="model",
         )
-    if not entry.classifies and not writes:
-        raise BadField(
+    if not entry.classifies and (architecture == "encoder" or labels):
+        return BadField(
             f"{name} generates no text, so it cannot be scored on answers.", hint="Use a model that generates text.", param="model"
         )
+    if labels and own and own.keys().isdisjoint(map(label_name, labels)):
+        return BadField(
+            f"{name} assigns other labels than those of {dataset.name}: {', '.join(map(str, labels[:5]))}.",
+            hint="Take a dataset with the same labels.",
+            param="dataset_id",
+        )
+    return None
+
+
+def usual_pair(
+    session: Session, user: User, models: Sequence[Model], datasets: Sequence[Dataset], model: Model | None, dataset: Dataset | None
+) -> tuple[Model, Dataset] | None:
+    """What a form begins with: the pair that was scored or trained last and can be scored, else the first that can. A model or
+    dataset that is given stays; None where nothing suits it."""
+    able = {
+        (m.id, d.id): (m, d)
+        for m in ([model] if model else [m for m in models if m.kept])
+        for d in ([dataset] if dataset else datasets)
+        if m.shape and unfit(m.name, m.shape["architecture"], m.labels, d) is None
+    }
+    trained = select(Job.created_at, Model.id, Job.dataset_id).join(Model, Model.job_id == Job.id).where(Job.owner_id == user.id)
+    scored = mine(user).with_only_columns(Evaluation.created_at, Evaluation.model_id, Evaluation.dataset_id)
+    recent = sorted((*session.execute(trained), *session.execute(scored)), key=lambda row: row[0], reverse=True)
+    return next((able[m, d] for _, m, d in recent if (m, d) in able), next(iter(able.values()), None))
 
 
 # Looking ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@
     too_few_rows  too few validation rows for a verdict
 
 Pure: it reads what the trainer measured (`contest` of the evaluation: the same rows read by the base, by the base with few-shot
-examples, and by the fine-tuned model) and the job's row. No difference inside its 95 % interval is called better.
+examples, and by the fine-tuned model) and the job's row. No difference inside its 95% interval is called better.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from app.kit.humanize import plural
+from app.kit.humanize import human_percent, plural
 from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
@@ -45,7 +45,7 @@ class Suggestion(BaseModel):
 
 
 class Verdict(BaseModel):
-    """`interval` is the 95 % interval of fine-tuned less base, in the metric's unit, over `n` validation rows."""
+    """`interval` is the 95% interval of fine-tuned less base, in the metric's unit, over `n` validation rows."""
 
     outcome: Outcome
     sentence: str
@@ -105,7 +105,7 @@ def verdict(
         return Verdict(
             outcome="too_few_rows",
             sentence="No rows were held out, so it is not known whether it is better than its base.",
-            suggestions=[Suggestion(label="Hold out 20 % and train again", order={"run": {"validation_fraction": 0.2}})],
+            suggestions=[Suggestion(label="Hold out 20% and train again", order={"run": {"validation_fraction": 0.2}})],
         )
     figures = {
         "metric": metric,
@@ -196,25 +196,25 @@ def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
 
 
 def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
-    """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95 % confidence, 40 held-out rows).`"""
+    """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95% confidence, 40 held-out rows).`"""
     name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
     between = ""
     if base.interval:
         low, high = (_signed(end, metric) for end in base.interval)
-        between = f"difference {low} to {high}{' points' if METRICS[metric].unit == 'share' else ''} with 95 % confidence, "
+        between = f"difference {low} to {high}{' points' if METRICS[metric].unit == 'share' else ''} with 95% confidence, "
     rows = f"{plural(base.rows, 'row')} in cross-validation" if contest.get("cross_validated") else plural(base.rows, "validation row")
     return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
 
 
 def _forgot(spec: JobSpec, measured: Mapping[str, Any] | None) -> list[str]:
-    """`It forgot much: general ability −20 % (95 %: −24 to −16 %), with the adapter on; removable.` Nothing where little was lost."""
+    """`It forgot much: general ability −20% (95%: −24 to −16%), with the adapter on; removable.` Nothing where little was lost."""
     found = measured or {}
     if found.get("verdict") not in ("forgot some", "forgot much") or not found.get("interval"):
         return []
     low, high = (-100 * float(end) for end in reversed(found["interval"]))
     change = -100 * float(found["change"])
     removable = ", with the adapter on; removable" if type(spec.strategy).adapter else ""
-    lost = f"It {found['verdict']}: general ability {change:+.0f} % (95 %: {low:+.0f} to {high:+.0f} %){removable}."
+    lost = f"It {found['verdict']}: general ability {change:+.0f}% (95%: {low:+.0f} to {high:+.0f}%){removable}."
     return [lost.replace("-", "−")]
 
 
@@ -234,7 +234,7 @@ def _prompt(contest: Mapping[str, Any]) -> str:
 
 
 def _told(value: float, metric: str) -> str:
-    return f"{value:.3g}" if METRICS[metric].unit != "share" else f"{value:.0%}".replace("%", " %")
+    return f"{value:.3g}" if METRICS[metric].unit != "share" else human_percent(value, 0)
 
 
 def _signed(value: float, metric: str) -> str:
@@ -286,7 +286,7 @@ def _fewer_epochs(spec: JobSpec, best: int, steps: int) -> list[Suggestion]:
 
 def _hold_out_more(spec: JobSpec) -> list[Suggestion]:
     share = min(0.5, max(0.2, 2 * spec.run.validation_fraction))
-    return [Suggestion(label=f"Hold out {share:.0%} of the rows".replace("%", " %"), order={"run": {"validation_fraction": share}})]
+    return [Suggestion(label=f"Hold out {human_percent(share, 0)} of the rows", order={"run": {"validation_fraction": share}})]
 
 
 def _rate(spec: JobSpec, factor: float) -> dict[str, Any]:

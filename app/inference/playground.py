@@ -376,7 +376,7 @@ def choices(session: Session, user: User) -> dict[str, list[Option]]:
         "Base, few-shot": [
             option(m, tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot")._replace(kind=kinds[m.base_id]) for m in few_shot
         ],
-        "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50 % strength") for m in reversed(rows) if _blends(m)][:20],
+        "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50% strength") for m in reversed(rows) if _blends(m)][:20],
         "Checkpoints": _checkpoints(session, user),
         "Aliases": alias_options(session, user, rows),
     }
@@ -423,4 +423,4 @@ def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exc
 def option_of(name: str, offered: dict[str, list[Option]]) -> Option:
     plain, share = interpolation.split_name(name)
     found = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
-    return found if share is None else Option(name, f"{found.title} at {share * 100:g} % strength", found.kind)
+    return found if share is None else Option(name, f"{found.title} at {share * 100:g}% strength", found.kind)

@@ -115,7 +115,7 @@ def rule() -> str:
     """The rule of loading and eviction, in words for the pages."""
     minutes = get_settings().generate_idle_seconds / 60
     return (
-        f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a job "
+        f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a run "
         "that trains on the same machine needs it. A model with an active request finishes it first."
     )
 

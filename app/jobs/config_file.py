@@ -102,7 +102,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
     try:
         body = yaml.safe_load(file.decode("utf-8"))
     except UnicodeDecodeError:
-        raise BadData("The file is not text in UTF-8.", hint="Choose the YAML file of a job.") from None
+        raise BadData("The file is not text in UTF-8.", hint="Choose the YAML file of a run.") from None
     except yaml.YAMLError as error:
         raise BadData(f"The file is not YAML: {str(error)[:200]}", hint="Fix the line it names.") from None
     if not isinstance(body, dict):

@@ -10,8 +10,6 @@ from typing import Any
 from markupsafe import Markup
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
-
-
 NOTHING = "–"
 
 
@@ -73,10 +71,19 @@ def _small(value: float) -> str:
 
 @_or_nothing
 def human_percent(value: float, digits: int = 1) -> str:
-    """A fraction, 0 to 1: 0.018 → `1.8 %`. A positive value that would round to 0 is shown as below the smallest step."""
+    """A fraction, 0 to 1: 0.018 → `1.8%`. A positive value that would round to 0 is shown as below the smallest step."""
     if 0 < abs(value) * 100 < 0.5 * 10**-digits:
-        return f"{'−' if value < 0 else ''}<{NARROW}{10**-digits:.{digits}f}{NARROW}%"
-    return f"{value * 100:.{digits}f}{NARROW}%"
+        return f"{'−' if value < 0 else ''}<{10**-digits:.{digits}f}%"
+    return f"{value * 100:.{digits}f}%"
+
+
+@_or_nothing
+def human_count(value: float) -> str:
+    """A number of parameters with three significant digits: `2.44 M`, `135 M`, `1.24 B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{NARROW}{unit}"
+    return f"{value:g}"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

@@ -12,7 +12,7 @@ SURE = 0.05
 
 
 def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927); (0, 1) without rows."""
+    """Wilson's 95% interval of a proportion (Wilson 1927); (0, 1) without rows."""
     if rows == 0:
         return 0.0, 1.0
     p = right_ones / rows
@@ -22,7 +22,7 @@ def wilson(right_ones: float, rows: int, z: float = 1.959964) -> tuple[float, fl
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean: Wilson's where every score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
+    """95% interval of the mean: Wilson's where every score is 0 or 1, otherwise a bootstrap over the rows (Efron 1979)."""
     if not scores or all(s in (0.0, 1.0) for s in scores):
         return wilson(sum(scores), len(scores))
     draw = random.Random(0)
@@ -31,7 +31,7 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float], z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of the mean of two or more values by the normal approximation: as wide as a bootstrap's, and fast for
+    """95% interval of the mean of two or more values by the normal approximation: as wide as a bootstrap's, and fast for
     thousands of them."""
     middle, half = statistics.fmean(values), z * statistics.stdev(values) / math.sqrt(len(values))
     return middle - half, middle + half
@@ -50,7 +50,7 @@ def sign_test(won: int, lost: int) -> float:
 
 
 def clopper_pearson(won: int, votes: int) -> tuple[float, float]:
-    """The exact 95 % interval of a proportion (Clopper and Pearson 1934). It excludes one half exactly where `sign_test` < 0.05."""
+    """The exact 95% interval of a proportion (Clopper and Pearson 1934). It excludes one half exactly where `sign_test` < 0.05."""
     low = 0.0 if won == 0 else _root(lambda p: _at_least(won, votes, p) < SURE / 2)
     high = 1.0 if won == votes else _root(lambda p: 1 - _at_least(won + 1, votes, p) > SURE / 2)
     return low, high
@@ -73,7 +73,7 @@ def _root(below: Callable[[float], bool]) -> float:
 
 
 def paired_shares(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two paired proportions, first − second (Newcombe 1998, method 10).
+    """95% interval of the difference of two paired proportions, first − second (Newcombe 1998, method 10).
 
     `first` counts the rows that only the first got right. It holds for few rows too, and where all of them agree.
     """

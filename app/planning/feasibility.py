@@ -16,7 +16,7 @@ from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS
 from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
-from app.run_settings import GRADIENT_ONLY, STEPS_ONLY, RunSettings
+from app.run_settings import GRADIENT_ONLY, GRADIENT_QUIET, STEPS_ONLY, STEPS_QUIET, RunSettings
 from app.shapes import Shape
 from app.spec import MAX_CLASSES, JobSpec, ModelRef
 from app.strategies import STRATEGIES, Strategy
@@ -91,6 +91,14 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
 def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
     """Raises BadField for a setting that the strategy would ignore."""
+    for name in strategy.unused():
+        if getattr(strategy, name) != type(strategy).model_fields[name].default:
+            raise BadField(
+                f"{name} means nothing with the other settings of {strategy.title}.",
+                hint="Omit it.",
+                param=f"strategy.{name}",
+                code="setting_without_use",
+            )
     if type(strategy).recipe != "features":
         return
     unread = GRADIENT_ONLY + (STEPS_ONLY if getattr(strategy, "classifier", None) == "logistic" else ())
@@ -102,6 +110,14 @@ def refuse_unread(strategy: Strategy, run: RunSettings) -> None:
                 param=f"run.{name}",
                 code="setting_without_use",
             )
+
+
+def without_effect(strategy: Strategy) -> tuple[str, ...]:
+    """The run settings that have no effect with this strategy, refused or not."""
+    if type(strategy).recipe != "features":
+        return ()
+    fitted = getattr(strategy, "classifier", None) == "logistic"
+    return GRADIENT_ONLY + GRADIENT_QUIET + (STEPS_ONLY + STEPS_QUIET if fitted else ())
 
 
 def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:

@@ -301,7 +301,7 @@ def finish(session: Session, run_id: uuid.UUID, fence: int, *, totals: JSON | No
 
 
 def summary(session: Session, run_id: uuid.UUID) -> JSON | None:
-    """Mean score with its 95 % interval over the stored rows; None without any."""
+    """Mean score with its 95% interval over the stored rows; None without any."""
     scores = list(session.scalars(select(PromptResult.score).where(PromptResult.run_id == run_id).order_by(PromptResult.line)))
     if not scores:
         return None

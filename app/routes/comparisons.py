@@ -211,7 +211,7 @@ def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id:
 @pages.post("/compare/{comparison_id}/cancel")
 def stop_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
     found = comparisons.cancel(session, user, key(comparison_id))
-    flash(request, f"The jobs of {found.name} that had not ended are being stopped.")
+    flash(request, f"The runs of {found.name} that had not ended are being stopped.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
@@ -223,5 +223,5 @@ def delete_comparison(request: Request, user: CurrentUser, session: Db, comparis
     except StudioError as error:
         flash(request, str(error), "bad")
         return RedirectResponse(comparison_view.url(found), status_code=303)
-    flash(request, f"{found.name} was deleted. Its jobs and their models are still there.")
+    flash(request, f"{found.name} was deleted. Its runs and their models are still there.")
     return RedirectResponse("/compare", status_code=303)

@@ -31,6 +31,8 @@ MENU = (MenuPage("Scores", "/evaluations", "evaluation", 10),)
 api = APIRouter(prefix="/v1/evaluations")
 Json = dict[str, Any]
 SHOWN = 50
+FIELDS = {"model": "model", "dataset_id": "dataset", "rows": "rows", "part": "part"}
+"""Fields of a request → inputs of the form."""
 
 
 def key_of(text: str) -> uuid.UUID:
@@ -100,7 +102,16 @@ def _list_page(
 ) -> Response:
     found = evaluations.list_(session, user, limit=shown + 1)
     usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "encoder"]
-    chosen = next((m.name for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), "")
+    scorable = [d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored]
+    model = next((m for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), None)
+    dataset = next((d for d in scorable if typed.get("dataset") == ids.public(ids.DATASET, d.id)), None)
+    if usable and scorable and not (fault and model and dataset):
+        if usual := evaluations.usual_pair(session, user, usable, scorable, model, dataset):
+            model, dataset = usual
+        else:  # the form says why nothing can be scored
+            model, dataset = model or usable[0], dataset or scorable[0]
+            fault = fault or evaluations.unfit(model.name, (model.shape or {})["architecture"], model.labels, dataset)
+    param = (fault and fault.param) or ""
     return render(
         request,
         "evaluations.html",
@@ -109,9 +120,10 @@ def _list_page(
         moving=any(e.status in evaluations.OPEN for e in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
-        datasets=[d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored],
-        typed={"rows": "500", "part": ""} | typed | {"model": chosen},
+        datasets=scorable,
+        typed={"rows": "500", "part": ""} | typed | {"model": model.name if model else "", "dataset": dataset},
         fault=fault,
+        errors=dict.fromkeys(FIELDS.values()) | ({FIELDS[param]: f"{fault.message} {fault.hint}"} if fault and param in FIELDS else {}),
         ids=ids,
         offer=None if usable else first_model.offer(session, user),
     )

@@ -44,8 +44,8 @@ FAMILIES = {
 
 FORGETS = {
     "little": "Low: the base model stays unchanged, and the adapter can be removed.",
-    "some": "Medium: parts of the model itself change. Check general ability on the job's page.",
-    "much": "High: every weight changes. Check general ability on the job's page, and keep the learning rate low.",
+    "some": "Medium: parts of the model itself change. Check general ability on the run's page.",
+    "much": "High: every weight changes. Check general ability on the run's page, and keep the learning rate low.",
 }
 EXAMPLES = ("1.5", "175")
 """Billions of parameters that the calculator offers."""

@@ -99,10 +99,10 @@ async def _file(request: Request) -> bytes:
     """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
     length = request.headers.get("content-length", "")
     if not length.isdigit() or int(length) > config_file.MAX_FILE:
-        raise BadData("The file is too large for the settings of a job.", hint=f"It may have {config_file.MAX_FILE:,} bytes.")
+        raise BadData("The file is too large for the settings of a run.", hint=f"It may have {config_file.MAX_FILE:,} bytes.")
     sent = (await request.form(max_files=1)).get("file")
     if not isinstance(sent, UploadFile) or not sent.filename:
-        raise BadField("No file was chosen.", hint="Choose the YAML file of a job.", param="file")
+        raise BadField("No file was chosen.", hint="Choose the YAML file of a run.", param="file")
     return await sent.read()
 
 
@@ -129,7 +129,7 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
     if form.unseen:
         return _order_page(request, session, user, form, typed.get("key"), problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
-        said = "The job was not started: something below is not right yet."
+        said = "The run was not started: something below is not right yet."
         return _order_page(request, session, user, form, typed.get("key"), problem=said, status_code=400)
     job = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(view.url(job), status_code=303)
@@ -282,7 +282,7 @@ def retry(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     found = job_tabs.suggestions(session, job)
     if suggestion >= len(found):
-        raise BadField("This job suggests no such settings.", hint="Clone it, and change what you like.", param="suggestion")
+        raise BadField("This run suggests no such settings.", hint="Clone it, and change what you like.", param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
     return _asked(jobs.create(session, user, JobRequest.model_validate(order)))
 

@@ -52,7 +52,7 @@ def _model(session: Session, user: User, key: str) -> Any:
 
 
 KINDS: dict[Place, Kind] = {
-    "jobs": Kind("job", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
+    "jobs": Kind("run", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
     "models": Kind("model", _model, models.delete),
     "datasets": Kind("dataset", lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line),
     "compare": Kind(
@@ -185,9 +185,9 @@ def bulk(
 def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
     """What has to be chosen or written first, said above the list."""
     if not picked:
-        return "No row is ticked. Tick at least one."
+        return "No row is selected. Select at least one."
     if do == "compare" and place == "jobs" and not 2 <= picked <= run_comparison.MOST:
-        return f"{plural(picked, 'run')} ticked. Tick 2 to {run_comparison.MOST} to compare."
+        return f"{plural(picked, 'run')} selected. Select 2 to {run_comparison.MOST} to compare."
     if do == "tag" and not added:
         return "No tag was written. Write at least one, with commas between them."
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from app.db import Db
+from app.evaluation import verdict
 from app.kit import ids
 from app.models import first_model
 from app.routes.accounts import safe_next
@@ -30,6 +31,7 @@ def overview(request: Request, user: CurrentUser, session: Db) -> Response:
         "overview.html",
         steps=seen.steps,
         jobs=seen.jobs,
+        verdict_of=verdict.of_job,
         datasets=seen.datasets,
         models=seen.models,
         troubles=[] if starting else troubles,

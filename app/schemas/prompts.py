@@ -57,7 +57,7 @@ class CreatePromptRun(RunOrder):
 
 
 class PromptRunResult(Schema):
-    """The mean score with its 95 % interval, and what the rows took."""
+    """The mean score with its 95% interval, and what the rows took."""
 
     score: float | None = None
     low: float | None = None

@@ -132,6 +132,10 @@ class Strategy(BaseModel, ABC):
         """All parameters that learn."""
         return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
 
+    def unused(self) -> tuple[str, ...]:
+        """Its settings that have no effect with the values of its others."""
+        return ()
+
     def virtual_tokens(self) -> int:
         """Number of virtual tokens: placeholder ids before every sequence, whose embeddings the strategy replaces."""
         return 0

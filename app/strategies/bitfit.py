@@ -16,7 +16,7 @@ class BitFit(Selected):
     name: Literal["bitfit"] = "bitfit"
     title: ClassVar = "BitFit"
     family: ClassVar = "selective"
-    summary: ClassVar = "Trains only the biases, about 0.1 % of the model."
+    summary: ClassVar = "Trains only the biases, about 0.1% of the model."
     when_to_use: ClassVar = "For encoders and small labeled sets, when the result must be tiny and forget almost nothing."
     paper: ClassVar = (
         "Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",

@@ -50,6 +50,9 @@ class FeatureExtraction(Strategy):
 
     passes: int = Field(60, ge=1, le=10_000, description="Epochs of a dense classifier; it stops early when validation does not improve.")
 
+    def unused(self) -> tuple[str, ...]:
+        return ("width", "passes") if self.classifier == "logistic" else ("regularisation",)
+
     def trainable(self, shape: Shape) -> int:
         return 0
 

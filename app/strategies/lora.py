@@ -13,7 +13,7 @@ class Lora(WithOwnWeights):
     title: ClassVar = "LoRA"
     summary: ClassVar = "Trains low-rank matrices next to each linear layer. Fits most tasks."
     when_to_use: ClassVar = (
-        "The first thing to try: it learns nearly as much as full re-training with a hundredth of the memory for "
+        "The first thing to try: it learns nearly as much as full fine-tuning with a hundredth of the memory for "
         "gradients, forgets little, and its result is a small file."
     )
     paper: ClassVar = ("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")

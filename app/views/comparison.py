@@ -12,11 +12,10 @@ from sqlalchemy.orm import Session
 from app.evaluation import comparison_table, comparisons
 from app.evaluation.comparison_table import Column, Table, is_number
 from app.kit import ids
-from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
 from app.metrics import ABILITY, ability
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
-from app.views.job import count
 from app.web import charts
 from app.web.charts import Dot, Picture, Scale
 
@@ -34,7 +33,7 @@ def write(value: Any, unit: str) -> str:
     writers: dict[str, Callable[[Any], str]] = {
         "bytes": human_bytes,
         "seconds": human_seconds,
-        "count": lambda n: count(int(n)),
+        "count": human_count,
         "share": human_percent,
         "change": ability,
         "": lambda v: human_number(v, 3),
@@ -140,7 +139,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
 
 
 def _ability_note(row: dict[str, Any]) -> str:
-    """`dropped, 95 %: −4.0 % to −0.3 %, removable`: the change of general ability with the adapter on."""
+    """`dropped, 95%: −4.0% to −0.3%, removable`: the change of general ability with the adapter on."""
     between = ability_interval(row)
     removable = (
         "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
@@ -149,8 +148,8 @@ def _ability_note(row: dict[str, Any]) -> str:
 
 
 def ability_interval(row: dict[str, Any]) -> str:
-    """`95 %: −4.0 % to −0.3 %`, the lower end first; empty where it was not measured."""
-    return f"95 %: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+    """`95%: −4.0% to −0.3%`, the lower end first; empty where it was not measured."""
+    return f"95%: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
 
 
 def _scatter(table: Table, x: Column, y: Column) -> Picture | None:

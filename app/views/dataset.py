@@ -167,7 +167,7 @@ def longer(dataset: Dataset) -> Line | None:
         "note",
         text,
         f"/jobs/new?dataset={key}&run.max_length={better}",
-        f"Raise max length to {human_number(better)} (keeps {kept} % whole)",
+        f"Raise max length to {human_number(better)} (keeps {kept}% whole)",
     )
 
 

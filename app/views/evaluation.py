@@ -19,7 +19,7 @@ class Line(NamedTuple):
     base: float | None
     value: float
     better: bool | None
-    between: str = ""  # its 95 % interval, where it was measured
+    between: str = ""  # its 95% interval, where it was measured
 
 
 def row(evaluation: Evaluation) -> dict[str, Any]:
@@ -77,13 +77,13 @@ def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, 
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:
-    """The 95 % interval of a score in words; empty where there is none."""
+    """The 95% interval of a score in words; empty where there is none."""
     low_high = (scores.get("intervals") or {}).get(name)
     return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
 
 
 def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:
-    """Whether the difference of both models in a score may be due to chance: its 95 % interval contains zero."""
+    """Whether the difference of both models in a score may be due to chance: its 95% interval contains zero."""
     low_high = (evaluation.get("difference") or {}).get(name)
     return bool(low_high and low_high[0] <= 0 <= low_high[1])
 

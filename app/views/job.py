@@ -10,13 +10,13 @@ from markupsafe import Markup
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import metrics
+from app import formats, metrics
 from app.evaluation import comparisons, verdict
 from app.jobs import progress_cache
 from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
-from app.kit.humanize import NARROW, NOTHING, human_number, human_percent, human_seconds, plural
+from app.kit.humanize import NOTHING, human_count, human_number, human_percent, human_seconds, plural
 from app.machines import heartbeats
 from app.shapes import Shape
 from app.spec import JobSpec
@@ -36,14 +36,6 @@ def model_url(model_id: Any) -> str:
 
 def dataset_url(dataset_id: Any) -> str:
     return f"/datasets/{ids.public(ids.DATASET, dataset_id)}"
-
-
-def count(value: int) -> str:
-    """A number of parameters with three significant digits: `2.44 M`, `134 M`, `1.24 B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{NARROW}{unit}"
-    return str(value)
 
 
 # The list -------------------------------------------------------------------------------------------------------------
@@ -107,11 +99,12 @@ def facts_of(form: OrderForm) -> dict[str, Any]:
         tokens = datasets.stats(dataset).tokens
     trained = form.estimate["trainable_parameters"] if form.estimate else 0
     return {
-        "model_parameters": count(shape.parameters()) if shape else "",
+        "model_parameters": human_count(shape.parameters()) if shape else "",
         "bad_rows": (dataset.rows or 0) - (dataset.good_rows or 0) if dataset else 0,
+        "dataset_format": formats.get(dataset.format).title if dataset is not None and dataset.format else "",
         "tokens": tokens,
         "rows_per_step": plural(form.rows_per_step, "row") if form.rows_per_step else "",
-        "trainable": count(trained) if trained else "",
+        "trainable": human_count(trained) if trained else "",
         "trainable_share": trained / shape.parameters() if trained and shape else None,
     }
 
@@ -155,7 +148,7 @@ def head(session: Session, job: Job) -> dict[str, Any]:
 
 
 def page_title(job: Job, progress: Progress) -> str:
-    """`42 % · chats` while it runs, `✓ chats` at its end, so that a browser tab shows the progress."""
+    """`42% · chats` while it runs, `✓ chats` at its end, so that a browser tab shows the progress."""
     if job.status == "running":
         return f"{human_percent(progress.share, 0)} · {job.name}"
     return f"{MARKS.get(job.status, '')}{job.name}"
@@ -234,8 +227,8 @@ def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
 def _waiting(session: Session, job: Job) -> str | Markup:
     """Why a queued job does not run yet, and what helps."""
     if jobs.reading(session, job):
-        return "The dataset is still being read. The job starts when that is done."
+        return "The dataset is still being read. The run starts when that is done."
     if not any(worker.queue == "train" for worker in heartbeats.alive()):
-        return Markup("No train worker is online. <code>luthier up</code> starts one on this machine; the job then starts by itself.")
+        return Markup("No train worker is online. <code>luthier up</code> starts one on this machine; the run then starts by itself.")
     ahead = session.scalar(select(func.count()).select_from(Job).where(Job.status == "running", Job.deleted_at.is_(None)))
-    return "A worker takes it as soon as it has finished another job." if ahead else "A worker takes it in a moment."
+    return "A worker takes it as soon as it has finished another run." if ahead else "A worker takes it in a moment."

@@ -258,7 +258,15 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         for found in (form.strategy_controls, form.run_controls, form.preference_controls):
             found[:] = [replace(c, error=form.errors.get(c.key)) for c in found]
         form.run_controls[:] = with_rows(form.run_controls, form.rows_per_step)
+    _hide_unused(form, strategy.model_construct(None, **filled.settings))
     return form
+
+
+def _hide_unused(form: OrderForm, strategy: Strategy) -> None:
+    """Without the settings that have no effect here, but for those that a person changed: they are seen, and refused at their field."""
+    own, run = strategy.unused(), feasibility.without_effect(strategy)
+    form.strategy_controls[:] = [c for c in form.strategy_controls if c.name not in own or c.changed]
+    form.run_controls[:] = [c for c in form.run_controls if c.name not in run or c.changed]
 
 
 def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:

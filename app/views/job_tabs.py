@@ -21,7 +21,7 @@ from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
 from app.kit.forms import as_text
-from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, human_seconds
+from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.run_settings import renamed
@@ -29,7 +29,7 @@ from app.spec import JobSpec
 from app.tables import Job, Model, User
 from app.views import scores as score_view
 from app.views.evaluation import between, by_chance
-from app.views.job import count, dataset_url, forgetting, head, model_url, url
+from app.views.job import dataset_url, forgetting, head, model_url, url
 from app.web import charts
 
 Part = dict[str, Any]
@@ -66,8 +66,9 @@ def page(session: Session, user: User, job: Job, tab: str, wish: Wish, *, points
 def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
     progress, spec = top["progress"], top["spec"]
     tuned = jobs.tuned_model(session, job)
-    learnt = progress.started.trainable_parameters if progress.started else spec.strategy.trainable(spec.model.shape)
-    total = progress.started.parameters if progress.started else spec.model.shape.parameters()
+    estimated = (job.estimate or {}).get("trainable_parameters") or spec.strategy.trainable(spec.model.shape)
+    learnt = progress.started.trainable_parameters if progress.started else estimated
+    total = spec.model.shape.parameters()  # the base's own, as everywhere: what a strategy adds to it is not counted
     return {
         "failure": failure(job, progress),
         "forgot": _forgot(job, progress),
@@ -78,8 +79,12 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "tiles": tiles(job, progress, spec),
         "charts": charts.charts(progress)[:1],
-        "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
-        "settings": [(name, as_text(value)) for name, value in spec.strategy.model_dump(exclude={"name"}).items() if value is not None][:4],
+        "trainable": {"share": learnt / total if total else 0.0, "learnt": human_count(learnt), "all": human_count(total)},
+        "settings": [
+            (name, as_text(value))
+            for name, value in spec.strategy.model_dump(exclude={"name", *spec.strategy.unused()}).items()
+            if value is not None
+        ][:4],
         "checkpoints": _checkpoints(session, job, progress),
     }
 
@@ -137,17 +142,21 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     contest = evaluation.get("contest") or {}
     if contest.get("cross_validated"):  # over all rows, where the few validation ones are too noisy
         score, before = contest["base"]["tuned"], contest["base"]["score"]
-        return Tile("Accuracy", human_number(score), f"from {human_number(before)}, cross-validated", score > before)
+        return Tile("Accuracy", human_percent(score, 0), f"from {human_percent(before, 0)}, cross-validated", score > before)
     for name in metrics.TILES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
             title = metrics.METRICS[name].title
             told = before is not None and found != before and not by_chance(evaluation, name)
-            note = f"from {human_number(before, 3)}" if before is not None else between(tuned, name)
-            return Tile(title, human_number(found, 3), note, found > before if told and before is not None else None)
+            note = f"from {_score(name, before)}" if before is not None else between(tuned, name)
+            return Tile(title, _score(name, found), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(metrics.METRICS[name].title, human_number(points[-1][1], 3), f"at step {human_number(points[-1][0])}")
+            return Tile(metrics.METRICS[name].title, _score(name, points[-1][1]), f"at step {human_number(points[-1][0])}")
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
+
+
+def _score(name: str, value: float) -> str:
+    return human_percent(value) if metrics.METRICS[name].unit == "share" else human_number(value, 3)
 
 
 def _told(job: Job, progress: Progress, name: str) -> Mapping[str, Any] | None:
@@ -168,7 +177,7 @@ def failure(job: Job, progress: Progress) -> Part | None:
     if progress.failure:
         return {"message": progress.failure.message, "hint": progress.failure.hint, "line": progress.failure.line}
     error = job.error or {}
-    return {"message": error.get("message", "The job failed and left no reason."), "hint": error.get("hint", ""), "line": None}
+    return {"message": error.get("message", "The run failed and left no reason."), "hint": error.get("hint", ""), "line": None}
 
 
 def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
@@ -206,7 +215,6 @@ def _metrics(session: Session, user: User, job: Job, top: Part, wish: Wish) -> P
     return {
         "charts": charts.charts(top["progress"]),
         "predictions": predictions(session, job, started.trainable_parameters if started else None),
-        "count": count,
         "signed": metrics.signed,
     }
 
@@ -239,7 +247,7 @@ def off(predicted: float | None, measured: float | None) -> float | None:
 
 
 def _record(session: Session, job: Job) -> str:
-    """`The last 8 jobs here predicted memory within 6 %, time within 22 %.` Jobs of the same person on the same device."""
+    """`The last 8 runs here predicted memory within 6%, time within 22%.` Jobs of the same person on the same device."""
     query = jobs.mine_of(job).where(Job.status == "succeeded", Job.measured["device"].astext == str((job.measured or {}).get("device")))
     found = session.scalars(query.order_by(Job.finished_at.desc()).limit(JUDGED)).all()
     memory = [off((j.estimate or {}).get("memory_bytes"), (j.measured or {}).get("peak_memory_bytes")) for j in found]
@@ -248,7 +256,7 @@ def _record(session: Session, job: Job) -> str:
     if len(both) < 2:
         return ""
     worst = [human_percent(max(figures), 0) for figures in zip(*both, strict=True)]
-    return f"The last {len(both)} jobs here predicted memory within {worst[0]}, time within {worst[1]}."
+    return f"The last {len(both)} runs here predicted memory within {worst[0]}, time within {worst[1]}."
 
 
 # Samples --------------------------------------------------------------------------------------------------------------

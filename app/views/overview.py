@@ -130,12 +130,12 @@ class WorkerRole(BaseModel):
 
 
 _DUTIES = {
-    "train": ("Training", "Jobs stay queued."),
+    "train": ("Training", "Runs stay queued."),
     "data": ("Data workers", "Datasets are not read."),
     "import": ("Model downloads", "Models are not downloaded."),
     "export": ("Exports", "Models are not exported."),
     "generate": ("Inference", "Models cannot answer, and predictions stay queued."),
-    "relay": ("Job dispatcher", "No new job starts."),
+    "relay": ("Dispatcher", "No new run starts."),
 }
 
 

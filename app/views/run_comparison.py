@@ -79,7 +79,7 @@ def _cell(table: Table, column: Column, row: dict[str, Any], job: Job) -> Cell:
     between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
     note = ability_interval(row) if column.key == "forgetting" else ""
     if column.key in SCORED and between:
-        note = f"95 %: {_plain(between[0], column)} to {_plain(between[1], column)}"
+        note = f"95%: {_plain(between[0], column)} to {_plain(between[1], column)}"
     return Cell(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from app.kit.humanize import NARROW
 from app.metrics import ABILITY, METRICS, ability
 from app.objectives import OBJECTIVES
 from app.views.evaluation import between, by_chance, mistakes
@@ -179,7 +178,7 @@ def _readings(found: Any) -> list[Reading]:
 
 
 class Skill(NamedTuple):
-    """Bits per byte of one skill, and the relative change with its 95 % interval; more bits are less ability."""
+    """Bits per byte of one skill, and the relative change with its 95% interval; more bits are less ability."""
 
     name: str
     before: float | None
@@ -208,9 +207,9 @@ class Forgot(NamedTuple):
     skills: list[Skill]
 
     def in_short(self, removable: bool) -> str:
-        """`General ability −2.0 % (95 %: −4.0 % to 0 %), with the adapter on; removable.`"""
+        """`General ability −2.0% (95%: −4.0% to 0%), with the adapter on; removable.`"""
         assert self.whole is not None
-        between = f" (95{NARROW}%: {self.whole.between})" if self.whole.interval else ""
+        between = f" (95%: {self.whole.between})" if self.whole.interval else ""
         return f"General ability {self.whole.figure}{between}{', with the adapter on; removable' if removable else ''}."
 
 

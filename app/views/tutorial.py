@@ -111,18 +111,18 @@ def _instruction(session: Session, user: User, ready: list[Model], generic: Mode
     step = Step(
         "Instruct (instruction-tuned): it follows instructions",
         "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short explanations” and "
-        "starts a LoRA job on it: a few minutes are enough to see it change.",
+        "starts a LoRA run on it: a few minutes are enough to see it change.",
         f"### User:\n{QUESTION}\n\n### Assistant:\n",
         "Train it yourself, in a few minutes." if generic else "Add the base model first.",
         tuned or _of_kind(ready, "instruction", ""),
         job=_ordered(session, user),
     )
     if step.job and step.job.status in ("queued", "running"):
-        step.doing = f"The job is {step.job.status}."
+        step.doing = f"The run is {step.job.status}."
     if step.model:
         step.actions = [_ask(step.model)]
     elif step.job and step.job.status in ("queued", "running", "paused"):
-        step.actions = [Action("Watch the job", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
+        step.actions = [Action("Watch the run", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
     elif generic:
         step.actions = [Action("Fine-tune it here", f"{PAGE}/instruction", post=True)]
     return step

@@ -62,7 +62,7 @@ def fault_of(error: Exception) -> StudioError:
                 "The message broker does not answer.", hint="Nothing is lost. Wait a moment and try again.", code="broker_away"
             )
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFull("The disk of the studio is full.", hint="Delete what is no longer needed under Jobs, Models or Datasets.")
+            return DiskFull("The disk of the studio is full.", hint="Delete what is no longer needed under Runs, Models or Datasets.")
         case _:
             return StudioError("Something went wrong in the studio.", hint="Try again; if it stays, look for the request id in the log.")
 

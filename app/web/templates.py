@@ -16,7 +16,7 @@ from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
 from app import formats, objectives
-from app.kit.humanize import ago, clock, human_bytes, human_number, human_percent, human_seconds, plural
+from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
 from app.settings import RESOURCES
 
 STATIC = RESOURCES / "static"
@@ -51,7 +51,7 @@ def environment() -> Environment:
     from app.models import service as models  # the first page needs them; the import of the web process does not
 
     env.filters |= {
-        "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "percent": human_percent, "markdown": markdown,
+        "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "count": human_count, "percent": human_percent, "markdown": markdown,
         "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,
     }  # fmt: skip
     env.filters |= {

@@ -1,6 +1,5 @@
 // The same words for numbers as the filters in app/web/templates.py. A test compares the two.
 
-const NARROW = "\u202f";
 const NOTHING = "–";
 const unknown = (value) => value === null || value === undefined || Number.isNaN(value);
 const grouped = (text) => text.replace(/^(-?\d+)/, (whole) => whole.replace(/\B(?=(\d{3})+(?!\d))/g, ","));
@@ -44,10 +43,10 @@ function small(value) {
   return `${Number(mantissa)}e-${power}`;
 }
 
-/** A share, 0.018 → "1.8 %" */
+/** A share, 0.018 → "1.8%" */
 export function percent(value, digits = 1) {
   if (unknown(value)) return NOTHING;
   const least = 10 ** -digits;
   const small = value !== 0 && Math.abs(value) * 100 < least / 2;
-  return small ? `${value < 0 ? "−" : ""}<${NARROW}${least.toFixed(digits)}${NARROW}%` : `${(value * 100).toFixed(digits)}${NARROW}%`;
+  return small ? `${value < 0 ? "−" : ""}<${least.toFixed(digits)}%` : `${(value * 100).toFixed(digits)}%`;
 }

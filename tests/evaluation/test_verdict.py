@@ -49,9 +49,9 @@ PLANTED = {
     "equal within noise": (found(losses(0.01, noise=0.5)), "no_better", "No better than the base, as far as 40 rows can tell", []),
     "few-shot better": (found(losses(1.0), losses(-0.6)), "no_better", "the base with 4 examples in its prompt does better still", []),
     "few-shot as good": (found(losses(1.0), losses(0.0, noise=0.5)), "better", "a prompt may be enough", []),
-    "too few rows": (found(losses(0.4, rows=4)), "too_few_rows", "Too few validation rows to tell (n = 4)", ["Hold out 20 % of the rows"]),
+    "too few rows": (found(losses(0.4, rows=4)), "too_few_rows", "Too few validation rows to tell (n = 4)", ["Hold out 20% of the rows"]),
     "too few for a small gain": (
-        found(hits(0.4, 0.6, rows=10), metric="accuracy"), "too_few_rows", "Too few validation rows to tell (n = 10)", ["Hold out 20 % of the rows"],
+        found(hits(0.4, 0.6, rows=10), metric="accuracy"), "too_few_rows", "Too few validation rows to tell (n = 10)", ["Hold out 20% of the rows"],
     ),
     "overfitted": (found(losses(0.02, noise=0.5), curve=RISING), "overfitted", "lowest at step 10 and rose again", ["Try again with learning rate 0.0002"]),
     "undertrained": (found(losses(0.05, noise=0.5), curve=[], steps=6), "undertrained", "6 steps are few", ["Train for 30 epochs"]),
@@ -60,17 +60,17 @@ PLANTED = {
     "worse than a guess": (found(hits(0.7, 0.3), metric="accuracy"), "worse", "Always answering the commonest label does better", []),
     "neighbors better": (
         found(hits(0.3, 0.7), hits(0.95, 0.7), metric="accuracy", few_shot_by="vectors"), "no_better",
-        "Better than the base, but nearest-neighbor classification without training does better still: 96 % against 70 %.", [],
+        "Better than the base, but nearest-neighbor classification without training does better still: 96% against 70%.", [],
     ),
     "neighbors as good": (
         found(hits(0.3, 0.7), hits(0.72, 0.7), metric="accuracy", few_shot_by="vectors"), "better", "no training may be needed", [],
     ),
     "neighbors beaten": (
         found(hits(0.3, 0.9), hits(0.5, 0.9), metric="accuracy", few_shot_by="vectors", cross_validated=True), "better",
-        "(difference +38 to +75 points with 95 % confidence, 50 rows in cross-validation). Better than nearest-neighbor classification "
-        "without training, too (50 %).", [],
+        "(difference +38 to +75 points with 95% confidence, 50 rows in cross-validation). Better than nearest-neighbor classification "
+        "without training, too (50%).", [],
     ),
-    "nothing held out": ({}, "too_few_rows", "No rows were held out", ["Hold out 20 % and train again"]),
+    "nothing held out": ({}, "too_few_rows", "No rows were held out", ["Hold out 20% and train again"]),
 }  # fmt: skip
 
 
@@ -97,9 +97,9 @@ FORGOT = {"verdict": "forgot much", "change": 0.2, "interval": [0.16, 0.24]}
 def test_what_was_forgotten_is_part_of_the_verdict_and_reads_forwards():
     told = verdict("succeeded", spec(), found(losses(1.5), losses(0.8)), forgetting=FORGOT)
     assert told.outcome == "better"
-    assert told.sentence.endswith("It forgot much: general ability −20 % (95 %: −24 to −16 %), with the adapter on; removable.")
+    assert told.sentence.endswith("It forgot much: general ability −20% (95%: −24 to −16%), with the adapter on; removable.")
     whole = verdict("succeeded", spec(strategy="full"), found(losses(1.5), losses(0.8)), forgetting=FORGOT)
-    assert whole.sentence.endswith("(95 %: −24 to −16 %).")
+    assert whole.sentence.endswith("(95%: −24 to −16%).")
     for little in (None, FORGOT | {"verdict": "within noise"}, {"verdict": "not applicable", "change": None, "interval": None}):
         assert "forgot" not in verdict("succeeded", spec(), found(losses(1.5), losses(0.8)), forgetting=little).sentence
 

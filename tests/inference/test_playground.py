@@ -92,7 +92,7 @@ def test_blends_are_offered_and_any_share_can_be_named(client, session, user, th
         there = client.get(f"/playground?models={place}").text
         assert there.count("data-pane") == 2 and f'aria-current="true">{at}</a>' in there
     assert (
-        '<option value="tuned@0.25" selected>' in page.text and "tuned at 25 % strength" in page.text and page.text.count(" selected") >= 2
+        '<option value="tuned@0.25" selected>' in page.text and "tuned at 25% strength" in page.text and page.text.count(" selected") >= 2
     )
     session.get(Model, tuned.id).strategy = "prompt_tuning"
     session.commit()

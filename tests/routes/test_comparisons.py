@@ -424,7 +424,7 @@ def test_the_plot_takes_any_two_columns(client, session, user, tiny_registered, 
 
 def test_a_learning_curve_is_ordered_and_drawn(client, session, user, tiny_registered, chats):
     page = client.get("/compare/new", params={"kind": "learning_curve", "model": "tiny", "dataset": ids.public(ids.DATASET, chats.id)})
-    assert len(re.findall(r'type="radio" id="method-\w+" name="strategy"', page.text)) > 5 and "Start 3 jobs" in page.text
+    assert len(re.findall(r'type="radio" id="method-\w+" name="strategy"', page.text)) > 5 and "Start 3 runs" in page.text
     fields = typed(chats, "lora") | {"kind": "learning_curve", "shown": "learning_curve"}
     where = client.post("/compare", data=fields, follow_redirects=False).headers["location"]
     for job, loss in zip(sorted(jobs.list_(session, user), key=lambda j: j.created_at), (2.0, 1.5, 1.1), strict=True):

@@ -11,7 +11,7 @@ import pytest
 from app.evaluation import service as evaluations
 from app.kit import ids
 from app.tables import Evaluation
-from tests.factories import make_dataset, tune
+from tests.factories import make_dataset, tune, upload
 from worker.evaluation import attempt as evaluation_attempt
 
 
@@ -106,3 +106,35 @@ def test_soft_prompts_say_why_they_have_no_halfway(client, api, session, user, d
     assert "Not available:" in page.text and ">Measure<" not in page.text
     said = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data)})
     assert said.status_code == 400 and "trained vectors" in said.json()["error"]["message"]
+
+
+def chosen(page: str, field: str) -> list[str]:
+    return re.findall(r'<option value="([^"]*)" selected', re.search(rf'<select id="{field}".*?</select>', page, re.S).group(0))
+
+
+def test_the_form_begins_with_the_last_pair_that_can_be_scored(client, session, user, data_dir, tiny_registered, data):
+    kinds = upload(session, user, [{"text": f"text number {n}", "label": "abc"[n % 3]} for n in range(30)], "kinds.jsonl")
+    others = upload(session, user, [{"text": f"text number {n}", "label": "xy"[n % 2]} for n in range(30)], "others.jsonl")
+    page = client.get("/evaluations").text
+    assert chosen(page, "model") == ["tiny"] and chosen(page, "dataset") == [dataset_id(data)], "the newest data has labels"
+    assert 'class="fault"' not in page
+
+    only = html.unescape(client.get("/evaluations", params={"model": "tiny", "dataset": dataset_id(kinds)}).text)
+    assert only.count("tiny is not a classifier, so it cannot be scored on labels.") == 1 and 'id="model-error"' in only
+    wrong = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(kinds), "rows": "9"})
+    assert wrong.status_code == 400 and chosen(wrong.text, "dataset") == [dataset_id(kinds)] and 'value="9"' in wrong.text
+    assert html.unescape(wrong.text).count("tiny is not a classifier, so it cannot be scored on labels.") == 1
+    assert 'aria-describedby="model-help model-error" aria-invalid="true"' in wrong.text
+
+    strategy = {"name": "feature_extraction"}
+    _, sorter = tune(session, user, data_dir, tiny_registered, kinds, strategy)
+    page = client.get("/evaluations").text
+    assert chosen(page, "model") == [sorter.name] and chosen(page, "dataset") == [dataset_id(kinds)], "what was trained last"
+    assert chosen(client.get("/evaluations", params={"model": sorter.name}).text, "dataset") == [dataset_id(kinds)]
+    unlike = client.post("/evaluations", data={"model": sorter.name, "dataset": dataset_id(others)})
+    assert unlike.status_code == 400 and "assigns other labels than those of others: a, b, c." in html.unescape(unlike.text)
+    assert 'id="dataset-error"' in unlike.text
+    made = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data)}, follow_redirects=False)
+    assert made.status_code == 303
+    page = client.get("/evaluations").text
+    assert chosen(page, "model") == ["tiny"] and chosen(page, "dataset") == [dataset_id(data)], "what was scored last"

@@ -14,7 +14,8 @@ import pytest
 from app.evaluation.forgetting import TextScore, compare, without_measuring
 from app.jobs import lifecycle
 from app.kit import ids
-from app.shapes import shape_of
+from app.kit.humanize import human_count
+from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES
 from app.views import job_tabs
 from app.views import scores as score_view
@@ -155,7 +156,7 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
     assert found.skills[0].name == "code" and found.skills[0].certain and len(found.skills) == 3
     said = words(client.get(tab(finish(session, user, tiny_registered, GENERATION, measured))))
     high, low = (f"{-value * 100:+.1f}".replace("-", "−") for value in measured["skills"]["code"]["interval"])
-    assert "General ability" in said and measured["sentence"] in said and f"{low} % to {high} %" in said
+    assert "General ability" in said and measured["sentence"] in said and f"{low}% to {high}%" in said
     old = score_view.forgot({"before": 1.0, "after": 1.1, "verdict": "forgot some"})
     assert old.whole.change == pytest.approx(0.1) and old.whole.interval is None and old.skills == []
     assert score_view.forgot(None) is None and score_view.forgot({}) is None
@@ -169,13 +170,28 @@ def test_forgetting_is_told_by_skill_with_its_interval(client, session, user, ti
 def test_predictions_stand_beside_measurements_and_the_newest_jobs_say_how_good_they_are(client, session, user, tiny_registered):
     where = finish(session, user, tiny_registered, {}, peak_memory_bytes=1_360_000_000, seconds=300.0)
     said = words(client.get(tab(where, "metrics")))
-    assert "Memory 1.36 GB 1.36 GB 0 %" in said and "The last" not in said, "one job is no record"
+    assert "Memory 1.36 GB 1.36 GB 0%" in said and "The last" not in said, "one job is no record"
     finish(session, user, tiny_registered, {}, peak_memory_bytes=1_700_000_000, seconds=400.0)
     finish(session, user, tiny_registered, {}, peak_memory_bytes=1, seconds=1.0, device="another machine")
     said = words(client.get(tab(where, "metrics")))
-    assert "The last 2 jobs here predicted memory within 20 %, time within 25 %." in said
+    assert "The last 2 runs here predicted memory within 20%, time within 25%." in said
 
 
 def test_how_far_a_prediction_is_off():
     assert job_tabs.off(110, 100) == pytest.approx(0.1) and job_tabs.off(90, 100) == pytest.approx(-0.1)
     assert job_tabs.off(None, 1) is None and job_tabs.off(1, 0) is None
+
+
+def test_the_number_of_parameters_is_the_bases_on_every_page(client, session, user, tiny_registered):
+    """Also once the trainer has counted what the method adds: `tests/lives.py` reports 137 million."""
+    where = finish(session, user, tiny_registered, GENERATION)
+    told = human_count(Shape.model_validate(tiny_registered.shape).parameters()).replace("\u202f", " ")
+    assert f"% of {told} parameters are trainable" in words(client.get(where)) and "137 M" not in words(client.get(where))
+    for page in ("/models", f"/models/{ids.public(ids.MODEL, tiny_registered.id)}", "/jobs/new?model=tiny"):
+        assert told in words(client.get(page)), page
+
+
+def test_home_says_what_came_of_a_run_as_the_list_does(client, session, user, tiny_registered):
+    finish(session, user, tiny_registered, GENERATION)
+    said = re.search(r"Succeeded: [a-z ]+?(?= [A-Z0-9]| just)", words(client.get("/jobs")))
+    assert said and said[0] in words(client.get("/")), said

@@ -128,16 +128,19 @@ def test_ticked_rows_are_done_and_a_refused_one_says_why(client, session, user, 
     for job in (ended, other):
         end(session, job, loss=1.0, memory=1, seconds=1)
     keys = [ids.public(ids.JOB, job.id) for job in (ended, open_, other)]
-    assert "No row is ticked" in words(client.post("/jobs/bulk", data={"do": "delete"}))
-    for data, said in (({"do": "compare"}, "1 run ticked. Tick 2 to 8 to compare."), ({"do": "tag", "tag": " , "}, "No tag was written.")):
+    assert "No row is selected" in words(client.post("/jobs/bulk", data={"do": "delete"}))
+    for data, said in (
+        ({"do": "compare"}, "1 run selected. Select 2 to 8 to compare."),
+        ({"do": "tag", "tag": " , "}, "No tag was written."),
+    ):
         answer = client.post("/jobs/bulk", data={**data, "pick": keys[:1], "query": "q=a"})
         assert said in words(answer) and str(answer.url).endswith("/jobs?q=a"), "what is missing is said above the list"
     page = client.post("/jobs/bulk", data={"do": "tag", "tag": "a, b", "pick": keys[:2], "query": "status=queued"})
-    assert page.url.query == b"status=queued" and "2 jobs tagged a, b" in words(page)
+    assert page.url.query == b"status=queued" and "2 runs tagged a, b" in words(page)
     page = words(client.post("/jobs/bulk", data={"do": "delete", "pick": [*keys[:2], "ftjob-x"]}))
     assert (
-        "1 job deleted." in page
-        and f"2 jobs refused. {open_.name}: The job is queued, so it cannot be deleted" in page
+        "1 run deleted." in page
+        and f"2 runs refused. {open_.name}: The job is queued, so it cannot be deleted" in page
         and "ftjob-x" in page
     )
     assert rows_of(client.get("/jobs")) == [other.name, open_.name]
@@ -189,7 +192,7 @@ def test_runs_are_compared_whichever_they_are(client, session, user, tiny_regist
     assert picked.url.path == "/jobs/compare" and picked.url.params.get_list("job") == keys[:2]
     differing, same = words(picked).split("Settings that differ")[1].split("Show all")
     assert "Rank 8 2" in differing and "Epochs" not in differing and "Epochs 4" in same and "Base model tiny" in same
-    assert "1.200 best 95 %: 0.800 to 1.600" in words(picked), "the interval of the score, and a mark by the pair"
+    assert "1.200 best 95%: 0.800 to 1.600" in words(picked), "the interval of the score, and a mark by the pair"
     drawn = json.loads(re.search(r'id="points">(.+?)</script>', picked.text)[1])
     assert set(drawn["charts"]["validation"]) == {"validation1", "validation2"} and drawn["total"] == 10
     page = client.get("/jobs/compare", params={"job": keys})

@@ -193,6 +193,30 @@ def test_presets_are_offered_where_they_differ(client, tiny_registered, kinds):
     assert 'id="preset-best"' in client.get("/jobs/new", params={**asked, "strategy": "dense_head"}).text
 
 
+def test_a_method_shows_the_settings_it_uses(client, api, tiny_registered, kinds):
+    asked = {"model": "tiny", "dataset": public(kinds), "strategy": "feature_extraction"}
+
+    def settings(**more: str) -> set[str]:
+        return set(re.findall(r'name="((?:strategy|run)\.\w+)"', client.get("/jobs/new", params={**asked, **more}).text))
+
+    fitted, dense = settings(), settings(**{"strategy.classifier": "dense"})
+    assert {"strategy.classifier", "strategy.pooling", "strategy.regularisation", "run.max_length", "run.seed"} <= fitted
+    assert not fitted & {"strategy.width", "strategy.passes", "run.epochs", "run.learning_rate", "run.optimizer", "run.packing"}
+    assert dense - fitted >= {"strategy.width", "strategy.passes", "run.learning_rate", "run.optimizer"}
+    assert "strategy.regularisation" not in dense and "run.epochs" not in dense
+    other = settings(strategy="dense_head")
+    assert {"strategy.width", "run.epochs", "run.batch_size"} <= other
+
+    changed = {**asked, "strategy.width": "32"}
+    page = html.unescape(client.get("/jobs/new", params=changed).text)
+    assert 'value="32"' in page and "width means nothing with the other settings" in page, "what was chosen is seen, and refused there"
+    order = {"model": "tiny", "dataset_id": public(kinds), "strategy": {"name": "feature_extraction", "width": 32}}
+    refused = api.post("/v1/fine_tuning/jobs", json=order)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "strategy.width"
+    order["strategy"]["classifier"] = "dense"
+    assert api.post("/v1/fine_tuning/jobs", json=order).status_code == 200
+
+
 def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session, user, tiny_registered, kinds, chats):
     from app.jobs.preselection import pair
 

@@ -160,7 +160,7 @@ def test_the_ledger_sorts_the_rows(client, session, user, dataset, path, tiny_re
     (folder / "ledger.json").write_text(json.dumps(ledger))
     page = until_ready(client, path + "/rows?sort=after")
     assert [int(n) for n in re.findall(r'name="line" value="(\d+)"', page)] == [3, 2, 1]
-    assert "2.750" in page and "for 1 row the loss increased" in page and "Clone the job" in page
+    assert "2.750" in page and "for 1 row the loss increased" in page and "Clone the run" in page
     assert [int(n) for n in re.findall(r'name="line" value="(\d+)"', until_ready(client, path + "/rows?sort=before"))] == [2, 3, 1]
     assert client.get(path + "/rows?sort=colour").status_code == 400
 

@@ -41,7 +41,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     expect(start).to_be_disabled()
     for name in ("lora", "ia3"):
         page.locator(f'input[name=strategy][value="{name}"]').check()
-    expect(start).to_have_text("Start 2 jobs")
+    expect(start).to_have_text("Start 2 runs")
     start.click()
     page.wait_for_url("**/compare/cmp-*")
     look_at(page, "comparison-waiting", tmp_path)
@@ -90,7 +90,7 @@ def test_a_comparison_of_many_at_its_end(page: Page, served: str, session, user,
 def test_a_learning_curve(page: Page, served: str, session, user, tiny_registered, kinds, tmp_path: Path):
     page.goto(f"{served}/compare/new?kind=learning_curve")
     page.locator('input[name=strategy][value="dense_head"]').check()
-    expect(page.locator("#start")).to_have_text("Start 3 jobs")
+    expect(page.locator("#start")).to_have_text("Start 3 runs")
     look_at(page, "learning-curve-new", tmp_path)
     page.locator("#start").click()
     page.wait_for_url("**/compare/cmp-*")

@@ -272,7 +272,7 @@ def test_from_the_ledger_to_a_better_version_and_its_job(page, served, room, ses
     page.get_by_label("Message 2", exact=True).fill("The belly of a violin is made of spruce.")
     page.get_by_role("button", name="Save as a new version").first.click()
     page.get_by_text(f"Edited line {line}").wait_for()
-    page.get_by_role("link", name="Clone the job on version 2").click(timeout=60_000)
+    page.get_by_role("link", name="Clone the run on version 2").click(timeout=60_000)
     assert page.locator("[name=dataset]").input_value() in page.url
     assert page.locator("[name='run.learning_rate']").input_value() == "0.0007"
     assert session.scalars(select(Dataset.version).order_by(Dataset.version)).all() == [1, 2]

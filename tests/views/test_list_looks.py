@@ -73,5 +73,5 @@ def test_runs_are_ticked_compared_and_deleted(page: Page, served: str, session, 
     box.first.check()
     page.once("dialog", lambda asked: asked.accept())
     page.get_by_role("button", name="Delete").click()
-    expect(page.locator(".message")).to_contain_text("1 job deleted.")
+    expect(page.locator(".message")).to_contain_text("1 run deleted.")
     assert len(jobs.list_(session, user)) == 7 and "status=succeeded" in page.url
