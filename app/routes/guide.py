@@ -16,7 +16,7 @@ from sqlalchemy import select
 from app.db import Db
 from app.errors import NotFound
 from app.formats import FORMATS
-from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.kit.forms import FormField, controls, whole_number
 from app.models import service as models
 from app.planning import calculator
@@ -132,7 +132,7 @@ def bounds(control: FormField, info: FieldInfo) -> str:
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
     """How much of each base model here it would train, with its own settings, at the first of its tasks that the model can do:
     counted, not listed by hand."""
-    found, cuda = [], job_request.has_gpu()
+    found, cuda = [], spec_builder.has_gpu()
     for model in models.list_(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)

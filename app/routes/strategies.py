@@ -10,7 +10,7 @@ from app import schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.evaluation import advice
-from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.kit import ids
 from app.models import service as models
 from app.objectives import Task
@@ -56,7 +56,7 @@ def _advised(found: Advice | None) -> Json:
 def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str | None = None) -> Json:
     reason = None
     if model is not None:
-        reason = feasibility.why_not_tuned(model, task or "classification") or job_request.why_not(cls(), model.shape, task)
+        reason = feasibility.why_not_tuned(model, task or "classification") or spec_builder.why_not(cls(), model.shape, task)
     elif task is not None:
         reason = cls.unsupported(task)
     return {
