@@ -34,10 +34,6 @@ Json = dict[str, Any]
 Wish = Annotated[lists.ListQuery, Query()]
 
 
-def key(text: str) -> uuid.UUID:
-    return ids.parse(ids.COMPARISON, text, param="comparison_id")
-
-
 # JSON ---------------------------------------------------------------------------------------------------------------
 
 
@@ -70,25 +66,33 @@ def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
 @api.get("/comparisons", operation_id="list_comparisons", responses=answers(schemas.page_of(schemas.Comparison)))
 def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Comparisons, newest first."""
-    return page(comparisons.mine(user), after, limit, "desc", lambda row: comparison_table.to_json(session, row), session=session, key=key)
+    return page(
+        comparisons.mine(user),
+        after,
+        limit,
+        "desc",
+        lambda row: comparison_table.to_json(session, row),
+        session=session,
+        key=ids.parse_comparison,
+    )
 
 
 @api.get("/comparisons/{comparison_id}", operation_id="retrieve_comparison", responses=answers(schemas.Comparison))
 def retrieve(session: Db, user: CurrentUser, comparison_id: str) -> Json:
     """The table of a comparison, as far as its jobs have got."""
-    return comparison_table.to_json(session, comparisons.get(session, user, key(comparison_id)))
+    return comparison_table.to_json(session, comparisons.get(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.post("/comparisons/{comparison_id}/cancel", operation_id="cancel_comparison", responses=answers(schemas.Comparison, 409))
 def cancel(session: Db, user: CurrentUser, comparison_id: str) -> Json:
     """Stop every job of it that has not ended."""
-    return comparison_table.to_json(session, comparisons.cancel(session, user, key(comparison_id)))
+    return comparison_table.to_json(session, comparisons.cancel(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.delete("/comparisons/{comparison_id}", operation_id="delete_comparison", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
     """Delete a comparison. Its jobs stay. Refused while one of them has not ended."""
-    comparisons.delete(session, user, key(comparison_id))
+    comparisons.delete(session, user, ids.parse_comparison(comparison_id))
     return {"id": comparison_id, "object": "comparison", "deleted": True}
 
 
@@ -195,14 +199,14 @@ def comparison_page(
     part: str = "",
 ) -> Response:
     """The whole page; with `?part=live` what changes in it while its jobs run. `x` and `y` are the columns of the plot."""
-    found = comparisons.get(session, user, key(comparison_id))
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     context = comparison_view.page(session, found, x, y)
     return render(request, "parts/comparison_live.html" if part == "live" else "comparison.html", **context)
 
 
 @pages.post("/compare/{comparison_id}/keep")
 def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
-    found = comparisons.get(session, user, key(comparison_id))
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     model = comparisons.keep(session, user, found.id, ids.parse(ids.JOB, job, param="job"))
     flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
@@ -210,14 +214,14 @@ def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id:
 
 @pages.post("/compare/{comparison_id}/cancel")
 def stop_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
-    found = comparisons.cancel(session, user, key(comparison_id))
+    found = comparisons.cancel(session, user, ids.parse_comparison(comparison_id))
     flash(request, f"The jobs of {found.name} that had not ended are being stopped.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
 @pages.post("/compare/{comparison_id}/delete")
 def delete_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
-    found = comparisons.get(session, user, key(comparison_id))
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     try:
         comparisons.delete(session, user, found.id)
     except StudioError as error:

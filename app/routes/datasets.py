@@ -57,7 +57,7 @@ def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[list
         some=bool(every),
         datasets=found[: wish.shown],
         tokens=tokens,
-        key_of=lists.key_of,
+        public_id=lists.public_id,
         twins={name for name, count in names.items() if count > 1},
         samples=_samples(rows),
         titles=_titles(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Form, Query, Request
@@ -33,10 +32,6 @@ Json = dict[str, Any]
 SHOWN = 50
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.EVALUATION, text, param="evaluation_id")
-
-
 # The API --------------------------------------------------------------------------------------------------------------
 
 
@@ -54,25 +49,25 @@ def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Jso
 @api.get("", operation_id="list_evaluations", responses=answers(schemas.page_of(schemas.Evaluation)))
 def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Evaluations, newest first."""
-    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=key_of)
+    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=ids.parse_evaluation)
 
 
 @api.get("/{evaluation_id}", operation_id="retrieve_evaluation", responses=answers(schemas.Evaluation))
 def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """One evaluation, with its result once there is one."""
-    return evaluations.to_json(evaluations.get(session, user, key_of(evaluation_id)))
+    return evaluations.to_json(evaluations.get(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.post("/{evaluation_id}/cancel", operation_id="cancel_evaluation", responses=answers(schemas.Evaluation, 409))
 def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """Stop an evaluation. One that has ended stays as it is."""
-    return evaluations.to_json(evaluations.cancel(session, user, key_of(evaluation_id)))
+    return evaluations.to_json(evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.delete("/{evaluation_id}", operation_id="delete_evaluation", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """Delete an evaluation. Refused while it has not ended."""
-    evaluations.delete(session, user, key_of(evaluation_id))
+    evaluations.delete(session, user, ids.parse_evaluation(evaluation_id))
     return {"id": evaluation_id, "object": "evaluation", "deleted": True}
 
 
@@ -157,7 +152,7 @@ def _local(address: str) -> str:
 
 @pages.get("/evaluations/{evaluation_id}")
 def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
-    found = evaluations.get(session, user, key_of(evaluation_id))
+    found = evaluations.get(session, user, ids.parse_evaluation(evaluation_id))
     assert found.dataset_id is not None, "what scores a model has a dataset"
     scored = found.result if found.result and found.kind == "scores" else None
     return render(
@@ -176,12 +171,12 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
 
 @pages.post("/evaluations/{evaluation_id}/cancel")
 def cancel_page(session: Db, user: CurrentUser, evaluation_id: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
-    found = evaluations.cancel(session, user, key_of(evaluation_id))
+    found = evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id))
     return RedirectResponse(_local(then) or url(found), status_code=303)
 
 
 @pages.post("/evaluations/{evaluation_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
-    evaluations.delete(session, user, key_of(evaluation_id))
+    evaluations.delete(session, user, ids.parse_evaluation(evaluation_id))
     flash(request, "The evaluation was deleted.")
     return RedirectResponse("/evaluations", status_code=303)

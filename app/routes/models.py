@@ -130,7 +130,7 @@ def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]
         found = models.resolve(session, user, model)
         return to_json(session, found.model, name=found.ref.name)
     row = models.get(session, user, model)
-    return _alias_json(session, model, row) if model not in (row.name, _key(row)) else to_json(session, row)
+    return _alias_json(session, model, row) if model not in (row.name, lists.public_id(row)) else to_json(session, row)
 
 
 @api.delete("/models/{model:path}", operation_id="delete_model", responses=answers(schemas.Deleted, 409))
@@ -204,16 +204,12 @@ def _list_page(
         kind_words=KIND_WORDS,
         strategies=STRATEGIES,
         parameters=parameters,
-        key=_key,
+        public_id=lists.public_id,
         try_url=lambda base, model: tryout.address(base.name, model.name, model.kind, model.id in few_shot),
         fault=fault,
         **residency.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
     )
-
-
-def _key(model: Model) -> str:
-    return ids.public(ids.MODEL, model.id)
 
 
 @pages.get("/models", response_class=HTMLResponse)
@@ -291,7 +287,7 @@ def show_model(
     alias: str = "",
 ) -> Response:
     """The page of a model. `alias` is what was typed into its form."""
-    chain, page = models.lineage(session, model), f"/models/{_key(model)}"
+    chain, page = models.lineage(session, model), f"/models/{lists.public_id(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
     merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
     named = aliases.list_(session, user)
@@ -305,7 +301,7 @@ def show_model(
         page=page,
         tab=tab,
         tab_items=list(TABS.items()),
-        key=_key(model),
+        key=lists.public_id(model),
         chain=chain,
         below=models.children(session, model),
         job=job,
@@ -328,7 +324,7 @@ def show_model(
         aliases_elsewhere=[one for one in named if one.model.id != model.id],
         merged=merged,
         merges=models.can_merge(session, model),
-        key_of=_key,
+        public_id=lists.public_id,
         may_rename=model.owner_id == user.id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
         fault=fault,
@@ -354,7 +350,7 @@ def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annot
     may_change(user, model)
     models.keep(model)
     flash(request, f"{model.title} is kept: it is listed with the other models and can be chosen everywhere.")
-    return RedirectResponse(safe_next(then or f"/models/{_key(model)}"), status_code=303)
+    return RedirectResponse(safe_next(then or f"/models/{lists.public_id(model)}"), status_code=303)
 
 
 @pages.post("/models/{key}/retry")
@@ -369,7 +365,7 @@ def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(al
 def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     merged = models.merge(session, user, models.get(session, user, key))
     flash(request, "The adapter is being merged. The merged model is listed below the fine-tuned one.")
-    return RedirectResponse(f"/models/{_key(merged)}", status_code=303)
+    return RedirectResponse(f"/models/{lists.public_id(merged)}", status_code=303)
 
 
 @pages.get("/models/{key}/download")

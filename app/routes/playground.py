@@ -20,8 +20,9 @@ from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
-from app.kit import forms, humanize, ids
+from app.kit import forms, humanize
 from app.tables import Exchange, User
+from app.views import lists
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
@@ -174,7 +175,7 @@ def _page(
         "look": look,
         "own": own,
         "question": asked_of,
-        "job_key": lambda job: ids.public(ids.JOB, job.id),
+        "public_id": lists.public_id,
         "history": playground.history(session, user, limit=20),
         "proof": playground.proof,
         "stops": STOPS,

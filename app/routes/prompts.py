@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
@@ -37,14 +36,6 @@ Json = dict[str, Any]
 PREFIX = "prompt"
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.PROMPT, text, param="prompt_id")
-
-
-def run_key(text: str) -> uuid.UUID:
-    return ids.parse(ids.RUN, text, param="run_id")
-
-
 # The API --------------------------------------------------------------------------------------------------------------
 
 
@@ -61,19 +52,19 @@ def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Jso
 @api.get("", operation_id="list_prompts", responses=answers(schemas.page_of(schemas.Prompt)))
 def list_prompts(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Prompts, newest first."""
-    return page(prompts.mine(user), after, limit, "desc", lambda p: prompts.to_json(session, p), session=session, key=key_of)
+    return page(prompts.mine(user), after, limit, "desc", lambda p: prompts.to_json(session, p), session=session, key=ids.parse_prompt)
 
 
 @api.get("/runs/{run_id}", operation_id="retrieve_prompt_run", responses=answers(schemas.PromptRun))
 def retrieve_run(session: Db, user: CurrentUser, run_id: str) -> Json:
     """One run, as far as it has got."""
-    return prompt_runs.to_json(prompt_runs.get(session, user, run_key(run_id)))
+    return prompt_runs.to_json(prompt_runs.get(session, user, ids.parse_prompt_run(run_id)))
 
 
 @api.get("/runs/{run_id}/results", operation_id="list_prompt_run_results", responses=answers(schemas.PromptRunRows))
 def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
     """Rows in the dataset's order; `after` is the line of the last row of the page before."""
-    run = prompt_runs.get(session, user, run_key(run_id))
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     found = prompt_runs.results(session, run, after, limit + 1)
     return {"object": "list", "data": [prompt_runs.result_json(r) for r in found[:limit]], "has_more": len(found) > limit}
 
@@ -81,19 +72,19 @@ def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limi
 @api.post("/runs/{run_id}/cancel", operation_id="cancel_prompt_run", responses=answers(schemas.PromptRun))
 def cancel_run(session: Db, user: CurrentUser, run_id: str) -> Json:
     """Stop a run. What was scored so far is kept."""
-    return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, run_key(run_id))))
+    return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, ids.parse_prompt_run(run_id))))
 
 
 @api.get("/{prompt_id}", operation_id="retrieve_prompt", responses=answers(schemas.Prompt))
 def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
     """A prompt in all its versions."""
-    return prompts.to_json(session, prompts.get(session, user, key_of(prompt_id)))
+    return prompts.to_json(session, prompts.get(session, user, ids.parse_prompt(prompt_id)))
 
 
 @api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
     """A new version; what is omitted is as in the newest."""
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.revise(session, user, prompt, prompts.read_body({**prompts.version(session, prompt).body, **body}))
     return prompts.to_json(session, prompt)
 
@@ -101,15 +92,17 @@ def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json,
 @api.delete("/{prompt_id}", operation_id="delete_prompt", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, prompt_id: str) -> Json:
     """Delete a prompt with its versions. Refused while a run of it has not ended."""
-    prompts.delete(session, user, prompts.get(session, user, key_of(prompt_id)))
+    prompts.delete(session, user, prompts.get(session, user, ids.parse_prompt(prompt_id)))
     return {"id": prompt_id, "object": "prompt", "deleted": True}
 
 
 @api.get("/{prompt_id}/runs", operation_id="list_prompt_runs", responses=answers(schemas.page_of(schemas.PromptRun)))
 def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = None, limit: Limit = 20) -> Json:
     """Runs of a prompt, newest first."""
-    prompt = prompts.get(session, user, key_of(prompt_id))
-    return page(prompt_runs.of_prompt(session, user, prompt), after, limit, "desc", prompt_runs.to_json, session=session, key=run_key)
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
+    return page(
+        prompt_runs.of_prompt(session, user, prompt), after, limit, "desc", prompt_runs.to_json, session=session, key=ids.parse_prompt_run
+    )
 
 
 @api.post(
@@ -127,7 +120,7 @@ def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[J
         raise BadField("model is missing.", hint="Name a model.", param="model", code="missing_required_parameter")
     if number is not None and not isinstance(number, int):
         raise BadField("version takes a whole number.", param="version")
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     dataset = _dataset(session, user, dataset_id, file)
     return prompt_runs.to_json(_run(session, user, prompt, number, model, dataset, given))
 
@@ -284,7 +277,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
             name, number, place = prompt.name, made.number, ids.public(ids.PROMPT, prompt.id)
     except StudioError as error:
         with transaction() as session:
-            prompt_ = prompts.get(session, user, key_of(data["prompt_id"])) if data.get("prompt_id") else None
+            prompt_ = prompts.get(session, user, ids.parse_prompt(data["prompt_id"])) if data.get("prompt_id") else None
             context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
             return web_templates.render(request, "prompt.html", status_code=error.status, **context)
     web_templates.flash(request, f"Saved “{name}”, version {number}.")
@@ -293,7 +286,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
 
 def _saved(session: Session, user: User, data: Typed, body: PromptBody) -> tuple[Prompt, PromptVersion]:
     if data.get("prompt_id"):
-        prompt = prompts.get(session, user, key_of(data["prompt_id"]))
+        prompt = prompts.get(session, user, ids.parse_prompt(data["prompt_id"]))
         return prompt, prompts.revise(session, user, prompt, body)
     return prompts.create(session, user, data.get("name", ""), body)
 
@@ -317,7 +310,7 @@ def _typed_body(typed: Typed) -> Json:
 
 @pages.get("/playground/prompts/{prompt_id}")
 def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: PageNumber | None = None) -> Response:
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     found = prompts.version(session, prompt, version)
     context = _form(session, user, PromptBody(**found.body), {"name": prompt.name}, [], prompt, shown=found.number)
     return web_templates.render(request, "prompt.html", **context)
@@ -325,7 +318,7 @@ def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, versi
 
 @pages.post("/playground/prompts/{prompt_id}/delete")
 def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> Response:
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.delete(session, user, prompt)
     web_templates.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
     return RedirectResponse("/playground/prompts", status_code=303)
@@ -351,12 +344,12 @@ def _start(request: Request, user: User, data: Typed, models: list[str], chosen:
 def _version(session: Session, user: User, name: str) -> PromptVersion:
     """`prompt-…:2`; the newest where no number is named."""
     prompt_id, _, number = name.partition(":")
-    return prompts.version(session, prompts.get(session, user, key_of(prompt_id)), forms.whole_number(number) if number else None)
+    return prompts.version(session, prompts.get(session, user, ids.parse_prompt(prompt_id)), forms.whole_number(number) if number else None)
 
 
 @pages.get("/playground/prompts/runs/{run_id}")
 def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Offset = 0) -> Response:
-    run = prompt_runs.get(session, user, run_key(run_id))
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     found = prompt_runs.results(session, run, after, 51)
     return web_templates.render(
         request, "prompt_run.html", run=run, key=run_id, results=found[:50], more=found[49].line if len(found) > 50 else None,
@@ -366,7 +359,7 @@ def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, afte
 
 @pages.post("/playground/prompts/runs/{run_id}/{action}")
 def change_run(session: Db, user: CurrentUser, run_id: str, action: str) -> Response:
-    run = prompt_runs.get(session, user, run_key(run_id))
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     if action == "cancel":
         prompt_runs.cancel(session, user, run)
     elif action == "delete":

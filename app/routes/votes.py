@@ -34,10 +34,6 @@ api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.VOTE, text, param="vote_id")
-
-
 class NewVote(BaseModel):
     """A vote given elsewhere: the conversation, two models, an answer of each, and which is better."""
 
@@ -58,7 +54,7 @@ def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
 @api.get("", operation_id="list_votes", responses=answers(schemas.page_of(schemas.Vote)))
 def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Votes, newest first."""
-    return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=key_of)
+    return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=ids.parse_vote)
 
 
 @api.get("/scores", operation_id="list_vote_scores", responses=answers(schemas.VoteScores))
@@ -161,7 +157,7 @@ def _again(request: Request, user: User, names: list[str], prompt: str, dataset:
 
 @pages.get("/playground/arena/{vote_id}")
 def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -> Response:
-    vote = votes.get(session, user, key_of(vote_id))
+    vote = votes.get(session, user, ids.parse_vote(vote_id))
     drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
     context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
     return web_templates.render(request, "arena.html", **context)
@@ -175,7 +171,7 @@ def cast(
     choice: Annotated[int, Form()],
     edited: Annotated[str, Form(max_length=votes.MAX_EDIT_LENGTH)] = "",
 ) -> Response:
-    votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
+    votes.cast(session, votes.get(session, user, ids.parse_vote(vote_id)), choice, edited.replace("\r\n", "\n"))
     return RedirectResponse(f"/playground/arena/{vote_id}", status_code=303)
 
 
