@@ -34,8 +34,8 @@ def single(row: Row) -> list[Row]:
     """The row when it is one question and one answer, perhaps after a system's message."""
     roles = [message["role"] for message in row["messages"]]
     plain = roles in (["user", "assistant"], ["system", "user", "assistant"])
-    learnt = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
-    return [row] if plain and learnt and not row.get("tools") else []
+    trained = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
+    return [row] if plain and trained and not row.get("tools") else []
 
 
 def prompt_and_completion(row: Row) -> list[Row]:

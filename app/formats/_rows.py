@@ -55,10 +55,10 @@ class RowShape:
         made = self.render(row)
         return trained(made).question(made)
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         """The text before the answer, without the system's message, and the answer or the answers."""
         made = self.render(row)
-        return trained(made).asked_and_learnt(made)
+        return trained(made).asked_and_trained(made)
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
         """What is given, and everything: by these a row of the validation set is recognised among the training rows."""
@@ -106,7 +106,7 @@ class Messages(RowShape):
     def question(self, row: Row) -> str:
         return last_of(row["messages"][:-1])
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return said(without_system(row["messages"][:-1])), said(row["messages"][-1:])
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -149,7 +149,7 @@ class PromptAndCompletion(RowShape):
         asked: str = row["prompt"]
         return asked
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["prompt"], row["completion"]
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -185,7 +185,7 @@ class Text(RowShape):
         passage: str = row["text"]
         return passage
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["text"], ""
 
     def given_and_all(self, row: Row) -> tuple[str, str]:

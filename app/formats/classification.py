@@ -85,7 +85,7 @@ class Classification(Format):
     def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
         return "other_label", f"Line {before} has the same input and another label.", True
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["text"], row["label"]
 
     def before_answer(self, row: Row) -> list[Row]:

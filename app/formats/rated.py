@@ -129,7 +129,7 @@ class Rated(Format):
     def question(self, row: Row) -> str:
         return last_of(row["messages"])
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return said(without_system(row["messages"])), said(row["answer"])
 
     def given_and_all(self, row: Row) -> tuple[str, str]:

@@ -149,8 +149,8 @@ class Strategy(BaseModel, ABC):
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones have 4 bytes, with a gradient
         of 4 and `optimizer_bytes` (two moments) each."""
-        learnt = self.trainable(shape)
-        return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+        trained = self.trainable(shape)
+        return Memory(weights=shape.parameters() * weight_bytes + trained * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes)
 
     def activation_counts(self, shape: Shape) -> Kept:
         """Values that a layer keeps in addition to those that any gradient passing through needs: trained weights in or next to

@@ -62,8 +62,8 @@ class Pissa(InOnePass, LowRank):
             # Sixteen iterations of the randomized SVD (Halko et al. 2011) come within float error of the exact one.
             layer.pissa_init("default", "pissa_niter_16")
             weight.data = whole  # peft has put W − s B₀ A₀ in its place, rounded to W's dtype
-            for name, learnt in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
-                layer.register_buffer(name, learnt["default"].weight.detach().clone(), persistent=False)
+            for name, matrix in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
+                layer.register_buffer(name, matrix["default"].weight.detach().clone(), persistent=False)
             layer.takes_first_off = layer.register_forward_hook(_take_first_off)  # for peft's own forward
         return attached
 

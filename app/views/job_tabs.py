@@ -66,7 +66,7 @@ def page(session: Session, user: User, job: Job, tab: str, wish: Wish, *, points
 def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Part:
     progress, spec = top["progress"], top["spec"]
     tuned = jobs.tuned_model(session, job)
-    learnt = progress.started.trainable_parameters if progress.started else spec.strategy.trainable(spec.model.shape)
+    trained = progress.started.trainable_parameters if progress.started else spec.strategy.trainable(spec.model.shape)
     total = progress.started.parameters if progress.started else spec.model.shape.parameters()
     return {
         "failure": failure(job, progress),
@@ -78,7 +78,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "tiles": tiles(job, progress, spec),
         "charts": charts.charts(progress)[:1],
-        "trainable": {"share": learnt / total if total else 0.0, "learnt": count(learnt), "all": count(total)},
+        "trainable": {"share": trained / total if total else 0.0, "trained": count(trained), "all": count(total)},
         "settings": [(name, as_text(value)) for name, value in spec.strategy.model_dump(exclude={"name"}).items() if value is not None][:4],
         "checkpoints": _checkpoints(session, job, progress),
     }

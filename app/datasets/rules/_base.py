@@ -36,15 +36,15 @@ class Seen(NamedTuple):
     row: Row
     texts: list[tuple[str, str]]
     asked: list[str]
-    learnt: list[str]
+    trained: list[str]
     shape: Format
     json: str | None = None
 
 
 def seen(line: int, row: Row, json: str | None = None) -> Seen:
     shape = formats.of(row)
-    asked, learnt = (_words(part) for part in shape.asked_and_learnt(row))
-    return Seen(line, row, list(shape.texts(row)), asked, learnt, shape, json)
+    asked, trained = (_words(part) for part in shape.asked_and_trained(row))
+    return Seen(line, row, list(shape.texts(row)), asked, trained, shape, json)
 
 
 def _words(text: str) -> list[str]:
