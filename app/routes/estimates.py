@@ -1,4 +1,4 @@
-"""`POST /v1/estimates`: what an order would take on this machine, from the same body that would create the job."""
+"""`POST /v1/estimates`: the memory, time and steps of a job on this machine, from the body that would create it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from app.web.auth import CurrentUser
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 WAIT_SECONDS = 2.0
-"""How long an answer waits for the comparison of both sides of the split. No connection is held meanwhile."""
+"""Seconds that a response waits for the leakage check of the split. No database connection is held meanwhile."""
 
 
 @api.post(
     "/estimates", operation_id="create_estimate", responses=answers(schemas.JobEstimate, 404, 409), openapi_extra=takes(schemas.CreateJob)
 )
 def estimate(user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """What a job would take on this machine, from the body that would create it."""
+    """The memory, time and steps of a job on this machine, from the body that would create it."""
     with transaction() as session:
         spec = spec_builder.build_spec(session, user, job_request.read_order(body))
         asked = split_leakage.ask(session, spec)

@@ -1,4 +1,4 @@
-"""`/v1/evaluations`, the list of them, and the page of one: a model scored on a dataset, without training."""
+"""`/v1/evaluations`, the list page, and the page of one evaluation: a model scored on a dataset, without training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHOWN = 50
     openapi_extra=takes(evaluations.EvaluationRequest),
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """Queue the scoring of a model on a dataset. An equal one that has not ended is given instead of a second."""
+    """Queue an evaluation of a model on a dataset. Where an equal one has not ended, that one is returned."""
     return evaluations.to_json(evaluations.create(session, user, evaluations.read_order(body)))
 
 
@@ -54,13 +54,13 @@ def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit:
 
 @api.get("/{evaluation_id}", operation_id="retrieve_evaluation", responses=answers(schemas.Evaluation))
 def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
-    """One evaluation, with its result once there is one."""
+    """One evaluation, with its result once it has succeeded."""
     return evaluations.to_json(evaluations.get(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.post("/{evaluation_id}/cancel", operation_id="cancel_evaluation", responses=answers(schemas.Evaluation, 409))
 def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
-    """Stop an evaluation. One that has ended stays as it is."""
+    """Cancel an evaluation. One that has ended is unchanged."""
     return evaluations.to_json(evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id)))
 
 
@@ -124,7 +124,7 @@ def order(
     part: Annotated[str, Form()] = "",
     then: Annotated[str, Form(alias="next")] = "",
 ) -> Response:
-    """Start an evaluation, and go to its page, or back to the page that asked."""
+    """Start an evaluation, then redirect to its page, or back to the page that sent the form."""
     body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None}
     try:
         with session.begin_nested():
@@ -146,7 +146,7 @@ def _number(text: str) -> int | None:
 
 
 def _local(address: str) -> str:
-    """An address of this studio, to go back to; nothing for any other."""
+    """The URL to return to if it is one of this studio, else an empty string."""
     return address if re.fullmatch(r"/(jobs|models)/[A-Za-z0-9-]+(\?tab=[a-z]+)?", address) else ""
 
 

@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning`: jobs, their events and checkpoints, as the OpenAI client asks for them, with our own words beside."""
+"""`/v1/fine_tuning`: jobs, their events and checkpoints, as OpenAI's client calls them, with additional fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Json = dict[str, Any]
 
 
 class ResumeJob(BaseModel, extra="forbid"):
-    """From where a job goes on; without a body from its newest checkpoint."""
+    """The checkpoint to resume from; without a body the newest one."""
 
     step: int | None = Field(None, ge=0, le=MAX_NUMBER, description="Of one of its checkpoints. The later ones are deleted.")
 
@@ -64,7 +64,8 @@ def create(
     "/jobs", operation_id="list_jobs", responses=answers(schemas.page_of(schemas.FineTuningJob)), openapi_extra={"parameters": [METADATA]}
 )
 def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = None, limit: Limit = 20) -> Json:
-    """Jobs, newest first. `metadata[key]=value` keeps the jobs that carry all these pairs, `metadata=null` those without metadata."""
+    """Jobs, newest first. `metadata[key]=value` filters by metadata, with all given pairs; `metadata=null` selects jobs without
+    metadata."""
     query = jobs.mine(user)
     if request.query_params.get("metadata") == "null":
         query = query.where(Job.user_metadata.is_(None))
@@ -76,35 +77,35 @@ def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = N
 
 @api.get("/jobs/{job_id}", operation_id="retrieve_job", responses=answers(schemas.FineTuningJob))
 def retrieve(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """One job, as far as it has got."""
+    """One job with its current progress."""
     return job_json.of(session, jobs.get(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/cancel", operation_id="cancel_job", responses=answers(schemas.FineTuningJob, 409))
 def cancel(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """End a job. A running one stops at its next step, until when its `progress.asked` is `cancelling`; whatever it reaches
-    before that, it ends as `cancelled` and leaves no model."""
+    """Cancel a job. A running one stops at its next step; until then its `progress.asked` is `cancelling`. It ends as `cancelled`
+    and leaves no model, even if it finishes before that step."""
     jobs.refuse_cancelled(jobs.get(session, user, ids.parse_job(job_id)))
     return job_json.of(session, jobs.cancel(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/pause", operation_id="pause_job", responses=answers(schemas.FineTuningJob, 409))
 def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """Let a job save and leave the machine. A running one does so at its next step, until when its `progress.asked` is
-    `pausing`; one that reaches its end before that ends as `succeeded`, since nothing is left to go on with."""
+    """Pause a job: it saves a checkpoint and frees the machine. A running one does so at its next step; until then its
+    `progress.asked` is `pausing`. One that finishes before that ends as `succeeded`."""
     return job_json.of(session, jobs.pause(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
 def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob = ResumeJob()) -> Json:
-    """Queue a paused, failed or cancelled job again, from its newest checkpoint, or from the one of `step`: then the later ones
-    are deleted. A cancelled job without a checkpoint is refused."""
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint or from the one of `step`, which deletes the
+    later ones. A cancelled job without a checkpoint is refused."""
     return job_json.of(session, checkpoints.resume(session, user, ids.parse_job(job_id), order.step))
 
 
 @api.get("/jobs/{job_id}/events", operation_id="list_job_events", responses=answers(schemas.page_of(schemas.FineTuningJobEvent)))
 def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None, limit: Limit = 20) -> Json:
-    """What happened in a job, newest first."""
+    """Events of a job, newest first."""
     job = jobs.get(session, user, ids.parse_job(job_id))
     names = job_json.Names(session, job)
     query = select(Event).where(Event.job_id == job.id)
@@ -127,7 +128,8 @@ def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None
 def stream(
     session: Db, user: CurrentUser, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> event_stream.EventStream:
-    """Server-sent events, from after `Last-Event-ID` or `after`. The session of this request ends before the stream begins."""
+    """Server-sent events, starting after `Last-Event-ID` or `after`. The database session of this request is closed before the
+    stream begins."""
     job = jobs.get(session, user, ids.parse_job(job_id))
     return event_stream.EventStream(job.id, event_stream.after_id(last_event_id, after))
 
@@ -147,7 +149,7 @@ def list_checkpoints(session: Db, user: CurrentUser, job_id: str, after: After =
 
 @api.post("/jobs/{job_id}/checkpoints/{step}/keep", operation_id="keep_job_checkpoint", responses=answers(schemas.Model, 404, 409))
 def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> Json:
-    """Keep a checkpoint as a model of its own, which stays when the job goes. Asked twice it is kept once."""
+    """Register a checkpoint as a model that outlives the job. Repeated requests return the same model."""
     return model_json(session, checkpoints.keep(session, jobs.get(session, user, ids.parse_job(job_id)), step))
 
 
@@ -158,7 +160,7 @@ def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> 
     openapi_extra=takes(schemas.CreateCheckpointPermissions),
 )
 def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json, Body()]) -> Json:
-    """Note the projects that may use a checkpoint."""
+    """Record the projects that may use a checkpoint."""
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
@@ -226,7 +228,7 @@ def _permission_key(text: str) -> uuid.UUID:
 
 
 def _job_of_checkpoint(session: Session, user: User, name: str) -> Job:
-    """The job of a checkpoint or tuned model named `ft:…`. Raises NotFound."""
+    """The job of a checkpoint or of a fine-tuned model named `ft:…`. Raises NotFound."""
     resolved = models.resolve(session, user, name)
     job_id = resolved.checkpoint.job_id if resolved.checkpoint is not None else resolved.model.job_id
     if job_id is None:

@@ -1,4 +1,5 @@
-"""`/v1/predictions`, and the page “Run on a file”: a model over all rows of a file, which comes back with columns added."""
+"""`/v1/predictions`, and the page “Run on a file”: a model applied to all rows of a file, whose result is the file with columns
+added."""
 
 from __future__ import annotations
 
@@ -49,26 +50,26 @@ def list_predictions(session: Db, user: CurrentUser, after: After = None, limit:
 
 @api.get("/{prediction_id}", operation_id="retrieve_prediction", responses=answers(schemas.Prediction))
 def retrieve(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """One run, and how far it is."""
+    """One run, with its progress."""
     return to_json(evaluations.get(session, user, ids.parse_prediction(prediction_id), KINDS))
 
 
 @api.post("/{prediction_id}/cancel", operation_id="cancel_prediction", responses=answers(schemas.Prediction))
 def cancel(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """Stop a run. One that has ended stays as it is."""
+    """Cancel a run. One that has ended is unchanged."""
     return to_json(evaluations.cancel(session, user, ids.parse_prediction(prediction_id), KINDS))
 
 
 @api.delete("/{prediction_id}", operation_id="delete_prediction", responses=answers(schemas.Deleted))
 def delete(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """Delete a run and its content; one that has not ended is stopped."""
+    """Delete a run and its content; one that has not ended is cancelled."""
     predictions.delete(session, user, ids.parse_prediction(prediction_id))
     return {"id": prediction_id, "object": "prediction", "deleted": True}
 
 
 @api.get("/{prediction_id}/content", operation_id="retrieve_prediction_content", responses=CONTENT, response_class=StreamingResponse)
 def content(session: Db, user: CurrentUser, prediction_id: str, format: Annotated[Format | None, Query()] = None) -> Response:
-    """The file with its columns added, as CSV or JSON lines; by default like the input."""
+    """The file with its columns added, as CSV or JSON lines; by default in the format of the input."""
     return _download(evaluations.get(session, user, ids.parse_prediction(prediction_id), KINDS), format)
 
 
@@ -129,7 +130,7 @@ def _start(user: User, form: Form) -> None:
             order = {"model": fields.get("model", ""), "file": ids.public(ids.FILE, file.id), "max_tokens": most}
             predictions.create(session, user, PredictionOrder(**order, column=fields.get("column", "").strip()[:200] or None))
     except StudioError:
-        with transaction() as session:  # nothing half-saved: the bytes go too
+        with transaction() as session:  # if the run cannot be created, the uploaded bytes are deleted too
             files.discard_if_unused(session, upload.blob)
         raise
 

@@ -1,4 +1,4 @@
-"""`/v1/prompts` and the prompt lab's pages: prompts with versions, and what they score on the validation set."""
+"""`/v1/prompts` and the prompt lab: prompts with versions, and their scores on validation rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PREFIX = "prompt"
 
 @api.post("", operation_id="create_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.CreatePrompt))
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """A new prompt with its first version: `{"name", …PromptBody}`."""
+    """A new prompt with its first version. Body: `{"name", …PromptBody}`."""
     given = dict(body)
     name = given.pop("name", None)
     if not isinstance(name, str):
@@ -57,13 +57,13 @@ def list_prompts(session: Db, user: CurrentUser, after: After = None, limit: Lim
 
 @api.get("/runs/{run_id}", operation_id="retrieve_prompt_run", responses=answers(schemas.PromptRun))
 def retrieve_run(session: Db, user: CurrentUser, run_id: str) -> Json:
-    """One run, as far as it has got."""
+    """One run, with its progress."""
     return prompt_runs.to_json(prompt_runs.get(session, user, ids.parse_prompt_run(run_id)))
 
 
 @api.get("/runs/{run_id}/results", operation_id="list_prompt_run_results", responses=answers(schemas.PromptRunRows))
 def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
-    """Rows in the dataset's order; `after` is the line of the last row of the page before."""
+    """Results in the dataset's order; `after` is the line of the last row of the previous page."""
     run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     found = prompt_runs.results(session, run, after, limit + 1)
     return {"object": "list", "data": [prompt_runs.result_json(r) for r in found[:limit]], "has_more": len(found) > limit}
@@ -71,19 +71,19 @@ def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limi
 
 @api.post("/runs/{run_id}/cancel", operation_id="cancel_prompt_run", responses=answers(schemas.PromptRun))
 def cancel_run(session: Db, user: CurrentUser, run_id: str) -> Json:
-    """Stop a run. What was scored so far is kept."""
+    """Cancel a run. Results so far are kept."""
     return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, ids.parse_prompt_run(run_id))))
 
 
 @api.get("/{prompt_id}", operation_id="retrieve_prompt", responses=answers(schemas.Prompt))
 def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
-    """A prompt in all its versions."""
+    """A prompt with all its versions."""
     return prompts.to_json(session, prompts.get(session, user, ids.parse_prompt(prompt_id)))
 
 
 @api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """A new version; what is omitted is as in the newest."""
+    """A new version; omitted fields are taken from the newest."""
     prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.revise(session, user, prompt, prompts.read_body({**prompts.version(session, prompt).body, **body}))
     return prompts.to_json(session, prompt)
@@ -91,7 +91,7 @@ def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json,
 
 @api.delete("/{prompt_id}", operation_id="delete_prompt", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, prompt_id: str) -> Json:
-    """Delete a prompt with its versions. Refused while a run of it has not ended."""
+    """Delete a prompt with its versions. Refused while one of its runs has not ended."""
     prompts.delete(session, user, prompts.get(session, user, ids.parse_prompt(prompt_id)))
     return {"id": prompt_id, "object": "prompt", "deleted": True}
 
@@ -112,7 +112,7 @@ def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = Non
     openapi_extra=takes(schemas.CreatePromptRun),
 )
 def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """Put a prompt to a model, over rows of a dataset."""
+    """Run a prompt with a model over rows of a dataset."""
     given = dict(body)
     model, number = given.pop("model", None), given.pop("version", None)
     dataset_id, file = given.pop("dataset_id", None), given.pop("file", None)
@@ -126,7 +126,7 @@ def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[J
 
 
 def _dataset(session: Session, user: User, dataset_id: Any, file: Any) -> Dataset:
-    """By its public id, or by the file it was read from."""
+    """A dataset by its id, or by the file it was parsed from."""
     if isinstance(dataset_id, str):
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if isinstance(file, str):
@@ -176,7 +176,7 @@ def new(
     dataset: Annotated[str, Query()] = "",
     model: Annotated[str, Query()] = "",
 ) -> Response:
-    """A preset. Of a dataset of labels the answer is the label that is named first."""
+    """A preset. For a labeled dataset the answer is scored by the first label that it contains."""
     start = prompts.STARTS.get(builder, prompts.STARTS["zero_shot"])
     chosen = _chosen(session, user, {"dataset": dataset})
     if chosen is not None and objectives.get(chosen.task).classifies:
@@ -185,7 +185,7 @@ def new(
 
 
 def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
-    """The dataset that was chosen, or the newest that can be used."""
+    """The selected dataset, or the newest that can be used."""
     found = prompt_lab.usable(session, user)
     return next((d for d in found if ids.public(ids.DATASET, d.id) == data.get("dataset")), found[0] if found else None)
 
@@ -193,7 +193,7 @@ def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
 def _form(
     session: Session, user: User, body: PromptBody | None, data: Typed, models: list[str], prompt: Prompt | None = None, **more: Any
 ) -> Json:
-    """The context of the form. `more` holds what was typed where it could not be read, and the error that says why."""
+    """The template context of the form. `more` holds raw input that is invalid, and the error."""
     fault: StudioError | None = more.get("error")
     choices = playground.choices(session, user)
     first = next((option.name for group in choices.values() for option in group), "")
@@ -221,7 +221,7 @@ def _as_typed(body: PromptBody) -> Typed:
 
 
 async def _posted(request: Request) -> tuple[Typed, list[str], list[str]]:
-    """The fields of a posted form, the models and the prompts that were ticked."""
+    """The fields of a posted form, with the selected models and prompts."""
     form = await request.form(max_fields=256, max_files=0)
     data = {key: str(value).replace("\r\n", "\n") for key, value in form.items()}
     return data, [str(name) for name in form.getlist("models") if name], [str(name) for name in form.getlist("prompts") if name]
@@ -233,7 +233,7 @@ def _typed(data: Typed) -> Typed:
 
 @pages.post("/playground/prompts/preview")
 async def preview(request: Request, user: CurrentUser) -> Response:
-    """The prompt of the form as it stands, filled in with the first row; or what is wrong with it."""
+    """The form's prompt rendered with the first row, or the error in it."""
     data, _, _ = await _posted(request)
     return await run_in_threadpool(_preview, request, user, data)
 
@@ -250,13 +250,13 @@ def _preview(request: Request, user: User, data: Typed) -> Response:
 
 @pages.post("/playground/prompts/try")
 async def try_out(request: Request, user: CurrentUser) -> Response:
-    """Three validation rows through the first chosen model, with the prompt as it is in the form; nothing is saved."""
+    """Run the form's prompt with the first selected model on three validation rows; nothing is saved."""
     return await run_in_threadpool(_save, request, user, *(await _posted(request))[:2], "try")
 
 
 @pages.post("/playground/prompts")
 async def save(request: Request, user: CurrentUser) -> Response:
-    """A new prompt, or with `prompt_id` a new version of one; with `do=run` also a run on each chosen model."""
+    """Save a new prompt, or with `prompt_id` a new version of one; with `do=run` also start a run with each selected model."""
     data, models, _ = await _posted(request)
     return await run_in_threadpool(_save, request, user, data, models, data.get("do", "save"))
 
@@ -296,7 +296,7 @@ def _rows_of(data: Typed) -> Json:
 
 
 def _typed_body(typed: Typed) -> Json:
-    """What a person typed, as PromptBody takes it. Texts are kept to the letter; an empty number is its default."""
+    """The form's input as PromptBody takes it. Texts are not stripped; an empty number means the default."""
     found: Json = {k: v for k, v in typed.items() if v != "" or k in ("system", "example")}
     found["separator"] = typed.get("separator", "\\n\\n").replace("\\n", "\n")
     lines = [forms.whole_number(part) for part in typed.get("lines", "").replace(",", " ").split()]
@@ -326,7 +326,7 @@ def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> 
 
 @pages.post("/playground/prompts/runs")
 async def start(request: Request, user: CurrentUser) -> Response:
-    """One run for each chosen prompt and model."""
+    """Start one run for each selected prompt and model."""
     return await run_in_threadpool(_start, request, user, *await _posted(request))
 
 
@@ -342,7 +342,7 @@ def _start(request: Request, user: User, data: Typed, models: list[str], chosen:
 
 
 def _version(session: Session, user: User, name: str) -> PromptVersion:
-    """`prompt-…:2`; the newest where no number is named."""
+    """A version by `prompt-…:2`; the newest without a number."""
     prompt_id, _, number = name.partition(":")
     return prompts.version(session, prompts.get(session, user, ids.parse_prompt(prompt_id)), forms.whole_number(number) if number else None)
 

@@ -1,4 +1,4 @@
-"""`/v1/votes` and the page of blind votes."""
+"""`/v1/votes` and the arena: blind pairwise votes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Json = dict[str, Any]
 
 
 class NewVote(BaseModel):
-    """A vote given elsewhere: the conversation, two models, an answer of each, and which is better."""
+    """A vote cast elsewhere: the conversation, two models with an answer each, and the preferred one."""
 
     models: list[str] = Field(min_length=2, max_length=2)
     messages: list[Message] = Field(min_length=1, max_length=2048)
@@ -46,7 +46,7 @@ class NewVote(BaseModel):
 
 @api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
 def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
-    """Store a vote that was given elsewhere."""
+    """Store a vote that was cast elsewhere."""
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
     return votes.to_json(votes.add(session, user, body.models, messages, body.answers, body.choice, body.edited))
 
@@ -59,7 +59,7 @@ def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit
 
 @api.get("/scores", operation_id="list_vote_scores", responses=answers(schemas.VoteScores))
 def scores(session: Db, user: CurrentUser) -> Json:
-    """Every pair of models that was voted on, and whether one is better by more than chance."""
+    """Every pair of models that was voted on, and whether one is better with statistical significance."""
     found = votes.scores(session, user)
     return {"object": "list", "data": [_score(s) for s in found]}
 
@@ -75,7 +75,7 @@ class NewDataset(BaseModel):
 
 @api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409))
 def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
-    """Make a dataset of the votes, to fine-tune on."""
+    """Create a preference dataset from the votes."""
     dataset = votes.make_dataset(session, user, body.kind)
     return {"id": ids.public(ids.DATASET, dataset.id), "object": "dataset", "name": dataset.name, "status": dataset.status}
 
@@ -110,7 +110,8 @@ async def ask(
     dataset: Annotated[str, Form(max_length=100)] = "",
     max_tokens: Annotated[int, Form(ge=1, le=4096)] = 96,
 ) -> Response:
-    """Ask both, wait for both, and show them without their names. Without a prompt, a row of the dataset asks."""
+    """Send the prompt to both models, wait for both answers, and show them without their names. Without a prompt, one is taken
+    from a row of the dataset."""
     names, prompt = models or [], playground.readable(prompt.replace("\r\n", "\n"))
     sampling = Sampling(max_tokens=max_tokens)
     try:
