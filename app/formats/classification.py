@@ -70,7 +70,7 @@ class Classification(Format):
     def normalise(self, row: Row, mapping: Columns) -> Row:
         return {"text": text_of(row, mapping["text"]) or "", "label": label_of(row, mapping["label"])}
 
-    # Its rows: a text model reads the text alone, and the label is what is said about it.
+    # Its rows: a text model reads the text alone; the label is the target.
 
     def render(self, row: Row) -> Row:
         return {"text": row["text"]}

@@ -162,7 +162,7 @@ def _task(order: JobRequest, dataset: Dataset) -> Task:
 
 
 def _named_by_method(order: JobRequest) -> list[str]:
-    """The objectives that the method asked for is of; none where it leaves them open, as supervised does."""
+    """The objectives of the requested method; none where it leaves them open, as supervised does."""
     wanted = order.method.type if order.method else SUPERVISED
     return [] if wanted == SUPERVISED else [name for name, entry in OBJECTIVES.items() if entry.method == wanted]
 
@@ -257,10 +257,10 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
 
 
 def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> BaseModel | None:
-    """The objective's own settings; what `preference` says goes before OpenAI's `beta`."""
+    """The objective's own settings; `preference` takes precedence over OpenAI's `beta`."""
     wanted = OBJECTIVES[task].settings
     if wanted is None:
-        # While the dataset is being read its task is not known, so what belongs to another is refused when it is ready.
+        # While the dataset is being parsed its task is unknown, so settings of another task are refused when it is ready.
         if order.preference is not None and dataset.status == "ready":
             raise BadField(
                 f"The settings “preference” are for {' and '.join(n for n, o in OBJECTIVES.items() if o.settings)}; this job is for {task}.",
