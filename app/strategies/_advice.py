@@ -106,7 +106,7 @@ def by_data(strategy: Weighed, facts: Facts) -> list[Reason]:
 
 
 def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
-    """A frozen model suffices for few labels. The smallest class shows how many rows the hardest class has."""
+    """With few labeled rows a frozen model suffices. The smallest class decides whether they are few."""
     found = []
     words, least, large = labeled(facts)
     if strategy.family == "feature":

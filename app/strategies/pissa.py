@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 class Pissa(InOnePass, LowRank):
     """The correction s B A, s = alpha / rank, starts not at zero but as the top singular part of the base weight W, s B₀ A₀. That
-    part is taken off beside it, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written to.
+    part is subtracted in the forward pass, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written
+    to.
 
-    What is saved is an ordinary LoRA of twice the rank against the untouched base, A' = [A − A₀; A₀], B' = [B, B − B₀], so the
-    result loads anywhere and shares the base with its siblings.
+    What is saved is an ordinary LoRA of twice the rank for the unchanged base, A' = [A − A₀; A₀], B' = [B, B − B₀], so the result
+    loads anywhere and shares the base with its siblings.
     """
 
     name: Literal["pissa"] = "pissa"
