@@ -1,5 +1,4 @@
-"""The metrics: what each is called, what it means, and which way is better. One table for pages, verdicts, comparisons and charts: a
-line here is a metric."""
+"""The metrics: name, meaning, and direction. One table for pages, verdicts, comparisons and charts: a line here is a metric."""
 
 from __future__ import annotations
 
@@ -12,13 +11,13 @@ class Metric(NamedTuple):
     title: str
     meaning: str
     lower_is_better: bool
-    unit: Unit = ""  # a share is written in percent
-    column: str = ""  # its title in tables of jobs, where that says more
-    tile: int = 0  # place among the scores of which a job's page shows the first that was measured; 0: none of them
-    base: str = "Base"  # what a verdict calls the score that a tuned model is compared with
+    unit: Unit = ""  # fractions are shown in percent
+    column: str = ""  # its title in tables of jobs, where more precise
+    tile: int = 0  # order among the scores of which a job's page shows the first that was measured; 0: none of them
+    base: str = "Base"  # name in a verdict of the score that a fine-tuned model is compared with
     beside: str = "of the base"  # the same in a sentence
-    few_shot: str = "Base, few-shot"  # and the score of a model that was not trained, but shown examples
-    enough: float | None = None  # where a prompt alone reaches this, tuning has little left to teach
+    few_shot: str = "Base, few-shot"  # name of the score of an untrained model with few-shot examples
+    enough: float | None = None  # where a prompt alone reaches this, fine-tuning can gain little
 
 
 METRICS: dict[str, Metric] = {
@@ -56,9 +55,9 @@ METRICS: dict[str, Metric] = {
     "chosen_reward": Metric("Reward of chosen answers", "against the base model", False),
     "rejected_reward": Metric("Reward of rejected answers", "against the base model", True),
 }
-"""In the order in which they are shown."""
+"""In display order."""
 TILES = sorted((name for name, metric in METRICS.items() if metric.tile), key=lambda name: METRICS[name].tile)
-"""The score that says most about a task, first."""
+"""The most informative metric of each task, first."""
 
 
 def in_text(name: str) -> str:
@@ -75,7 +74,7 @@ ABILITY = {
     "forgot much": "dropped much",
     "nothing, by construction": "unchanged by design",
 }
-"""The words of the pages for the verdicts on forgetting: pages show the change of general ability, for which more is better."""
+"""Labels of the verdicts on forgetting: pages show the change of general ability, for which higher is better."""
 
 
 def signed(share: float, digits: int = 1) -> str:
@@ -85,5 +84,5 @@ def signed(share: float, digits: int = 1) -> str:
 
 
 def ability(change: float, digits: int = 1) -> str:
-    """The change of general ability for a relative change of bits per byte: more bits are less ability."""
+    """The change of general ability for a relative change of bits per byte: more bits mean less ability."""
     return signed(-change, digits)

@@ -205,7 +205,7 @@ def _report(text: str) -> Run:
 
 def _overlap(text: str) -> Run:
     rows = [splits.Line(line, row) for line, row in enumerate(_normalised(text), 1)]
-    return lambda: (splits.overlap(rows, rows), [splits.key_of(row.row, "0") for row in rows])
+    return lambda: (splits.overlap(rows, rows), [splits.split_hash(row.row, "0") for row in rows])
 
 
 def _conversions(text: str) -> Run:

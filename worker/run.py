@@ -167,10 +167,10 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     measured, shape = finished.measured, spec.model.shape
     if started is None or started.resumed_from is not None or measured.tokens < MIN_TOKENS or not measured.tokens_per_second:
         return
-    learnt = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
+    share = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
-    work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, learnt, recomputed)
+    work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, share, recomputed)
     speed = measured.tokens_per_second * work
     course = duration.Workload(
         train=started.train_tokens,
@@ -178,7 +178,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         longest=0,
         tokens=measured.tokens,
         steps=measured.steps,
-        learnt=learnt,
+        trained_share=share,
         rows=started.train_rows,
         labels=len(finished.labels or ()),
     )

@@ -102,7 +102,7 @@ class Report:
             self.say({"finding": {"line": line, **told}})
 
     def count(self, row: Row, text: str, line: int) -> None:
-        """Add a good row to the counts, and look at its texts."""
+        """Count a valid row, and examine its texts."""
         one = seen(line, row, text)
         length = sum(len(part) for _, part in one.texts)
         self.characters += length
@@ -144,6 +144,6 @@ class Report:
 
 
 def label_name(label: str) -> str:
-    """A label as it is counted and shown: a long one is cut, and its fingerprint keeps it apart from others that begin so."""
+    """A label as it is counted and shown: a long one is truncated, with its fingerprint, so that it stays distinct."""
     short = label if len(label) <= LABEL_CHARACTERS else f"{label[:LABEL_CHARACTERS]}… ({fingerprint(label):016x})"
     return str(storable(short))

@@ -244,12 +244,13 @@ def with_rows(session: Session, user: User) -> list[Dataset]:
 
 
 def trainable(dataset: Dataset) -> bool:
-    """Whether a method trains on these rows as they are. True while nobody knows, since a job may wait for a dataset that is being read."""
+    """Whether a method trains on these rows as they are. True while that is unknown, since a job may wait for a dataset that is
+    being parsed."""
     return dataset.good_rows != 0 and (dataset.format is None or bool(formats.objectives_of(dataset.format)))
 
 
 def usual_task(dataset: Dataset) -> str | None:
-    """The objective of a job on these rows where nobody says which."""
+    """The default objective of a job on these rows."""
     found = formats.objectives_of(dataset.format) if dataset.format else []
     return found[0].name if found else dataset.task
 

@@ -44,7 +44,7 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
     """
     if fraction <= 0 or len(rows) < 2:
         return [False] * len(rows)
-    keys = [key_of(row.row, seed) for row in rows]
+    keys = [split_hash(row.row, seed) for row in rows]
     if method == "grouped":
         return _grouped(_joined([_value(row, column) for row in rows], keys), fraction, seed)
     if method == "random":
@@ -62,7 +62,7 @@ def divide(rows: Sequence[Any], fraction: float, seed: int, method: str = "rando
     return held if not all(held) else [False] * len(rows)
 
 
-def key_of(row: dict[str, Any], seed: int | str) -> bytes:
+def split_hash(row: dict[str, Any], seed: int | str) -> bytes:
     """The hash that decides a row's side: of the seed and everything a model sees of the row."""
     seen = {name: value for name, value in row.items() if name != "metadata"}
     return hashlib.sha256(f"{seed}\n{json.dumps(seen, sort_keys=True, ensure_ascii=False)}".encode()).digest()

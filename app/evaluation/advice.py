@@ -221,7 +221,7 @@ def closeness(distance: float) -> str:
 # Should you fine-tune at all? ----------------------------------------------------------------------------------------------
 
 PROMPTED = [name for name in metrics.TILES if metrics.METRICS[name].enough is not None]
-"""What a prompt alone is scored by: long answers hardly ever agree to the letter."""
+"""Metrics of a prompt alone: exact match is useless for long answers."""
 
 
 def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float | None]:
@@ -270,6 +270,6 @@ def _by(facts: Facts, *, examples: bool) -> str:
 
 
 def _foreseen(result: Mapping[str, Any]) -> str:
-    """The effect of examples on the likelihood of the references, which is less noisy than a few generated answers."""
+    """The effect of few-shot examples on the likelihood of the references, which is less noisy than a few generated answers."""
     before, after = ((result.get(name) or {}).get("bits_per_byte") for name in ("zero_shot", "few_shot"))
     return f" Bits per byte of the references: {before:.2f} zero-shot, {after:.2f} few-shot." if before and after else ""

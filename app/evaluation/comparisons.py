@@ -22,6 +22,7 @@ from app import ownership
 from app.errors import BadField, Conflict, DoesNotFit, NotFound, StudioError
 from app.jobs import request as job_request
 from app.jobs import service as jobs
+from app.jobs import spec_builder
 from app.jobs.defaults import usual_run
 from app.jobs.request import DatasetId, JobRequest, bad_field
 from app.kit import ids, once
@@ -125,7 +126,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
 
     Raises NotFound, BadField or Conflict for an error of the request as a whole.
     """
-    found = job_request.ground(session, user, _job_order(order, {}, None))
+    found = spec_builder.context_of(session, user, _job_order(order, {}, None))
     plan = Plan(found.dataset.name, [], [])
     if found.dataset.status != "ready":
         raise Conflict(
@@ -140,7 +141,7 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
     return plan
 
 
-def _plan_jobs(session: Session, order: ComparisonOrder, found: job_request.OrderContext, usual: JSON, plan: Plan) -> None:
+def _plan_jobs(session: Session, order: ComparisonOrder, found: spec_builder.OrderContext, usual: JSON, plan: Plan) -> None:
     """Put every job that can be had, and every refusal, into the plan."""
     for strategy in _read_strategies(order):
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
@@ -204,15 +205,15 @@ def _same_tokens(run: Mapping[str, Any], fraction: float) -> dict[str, Any]:
     return again if run.get("eval_steps") else again | {"evaluations_per_epoch": evaluations * fraction}
 
 
-def _try(session: Session, found: job_request.OrderContext, order: JobRequest) -> tuple[str, JSON | None]:
+def _try(session: Session, found: spec_builder.OrderContext, order: JobRequest) -> tuple[str, JSON | None]:
     """(why this job cannot run, or ""; its estimate). Raises an error of the request as a whole."""
     try:
-        spec = job_request.spec_on(found, order)
+        spec = spec_builder.spec_on(found, order)
     except StudioError as error:
         if error.code in ("strategy_unavailable", "no_room", "setting_without_use", "needs_whole_weights"):
             return error.message, None
         raise
-    cost = job_request.estimate_of(session, spec)
+    cost = spec_builder.estimate_of(session, spec)
     assert cost is not None, "the rows were read"
     if not cost["fits"]:
         return (

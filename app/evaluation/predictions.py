@@ -126,10 +126,6 @@ def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.U
     return made
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.PREDICTION, text, param="prediction_id")
-
-
 def to_json(found: Evaluation) -> JSON:
     """A run as the API returns it."""
     spec, result = found.spec, found.result or {}

@@ -146,9 +146,9 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
     task = dataset.task or DEFAULT
     job, base = models.origin(session, resolved)
     _check_can_do(resolved, dataset, order.kind, job)
-    learnt = job is not None and job.dataset_id in datasets.family(session, dataset)
-    run = job.spec["run"] if job is not None and learnt else {}
-    shared = learnt and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
+    trained_on = job is not None and job.dataset_id in datasets.family(session, dataset)
+    run = job.spec["run"] if job is not None and trained_on else {}
+    shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
     return EvaluationSpec(
         kind=order.kind,
@@ -159,13 +159,13 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         rows=order.rows or ROWS[order.kind],
         part=part,
         validation_fraction=order.validation_fraction or run.get("validation_fraction") or held_out_share(dataset.good_rows),
-        split=Split.model_validate(job.spec["split"]) if learnt and job is not None and job.spec.get("split") else None,
+        split=Split.model_validate(job.spec["split"]) if trained_on and job is not None and job.spec.get("split") else None,
         max_length=order.max_length,
         answers=order.answers,
         answer_tokens=order.answer_tokens,
         forgetting=order.forgetting and base is not None,
         seed=order.seed if order.seed is not None else run.get("seed", 42),
-        note=_note(shared, part, order, run, same=job is not None and job.dataset_id == dataset.id) if learnt else "",
+        note=_note(shared, part, order, run, same=job is not None and job.dataset_id == dataset.id) if trained_on else "",
     )
 
 

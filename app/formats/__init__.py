@@ -60,17 +60,18 @@ _KEYS = [(frozenset(entry.keys), entry) for entry in _OWNERS]
 
 
 def of(row: Row) -> Format:
-    """The format that owns a normalised row's shape: the one of whose keys the row has the most. Text where none fits."""
+    """The format that owns the shape of a normalized row: the one of whose keys the row has the most; plain text where none
+    matches."""
     return next((entry for keys, entry in _KEYS if keys <= row.keys()), FORMATS["plain_text"])
 
 
 def asks(name: str | None) -> bool:
-    """Whether rows of a format ask something; True while the format is not known."""
+    """Whether rows of a format have a prompt; True while the format is unknown."""
     return name is None or get(name).asks
 
 
 def conversations(name: str | None) -> bool:
-    """Whether rows of a format are written with a chat template whatever the model; True while the format is not known."""
+    """Whether rows of a format are rendered with a chat template by every model; True while the format is unknown."""
     return name is None or get(name).conversations
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from app.formats._conversions import Conversion
-from app.formats._rows import Row as Row  # where the formats look for it
+from app.formats._rows import Row as Row  # re-exported for the formats
 from app.formats._rows import RowShape
 from app.kit.json_safe import DEEPEST, finite, too_deep
 from app.objectives import DEFAULT
@@ -41,10 +41,8 @@ class Field(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One thing about one row. An `error` leaves the row out; a `warning` or `note` keeps it.
-
-    `column` is a path into the row, as `messages[2].content`. `fix` is `{label, operation, arguments}`.
-    """
+    """One issue of one row. An `error` excludes the row; a `warning` or `note` does not. `column` is a path into the row, as
+    `messages[2].content`. `fix` is `{label, operation, arguments}`."""
 
     rule: str
     message: str
@@ -68,38 +66,38 @@ class Format(RowShape, ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    task: ClassVar[str] = DEFAULT  # the objective that its rows are for
-    shape: ClassVar[str]  # which normalised shape its rows have: its own name, or that of the format that owns it
-    summary: ClassVar[str]  # one sentence in plain words
+    task: ClassVar[str] = DEFAULT  # the objective of its rows
+    shape: ClassVar[str]  # shape of its normalized rows: its own name, or the name of the format that owns the shape
+    summary: ClassVar[str]  # one sentence
     example: ClassVar[Row]  # one valid raw row, shown in the help and checked by the tests
     fields: ClassVar[tuple[Field, ...]]
     place: ClassVar[int] = 100  # order in lists, and which format wins a tie
-    trained: ClassVar[bool] = True  # the objective of its task trains on it; False: only objectives whose `formats` name it do
-    model_kinds: ClassVar[Kinds | None] = None  # kinds of models that suit it, where not those of its objective
+    trained: ClassVar[bool] = True  # whether the objective of its task trains on it; False: only objectives that list it in `formats`
+    model_kinds: ClassVar[Kinds | None] = None  # suitable kinds of models, where they differ from those of its objective
 
-    conversions: ClassVar[Mapping[str, Conversion]] = {}  # shape → how its rows become rows of that shape
-    columns: ClassVar[Mapping[str, str]] = {}  # field → key of a normalised row, where that is another word
-    checked_as: ClassVar[str | None] = None  # the format that checks a normalised row that a person typed, where not this one
+    conversions: ClassVar[Mapping[str, Conversion]] = {}  # shape → conversion of its rows to that shape
+    columns: ClassVar[Mapping[str, str]] = {}  # field → key of a normalized row, where the names differ
+    checked_as: ClassVar[str | None] = None  # the format that validates a normalized row typed by a person, where it is another one
 
-    file_columns: ClassVar[Mapping[str, str] | None] = None  # field → column of what `file_row` writes; None: under their own names
+    file_columns: ClassVar[Mapping[str, str] | None] = None  # field → column in the output of `file_row`; None: the same names
 
     @property
     def file_mapping(self) -> dict[str, str]:
-        """The mapping that reads what `file_row` writes; an empty name keeps a field from being guessed among the metadata."""
+        """The mapping that parses the output of `file_row`; an empty name keeps a field from being detected among the metadata."""
         own = {field.name: field.name if field.name in self.keys else "" for field in self.fields}
         return dict(self.file_columns) if self.file_columns is not None else own
 
     def file_row(self, row: Row) -> Row:
-        """A normalised row as a row of a file, without its metadata: `normalise` gives it back."""
+        """A normalized row as a row of a file, without its metadata: the inverse of `normalise`."""
         return {key: row[key] for key in (*self.keys, "tools") if key in row}
 
     def identity(self, row: Row) -> dict[str, str]:
-        """The mapping that reads a normalised row as a row of this format."""
+        """The mapping that parses a normalized row as a row of this format."""
         own = {field.name: field.name for field in self.fields if field.name in row}
         return own | {field: column for field, column in self.columns.items() if column in row}
 
     def tuned_kind(self, kind: str) -> str:
-        """The kind of a model of `kind` after it has learnt such rows."""
+        """The kind of a model of `kind` after training on such rows."""
         return kind
 
     def guess_mapping(self, columns: Sequence[str]) -> dict[str, str]:
@@ -126,12 +124,12 @@ class Format(RowShape, ABC):
         named = ", ".join(f"“{column}”" for column in mapping.values())
         columns_of_it = "Columns" if len(mapping) > 1 else "Column"
         reason = f"{columns_of_it} {named}; {good:.0%} of {len(rows)} sampled rows match."
-        # Valid rows decide; among formats that fit equally well, the one that explains more columns wins.
+        # The share of valid rows decides; among formats that fit equally well, the one that explains more columns.
         return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason, good)
 
     @abstractmethod
     def check(self, row: Row, mapping: Columns) -> list[Finding]:
-        """Everything wrong with one raw row, in reading order; empty when it is valid."""
+        """All issues of one raw row, in reading order; empty when it is valid."""
 
     @abstractmethod
     def normalise(self, row: Row, mapping: Columns) -> Row:
@@ -144,7 +142,7 @@ class Format(RowShape, ABC):
 
 
 def plain(column: str) -> str:
-    """A column name without case, spaces and underscores at its ends: `Human Message ` → `human_message`."""
+    """A column name in lower case, without spaces and surrounding underscores: `Human Message ` → `human_message`."""
     return column.strip().lower().replace(" ", "_").replace("-", "_")
 
 
@@ -162,12 +160,12 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def around(text: str, found: re.Match[str]) -> str:
-    """What was found in a text, with a little of what stands beside it."""
+    """A match in a text, with some characters of context."""
     return text[max(0, found.start() - 30) : found.end() + 30]
 
 
 def fingerprint(text: str) -> int:
-    """64 bits that tell a text from others."""
+    """A 64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 

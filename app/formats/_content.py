@@ -13,14 +13,14 @@ from app.formats._base import MAX_NAME_LENGTH, Format, Row, columns_of, parsed, 
 from app.formats._messages import is_sharegpt, is_turn
 
 MAX_COLUMNS = 300
-"""Columns that are examined: nobody means the 301st."""
+"""Maximum number of examined columns."""
 MAX_LABEL_LENGTH = 60
 HINTS = {
     "question": ("question", "frage", "pregunta", "domanda", "prompt", "query", "instruction", "request", "user", "customer", "kunde"),
     "answer": ("answer", "antwort", "respuesta", "réponse", "reponse", "risposta", "reply", "response", "output", "completion", "solution"),
     "label": ("label", "categor", "kategorie", "klasse", "class", "topic", "thema", "intent", "queue", "type", "typ", "tag", "sentiment", "team", "abteilung"),
 }  # fmt: skip
-"""Parts of column names, in the languages most exports come in."""
+"""Substrings of column names, in the languages of most exports."""
 _WORD = re.compile(r"[^\W\d_]{2}")
 _NO_PROSE = re.compile(r"https?://\S+|\S+@\S+\.\w+|[0-9a-fA-F-]{16,}|\d[\d.:/T -]*")
 
@@ -98,7 +98,7 @@ def _mapping(entry: Format, columns: Sequence[Column]) -> dict[str, str]:
 
 
 def _best(holds: str, free: Sequence[Column]) -> Column | None:
-    """The column that looks most like the content of a field."""
+    """The column whose values fit a field best."""
     if holds == "turns":
         return next((column for column in free if column.turns), None)
     if holds == "rating":
@@ -107,7 +107,7 @@ def _best(holds: str, free: Sequence[Column]) -> Column | None:
         able = [column for column in free if column.label]
         return max(able, key=lambda column: (column.hinted("label"), column.text, column.place), default=None)
     able = [column for column in free if column.text]
-    if holds == "question":  # a question comes before its answer
+    if holds == "question":  # a question precedes its answer
         return max(able, key=lambda c: (not c.label, not c.hinted("answer"), c.hinted("question"), c.asks > 0.3, -c.place), default=None)
     if holds == "answer":
         return max(able, key=lambda c: (not c.label, c.hinted("answer"), c.asks <= 0.3, c.length), default=None)

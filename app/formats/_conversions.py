@@ -1,4 +1,4 @@
-"""How rows of one shape become rows of another: what the formats' `conversions` share."""
+"""Conversions of rows from one shape to another, shared by the formats."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from app.formats._rows import Row, with_rest
 
 
 class Conversion(NamedTuple):
-    """How rows of one shape become rows of another, in words, and whether nothing of them is lost.
-
-    `turn` gives no row for one that cannot be converted, several where one holds several. With `paired` many rows are turned together
-    (`app/datasets/compose_rows.py`).
-    """
+    """A conversion of rows from one shape to another, described in words, and whether it is lossless. `turn` returns no row for
+    one that cannot be converted, several where a row holds several. With `paired` many rows are converted together
+    (`app/datasets/compose_rows.py`)."""
 
     words: str
     lossless: bool
@@ -31,11 +29,11 @@ def turns(row: Row) -> list[Row]:
 
 
 def single(row: Row) -> list[Row]:
-    """The row when it is one question and one answer, perhaps after a system's message."""
+    """The row if it is one question and one answer, optionally after a system message."""
     roles = [message["role"] for message in row["messages"]]
     plain = roles in (["user", "assistant"], ["system", "user", "assistant"])
-    learnt = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool is called, no weight is given
-    return [row] if plain and learnt and not row.get("tools") else []
+    trained = all(message.keys() == {"role", "content"} for message in row["messages"])  # no tool calls and no weights
+    return [row] if plain and trained and not row.get("tools") else []
 
 
 def prompt_and_completion(row: Row) -> list[Row]:
@@ -46,6 +44,6 @@ def prompt_and_completion(row: Row) -> list[Row]:
 
 
 def answer_of(row: Row, key: str) -> list[Row]:
-    """The conversation up to an answer; of earlier answers nothing is learnt, as in the pair it comes from."""
+    """The conversation up to an answer; earlier answers have no loss, as in the pair it comes from."""
     before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in row["messages"]]
     return [with_rest(row, {"messages": [*before, *row[key]]})]

@@ -43,14 +43,12 @@ DROP = fix("Remove row", "drop_row")
 
 
 def as_messages(value: Any, role: str = "user") -> list[Any]:
-    """Messages with `role` and `content`, from either form, from a single message, or from a text, which gets `role`.
-
-    What is no message is kept, so that validation can report it. Raises TypeError for what is neither text nor messages.
-    """
+    """Messages with `role` and `content`, from either form, from a single message, or from a text, which gets `role`. Other
+    values are kept, so that validation can report them. Raises TypeError for what is neither text nor messages."""
     turns = parsed(value)
     turns = [turns] if is_turn(turns) else turns
     if isinstance(value, str) and not (isinstance(turns, list) and turns and all(map(is_turn, turns))):
-        return [{"role": role, "content": value}] if value else []  # an answer that is JSON itself is text all the same
+        return [{"role": role, "content": value}] if value else []  # an answer that is JSON is still a text
     if turns is None:
         return []
     if not isinstance(turns, list):
@@ -131,12 +129,12 @@ def _check_message(message: Any, at: str) -> list[Finding]:
 
 
 def named(speaker: Any) -> str | None:
-    """A normalized role name, without case and surrounding blanks: “Agent ” and “agent” are one. None for what is no name."""
+    """A normalized role name, in lower case and stripped: “Agent ” and “agent” are one. None for a value that is no name."""
     return (speaker.strip().lower() or None) if isinstance(speaker, str) else None
 
 
 def known_role(name: str) -> str | None:
-    """The role that another name stands for; None where only a person can decide."""
+    """The role that another name stands for; None where it is ambiguous."""
     if name in ROLES:
         return {"developer": "system", "function": "tool"}.get(name, name)
     return SPEAKERS.get(name) or OTHER_NAMES.get(name.replace(" ", "_").replace("-", "_"))

@@ -1,7 +1,7 @@
-"""What a format knows of its normalised rows: their texts, what they ask, and how a text model reads them.
+"""The normalized rows of a format: their texts, prompts, and the sequences that a text model trains on.
 
-A text model trains on three shapes, which have their classes here: messages, a prompt with its completion, and text. Any other shape
-says with `render` which of these it becomes, and everything else follows from that; a format overrides what it knows better.
+A text model trains on three shapes, which have their classes here: messages, a prompt with its completion, and text. Any other
+shape defines by `render` which of these it becomes, and everything else is derived; a format overrides what it can do better.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ Row = dict[str, Any]
 
 
 class RowShape:
-    """What is asked of a row, whatever its format."""
+    """Operations on a row, whatever its format."""
 
-    keys: ClassVar[tuple[str, ...]] = ()  # what every normalised row of this shape has; the most of them tell whose a row is
-    asks: ClassVar[bool] = True  # a row asks something; of plain text everything is learnt
-    conversations: ClassVar[bool] = False  # rows are written with the chat template by models of any kind
+    keys: ClassVar[tuple[str, ...]] = ()  # keys of every normalized row of this shape; the shape with the most matching keys owns a row
+    asks: ClassVar[bool] = True  # a row has a prompt; in plain text every token is trained
+    conversations: ClassVar[bool] = False  # rows are rendered with the chat template by models of any kind
 
     def render(self, row: Row) -> Row:
         """The row as a text model trains on it: messages, a prompt and its completion, or text."""
         return row
 
     def sequences(self, row: Row, kind: str) -> list[Row]:
-        """The rendered rows that a trainer makes of it for a model of `kind`; of a pair the better answer's first."""
+        """The rendered rows that a trainer makes of it for a model of `kind`; of a pair the preferred answer's first."""
         return [self.render(row)]
 
     def texts(self, row: Row) -> Iterator[tuple[str, str]]:
-        """Every text that a model would see, with its place."""
+        """Every text that a model would see, with its path."""
         made = self.render(row)
         return trained(made).texts(made)
 
@@ -38,40 +38,41 @@ class RowShape:
         return ()
 
     def label(self, row: Row) -> str | None:
-        """What the row is counted under, where rows have labels or ratings."""
+        """The row's label or rating, if it has one."""
         return None
 
     def compared(self, row: Row) -> tuple[str, str]:
-        """What two rows must share to be compared, and what they may then say differently about it; empty where nothing is asked."""
+        """(what two rows must share to be compared, what they may then contradict each other in); empty for rows without a
+        prompt."""
         made = self.render(row)
         return trained(made).compared(made)
 
     def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
-        """(rule, message, whether it is a warning) about a row that asks what line `before` asks, and says something else."""
+        """(rule, message, whether it is a warning) about a row with the same prompt as line `before` and another answer."""
         return "other_answer", f"Line {before} has the same input and another answer.", False
 
     def question(self, row: Row) -> str:
-        """What it asks, as a finding shows it."""
+        """The prompt, as an issue shows it."""
         made = self.render(row)
         return trained(made).question(made)
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
-        """The text before the answer, without the system's message, and the answer or the answers."""
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
+        """The prompt without the system message, and the answer or the answers."""
         made = self.render(row)
-        return trained(made).asked_and_learnt(made)
+        return trained(made).asked_and_trained(made)
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
-        """What is given, and everything: by these a row of the validation set is recognised among the training rows."""
+        """The prompt, and all texts: by these a validation row is recognized among the training rows."""
         made = self.render(row)
         return trained(made).given_and_all(made)
 
     def before_answer(self, row: Row) -> list[Row]:
-        """The messages that a model is asked to answer; empty where there are none."""
+        """The messages before the answer; empty where there are none."""
         made = self.render(row)
         return trained(made).before_answer(made)
 
     def exchange(self, row: Row) -> dict[str, str] | None:
-        """`{"system", "prompt", "reference"}` of the first question; None for a row that asks nothing, or needs tools."""
+        """`{"system", "prompt", "reference"}` of the first question; None for a row without a prompt, or with tools."""
         made = self.render(row)
         return trained(made).exchange(made)
 
@@ -81,13 +82,13 @@ class RowShape:
         return trained(made).solved(made)
 
     def about(self, row: Row) -> str:
-        """The text by which rows are compared as vectors."""
+        """The text whose embedding represents the row."""
         made = self.render(row)
         return trained(made).about(made)
 
 
 class Messages(RowShape):
-    """A conversation; what the assistant says is learnt."""
+    """A conversation; the assistant's messages are trained."""
 
     keys: ClassVar = ("messages",)
     conversations: ClassVar = True
@@ -106,7 +107,7 @@ class Messages(RowShape):
     def question(self, row: Row) -> str:
         return last_of(row["messages"][:-1])
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return said(without_system(row["messages"][:-1])), said(row["messages"][-1:])
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -135,7 +136,7 @@ class Messages(RowShape):
 
 
 class PromptAndCompletion(RowShape):
-    """A prompt and how it goes on."""
+    """A prompt and its completion."""
 
     keys: ClassVar = ("prompt", "completion")
 
@@ -149,7 +150,7 @@ class PromptAndCompletion(RowShape):
         asked: str = row["prompt"]
         return asked
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["prompt"], row["completion"]
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -170,7 +171,7 @@ class PromptAndCompletion(RowShape):
 
 
 class Text(RowShape):
-    """A passage, all of which is learnt."""
+    """A passage, all of which is trained."""
 
     keys: ClassVar = ("text",)
     asks: ClassVar = False
@@ -185,7 +186,7 @@ class Text(RowShape):
         passage: str = row["text"]
         return passage
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["text"], ""
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -223,12 +224,12 @@ def texts_of(key: str, messages: Iterable[Row]) -> Iterator[tuple[str, str]]:
 
 
 def calls_of(message: Row) -> str:
-    """The calls of a message as text; empty where there are none."""
+    """The tool calls of a message as text; empty where there are none."""
     return json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
 
 
 def said(messages: Iterable[Row]) -> str:
-    """What messages say, tools' names and arguments too."""
+    """The text of messages, including names and arguments of tools."""
     return "\n".join(f"{message['content']} {calls_of(message)}".strip() for message in messages)
 
 
@@ -241,7 +242,7 @@ def given_and_all(before: Sequence[Row], everything: Iterable[Row]) -> tuple[str
 
 
 def last_answer(messages: Sequence[Row], none: int) -> int:
-    """The place of the assistant's last message; `none` where it says nothing."""
+    """The index of the assistant's last message; `none` where it is empty."""
     return max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=none)
 
 
@@ -255,7 +256,7 @@ def words(turn: Row) -> str:
 
 
 def with_rest(row: Row, made: Row) -> Row:
-    """`made` of a row, with its tools and metadata."""
+    """`made` from a row, with its tools and metadata."""
     return made | {key: row[key] for key in ("tools", "metadata") if row.get(key)}
 
 

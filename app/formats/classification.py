@@ -70,7 +70,7 @@ class Classification(Format):
     def normalise(self, row: Row, mapping: Columns) -> Row:
         return {"text": text_of(row, mapping["text"]) or "", "label": label_of(row, mapping["label"])}
 
-    # Its rows: a text model reads the text alone, and the label is what is said about it.
+    # Its rows: a text model reads the text alone; the label is the target.
 
     def render(self, row: Row) -> Row:
         return {"text": row["text"]}
@@ -85,7 +85,7 @@ class Classification(Format):
     def contradiction(self, row: Row, before: int) -> tuple[str, str, bool]:
         return "other_label", f"Line {before} has the same input and another label.", True
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return row["text"], row["label"]
 
     def before_answer(self, row: Row) -> list[Row]:

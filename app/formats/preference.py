@@ -90,7 +90,7 @@ class Preference(Format):
     def normalise(self, row: Row, mapping: Columns) -> Row:
         messages, tools = prompt_of(row, mapping)
         better, worse = (as_messages(row[mapping[name]], "assistant") for name in ("chosen", "rejected"))
-        if not messages:  # both answers have the whole conversation: their common part is the prompt
+        if not messages:  # both answers hold the whole conversation: their common prefix is the prompt
             shared = _shared(better, worse)
             messages, better, worse = better[:shared], better[shared:], worse[shared:]
         result: Row = {
@@ -108,7 +108,7 @@ class Preference(Format):
         )  # OpenAI's keys have a place for tools
         return {"input": asked, "preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
 
-    # Its rows: what is compared is which of two answers is called the better one.
+    # Its rows: two rows contradict each other if they prefer different answers.
 
     def render(self, row: Row) -> Row:
         return with_rest(row, {"messages": [*row["messages"], *row["chosen"]]})
@@ -135,7 +135,7 @@ class Preference(Format):
     def question(self, row: Row) -> str:
         return last_of(row["messages"])
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return said(without_system(row["messages"])), said([*row["chosen"], *row["rejected"]])
 
     def given_and_all(self, row: Row) -> tuple[str, str]:

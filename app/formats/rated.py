@@ -103,7 +103,7 @@ class Rated(Format):
         made = {"prompt": row["messages"], "completion": row["answer"], "label": row["good"]}
         return made | ({"tools": row["tools"]} if row.get("tools") else {})
 
-    # Its rows: what is compared is whether one answer is called good.
+    # Its rows: two rows contradict each other if one answer is rated good and bad.
 
     def render(self, row: Row) -> Row:
         return with_rest(row, {"messages": [*row["messages"], *row["answer"]]})
@@ -129,7 +129,7 @@ class Rated(Format):
     def question(self, row: Row) -> str:
         return last_of(row["messages"])
 
-    def asked_and_learnt(self, row: Row) -> tuple[str, str]:
+    def asked_and_trained(self, row: Row) -> tuple[str, str]:
         return said(without_system(row["messages"])), said(row["answer"])
 
     def given_and_all(self, row: Row) -> tuple[str, str]:
@@ -140,7 +140,7 @@ class Rated(Format):
         return found
 
     def exchange(self, row: Row) -> dict[str, str] | None:
-        """That of a good answer: a bad one is no reference."""
+        """The exchange of a good answer; a bad one is no reference."""
         made = self.render(row) if row["good"] else row
         return trained(made).exchange(made)
 

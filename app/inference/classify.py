@@ -20,7 +20,7 @@ MAX_TEXT_LENGTH = 200_000  # characters
 
 
 class Sorting(NamedTuple):
-    """What one classifier said of some texts: for each its labels with their probabilities, likeliest first."""
+    """The result of one classifier for some texts: for each its labels with their probabilities, most likely first."""
 
     name: str
     ref: ModelRef

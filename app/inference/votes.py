@@ -49,7 +49,7 @@ def draw(dataset: Dataset) -> list[JSON]:
 
 
 def _asks(row: JSON) -> list[JSON]:
-    """What stands before the answer of a normalised row."""
+    """The messages before the answer of a normalized row."""
     messages = formats.of(row).before_answer(row)
     plain = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
     return plain if plain and plain[-1]["role"] == "user" else []

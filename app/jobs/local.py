@@ -23,6 +23,7 @@ from app import events
 from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.models import starters
 from app.objectives import OBJECTIVES, Task
 from app.planning.schedule import held_out_share
@@ -61,7 +62,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         run = RunSettings.model_validate(settings)
     except ValidationError as error:
         raise job_request.bad_field(error, "run") from None
-    reason = strategy.unavailable(model.shape, task=task, cuda=job_request.has_gpu(run.device))
+    reason = strategy.unavailable(model.shape, task=task, cuda=spec_builder.has_gpu(run.device))
     if reason:
         raise BadField(reason, hint="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}

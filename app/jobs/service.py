@@ -1,5 +1,5 @@
 """Jobs as people see them: created, listed, paused, resumed, cancelled. Running them is `app/jobs/lifecycle.py`, validating
-requests `app/jobs/request.py`.
+requests `app/jobs/request.py` and `app/jobs/spec_builder.py`.
 
 A request about a job that nobody runs is done at once by one UPDATE. For a running job it is stored in its row, where the next
 heartbeat of its supervisor reads it.
@@ -22,7 +22,8 @@ from app import events as said
 from app.errors import Conflict, StudioError
 from app.jobs import lifecycle, split_leakage
 from app.jobs.lifecycle import record_event
-from app.jobs.request import JobRequest, build_spec, estimate_of
+from app.jobs.request import JobRequest
+from app.jobs.spec_builder import build_spec, estimate_of
 from app.models import service as models
 from app.ownership import owned
 from app.settings import get_settings

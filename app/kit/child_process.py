@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from app.errors import Unavailable
 from app.settings import PROJECT
 
 LAUNCH = str(Path(__file__).with_name("launch.py"))
@@ -125,6 +127,22 @@ def start(
         if writing is not None:
             os.close(writing)
     return Child(process, reading)
+
+
+def run(command: list[str], environment: dict[str, str], poll: Callable[[], None], seconds: float) -> tuple[int, str]:
+    """Exit status and output of a child that dies with this process. `poll` runs twice a second and may raise to stop it.
+
+    Raises Unavailable when the child takes longer than `seconds`.
+    """
+    with tempfile.TemporaryFile() as output:
+        with start(launched(command), env=environment, output=output) as child:
+            late = time.monotonic() + seconds
+            while not child.ends_within(0.5):
+                if time.monotonic() > late:
+                    raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", hint="Try again.")
+                poll()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 200_000))
+        return child.end(), output.read().decode("utf-8", "replace")
 
 
 # The death of the parent ----------------------------------------------------------------------------------------------

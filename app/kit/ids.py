@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 
 from app.errors import NotFound
 
@@ -37,3 +38,13 @@ def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
         return uuid.UUID(hex=tail)
     except ValueError:
         raise NotFound(f"No such {_NAMES.get(prefix, prefix)}: {text[:80]}", param=param) from None
+
+
+parse_job = partial(parse, JOB, param="fine_tuning_job_id")
+parse_comparison = partial(parse, COMPARISON, param="comparison_id")
+parse_evaluation = partial(parse, EVALUATION, param="evaluation_id")
+parse_prediction = partial(parse, PREDICTION, param="prediction_id")
+parse_prompt = partial(parse, PROMPT, param="prompt_id")
+parse_prompt_run = partial(parse, RUN, param="run_id")
+parse_vote = partial(parse, VOTE, param="vote_id")
+"""`parse` for ids in the API's paths; an error names the parameter."""

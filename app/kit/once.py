@@ -1,7 +1,7 @@
-"""Answers that hold while one thing is worked out, asked for once however many places need them.
+"""A cache that lives as long as one computation, such as the rendering of a form.
 
 with once.remembered():      # a form that tries twenty methods on one machine and one dataset
-    …                        # once.of(("machine",), ask) asks the first time
+    …                        # once.of(("machine",), ask) computes it once
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _known: ContextVar[dict[Hashable, Any] | None] = ContextVar("known", default=Non
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it every question is asked once; within another it adds nothing."""
+    """Cache the values of `of` until the end of the block. A nested block uses the cache of the outer one."""
     if _known.get() is not None:
         yield
         return
@@ -29,7 +29,7 @@ def remembered() -> Iterator[None]:
 
 
 def of(question: Hashable, ask: Callable[[], T]) -> T:
-    """The answer to a question; outside of `remembered` it is asked each time. What is raised is not remembered."""
+    """The value for the key `question`, computed by `ask`: once within `remembered`, each time outside of it. Exceptions are not cached."""
     known = _known.get()
     if known is None:
         return ask()

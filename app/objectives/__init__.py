@@ -18,9 +18,9 @@ __all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "Task", 
 OBJECTIVES: dict[str, Objective] = {cls.name: cls() for cls in sorted(classes_in(__name__, Objective), key=lambda cls: cls.place)}
 """Every objective by name, in the order lists show them."""
 DEFAULT = next(iter(OBJECTIVES))
-"""The objective of an order on rows that have not been read yet."""
+"""The objective of a request on rows that have not been parsed yet."""
 METHODS = tuple(dict.fromkeys(entry.method for entry in OBJECTIVES.values()))
-"""Values of `method.type` in the fine-tuning API that some objective answers to."""
+"""Values of `method.type` in the fine-tuning API, each of some objective."""
 
 if TYPE_CHECKING:
     Task = str
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 else:
     Task = Literal[tuple(OBJECTIVES)]
     SETTINGS = functools.reduce(operator.or_, (entry.settings for entry in OBJECTIVES.values() if entry.settings))
-"""The name of an objective, and a pydantic union of what objectives have for settings."""
+"""The name of an objective, and a pydantic union of the objectives' settings."""
 
 
 def get(task: str | None) -> Objective:
-    """An objective by its name; the default one for None, as a dataset that is still being read has."""
+    """An objective by its name; the default one for None, as in a dataset that is still being parsed."""
     return OBJECTIVES[task or DEFAULT]

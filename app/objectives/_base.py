@@ -1,4 +1,4 @@
-"""What every objective says of itself. No torch: the computation is in `worker/training/objectives/`."""
+"""The properties of objectives. No torch: the computation is in `worker/training/objectives/`."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ class Objective:
 
     name: ClassVar[str]  # `task` in a spec, in the API and of a dataset
     title: ClassVar[str]
-    summary: ClassVar[str]  # one sentence in plain words
-    paper: ClassVar[tuple[str, str] | None] = None  # (citation, address)
+    summary: ClassVar[str]  # one sentence
+    paper: ClassVar[tuple[str, str] | None] = None  # (citation, URL)
     place: ClassVar[int] = 100  # order in lists, lowest first
-    method: ClassVar[str] = "supervised"  # `method.type` of the fine-tuning API; the first objective that has it answers to it
+    method: ClassVar[str] = "supervised"  # `method.type` of the fine-tuning API; the first objective with a type is its default
     # What it trains on -------------------------------------------------------------------------------------------------
-    formats: ClassVar[tuple[str, ...]] = ()  # formats it trains on besides those whose `task` it is
-    model_kinds: ClassVar[Kinds] = ("dialogue", "instruction", "generic")  # kinds of models that suit it, best first
-    trains_as: ClassVar[str | None] = None  # the objective whose strategies can train it; None: strategies name it themselves
+    formats: ClassVar[tuple[str, ...]] = ()  # formats it trains on in addition to those whose `task` it is
+    model_kinds: ClassVar[Kinds] = ("dialogue", "instruction", "generic")  # suitable kinds of models, best first
+    trains_as: ClassVar[str | None] = None  # the objective whose strategies can train it; None: strategies list it themselves
     # What it is --------------------------------------------------------------------------------------------------------
-    classifies: ClassVar[bool] = False  # rows have a label, and a new head on the model predicts it
-    copies: ClassVar[bool] = False  # every answer of a row is learnt, so a row must hold none that is bad
-    compares: ClassVar[bool] = False  # it contrasts answers: strategies take their small learning rate (`preference_share`)
+    classifies: ClassVar[bool] = False  # rows have a label, which a new head on the model predicts
+    copies: ClassVar[bool] = False  # every answer of a row is trained, so a row must hold no bad one
+    compares: ClassVar[bool] = False  # it compares answers: strategies use a smaller learning rate (`preference_share`)
     scored: ClassVar[bool] = True  # a row has one right answer or label, by which a model or a prompt can be scored
     settings: ClassVar[type[BaseModel] | None] = None  # its own settings, the field `preference` of a spec
     # Which run settings it takes ---------------------------------------------------------------------------------------
-    turns: ClassVar[bool] = False  # `train_on` chooses among the turns of its rows
+    turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
     unpacked: ClassVar[bool] = False  # rows can be padded instead of packed
-    fp8: ClassVar[bool] = False  # frozen products may be made in fp8
+    fp8: ClassVar[bool] = False  # frozen products may be computed in fp8
     uniform: ClassVar[bool] = False  # packs may share one shape, so that a GPU's layers are compiled once
     # What it costs -----------------------------------------------------------------------------------------------------
-    sequences_per_row: ClassVar[int] = 1  # sequences that a row becomes
-    reads_base: ClassVar[bool] = False  # the model before tuning reads every row once
+    sequences_per_row: ClassVar[int] = 1  # sequences per row
+    reads_base: ClassVar[bool] = False  # the model before fine-tuning reads every row once
     min_rows_per_step: ClassVar[int] = 2
-    rows_per_step: ClassVar[int | None] = None  # rows that a step aims at; None: tokens
+    rows_per_step: ClassVar[int | None] = None  # target number of rows per step; None: tokens
     min_step_tokens: ClassVar[int] = 256
-    larger_on_gpu: ClassVar[bool] = False  # steps grow with a GPU's memory
+    larger_on_gpu: ClassVar[bool] = False  # the batch grows with the GPU's memory
     # How it is judged --------------------------------------------------------------------------------------------------
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # columns of a comparison, the deciding one first; keys of METRICS
-    loss_unit: ClassVar[str] = ""  # what a loss is counted by, where that is not the trained token
+    loss_unit: ClassVar[str] = ""  # the unit that a loss is averaged over, where that is not the trained token
     loss_per: ClassVar[str] = "trained token"
     base_title: ClassVar[str] = "Base"  # what a finished job is compared with
-    evaluation_base_title: ClassVar[str] = "Base"  # the same of an evaluation
-    unfair: ClassVar[tuple[str, ...]] = ()  # metrics in which that base cannot be beaten
-    few_shot: ClassVar[bool] = False  # at the end the base answers held-out rows behind solved examples
+    evaluation_base_title: ClassVar[str] = "Base"  # the same for an evaluation
+    unfair: ClassVar[tuple[str, ...]] = ()  # metrics that cannot be better than that base's
+    few_shot: ClassVar[bool] = False  # at the end the base answers validation rows with few-shot examples

@@ -1,4 +1,4 @@
-"""Causal language modeling: the next token of texts and answers is learnt."""
+"""Causal language modeling: the model is trained to predict the next token of texts and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification: a head on the model learns the label of each text."""
+"""Classification: a head on the model predicts the label of each text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Classification(Objective):
     model_kinds: ClassVar = ("encoder", "instruction", "dialogue", "generic")
     classifies: ClassVar = True
     min_rows_per_step: ClassVar = 8
-    rows_per_step: ClassVar = 32  # one thing is learnt a text: a step of as many tokens as for answers would hold hundreds of them
+    rows_per_step: ClassVar = 32  # one label is trained per text: a step of as many tokens as for answers would hold hundreds of them
     min_step_tokens: ClassVar = 64
     metrics: ClassVar = ("accuracy", "macro_f1", "loss")
     loss_unit: ClassVar = "nats per row"
     loss_per: ClassVar = "text"
     base_title: ClassVar = "Prior baseline"
     evaluation_base_title: ClassVar = "Majority baseline"
-    unfair: ClassVar = ("calibration_error",)  # always answering with the shares of the labels is never too sure
+    unfair: ClassVar = ("calibration_error",)  # always answering with the label frequencies is never overconfident

@@ -1,4 +1,4 @@
-"""Direct preference optimization: of two answers to a prompt, the chosen one becomes likelier than the rejected one."""
+"""Direct preference optimization: of two answers to a prompt, the chosen one becomes more likely than the rejected one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.objectives._base import Objective
 
 
 class PreferenceSettings(BaseModel):
-    """How two answers are compared, for jobs that train on preferences. The descriptions are the help of the form."""
+    """Settings of preference training. The descriptions are the help of the form."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -88,7 +88,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
-    per_second = speed_of(spec, machine) / operations_per_token(shape, strategy, course.learnt, recompute / shape.layers)
+    per_second = speed_of(spec, machine) / operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers)
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
 
@@ -127,7 +127,7 @@ class Workload(NamedTuple):
     longest: int  # of the longest sequence, after truncation
     tokens: int  # of all steps
     steps: int
-    learnt: float  # share of the tokens with a loss
+    trained_share: float  # share of the tokens with a loss
     rows: int  # training rows
     labels: int
 
@@ -147,8 +147,8 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     mean = train / max(learned_from, 1)
     steps = total_steps(train, learned_from, longest, run)
     tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
-    learnt = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
-    return Workload(train, held_out, longest, tokens, steps, learnt, learned_from, stats.labels or 0)
+    trained_share = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
+    return Workload(train, held_out, longest, tokens, steps, trained_share, learned_from, stats.labels or 0)
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
@@ -186,12 +186,12 @@ def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def operations_per_token(shape: Shape, strategy: Strategy, learnt: float, recompute: float = 0.0) -> float:
+def operations_per_token(shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0) -> float:
     """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
     as gradients reach, and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
     counts only for tokens with a loss."""
     blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
-    head = shape.vocabulary * shape.hidden * learnt
+    head = shape.vocabulary * shape.hidden * trained_share
     learns = min(strategy.trainable(shape), blocks + head)
     passed = blocks * strategy.reaches(shape) / shape.layers
     return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
@@ -222,10 +222,10 @@ def _read_seconds(shape: Shape) -> float:
     return 4 * shape.parameters() / DISK_BYTES_PER_SECOND
 
 
-def forward_operations(shape: Shape, learnt: float) -> float:
+def forward_operations(shape: Shape, trained_share: float) -> float:
     """Operations of the forward pass of one token, with the head applied to a share of them."""
     blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
-    return 2 * (blocks + shape.vocabulary * shape.hidden * learnt)
+    return 2 * (blocks + shape.vocabulary * shape.hidden * trained_share)
 
 
 def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float = 0.0) -> float:
@@ -235,7 +235,7 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
     padded = 1.0 if spec.run.packing else max(1.0, course.longest * course.rows / max(course.train, 1))
-    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.learnt, recompute) / speed
+    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.trained_share, recompute) / speed
 
 
 def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
@@ -244,7 +244,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     if type(spec.strategy).recipe == "features":
         return _fit_seconds(spec, course)
     classes = OBJECTIVES[spec.task].classifies
-    forward = forward_operations(shape, course.learnt)
+    forward = forward_operations(shape, course.trained_share)
     often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.tokens / max(course.train, 1)
     saves = judged = max(1, math.ceil(often))
     if run.save_steps:
@@ -297,8 +297,8 @@ def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, s
 def _save_seconds(spec: JobSpec) -> float:
     """Seconds of a checkpoint: trained weights with their two moments, and a whole model where the result is one."""
     strategy, shape = spec.strategy, spec.model.shape
-    learnt = strategy.trainable(shape)
-    return (12 * learnt + (0 if type(strategy).adapter else 4 * (shape.parameters() - learnt))) / DISK_BYTES_PER_SECOND
+    trainable = strategy.trainable(shape)
+    return (12 * trainable + (0 if type(strategy).adapter else 4 * (shape.parameters() - trainable))) / DISK_BYTES_PER_SECOND
 
 
 # Frozen features ------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ MIN_FP8_CAPABILITY = 8.9
 
 
 def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param: str, validation_param: str) -> None:
-    """Raises BadField for labels that no classifier can be learnt from. A dataset still being read is checked when it is ready."""
+    """Raises BadField for labels that no classifier can be trained on. A dataset still being parsed is checked when it is ready."""
     if not OBJECTIVES[task].classifies or dataset.status != "ready":
         return
     labels, count = labels_of(dataset)

@@ -13,15 +13,15 @@ from typing import Any, Literal, NamedTuple
 from app.objectives import OBJECTIVES
 
 MIN_STEPS = 30
-"""Fewer are warned about: most methods have then hardly begun to learn."""
+"""Fewer are warned about: most methods have hardly changed anything by then."""
 EPOCHS = 3
 """For data that gives enough steps; the default of `RunSettings.epochs`."""
 MAX_EVALUATIONS = 10
-"""Over the whole of a job whose epochs were raised: each evaluation generates answers, which takes seconds."""
+"""Maximum evaluations of a job whose epochs were raised: each evaluation generates answers, which takes seconds."""
 
 STEP_TOKENS = 2048
 MIN_MOST_TOKENS = 256
-"""What a step may have at least where rows are aimed at, however short they are."""
+"""Minimum tokens per step where the batch is sized in rows, however short they are."""
 GPU_STEP_TOKENS = ((40 * 2**30, 16_384), (16 * 2**30, 8192), (0, 4096))
 """Tokens per step of a generation job by the GPU's memory, (minimum bytes, tokens): a GPU's products need thousands of rows.
 Measured on an H100 with 1.2 B: packs of 16,384 trained a seventh faster than packs of 8,192."""
@@ -68,11 +68,11 @@ DERIVED = (*GOVERNED, "validation_fraction")
 
 HELD_OUT_SHARE, MAX_HELD_OUT_SHARE = 0.1, 0.25
 HELD_OUT_ROWS = 10
-"""So many at least tell a clear gain from chance; four do not, however clear it is."""
+"""Minimum number of validation rows by which a clear gain is distinguishable from chance."""
 
 
 def held_out_share(rows: int) -> float:
-    """Share of `rows` that is held out where nobody says: a tenth, and of less than 100 rows enough for ten, but a quarter at most."""
+    """Default validation share of `rows`: a tenth, and of less than 100 rows enough for ten, but a quarter at most."""
     wanted = math.ceil(100 * HELD_OUT_ROWS / max(rows, 1)) / 100
     return min(MAX_HELD_OUT_SHARE, max(HELD_OUT_SHARE, wanted))
 
@@ -87,8 +87,8 @@ def schedule(
     epochs: float | None = None,
     preset: PresetName = "balanced",
 ) -> Schedule:
-    """The schedule for `rows` training rows of `mean_tokens` on average. A value that somebody chose is kept, and the other
-    adapted to it."""
+    """The schedule for `rows` training rows of `mean_tokens` on average. Values that were set are kept, and the others adapted to
+    them."""
     epoch, aim = max(1.0, rows * mean_tokens), PRESETS[preset]
     enough = (epochs or aim.epochs) * epoch / aim.steps
     tokens = max_tokens_per_step or _step_tokens(task, enough, mean_tokens, gpu_memory_bytes)
@@ -102,7 +102,7 @@ def steps(epoch: float, max_tokens_per_step: int, epochs: float) -> int:
 
 
 def _step_tokens(task: str, enough: float, mean_tokens: float, gpu_memory_bytes: int | None) -> int:
-    """`enough` is the size of a step that gives the steps aimed at."""
+    """Tokens per step; `enough` is the batch size that gives the target number of steps."""
     entry, most = OBJECTIVES[task], STEP_TOKENS
     if entry.rows_per_step is not None:
         most = max(MIN_MOST_TOKENS, min(round(entry.rows_per_step * mean_tokens), STEP_TOKENS))

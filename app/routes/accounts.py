@@ -1,4 +1,4 @@
-"""Signing in by a link or a password, signing out, and the colours one likes."""
+"""Sign-in by link or password, sign-out, and the color theme."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pages = APIRouter()
 
 
 def safe_next(path: str) -> str:
-    """Only a path of our own: `//host` and `/\\host` would leave the studio."""
+    """The path to redirect to, or `/`. Only paths of this studio are allowed: `//host` and `/\\host` would lead to another site."""
     inside = path.startswith("/") and not path.startswith(("//", "/\\")) and not any(ord(c) < 32 for c in path)
     return path if inside else "/"
 
@@ -47,7 +47,7 @@ def _form(request: Request, next: str, fault: StudioError | None = None, name: s
 async def sign_in(
     request: Request, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = "", next: Annotated[str, Form()] = "/"
 ) -> Response:
-    """A password, of which the first five wrong ones cost nothing but themselves."""
+    """Sign in with a password. The first five failures are not delayed."""
     address = request.client.host if request.client else ""
     try:
         user_id = await auth.check_password(name.strip()[:80], password[:1000], address, auth.known_browser(request))
@@ -68,12 +68,12 @@ def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
 
 @pages.get("/sign-in/{token}")
 def sign_in_by_link(request: Request, token: str, session: Db) -> Response:
-    """The link that `luthier up` prints. It works once."""
+    """Sign in with the link that `luthier up` prints. It works once."""
     try:
         user = auth.use_link(session, token)
     except StudioError:
         if auth.identify(request):
-            return RedirectResponse("/", 303)  # the link was opened again by one who is in already
+            return RedirectResponse("/", 303)  # the link was opened again in a browser that is signed in already
         raise
     response = RedirectResponse("/", 303)
     auth.open_session(session, request, response, user)
@@ -89,7 +89,7 @@ def sign_out(request: Request, user: CurrentUser, session: Db) -> Response:
 
 @pages.post("/theme")
 def theme(request: Request, user: CurrentUser, theme: Annotated[Literal["", "light", "dark"], Form()] = "") -> Response:
-    """The theme is kept in a cookie, so that the very first byte of a page has them already."""
+    """The theme is stored in a cookie, so that the page is rendered with it and does not change color after it has loaded."""
     back = request.headers.get("referer", "/")
     path = safe_next("/" + back.split("/", 3)[3]) if back.count("/") >= 3 else "/"
     response = RedirectResponse(path, 303)

@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 
 class AdviceOrder(BaseModel):
-    """Which model, and which data: by the dataset's id or by the file it was made from."""
+    """The model, and the data: by the dataset's id or by the file it was made from."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,7 +65,7 @@ def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -
 
 @pages.get("/jobs/advice")
 def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str = "", model: str = "") -> Response:
-    """Without a choice the model and dataset that were used last are taken."""
+    """Without parameters, the model and dataset that were used last are selected."""
     usable = [m for m in models.list_(session, user) if m.status == "ready"]
     sets = [d for d in datasets.list_(session, user) if d.status == "ready"]
     chosen, data = preselection.pair(session, user, usable, sets, model, dataset)
@@ -86,6 +86,6 @@ def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str =
 
 @pages.post("/jobs/advice")
 def measure(user: CurrentUser, session: Db, model: Annotated[str, Form()], dataset: Annotated[str, Form()]) -> Response:
-    """Test the base model, so that the recommendation can use the result."""
+    """Evaluate the base model, so that the recommendation can use the result."""
     advice.measure(session, user, model, datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")))
     return RedirectResponse(f"/jobs/advice?{urlencode({'model': model, 'dataset': dataset})}#measured", status_code=303)

@@ -1,6 +1,6 @@
-"""`/v1/chat/completions` and `/v1/completions`, as the official clients call them.
+"""`/v1/chat/completions` and `/v1/completions`, as OpenAI's clients call them.
 
-No session of the database is open while an answer streams: one transaction before it, one after it.
+No database session is open while an answer streams: one transaction comes before it, one after it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MAX_PROMPTS = 16
     responses=answers(schemas.ChatCompletion, 404, 409, 422, 429, events=schemas.ChatCompletionChunk),
 )
 async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
-    """The next message of a conversation, whole or as a stream of events."""
+    """The next message of a conversation, as one response or as server-sent events."""
     if body.top_logprobs and not body.logprobs:
         raise BadField("top_logprobs needs logprobs to be true.", param="top_logprobs")
     sampling = body.sampling(
@@ -68,7 +68,7 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     responses=answers(schemas.Completion, 404, 409, 422, 429, events=schemas.CompletionChunk),
 )
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
-    """What follows one or several texts, whole or as a stream of events."""
+    """The continuation of one or several texts, as one response or as server-sent events."""
     if body.max_tokens == 0 and not body.echo:
         raise BadField("max_tokens 0 writes nothing.", hint="Ask for at least one token, or for the prompt with echo.", param="max_tokens")
     prompts = _prompts(body.prompt)
@@ -80,7 +80,7 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
 
 
 def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
-    """One or several prompts, as text or as tokens."""
+    """One or several prompts, each as text or as token ids."""
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
     if not several or len(several) > MAX_PROMPTS:
         raise BadField(f"Send between 1 and {MAX_PROMPTS} prompts.", param="prompt")
@@ -122,15 +122,18 @@ def _token(x: Logprob) -> dict[str, Any]:
 
 
 class Completion:
-    """text_completion, whole and in parts. With `echo` the prompt stands before the answer, and so do its tokens where
-    logarithms of probabilities are asked for; an offset counts the characters of the text that is given back."""
+    """text_completion, whole and in chunks.
+
+    With `echo` the prompt precedes the answer, and so do its tokens where logprobs are requested; `text_offset` counts the
+    characters of the returned text.
+    """
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, echo: bool) -> None:
         self.model, self.echo = model, echo
         self.prompts: dict[int, list[SeenToken]] = {}
-        """For each choice the tokens of its prompt, once a model has looked at them."""
+        """`prompts` holds the prompt tokens of each choice, once a model has computed their log-probabilities."""
         self.offsets: dict[int, Offsets] = {}
 
     def first(self, index: int, prompt: str) -> dict[str, Any] | None:
@@ -163,17 +166,18 @@ class Completion:
 
 
 def _spelt(x: Logprob | SeenToken) -> str:
-    """A token in the older API's spelling: what is no text by itself as `bytes:\\xe2\\x80`, so that no two are alike."""
+    """A token as the completions API spells it: bytes that are not valid UTF-8 become `bytes:\\xe2\\x80`, so that no two tokens
+    look alike."""
     return "bytes:" + "".join(f"\\x{b:02x}" for b in x.bytes) if "�" in x.token else x.token
 
 
 def _alternatives(x: Logprob | SeenToken) -> dict[str, float | None]:
-    """The likeliest tokens in a token's place; it is one of them, also where it was not among the likeliest."""
+    """The most likely tokens at a token's position, including the token itself where it is not among them."""
     return {_spelt(t): t.logprob for t in x.top} | ({_spelt(x): x.logprob} if x.top else {})
 
 
 def _reason(reason: str | None) -> str:
-    """The API knows stop and length; what was cut off for another reason was cut off."""
+    """The API's finish reason: stop, or length for every other reason."""
     return "stop" if reason == "stop" else "length"
 
 
@@ -181,7 +185,7 @@ def _reason(reason: str | None) -> str:
 
 
 class Call:
-    """One call of the API: several prompts, each with `n` answers, told whole or as a stream."""
+    """One API call: several prompts with `n` answers each, returned whole or as a stream."""
 
     def __init__(
         self, shape: Chat | Completion, user: User, sampling: Sampling, prompts: list[dict[str, Any]], stored: dict[str, Any]
@@ -192,7 +196,7 @@ class Call:
         self.heard: list[AnswerFold] = []
         self.held: dict[str, Any] | None = None
         self.seen: list[list[SeenToken]] = []
-        """The tokens of each prompt, where they are given back."""
+        """`prompts` holds the tokens of each prompt, where they are returned (`echo`)."""
 
     async def respond(self, request: Request, body: GenerationBody) -> Response:
         await run_in_threadpool(self._resolve)
@@ -210,7 +214,7 @@ class Call:
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             merged = merge(streams)
-            first = await anext(merged)  # an error before the first word is a plain error answer
+            first = await anext(merged)  # an error before the first token is an ordinary error response
             return Stream(self._events(first, merged, usage))
         return await self._whole(request, streams)
 
@@ -225,7 +229,7 @@ class Call:
         return self.sampling.max_tokens != 0
 
     async def _look(self, request: Request) -> bool:
-        """Have the prompts looked at token by token. False: the client has left."""
+        """Compute the log-probabilities of the prompts' tokens. False when the client has disconnected."""
         who, n = self.asked[0].speaker, self.sampling.n
         settings = Sampling(max_tokens=1, temperature=0, seed=0, top_logprobs=self.sampling.top_logprobs)
         looks = [playground.request_for(self.user, who, settings, look=1, **prompt) for prompt in self.prompts]
@@ -234,13 +238,13 @@ class Call:
             seen = next(e for e in entries if isinstance(e, PromptLogprobs)).tokens
             given = self.prompts[p].get("prompt")
             if given is not None and seen and not given.startswith(seen[0].token.strip("�")):
-                seen = seen[1:]  # the token that begins every text of some models is not a part of the prompt
+                seen = seen[1:]  # the begin-of-sequence token of some models is not part of the prompt
             self.seen.append(seen)
             self.shape.prompts |= dict.fromkeys(range(p * n, p * n + n), seen if self.sampling.logprobs else [])
         return heard is not None
 
     async def _echo(self, place: int) -> AsyncIterator[list[Entry]]:
-        """What a model says that is to write nothing: the prompt alone."""
+        """The response of a request for no new tokens (`max_tokens` 0): the prompt alone."""
         seen = self.seen[place]
         text = self.prompts[place].get("prompt") or b"".join(bytes(t.bytes) for t in seen).decode("utf-8", "replace")
         ends = [ChoiceFinished(index=i, reason="length", tokens=0) for i in range(self.sampling.n)]
@@ -291,8 +295,8 @@ class Call:
             await merged.aclose()  # type: ignore[attr-defined]
 
     def _chunks(self, place: int, entries: list[Entry], usage: bool) -> list[bytes]:
-        """The lines that a few entries of one stream become. The newest that ends a choice is held back: the last of all
-        carries the proof, and only then is everything known that stands in it."""
+        """Server-sent events of a few entries of one stream. The last chunk that ends a choice is held back: the final chunk
+        carries the proof, which is complete only at the end."""
         heard, n = self.heard[place], self.sampling.n
         fresh = heard.started is None
         heard.take(entries)

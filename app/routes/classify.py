@@ -1,4 +1,4 @@
-"""`POST /v1/classify`, and the page that shows the probabilities of several classifiers as bars."""
+"""`POST /v1/classify`, and the page that shows the class probabilities of several classifiers as bars."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pages = APIRouter()
 MENU = (MenuPage("Classify", "/playground/classify", "playground", 30),)
 api = APIRouter(prefix="/v1")
 SHOWN = 12
-"""Classes whose bars are shown at once; the others are folded."""
+"""Number of classes whose bars are shown at once; the others are collapsed."""
 
 
 class ClassifyBody(BaseModel):
@@ -40,7 +40,7 @@ class ClassifyBody(BaseModel):
 
 @api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409))
 async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser) -> Response | dict[str, Any]:
-    """Probabilities of every label for each text. A text longer than the model reads is cut, and says so."""
+    """Probabilities of every label for each text. A text longer than the model's context is truncated, and the result says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     (asked,) = await run_in_threadpool(_ask, user, [body.model], texts)
     heard = await collect(request, [stream(asked)])
@@ -54,7 +54,7 @@ async def classify_page(
     models: Annotated[list[str] | None, Query()] = None,
     text: Annotated[str, Query()] = "",
 ) -> Response:
-    """An address says all of it, so a view can be linked. Each line of the text is a text of its own."""
+    """The query string holds the whole state, so a view can be linked. Each line of the text box is one text."""
     names = list(dict.fromkeys(name for part in models or [] for name in part.split(",") if name))
     texts = [line.strip() for line in text.splitlines() if line.strip()]
     found: list[Sorting] = []

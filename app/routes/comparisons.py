@@ -34,10 +34,6 @@ Json = dict[str, Any]
 Wish = Annotated[lists.ListQuery, Query()]
 
 
-def key(text: str) -> uuid.UUID:
-    return ids.parse(ids.COMPARISON, text, param="comparison_id")
-
-
 # JSON ---------------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +57,8 @@ def create(
     openapi_extra=takes(schemas.CreateComparison),
 )
 def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """Which jobs a comparison would queue and refuse, and the time of all of them one after the other. Nothing is queued."""
+    """The jobs that a comparison would queue and refuse, and their total duration when they run one after the other. Nothing is
+    queued."""
     found = comparisons.planned(session, user, comparisons.read_order(body))
     jobs = [{"strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
     return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}
@@ -70,25 +67,33 @@ def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
 @api.get("/comparisons", operation_id="list_comparisons", responses=answers(schemas.page_of(schemas.Comparison)))
 def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Comparisons, newest first."""
-    return page(comparisons.mine(user), after, limit, "desc", lambda row: comparison_table.to_json(session, row), session=session, key=key)
+    return page(
+        comparisons.mine(user),
+        after,
+        limit,
+        "desc",
+        lambda row: comparison_table.to_json(session, row),
+        session=session,
+        key=ids.parse_comparison,
+    )
 
 
 @api.get("/comparisons/{comparison_id}", operation_id="retrieve_comparison", responses=answers(schemas.Comparison))
 def retrieve(session: Db, user: CurrentUser, comparison_id: str) -> Json:
-    """The table of a comparison, as far as its jobs have got."""
-    return comparison_table.to_json(session, comparisons.get(session, user, key(comparison_id)))
+    """The table of a comparison, with the results of its jobs so far."""
+    return comparison_table.to_json(session, comparisons.get(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.post("/comparisons/{comparison_id}/cancel", operation_id="cancel_comparison", responses=answers(schemas.Comparison, 409))
 def cancel(session: Db, user: CurrentUser, comparison_id: str) -> Json:
-    """Stop every job of it that has not ended."""
-    return comparison_table.to_json(session, comparisons.cancel(session, user, key(comparison_id)))
+    """Cancel every job of a comparison that has not ended."""
+    return comparison_table.to_json(session, comparisons.cancel(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.delete("/comparisons/{comparison_id}", operation_id="delete_comparison", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
-    """Delete a comparison. Its jobs stay. Refused while one of them has not ended."""
-    comparisons.delete(session, user, key(comparison_id))
+    """Delete a comparison. Its jobs are kept. Refused while one of them has not ended."""
+    comparisons.delete(session, user, ids.parse_comparison(comparison_id))
     return {"id": comparison_id, "object": "comparison", "deleted": True}
 
 
@@ -96,7 +101,7 @@ def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
 
 
 async def _form(request: Request) -> list[tuple[str, str]]:
-    """The fields of a posted form, those sent several times too."""
+    """The fields of a posted form; a repeated field is a list."""
     form = await request.form()
     return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
 
@@ -142,7 +147,8 @@ def order_comparison(request: Request, user: CurrentUser, session: Db, items: Fo
 
 
 def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_key: str) -> Comparison:
-    """The key came with the form, so that a double click orders once; with another choice it is meant as a new comparison."""
+    """Create a comparison once for a form and its values: the form carries a key, so that a double click creates one; changed
+    values under the same key create a new comparison."""
     try:
         return comparisons.create(session, user, order, idempotency_key=f"form-{form_key[:64]}")
     except Conflict as conflict:
@@ -152,7 +158,8 @@ def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_ke
 
 
 def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[comparison_form.CompareForm, dict[str, str]]:
-    """Of a name sent twice the last counts (a checkbox overrules the hidden field before it), but for the strategies."""
+    """Of a repeated field the last value counts (a checkbox overrules the hidden field before it), except for the strategies,
+    which are a list."""
     typed = {name: value for name, value in items if name != "strategy"}
     return comparison_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
 
@@ -179,7 +186,7 @@ def _form_page(
         command=command,
         ids=ids,
     )
-    if "hx-request" in request.headers:  # an estimate: the address follows what the form shows, so that Back and reload show it too
+    if "hx-request" in request.headers:  # an estimate: the URL follows the form, so that Back and reload show the same
         answer.headers["hx-replace-url"] = form.address
     return answer
 
@@ -194,15 +201,15 @@ def comparison_page(
     y: Annotated[str, Query(max_length=40)] = "",
     part: str = "",
 ) -> Response:
-    """The whole page; with `?part=live` what changes in it while its jobs run. `x` and `y` are the columns of the plot."""
-    found = comparisons.get(session, user, key(comparison_id))
+    """The whole page; with `?part=live` the part that changes while its jobs run. `x` and `y` are the columns of the plot."""
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     context = comparison_view.page(session, found, x, y)
     return render(request, "parts/comparison_live.html" if part == "live" else "comparison.html", **context)
 
 
 @pages.post("/compare/{comparison_id}/keep")
 def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
-    found = comparisons.get(session, user, key(comparison_id))
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     model = comparisons.keep(session, user, found.id, ids.parse(ids.JOB, job, param="job"))
     flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
@@ -210,14 +217,14 @@ def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id:
 
 @pages.post("/compare/{comparison_id}/cancel")
 def stop_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
-    found = comparisons.cancel(session, user, key(comparison_id))
+    found = comparisons.cancel(session, user, ids.parse_comparison(comparison_id))
     flash(request, f"The runs of {found.name} that had not ended are being stopped.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
 @pages.post("/compare/{comparison_id}/delete")
 def delete_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
-    found = comparisons.get(session, user, key(comparison_id))
+    found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     try:
         comparisons.delete(session, user, found.id)
     except StudioError as error:

@@ -1,4 +1,4 @@
-"""Rows that contradict each other, beside each other, with what can be done about them."""
+"""Contradictory rows, shown in groups with the actions that resolve them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ WAIT_SECONDS = 2.5
 
 @pages.get("/datasets/{key}/conflicts")
 def show(request: Request, user: CurrentUser, key: str, page: PageNumber = 1, line: PageNumber | None = None) -> Response:
-    """A page of conflicts, or the one that holds a line. A version that is still being read is waited for."""
+    """A page of conflicts, or the one that includes a given line. While the version is still being parsed, the page says so and
+    refreshes."""
     return _page(request, user, key, page, line)
 
 
@@ -64,7 +65,7 @@ def resolve(
     do: Annotated[str, Form(max_length=40)],
     label: Annotated[str, Form(max_length=1000)] = "",
 ) -> Response:
-    """Decide one conflict; the answer leads to those that are left in the new version."""
+    """Resolve one conflict, then redirect to the remaining ones in the new version."""
     dataset = dataset_of(session, user, key)
     try:
         new = conflicts.resolve(session, user, dataset, first, do, label)

@@ -1,4 +1,4 @@
-"""The pages of the data room: the list, the upload, and a dataset with its report."""
+"""Pages of datasets: the list, the upload, and a dataset with its report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pages = APIRouter()
 MENU = (MenuPage("Datasets", "/datasets", "start", 20),)
 api = APIRouter(prefix="/v1")
 MAX_FORM_BYTES = 32 << 20
-"""Of one field of a form: a pasted table, each character written as up to nine."""
+"""Maximum bytes of one form field: a pasted table, in which a character may be URL-encoded as up to nine bytes."""
 
 
 @pages.get("/datasets")
@@ -57,7 +57,7 @@ def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[list
         some=bool(every),
         datasets=found[: wish.shown],
         tokens=tokens,
-        key_of=lists.key_of,
+        public_id=lists.public_id,
         twins={name for name, count in names.items() if count > 1},
         samples=_samples(rows),
         titles=_titles(),
@@ -89,7 +89,7 @@ def new(request: Request, user: CurrentUser, session: Db) -> Response:
 
 @pages.post("/datasets")
 async def upload(request: Request, user: CurrentUser) -> Response:
-    """The upload of the page. With JavaScript the answer is JSON that says where to go; without, a redirect."""
+    """The upload form. With JavaScript the response is JSON with the URL to go to; without, a redirect."""
     form = await read_form(request, get_settings().upload_limit_bytes)
     path = await run_in_threadpool(_create, user, form)
     if "application/json" in request.headers.get("accept", ""):
@@ -121,7 +121,7 @@ def _path(dataset: Dataset) -> str:
 
 @pages.post("/datasets/paste")
 async def paste(request: Request, user: CurrentUser) -> Response:
-    """A table that was pasted instead of uploaded: `text`, and `name` where one is wished."""
+    """A table pasted instead of uploaded: `text`, and an optional `name`."""
     form = await request.form(max_part_size=MAX_FORM_BYTES)
     return RedirectResponse(await run_in_threadpool(_paste, user, str(form.get("text", "")), str(form.get("name", ""))), 303)
 
@@ -152,7 +152,7 @@ page_moved(pages, "/datasets/join", "/datasets/combine")
 
 @pages.get("/datasets/combine")
 def combine_form(request: Request, user: CurrentUser, session: Db, first: str = "", operation: str = "concatenate") -> Response:
-    """The form, with one dataset chosen."""
+    """The form, with one dataset selected."""
     return _combine_page(
         request, user, session, {"operation": operation, "seed": "42", "first": first, **({f"use.{first}": "on"} if first else {})}, None
     )
@@ -178,7 +178,7 @@ def _combine_page(request: Request, user: User, session: Db, typed: dict[str, st
 
 @pages.post("/datasets/combine")
 async def combine(request: Request, user: CurrentUser) -> Response:
-    """`use.KEY` and `weight.KEY` for each dataset; the rest as in `CombineRequest`."""
+    """Form fields: `use.KEY` and `weight.KEY` for each dataset; the rest as in `CombineRequest`."""
     form = await request.form()
     return await run_in_threadpool(_combine, request, user, {name: value for name, value in form.items() if isinstance(value, str)})
 
@@ -193,7 +193,7 @@ def _combine(request: Request, user: User, typed: dict[str, str]) -> Response:
 
 
 def _combine_request(typed: dict[str, str]) -> compose.CombineRequest:
-    """The form's fields as a request; those that the operation does not use are left aside."""
+    """The form's fields as a request; fields that the operation does not use are ignored."""
     operation = typed.get("operation", "")
     used = {"mix": ("rows", "seed", "repeat"), "sample": ("rows", "seed"), "deduplicate": ("near",), "convert": ("format",)}.get(
         operation, ()
@@ -238,7 +238,7 @@ def show(
     sort: str = "line",
     page: cursor.PageNumber = 1,
 ) -> Response:
-    """One part of the page; rows and split have pages of their own."""
+    """One tab of the page; rows and split have pages of their own."""
     with transaction() as session:
         dataset = _get(session, user, key)
         if tab in ("rows", "split"):
@@ -252,14 +252,14 @@ def show(
 
 @pages.get("/datasets/{key}/state")
 def state(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
-    """What the page asks once a second while the file is read."""
+    """The parse status, which the page polls once a second."""
     dataset = _get(session, user, key)
     return {"status": dataset.status, "progress": dataset.progress, "so_far": dataset_view.so_far(dataset)}
 
 
 @pages.post("/datasets/{key}/read")
 async def read_as(request: Request, user: CurrentUser, key: str) -> Response:
-    """Read the file again as the person says: `format`, and `map.FIELD` for each field of it."""
+    """Parse the file again with the chosen format and mapping: `format`, and `map.FIELD` for each field of it."""
     form = await request.form()
     typed = {name: value for name, value in form.items() if isinstance(value, str)}
     return RedirectResponse(await run_in_threadpool(_read_as, user, key, typed), 303)
@@ -275,7 +275,7 @@ def _read_as(user: User, key: str, typed: dict[str, str]) -> str:
 
 @pages.post("/datasets/{key}/retry")
 def retry(user: CurrentUser, session: Db, key: str) -> Response:
-    """Read it once more as it is, after a fault such as a full disk."""
+    """Parse the file again unchanged, after a failure such as a full disk."""
     dataset = _get(session, user, key)
     ingest_task.read_again(session, dataset)
     return RedirectResponse(_path(dataset), 303)
@@ -300,7 +300,7 @@ def _get(session: Db, user: User, key: str) -> Dataset:
 def list_datasets(
     user: CurrentUser, session: Db, after: cursor.After = None, limit: cursor.Limit = 20, order: cursor.Order = "desc"
 ) -> dict[str, Any]:
-    """Every dataset in all its versions."""
+    """All datasets, in all versions."""
     return cursor.page(datasets.list_(session, user), after, limit, order, to_json)
 
 
@@ -313,7 +313,7 @@ def retrieve_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]
 
 @api.post("/datasets/{key}/retry", operation_id="retry_dataset", responses=answers(schemas.Dataset, 409))
 def retry_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
-    """Read it once more as it is, after a fault such as a full disk, or where its rows are damaged or gone."""
+    """Parse the file again unchanged, after a failure such as a full disk, or where its stored rows are damaged or missing."""
     dataset = _get(session, user, key)
     ingest_task.read_again(session, dataset)
     return to_json(dataset)
@@ -324,7 +324,7 @@ deprecated_path(api, "/datasets/{key}/again", retry_dataset)
 
 @api.delete("/datasets/{key}", operation_id="delete_dataset", responses=answers(schemas.Deleted, 409))
 def delete_dataset(user: CurrentUser, session: Db, key: str) -> dict[str, Any]:
-    """Delete one version. Refused while something needs it."""
+    """Delete one version. Refused while something depends on it."""
     datasets.delete(session, user, _get(session, user, key))
     return {"id": key, "object": "dataset", "deleted": True}
 
@@ -340,7 +340,7 @@ def retrieve_report(
     severity: Literal["error", "warning", "note"] | None = None,
     sort: str = "line",
 ) -> dict[str, Any]:
-    """What the studio found in this version, one page of findings at a time."""
+    """The report of this version, with one page of its issues."""
     dataset = _get(session, user, key)
     found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
     return report_json(dataset, found, more)

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`, as the official clients call it."""
+"""`POST /v1/embeddings`, as OpenAI's clients call it."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ def _request(user: User, name: str, texts: list[str]) -> GenerateRequest:
 
 
 def _encoded(vector: list[float], form: str | None) -> list[float] | str:
-    """Numbers, or the bytes of little-endian float32 in base64, which the official clients ask for by themselves."""
+    """A list of numbers, or little-endian float32 in base64, which OpenAI's clients request by default."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if form == "base64" else vector

@@ -1,9 +1,8 @@
-"""`/v1/evaluations`, the list of them, and the page of one: a model scored on a dataset, without training."""
+"""`/v1/evaluations`, the list page, and the page of one evaluation: a model scored on a dataset, without training."""
 
 from __future__ import annotations
 
 import re
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Form, Query, Request
@@ -35,10 +34,6 @@ FIELDS = {"model": "model", "dataset_id": "dataset", "rows": "rows", "part": "pa
 """Fields of a request → inputs of the form."""
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.EVALUATION, text, param="evaluation_id")
-
-
 # The API --------------------------------------------------------------------------------------------------------------
 
 
@@ -49,32 +44,32 @@ def key_of(text: str) -> uuid.UUID:
     openapi_extra=takes(evaluations.EvaluationRequest),
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """Queue the scoring of a model on a dataset. An equal one that has not ended is given instead of a second."""
+    """Queue an evaluation of a model on a dataset. Where an equal one has not ended, that one is returned."""
     return evaluations.to_json(evaluations.create(session, user, evaluations.read_order(body)))
 
 
 @api.get("", operation_id="list_evaluations", responses=answers(schemas.page_of(schemas.Evaluation)))
 def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Evaluations, newest first."""
-    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=key_of)
+    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=ids.parse_evaluation)
 
 
 @api.get("/{evaluation_id}", operation_id="retrieve_evaluation", responses=answers(schemas.Evaluation))
 def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
-    """One evaluation, with its result once there is one."""
-    return evaluations.to_json(evaluations.get(session, user, key_of(evaluation_id)))
+    """One evaluation, with its result once it has succeeded."""
+    return evaluations.to_json(evaluations.get(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.post("/{evaluation_id}/cancel", operation_id="cancel_evaluation", responses=answers(schemas.Evaluation, 409))
 def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
-    """Stop an evaluation. One that has ended stays as it is."""
-    return evaluations.to_json(evaluations.cancel(session, user, key_of(evaluation_id)))
+    """Cancel an evaluation. One that has ended is unchanged."""
+    return evaluations.to_json(evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.delete("/{evaluation_id}", operation_id="delete_evaluation", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """Delete an evaluation. Refused while it has not ended."""
-    evaluations.delete(session, user, key_of(evaluation_id))
+    evaluations.delete(session, user, ids.parse_evaluation(evaluation_id))
     return {"id": evaluation_id, "object": "evaluation", "deleted": True}
 
 
@@ -141,7 +136,7 @@ def order(
     part: Annotated[str, Form()] = "",
     then: Annotated[str, Form(alias="next")] = "",
 ) -> Response:
-    """Start an evaluation, and go to its page, or back to the page that asked."""
+    """Start an evaluation, then redirect to its page, or back to the page that sent the form."""
     body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None}
     try:
         with session.begin_nested():
@@ -163,13 +158,13 @@ def _number(text: str) -> int | None:
 
 
 def _local(address: str) -> str:
-    """An address of this studio, to go back to; nothing for any other."""
+    """The URL to return to if it is one of this studio, else an empty string."""
     return address if re.fullmatch(r"/(jobs|models)/[A-Za-z0-9-]+(\?tab=[a-z]+)?", address) else ""
 
 
 @pages.get("/evaluations/{evaluation_id}")
 def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
-    found = evaluations.get(session, user, key_of(evaluation_id))
+    found = evaluations.get(session, user, ids.parse_evaluation(evaluation_id))
     assert found.dataset_id is not None, "what scores a model has a dataset"
     scored = found.result if found.result and found.kind == "scores" else None
     return render(
@@ -188,12 +183,12 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
 
 @pages.post("/evaluations/{evaluation_id}/cancel")
 def cancel_page(session: Db, user: CurrentUser, evaluation_id: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
-    found = evaluations.cancel(session, user, key_of(evaluation_id))
+    found = evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id))
     return RedirectResponse(_local(then) or url(found), status_code=303)
 
 
 @pages.post("/evaluations/{evaluation_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
-    evaluations.delete(session, user, key_of(evaluation_id))
+    evaluations.delete(session, user, ids.parse_evaluation(evaluation_id))
     flash(request, "The evaluation was deleted.")
     return RedirectResponse("/evaluations", status_code=303)

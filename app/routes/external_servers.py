@@ -1,4 +1,4 @@
-"""Which server answers for which model: `/v1/engines`, and the form on a model's page."""
+"""Which external server answers for which model: `/v1/engines`, and the form on a model's page."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class EngineOrder(BaseModel):
 
 
 def _may_change(user: User) -> None:
-    """A server sees what everyone types to its models, so only an admin chooses it."""
+    """Admins only: an external server receives every prompt that is sent to its models."""
     if user.role != "admin":
         raise Forbidden("Only an admin may choose the engine of a model.", hint="Ask an admin.", param="model")
 
 
 @api.get("/engines", operation_id="list_engines", responses=answers(schemas.list_of(schemas.Engine), 403))
 def list_engines(user: CurrentUser) -> dict[str, Any]:
-    """Every engine of the settings with what it serves, or why it cannot be asked."""
+    """Every engine of the settings with the models it serves, or the reason why it cannot be reached."""
     _may_change(user)
     return {"object": "list", "data": [look(address) for address in external_server.allowed().values()], "has_more": False}
 
@@ -51,7 +51,7 @@ def look(address: external_server.Address) -> JSON:
 
 @api.post("/engines", operation_id="register_engine", responses=answers(schemas.EngineOfModel, 404, 409))
 def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, Any]:
-    """Let a server of the settings answer for a model."""
+    """Have an engine of the settings answer for a model."""
     _may_change(user)
     model = models.get(session, user, order.model)
     external_servers.register(model, order.url, order.engine_model, order.via)
@@ -60,7 +60,7 @@ def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, An
 
 @api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))
 def remove(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
-    """Go back to the built-in engine for a model."""
+    """Return a model to the built-in engine."""
     _may_change(user)
     row = models.get(session, user, model)
     external_servers.remove(row)
@@ -81,7 +81,7 @@ def from_page(
     engine_model: Annotated[str, Form(max_length=512)] = "",
     via: Annotated[str, Form(max_length=20)] = "tokens",
 ) -> Response:
-    """Register, or with an empty address go back to the studio's own engine."""
+    """Register a server; an empty URL returns the model to the built-in engine."""
     _may_change(user)
     model = models.get(session, user, key)
     if not url:

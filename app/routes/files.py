@@ -1,4 +1,4 @@
-"""Files, as the OpenAI client calls them, and the report on the dataset a file is."""
+"""Files, as OpenAI's client calls them, and the dataset report of a file."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def to_json(file: File) -> dict[str, Any]:
     openapi_extra=takes(schemas.CreateFile, "multipart/form-data"),
 )
 async def create(request: Request, user: CurrentUser) -> dict[str, Any]:
-    """Upload a file; with the purpose fine-tune it becomes a dataset. The body is read as a stream, and no database connection is
-    held while it comes in."""
+    """Upload a file; with the purpose fine-tune it becomes a dataset. The body is streamed to disk, and no database connection is
+    held meanwhile."""
     form = await read_form(request, get_settings().upload_limit_bytes)
     return await run_in_threadpool(_create, user, form)
 
@@ -73,7 +73,7 @@ def _create(user: User, form: Form) -> dict[str, Any]:
                 datasets.create(session, user, file)
             return to_json(file)
     except StudioError:
-        with transaction() as session:  # nothing half-saved: the bytes go too
+        with transaction() as session:  # if the file cannot be recorded, its bytes are deleted too
             files.discard_if_unused(session, form.upload.blob)
         raise
 
@@ -84,7 +84,7 @@ def _check_not_empty(file: File) -> None:
 
 
 def _expires_after(fields: dict[str, str]) -> int | None:
-    """The form's `expires_after[anchor]` and `expires_after[seconds]`."""
+    """The form fields `expires_after[anchor]` and `expires_after[seconds]`."""
     text, anchor = fields.get("expires_after[seconds]"), fields.get("expires_after[anchor]")
     if anchor not in (None, "created_at"):
         raise BadField(f"The anchor “{anchor[:40]}” is not known.", hint="Use created_at.", param="expires_after[anchor]")
@@ -111,13 +111,13 @@ def list_(
 
 @api.get("/files/{file_id}", operation_id="retrieve_file", responses=answers(schemas.UploadedFile))
 def retrieve(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
-    """What is known of a file."""
+    """The metadata of a file."""
     return to_json(files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id")))
 
 
 @api.delete("/files/{file_id}", operation_id="delete_file", responses=answers(schemas.Deleted, 409))
 def delete(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
-    """Delete a file and the datasets that were read from it. Refused while a job needs one."""
+    """Delete a file and the datasets parsed from it. Refused while a job needs one."""
     file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     datasets.delete_file(session, user, file.id)
     return {"id": file_id, "object": "file", "deleted": True}
@@ -125,7 +125,7 @@ def delete(user: CurrentUser, session: Db, file_id: str) -> dict[str, Any]:
 
 @api.get("/files/{file_id}/content", operation_id="retrieve_file_content", responses=CONTENT)
 def content(user: CurrentUser, session: Db, file_id: str) -> Response:
-    """The bytes as they came. Always sent as a download, so that a browser never shows them as a page of ours."""
+    """The content, byte for byte. It is always sent as a download, so that a browser never renders it as a page of the studio."""
     file = files.get(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     path = files.content(session, user, file.id)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
@@ -142,7 +142,7 @@ def report(
     severity: Literal["error", "warning", "note"] | None = None,
     sort: str = "line",
 ) -> dict[str, Any]:
-    """What the studio found in a dataset, one page of findings at a time."""
+    """The report of the file's newest dataset, with one page of its issues."""
     dataset = datasets.for_file(session, user, ids.parse(ids.FILE, file_id, param="file_id"))
     found, more = datasets.findings(session, dataset, rule, severity, sort, after, limit)
     later = datasets.failed_later(session, dataset)

@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning`: jobs, their events and checkpoints, as the OpenAI client asks for them, with our own words beside."""
+"""`/v1/fine_tuning`: jobs, their events and checkpoints, as OpenAI's client calls them, with additional fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Json = dict[str, Any]
 
 
 class ResumeJob(BaseModel, extra="forbid"):
-    """From where a job goes on; without a body from its newest checkpoint."""
+    """The checkpoint to resume from; without a body the newest one."""
 
     step: int | None = Field(None, ge=0, le=MAX_NUMBER, description="Of one of its checkpoints. The later ones are deleted.")
 
@@ -64,48 +64,49 @@ def create(
     "/jobs", operation_id="list_jobs", responses=answers(schemas.page_of(schemas.FineTuningJob)), openapi_extra={"parameters": [METADATA]}
 )
 def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = None, limit: Limit = 20) -> Json:
-    """Jobs, newest first. `metadata[key]=value` keeps the jobs that carry all these pairs, `metadata=null` those without metadata."""
+    """Jobs, newest first. `metadata[key]=value` filters by metadata, with all given pairs; `metadata=null` selects jobs without
+    metadata."""
     query = jobs.mine(user)
     if request.query_params.get("metadata") == "null":
         query = query.where(Job.user_metadata.is_(None))
     wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[") and name.endswith("]")}
     if wanted:
         query = query.where(Job.user_metadata.contains(wanted))
-    return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=job_key)
+    return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
 
 
 @api.get("/jobs/{job_id}", operation_id="retrieve_job", responses=answers(schemas.FineTuningJob))
 def retrieve(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """One job, as far as it has got."""
-    return job_json.of(session, jobs.get(session, user, job_key(job_id)))
+    """One job with its current progress."""
+    return job_json.of(session, jobs.get(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/cancel", operation_id="cancel_job", responses=answers(schemas.FineTuningJob, 409))
 def cancel(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """End a job. A running one stops at its next step, until when its `progress.asked` is `cancelling`; whatever it reaches
-    before that, it ends as `cancelled` and leaves no model."""
-    jobs.refuse_cancelled(jobs.get(session, user, job_key(job_id)))
-    return job_json.of(session, jobs.cancel(session, user, job_key(job_id)))
+    """Cancel a job. A running one stops at its next step; until then its `progress.asked` is `cancelling`. It ends as `cancelled`
+    and leaves no model, even if it finishes before that step."""
+    jobs.refuse_cancelled(jobs.get(session, user, ids.parse_job(job_id)))
+    return job_json.of(session, jobs.cancel(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/pause", operation_id="pause_job", responses=answers(schemas.FineTuningJob, 409))
 def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
-    """Let a job save and leave the machine. A running one does so at its next step, until when its `progress.asked` is
-    `pausing`; one that reaches its end before that ends as `succeeded`, since nothing is left to go on with."""
-    return job_json.of(session, jobs.pause(session, user, job_key(job_id)))
+    """Pause a job: it saves a checkpoint and frees the machine. A running one does so at its next step; until then its
+    `progress.asked` is `pausing`. One that finishes before that ends as `succeeded`."""
+    return job_json.of(session, jobs.pause(session, user, ids.parse_job(job_id)))
 
 
 @api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
 def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob = ResumeJob()) -> Json:
-    """Queue a paused, failed or cancelled job again, from its newest checkpoint, or from the one of `step`: then the later ones
-    are deleted. A cancelled job without a checkpoint is refused."""
-    return job_json.of(session, checkpoints.resume(session, user, job_key(job_id), order.step))
+    """Queue a paused, failed or cancelled job again, from its newest checkpoint or from the one of `step`, which deletes the
+    later ones. A cancelled job without a checkpoint is refused."""
+    return job_json.of(session, checkpoints.resume(session, user, ids.parse_job(job_id), order.step))
 
 
 @api.get("/jobs/{job_id}/events", operation_id="list_job_events", responses=answers(schemas.page_of(schemas.FineTuningJobEvent)))
 def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None, limit: Limit = 20) -> Json:
-    """What happened in a job, newest first."""
-    job = jobs.get(session, user, job_key(job_id))
+    """Events of a job, newest first."""
+    job = jobs.get(session, user, ids.parse_job(job_id))
     names = job_json.Names(session, job)
     query = select(Event).where(Event.job_id == job.id)
     return page(
@@ -127,8 +128,9 @@ def list_events(session: Db, user: CurrentUser, job_id: str, after: After = None
 def stream(
     session: Db, user: CurrentUser, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> event_stream.EventStream:
-    """Server-sent events, from after `Last-Event-ID` or `after`. The session of this request ends before the stream begins."""
-    job = jobs.get(session, user, job_key(job_id))
+    """Server-sent events, starting after `Last-Event-ID` or `after`. The database session of this request is closed before the
+    stream begins."""
+    job = jobs.get(session, user, ids.parse_job(job_id))
     return event_stream.EventStream(job.id, event_stream.after_id(last_event_id, after))
 
 
@@ -140,15 +142,15 @@ def stream(
 )
 def list_checkpoints(session: Db, user: CurrentUser, job_id: str, after: After = None, limit: Limit = 10) -> Json:
     """Checkpoints of a job, newest first."""
-    job = jobs.get(session, user, job_key(job_id))
+    job = jobs.get(session, user, ids.parse_job(job_id))
     losses = job_json.step_losses(session, job)
     return page(jobs.checkpoints(session, job), after, limit, "desc", lambda row: job_json.checkpoint_json(session, job, row, losses))
 
 
 @api.post("/jobs/{job_id}/checkpoints/{step}/keep", operation_id="keep_job_checkpoint", responses=answers(schemas.Model, 404, 409))
 def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> Json:
-    """Keep a checkpoint as a model of its own, which stays when the job goes. Asked twice it is kept once."""
-    return model_json(session, checkpoints.keep(session, jobs.get(session, user, job_key(job_id)), step))
+    """Register a checkpoint as a model that outlives the job. Repeated requests return the same model."""
+    return model_json(session, checkpoints.keep(session, jobs.get(session, user, ids.parse_job(job_id)), step))
 
 
 @api.post(
@@ -158,7 +160,7 @@ def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> 
     openapi_extra=takes(schemas.CreateCheckpointPermissions),
 )
 def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json, Body()]) -> Json:
-    """Note the projects that may use a checkpoint."""
+    """Record the projects that may use a checkpoint."""
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
@@ -210,10 +212,6 @@ def forbid(session: Db, user: CurrentUser, checkpoint: str, permission_id: str) 
 # Small things -------------------------------------------------------------------------------------------------------
 
 
-def job_key(text: str) -> uuid.UUID:
-    return ids.parse(ids.JOB, text, param="fine_tuning_job_id")
-
-
 def _event_id(session: Session, job: Job, text: str) -> int:
     key = ids.parse(ids.EVENT, text, param="after")
     found = session.scalar(select(Event.id).where(Event.job_id == job.id, Event.key == key))
@@ -230,7 +228,7 @@ def _permission_key(text: str) -> uuid.UUID:
 
 
 def _job_of_checkpoint(session: Session, user: User, name: str) -> Job:
-    """The job of a checkpoint or tuned model named `ft:…`. Raises NotFound."""
+    """The job of a checkpoint or of a fine-tuned model named `ft:…`. Raises NotFound."""
     resolved = models.resolve(session, user, name)
     job_id = resolved.checkpoint.job_id if resolved.checkpoint is not None else resolved.model.job_id
     if job_id is None:

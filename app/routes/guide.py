@@ -1,4 +1,5 @@
-"""The guide: how to use the studio, a path through the field, and a page per method rendered from its class, so that it cannot go stale."""
+"""The guide: how to use the studio, a learning path, and a page per method rendered from its class, so that it is always up to
+date."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from sqlalchemy import select
 from app.db import Db
 from app.errors import NotFound
 from app.formats import FORMATS
-from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.kit.forms import FormField, controls, whole_number
 from app.models import service as models
 from app.planning import calculator
@@ -40,7 +41,7 @@ FAMILIES = {
     "selective": ("Selective", "Only some of the model's own parameters are trained: biases, norms or scales."),
     "reparametrized": ("Reparametrized (LoRA family)", "The change of a weight matrix is trained in a much smaller form."),
 }
-"""Families in the field's words. A family that is not here is shown under its own name."""
+"""Titles of families of methods. A family that is not listed is shown under its own name."""
 
 FORGETS = {
     "little": "Low: the base model stays unchanged, and the adapter can be removed.",
@@ -48,11 +49,11 @@ FORGETS = {
     "much": "High: every weight changes. Check general ability on the run's page, and keep the learning rate low.",
 }
 EXAMPLES = ("1.5", "175")
-"""Billions of parameters that the calculator offers."""
+"""Numbers of parameters, in billions, that the calculator offers."""
 
 
 class Wanted(NamedTuple):
-    """What was typed into the calculator, and the table for it or what is wrong."""
+    """The calculator's input, and its table or the error."""
 
     parameters: str
     tokens: str
@@ -76,7 +77,7 @@ def guide(request: Request, user: CurrentUser, parameters: str = EXAMPLES[0], to
 
 
 def calculate(parameters: str, tokens: str) -> Wanted:
-    """Memory for so many billions of parameters, and so many tokens per batch."""
+    """Memory for a model of so many billion parameters and so many tokens per batch."""
     asked = Wanted(parameters[:20], tokens[:20])
     try:
         billions = float(parameters.strip().removesuffix("B").strip())
@@ -110,7 +111,7 @@ def name_of(cls: type[Strategy]) -> str:
 
 
 def bounds(control: FormField, info: FieldInfo) -> str:
-    """What may be written into a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
+    """The valid values of a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
     if control.widget == "checkbox":
         return "yes or no"
     if control.choices:
@@ -130,9 +131,9 @@ def bounds(control: FormField, info: FieldInfo) -> str:
 
 
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:
-    """How much of each base model here it would train, with its own settings, at the first of its tasks that the model can do:
-    counted, not listed by hand."""
-    found, cuda = [], job_request.has_gpu()
+    """Trainable parameters of the method on each base model here, with default settings, for the first of its tasks that the
+    model supports: computed, not listed by hand."""
+    found, cuda = [], spec_builder.has_gpu()
     for model in models.list_(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)

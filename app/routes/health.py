@@ -1,4 +1,4 @@
-"""Is it alive, is it ready, how is it doing: for supervisors, load balancers and Prometheus."""
+"""Liveness, readiness and metrics, for supervisors, load balancers and Prometheus."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ api = APIRouter(prefix="/v1")
 
 @pages.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process answers. Nothing else is asked, so that a database away is no reason to restart this one, and no thread is
-    needed, since all of them may be waiting for a database that has gone silent."""
+    """Liveness: the process responds. Nothing else is checked, because a database that is down is no reason to restart the web
+    process. It runs without a worker thread, since all of them may be blocked by an unresponsive database."""
     return {"status": "ok"}
 
 
 @pages.get("/readyz")
 async def readyz() -> JSONResponse:
-    """Whether work can be taken: 503 while the database, its schema or the broker is not there, or silent for `overview.CHECK_SECONDS`."""
+    """Readiness: 503 while the database, its schema or the broker is unavailable, or does not respond within
+    `overview.CHECK_SECONDS`."""
     found, workers = await overview.checks_in_time()
     ready = all(check.good for check in found)
     body = {
@@ -44,14 +45,14 @@ async def readyz() -> JSONResponse:
 
 @pages.get("/metrics")
 def metrics(request: Request) -> Response:
-    """Metrics in the text format of Prometheus, for this machine and for the signed-in."""
+    """Metrics in Prometheus' text format, for requests from this machine and for signed-in users."""
     if not _local(request) and auth.identify(request) is None:
         raise NotSignedIn("The metrics are for this machine and for the signed-in.", hint="Send an API key.")
     return Response(web_metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _local(request: Request) -> bool:
-    """Asked from this machine, and not through a proxy that stands on it."""
+    """Whether the request comes from this machine, and not through a proxy on it."""
     if request.client is None or any(name in request.headers for name in ("x-forwarded-for", "x-real-ip", "forwarded", "via")):
         return False
     return is_loopback(request.client.host)
@@ -59,7 +60,7 @@ def _local(request: Request) -> bool:
 
 @api.get("/studio", operation_id="retrieve_studio", responses=answers(schemas.Studio))
 def state(user: CurrentUser) -> dict[str, Any]:
-    """The health of every part: what the Overview and the Settings show."""
+    """The health of every component, as the Overview and the Settings show it."""
     return {
         "object": "studio",
         "checks": [check.model_dump() for check in overview.checks()],
@@ -70,5 +71,5 @@ def state(user: CurrentUser) -> dict[str, Any]:
 
 @api.get("/openapi.json", operation_id="retrieve_openapi", responses=answers(schemas.OpenAPIDocument))
 def openapi(request: Request, user: CurrentUser) -> dict[str, Any]:
-    """The description of everything under /v1."""
+    """The OpenAPI document of everything under /v1."""
     return document(request.app)

@@ -1,7 +1,5 @@
-"""The pages of jobs: the list, the order form, one job live, and what a person can ask of it.
-
-The JSON twin stands in `app/routes/fine_tuning.py`; both call `app.jobs.service`.
-"""
+"""Pages of jobs: the list, the form, one job live, and its actions. The JSON API is in `app/routes/fine_tuning.py`; both call
+`app.jobs.service`."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ MENU = (MenuPage("Runs", "/jobs", "training", 10), MenuPage("New run", "/jobs/ne
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """The fields of a posted form as text. Of a name sent twice the last counts: a checkbox overrules the hidden field
+    """The fields of a posted form as text. Of a repeated field the last value counts: a checkbox overrules the hidden field
     before it."""
     form: FormData = await request.form()
     return {key: value for key, value in form.multi_items() if isinstance(value, str)}
@@ -67,8 +65,8 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
 def compare_runs(
     request: Request, user: CurrentUser, session: Db, job: Annotated[list[str] | None, Query()] = None, part: str = ""
 ) -> Response:
-    """Up to eight jobs next to each other: scores, what differs in their settings, and their curves; with `?part=live` what changes
-    while they run."""
+    """Up to eight jobs compared: scores, settings that differ, and curves; with `?part=live` the part that changes while they
+    run."""
     context = run_comparison.page(session, user, job or [])
     return render(request, "parts/compare_runs_live.html" if part == "live" else "compare_runs.html", **context)
 
@@ -78,7 +76,7 @@ def compare_runs(
 
 @pages.get("/jobs/new")
 def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
-    """The form for what is in the address: `?dataset=&model=`, all it was typed so far, or `?clone=ftjob-…`."""
+    """The form, filled from the query string: `?dataset=&model=`, all fields typed so far, or `?clone=ftjob-…`."""
     typed = dict(request.query_params.multi_items())
     if clone := typed.pop("clone", ""):
         typed = config_file.typed_of(session, user, clone) | typed
@@ -87,7 +85,7 @@ def new_job(request: Request, user: CurrentUser, session: Db) -> Response:
 
 @pages.get("/jobs/new/file")
 def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Response:
-    """The job that the form would start, every setting with its value, as a file for `luthier train`."""
+    """The configuration of the job that the form would start, with every setting, as a file for `luthier train`."""
     form = job_form.order_form(session, user, dict(request.query_params.multi_items()))
     if form.unseen or form.spec is None or not form.ready:
         said = form.unseen or "There is no file of it: something below is not right yet."
@@ -96,7 +94,7 @@ def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Respon
 
 
 async def _file(request: Request) -> bytes:
-    """The configuration file of a posted form, which is not read where it is too large. Raises BadField or BadData."""
+    """The configuration file of a posted form. Raises BadField for one that is too large, or BadData."""
     length = request.headers.get("content-length", "")
     if not length.isdigit() or int(length) > config_file.MAX_FILE:
         raise BadData("The file is too large for the settings of a run.", hint=f"It may have {config_file.MAX_FILE:,} bytes.")
@@ -108,13 +106,13 @@ async def _file(request: Request) -> bytes:
 
 @pages.post("/jobs/new/file")
 def load_job_file(user: CurrentUser, session: Db, sent: Annotated[bytes, Depends(_file)]) -> Response:
-    """The form as a configuration file fills it in."""
+    """The form, filled from a configuration file."""
     return RedirectResponse(f"/jobs/new?{urlencode(config_file.read(session, user, sent))}", status_code=303)
 
 
 @pages.get("/jobs/{job_id}/job.yaml")
 def job_file(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """Everything that decided the job, as a file for `luthier train`."""
+    """The complete configuration of a job, as a file for `luthier train`."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     return _yaml_file(config_file.of_job(job), f"job-{job.id.hex[:8]}.yaml")
 
@@ -136,8 +134,8 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
 
 
 def _create_once(session: Db, user: CurrentUser, order: JobRequest, key: str) -> Job:
-    """The key came with the form, so that a double click orders once. A form that was gone back to and changed carries
-    its old key with a new order: that is meant as a new job."""
+    """Create a job once for a form and its values: the form carries a key, so that a double click creates one job. After Back,
+    changed values under the same key create a new job."""
     try:
         return jobs.create(session, user, order, idempotency_key=f"form-{key[:64]}")
     except Conflict as conflict:
@@ -172,7 +170,7 @@ def _order_page(
         offer=None if form.models else first_model.offer(session, user),
         **view.facts_of(form),
     )
-    if "hx-request" in request.headers:  # an estimate: the address follows what the form shows, so that Back and reload show it too
+    if "hx-request" in request.headers:  # an estimate: the URL follows the form, so that Back and reload show the same
         answer.headers["hx-replace-url"] = form.address
     return answer
 
@@ -202,7 +200,7 @@ def job_page(
     tab: Tab = "overview",
     part: str = "",
 ) -> Response:
-    """The page with one of its tabs; with `?part=live` what changes in it, for the browser that has the rest."""
+    """The page with one of its tabs; with `?part=live` the part that changes, for a page that is loaded already."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     context = job_tabs.page(session, user, job, tab, wish, points=part != "live")
     return render(request, "parts/job_live.html" if part == "live" else "job.html", **context)
@@ -210,7 +208,7 @@ def job_page(
 
 @pages.get("/jobs/{job_id}/log.txt")
 def job_log(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """The whole log: the events of the job, and what its trainers wrote."""
+    """The complete log: the events of the job, and the output of its trainers."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     return StreamingResponse(job_artifacts.log(session, job), media_type="text/plain", headers=_attached(f"job-{job.id.hex[:8]}.log"))
 
@@ -223,14 +221,14 @@ def _attached(name: str) -> dict[str, str]:
 def job_stream(
     user: CurrentUser, session: Db, job_id: str, after: Offset = 0, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:
-    """The job's events as they happen, from after `Last-Event-ID` or `?after=`."""
+    """Server-sent events of the job, starting after `Last-Event-ID` or `?after=`."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     return event_stream.EventStream(job.id, event_stream.after_id(last_event_id, after))
 
 
 @pages.get("/jobs/{job_id}/results.csv")
 def job_results(user: CurrentUser, session: Db, job_id: str) -> Response:
-    """Every step's metrics as CSV: the whole of what the charts thin out."""
+    """Metrics of every step as CSV; the charts show a subset of the points."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     figures = metrics_csv.results_csv(jobs.events(session, job))
     return Response(figures, media_type="text/csv", headers=_attached(f"step_metrics-{job.id.hex[:8]}.csv"))
@@ -255,7 +253,7 @@ def keep(request: Request, user: CurrentUser, session: Db, job_id: str, step: St
 
 @pages.get("/jobs/{job_id}/checkpoints/{step}/download")
 def download(user: CurrentUser, session: Db, job_id: str, step: Step) -> Response:
-    """A checkpoint's weights as a zip, laid out like a model's download."""
+    """A checkpoint's weights as a zip, in the layout of a model's download."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     row = checkpoints.get(session, job, step)
     folder, model = checkpoints.folder_of(row), checkpoints.model_of(session, job, row)
@@ -278,7 +276,7 @@ def save(request: Request, user: CurrentUser, session: Db, job_id: str) -> Respo
 
 @pages.post("/jobs/{job_id}/retry")
 def retry(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int, Form_(ge=0)] = 0) -> Response:
-    """The same job with the settings of one of its suggestions, as a new job."""
+    """A new job with the same settings, changed as one of its suggestions says."""
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     found = job_tabs.suggestions(session, job)
     if suggestion >= len(found):

@@ -1,7 +1,5 @@
-"""Which models are loaded: `/v1/models/loaded`, and the part of the pages that shows it.
-
-This module comes before `models`, whose `/models/{key}` would take the address otherwise.
-"""
+"""Which models are loaded: `/v1/models/loaded`, and the fragment that shows it. This module is included before `models`, whose
+`/models/{key}` would match the path otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ pages = APIRouter()
 
 @api.get("/models/loaded", operation_id="list_loaded_models", responses=answers(schemas.LoadedModels))
 def list_loaded_models(session: Db, user: CurrentUser) -> dict[str, Any]:
-    """What every generate worker has loaded, and the rule by which it is unloaded."""
+    """The models that each generate worker has loaded, and its eviction rule."""
     rows = [residency.to_json(session, user, one) for one in residency.everyone()]
     return {"object": "list", "data": rows, "has_more": False, "rule": residency.rule()}
 
@@ -37,5 +35,5 @@ page_moved(pages, "/standby", "/models/loaded")
 
 @pages.get("/models/loaded")
 def part(request: Request, session: Db, user: CurrentUser, chip: bool = False) -> Response:
-    """The list or its chip alone, which the pages ask for anew while they are open."""
+    """The list or its chip alone, which open pages poll."""
     return render(request, "parts/loaded.html" if chip else "parts/loaded_models.html", **residency.part(session, user))

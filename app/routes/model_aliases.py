@@ -1,4 +1,4 @@
-"""Names of a person's own for models: `/v1/model_aliases`, and the forms on a model's page."""
+"""Model aliases of a user: `/v1/model_aliases`, and the forms on a model's page."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def list_aliases(session: Db, user: CurrentUser) -> dict[str, Any]:
 
 @api.put("/model_aliases/{alias:path}", operation_id="set_model_alias", responses=answers(schemas.ModelAlias, 404, 409))
 def set_alias(session: Db, user: CurrentUser, alias: str, order: AliasOrder) -> dict[str, Any]:
-    """Let a name point to a model; one that you have already is moved there. The next request is answered by that model."""
+    """Point an alias to a model, from the next request on. An existing alias is moved."""
     return aliases.to_json(aliases.set_(session, user, alias, order.model))
 
 
 @api.delete("/model_aliases/{alias:path}", operation_id="delete_model_alias", responses=answers(schemas.Deleted, 404))
 def delete_alias(session: Db, user: CurrentUser, alias: str) -> dict[str, Any]:
-    """Remove an alias. The model stays."""
+    """Remove an alias. The model is kept."""
     aliases.remove(session, user, alias)
     return {"id": alias, "object": "model.alias", "deleted": True}
 
 
 @pages.post("/models/{key}/aliases")
 def set_from_page(request: Request, session: Db, user: CurrentUser, key: str, alias: Annotated[str, Form(max_length=512)] = "") -> Response:
-    """Set a new alias of the model, or move one here."""
+    """Create an alias of the model, or move one here."""
     model = models.get(session, user, key)
     try:
         with session.begin_nested():

@@ -1,4 +1,4 @@
-"""Models: `/v1/models` as the OpenAI client calls it, and the pages around it."""
+"""Models: `/v1/models` as OpenAI's client calls it, and the pages of models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ KIND_WORDS = {
 
 
 class ModelOrder(BaseModel):
-    """One of `starter`, `folder` and `hub` says where the model comes from."""
+    """Exactly one of `starter`, `folder` and `hub` names the model's source."""
 
     starter: str | None = Field(None, description="Name of a starter model.")
     accept_terms: bool = Field(False, description="The starter's terms were read and accepted.")
@@ -67,7 +67,7 @@ class ModelOrder(BaseModel):
 
 
 def to_json(session: Session, model: Model, name: str | None = None) -> dict[str, Any]:
-    """OpenAI's model object with our own words beside it."""
+    """OpenAI's model object with additional fields."""
     chain = models.lineage(session, model)
     return {
         "id": name or model.name,
@@ -105,13 +105,13 @@ def _alias_json(session: Session, name: str, model: Model) -> dict[str, Any]:
 
 
 def parameters(model: Model) -> int | None:
-    """Parameters of the whole model, without what an adapter adds."""
+    """Parameters of the base model, without those of an adapter."""
     return Shape.model_validate(model.shape).parameters() if model.shape else None
 
 
 @api.get("/models", operation_id="list_models", responses=answers(schemas.list_of(schemas.Model)))
 def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
-    """Every model that can be used or is being fetched, and after it your aliases of it."""
+    """Every model that is ready or being fetched, then your aliases."""
     named, rows = aliases.of_models(session, user), []
     for model in models.list_(session, user):
         rows += [to_json(session, model), *(_alias_json(session, name, model) for name in named.get(model.id, ()))]
@@ -120,7 +120,7 @@ def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
 
 @api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415))
 def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
-    """Add a model. The answer comes at once with the status `fetching`."""
+    """Add a model. The response comes at once, with the status `fetching`."""
     return to_json(session, add(session, user, order))
 
 
@@ -131,12 +131,12 @@ def retrieve_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]
         found = models.resolve(session, user, model)
         return to_json(session, found.model, name=found.ref.name)
     row = models.get(session, user, model)
-    return _alias_json(session, model, row) if model not in (row.name, _key(row)) else to_json(session, row)
+    return _alias_json(session, model, row) if model not in (row.name, lists.public_id(row)) else to_json(session, row)
 
 
 @api.delete("/models/{model:path}", operation_id="delete_model", responses=answers(schemas.Deleted, 409))
 def delete_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
-    """Delete a model. Refused while something needs it."""
+    """Delete a model. Refused while something depends on it."""
     row = models.get(session, user, model)
     may_change(user, row)
     models.delete(session, user, row)
@@ -144,7 +144,7 @@ def delete_model(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
 
 
 def add(session: Session, user: User, order: ModelOrder) -> Model:
-    """The row of an ordered model. Raises BadField unless exactly one place is named."""
+    """The row of a model that is being added. Raises BadField unless exactly one source is given."""
     named = [word for word in ("starter", "folder", "hub") if getattr(order, word)]
     if len(named) != 1:
         raise BadField("Say where the model comes from: one of starter, folder and hub.", hint="Give exactly one.", param="starter")
@@ -158,7 +158,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
 
 
 def may_change(user: User, model: Model) -> None:
-    """A shared model belongs to the studio: only an admin may take it away."""
+    """Only an admin may change or delete a shared model."""
     if model.owner_id != user.id and user.role != "admin":
         raise Forbidden(f"{model.name} is shared by everyone here.", hint="Ask an admin.", param="model")
 
@@ -167,7 +167,7 @@ def may_change(user: User, model: Model) -> None:
 
 
 def _groups(found: list[Model]) -> list[dict[str, Any]]:
-    """Each base with what was tuned from it, at any depth."""
+    """Each base model with its fine-tuned descendants."""
     groups: dict[uuid.UUID, dict[str, Any]] = {}
     for model in found:
         base = models.root(model)
@@ -205,16 +205,12 @@ def _list_page(
         kind_words=KIND_WORDS,
         strategies=STRATEGIES,
         parameters=parameters,
-        key=_key,
+        public_id=lists.public_id,
         try_url=lambda base, model: tryout.address(base.name, model.name, model.kind, model.id in few_shot),
         fault=fault,
         **residency.part(session, user),
         form={"folder": "", "hub": "", "revision": "", "name": "", "kind": ""} | (form or {}),
     )
-
-
-def _key(model: Model) -> str:
-    return ids.public(ids.MODEL, model.id)
 
 
 @pages.get("/models", response_class=HTMLResponse)
@@ -236,7 +232,7 @@ def add_from_form(
     kind: Annotated[str, Form()] = "",
     then: Annotated[str, Form(alias="next")] = "/models",
 ) -> Response:
-    """The three forms of the page post here, and the pages that lead to one of them. A fault is shown on the page with what was typed still there."""
+    """The forms of the Models page, and of pages that offer one of its models. On an error the page shows it and keeps the input."""
     texts = {"folder": folder, "hub": hub, "revision": revision, "name": name, "kind": kind}
     order = ModelOrder(starter=starter or None, accept_terms=accept_terms, **{k: v.strip() or None for k, v in texts.items()})
     try:
@@ -254,7 +250,7 @@ def add_from_form(
 
 @pages.get("/models/terms/{name}", response_class=HTMLResponse)
 def terms_page(request: Request, user: CurrentUser, name: str, then: Annotated[str, Query(alias="next")] = "/models") -> Response:
-    """The terms of a starter model, to be read before it is fetched."""
+    """The license terms of a starter model, to be accepted before it is fetched."""
     starter = starters.find(name)
     return render(request, "model_terms.html", starter=starter, text=starters.terms(name), next=safe_next(then))
 
@@ -275,7 +271,7 @@ def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: 
 
 @pages.post("/models/{key}/api-key", response_class=HTMLResponse)
 def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
-    """A key, shown this once in the code that uses it."""
+    """Create an API key, shown once, inside the code that uses it."""
     model = models.get(session, user, key)
     _, text = auth.create_key(session, user, model.title)
     return show_model(request, session, user, model, "use", new_key=text)
@@ -291,8 +287,8 @@ def show_model(
     new_key: str = "",
     alias: str = "",
 ) -> Response:
-    """The page of a model. `alias` is what was typed into its form."""
-    chain, page = models.lineage(session, model), f"/models/{_key(model)}"
+    """The page of a model. `alias` is the input of its alias form."""
+    chain, page = models.lineage(session, model), f"/models/{lists.public_id(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
     merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
     named = aliases.list_(session, user)
@@ -308,7 +304,7 @@ def show_model(
         page=page,
         tab=tab,
         tab_items=list(TABS.items()),
-        key=_key(model),
+        key=lists.public_id(model),
         chain=chain,
         below=models.children(session, model),
         job=job,
@@ -336,7 +332,7 @@ def show_model(
         exports=[exports.to_json(one) for one in exported],
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
-        key_of=_key,
+        public_id=lists.public_id,
         may_rename=model.owner_id == user.id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
         fault=fault,
@@ -357,12 +353,12 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
 
 @pages.post("/models/{key}/keep")
 def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(alias="next")] = "") -> Response:
-    """Offer a comparison's result wherever a model is chosen."""
+    """Keep the result of a comparison, so that it is offered wherever a model is chosen."""
     model = models.get(session, user, key)
     may_change(user, model)
     models.keep(model)
     flash(request, f"{model.title} is kept: it is listed with the other models and can be chosen everywhere.")
-    return RedirectResponse(safe_next(then or f"/models/{_key(model)}"), status_code=303)
+    return RedirectResponse(safe_next(then or f"/models/{lists.public_id(model)}"), status_code=303)
 
 
 @pages.post("/models/{key}/retry")
@@ -377,15 +373,15 @@ def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(al
 def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     merged = models.merge(session, user, models.get(session, user, key))
     flash(request, "The adapter is being merged. The merged model is listed below the fine-tuned one.")
-    return RedirectResponse(f"/models/{_key(merged)}", status_code=303)
+    return RedirectResponse(f"/models/{lists.public_id(merged)}", status_code=303)
 
 
 @pages.get("/models/{key}/download")
 def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
-    """The model's folder as a zip: an adapter in the layout `PeftModel.from_pretrained` loads, or whole weights. Raises BadModel
-    when a file of it is not what was saved."""
+    """The model's folder as a zip: an adapter in the layout of `PeftModel.from_pretrained`, or full weights. Raises BadModel when
+    a file does not match the manifest."""
     model = models.get(session, user, key)
-    models.reference(session, model)  # refuses what is not ready
+    models.reference(session, model)  # raises where the model is not ready
     folder = models.own_folder(model)
     if folder is None:
         raise Conflict(f"The files of {model.name} are not there.", hint="Add the model again.")

@@ -1,4 +1,4 @@
-"""Names and tags of jobs, models, datasets and comparisons, and what is done with several rows of a list at once."""
+"""Names and tags of jobs, models, datasets and comparisons, and bulk actions on selected rows of a list."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ pages = APIRouter()
 Json = dict[str, Any]
 Place = Literal["jobs", "models", "datasets", "compare"]
 MAX_TOLD = 5
-"""Refusals that are told one by one."""
+"""Maximum number of refusals that are reported one by one."""
 
 
 class Kind(NamedTuple):
-    """What a list holds: its name, how one of it is found, changed only by who may, and deleted."""
+    """The kind of object that a list holds: its name, and functions that find one, check the permission to change it, and delete
+    it."""
 
     title: str
     find: Callable[[Session, User, str], Any]
@@ -72,14 +73,14 @@ class NewName(BaseModel, extra="forbid"):
 
 
 class NewNaming(BaseModel, extra="forbid"):
-    """What is omitted stays as it is."""
+    """Omitted fields are unchanged."""
 
     name: str | None = Field(None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters.")
     tags: list[str] | None = Field(None, description=f"All its tags, at most {naming.MAX_TAGS}.")
 
 
 class NewModelNaming(BaseModel, extra="forbid"):
-    """What is omitted stays as it is."""
+    """Omitted fields are unchanged."""
 
     title: str | None = Field(
         None, description=f"One line of at most {naming.MAX_NAME_LENGTH} characters. The name that requests use stays."
@@ -137,7 +138,7 @@ def change_comparison(session: Db, user: CurrentUser, comparison_id: str, change
 def rename(
     session: Db, user: CurrentUser, place: Place, key: str, name: Annotated[str, Form()], tags: Annotated[str | None, Form()] = None
 ) -> Response:
-    """The form Rename of a page: its name, and its tags with commas between them."""
+    """The Rename form of a page: a name, and comma-separated tags."""
     kind = KINDS[place]
     _change(session, kind.find(session, user, key), name, naming.words(tags) if tags is not None and kind.tagged else None)
     return RedirectResponse(f"/{place}/{key}", status_code=303)
@@ -154,7 +155,7 @@ def bulk(
     tag: Annotated[str, Form()] = "",
     query: Annotated[str, Form()] = "",
 ) -> Response:
-    """Delete, tag or compare the selected rows. One that is refused is reported with its reason, and the others are done."""
+    """Delete, tag or compare the selected rows. Refused rows are reported with the reason; the others are processed."""
     kind, picked = KINDS[place], list(dict.fromkeys(pick or ()))
     here = f"/{place}?{query}" if query else f"/{place}"
     added = naming.words(tag)
@@ -183,7 +184,7 @@ def bulk(
 
 
 def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
-    """What has to be chosen or written first, said above the list."""
+    """The input that is missing, shown above the list."""
     if not picked:
         return "No row is selected. Select at least one."
     if do == "compare" and place == "jobs" and not 2 <= picked <= run_comparison.MOST:
@@ -194,7 +195,7 @@ def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
 
 
 def _each(session: Session, user: User, kind: Kind, picked: list[str], act: Callable[[Any], None]) -> tuple[int, list[str]]:
-    """(how many were done, why the others were not), each in a savepoint of its own."""
+    """(number of rows processed, reasons of the others), each row in a savepoint of its own."""
     done, refused = 0, []
     for key in picked:
         name = key

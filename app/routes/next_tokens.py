@@ -1,4 +1,5 @@
-"""`POST /v1/next_tokens`, and the page that shows what comes next and how likely a text was to several models."""
+"""`POST /v1/next_tokens`, and the page that compares next-token distributions of several models, and the log-probabilities of a
+text."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Pending
     responses=answers(schemas.NextTokensOfModels, 404, 409, 422, 429),
 )
 async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
-    """The likeliest next tokens by several models, and how likely each token of the text was."""
+    """The most likely next tokens of several models, and the probability of each token of the text."""
     asked = await run_in_threadpool(_ask, user, body.models, body.prompt, body.top_k)
     heard = await collect(request, [stream(one.request) for one in asked])
     if heard is None:
@@ -70,7 +71,7 @@ async def next_tokens_page(
     text: Annotated[str, Query()] = "",
     top_k: Annotated[int, Query()] = SHOWN,
 ) -> Response:
-    """An address says all of it, so a view can be linked, and each likely token is a link to what would follow it."""
+    """The query string holds the whole state, so a view can be linked; each likely token links to the text continued by it."""
     names = list(dict.fromkeys(name for name in models or [] if name))
     views: list[View] = []
     error: StudioError | None = None

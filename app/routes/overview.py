@@ -1,4 +1,4 @@
-"""The first page: what is going on, and what to do next; and the offer of a first model, which other pages make too."""
+"""The home page: what is running and what to do next; and the offer of a first model, which other pages show too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.web.templates import render
 pages = APIRouter()
 MENU = (MenuPage("Home", "/", "start", 10),)
 STARTING_SECONDS = 60
-"""For so long after the web process the workers of the same start may take to come online, and nothing is wrong."""
+"""Seconds after the start of the web process during which workers that are not online yet are no problem."""
 
 
 @pages.get("/")
@@ -44,7 +44,7 @@ def overview(request: Request, user: CurrentUser, session: Db) -> Response:
 
 @pages.get("/first-model")
 def first_model_part(request: Request, user: CurrentUser, session: Db, next: str = "/") -> Response:
-    """The offer alone, for a page that watches a download; once there is a model that page is loaded anew."""
+    """The offer alone, for pages that follow a download; once there is a model the page is reloaded."""
     offer = first_model.offer(session, user)
     answer = render(request, "parts/first_model.html", offer=offer, next=safe_next(next))
     if offer is None:

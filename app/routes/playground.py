@@ -1,4 +1,4 @@
-"""The playground: one prompt, several models, answers side by side. A plain form works; the script streams."""
+"""The playground: one prompt, several models, answers in columns. The plain form works without JavaScript; the script streams."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
-from app.kit import forms, humanize, ids
+from app.kit import forms, humanize
 from app.tables import Exchange, User
+from app.views import lists
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
@@ -38,13 +39,14 @@ _KNOBS: dict[str, Any] = {
     "stop": (str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
 }
 Knobs: type[BaseModel] = create_model("Knobs", **_KNOBS)
-"""The form of the settings: the fields of `Sampling` a person turns. A first look is deterministic, where the API samples as OpenAI's does."""
+"""Fields of `Sampling` that the form offers. The playground is deterministic by default; the API samples by default, as OpenAI's
+does."""
 STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped by you", "error": "No answer"}
-"""Why an answer ended, in words."""
+"""Labels of finish reasons."""
 
 
 class Order(BaseModel):
-    """What the form says: which models, the prompt, the settings, and the turn it goes on from."""
+    """The posted form: models, prompt, sampling settings, and the exchange that it continues."""
 
     models: list[str]
     prompt: str
@@ -62,7 +64,7 @@ def _uuid(text: str | None) -> uuid.UUID | None:
 
 
 def _asked_before(user: User, exchange_id: uuid.UUID) -> tuple[uuid.UUID | None, str]:
-    """What was asked in an exchange, and the turn before it: asked once more, it is another answer to the same."""
+    """The prompt of an exchange and the turn before it; sending it again adds another answer to the same prompt."""
     with transaction() as session:
         found = playground.get(session, user, exchange_id)
         return found.parent_id, found.prompt or ""
@@ -128,7 +130,7 @@ def show(
     follows: Annotated[list[str] | None, Query()] = None,
     edit: bool = False,
 ) -> Response:
-    """A conversation as it ended, or before its last question where that is edited; its columns may go on with other models."""
+    """A conversation as it ended, or before its last prompt where that is edited; its columns may continue with other models."""
     last = playground.get(session, user, exchange_id)
     asked = last.sampling.get("models") or [a.model_name for a in playground.answers(session, [last.id])[last.id]]
     named = _names(models)[: playground.MAX_PANES] or asked
@@ -153,7 +155,7 @@ def _page(
     choices = playground.choices(session, user)
     ready = [choice.name for group in choices.values() for choice in group]
     named = list(dict.fromkeys(named)) or ready[:1]
-    known = [name for name in named if playground.option_of(name, choices).kind]  # those that are still there
+    known = [name for name in named if playground.option_of(name, choices).kind]  # those that still exist
     look, own = tryout.look_at(session, user, known), tryout.own_sampling(session, user, known)
     last = thread[-1][0] if thread else None
     asked_of = more.get("question") or (look and next((q for q in look.questions if last and q["prompt"] == last.prompt), None))
@@ -174,7 +176,7 @@ def _page(
         "look": look,
         "own": own,
         "question": asked_of,
-        "job_key": lambda job: ids.public(ids.JOB, job.id),
+        "public_id": lists.public_id,
         "history": playground.history(session, user, limit=20),
         "proof": playground.proof,
         "stops": STOPS,
@@ -186,7 +188,7 @@ def _page(
 
 
 def forms_text(exchange: Exchange) -> dict[str, str]:
-    """Stored settings as the inputs show them, so that the next turn is asked the same way."""
+    """Stored settings as form values, so that the next turn uses the same settings."""
     sampling, messages = exchange.sampling, exchange.messages
     typed = {name: forms.as_text(sampling.get(name)) for name in ("temperature", *_PLAIN) if name in sampling and name != "seed"}
     return typed | {"stop": "\n".join(sampling.get("stop", [])), "system": messages[0]["content"] if messages else ""}
@@ -215,7 +217,7 @@ def _record(exchange_id: uuid.UUID, asked: PendingAnswer, heard: AnswerFold) -> 
 
 @pages.post("/playground")
 async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
-    """Without the script: the page comes once all models have finished. A browser that leaves first stops them."""
+    """Without JavaScript: the page is sent when all models have finished. If the browser disconnects, generation stops."""
     try:
         order = await _order(request, user)
         exchange_id, asked = await run_in_threadpool(_ask, user, order)
@@ -238,7 +240,7 @@ async def ask_and_wait(request: Request, user: CurrentUser) -> Response:
 
 
 def _again(request: Request, user: User, named: list[str], prompt: str, error: StudioError) -> Response:
-    """The form as it was, with what is wrong above it."""
+    """The form as it was sent, with the error above it."""
     with transaction() as session:
         page = _page(request, session, user, named, None, prompt=prompt, error=error)
     page.status_code = error.status
@@ -247,7 +249,7 @@ def _again(request: Request, user: User, named: list[str], prompt: str, error: S
 
 @pages.post("/playground/stream")
 async def ask_and_stream(request: Request, user: CurrentUser) -> Response:
-    """The same for the script: one JSON object per line, each of one pane, as they come."""
+    """With JavaScript: one JSON object per line and entry, each for one column, as they arrive."""
     order = await _order(request, user)
     exchange_id, asked = await run_in_threadpool(_ask, user, order)
     return Stream(_lines(exchange_id, asked), media_type="application/x-ndjson")
@@ -268,7 +270,7 @@ async def _lines(exchange_id: uuid.UUID, asked: list[PendingAnswer]) -> AsyncIte
                 yield _line(_told(place, asked[place], heard[place], entry))
         yield _line({"type": "end"})
     finally:
-        # Stopped or left in the middle: what was said so far is kept.
+        # Stopped or disconnected: the text generated so far is stored.
         for place in set(range(len(asked))) - stored:
             later(functools.partial(_record, exchange_id, asked[place], heard[place]))
         await merged.aclose()  # type: ignore[attr-defined]
@@ -291,7 +293,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 @pages.post("/playground/prefer")
 def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
-    """One answer over the others to the same prompt, as votes."""
+    """Record one answer as preferred over the others to the same prompt, as votes."""
     exchange, count = votes.prefer(session, user, answer)
     web_templates.flash(request, f"{humanize.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
     return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

@@ -1,4 +1,5 @@
-"""`/v1/predictions`, and the page “Run on a file”: a model over all rows of a file, which comes back with columns added."""
+"""`/v1/predictions`, and the page “Run on a file”: a model applied to all rows of a file, whose result is the file with columns
+added."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.evaluation import predictions
 from app.evaluation import service as evaluations
-from app.evaluation.predictions import KINDS, Format, PredictionOrder, key_of, to_json
+from app.evaluation.predictions import KINDS, Format, PredictionOrder, to_json
 from app.kit import forms, ids
 from app.models import service as models
 from app.schemas.openapi import BYTES, answers
@@ -44,32 +45,32 @@ def create(session: Db, user: CurrentUser, order: PredictionOrder) -> Json:
 @api.get("", operation_id="list_predictions", responses=answers(schemas.page_of(schemas.Prediction)))
 def list_predictions(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Runs, newest first."""
-    return page(evaluations.mine(user, KINDS), after, limit, "desc", to_json, session=session, key=key_of)
+    return page(evaluations.mine(user, KINDS), after, limit, "desc", to_json, session=session, key=ids.parse_prediction)
 
 
 @api.get("/{prediction_id}", operation_id="retrieve_prediction", responses=answers(schemas.Prediction))
 def retrieve(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """One run, and how far it is."""
-    return to_json(evaluations.get(session, user, key_of(prediction_id), KINDS))
+    """One run, with its progress."""
+    return to_json(evaluations.get(session, user, ids.parse_prediction(prediction_id), KINDS))
 
 
 @api.post("/{prediction_id}/cancel", operation_id="cancel_prediction", responses=answers(schemas.Prediction))
 def cancel(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """Stop a run. One that has ended stays as it is."""
-    return to_json(evaluations.cancel(session, user, key_of(prediction_id), KINDS))
+    """Cancel a run. One that has ended is unchanged."""
+    return to_json(evaluations.cancel(session, user, ids.parse_prediction(prediction_id), KINDS))
 
 
 @api.delete("/{prediction_id}", operation_id="delete_prediction", responses=answers(schemas.Deleted))
 def delete(session: Db, user: CurrentUser, prediction_id: str) -> Json:
-    """Delete a run and its content; one that has not ended is stopped."""
-    predictions.delete(session, user, key_of(prediction_id))
+    """Delete a run and its content; one that has not ended is cancelled."""
+    predictions.delete(session, user, ids.parse_prediction(prediction_id))
     return {"id": prediction_id, "object": "prediction", "deleted": True}
 
 
 @api.get("/{prediction_id}/content", operation_id="retrieve_prediction_content", responses=CONTENT, response_class=StreamingResponse)
 def content(session: Db, user: CurrentUser, prediction_id: str, format: Annotated[Format | None, Query()] = None) -> Response:
-    """The file with its columns added, as CSV or JSON lines; by default like the input."""
-    return _download(evaluations.get(session, user, key_of(prediction_id), KINDS), format)
+    """The file with its columns added, as CSV or JSON lines; by default in the format of the input."""
+    return _download(evaluations.get(session, user, ids.parse_prediction(prediction_id), KINDS), format)
 
 
 def _download(found: Evaluation, format: Format | None) -> Response:
@@ -129,7 +130,7 @@ def _start(user: User, form: Form) -> None:
             order = {"model": fields.get("model", ""), "file": ids.public(ids.FILE, file.id), "max_tokens": most}
             predictions.create(session, user, PredictionOrder(**order, column=fields.get("column", "").strip()[:200] or None))
     except StudioError:
-        with transaction() as session:  # nothing half-saved: the bytes go too
+        with transaction() as session:  # if the run cannot be created, the uploaded bytes are deleted too
             files.discard_if_unused(session, upload.blob)
         raise
 
@@ -141,17 +142,17 @@ def _again(request: Request, user: User, form: Form, fault: StudioError) -> Resp
 
 @pages.get(PAGE + "/{prediction_id}/download")
 def download(session: Db, user: CurrentUser, prediction_id: str, format: Annotated[Format | None, Query()] = None) -> Response:
-    return _download(evaluations.get(session, user, key_of(prediction_id), KINDS), format)
+    return _download(evaluations.get(session, user, ids.parse_prediction(prediction_id), KINDS), format)
 
 
 @pages.post(PAGE + "/{prediction_id}/cancel")
 def cancel_page(session: Db, user: CurrentUser, prediction_id: str) -> Response:
-    evaluations.cancel(session, user, key_of(prediction_id), KINDS)
+    evaluations.cancel(session, user, ids.parse_prediction(prediction_id), KINDS)
     return RedirectResponse(PAGE, status_code=303)
 
 
 @pages.post(PAGE + "/{prediction_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, prediction_id: str) -> Response:
-    predictions.delete(session, user, key_of(prediction_id))
+    predictions.delete(session, user, ids.parse_prediction(prediction_id))
     web_templates.flash(request, "The predictions were deleted.")
     return RedirectResponse(PAGE, status_code=303)

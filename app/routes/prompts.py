@@ -1,8 +1,7 @@
-"""`/v1/prompts` and the prompt lab's pages: prompts with versions, and what they score on the validation set."""
+"""`/v1/prompts` and the prompt lab: prompts with versions, and their scores on validation rows."""
 
 from __future__ import annotations
 
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
@@ -37,20 +36,12 @@ Json = dict[str, Any]
 PREFIX = "prompt"
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.PROMPT, text, param="prompt_id")
-
-
-def run_key(text: str) -> uuid.UUID:
-    return ids.parse(ids.RUN, text, param="run_id")
-
-
 # The API --------------------------------------------------------------------------------------------------------------
 
 
 @api.post("", operation_id="create_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.CreatePrompt))
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
-    """A new prompt with its first version: `{"name", …PromptBody}`."""
+    """A new prompt with its first version. Body: `{"name", …PromptBody}`."""
     given = dict(body)
     name = given.pop("name", None)
     if not isinstance(name, str):
@@ -61,55 +52,57 @@ def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Jso
 @api.get("", operation_id="list_prompts", responses=answers(schemas.page_of(schemas.Prompt)))
 def list_prompts(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Prompts, newest first."""
-    return page(prompts.mine(user), after, limit, "desc", lambda p: prompts.to_json(session, p), session=session, key=key_of)
+    return page(prompts.mine(user), after, limit, "desc", lambda p: prompts.to_json(session, p), session=session, key=ids.parse_prompt)
 
 
 @api.get("/runs/{run_id}", operation_id="retrieve_prompt_run", responses=answers(schemas.PromptRun))
 def retrieve_run(session: Db, user: CurrentUser, run_id: str) -> Json:
-    """One run, as far as it has got."""
-    return prompt_runs.to_json(prompt_runs.get(session, user, run_key(run_id)))
+    """One run, with its progress."""
+    return prompt_runs.to_json(prompt_runs.get(session, user, ids.parse_prompt_run(run_id)))
 
 
 @api.get("/runs/{run_id}/results", operation_id="list_prompt_run_results", responses=answers(schemas.PromptRunRows))
 def results(session: Db, user: CurrentUser, run_id: str, after: Offset = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
-    """Rows in the dataset's order; `after` is the line of the last row of the page before."""
-    run = prompt_runs.get(session, user, run_key(run_id))
+    """Results in the dataset's order; `after` is the line of the last row of the previous page."""
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     found = prompt_runs.results(session, run, after, limit + 1)
     return {"object": "list", "data": [prompt_runs.result_json(r) for r in found[:limit]], "has_more": len(found) > limit}
 
 
 @api.post("/runs/{run_id}/cancel", operation_id="cancel_prompt_run", responses=answers(schemas.PromptRun))
 def cancel_run(session: Db, user: CurrentUser, run_id: str) -> Json:
-    """Stop a run. What was scored so far is kept."""
-    return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, run_key(run_id))))
+    """Cancel a run. Results so far are kept."""
+    return prompt_runs.to_json(prompt_runs.cancel(session, user, prompt_runs.get(session, user, ids.parse_prompt_run(run_id))))
 
 
 @api.get("/{prompt_id}", operation_id="retrieve_prompt", responses=answers(schemas.Prompt))
 def retrieve(session: Db, user: CurrentUser, prompt_id: str) -> Json:
-    """A prompt in all its versions."""
-    return prompts.to_json(session, prompts.get(session, user, key_of(prompt_id)))
+    """A prompt with all its versions."""
+    return prompts.to_json(session, prompts.get(session, user, ids.parse_prompt(prompt_id)))
 
 
 @api.post("/{prompt_id}", operation_id="revise_prompt", responses=answers(schemas.Prompt), openapi_extra=takes(schemas.RevisePrompt))
 def revise(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """A new version; what is omitted is as in the newest."""
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    """A new version; omitted fields are taken from the newest."""
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.revise(session, user, prompt, prompts.read_body({**prompts.version(session, prompt).body, **body}))
     return prompts.to_json(session, prompt)
 
 
 @api.delete("/{prompt_id}", operation_id="delete_prompt", responses=answers(schemas.Deleted, 409))
 def delete(session: Db, user: CurrentUser, prompt_id: str) -> Json:
-    """Delete a prompt with its versions. Refused while a run of it has not ended."""
-    prompts.delete(session, user, prompts.get(session, user, key_of(prompt_id)))
+    """Delete a prompt with its versions. Refused while one of its runs has not ended."""
+    prompts.delete(session, user, prompts.get(session, user, ids.parse_prompt(prompt_id)))
     return {"id": prompt_id, "object": "prompt", "deleted": True}
 
 
 @api.get("/{prompt_id}/runs", operation_id="list_prompt_runs", responses=answers(schemas.page_of(schemas.PromptRun)))
 def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = None, limit: Limit = 20) -> Json:
     """Runs of a prompt, newest first."""
-    prompt = prompts.get(session, user, key_of(prompt_id))
-    return page(prompt_runs.of_prompt(session, user, prompt), after, limit, "desc", prompt_runs.to_json, session=session, key=run_key)
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
+    return page(
+        prompt_runs.of_prompt(session, user, prompt), after, limit, "desc", prompt_runs.to_json, session=session, key=ids.parse_prompt_run
+    )
 
 
 @api.post(
@@ -119,7 +112,7 @@ def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = Non
     openapi_extra=takes(schemas.CreatePromptRun),
 )
 def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:
-    """Put a prompt to a model, over rows of a dataset."""
+    """Run a prompt with a model over rows of a dataset."""
     given = dict(body)
     model, number = given.pop("model", None), given.pop("version", None)
     dataset_id, file = given.pop("dataset_id", None), given.pop("file", None)
@@ -127,13 +120,13 @@ def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[J
         raise BadField("model is missing.", hint="Name a model.", param="model", code="missing_required_parameter")
     if number is not None and not isinstance(number, int):
         raise BadField("version takes a whole number.", param="version")
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     dataset = _dataset(session, user, dataset_id, file)
     return prompt_runs.to_json(_run(session, user, prompt, number, model, dataset, given))
 
 
 def _dataset(session: Session, user: User, dataset_id: Any, file: Any) -> Dataset:
-    """By its public id, or by the file it was read from."""
+    """A dataset by its id, or by the file it was parsed from."""
     if isinstance(dataset_id, str):
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if isinstance(file, str):
@@ -183,7 +176,7 @@ def new(
     dataset: Annotated[str, Query()] = "",
     model: Annotated[str, Query()] = "",
 ) -> Response:
-    """A preset. Of a dataset of labels the answer is the label that is named first."""
+    """A preset. For a labeled dataset the answer is scored by the first label that it contains."""
     start = prompts.STARTS.get(builder, prompts.STARTS["zero_shot"])
     chosen = _chosen(session, user, {"dataset": dataset})
     if chosen is not None and objectives.get(chosen.task).classifies:
@@ -192,7 +185,7 @@ def new(
 
 
 def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
-    """The dataset that was chosen, or the newest that can be used."""
+    """The selected dataset, or the newest that can be used."""
     found = prompt_lab.usable(session, user)
     return next((d for d in found if ids.public(ids.DATASET, d.id) == data.get("dataset")), found[0] if found else None)
 
@@ -200,7 +193,7 @@ def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
 def _form(
     session: Session, user: User, body: PromptBody | None, data: Typed, models: list[str], prompt: Prompt | None = None, **more: Any
 ) -> Json:
-    """The context of the form. `more` holds what was typed where it could not be read, and the error that says why."""
+    """The template context of the form. `more` holds raw input that is invalid, and the error."""
     fault: StudioError | None = more.get("error")
     choices = playground.choices(session, user)
     first = next((option.name for group in choices.values() for option in group), "")
@@ -228,7 +221,7 @@ def _as_typed(body: PromptBody) -> Typed:
 
 
 async def _posted(request: Request) -> tuple[Typed, list[str], list[str]]:
-    """The fields of a posted form, the models and the prompts that were ticked."""
+    """The fields of a posted form, with the selected models and prompts."""
     form = await request.form(max_fields=256, max_files=0)
     data = {key: str(value).replace("\r\n", "\n") for key, value in form.items()}
     return data, [str(name) for name in form.getlist("models") if name], [str(name) for name in form.getlist("prompts") if name]
@@ -240,7 +233,7 @@ def _typed(data: Typed) -> Typed:
 
 @pages.post("/playground/prompts/preview")
 async def preview(request: Request, user: CurrentUser) -> Response:
-    """The prompt of the form as it stands, filled in with the first row; or what is wrong with it."""
+    """The form's prompt rendered with the first row, or the error in it."""
     data, _, _ = await _posted(request)
     return await run_in_threadpool(_preview, request, user, data)
 
@@ -257,13 +250,13 @@ def _preview(request: Request, user: User, data: Typed) -> Response:
 
 @pages.post("/playground/prompts/try")
 async def try_out(request: Request, user: CurrentUser) -> Response:
-    """Three validation rows through the first chosen model, with the prompt as it is in the form; nothing is saved."""
+    """Run the form's prompt with the first selected model on three validation rows; nothing is saved."""
     return await run_in_threadpool(_save, request, user, *(await _posted(request))[:2], "try")
 
 
 @pages.post("/playground/prompts")
 async def save(request: Request, user: CurrentUser) -> Response:
-    """A new prompt, or with `prompt_id` a new version of one; with `do=run` also a run on each chosen model."""
+    """Save a new prompt, or with `prompt_id` a new version of one; with `do=run` also start a run with each selected model."""
     data, models, _ = await _posted(request)
     return await run_in_threadpool(_save, request, user, data, models, data.get("do", "save"))
 
@@ -284,7 +277,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
             name, number, place = prompt.name, made.number, ids.public(ids.PROMPT, prompt.id)
     except StudioError as error:
         with transaction() as session:
-            prompt_ = prompts.get(session, user, key_of(data["prompt_id"])) if data.get("prompt_id") else None
+            prompt_ = prompts.get(session, user, ids.parse_prompt(data["prompt_id"])) if data.get("prompt_id") else None
             context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
             return web_templates.render(request, "prompt.html", status_code=error.status, **context)
     web_templates.flash(request, f"Saved “{name}”, version {number}.")
@@ -293,7 +286,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
 
 def _saved(session: Session, user: User, data: Typed, body: PromptBody) -> tuple[Prompt, PromptVersion]:
     if data.get("prompt_id"):
-        prompt = prompts.get(session, user, key_of(data["prompt_id"]))
+        prompt = prompts.get(session, user, ids.parse_prompt(data["prompt_id"]))
         return prompt, prompts.revise(session, user, prompt, body)
     return prompts.create(session, user, data.get("name", ""), body)
 
@@ -303,7 +296,7 @@ def _rows_of(data: Typed) -> Json:
 
 
 def _typed_body(typed: Typed) -> Json:
-    """What a person typed, as PromptBody takes it. Texts are kept to the letter; an empty number is its default."""
+    """The form's input as PromptBody takes it. Texts are not stripped; an empty number means the default."""
     found: Json = {k: v for k, v in typed.items() if v != "" or k in ("system", "example")}
     found["separator"] = typed.get("separator", "\\n\\n").replace("\\n", "\n")
     lines = [forms.whole_number(part) for part in typed.get("lines", "").replace(",", " ").split()]
@@ -317,7 +310,7 @@ def _typed_body(typed: Typed) -> Json:
 
 @pages.get("/playground/prompts/{prompt_id}")
 def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, version: PageNumber | None = None) -> Response:
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     found = prompts.version(session, prompt, version)
     context = _form(session, user, PromptBody(**found.body), {"name": prompt.name}, [], prompt, shown=found.number)
     return web_templates.render(request, "prompt.html", **context)
@@ -325,7 +318,7 @@ def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, versi
 
 @pages.post("/playground/prompts/{prompt_id}/delete")
 def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> Response:
-    prompt = prompts.get(session, user, key_of(prompt_id))
+    prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.delete(session, user, prompt)
     web_templates.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
     return RedirectResponse("/playground/prompts", status_code=303)
@@ -333,7 +326,7 @@ def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> 
 
 @pages.post("/playground/prompts/runs")
 async def start(request: Request, user: CurrentUser) -> Response:
-    """One run for each chosen prompt and model."""
+    """Start one run for each selected prompt and model."""
     return await run_in_threadpool(_start, request, user, *await _posted(request))
 
 
@@ -349,14 +342,14 @@ def _start(request: Request, user: User, data: Typed, models: list[str], chosen:
 
 
 def _version(session: Session, user: User, name: str) -> PromptVersion:
-    """`prompt-…:2`; the newest where no number is named."""
+    """A version by `prompt-…:2`; the newest without a number."""
     prompt_id, _, number = name.partition(":")
-    return prompts.version(session, prompts.get(session, user, key_of(prompt_id)), forms.whole_number(number) if number else None)
+    return prompts.version(session, prompts.get(session, user, ids.parse_prompt(prompt_id)), forms.whole_number(number) if number else None)
 
 
 @pages.get("/playground/prompts/runs/{run_id}")
 def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, after: Offset = 0) -> Response:
-    run = prompt_runs.get(session, user, run_key(run_id))
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     found = prompt_runs.results(session, run, after, 51)
     return web_templates.render(
         request, "prompt_run.html", run=run, key=run_id, results=found[:50], more=found[49].line if len(found) > 50 else None,
@@ -366,7 +359,7 @@ def run_page(request: Request, session: Db, user: CurrentUser, run_id: str, afte
 
 @pages.post("/playground/prompts/runs/{run_id}/{action}")
 def change_run(session: Db, user: CurrentUser, run_id: str, action: str) -> Response:
-    run = prompt_runs.get(session, user, run_key(run_id))
+    run = prompt_runs.get(session, user, ids.parse_prompt_run(run_id))
     if action == "cancel":
         prompt_runs.cancel(session, user, run)
     elif action == "delete":

@@ -1,4 +1,4 @@
-"""A dataset's rows as the trainer sees them: token by token, searched, sorted by loss; and the editor of one row."""
+"""A dataset's rows as the trainer sees them: tokenized, searchable, sortable by loss; and the editor of one row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ api = APIRouter(prefix="/v1")
 
 
 class Asked(NamedTuple):
-    """What the address asks of the rows, as the page and as JSON: which of them, in which order, for which model."""
+    """Query parameters of the page and of its JSON: filter, order, and the model whose tokenizer is used."""
 
     model: str
     cutoff: int | None
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found for it."""
+    """The result of a query."""
 
     dataset: Dataset
     model: Model | None
@@ -85,7 +85,7 @@ Wanted = Annotated[Asked, Depends(asked)]
 
 
 def _find(user: User, key: str, want: Asked) -> Found:
-    """No connection is held while a child of the data worker looks at the rows."""
+    """Find the rows. No database connection is held while a child of the data worker tokenizes them."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         chosen = row_view.choose_model(session, user, dataset, want.model or None)
@@ -152,7 +152,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
 
 @pages.get("/datasets/{key}/rows/{line}")
 def edit(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
-    """The editor of one row, or of the raw line of one that is not valid."""
+    """The editor of one row, or of the raw line of an invalid one."""
     dataset, found = _row(user, key, line)
     if found is not None:
         return render(request, "row_edit.html", dataset=dataset, key=key, line=line, row=found, parts=row_editor.parts(found), problem=None)
@@ -160,7 +160,7 @@ def edit(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
 
 
 def _raw_line(request: Request, user: User, key: str, line: int, text: str | None = None, problem: BadField | None = None) -> Response:
-    """The line as it stands in the file, or as it was typed when that cannot be kept."""
+    """The line as it is in the file, or as it was typed where that cannot be saved."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         asked = inspections.ask(session, dataset, "line", {"line": line})
@@ -190,7 +190,7 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
 
 @pages.post("/datasets/{key}/rows/{line}")
 async def save(request: Request, user: CurrentUser, key: str, line: Line) -> Response:
-    """Save one row as a new version, or remove it there. `row` is its JSON, `text.PATH` and `role.N` what the fields hold."""
+    """Save one row in a new version, or remove it there. `row` is its JSON; `text.PATH` and `role.N` are the form's fields."""
     form = await request.form(max_fields=2000, max_part_size=16 << 20)
     typed = {name: value for name, value in form.items() if isinstance(value, str)}
     return await run_in_threadpool(_save, request, user, key, line, typed)
@@ -226,7 +226,7 @@ _NOT_YET = NotFound("The row is not loaded yet: the data worker has not answered
 
 
 def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | None]:
-    """The good row of a line; None where there is none."""
+    """The valid row of a line; None where there is none."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": row_view.DEFAULT_CUTOFF, "lines": [line], "whole": True})
@@ -238,7 +238,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
 
 @api.get("/datasets/{key}/lines/{line}", operation_id="retrieve_dataset_line", responses=answers(schemas.DatasetLine, 409))
 def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
-    """One line as it is in the file, and what is wrong with it; `status` is waiting until the data worker has answered."""
+    """One line as it is in the file, with its issues; `status` is waiting until the data worker has answered."""
     with transaction() as session:
         asked = inspections.ask(session, dataset_of(session, user, key), "line", {"line": line})
     answer = inspections.wait(asked.id, row_view.WAIT_SECONDS)
@@ -253,8 +253,7 @@ def line_json(user: CurrentUser, key: str, line: Line) -> dict[str, Any]:
 
 @api.get("/datasets/{key}/rows", operation_id="list_dataset_rows", responses=answers(schemas.DatasetRows, 409))
 def rows_json(user: CurrentUser, key: str, want: Wanted) -> dict[str, Any]:
-    """The same rows for programs, each with its losses where a job wrote them down; `status` is waiting until the data worker has
-    answered."""
+    """The rows as JSON, with their losses where a job recorded them; `status` is waiting until the data worker has answered."""
     found = _find(user, key, want)
     losses = {entry.line: entry for entry in found.entries}
     return {

@@ -1,4 +1,4 @@
-"""API keys, and the facts of this studio."""
+"""API keys, and information about this studio."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
 
 @pages.post("/settings/keys")
 def create_key(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form()] = "") -> Response:
-    """Answers with the page itself, because the key is shown this once and kept nowhere, not even for a redirect."""
+    """The response is the page itself, because the key is shown once and stored nowhere, not even for a redirect."""
     _, text = auth.create_key(session, user, name)
     return _page(request, user, session, new_key=text)
 

@@ -1,4 +1,4 @@
-"""What a page that stands open asks now and then, so that the menu around it stays true, and how jobs that are waited for stand."""
+"""What open pages poll: the counts of the menu, the footer, and the status of jobs that they watch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pages = APIRouter()
 
 @pages.get("/shell")
 def look(request: Request, user: CurrentUser, session: Db, watch: Annotated[str, Query(max_length=1000)] = "") -> dict[str, Any]:
-    """Counts, foot, and the status of each job named in `watch`; one that is not there any more is omitted."""
+    """Counts, footer, and the status of each job named in `watch`; deleted jobs are omitted."""
     wanted = [ids.parse(ids.JOB, text, param="watch") for text in watch.split(",") if text]
     found: Iterable[Job] = session.scalars(jobs.mine(user).where(Job.id.in_(wanted))) if wanted else ()
     watched = {ids.public(ids.JOB, job.id): {"name": job.name, "status": job.status} for job in found}

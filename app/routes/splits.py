@@ -1,4 +1,4 @@
-"""A look at a split before it is used: the rows and labels of both sides, and what is on both."""
+"""A preview of a split: the rows and labels of both sides, and the rows that are on both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULTS = RunSettings()
 
 
 class Look(NamedTuple):
-    """A dataset, what was asked of its split, the rows of one side, and the datasets that could validate instead."""
+    """A dataset, the requested split, the rows of one side, and other datasets that could be the validation set."""
 
     dataset: Dataset
     split: Inspection | None
@@ -120,7 +120,7 @@ def drop(
     seed: Annotated[int, Form(ge=0, le=2**31 - 1)] = DEFAULTS.seed,
     validation: Annotated[str, Form()] = "",
 ) -> Response:
-    """A version whose training set has none of its validation rows; the answer leads to its split."""
+    """Create a version without the training rows that are in the validation set, then redirect to its split."""
     dataset, asked, *_, share = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     if found is None or not found.result:
@@ -148,8 +148,8 @@ def show_json(
     side: Annotated[Literal["validation", "train"] | None, Query(description="The side whose rows are listed.")] = None,
     page: PageNumber = 1,
 ) -> dict[str, Any]:
-    """Both sides of a split before it is used, what is on both, and the rows of one side. `status` is waiting until the data worker
-    has answered."""
+    """A preview of a split: both sides, rows that are on both, and the rows of one side. `status` is waiting until the data
+    worker has answered."""
     look = _ask(user, key, method, column, fraction, seed, validation, side or "", page)
     found = inspections.wait(look.split.id, WAIT_SECONDS) if look.split is not None else None
     rows = inspections.wait(look.rows.id, WAIT_SECONDS) if look.rows is not None else None

@@ -1,4 +1,4 @@
-"""`GET /v1/strategies`: every strategy, its settings as JSON schema, and whether this machine and model can run it."""
+"""`GET /v1/strategies`: every strategy, its settings as JSON schema, and whether this machine and model support it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app import schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.evaluation import advice
-from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.kit import ids
 from app.models import service as models
 from app.objectives import Task
@@ -27,8 +27,9 @@ Json = dict[str, Any]
 
 @api.get("/strategies", operation_id="list_strategies", responses=answers(schemas.list_of(schemas.Strategy), 404, 409))
 def list_strategies(session: Db, user: CurrentUser, model: str | None = None, dataset: str | None = None, task: Task | None = None) -> Json:
-    """Every method with its settings. With `model`, `available` and `reason` say whether that model can be fine-tuned so; with `task`, for that task; with
-    `dataset` (its id) besides, for its task, and whether it would fit into this machine's memory, with the cost and which one is advised."""
+    """Every method with its settings. With `model`, `available` and `reason` say whether it can fine-tune that model; with
+    `task`, for that task. With `dataset` (an id), for the dataset's task, with the memory and time on this machine and the
+    recommendation."""
     chosen = models.resolve(session, user, model) if model else None
     data = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset else None
     if data is not None:
@@ -46,7 +47,7 @@ def list_strategies(session: Db, user: CurrentUser, model: str | None = None, da
 
 
 def _advised(found: Advice | None) -> Json:
-    """What the advisor says of a strategy on this data; nothing where it was not asked."""
+    """The advisor's result for a strategy on this data; None where no dataset was given."""
     if found is None:
         return {}
     cost = found.cost.model_dump(mode="json") if found.cost else None
@@ -56,7 +57,7 @@ def _advised(found: Advice | None) -> Json:
 def strategy_json(cls: type[Strategy], model: ModelRef | None = None, task: str | None = None) -> Json:
     reason = None
     if model is not None:
-        reason = feasibility.why_not_tuned(model, task or "classification") or job_request.why_not(cls(), model.shape, task)
+        reason = feasibility.why_not_tuned(model, task or "classification") or spec_builder.why_not(cls(), model.shape, task)
     elif task is not None:
         reason = cls.unsupported(task)
     return {

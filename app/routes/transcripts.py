@@ -1,4 +1,4 @@
-"""Saved comparisons: a title, a link, and what was said as a file."""
+"""Saved conversations: a title, a link, and a transcript to download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pages = APIRouter()
 
 @pages.post("/playground/{exchange_id:uuid}/save")
 def save(session: Db, user: CurrentUser, exchange_id: uuid.UUID, title: Annotated[str, Form(max_length=200)] = "") -> Response:
-    """Give the conversation a title, by which the playground lists it first; an empty one takes it off the list."""
+    """Set the title under which the playground lists a conversation first; an empty title removes it from the list."""
     playground.get(session, user, exchange_id).title = storable(" ".join(title.split())) or None
     return RedirectResponse(f"/playground/{exchange_id}", status_code=303)
 

@@ -1,4 +1,4 @@
-"""The recipe of the three kinds, as a page with one button for each step."""
+"""The tutorial: from a base model to an instruction and a dialogue model, one button per step."""
 
 from __future__ import annotations
 

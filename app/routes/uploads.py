@@ -1,4 +1,4 @@
-"""Resumable uploads over HTTP: tus 1.0, as any tus client speaks it; our upload page is one."""
+"""Resumable uploads over HTTP (tus 1.0), for any tus client; the upload page is one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from app.web.auth import CurrentUser
 VERSION = "1.0.0"
 BASE = "/v1/tus"
 ALWAYS = {"Tus-Resumable": VERSION, "Cache-Control": "no-store"}
-"""Headers of every answer, of those that refuse too."""
+"""Headers of every response, errors included."""
 
 
 class OtherVersion(StudioError):
-    """The sender does not say that it speaks our version of the protocol."""
+    """The client does not send `Tus-Resumable: 1.0.0`."""
 
     status, code, type = 412, "wrong_version", "invalid_request_error"
     headers = {"Tus-Version": VERSION}  # noqa: RUF012  # whoever adds to them makes a dict of their own
@@ -101,7 +101,7 @@ def _number(request: Request, name: str) -> int:
 
 
 def _metadata(request: Request) -> dict[str, str]:
-    """`filename d29ya3M=,name …`: pairs of a key and its value in Base64."""
+    """`filename d29ya3M=,name …`: comma-separated keys with base64 values."""
     found: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in request.headers.get("upload-metadata", "").split(","))):
         key, _, value = pair.partition(" ")
@@ -116,14 +116,14 @@ def _metadata(request: Request) -> dict[str, str]:
 
 @api.options("/tus", operation_id="retrieve_upload_capabilities", responses=ABILITIES)
 def abilities(user: CurrentUser) -> Response:
-    """What this server can do."""
+    """The protocol version, extensions and maximum size of this server."""
     limit = str(get_settings().upload_limit_bytes)
     return _answer(204, Tus_Version=VERSION, Tus_Extension="creation,expiration,termination", Tus_Max_Size=limit)
 
 
 @api.post("/tus", status_code=201, operation_id="create_upload", responses=BEGUN, openapi_extra={"parameters": [SPEAKS, LENGTH, METADATA]})
 def create(request: Request, user: CurrentUser) -> Response:
-    """Begin an upload. `Upload-Metadata` names filename and, if wished, purpose, name and format."""
+    """Create an upload. `Upload-Metadata` holds filename, and optionally purpose, name and format."""
     _check_version(request)
     said = _metadata(request)
     with transaction() as session:
@@ -149,7 +149,7 @@ def _find(user: User, key: str) -> tuple[resumable_upload.UploadHandle, str]:
 
 @api.head("/tus/{key}", operation_id="retrieve_upload", responses=HELD, openapi_extra={"parameters": [SPEAKS]})
 def offset(request: Request, user: CurrentUser, key: str) -> Response:
-    """How many bytes are here: where to go on."""
+    """The number of bytes received: the offset to resume from."""
     _check_version(request)
     held, when = _find(user, key)
     return _answer(200, Upload_Offset=str(held.offset), Upload_Length=str(held.length), Upload_Expires=when, **_became(held.dataset))
@@ -167,7 +167,7 @@ def _became(dataset: str | None) -> dict[str, str]:
     openapi_extra={"parameters": [SPEAKS, OFFSET], "requestBody": BODY},
 )
 async def append(request: Request, user: CurrentUser, key: str) -> Response:
-    """More bytes. The request that brings the last one is answered when the file is a dataset, named by Luthier-Dataset."""
+    """Append bytes. The request with the last bytes is answered when the dataset exists; the header Luthier-Dataset holds its id."""
     _check_version(request)
     if request.headers.get("content-type") != "application/offset+octet-stream":
         raise Unsupported("The bytes of an upload come as application/offset+octet-stream.", hint="Send that Content-Type.")
@@ -184,7 +184,7 @@ async def append(request: Request, user: CurrentUser, key: str) -> Response:
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes; when the sender goes away it ends, and what came is kept."""
+    """The body in chunks; it ends where the client disconnects, and the bytes received are kept."""
     try:
         async for chunk in request.stream():
             yield chunk
@@ -194,7 +194,7 @@ async def _chunks(request: Request) -> AsyncIterator[bytes]:
 
 @api.delete("/tus/{key}", status_code=204, operation_id="delete_upload", responses=STOPPED, openapi_extra={"parameters": [SPEAKS]})
 def stop(request: Request, user: CurrentUser, key: str) -> Response:
-    """Delete an upload that is not complete."""
+    """Delete an incomplete upload."""
     _check_version(request)
     held, _ = _find(user, key)
     with transaction() as session:

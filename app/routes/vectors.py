@@ -1,4 +1,4 @@
-"""The page “Embeddings”: a dataset's rows as a model embeds them, on a map, with the nearest rows of a chosen one."""
+"""The page “Embeddings”: a 2D map of a dataset's embeddings, with the nearest neighbors of a selected row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from app.web.auth import CurrentUser
 pages = APIRouter()
 PAGE = "/playground/vectors"
 COLORS = 8
-"""Classes with a color of their own on the map; the others share one."""
+"""Number of classes with a color of their own on the map; the others share one."""
 
 
 @pages.get(PAGE)
@@ -63,7 +63,7 @@ def _url(found: Evaluation) -> str:
 
 @pages.get(PAGE + "/{key}")
 def map_page(request: Request, session: Db, user: CurrentUser, key: str, row: Annotated[int | None, Query()] = None) -> Response:
-    """The map, and what is nearest to the row of this line."""
+    """The map, and the nearest neighbors of the row at `line`."""
     found = evaluations.get(session, user, ids.parse(ids.EVALUATION, key), VECTORS)
     points: list[dict[str, Any]] = (found.result or {}).get("points") or []
     labels = sorted({str(point["label"]) for point in points if point["label"] is not None})

@@ -1,4 +1,4 @@
-"""What makes a new version of a dataset: fixes by click, edited and dropped rows, combining; and findings to take away."""
+"""What creates a new version of a dataset: automatic fixes, edited and removed rows, combination; and the export of issues."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 
 
 def to_json(dataset: Dataset) -> dict[str, Any]:
-    """A dataset as programs see it. `origin` says how this version was made, and of what."""
+    """A dataset as JSON. `origin` says how this version was created, and from what."""
     stats = datasets.stats(dataset)
     origin = dict(dataset.origin or {})
-    if "sources" in origin:  # where the rows lie is nobody's business
+    if "sources" in origin:  # the path of the rows is internal
         origin["sources"] = [{key: value for key, value in source.items() if key != "path"} for source in origin["sources"]]
     return {
         "id": ids.public(ids.DATASET, dataset.id),
@@ -84,8 +84,8 @@ def fix(
     sort: Annotated[str, Form()] = "line",
     page: Annotated[int, Form(ge=1, le=MAX_NUMBER)] = 1,
 ) -> Response:
-    """Apply the fixes of some findings, or remove their rows, or fix all of a rule; the answer leads to the new version. The other
-    fields say which list was shown, so that an error comes back on it with the same boxes ticked."""
+    """Apply the fixes of some issues, remove their rows, or fix all issues of a rule, then redirect to the new version. The other
+    fields are the state of the list, so that after an error it is shown with the same rows selected."""
     dataset = dataset_of(session, user, key)
     try:
         if finding and do == "drop":
@@ -110,7 +110,7 @@ def fix(
 
 @pages.post("/datasets/{key}/repair")
 def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Response:
-    """Read a file none of whose lines could be read, each line as it was probably meant."""
+    """Parse a file without a single valid line, with each line repaired."""
     new = versions.repair(session, user, dataset_of(session, user, key))
     flash(request, f"Version {new.version} reads the lines as they were probably meant. Check its rows before you fine-tune on them.")
     return RedirectResponse(path_of(new), 303)
@@ -118,7 +118,7 @@ def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Respon
 
 @pages.post("/datasets/{key}/roles")
 async def change_roles(request: Request, user: CurrentUser, key: Key) -> Response:
-    """Give the messages of unknown roles a role: `role.NAME` for each of them, empty to leave it as it is."""
+    """Assign roles to messages of unknown roles: `role.NAME` for each, empty to leave it."""
     form = await request.form()
     roles = {
         name.removeprefix("role."): value for name, value in form.items() if name.startswith("role.") and isinstance(value, str) and value
@@ -153,7 +153,7 @@ def download(user: CurrentUser, session: Db, key: Key, kind: Literal["csv", "jso
 
 
 class Fix(BaseModel):
-    """One finding by its id, or several, or all under a rule, or a role for the messages of unknown ones."""
+    """One issue by its id, several, all of a rule, or a role for messages of unknown roles."""
 
     model_config = ConfigDict(extra="forbid")
     finding: int | None = None
@@ -166,7 +166,7 @@ class Fix(BaseModel):
 
 
 class Edit(BaseModel):
-    """A row to put in the place of a line, a label for some lines, or lines to remove."""
+    """A row that replaces a line, a label for some lines, or lines to remove."""
 
     model_config = ConfigDict(extra="forbid")
     line: int | None = Field(default=None, ge=1)
@@ -178,7 +178,7 @@ class Edit(BaseModel):
 
     @model_validator(mode="after")
     def _one_change(self) -> Edit:
-        """Whatever is sent is done: one change, with all that it needs."""
+        """The one change that a request describes. Raises BadField where it describes none or several."""
         row, typed, labeled = self.row is not None, self.raw is not None, self.label is not None
         if row + typed + labeled + bool(self.drop) != 1:
             raise ValueError("Send one of row, raw, label and drop.")
@@ -188,7 +188,7 @@ class Edit(BaseModel):
 
 
 class Reading(BaseModel):
-    """How the same file is to be read. An empty column name says that a field has none."""
+    """How to parse the file again. An empty column name means that a field has no column."""
 
     model_config = ConfigDict(extra="forbid")
     format: str
@@ -197,20 +197,20 @@ class Reading(BaseModel):
 
 @api.post("/datasets", operation_id="create_dataset", responses=answers(schemas.Dataset, 404, 409))
 def create_dataset(user: CurrentUser, session: Db, order: compose.CombineRequest) -> dict[str, Any]:
-    """A dataset made of others: concatenated, mixed by weights, drawn at random, freed of repetitions, or converted."""
+    """Create a dataset from others: concatenated, mixed by weight, sampled, deduplicated, or converted."""
     return to_json(compose.order(session, user, order))
 
 
 @api.post("/datasets/hub", operation_id="import_hub_dataset", responses=answers(schemas.Dataset))
 def import_hub_dataset(user: CurrentUser, session: Db, order: hub_datasets.HubOrder) -> dict[str, Any]:
-    """A split of a dataset on the Hugging Face hub."""
+    """Import a split of a dataset from the Hugging Face hub."""
     return to_json(hub_datasets.order(session, user, order))
 
 
 @api.post("/datasets/{key}/fixes", operation_id="fix_dataset", responses=answers(schemas.FixedDataset, 409))
 def fix_dataset(user: CurrentUser, session: Db, key: Key, order: Fix) -> dict[str, Any]:
-    """The next version, with the fixes of some findings or of all of a rule. What has no automatic fix is left as it is and listed
-    under `unfixed`; it is an error only where nothing can be fixed."""
+    """Create the next version, with the fixes of some issues or of all issues of a rule. Issues without an automatic fix are
+    listed under `unfixed`; it is an error only if nothing can be fixed."""
     dataset = dataset_of(session, user, key)
     wanted = order.findings + ([order.finding] if order.finding is not None else [])
     if wanted:
@@ -234,7 +234,7 @@ def _fixed_json(fixed: versions.Fixed) -> dict[str, Any]:
 
 @api.post("/datasets/{key}/edits", operation_id="edit_dataset", responses=answers(schemas.Dataset, 409))
 def edit_dataset(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[str, Any]:
-    """The next version, with one row replaced, or some relabeled or removed."""
+    """Create the next version, with one row replaced, or rows relabeled or removed."""
     dataset = dataset_of(session, user, key)
     if order.row is not None and order.line is not None:
         return to_json(versions.edit_row(session, user, dataset, order.line, json.dumps(order.row)))
@@ -247,7 +247,7 @@ def edit_dataset(user: CurrentUser, session: Db, key: Key, order: Edit) -> dict[
 
 @api.get("/datasets/{key}/changes", operation_id="retrieve_dataset_changes", responses=answers(schemas.DatasetChanges, 409))
 def retrieve_changes(user: CurrentUser, key: Key) -> dict[str, Any]:
-    """What this version changed against the one it was made from: counts, and the first rows of each kind of change."""
+    """The changes of this version against its parent: counts, and the first rows of each kind of change."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
@@ -266,7 +266,7 @@ def retrieve_changes(user: CurrentUser, key: Key) -> dict[str, Any]:
 
 @api.post("/datasets/{key}/reparse", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
 def reparse_dataset(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
-    """The next version: the same file, read as another format or with another mapping of columns."""
+    """Create the next version: the same file, parsed as another format or with another column mapping."""
     return to_json(datasets.read_as(session, user, dataset_of(session, user, key), order.format, order.mapping))
 
 

@@ -1,4 +1,4 @@
-"""`/v1/votes` and the page of blind votes."""
+"""`/v1/votes` and the arena: blind pairwise votes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,8 @@ api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 
 
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.VOTE, text, param="vote_id")
-
-
 class NewVote(BaseModel):
-    """A vote given elsewhere: the conversation, two models, an answer of each, and which is better."""
+    """A vote cast elsewhere: the conversation, two models with an answer each, and the preferred one."""
 
     models: list[str] = Field(min_length=2, max_length=2)
     messages: list[Message] = Field(min_length=1, max_length=2048)
@@ -50,7 +46,7 @@ class NewVote(BaseModel):
 
 @api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
 def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
-    """Store a vote that was given elsewhere."""
+    """Store a vote that was cast elsewhere."""
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
     return votes.to_json(votes.add(session, user, body.models, messages, body.answers, body.choice, body.edited))
 
@@ -58,12 +54,12 @@ def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
 @api.get("", operation_id="list_votes", responses=answers(schemas.page_of(schemas.Vote)))
 def list_votes(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Votes, newest first."""
-    return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=key_of)
+    return page(votes.mine(user), after, limit, "desc", votes.to_json, session=session, key=ids.parse_vote)
 
 
 @api.get("/scores", operation_id="list_vote_scores", responses=answers(schemas.VoteScores))
 def scores(session: Db, user: CurrentUser) -> Json:
-    """Every pair of models that was voted on, and whether one is better by more than chance."""
+    """Every pair of models that was voted on, and whether one is better with statistical significance."""
     found = votes.scores(session, user)
     return {"object": "list", "data": [_score(s) for s in found]}
 
@@ -79,7 +75,7 @@ class NewDataset(BaseModel):
 
 @api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409))
 def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
-    """Make a dataset of the votes, to fine-tune on."""
+    """Create a preference dataset from the votes."""
     dataset = votes.make_dataset(session, user, body.kind)
     return {"id": ids.public(ids.DATASET, dataset.id), "object": "dataset", "name": dataset.name, "status": dataset.status}
 
@@ -114,7 +110,8 @@ async def ask(
     dataset: Annotated[str, Form(max_length=100)] = "",
     max_tokens: Annotated[int, Form(ge=1, le=4096)] = 96,
 ) -> Response:
-    """Ask both, wait for both, and show them without their names. Without a prompt, a row of the dataset asks."""
+    """Send the prompt to both models, wait for both answers, and show them without their names. Without a prompt, one is taken
+    from a row of the dataset."""
     names, prompt = models or [], playground.readable(prompt.replace("\r\n", "\n"))
     sampling = Sampling(max_tokens=max_tokens)
     try:
@@ -161,7 +158,7 @@ def _again(request: Request, user: User, names: list[str], prompt: str, dataset:
 
 @pages.get("/playground/arena/{vote_id}")
 def round_page(request: Request, session: Db, user: CurrentUser, vote_id: str) -> Response:
-    vote = votes.get(session, user, key_of(vote_id))
+    vote = votes.get(session, user, ids.parse_vote(vote_id))
     drawn = ids.public(ids.DATASET, vote.dataset_id) if vote.dataset_id else ""
     context = _context(session, user, sorted((vote.left_model, vote.right_model)), vote=vote, key=vote_id, dataset=drawn)
     return web_templates.render(request, "arena.html", **context)
@@ -175,7 +172,7 @@ def cast(
     choice: Annotated[int, Form()],
     edited: Annotated[str, Form(max_length=votes.MAX_EDIT_LENGTH)] = "",
 ) -> Response:
-    votes.cast(session, votes.get(session, user, key_of(vote_id)), choice, edited.replace("\r\n", "\n"))
+    votes.cast(session, votes.get(session, user, ids.parse_vote(vote_id)), choice, edited.replace("\r\n", "\n"))
     return RedirectResponse(f"/playground/arena/{vote_id}", status_code=303)
 
 

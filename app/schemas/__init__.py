@@ -1,7 +1,8 @@
-"""What the API takes and answers, one file per noun: pydantic models that describe the JSON, and are never put in its way.
+"""Schemas of the API's requests and responses, one file per noun.
 
-An answer is made by the function that knows the object and is sent as it is. These models say its shape in the OpenAPI document
-(`app.schemas.openapi`), and the tests check every answer that they get against that document. A field with a default may be absent.
+Request models validate. Response models only describe: a response is built by the function that knows the object, and is sent
+without passing through a model. They define its shape in the OpenAPI document (`app.schemas.openapi`), and the tests check every
+response against that document. A field with a default may be absent.
 """
 
 from app.schemas.answers import (

@@ -1,4 +1,4 @@
-"""What models say: chats, completions, embeddings, labels and next tokens."""
+"""Model outputs: chats, completions, embeddings, labels and next tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(Schema):
-    """Of the prompt's tokens."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int
     audio_tokens: int
 
 
 class CompletionTokensDetails(Schema):
-    """Of the answer's tokens."""
+    """Details of the completion's tokens."""
 
     reasoning_tokens: int
     audio_tokens: int
 
 
 class Usage(Schema):
-    """Tokens read and written."""
+    """Numbers of prompt and completion tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -36,7 +36,7 @@ class Usage(Schema):
 
 
 class Proof(Schema):
-    """Who answered, how fast, and the seeds that give the same answers again."""
+    """Which weights answered, how fast, and the seeds that reproduce the answers."""
 
     model: str = Field(description="The model that answered, also where an alias was named.")
     revision: str
@@ -48,7 +48,7 @@ class Proof(Schema):
 
 
 class Alternative(Schema):
-    """A token and the logarithm of its probability."""
+    """A token and its log-probability."""
 
     token: str
     bytes: list[int] | None
@@ -56,20 +56,20 @@ class Alternative(Schema):
 
 
 class ChatLogprob(Alternative):
-    """A token that was written, and the likeliest ones in its place."""
+    """A generated token, and the most likely ones at its position."""
 
     top_logprobs: list[Alternative]
 
 
 class ChatLogprobs(Schema):
-    """Token by token."""
+    """Log-probabilities of each token."""
 
     content: list[ChatLogprob]
     refusal: None
 
 
 class ChatAnswer(Schema):
-    """What the model said."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -94,7 +94,7 @@ class _Head(Schema):
 
 
 class ChatCompletion(_Head):
-    """A whole answer. With `stream` it comes as chunks instead."""
+    """A complete response. With `stream` it is sent as chunks instead."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -103,7 +103,7 @@ class ChatCompletion(_Head):
 
 
 class ChatDelta(Schema):
-    """What is new of an answer."""
+    """The new part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -111,7 +111,7 @@ class ChatDelta(Schema):
 
 
 class ChatChunkChoice(Schema):
-    """What is new of one answer. The last one of each says why it ended."""
+    """The new part of one choice. The last chunk of each choice holds the finish reason."""
 
     index: int
     delta: ChatDelta
@@ -120,7 +120,7 @@ class ChatChunkChoice(Schema):
 
 
 class ChatCompletionChunk(_Head):
-    """The data of one server-sent event. The last one before [DONE] carries the proof, and the usage where it was asked for."""
+    """The data of one server-sent event. The last one before [DONE] carries the proof, and the usage where it was requested."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
@@ -129,7 +129,7 @@ class ChatCompletionChunk(_Head):
 
 
 class CompletionLogprobs(Schema):
-    """Token by token, as the older API has it."""
+    """Log-probabilities of each token, in the format of the completions API."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -138,7 +138,7 @@ class CompletionLogprobs(Schema):
 
 
 class CompletionChoice(Schema):
-    """One answer to one prompt."""
+    """One completion of one prompt."""
 
     index: int
     text: str
@@ -147,7 +147,7 @@ class CompletionChoice(Schema):
 
 
 class Completion(_Head):
-    """Whole answers to one or several prompts. With `stream` they come as chunks instead."""
+    """Complete answers to one or several prompts. With `stream` they are sent as chunks instead."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -156,7 +156,7 @@ class Completion(_Head):
 
 
 class CompletionChunkChoice(Schema):
-    """What is new of one answer."""
+    """The new part of one choice."""
 
     index: int
     text: str
@@ -174,14 +174,14 @@ class CompletionChunk(_Head):
 
 
 class TokensRead(Schema):
-    """Tokens of all texts together."""
+    """Number of tokens in all texts."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class Embedding(Schema):
-    """The vector of one text: numbers, or little-endian float32 in base64."""
+    """The embedding of one text: numbers, or little-endian float32 in base64."""
 
     object: Literal["embedding"]
     index: int
@@ -189,7 +189,7 @@ class Embedding(Schema):
 
 
 class Embeddings(Schema):
-    """One vector for each text, in order."""
+    """One embedding for each text, in order."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -198,7 +198,7 @@ class Embeddings(Schema):
 
 
 class Classification(Schema):
-    """The likeliest label of one text, and the probability of every label."""
+    """The most likely label of one text, and the probability of every label."""
 
     object: Literal["classification"]
     index: int
@@ -217,7 +217,7 @@ class Classifications(Schema):
 
 
 class LikelyToken(Schema):
-    """A token and how likely it is; null where a model does not tell."""
+    """A token and its probability; null where a model does not report it."""
 
     token: str
     id: int | None
@@ -227,7 +227,8 @@ class LikelyToken(Schema):
 
 
 class NextTokensOfModel(Schema):
-    """What one model would say next, the likeliest first; with `prompt_tokens` also how likely each token of the text was."""
+    """The most likely next tokens of one model, in descending order; with `prompt_tokens` also the probability of each token of
+    the text."""
 
     model: str
     revision: str

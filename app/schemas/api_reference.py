@@ -1,4 +1,4 @@
-"""The API's document as a page to read: a table of the operations and one of the objects. `luthier openapi --markdown` prints it."""
+"""The OpenAPI document as Markdown: a table of the operations and one of the objects. `luthier openapi --markdown` prints it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Any operation may answer {always}; one that changes something also {unsafe}. Wha
 
 
 def markdown(document: Json) -> str:
-    """The page, from the document of `app.schemas.openapi`. Deterministic: it holds no address, version or date."""
+    """The Markdown of a document of `app.schemas.openapi`. It is deterministic: it holds no address, version or date."""
     parts = [HEAD.format(about=ABOUT, always=_listed(ALWAYS), unsafe=_listed(UNSAFE))]
     parts += ["| refusal | means |", "|---|---|", *(f"| {status} | {_cell(text)} |" for status, text in REFUSALS.items()), ""]
     for tag in document["tags"]:
@@ -80,5 +80,5 @@ def _named(schema: Json) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that stays in its cell."""
+    """A text escaped for a table cell."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What several nouns share: pages of a list, a deletion, an error."""
+"""Schemas that several nouns share: pages of a list, deletions, errors."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 UNBUILT = ConfigDict(defer_build=True)
-"""No validator is built of what only describes, so that the web starts as fast as before."""
+"""Response models validate nothing, so no validators are built of them, and the web process starts faster."""
 
 
 class Schema(BaseModel):
-    """A described object. What it does not name may still come: clients must not refuse it."""
+    """A described response. It may have further fields, which clients must accept."""
 
     model_config = ConfigDict(protected_namespaces=()) | UNBUILT
 
 
 class Listing(Schema):
-    """Everything there is, at once."""
+    """A complete list."""
 
     object: Literal["list"]
     data: list[Any]
@@ -26,7 +26,7 @@ class Listing(Schema):
 
 
 class Page(Schema):
-    """One page of a list. While `has_more` is true, ask again with `after` set to `last_id`."""
+    """One page of a list. While `has_more` is true, request the next with `after` set to `last_id`."""
 
     object: Literal["list"]
     data: list[Any]
@@ -37,18 +37,18 @@ class Page(Schema):
 
 @cache
 def list_of(item: type[BaseModel]) -> type[Listing]:
-    """A list that comes whole, as `ModelList`."""
+    """The schema of a complete list, named like `ModelList`."""
     return create_model(f"{item.__name__}List", __base__=Listing, __doc__=Listing.__doc__, data=(list[item], ...))  # type: ignore[valid-type]
 
 
 @cache
 def page_of(item: type[BaseModel]) -> type[Page]:
-    """A list that comes in pages, as `DatasetPage`."""
+    """The schema of a paginated list, named like `DatasetPage`."""
     return create_model(f"{item.__name__}Page", __base__=Page, __doc__=Page.__doc__, data=(list[item], ...))  # type: ignore[valid-type]
 
 
 class Deleted(Schema):
-    """What was deleted."""
+    """The object that was deleted."""
 
     id: str
     object: str
@@ -65,7 +65,7 @@ class Fault(Schema):
 
 
 class Error(Schema):
-    """Every refusal under /v1, whatever its status."""
+    """The body of every error response under /v1."""
 
     error: Fault
 

@@ -1,4 +1,4 @@
-"""What `/v1/chat/completions` and `/v1/completions` take."""
+"""Request bodies of `/v1/chat/completions` and `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ class StreamOptions(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What both calls take; `null` means the default. Unknown parameters are ignored, as the clients expect, but for those of
-    OpenAI's that would change the answer: `refused` names them, each with the values that ask for nothing."""
+    """Fields of both calls; `null` means the default.
+
+    Unknown parameters are ignored, as the clients expect, except those of OpenAI's that would change the answer: `refused` lists
+    them, each with the values that have no effect.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -76,7 +79,7 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
     def plain(self, place: int) -> dict[str, Any]:
-        """The message as templates know it. Raises BadField for a part that is not text."""
+        """The message in the form that chat templates take. Raises BadField for a part that is not text."""
         content = self.content
         if isinstance(content, list):
             for part in content:
@@ -98,7 +101,7 @@ class ChatBody(GenerationBody):
 
     refused = {
         "response_format": ({"type": "text"},),
-        "tool_choice": ("auto", "none"),  # a model is told of the tools, and answers in text: no call is ever made of it
+        "tool_choice": ("auto", "none"),  # tools are passed to the template, and the answer is text: no tool call is ever parsed from it
         "functions": (),
         "function_call": ("auto", "none"),
         "modalities": (["text"],),
@@ -120,7 +123,7 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _as_many_as_are_given(cls, body: Any) -> Any:
-        """`best_of` as large as `n` leaves nothing to choose from, so it asks for nothing."""
+        """`best_of` equal to `n` has no effect, so it is accepted."""
         if isinstance(body, dict) and "best_of" in body and body["best_of"] == (body.get("n") or 1):
             return {name: value for name, value in body.items() if name != "best_of"}
         return body

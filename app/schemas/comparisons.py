@@ -1,4 +1,4 @@
-"""Comparisons: the same data under several strategies, or under more and more of it."""
+"""Comparisons: the same data with several strategies, or growing fractions of it with one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.strategies import AnyStrategy
 
 
 class CreateComparison(ComparisonOrder):
-    """What is compared. `run` and `preference` hold for all of the jobs."""
+    """The data, the strategies and the settings. `run` and `preference` apply to all jobs."""
 
     model_config = UNBUILT
 
@@ -36,7 +36,7 @@ class RefusedStrategy(Schema):
 
 
 class PlannedJob(Schema):
-    """A job that would be queued, and what it would take."""
+    """A job that would be queued, with its estimate."""
 
     strategy: str
     title: str
@@ -44,7 +44,7 @@ class PlannedJob(Schema):
 
 
 class ComparisonPlan(Schema):
-    """What a comparison would queue and refuse. Nothing was queued."""
+    """The jobs that a comparison would queue and refuse. Nothing was queued."""
 
     object: Literal["comparison.plan"]
     data: list[PlannedJob]
@@ -53,7 +53,7 @@ class ComparisonPlan(Schema):
 
 
 class ComparisonColumn(Schema):
-    """One column of the table: its key in a row, and whether less is better."""
+    """One column of the table: its key in a row, and whether lower is better."""
 
     key: str
     title: str
@@ -63,7 +63,7 @@ class ComparisonColumn(Schema):
 
 
 class ComparisonRow(Schema):
-    """One job. A figure is null where the job has not got so far; memory is bytes, losses nats per learned token."""
+    """One job. A metric is null while the job has not computed it; memory is in bytes, losses in nats per trained token."""
 
     job: str
     name: str
@@ -95,7 +95,7 @@ class ComparisonRow(Schema):
 
 
 class MoreData(Schema):
-    """Whether more data would help, and why one may think so."""
+    """Whether more data would help, and the evidence."""
 
     answer: Literal["more", "enough", "unclear"]
     sentence: str

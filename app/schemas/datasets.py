@@ -13,17 +13,15 @@ Severity = Literal["error", "warning", "note"]
 
 
 class SuggestedReading(Schema):
-    """A body for `POST /v1/datasets/{key}/reparse` that reads the file as its values suggest."""
+    """A body for `POST /v1/datasets/{key}/reparse` that fits the file's values."""
 
     format: str
     mapping: dict[str, str] = Field(description="Field of the format to column of the file.")
 
 
 class ReadingProblem(Problem):
-    """Why a file could not be read: the file, and the first line at fault where one is.
-
-    Where the columns match no format, `columns`, `preview`, `suggested` and `mappings` are there to choose a mapping from.
-    """
+    """Why a file could not be parsed: the file, and the first invalid line if there is one. Where the columns match no format,
+    `columns`, `preview`, `suggested` and `mappings` help to choose a mapping."""
 
     file: str | None = None
     rule: str | None = Field(None, description="The rule that the line breaks, as in a report's findings.")
@@ -36,7 +34,7 @@ class ReadingProblem(Problem):
 
 
 class Dataset(Schema):
-    """One version of a dataset. `origin` says how it was made, and of what."""
+    """One version of a dataset. `origin` says how it was created, and from what."""
 
     id: str
     object: Literal["dataset"]
@@ -67,7 +65,7 @@ class DatasetWithVersions(Dataset):
 
 
 class UnfixedFinding(Schema):
-    """A finding that was to be fixed and has no automatic fix."""
+    """An issue that was selected and has no automatic fix."""
 
     finding: int
     line: int | None
@@ -77,14 +75,14 @@ class UnfixedFinding(Schema):
 
 
 class FixedDataset(Dataset):
-    """A version that was just made by fixing another."""
+    """A version created by fixing another."""
 
     fixed: int | None = Field(description="Rows that the fixes change or remove; null where a whole file is repaired.")
     unfixed: list[UnfixedFinding]
 
 
 class Change(Schema):
-    """A row that a version changed: as it was, and as it is; null where a version has no such row. Long rows are shortened."""
+    """A changed row: before and after; null where a version has no such row. Long rows are shortened."""
 
     line: int
     kind: Literal["removed", "relabeled", "edited", "added"]
@@ -93,7 +91,7 @@ class Change(Schema):
 
 
 class DatasetChanges(Schema):
-    """What a version changed against the one it was made from. Ask again while `status` is waiting or running."""
+    """The changes of a version against its parent. Poll while `status` is waiting or running."""
 
     object: Literal["dataset.changes"]
     dataset: str
@@ -109,7 +107,7 @@ class DatasetChanges(Schema):
 
 
 class VoteDataset(Schema):
-    """A dataset that was just made from votes."""
+    """A dataset created from votes."""
 
     id: str
     object: Literal["dataset"]
@@ -118,7 +116,7 @@ class VoteDataset(Schema):
 
 
 class FindingFix(Schema):
-    """How a finding can be fixed by one click or call."""
+    """How an issue can be fixed by one click or request."""
 
     label: str
     operation: str = Field(description="`choose` is no automatic fix: rows contradict each other, and one of them is edited or removed.")
@@ -126,7 +124,7 @@ class FindingFix(Schema):
 
 
 class Finding(Schema):
-    """One thing about one row. An error leaves the row out; a warning or note keeps it."""
+    """One issue of one row. An error excludes the row; a warning or note does not."""
 
     id: int
     line: int | None
@@ -139,7 +137,7 @@ class Finding(Schema):
 
 
 class RuleCount(Schema):
-    """How often a rule was broken, with an example."""
+    """Number of issues of a rule, with an example."""
 
     rule: str
     severity: Severity
@@ -148,7 +146,7 @@ class RuleCount(Schema):
 
 
 class UnknownRole(Schema):
-    """A name of a speaker that is no role. Its rows are excluded until `POST /v1/datasets/{key}/fixes` says what it stands for."""
+    """An unknown role name. Its rows are excluded until `POST /v1/datasets/{key}/fixes` maps it to a role."""
 
     role: str
     messages: int
@@ -156,7 +154,7 @@ class UnknownRole(Schema):
 
 
 class DatasetReport(Schema):
-    """What was found in a version, one page of findings at a time."""
+    """The report of a version, with one page of its issues."""
 
     object: Literal["dataset.report"]
     dataset: str
@@ -180,7 +178,7 @@ class DatasetReport(Schema):
 
 
 class FailedReading(Schema):
-    """A newer reading of the same file, which failed, so that an older one is used."""
+    """A newer parse of the same file, which failed, so that an older one is used."""
 
     dataset: str
     version: int
@@ -188,7 +186,7 @@ class FailedReading(Schema):
 
 
 class FileReport(DatasetReport):
-    """The report of the newest good reading of a file."""
+    """The report of the newest valid parse of a file."""
 
     failed_later: FailedReading | None
 
@@ -197,7 +195,7 @@ Inspected = Literal["waiting", "running", "ready", "error"]
 
 
 class LineProblem(Schema):
-    """A finding about a line as it is in the file."""
+    """An issue of a line of the file."""
 
     rule: str
     message: str
@@ -208,7 +206,7 @@ class LineProblem(Schema):
 
 
 class DatasetLine(Schema):
-    """A line as it is in the file. Ask again while `status` is waiting or running."""
+    """A line of the file, unparsed. Poll while `status` is waiting or running."""
 
     object: Literal["dataset.line"]
     line: int
@@ -219,7 +217,7 @@ class DatasetLine(Schema):
 
 
 class Tokens(Schema):
-    """A sequence as a model reads it. A token is [text, state]: 0 masked, 1 learned, 2 cut off, 3 learned to be avoided."""
+    """A sequence as a model reads it. A token is [text, state]: 0 masked, 1 trained, 2 truncated, 3 trained to be avoided."""
 
     tokens: list[tuple[str, int]]
     total: int
@@ -228,7 +226,7 @@ class Tokens(Schema):
 
 
 class RowLoss(Schema):
-    """Mean loss in nats per learned token before training and at its end."""
+    """Mean loss in nats per trained token before training and at its end."""
 
     line: int
     before: float
@@ -238,7 +236,7 @@ class RowLoss(Schema):
 
 
 class DatasetRow(Schema):
-    """A row, with its tokens where a model was named. `refused` says why the model's template does not take it."""
+    """A row, with its tokens where a model was given. `refused` says why the model's chat template rejects it."""
 
     line: int
     row: dict[str, Any]
@@ -253,7 +251,7 @@ class DatasetRow(Schema):
 
 
 class DatasetRows(Schema):
-    """One page of rows as the trainer sees them. Ask again while `status` is waiting or running."""
+    """One page of rows as the trainer sees them. Poll while `status` is waiting or running."""
 
     object: Literal["dataset.rows"]
     dataset: str
@@ -268,7 +266,7 @@ class DatasetRows(Schema):
 
 
 class Overlap(Schema):
-    """A validation line, and the training line that says the same."""
+    """A validation line, and a training line with the same content."""
 
     line: int
     train_line: int
@@ -284,7 +282,7 @@ class SplitRow(Schema):
 
 
 class DatasetSplit(Schema):
-    """Both sides of a split, and what is on both. Ask again while `status` is waiting or running."""
+    """Both sides of a split, and the rows that are on both. Poll while `status` is waiting or running."""
 
     object: Literal["dataset.split"]
     status: Literal["reading", "waiting", "running", "ready", "error"]

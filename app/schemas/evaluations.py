@@ -21,7 +21,7 @@ class _Measured(Schema):
 
 
 class EvaluationScores(_Measured):
-    """Of the kind scores: scores of the model and of its base by name, and the rows that stand out."""
+    """Result of the kind scores: scores of the model and of its base by name, and the rows that differ most."""
 
     scores: dict[str, Any]
     base: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class EvaluationScores(_Measured):
 
 
 class BlendPoint(Schema):
-    """The model with a share of what it learned."""
+    """The model with a fraction of its fine-tuning (weights interpolated with the base's)."""
 
     blend: float
     score: float
@@ -46,7 +46,7 @@ class BlendPoint(Schema):
 
 
 class EvaluationBlend(_Measured):
-    """Of the kind blend: a curve from the base to the fine-tuned model."""
+    """Result of the kind blend: a curve from the base to the fine-tuned model."""
 
     points: list[BlendPoint]
     skipped: int | None = None
@@ -56,7 +56,7 @@ class EvaluationBlend(_Measured):
 
 
 class EvaluationAdvice(_Measured):
-    """Of the kind advice: how unlike general text the data is, and what a prompt alone reaches."""
+    """Result of the kind advice: the distance of the data from general text, and the score of a prompt alone."""
 
     distance: float | None = None
     data_bits_per_byte: float | None = None
@@ -73,7 +73,7 @@ class EvaluationAdvice(_Measured):
 
 
 class Evaluation(Schema):
-    """An evaluation. `result` is there once it has succeeded, and its shape follows `kind`."""
+    """An evaluation. `result` is set once it has succeeded; its schema depends on `kind`."""
 
     id: str
     object: Literal["evaluation"]

@@ -1,4 +1,4 @@
-"""Uploaded files and the forms that bring them."""
+"""Uploaded files, and the forms that upload them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UploadedFile(Schema):
 
 
 class CreateFile(Schema):
-    """The parts of the form."""
+    """The fields of the multipart form."""
 
     file: Bytes
     purpose: Annotated[str, Field(json_schema_extra={"enum": sorted(UPLOAD_PURPOSES)})]

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: the order, the job, its events, its checkpoints and what it will take."""
+"""Fine-tuning jobs: requests, jobs, events, checkpoints and estimates."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 
 
 class CreateJob(JobRequest):
-    """What is fine-tuned, on what, and how. The data is named by `dataset_id` or by the `training_file` it was made from. Unknown keys
-    are ignored, as OpenAI's clients need."""
+    """The model, the data and the settings. The data is given by `dataset_id` or by the `training_file` that it was parsed from.
+    Unknown keys are ignored, as OpenAI's clients need."""
 
     model_config = UNBUILT
 
@@ -36,7 +36,7 @@ class CreateJob(JobRequest):
 
 
 class SplitOverlap(Schema):
-    """Validation rows that are trained on too, once they are counted, and the page that lists them."""
+    """Validation rows that are in the training set too, once they are counted, and the page that lists them."""
 
     status: Literal["none", "waiting", "ready", "error"]
     rows: int | None
@@ -45,7 +45,7 @@ class SplitOverlap(Schema):
 
 
 class JobEstimate(Estimate):
-    """What a job will take on this machine, and what is odd about its data."""
+    """The memory, time and steps of a job on this machine, and warnings about its data."""
 
     model_config = UNBUILT
 
@@ -54,7 +54,7 @@ class JobEstimate(Estimate):
 
 
 class JobHyperparameters(Schema):
-    """OpenAI's own settings. "auto" left the choice to the studio."""
+    """OpenAI's own settings. "auto" leaves the choice to the studio."""
 
     n_epochs: int | Literal["auto"]
     batch_size: int | Literal["auto"]
@@ -69,7 +69,7 @@ class MethodSettings(Schema):
 
 
 class JobMethod(Schema):
-    """How the data teaches: by right answers, or by pairs of a better and a worse one."""
+    """The training objective: supervised answers, or preference pairs."""
 
     type: Literal["supervised", "dpo"]
     supervised: MethodSettings | None = None
@@ -77,7 +77,7 @@ class JobMethod(Schema):
 
 
 class JobProgress(Schema):
-    """How far a job is."""
+    """The progress of a job."""
 
     step: int
     total_steps: int | None
@@ -88,7 +88,7 @@ class JobProgress(Schema):
 
 
 class ListedRow(Schema):
-    """A validation row that stands out, with the losses of base and fine-tuned model and what they answer."""
+    """A validation row with a remarkable result, with the losses of base and fine-tuned model and their answers."""
 
     line: int | None = None
     prompt: str
@@ -101,7 +101,7 @@ class ListedRow(Schema):
 
 
 class HeldOutQuestion(Schema):
-    """A question of a validation row; its first one where the row is a conversation."""
+    """The prompt of a validation row; of a conversation the first."""
 
     line: int
     system: str = Field(description="Its system prompt; empty without one.")
@@ -121,7 +121,7 @@ class Tryout(Schema):
 
 
 class JobEvaluation(Schema):
-    """Base and fine-tuned model on the same validation rows, by name of the score. Empty where nothing was held out."""
+    """Base and fine-tuned model on the same validation rows, by name of the score. Empty without validation rows."""
 
     rows: int | None = None
     answers: int | None = None
@@ -140,7 +140,7 @@ class JobEvaluation(Schema):
 
 
 class FineTuningJob(Schema):
-    """A `fine_tuning.job` as the OpenAI API has it; what is ours stands below `user_provided_suffix`."""
+    """A `fine_tuning.job` as the OpenAI API has it; the fields after `user_provided_suffix` are additions."""
 
     object: Literal["fine_tuning.job"]
     id: str
@@ -178,7 +178,7 @@ class FineTuningJob(Schema):
 
 
 class FineTuningJobEvent(Schema):
-    """A `fine_tuning.job.event`: the sentence people read, and the whole event as `data`."""
+    """A `fine_tuning.job.event`: the message, and the complete event as `data`."""
 
     object: Literal["fine_tuning.job.event"]
     id: str
@@ -190,7 +190,7 @@ class FineTuningJobEvent(Schema):
 
 
 def _streamed(kind: type[BaseModel]) -> type[BaseModel]:
-    """An event as a stream says it: with its number, its attempt and its time in addition to its own fields."""
+    """An event as a stream sends it: its own fields, with its number, attempt and time."""
     old: dict[str, Any] = {"way_out": (str | None, WAY_OUT)} if kind is events.Failed else {}
     return create_model(
         f"{kind.__name__}Event",
@@ -213,7 +213,7 @@ class StreamedJobEvent(RootModel[Annotated[functools.reduce(operator.or_, _EVENT
 
 
 class CheckpointMetrics(Schema):
-    """The client's own names. Null is what was not measured."""
+    """Metrics under the names of OpenAI's client. Null where a metric was not measured."""
 
     step: int
     train_loss: float | None
@@ -225,7 +225,7 @@ class CheckpointMetrics(Schema):
 
 
 class FineTuningCheckpoint(Schema):
-    """A `fine_tuning.job.checkpoint`. Everything that was measured stands under `scores`."""
+    """A `fine_tuning.job.checkpoint`. All metrics are under `scores`."""
 
     object: Literal["fine_tuning.job.checkpoint"]
     id: str

@@ -1,4 +1,4 @@
-"""Models, the engines that answer for them, and those that are loaded."""
+"""Models, the engines that answer for them, and loaded models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.spec import Kind
 
 
 class ModelEngine(Schema):
-    """The server that answers for a model, and what it calls it there."""
+    """The server that answers for a model, and the model's name there."""
 
     url: str
     model: str
@@ -20,7 +20,7 @@ class ModelEngine(Schema):
 
 
 class Model(Schema):
-    """A `model` as the OpenAI API has it; what is ours stands below `owned_by`."""
+    """A `model` as the OpenAI API has it; the fields after `owned_by` are additions."""
 
     id: str
     object: Literal["model"]
@@ -62,14 +62,14 @@ class ModelAlias(Schema):
 
 
 class EngineError(Schema):
-    """Why an engine cannot be asked."""
+    """Why an engine cannot be reached."""
 
     code: str
     message: str
 
 
 class Engine(Schema):
-    """A server of the settings, and the models it serves."""
+    """An engine of the settings, and the models that it serves."""
 
     url: str
     object: Literal["engine"]
@@ -78,7 +78,7 @@ class Engine(Schema):
 
 
 class EngineOfModel(Schema):
-    """Which server answers for a model now; null is the built-in engine."""
+    """The server that answers for a model now; null is the built-in engine."""
 
     object: Literal["model.engine"]
     id: str
@@ -87,7 +87,7 @@ class EngineOfModel(Schema):
 
 
 class LoadedModel(Schema):
-    """A loaded model. Its name is null where it is another person's."""
+    """A loaded model. Its name is null if it belongs to another user."""
 
     model: str | None
     tuned: list[str]
@@ -97,7 +97,7 @@ class LoadedModel(Schema):
 
 
 class Generator(Schema):
-    """What one generate worker has loaded, and the memory it may take."""
+    """The models that one generate worker has loaded, and its memory limit."""
 
     object: Literal["generator"]
     device: str
@@ -108,7 +108,7 @@ class Generator(Schema):
 
 
 class LoadedModels(Listing):
-    """What every generate worker has loaded."""
+    """The loaded models of every generate worker."""
 
     data: list[Generator]
     rule: str = Field(description="When a model is loaded and unloaded, in words.")

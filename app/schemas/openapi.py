@@ -1,12 +1,12 @@
-"""The OpenAPI document of everything under /v1: what an operation takes, what it answers, and how it refuses.
+"""The OpenAPI document of everything under /v1: parameters, request bodies, responses and errors of each operation.
 
     decorators of the routes ── answers(…), takes(…) ──→ document(app) ──→ /v1/openapi.json, docs/api.md
 
-FastAPI tells parameters and typed bodies. Answers are described here and not by its `response_model`: validating and writing anew what
-is sent already takes 3 times as long for a page of 100 datasets and 14 times for one of 100 tokenized rows, drops a field that nobody
-described without a word, and makes a 500 of an object that an earlier version stored. The tests check every answer that they get
-against this document instead, with all objects closed (`tests/documented.py`), and that each operation was checked
-(`tests/security/test_fuzz.py`).
+FastAPI derives parameters and typed bodies. Responses are described here and not by its `response_model`: validating and
+serializing again what is built already takes 3 times as long for a page of 100 datasets and 14 times for one of 100 tokenized
+rows, silently drops undescribed fields, and turns an object stored by an earlier version into a 500. Instead the tests check
+every response against this document, with `additionalProperties` false (`tests/documented.py`), and that each operation was
+checked (`tests/security/test_fuzz.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REFUSALS: dict[int, str] = {
     503: "A part of the studio is away. Nothing is lost; ask again.",
     507: "A disk of the studio is full.",
 }
-"""Every status of a refusal, and what it means. All carry `{"error": …}`."""
+"""Every error status and its description. All have the body `{"error": …}`."""
 ALWAYS = (400, 401, 500, 503, 507)
 UNSAFE = (403, 413)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
@@ -59,12 +59,12 @@ HEADERS: dict[int, Json] = {
 }
 
 _described: dict[str, tuple[type[BaseModel], JsonSchemaMode]] = {}
-"""Every model that a route names, by its reference until the document is made."""
+"""Every model that a route uses, by its reference, until the document is built."""
 _PLACE = "#/described/"
 
 
 def schema(model: type[BaseModel], mode: JsonSchemaMode = "serialization") -> Json:
-    """A reference to a model. `document` makes the schema, so that starting the web costs nothing."""
+    """A reference to a model. `document` builds the schema, so that it does not slow down the start of the web process."""
     reference = f"{_PLACE}{mode}/{model.__module__}.{model.__qualname__}"
     _described[reference] = (model, mode)
     return {"$ref": reference}
@@ -79,15 +79,13 @@ def answers(
     headers: Json | None = None,
     media_type: str = JSON,
 ) -> dict[int | str, Json]:
-    """The `responses` of a route: what it answers, and the refusals beside those that `document` adds by itself.
-
-    `events` is the data of one server-sent event, where the answer may be a stream; a route without `model` has no body.
-    """
+    """The `responses` of a route: the success response, and errors in addition to those that `document` adds. `events` is the
+    data of one server-sent event, where the response may be a stream; a route without `model` has no body."""
     content: Json = {}
     if model is not None:
         content[media_type] = {"schema": schema(model)}
     if events is not None:
-        content[EVENTS] = {"schema": {"anyOf": [schema(events), schema(Error)]}}  # a stream that breaks off says why
+        content[EVENTS] = {"schema": {"anyOf": [schema(events), schema(Error)]}}  # a stream that fails ends with an error event
     said: Json = {"description": description or (first_sentence(model.__doc__) if model else "") or "Done."}
     said |= {"content": content} if content else {}
     said |= {"headers": headers} if headers else {}
@@ -95,17 +93,17 @@ def answers(
 
 
 def takes(model: type[BaseModel], media_type: str = JSON) -> Json:
-    """The `openapi_extra` of a route that reads its body by itself."""
+    """The `openapi_extra` of a route that parses its body itself."""
     return {"requestBody": {"required": True, "content": {media_type: {"schema": schema(model, "validation")}}}}
 
 
 def header(name: str, description: str, kind: str = "string", *, required: bool = True) -> Json:
-    """A header that a route reads by itself, for `openapi_extra`'s `parameters`."""
+    """A header that a route reads itself, for `openapi_extra`'s `parameters`."""
     return {"name": name, "in": "header", "required": required, "description": description, "schema": {"type": kind}}
 
 
 def first_sentence(text: str | None) -> str:
-    """Of a docstring, on one line, with its full stop."""
+    """The first sentence of a docstring, on one line, with its full stop."""
     line = " ".join((text or "").split())
     return re.split(r"(?<=[.!?]) (?=[A-Z`])", line, maxsplit=1)[0]
 
@@ -114,10 +112,10 @@ def first_sentence(text: str | None) -> str:
 
 
 def document(app: FastAPI) -> Json:
-    """The whole document, made once and kept by the application."""
+    """The whole document, built once and cached by the application."""
     if app.openapi_schema is None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a GET that answers HEAD too has one operation id for both
+            warnings.simplefilter("ignore")  # a GET that also answers HEAD has one operation id for both
             found = get_openapi(title=app.title, version=app.version, summary=app.summary, description=ABOUT, routes=app.routes)
         for method, path, route in operations(app):
             if "GET" in route.methods:
@@ -132,7 +130,7 @@ def document(app: FastAPI) -> Json:
 
 
 def operations(app: FastAPI) -> Iterator[tuple[str, str, Any]]:
-    """(method in small letters, path of the document, route) of everything under /v1; HEAD is left out where there is a GET."""
+    """(method in lower case, path of the document, route) of everything under /v1; HEAD is omitted where there is a GET."""
     for path, route in each_route(app.router):
         if path.startswith("/v1/"):
             for method in sorted(route.methods - {"HEAD"} if "GET" in route.methods else route.methods):
@@ -163,7 +161,7 @@ def _components(found: Json) -> Json:
 
 
 def _resolved(found: Json) -> Json:
-    """The document with every described model in its components, and the references to them as they are called there."""
+    """The document with every described model in its components, and references to them."""
     names, made = models_json_schema(list(_described.values()), ref_template="#/components/schemas/{model}")
     real = {reference: names[described]["$ref"] for reference, described in _described.items()}
     schemas = found["components"]["schemas"]
@@ -211,4 +209,4 @@ TAGS = {
     "tus": "Resumable uploads: tus 1.0.0.",
     "votes": "Blind votes between two answers.",
 }
-"""One for each first part of a path behind /v1."""
+"""One tag for each first path segment after /v1."""

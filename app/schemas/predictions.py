@@ -1,4 +1,4 @@
-"""Predictions: a model over all rows of a file."""
+"""Predictions: a model applied to all rows of a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.schemas.base import Problem, Schema
 
 
 class Prediction(Schema):
-    """A run of a model over a file. Its content is there once it has succeeded."""
+    """A run of a model over a file. Its content is available once it has succeeded."""
 
     id: str
     object: Literal["prediction"]

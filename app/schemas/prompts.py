@@ -12,7 +12,7 @@ from app.schemas.base import UNBUILT, Problem, Schema
 
 
 class CreatePrompt(PromptBody):
-    """A new prompt: its name, and what its first version says."""
+    """A new prompt: its name, and the body of its first version."""
 
     model_config = UNBUILT
 
@@ -20,7 +20,7 @@ class CreatePrompt(PromptBody):
 
 
 class RevisePrompt(PromptBody):
-    """The settings of the next version; what is omitted is as in the newest."""
+    """The settings of the next version; omitted fields are taken from the newest."""
 
     model_config = UNBUILT
 
@@ -34,7 +34,7 @@ class PromptVersion(Schema):
 
 
 class Prompt(Schema):
-    """A prompt in all its versions; `body` is the newest."""
+    """A prompt with all its versions; `body` is the newest."""
 
     id: str
     object: Literal["prompt"]
@@ -46,7 +46,7 @@ class Prompt(Schema):
 
 
 class CreatePromptRun(RunOrder):
-    """Which model is asked, with which version, about which rows: of a dataset by its id, or by the file it was made from."""
+    """The model, the version, and the rows: of a dataset by its id, or by the file it was parsed from."""
 
     model_config = UNBUILT
 
@@ -57,7 +57,7 @@ class CreatePromptRun(RunOrder):
 
 
 class PromptRunResult(Schema):
-    """The mean score with its 95% interval, and what the rows took."""
+    """The mean score with its 95% interval, and the tokens and seconds."""
 
     score: float | None = None
     low: float | None = None
@@ -72,7 +72,7 @@ class PromptRunResult(Schema):
 
 
 class PromptRun(Schema):
-    """A prompt put to a model, row by row."""
+    """A run of a prompt with a model, row by row."""
 
     id: str
     object: Literal["prompt.run"]
@@ -93,7 +93,7 @@ class PromptRun(Schema):
 
 
 class PromptRunRow(Schema):
-    """One row that was asked."""
+    """The result of one row."""
 
     line: int
     input: str
@@ -105,7 +105,7 @@ class PromptRunRow(Schema):
 
 
 class PromptRunRows(Schema):
-    """One page of rows in the dataset's order; `after` is the line of the last row."""
+    """One page of results in the dataset's order; `after` is the line of the last row."""
 
     object: Literal["list"]
     data: list[PromptRunRow]

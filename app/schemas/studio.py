@@ -1,4 +1,4 @@
-"""The studio itself: its health, its strategies, and what it advises."""
+"""The studio itself: its health, its strategies, and its recommendations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from app.views.overview import Check, WorkerRole
 
 
 class Studio(Schema):
-    """The health of every part."""
+    """The health of every component."""
 
     object: Literal["studio"]
     checks: list[Check]
@@ -27,15 +27,15 @@ class Studio(Schema):
 
 
 class Paper(Schema):
-    """Where a strategy was published."""
+    """The paper that introduced a strategy."""
 
     citation: str
     url: str
 
 
 class Strategy(Schema):
-    """A fine-tuning method. With a model or a task in the question, `available` and `reason` are about these; with a dataset
-    besides, `advised` and `cost` are there too."""
+    """A fine-tuning method. With a model or a task in the query, `available` and `reason` refer to these; with a dataset,
+    `advised` and `cost` are set too."""
 
     object: Literal["strategy"]
     name: str
@@ -58,7 +58,7 @@ class Strategy(Schema):
 
 
 class StrategyAdvice(Schema):
-    """Whether to fine-tune at all, and how, with what the advice is based on."""
+    """Whether to fine-tune at all, and with which method, with the facts behind it."""
 
     object: Literal["advice"]
     model: str

@@ -10,7 +10,7 @@ from app.schemas.base import Schema
 
 
 class Vote(Schema):
-    """Two answers side by side. Who gave which is told only once the vote is in."""
+    """Two answers side by side. The models are revealed once the vote is cast."""
 
     id: str
     object: Literal["vote"]
@@ -25,7 +25,7 @@ class Vote(Schema):
 
 
 class VoteScore(Schema):
-    """One pair of models: shares and tests are of the votes that decided."""
+    """One pair of models: shares and tests over the votes that are not ties."""
 
     first: str
     second: str

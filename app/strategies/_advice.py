@@ -1,7 +1,7 @@
-"""What a strategy says for and against itself before its cost is known: facts of the data, and sentences that several strategies share.
+"""Reasons for and against a strategy, independent of its cost: facts of the data, and sentences that several strategies share.
 
-The rules weigh what the literature agrees on; each says its source where it stands. A strategy names the situations that it `suits` and
-those it is `unsuited` to, or says more in `advice_reasons`.
+The rules follow what the literature agrees on; each cites its source. A strategy lists the situations that it `suits` and those
+it is `unsuited` to, or adds reasons in `advice_reasons`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from app.objectives import OBJECTIVES, Task
 
 Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
 Situation = Literal["few rows", "many rows", "far data", "close data", "solved"]
-"""Few or many rows; data foreign to the model, or hardly so; a prompt alone does the task almost."""
+"""Few or many rows; data unlike what the model was trained on, or like it; a prompt alone almost solves the task."""
 FEW_ROWS, MANY_ROWS = 100, 5_000
 FEW_PER_CLASS, MANY_PER_CLASS = 16, 100
 UNEVEN = 10
-"""A class with this many times the rows of another drowns it: accuracy looks good while the small one is never answered."""
+"""Ratio of the largest to the smallest class beyond which accuracy is misleading: it looks good while the small class is never
+predicted."""
 CLOSE, FAR = 1.25, 2.0
-"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text;
-from the second on the data is foreign to it. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style
-1.3 to 1.8, a ship's log 2.1."""
+"""Bits per byte of the data over those of general text: up to the first the model predicts the data like any other text; from the
+second on the data is out of distribution. Measured on smollm2-135m-instruct: sums in words 1.2, answers in a house style 1.3 to
+1.8, a ship's log 2.1."""
 ENOUGH = 0.9
-"""Where a prompt alone reaches this by a metric that says nothing else, tuning has little left to teach."""
+"""Where a prompt alone reaches this score, in a metric without a threshold of its own, fine-tuning can gain little."""
 CLOSE_TASK, FAR_TASK = 0.6, 0.15
-"""How far a few examples alone come from chance (0) to always right (1): beyond the first the labels are something the
-model tells apart already, below the second its vectors hardly show them."""
+"""Score of few-shot examples alone between chance (0) and always right (1): above the first the frozen model separates the labels
+already, below the second its embeddings hardly separate them."""
 
 
 class Reason(NamedTuple):
@@ -37,7 +38,7 @@ class Reason(NamedTuple):
 
 
 class Weighed(Protocol):
-    """What is asked of a strategy."""
+    """A strategy as the rules see it."""
 
     family: ClassVar[Family]
     forgets: ClassVar[Literal["little", "some", "much"]]
@@ -49,10 +50,9 @@ class Weighed(Protocol):
 
 
 class Facts(BaseModel):
-    """What the advice is based on. `distance` is the base's bits per byte on the data over those on the general probe;
-    `prompted` is the best score by `metric` that a prompt alone reached on held-out rows, `how` it was tried (answers,
-    labels or vectors), `chance` what always giving the commonest label reaches. None while they have not been measured.
-    Memory in bytes."""
+    """Facts behind the advice. `distance` is the base's bits per byte on the data over those on the general probe; `prompted` is
+    the best score by `metric` that a prompt alone reached on validation rows, `how` it was tried (answers, labels or vectors),
+    `chance` the score of always giving the most frequent label. None while they have not been measured. Memory in bytes."""
 
     task: Task
     rows: int
@@ -70,14 +70,14 @@ class Facts(BaseModel):
 
 
 def worth_tuning(facts: Facts) -> bool | None:
-    """Whether a prompt alone leaves enough to be learnt; None while nobody has tried one."""
+    """Whether a prompt alone leaves room for fine-tuning; None while none has been tried."""
     if facts.prompted is None or facts.metric is None:
         return None
     return facts.prompted < (METRICS[facts.metric].enough or ENOUGH)
 
 
 def task_skill(facts: Facts) -> float | None:
-    """How far examples alone come from chance (0) to always right (1), for labels."""
+    """The score of examples alone between chance (0) and always right (1), for labels."""
     if facts.prompted is None or facts.metric not in OBJECTIVES[facts.task].metrics:
         return None
     chance = min(facts.chance or 0.0, 0.99)
@@ -106,7 +106,7 @@ def by_data(strategy: Weighed, facts: Facts) -> list[Reason]:
 
 
 def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
-    """A frozen model serves few labels. The smallest class says how many there are of what is hardest to learn."""
+    """With few labeled rows a frozen model suffices. The smallest class decides whether they are few."""
     found = []
     words, least, large = labeled(facts)
     if strategy.family == "feature":
@@ -124,7 +124,7 @@ def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
 
 
 def by_balance(family: str, facts: Facts) -> list[Reason]:
-    """What uneven classes do to a model that can learn much."""
+    """The effect of imbalanced classes on a model with many trainable parameters."""
     if balance(facts) >= UNEVEN and family in ("full", "partial", "reparametrized"):
         uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
         return [
@@ -137,7 +137,7 @@ def by_balance(family: str, facts: Facts) -> list[Reason]:
 
 
 def balance(facts: Facts) -> float:
-    """How many times the rows of the smallest class the largest has; 1 where nobody counted."""
+    """Ratio of the largest class to the smallest; 1 where they were not counted."""
     return facts.largest_class / max(facts.smallest_class, 1) if facts.smallest_class is not None and facts.largest_class else 1.0
 
 
@@ -158,7 +158,7 @@ def rows_a_class(facts: Facts) -> str:
 
 
 def told_apart(facts: Facts) -> bool | None:
-    """Whether the frozen model's vectors tell the classes apart; None while nothing says so."""
+    """Whether the frozen model's embeddings separate the classes; None while that is unknown."""
     if facts.distance is not None and facts.distance >= FAR:
         return False
     skill = task_skill(facts)
@@ -185,7 +185,7 @@ def by_distance(strategy: Weighed, facts: Facts) -> list[Reason]:
 
 
 def by_prompts(strategy: Weighed, facts: Facts) -> list[Reason]:
-    """What the model can do before it is tuned: a task it knows needs little, one it does not know needs the model to move."""
+    """The model's ability before fine-tuning: a task it can do needs little, one it cannot do needs larger changes."""
     skill = task_skill(facts)
     if skill is not None and facts.how == "vectors":
         says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
@@ -206,14 +206,14 @@ def by_prompts(strategy: Weighed, facts: Facts) -> list[Reason]:
 
 
 PLAIN_LORA = Reason(30, "Matches full fine-tuning on most datasets and forgets less.")
-"""LoRA on all linear layers equals full re-training on most small and middling sets and forgets less (Biderman et al. 2024, LoRA Learns
-Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
+"""LoRA on all linear layers equals full fine-tuning on most small and medium datasets, with less forgetting (Biderman et al.
+2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
 LORA_VARIANT = Reason(22, "LoRA variant, as dependable: compare it once plain LoRA has shown what is possible.")
 SMALL_PART = Reason(10, "Trains a small part: the base model stays unchanged and can be shared.")
 
 
 def by_nature(strategy: Weighed) -> list[Reason]:
-    """What holds on any data."""
+    """Reasons that apply to any data."""
     found = [strategy.standing] if strategy.standing else []
     if strategy.standing is None and strategy.family in ("reparametrized", "additive", "partial"):
         found.append(SMALL_PART)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts
-from app.strategies._advice import Family as Family  # where the strategies look for it
+from app.strategies._advice import Family as Family  # re-exported for the strategies
 from app.strategies._model import transformer
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ UNNAMED = "lora"
 
 
 class Strategy(BaseModel, ABC):
-    """One way to tune a model. A subclass in `app/strategies/NAME.py` declares `name: Literal["NAME"] = "NAME"`.
+    """One fine-tuning method. A subclass in `app/strategies/NAME.py` declares `name: Literal["NAME"] = "NAME"`.
 
-    A field with `json_schema_extra={"basic": True}` stands in the form at once; the others are folded under
-    "All settings". Each field needs a description: it is the help under the field.
+    A field with `json_schema_extra={"basic": True}` is always visible in the form; the others are collapsed under "All settings".
+    Each field needs a description: it is the help under the field.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +69,7 @@ class Strategy(BaseModel, ABC):
     title: ClassVar[str]
     family: ClassVar[Family]
     tasks: ClassVar[tuple[str, ...]] = ("generation",)
-    summary: ClassVar[str]  # one sentence in plain words
+    summary: ClassVar[str]  # one sentence
     when_to_use: ClassVar[str]
     forgets: ClassVar[Literal["little", "some", "much"]] = "little"
     paper: ClassVar[tuple[str, str] | None] = None  # (citation, URL)
@@ -84,9 +84,9 @@ class Strategy(BaseModel, ABC):
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
-    suits: ClassVar[tuple[Situation, ...]] = ()  # when the advisor speaks for it
-    unsuited: ClassVar[tuple[Situation, ...]] = ()  # and against it
-    standing: ClassVar[Reason | None] = None  # what holds on any data; None: as for all of its family
+    suits: ClassVar[tuple[Situation, ...]] = ()  # situations in which the advisor recommends it
+    unsuited: ClassVar[tuple[Situation, ...]] = ()  # and advises against it
+    standing: ClassVar[Reason | None] = None  # reasons that apply to any data; None: those of its family
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/training/train_on_features.py
 
     @classmethod
@@ -100,18 +100,18 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def learning_rate_for(cls, task: str) -> float:
-        """Size of a step that suits the task. For pairs it is a tenth of the strategy's own, and a thirtieth where whole weights move,
-        which for all weights is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
+        """Maximum learning rate for a task. For preference pairs it is a tenth of the strategy's own, and a thirtieth where whole
+        weights are trained, which for full fine-tuning is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
         return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares else 1.0)
 
     # When to take it -------------------------------------------------------------------------------------------------
 
     def advice_reasons(self, facts: Facts) -> list[Reason]:
-        """What the data say for it and against it; its cost and `standing` are weighed besides (`app/planning/advisor.py`)."""
+        """Reasons for and against it that follow from the data; its cost and `standing` are added in `app/planning/advisor.py`."""
         return [*by_data(self, facts), *by_distance(self, facts), *by_prompts(self, facts)]
 
     def label_reasons(self, facts: Facts) -> list[Reason]:
-        """The same of the number and balance of labels."""
+        """Reasons that follow from the number and balance of labels."""
         return by_labels(self, facts)
 
     # What it costs ---------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class Strategy(BaseModel, ABC):
         """Number of the model's trained parameters, without a classifier's head; equal to the count on the real model."""
 
     def tables(self, shape: Shape) -> int:
-        """Of these, parameters of embeddings that an adapter trains whole."""
+        """Of these, parameters of embeddings that an adapter trains in full."""
         return 0
 
     def head_parameters(self, shape: Shape, labels: int) -> int:
@@ -129,7 +129,7 @@ class Strategy(BaseModel, ABC):
         return shape.hidden * labels + labels
 
     def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        """All parameters that learn."""
+        """All trainable parameters."""
         return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
 
     def unused(self) -> tuple[str, ...]:
@@ -153,8 +153,8 @@ class Strategy(BaseModel, ABC):
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """Bytes held while training. `weight_bytes` is the width of a frozen weight; trained ones have 4 bytes, with a gradient
         of 4 and `optimizer_bytes` (two moments) each."""
-        learnt = self.trainable(shape)
-        return Memory(weights=shape.parameters() * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+        trained = self.trainable(shape)
+        return Memory(weights=shape.parameters() * weight_bytes + trained * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes)
 
     def activation_counts(self, shape: Shape) -> Kept:
         """Values that a layer keeps in addition to those that any gradient passing through needs: trained weights in or next to
@@ -173,7 +173,7 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def unsupported(cls, task: str) -> str | None:
-        """Why it has no such task; None where `tasks` names it, or the objective that it is trained like."""
+        """Why it does not support a task; None where `tasks` lists it, or the objective that trains like it."""
         if task in cls.tasks or OBJECTIVES[task].trains_as in cls.tasks:
             return None
         return f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."

@@ -100,8 +100,8 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         pairs = {
             cast("torch.nn.Linear", table).weight: cast("torch.nn.Linear", table.original_module).weight for table in tables
         }  # a tied one is there once
-        for learnt, weight in pairs.items():
-            learnt.data = weight.data + share * (learnt.data - weight.data)
+        for trained, weight in pairs.items():
+            trained.data = weight.data + share * (trained.data - weight.data)
         return loaded
 
 

@@ -29,9 +29,9 @@ class Selected(Strategy):
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         # The trained weights are the model's own: they are stored once, at 4 bytes.
-        learnt = self.trainable(shape)
-        frozen = shape.parameters() - learnt
-        return Memory(weights=frozen * weight_bytes + learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+        trained = self.trainable(shape)
+        frozen = shape.parameters() - trained
+        return Memory(weights=frozen * weight_bytes + trained * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes)
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         names = set(self.chosen(model))

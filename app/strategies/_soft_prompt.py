@@ -81,8 +81,8 @@ class SoftPrompt(Strategy):
         self.install(model, table)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        learnt = getattr(backbone(model), NAME)()
-        write_adapter(folder, self.peft_config(model).to_dict() | {"inference_mode": True}, {"prompt_embeddings": learnt})
+        trained = getattr(backbone(model), NAME)()
+        write_adapter(folder, self.peft_config(model).to_dict() | {"inference_mode": True}, {"prompt_embeddings": trained})
 
     def load(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         table = make_table(read_weights(folder)["prompt_embeddings"])
@@ -144,9 +144,9 @@ def _into_embedding(embedding: torch.nn.Module, args: tuple[Any, ...], output: t
     import torch
 
     table = getattr(embedding, NAME)
-    learnt, positions = table.notes.output.to(output.dtype), table.notes.positions.expand(output.shape[0], -1)
-    here = positions < learnt.shape[0]
-    return torch.where(here[..., None], learnt[positions.clamp(max=learnt.shape[0] - 1)], output)
+    trained, positions = table.notes.output.to(output.dtype), table.notes.positions.expand(output.shape[0], -1)
+    here = positions < trained.shape[0]
+    return torch.where(here[..., None], trained[positions.clamp(max=trained.shape[0] - 1)], output)
 
 
 def install_in_attention(model: torch.nn.Module, table: torch.nn.Module) -> None:
@@ -180,10 +180,10 @@ class _PrefixedCache:
         import torch
 
         heads, width = keys.shape[1], keys.shape[3]
-        learnt = self.table.notes.output.view(self.table.notes.output.shape[0], -1, heads, width).to(keys.dtype)
+        trained = self.table.notes.output.view(self.table.notes.output.shape[0], -1, heads, width).to(keys.dtype)
         positions = self.table.notes.positions.expand(keys.shape[0], -1)
-        here = (positions < learnt.shape[0])[:, None, :, None]
-        rows = learnt[positions.clamp(max=learnt.shape[0] - 1)]  # (B, T, layers · 2, Hkv, D)
+        here = (positions < trained.shape[0])[:, None, :, None]
+        rows = trained[positions.clamp(max=trained.shape[0] - 1)]  # (B, T, layers · 2, Hkv, D)
         keys = torch.where(here, rows[:, :, 2 * layer].transpose(1, 2), keys)
         values = torch.where(here, rows[:, :, 2 * layer + 1].transpose(1, 2), values)
         return (keys, values) if self.cache is None else self.cache.update(keys, values, layer, *args, **kwargs)

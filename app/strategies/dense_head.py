@@ -45,7 +45,7 @@ class DenseHead(Added):
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the layers.")
 
     def label_reasons(self, facts: Facts) -> list[Reason]:
-        """Many labels pay for layers of its own on the frozen model, unless that model's states do not tell the classes apart."""
+        """With many labeled rows dense layers on the frozen model pay off, unless that model's states do not separate the classes."""
         words, least, large = labeled(facts)
         if told_apart(facts) is False:
             own = Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else.")

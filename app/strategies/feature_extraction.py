@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class FeatureExtraction(Strategy):
-    """One vector per text, computed once and kept; then logistic regression or a small dense network on the vectors.
-    The recipe stands in `worker/training/feature_cache.py`."""
+    """One embedding per text, computed once and cached; then logistic regression or a small dense network on the embeddings. The
+    recipe is in `worker/training/feature_cache.py`."""
 
     name: Literal["feature_extraction"] = "feature_extraction"
     title: ClassVar = "Feature extraction (linear probe)"

@@ -40,8 +40,8 @@ class Full(Strategy):
         return shape.body_parameters() + self.head_parameters(shape, labels)
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
-        learnt = self.trainable(shape)
-        return Memory(weights=learnt * 4, gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+        trained = self.trainable(shape)
+        return Memory(weights=trained * 4, gradients=trained * 4, optimizer=trained * optimizer_bytes)
 
     def activation_counts(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs())

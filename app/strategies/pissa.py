@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 class Pissa(InOnePass, LowRank):
     """The correction s B A, s = alpha / rank, starts not at zero but as the top singular part of the base weight W, s B₀ A₀. That
-    part is taken off beside it, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written to.
+    part is subtracted in the forward pass, W x + s (B A − B₀ A₀) x, so that the model starts as its base and W is never written
+    to.
 
-    What is saved is an ordinary LoRA of twice the rank against the untouched base, A' = [A − A₀; A₀], B' = [B, B − B₀], so the
-    result loads anywhere and shares the base with its siblings.
+    What is saved is an ordinary LoRA of twice the rank for the unchanged base, A' = [A − A₀; A₀], B' = [B, B − B₀], so the result
+    loads anywhere and shares the base with its siblings.
     """
 
     name: Literal["pissa"] = "pissa"
@@ -62,8 +63,8 @@ class Pissa(InOnePass, LowRank):
             # Sixteen iterations of the randomized SVD (Halko et al. 2011) come within float error of the exact one.
             layer.pissa_init("default", "pissa_niter_16")
             weight.data = whole  # peft has put W − s B₀ A₀ in its place, rounded to W's dtype
-            for name, learnt in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
-                layer.register_buffer(name, learnt["default"].weight.detach().clone(), persistent=False)
+            for name, matrix in (("first_down", layer.lora_A), ("first_up", layer.lora_B)):
+                layer.register_buffer(name, matrix["default"].weight.detach().clone(), persistent=False)
             layer.takes_first_off = layer.register_forward_hook(_take_first_off)  # for peft's own forward
         return attached
 

@@ -21,10 +21,10 @@ class QLora(ChosenLowRank):
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:
         """4-bit NormalFloat takes half a byte per weight, and its double-quantized block constants 0.127 bits more (the paper,
         section 3); embeddings, norms and head stay at `weight_bytes`."""
-        learnt = self.trainable(shape)
+        trained = self.trainable(shape)
         squeezed = shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
-        weights = squeezed * 4.127 / 8 + (shape.parameters() - squeezed) * weight_bytes + learnt * 4
-        return Memory(weights=int(weights), gradients=learnt * 4, optimizer=learnt * optimizer_bytes)
+        weights = squeezed * 4.127 / 8 + (shape.parameters() - squeezed) * weight_bytes + trained * 4
+        return Memory(weights=int(weights), gradients=trained * 4, optimizer=trained * optimizer_bytes)
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if not cuda:

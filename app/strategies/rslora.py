@@ -1,4 +1,4 @@
-"""Rank-stabilized LoRA: the correction is scaled by alpha / √rank, so that a large rank goes on helping."""
+"""Rank-stabilized LoRA: the correction is scaled by alpha / √rank, so that larger ranks keep improving the result."""
 
 from __future__ import annotations
 

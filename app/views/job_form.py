@@ -15,8 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import objectives
 from app.errors import StudioError
-from app.jobs import preselection
-from app.jobs import request as job_request
+from app.jobs import preselection, spec_builder
 from app.jobs.defaults import rows_per_step, usual_run
 from app.jobs.request import JobRequest
 from app.kit import ids
@@ -284,12 +283,12 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         preference=(compared and compared.settings) or None,
     )
     try:
-        found = job_request.ground(session, user, form.order)
-        form.spec = job_request.spec_on(found, form.order)
-        form.estimate = job_request.estimate_of(session, form.spec)
+        found = spec_builder.context_of(session, user, form.order)
+        form.spec = spec_builder.spec_on(found, form.order)
+        form.estimate = spec_builder.estimate_of(session, form.spec)
         for place, card in enumerate(form.presets):
-            spec = job_request.spec_on(found, form.order.model_copy(update={"preset": card.name}))
-            form.presets[place] = replace(card, estimate=job_request.figures_of(session, spec))
+            spec = spec_builder.spec_on(found, form.order.model_copy(update={"preset": card.name}))
+            form.presets[place] = replace(card, estimate=spec_builder.figures_of(session, spec))
     except StudioError as error:
         form.errors[FIELDS.get(error.param or "", error.param or "")] = str(error)
 
@@ -352,7 +351,7 @@ def _reference(session: Session, model: Model | None) -> ModelRef | None:
 
 def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str) -> list[StrategyCard]:
     """Every strategy, with why it cannot run. Where none was named the recommended one is chosen, else the first that can run."""
-    cuda = job_request.has_gpu(device)
+    cuda = spec_builder.has_gpu(device)
     whole = feasibility.why_not_tuned(model, task) if model else None
     reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and cls.unsupported(task) is None]

@@ -1,4 +1,4 @@
-"""A job, its events and its checkpoints as the API sends them: OpenAI's fields, with our own words after them."""
+"""A job, its events and its checkpoints as the API sends them: OpenAI's fields, then our own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 def of(session: Session, job: Job) -> Json:
-    """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and a few more."""
+    """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and further fields."""
     order = JobRequest.model_validate(job.order)
     tuned = jobs.tuned_model(session, job)
     return {
@@ -91,7 +91,7 @@ def _progress(job: Job) -> Json:
 
 
 def _hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json:
-    """OpenAI's settings as they were asked for. Once the job has begun, "auto" is what it came to."""
+    """OpenAI's hyperparameters as requested. Once the job has begun, "auto" is replaced by the actual value."""
     settings = asked.model_dump(include={"n_epochs", "batch_size", "learning_rate_multiplier"})
     if not job.attempt:
         return settings
@@ -107,7 +107,7 @@ def _hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json
 
 
 def _method(session: Session, job: Job, order: JobRequest) -> Json:
-    """The method as it was asked for; where nobody said, the one that follows from the data."""
+    """The requested method; by default the one of the dataset's task."""
     kind = order.method.type if order.method else OBJECTIVES[job.spec["task"]].method
     settings = _hyperparameters(session, job, order.asked())
     if kind == "dpo":
@@ -117,7 +117,7 @@ def _method(session: Session, job: Job, order: JobRequest) -> Json:
 
 
 def event_json(row: Event, names: Names) -> Json:
-    """A `fine_tuning.job.event`: the sentence people read, and the whole event as `data`."""
+    """A `fine_tuning.job.event`: the message, and the whole event as `data`."""
     event = events.from_row(row.type, row.data)
     level, message = _sentence(event, names)
     data = {**row.data, "event": row.type, "attempt": row.attempt}
@@ -139,7 +139,7 @@ def event_json(row: Event, names: Names) -> Json:
 
 
 def _sentence(event: events.JobEvent, names: Names) -> tuple[str, str]:
-    """The level of an event and what a person reads."""
+    """The level and message of an event."""
     match event:
         case events.Queued(reason="submitted"):
             return "info", f"Created fine-tuning job: {names.job}"
@@ -175,7 +175,7 @@ def _sentence(event: events.JobEvent, names: Names) -> tuple[str, str]:
 
 
 class Names:
-    """What the sentences about one job call things."""
+    """Display names in the messages of one job."""
 
     def __init__(self, session: Session, job: Job) -> None:
         self.job = ids.public(ids.JOB, job.id)
@@ -185,8 +185,8 @@ class Names:
 
 
 def checkpoint_json(session: Session, job: Job, row: Checkpoint, losses: dict[int, float]) -> Json:
-    """A `fine_tuning.job.checkpoint`. `metrics` has the client's own names; null is what was not measured. The held-out rows are
-    always scored whole, so `valid_…` and `full_valid_…` agree. Everything that was measured stands under `scores`."""
+    """A `fine_tuning.job.checkpoint`. `metrics` has the names of OpenAI's client; null where a metric was not measured. All
+    validation rows are always scored, so `valid_…` and `full_valid_…` are equal. All metrics are under `scores`."""
     loss, accuracy = row.metrics.get("loss"), row.metrics.get("token_accuracy")
     return {
         "object": "fine_tuning.job.checkpoint",
@@ -221,7 +221,7 @@ def permission_json(row: CheckpointPermission) -> Json:
 
 
 def step_losses(session: Session, job: Job) -> dict[int, float]:
-    """The training loss at each checkpoint's step, as said last."""
+    """The training loss at each checkpoint's step, as reported last."""
     steps = [row.step for row in jobs.checkpoints(session, job)]
     if not steps:
         return {}

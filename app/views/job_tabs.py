@@ -67,7 +67,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
     progress, spec = top["progress"], top["spec"]
     tuned = jobs.tuned_model(session, job)
     estimated = (job.estimate or {}).get("trainable_parameters") or spec.strategy.trainable(spec.model.shape)
-    learnt = progress.started.trainable_parameters if progress.started else estimated
+    trained = progress.started.trainable_parameters if progress.started else estimated
     total = spec.model.shape.parameters()  # the base's own, as everywhere: what a strategy adds to it is not counted
     return {
         "failure": failure(job, progress),
@@ -79,7 +79,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
         "tiles": tiles(job, progress, spec),
         "charts": charts.charts(progress)[:1],
-        "trainable": {"share": learnt / total if total else 0.0, "learnt": human_count(learnt), "all": human_count(total)},
+        "trainable": {"share": trained / total if total else 0.0, "trained": human_count(trained), "all": human_count(total)},
         "settings": [
             (name, as_text(value))
             for name, value in spec.strategy.model_dump(exclude={"name", *spec.strategy.unused()}).items()

@@ -265,7 +265,7 @@ def comparisons(rows: Sequence[Mapping[str, Any]], bar: Bar) -> list[Mapping[str
     return ordered(found, bar.sort, keys)
 
 
-def key_of(found: Any) -> str:
+def public_id(found: Any) -> str:
     """The public id of a row."""
     prefix = {"jobs": ids.JOB, "models": ids.MODEL, "datasets": ids.DATASET, "comparisons": ids.COMPARISON}[found.__tablename__]
     return ids.public(prefix, found.id)

@@ -124,7 +124,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
-    """A classifier's loss is its log loss."""
+    """A classifier's loss is its log loss, so only one is shown."""
     return name == "loss" and scores.get("log_loss") == scores.get("loss")
 
 

@@ -21,7 +21,7 @@ from app.tables import Dataset, Job, Model, User
 GENERIC, DIALOGUE = "gemma-3-270m", "smollm2-135m-instruct"
 SAMPLE = "plain-explanations"
 RECIPE = "three-kinds"
-"""In the metadata of a job that this page has ordered."""
+"""Metadata key of a job that this page created."""
 PAGE = "/playground/tutorial"
 QUESTION = "What is the capital of France?"
 """The first prompt for each model."""
@@ -106,7 +106,7 @@ def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
 
 
 def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> Step:
-    """The step that is made here: tried when it is ready, followed while it trains, and else one button away."""
+    """The second step: tried when its model is ready, followed while it trains, otherwise one button away."""
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
     step = Step(
         "Instruct (instruction-tuned): it follows instructions",

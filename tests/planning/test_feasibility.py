@@ -16,6 +16,7 @@ from app.datasets import service as datasets
 from app.errors import BadField
 from app.jobs import request as job_request
 from app.jobs import service as jobs
+from app.jobs import spec_builder
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.humanize import human_bytes
@@ -57,7 +58,7 @@ def refused(session, user, body: dict) -> BadField:
 
 
 def told(session, user, body: dict) -> list[str]:
-    return job_request.estimate_of(session, job_request.build_spec(session, user, job_request.read_order(body)))["warnings"]
+    return spec_builder.estimate_of(session, spec_builder.build_spec(session, user, job_request.read_order(body)))["warnings"]
 
 
 def test_one_class_only(session, user, tiny_registered, read):
@@ -153,7 +154,7 @@ def test_learnt_tokens_that_leave_no_room_for_the_row(session, user, tiny_regist
     chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
     error = refused(session, user, order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20}, run={"max_length": 22}))
     assert error.code == "no_room" and error.param == "strategy"
-    assert job_request.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20})))
+    assert spec_builder.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "prompt_tuning", "tokens": 20})))
 
 
 def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read):
@@ -181,7 +182,7 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     for run in ({"neftune_noise_alpha": 5}, {"optimizer": "lion"}, {"warmup_steps": 3}):
         error = refused(session, user, order_of(kinds, strategy=frozen, run=run))
         assert error.code == "setting_without_use" and error.param == f"run.{next(iter(run))}"
-    assert job_request.build_spec(
+    assert spec_builder.build_spec(
         session, user, job_request.read_order(order_of(kinds, strategy={**frozen, "classifier": "dense"}, run={"optimizer": "lion"}))
     )
 
@@ -196,7 +197,9 @@ def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_re
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"chat_template": "jinja", "chat_template_jinja": "{{"}))
     assert error.param == "run.chat_template_jinja" and "Line 1" in error.hint
     assert (
-        job_request.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run))).run.chat_template
+        spec_builder.build_spec(
+            session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run))
+        ).run.chat_template
         == "llama3"
     )
     tiny_registered.kind = "generic"  # it is given prompt and completion as they stand
@@ -211,8 +214,8 @@ def test_accumulation_means_the_usual_thing_or_nothing(client, session, user, ti
     error = refused(session, user, order_of(chats, strategy={"name": "lora"}, run={"accumulation": 4}))
     assert error.param == "run.accumulation" and "micro_batches" in error.hint and "gradient_accumulation_steps" in error.hint
     run = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2, "validation_fraction": 0}
-    built = job_request.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run)))
-    assert built.run.max_tokens_per_step is None and job_request.estimate_of(session, built)["steps"] == 10
+    built = spec_builder.build_spec(session, user, job_request.read_order(order_of(chats, strategy={"name": "lora"}, run=run)))
+    assert built.run.max_tokens_per_step is None and spec_builder.estimate_of(session, built)["steps"] == 10
     assert (
         refused(session, user, order_of(chats, strategy={"name": "lora"}, run={**run, "max_tokens_per_step": 256})).param
         == "run.batch_size"
@@ -258,7 +261,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
 
     card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
     monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
-    assert job_request.build_spec(session, user, job_request.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
+    assert spec_builder.build_spec(session, user, job_request.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
 
 
 def test_the_device_of_a_run(api, client, session, user, tiny_registered, read, monkeypatch):
@@ -397,9 +400,9 @@ def test_a_request_cannot_put_its_job_into_a_comparison(api, session, user, tiny
 def test_a_classifiers_head_is_counted_among_what_learns(session, user, tiny_registered, read):
     from app.strategies import STRATEGIES
 
-    spec = job_request.build_spec(session, user, job_request.read_order(order_of(read(labelled("card", "cash", "coin")))))
+    spec = spec_builder.build_spec(session, user, job_request.read_order(order_of(read(labelled("card", "cash", "coin")))))
     three, two = (STRATEGIES["dense_head"]().trainable_parameters(spec.model.shape, task="classification", labels=n) for n in (3, 2))
-    assert job_request.estimate_of(session, spec)["trainable_parameters"] == three > two
+    assert spec_builder.estimate_of(session, spec)["trainable_parameters"] == three > two
 
 
 @pytest.fixture
@@ -438,7 +441,7 @@ def test_what_the_trainer_would_refuse_to_tune_further_is_refused_before(api, cl
     model = tuned(session, user, tiny_registered, strategy)
     body = order_of(chats, model=model.name, strategy={"name": "lora"})
     if STRATEGIES[strategy].merges:
-        assert job_request.build_spec(session, user, job_request.read_order(body)).model.adapters
+        assert spec_builder.build_spec(session, user, job_request.read_order(body)).model.adapters
         return
     error = refused(session, user, body)
     assert error.code == "cannot_be_tuned" and error.param == "model" and "cannot be merged" in error.message
@@ -467,7 +470,7 @@ def test_an_encoder_is_refused_and_not_advised_for_text(api, session, user, enco
     ranking = api.post("/v1/advice", json={"model": "encoder", "dataset_id": body["dataset_id"]}).json()["ranking"]
     assert not any(a["available"] for a in ranking)
     kinds = order_of(read(labelled("card", "cash")), model="encoder", strategy={"name": "lora"})
-    assert job_request.build_spec(session, user, job_request.read_order(kinds)).task == "classification"
+    assert spec_builder.build_spec(session, user, job_request.read_order(kinds)).task == "classification"
 
 
 def test_rows_still_being_read_may_turn_out_to_be_labelled(session, user, encoder, data_dir):
@@ -476,4 +479,4 @@ def test_rows_still_being_read_may_turn_out_to_be_labelled(session, user, encode
     dataset = datasets.create(session, user, file)
     session.commit()
     body = {"model": "encoder", "dataset_id": ids.public(ids.DATASET, dataset.id), "strategy": {"name": "lora"}}
-    assert job_request.build_spec(session, user, job_request.read_order(body))
+    assert spec_builder.build_spec(session, user, job_request.read_order(body))

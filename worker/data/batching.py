@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from app.datasets import row_store as stored
-from app.datasets.splits import divide, key_of
+from app.datasets.splits import divide, split_hash
 from app.errors import BadData
 from app.run_settings import TrainOn
 from app.settings import get_settings
@@ -82,7 +82,7 @@ def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
         parts[row.row.get("label")].append(place)
     kept: set[int] = set()
     for places in parts.values():
-        drawn = sorted(places, key=lambda place: (key_of(rows[place].row, f"{seed} share"), place))
+        drawn = sorted(places, key=lambda place: (split_hash(rows[place].row, f"{seed} share"), place))
         kept.update(drawn[: max(1, round(fraction * len(drawn)))])
     return [row for place, row in enumerate(rows) if place in kept]
 

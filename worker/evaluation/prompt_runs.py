@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from app import formats
-from app.datasets.splits import key_of
+from app.datasets.splits import split_hash
 from app.db import transaction
 from app.errors import BadData, StudioError
 from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampling, Started, TextPart
@@ -268,14 +268,14 @@ def _rows(spec: RunSpec) -> tuple[list[tuple[Any, list[dict[str, Any]]]], list[A
         if spec.validation_fraction < 1:
             training, held = split(rows, spec.validation_fraction, spec.split_seed, spec.split)
         taught = {key for one in spec.learnt for key in _trained_keys(one)}
-        held = [row for row in held if key_of(row.row, "") not in taught]
+        held = [row for row in held if split_hash(row.row, "") not in taught]
         if not held:
             raise BadData(
                 f"Every row of {spec.dataset.name} was in the training set of a model that is compared here.",
                 hint="Use the dataset it was validated on, or fine-tune it again with a validation split.",
             )
     # The rows with the smallest keys: a smaller sample is a subset of a larger one, whatever is compared.
-    held = sorted(held, key=lambda row: key_of(row.row, f"{spec.split_seed} lab"))[: spec.rows]
+    held = sorted(held, key=lambda row: split_hash(row.row, f"{spec.split_seed} lab"))[: spec.rows]
     held.sort(key=lambda row: row.line)
     labels = sorted({label for row in rows if (label := formats.of(row.row).label(row.row)) is not None})
     asked, examples, everything = ([prompts.solved(row.line, row.row) for row in some] for some in (held, training, rows))
@@ -287,4 +287,4 @@ def _trained_keys(one: TrainedRows) -> list[bytes]:
     from worker.data.batching import read_rows, split
 
     training, _ = split(read_rows(one.dataset), one.validation_fraction, one.seed, one.split)
-    return [key_of(row.row, "") for row in training]
+    return [split_hash(row.row, "") for row in training]

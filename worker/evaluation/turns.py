@@ -1,5 +1,5 @@
-"""Long work in the generate worker: a few pieces at once, each in a thread of its own, so that the worker's own threads stay free for
-people who chat. What waits is not claimed, so another worker may take it, and it may be announced again when this one dies."""
+"""Limits the long tasks of a generate worker: a few run at once, each in a thread of its own, so that the worker's own threads stay free
+for chats. A task that waits is not claimed, so another worker may claim it, and it is redelivered when this worker dies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class Turns:
-    """`free` are the turns left; `held` is what waits here or is worked on. The process stays for work that is `lasting`, which ends by
-    itself when its worker leaves."""
+    """Threads for tasks, of which `at_once` run at a time; `held` are the keys of those that wait or run. Threads of `lasting` tasks are
+    no daemons: the process waits for them at exit, and they end by themselves when the worker stops."""
 
     def __init__(self, at_once: int, *, lasting: bool = False) -> None:
         self.free, self.lasting = threading.Semaphore(at_once), lasting
@@ -23,7 +23,8 @@ class Turns:
         self._lock = threading.Lock()
 
     def begin(self, key: uuid.UUID, work: Callable[[], None], *, waits: Callable[[], bool] = lambda: True) -> None:
-        """See to it that the work is done, in its turn if it `waits` for one, and return at once. What is held is not put twice."""
+        """Start `work` in a thread and return at once; if `waits()`, it begins when fewer than `at_once` run. A key that waits or runs
+        already is ignored."""
         with self._lock:
             if key in self.held:
                 return
@@ -36,7 +37,7 @@ class Turns:
                         work()
                 else:
                     work()
-            except SQLAlchemyError as error:  # the lease runs out, and it is announced again
+            except SQLAlchemyError as error:  # the lease expires, and the task is redelivered
                 log.warning("%s was left: %s", key, error)
             finally:
                 with self._lock:

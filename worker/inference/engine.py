@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from app.errors import TooMany, Unavailable
-from app.inference.protocol import ChoiceFinished, Done, Entry, GenerateRequest, Started, StreamError, TextPart
+from app.inference.protocol import Done, Entry, GenerateRequest, Started, StreamError
 from app.spec import ModelRef
-from worker.inference import prompt_logprobs, scheduler
-from worker.inference.errors import NotANumber, broke
+from worker.inference import emission, prompt_logprobs, scheduler
+from worker.inference.errors import broke
 from worker.inference.kv_cache import Segment, Slot, Step
 from worker.inference.memory_budget import MemoryBudget
 from worker.inference.model_pool import LoadedModel, ModelHandle, ModelPool
 from worker.inference.request import render, room_for
-from worker.inference.sampling import Detokenizer, Sampler, logprob, one_thread
+from worker.inference.sampling import Detokenizer, Sampler, one_thread
 from worker.inference.scheduler import Request, TokenSequence
 
 MAX_ROWS = 16
@@ -197,7 +197,7 @@ class Engine:
                 entries: list[Entry] = []
                 for row in running.rows:
                     if not row.finished:
-                        self._finish(running, row, "cancelled" if running.cancelled else "length", entries)
+                        emission.finish(running, row, "cancelled" if running.cancelled else "length", entries)
                 self._leave(running, entries)
             elif running.deadline is None and now - running.arrived > (
                 running.request.seconds if running.request.bulk else self.wait_seconds
@@ -362,7 +362,7 @@ class Engine:
             if id(r) in broken:
                 continue
             try:
-                self._choose_one(r, row, logits[i], tokens[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
+                emission.choose(r, row, logits[i], tokens[i] if finite[i] else None, said.setdefault(id(r), (r, []))[1])
             except Exception as error:
                 broken[id(r)] = r
                 # NaN in the cache would reach the next owner of the slot.
@@ -378,65 +378,8 @@ class Engine:
             elif entries:
                 r.out.put(entries)
 
-    def _choose_one(self, r: Request, row: TokenSequence, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
-        if likeliest is None:
-            raise NotANumber(
-                f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
-                hint="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
-            )
-        sampling = r.request.sampling
-        token = likeliest if r.is_greedy else row.chooser.choose(logits)
-        if sampling.logprobs:
-            row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
-            row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
-        self._accept(r, row, token, entries)
-
-    def _accept(self, running: Request, row: TokenSequence, token: int, entries: list[Entry]) -> None:
-        """Append a token to a sequence: emit the text that may be shown, and end it when it is complete."""
-        running.first_token = running.first_token or time.monotonic()
-        row.written.append(token)
-        if token in running.place.stop_ids:
-            if row.logprobs:
-                row.logprobs.pop(), row.begins.pop()  # the token that ends an answer is not part of it
-            return self._finish(running, row, "stop", entries)
-        text = row.text.push(token)
-        if row.text.stopped:
-            self._show(row, text, entries)
-            row.logprobs.clear()  # what remains are tokens of the stop string
-            return self._finish(running, row, "stop", entries)
-        if text:
-            self._show(row, text, entries)
-        if len(row.written) >= running.max_tokens:
-            self._finish(running, row, "length", entries)
-        return None
-
-    def _show(self, row: TokenSequence, text: str, entries: list[Entry], *, all_of_it: bool = False) -> None:
-        """Emit a text and the tokens that begin in the text emitted so far; the others wait for theirs, or for the end."""
-        begun = len(row.logprobs) if all_of_it else sum(begin < row.text.shown for begin in row.begins)
-        if text or begun:
-            entries.append(TextPart(index=row.index, text=text, tokens=len(row.written), logprobs=row.logprobs[:begun]))
-            row.logprobs, row.begins = row.logprobs[begun:], row.begins[begun:]
-
-    def _finish(self, running: Request, row: TokenSequence, reason: str, entries: list[Entry]) -> None:
-        self._show(row, row.text.end(), entries, all_of_it=True)
-        row.finished = True
-        running.free(row)
-        entries.append(ChoiceFinished(index=row.index, reason=reason, tokens=len(row.written)))
-
     def _leave(self, running: Request, entries: list[Entry]) -> None:
-        now, written = time.monotonic(), running.written
-        first, speed = running.first_token, None
-        if first is not None and written > len(running.rows):
-            speed = (written - len(running.rows)) / max(now - first, 1e-9)
-        entries.append(
-            Done(
-                prompt_tokens=len(running.prompt) - running.place.lane.lead,
-                cached_tokens=running.cached,
-                completion_tokens=written,
-                first_token_seconds=None if first is None else first - running.began,
-                tokens_per_second=speed,
-            )
-        )
+        entries.append(emission.done(running))
         self._drop(running)
         running.out.put(entries)
 

@@ -359,7 +359,7 @@ def _keep(place: _Group | FusedLora, engine: Compute, parts: int) -> bool:
         return False
     biases: tuple[Any, ...] = tuple(layer.base_layer.bias for layer in layers)
     bias = None if biases[0] is None or hasattr(layers[0], "squares") else _joined_bias(biases, engine.compute)
-    if lora_products.lays(weight.shape[1], [up.shape[0] for up in ups]):
+    if lora_products.supports_sizes(weight.shape[1], [up.shape[0] for up in ups]):
         place.own = LoraLayerState(downs, ups, scales, weight.detach(), bias, engine.abreast, parts)
     return place.own is not None
 

@@ -15,7 +15,7 @@ from app.objectives import OBJECTIVES
 
 WORD = re.compile(r"\w+")
 MAX_ROWS = 400_000
-"""Rows that a rule keeps something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
+"""Maximum rows that a rule stores something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
 Say = Callable[[int | None, Finding], None]
 
@@ -27,24 +27,24 @@ MAX_WORDS = 20_000
 class Seen(NamedTuple):
     """One valid row: its line, its texts with their paths, and the lower-case words of prompt and answer.
 
-    The system's message is left out: it is often the same in every row and says nothing of this one. Of a passage, and of a
-    text with a label, all words are asked; a label is learnt. `shape` is the format that owns the row, `json` the row as it is stored, where
-    that is known.
+    The system message is excluded: it is often the same in every row. Of a passage, and of a text with a label, all words count
+    as the prompt; the label is the answer. `shape` is the format that owns the row, `json` the row as it is stored, where that is
+    known.
     """
 
     line: int
     row: Row
     texts: list[tuple[str, str]]
     asked: list[str]
-    learnt: list[str]
+    trained: list[str]
     shape: Format
     json: str | None = None
 
 
 def seen(line: int, row: Row, json: str | None = None) -> Seen:
     shape = formats.of(row)
-    asked, learnt = (_words(part) for part in shape.asked_and_learnt(row))
-    return Seen(line, row, list(shape.texts(row)), asked, learnt, shape, json)
+    asked, trained = (_words(part) for part in shape.asked_and_trained(row))
+    return Seen(line, row, list(shape.texts(row)), asked, trained, shape, json)
 
 
 def _words(text: str) -> list[str]:
@@ -52,8 +52,8 @@ def _words(text: str) -> list[str]:
 
 
 class Rule(ABC):
-    """One rule. `say(line, finding)` reports, with no line for what is about all rows; `entry` is the format that the dataset is read as,
-    `mapping` the column of each of its fields."""
+    """One rule. `say(line, finding)` reports an issue, with line None for one of the whole dataset; `entry` is the format that
+    the dataset is parsed as, `mapping` the column of each of its fields."""
 
     def __init__(self, say: Say, entry: Format, mapping: Mapping[str, str]) -> None:
         self.say, self.entry, self.mapping = say, entry, mapping
@@ -65,8 +65,8 @@ class Rule(ABC):
 
     @abstractmethod
     def see(self, seen: Seen) -> None:
-        """Look at one row."""
+        """Process one row."""
 
     def finish(self) -> None:
-        """Report what only all rows together show."""
+        """Report issues that only all rows together show."""
         return

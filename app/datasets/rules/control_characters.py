@@ -1,4 +1,4 @@
-"""Control characters in a text: a terminal's colors, and what is left over from another encoding."""
+"""Control characters in a text: terminal color codes, and remains of another encoding."""
 
 from __future__ import annotations
 

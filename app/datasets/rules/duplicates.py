@@ -1,4 +1,4 @@
-"""Rows that were there before: the same row again, or the same question with another answer, label or rating."""
+"""Duplicate rows: the same row again, or the same prompt with another answer, label or rating."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.formats import Finding, Format
 from app.formats._base import fingerprint, fix, shown
 
 MAX_REMEMBERED = 3_000_000
-"""Rows whose fingerprint is kept: about 300 MB at most."""
+"""Maximum rows whose fingerprint is stored: about 300 MB."""
 
 
 class Duplicates(Rule):

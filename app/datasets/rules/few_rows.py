@@ -1,4 +1,4 @@
-"""A dataset that is too small to train on. Labels have their own measure: rows of the smallest class."""
+"""A dataset that is too small to train on. Labeled rows are counted by class: the smallest one decides."""
 
 from __future__ import annotations
 

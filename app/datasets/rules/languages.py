@@ -82,8 +82,8 @@ class Languages(Rule):
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MAX_ROWS:
             return
-        learnt = seen.learnt if not self.classifies and seen.learnt else seen.asked  # a prompt may speak another language
-        found = language(" ".join(learnt[:MAX_WORDS]), learnt)
+        trained = seen.trained if not self.classifies and seen.trained else seen.asked  # a prompt may speak another language
+        found = language(" ".join(trained[:MAX_WORDS]), trained)
         if found is not None:
             self._lines.append(seen.line)
             self._of.append(self._names.setdefault(found, len(self._names)))

@@ -19,7 +19,7 @@ from app.formats._base import fix
 if TYPE_CHECKING:
     import numpy as np
 
-BANDS, ASKED, LEARNT = 16, 4, 2
+BANDS, ASKED, TRAINED = 16, 4, 2
 """Number of bands, and minima of prompt and of answer in each; only rows similar in both share a band."""
 ALIKE = 0.8
 MIN_WORDS = 8
@@ -40,7 +40,7 @@ class NearDuplicates(Rule):
         self._b = draw.integers(0, 1 << 32, size=(BANDS * ASKED, 1), dtype=np.uint32)
         self._mix = draw.integers(0, 1 << 63, size=3, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._of_word: dict[str, int] = {}
-        self._asked, self._learnt = bytearray(), bytearray()
+        self._asked, self._trained = bytearray(), bytearray()
         self._edges = bytearray()
         self._lines = array("q")
         self._exact: set[int] = set()
@@ -48,14 +48,14 @@ class NearDuplicates(Rule):
     def see(self, seen: Seen) -> None:
         if len(self._lines) >= MAX_ROWS:
             return
-        if len(seen.asked) + len(seen.learnt) < MIN_WORDS:
+        if len(seen.asked) + len(seen.trained) < MIN_WORDS:
             return
         whole = hash((tuple(seen.texts), seen.row.get("label"), seen.row.get("good")))
         if whole in self._exact:  # another rule reports identical rows
             return
         self._exact.add(whole)
         self._asked += self._signature(seen.asked, BANDS * ASKED)
-        self._learnt += self._signature(seen.learnt, BANDS * LEARNT)
+        self._trained += self._signature(seen.trained, BANDS * TRAINED)
         self._edges += self._edges_of(seen.asked)
         self._lines.append(seen.line)
 
@@ -94,17 +94,17 @@ class NearDuplicates(Rule):
         import numpy as np
 
         asked = np.frombuffer(bytes(self._asked), dtype=np.uint32).reshape(-1, BANDS * ASKED)
-        learnt = np.frombuffer(bytes(self._learnt), dtype=np.uint32).reshape(-1, BANDS * LEARNT)
+        trained = np.frombuffer(bytes(self._trained), dtype=np.uint32).reshape(-1, BANDS * TRAINED)
         best: dict[int, tuple[float, int]] = {}
         for band in range(BANDS):
-            parts = [side[:, band * width : (band + 1) * width] for side, width in ((asked, ASKED), (learnt, LEARNT))]
+            parts = [side[:, band * width : (band + 1) * width] for side, width in ((asked, ASKED), (trained, TRAINED))]
             part = np.ascontiguousarray(np.concatenate(parts, axis=1))
             keys = part.view(np.dtype((np.void, part.dtype.itemsize * part.shape[1]))).ravel()
             order = np.argsort(keys, kind="stable")
             same = keys[order][1:] == keys[order][:-1]
             for group in _groups(order, same):
                 first, others = int(group[0]), group[1:]
-                shares = np.minimum((asked[others] == asked[first]).mean(axis=1), (learnt[others] == learnt[first]).mean(axis=1))
+                shares = np.minimum((asked[others] == asked[first]).mean(axis=1), (trained[others] == trained[first]).mean(axis=1))
                 for row, share in zip(others.tolist(), shares.tolist(), strict=True):
                     if share >= ALIKE and share > best.get(row, (0.0, 0))[0] and self._ends_alike(first, row):
                         best[row] = (share, first)

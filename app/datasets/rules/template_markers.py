@@ -1,4 +1,4 @@
-"""Marks of a chat template in a text: a model would be trained to write them."""
+"""Chat-template markers in a text, which a model would be trained to write."""
 
 from __future__ import annotations
 

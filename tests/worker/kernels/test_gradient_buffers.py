@@ -244,7 +244,7 @@ def test_what_cannot_be_kept_apart_is_summed(given: dict, monkeypatch: pytest.Mo
     if not given:
         monkeypatch.setattr(jit, "is_available", lambda: False)
     job, other = Job(**given), Job(**given, apart=False)
-    assert job.kept is False and not any(w.rooms.rooms for w in job.wholes) and gradient_buffers.shares(job.wholes, 2) == []
+    assert job.kept is False and not any(w.buffers.tensors for w in job.wholes) and gradient_buffers.shares(job.wholes, 2) == []
     assert (found := job.go(3)) == other.go(3) and equal(job, other) and job.summed == set(job.trained)
     assert found[0][0] > found[1][0] > found[2][0]
     assert gradient_buffers.keep([], 2) is False

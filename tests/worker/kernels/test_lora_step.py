@@ -69,7 +69,7 @@ def stands(job: Job) -> bool:
     """Whether what products read are the factors as they are."""
     found = [factor for product in job.factors.products for factor in product.factors()]
     copies = all(torch.equal(f.copy, (f.parameter.detach() * f.scale).bfloat16()) for f in found)
-    return copies and all(torch.equal(f.turned, f.copy.t()) for f in found if f.turned is not None)
+    return copies and all(torch.equal(f.transposed, f.copy.t()) for f in found if f.transposed is not None)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_is_left_to_autograd() -> None:
     assert fused_lora.fuse(made_anew) == 14
     optimizer = torch.optim.AdamW([p for p in made_anew.parameters() if p.requires_grad])
     assert fused_lora.keep(made_anew, 2, engine_of("bf16"), optimizer) is None
-    assert kept(sizes={"intermediate_size": 144}) == PRODUCTS // 2, "gate, up and down are not of whole thirty-twos"
+    assert kept(sizes={"intermediate_size": 144}) == PRODUCTS // 2, "gate, up and down are not multiples of 32"
 
 
 def test_what_would_be_read_beyond_its_end_is_refused() -> None:
@@ -234,12 +234,12 @@ def test_what_would_be_read_beyond_its_end_is_refused() -> None:
         (dy, x[:16], low),
         (dy, x.float(), low),
     ):
-        with pytest.raises(ValueError, match=r"layers of|needed|thirty-twos"):
+        with pytest.raises(ValueError, match=r"layers of|needed|multiples of 32"):
             room.take(*wrong)
     for ups, width in (([up[:40]], 32), ([up.float()], 32), ([up], 40), ([up.t().contiguous().t()], 32)):
-        with pytest.raises(ValueError, match="whole thirty-twos"):
+        with pytest.raises(ValueError, match="multiples of 32"):
             lora_products.Layers(ups, [1.0], width)
-    with pytest.raises(ValueError, match="whole thirty-twos"):
+    with pytest.raises(ValueError, match="multiples of 32"):
         lora_step.LoraLayerState(
             [down], [torch.nn.Parameter(torch.ones(40, 8))], [1.0], torch.ones(40, 32).bfloat16(), None, engine_of("bf16").abreast, 1
         )

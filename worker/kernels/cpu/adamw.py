@@ -84,9 +84,9 @@ def _square(first, second, sparse, place, last, width, scale1, scale2, start, st
 
 @kernel
 def _move(
-    first, second, sparse, place, last, width, scale1, scale2, start, stop, shorten, weight, mean, square, copy, keep, b1, b2, rate, root, eps
+    first, second, sparse, place, last, width, scale1, scale2, start, stop, clip_coefficient, weight, mean, square, copy, keep, b1, b2, rate, root, eps
 ):  # fmt: skip
-    s1, s2, s, k, r, d, e = F(scale1), F(scale2), F(shorten), F(keep), F(rate), F(root), F(eps)
+    s1, s2, s, k, r, d, e = F(scale1), F(scale2), F(clip_coefficient), F(keep), F(rate), F(root), F(eps)
     k1, n1, k2, n2 = F(b1), F(1.0 - b1), F(b2), F(1.0 - b2)
     for i in range(start, stop):
         A, B, E = row_of(first, i, width * 2, width, HALF), row_of(second, i, width * 2, width, HALF), _row(sparse, place, last, i, width)
@@ -127,9 +127,11 @@ def squares(gradient: SplitGradient, start: int, stop: int) -> float:
     return _square(*gradient.read_by(), start, stop)
 
 
-def move_(moved: AdamWState, gradient: SplitGradient, rule: AdamWParams, step: int, shorten: float, start: int, stop: int) -> None:
-    """One AdamW update of rows [start, stop) of a weight, in place, in step number `step` (from 1), with `shorten` times its
-    gradient; `shorten` is the clipping coefficient.
+def move_(
+    moved: AdamWState, gradient: SplitGradient, params: AdamWParams, step: int, clip_coefficient: float, start: int, stop: int
+) -> None:
+    """One AdamW update of rows [start, stop) of a weight, in place, in step number `step` (from 1), with `clip_coefficient` times its
+    gradient.
 
     Raises ValueError when shapes or dtypes do not match or a tensor is not contiguous.
     """
@@ -137,4 +139,4 @@ def move_(moved: AdamWState, gradient: SplitGradient, rule: AdamWParams, step: i
     for kind, ones in ((torch.float32, moved[:3]), (torch.bfloat16, [moved.copy])):
         if any(x.shape != gradient.first.shape or x.dtype != kind or not x.is_contiguous() for x in ones):
             raise ValueError(f"{[(tuple(x.shape), x.dtype) for x in ones]} to move by a gradient of {tuple(gradient.first.shape)}")
-    _move(*gradient.read_by(), start, stop, shorten, *addresses(*moved), *rule.at(step))
+    _move(*gradient.read_by(), start, stop, clip_coefficient, *addresses(*moved), *params.at(step))

@@ -26,7 +26,7 @@ SIDE = 32
 # Instructions ---------------------------------------------------------------------------------------------------------
 
 _BYTE, _LONG, _NONE = ir.IntType(8), ir.IntType(64), ir.VoidType()
-_PLACE = _BYTE.as_pointer()
+_POINTER = _BYTE.as_pointer()
 
 
 def _instruction(builder: Any, name: str, *given: tuple[Any, Any]) -> None:
@@ -39,11 +39,11 @@ def _instruction(builder: Any, name: str, *given: tuple[Any, Any]) -> None:
 @functools.cache
 def shapes() -> torch.Tensor:
     """The tile configuration: eight tiles of 16 rows of 64 bytes."""
-    told = np.zeros(64, np.uint8)
-    told[0] = 1
-    told[16:32].view(np.uint16)[:] = 64
-    told[48:56] = 16
-    return torch.from_numpy(told)
+    config = np.zeros(64, np.uint8)
+    config[0] = 1
+    config[16:32].view(np.uint16)[:] = 64
+    config[48:56] = 16
+    return torch.from_numpy(config)
 
 
 @intrinsic
@@ -51,7 +51,7 @@ def configure(context: Any, address: Any) -> Any:
     """Load a tile configuration of 64 bytes (LDTILECFG)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        _instruction(b, "ldtilecfg", (_PLACE, b.inttoptr(a[0], _PLACE)))
+        _instruction(b, "ldtilecfg", (_POINTER, b.inttoptr(a[0], _POINTER)))
         return c.get_dummy_value()
 
     return types.void(types.int64), build
@@ -66,24 +66,24 @@ def release(context: Any) -> Any:
     return types.void(), build
 
 
-def _number(tile: types.Literal) -> tuple[Any, Any]:
+def _tile_number(tile: types.Literal) -> tuple[Any, Any]:
     return _BYTE, _BYTE(tile.literal_value)
 
 
 @intrinsic(prefer_literal=True)
 def zero(context: Any, tile: Any) -> Any:
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        _instruction(b, "tilezero", _number(tile))
+        _instruction(b, "tilezero", _tile_number(tile))
         return c.get_dummy_value()
 
     return types.void(tile), build
 
 
-def _moving(name: str, tile: Any) -> Any:
+def _transfer(name: str, tile: Any) -> Any:
     """Signature and code of an instruction that loads or stores a tile: 16 rows of 64 bytes at a row stride."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        _instruction(b, name, _number(tile), (_PLACE, b.inttoptr(a[1], _PLACE)), (_LONG, a[2]))
+        _instruction(b, name, _tile_number(tile), (_POINTER, b.inttoptr(a[1], _POINTER)), (_LONG, a[2]))
         return c.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64), build
@@ -91,12 +91,12 @@ def _moving(name: str, tile: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def load(context: Any, tile: Any, address: Any, step: Any) -> Any:
-    return _moving("tileloadd64", tile)
+    return _transfer("tileloadd64", tile)
 
 
 @intrinsic(prefer_literal=True)
 def store(context: Any, tile: Any, address: Any, step: Any) -> Any:
-    return _moving("tilestored64", tile)
+    return _transfer("tilestored64", tile)
 
 
 @intrinsic(prefer_literal=True)
@@ -104,17 +104,17 @@ def dot(context: Any, sums: Any, left: Any, right: Any) -> Any:
     """`sums` += `left` · `right` (TDPBF16PS)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        _instruction(b, "tdpbf16ps", _number(sums), _number(left), _number(right))
+        _instruction(b, "tdpbf16ps", _tile_number(sums), _tile_number(left), _tile_number(right))
         return c.get_dummy_value()
 
     return types.void(sums, left, right), build
 
 
 @inlined
-def square(to, to_row, left, left_row, left_step, right, right_row, right_step, times, fresh):
-    """A block (32, 32) of float32 at `to` = (`fresh`) or += the sum over `times` products of left (32, 32) bf16 and right (16
+def square(to, to_row, left, left_row, left_step, right, right_row, right_step, products, overwrite):
+    """A block (32, 32) of float32 at `to` = (with `overwrite`) or += the sum of `products` products of left (32, 32) bf16 and right (16
     pairs of rows, 32) bf16. `left_step` and `right_step` are the bytes from one product's operands to the next."""
-    if fresh:
+    if overwrite:
         zero(0)
         zero(1)
         zero(2)
@@ -124,7 +124,7 @@ def square(to, to_row, left, left_row, left_step, right, right_row, right_step, 
         load(1, to + 64, to_row)
         load(2, to + 16 * to_row, to_row)
         load(3, to + 16 * to_row + 64, to_row)
-    for t in range(times):
+    for t in range(products):
         a, b = left + t * left_step, right + t * right_step
         load(4, a, left_row)
         load(5, a + 16 * left_row, left_row)
@@ -143,15 +143,15 @@ def square(to, to_row, left, left_row, left_step, right, right_row, right_step, 
 # Rows of a block, 32 numbers ------------------------------------------------------------------------------------------
 
 _VECTOR = ir.VectorType(ir.FloatType(), 16)
-_PLACES = ir.VectorType(ir.IntType(64), 16)
+_INDICES = ir.VectorType(ir.IntType(64), 16)
 
 
-def _get(b: Any, address: Any, half: int) -> Any:
+def _load_half(b: Any, address: Any, half: int) -> Any:
     place = b.inttoptr(b.add(address, _LONG(64 * half)), _VECTOR.as_pointer())
     return b.load(place, align=4)
 
 
-def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
+def _store_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
     """Store a row rounded to bf16 in one 64-byte store: a tile load is served from it sooner than from two stores."""
     whole = b.shuffle_vector(
         *(build_to_bf16(b, half) for half in halves), ir.Constant(ir.VectorType(ir.IntType(32), SIDE), list(range(SIDE)))
@@ -159,11 +159,11 @@ def _put_rounded(b: Any, halves: Sequence[Any], address: Any) -> None:
     b.store(whole, b.inttoptr(address, whole.type.as_pointer()), align=2)
 
 
-def _put(b: Any, vector: Any, address: Any, half: int) -> None:
+def _store_half(b: Any, vector: Any, address: Any, half: int) -> None:
     b.store(vector, b.inttoptr(b.add(address, _LONG(64 * half)), _VECTOR.as_pointer()), align=4)
 
 
-def _spread(b: Any, value: Any, kind: Any) -> Any:
+def _broadcast(b: Any, value: Any, kind: Any) -> Any:
     """One value broadcast to all lanes of a vector."""
     return b.shuffle_vector(
         b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.IntType(32)(0)),
@@ -178,8 +178,8 @@ def maximum(context: Any, row: Any, highest: Any) -> Any:
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         for half in (0, 1):
-            x, y = _get(b, a[0], half), _get(b, a[1], half)
-            _put(b, b.select(b.fcmp_ordered(">", x, y), x, y), a[1], half)
+            x, y = _load_half(b, a[0], half), _load_half(b, a[1], half)
+            _store_half(b, b.select(b.fcmp_ordered(">", x, y), x, y), a[1], half)
         return c.get_dummy_value()
 
     return types.void(types.int64, types.int64), build
@@ -190,8 +190,8 @@ def rounded(context: Any, row: Any, factor: Any, to: Any) -> Any:
     """row · factor for 32 float32 values, rounded to bf16 at `to`."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        factor = _spread(b, a[1], _VECTOR)
-        _put_rounded(b, [b.fmul(_get(b, a[0], half), factor) for half in (0, 1)], a[2])
+        factor = _broadcast(b, a[1], _VECTOR)
+        _store_rounded(b, [b.fmul(_load_half(b, a[0], half), factor) for half in (0, 1)], a[2])
         return c.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), build
@@ -250,7 +250,7 @@ def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
         for half in (0, 1):
-            _put(b, b.select(_between(b, half, a[1], a[2]), _get(b, a[0], half), constant(_VECTOR, -1e30)), a[0], half)
+            _store_half(b, b.select(_between(b, half, a[1], a[2]), _load_half(b, a[0], half), constant(_VECTOR, -1e30)), a[0], half)
         return c.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
@@ -258,17 +258,17 @@ def mask(context: Any, row: Any, since: Any, until: Any) -> Any:
 
 def _between(b: Any, half: int, since: Any, until: Any) -> Any:
     """Which lanes of one half of a row are in [since, until)."""
-    places = ir.Constant(_PLACES, [16 * half + j for j in range(16)])
-    first, end = (_spread(b, x, _PLACES) for x in (since, until))
+    places = ir.Constant(_INDICES, [16 * half + j for j in range(16)])
+    first, end = (_broadcast(b, x, _INDICES) for x in (since, until))
     return b.and_(b.icmp_signed(">=", places, first), b.icmp_signed("<", places, end))
 
 
 @intrinsic
-def top_of(context: Any, row: Any) -> Any:
+def row_maximum(context: Any, row: Any) -> Any:
     """The maximum of a row of 32 float32 values."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        found = [_get(b, a[0], half) for half in (0, 1)]
+        found = [_load_half(b, a[0], half) for half in (0, 1)]
         found = b.select(b.fcmp_ordered(">", *found), *found)
         for size in (8, 4, 2, 1):
             lanes = ir.Constant(ir.VectorType(ir.IntType(32), 16), [(j + size) % 16 for j in range(16)])
@@ -284,11 +284,11 @@ def exponentials(context: Any, scores: Any, top: Any, scale: Any, sums: Any, p: 
     """exp(scale · (score − top)) of a row of 32, added to `sums` in float32 and rounded to bf16 at `p`."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        top, scale = (_spread(b, x, _VECTOR) for x in (a[1], a[2]))
-        found = [build_exp(b, b.fmul(b.fsub(_get(b, a[0], half), top), scale)) for half in (0, 1)]
+        top, scale = (_broadcast(b, x, _VECTOR) for x in (a[1], a[2]))
+        found = [build_exp(b, b.fmul(b.fsub(_load_half(b, a[0], half), top), scale)) for half in (0, 1)]
         for half, e in enumerate(found):
-            _put(b, b.fadd(_get(b, a[3], half), e), a[3], half)
-        _put_rounded(b, found, a[4])
+            _store_half(b, b.fadd(_load_half(b, a[3], half), e), a[3], half)
+        _store_rounded(b, found, a[4])
         return c.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.float32, types.int64, types.int64), build
@@ -299,14 +299,14 @@ def gradients(context: Any, scores: Any, d_p: Any, logs: Any, pulls: Any, scale:
     """P = exp(scale · score − log) of a row of 32, and dS = scale · P · (dP − pull), both rounded to bf16; zeros outside [since, until)."""
 
     def build(c: Any, b: Any, s: Any, a: Any) -> Any:
-        scale, none = _spread(b, a[4], _VECTOR), constant(_VECTOR, 0.0)
+        scale, none = _broadcast(b, a[4], _VECTOR), constant(_VECTOR, 0.0)
         found, given = [], []
         for half in (0, 1):
-            e = build_exp(b, b.fsub(b.fmul(_get(b, a[0], half), scale), _get(b, a[2], half)))
+            e = build_exp(b, b.fsub(b.fmul(_load_half(b, a[0], half), scale), _load_half(b, a[2], half)))
             found.append(b.select(_between(b, half, a[5], a[6]), e, none))
-            given.append(b.fmul(b.fmul(found[half], b.fsub(_get(b, a[1], half), _get(b, a[3], half))), scale))
-        _put_rounded(b, found, a[7])
-        _put_rounded(b, given, a[8])
+            given.append(b.fmul(b.fmul(found[half], b.fsub(_load_half(b, a[1], half), _load_half(b, a[3], half))), scale))
+        _store_rounded(b, found, a[7])
+        _store_rounded(b, given, a[8])
         return c.get_dummy_value()
 
     long, number = types.int64, types.float32

@@ -39,8 +39,8 @@ from worker.runtime.thread_parallel import ThreadParallel
 def release_memory(wholes: Sequence[MasterWeight]) -> None:
     """Release the gradients and their buffers, when no step follows."""
     for whole in wholes:
-        whole.weight.grad = whole.room = None
-        whole.rooms.rooms = []
+        whole.weight.grad = whole.memory = None
+        whole.buffers.tensors = []
     leave(wholes)
 
 
@@ -62,16 +62,16 @@ class _Product(torch.autograd.Function):
     """x (T, K) times the concatenated weights `joined` (ΣN, K) of n layers, plus their biases: (T, ΣN)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, rooms: GradientBuffers, bias: torch.Tensor | None, *weights: Any) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, joined: torch.Tensor, buffers: GradientBuffers, bias: torch.Tensor | None, *weights: Any) -> Any:
         ctx.save_for_backward(x)
-        ctx.joined, ctx.rooms, ctx.count = joined, rooms, len(weights)
+        ctx.joined, ctx.buffers, ctx.count = joined, buffers, len(weights)
         return F.linear(x, joined, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         dx = dy @ ctx.joined if ctx.needs_input_grad[0] else None
-        ctx.rooms.take(dy, x)
+        ctx.buffers.take(dy, x)
         return (dx, None, None, dy.sum(0) if ctx.needs_input_grad[3] else None, *[None] * ctx.count)
 
 
@@ -98,7 +98,7 @@ def product(x: torch.Tensor, layers: Sequence[FullLinear], joined: torch.Tensor)
     biases = [layer.bias.to(joined.dtype) for layer in layers if layer.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     # The weights themselves are arguments so that autograd calls backward even where x needs no gradient.
-    y = _Product.apply(flat, joined, _whole(layers[0]).rooms, bias, *(layer.weight for layer in layers))
+    y = _Product.apply(flat, joined, _whole(layers[0]).buffers, bias, *(layer.weight for layer in layers))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -152,13 +152,13 @@ class _Gated(torch.autograd.Function):
         if isinstance(ctx.act, Gate):
             both, inner = gated_back(gate, up, dy @ ctx.copy, ctx.act, again=True)
             assert inner is not None
-            ctx.whole.rooms.take(dy, inner)
+            ctx.whole.buffers.take(dy, inner)
             return (None, None, d_bias, None, *((both,) if len(given) == 1 else halves([both])))
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             active = ctx.act(source)
         lit = active.detach()
-        ctx.whole.rooms.take(dy, lit * up)
+        ctx.whole.buffers.take(dy, lit * up)
         d_inner = dy @ ctx.copy
         (d_gate,) = torch.autograd.grad(active, source, d_inner * up)
         d_up = d_inner.mul_(lit)

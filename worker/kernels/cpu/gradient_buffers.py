@@ -22,7 +22,7 @@ from worker.kernels.cpu.adamw import AdamWParams, AdamWState, SplitGradient
 from worker.runtime.thread_parallel import ThreadParallel
 
 MAX_PARTS = 2
-MAX_LAID_BY = 2
+MAX_HELD_BACK = 2
 """Slices of the head's gradient that a part may hold back while it waits for its turn."""
 
 
@@ -33,11 +33,11 @@ class MasterWeight:
     def __init__(self, weight: torch.nn.Parameter, kind: torch.dtype, abreast: ThreadParallel) -> None:
         self.weight, self.kind, self.abreast = weight, kind, abreast
         self.copy: torch.Tensor | None = None
-        self.room: torch.Tensor | None = None  # the gradient's memory, reused in every step, so that it does not fragment a thread's arena
+        self.memory: torch.Tensor | None = None  # of the gradient, reused in every step, so that a thread's arena is not fragmented
         self.multiplies = False  # used in products, not only as an embedding
         self.kept: dict[int, tuple[torch.Tensor, float]] = {}  # by part: a gradient of this step, and the factor not applied to it yet
         self.sparse: tuple[torch.Tensor, torch.Tensor] | None = None  # embedding rows and their gradients, in addition to `kept`
-        self.rooms = GradientBuffers([self])
+        self.buffers = GradientBuffers([self])
         self.rounded_at: tuple[int, int] | None = None
         self.lock = threading.Lock()
         self.read: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # (part, embedding rows, their gradients), not added yet
@@ -47,14 +47,14 @@ class MasterWeight:
         """The current value of the weight, in `kind`."""
         if self.weight.dtype == self.kind:
             return self.weight.detach()
-        stands_at = (self.weight.data_ptr(), self.weight._version)
-        if self.rounded_at != stands_at:
+        version = (self.weight.data_ptr(), self.weight._version)
+        if self.rounded_at != version:
             with self.lock:
                 if self.copy is None:
                     self.copy = torch.empty_like(self.weight, dtype=self.kind)
-                if self.rounded_at != stands_at:
+                if self.rounded_at != version:
                     self.copy.copy_(self.weight.detach())
-                    self.rounded_at = stands_at
+                    self.rounded_at = version
         assert self.copy is not None
         return self.copy
 
@@ -70,7 +70,7 @@ class MasterWeight:
         """Add a part's gradient to `weight.grad`, in the order of the parts."""
         with self.abreast.turn(id(self.weight)):
             if self.weight.grad is None:
-                self.weight.grad = self._room().copy_(gradient)
+                self.weight.grad = self._gradient_memory().copy_(gradient)
             else:
                 self.weight.grad += gradient
 
@@ -78,34 +78,34 @@ class MasterWeight:
         """Add `scale` times a part's gradients of slices of rows, each row at most once, in the order of the parts within each
         slice. A slice whose turn has not come is held back, because the parts arrive here at the same time and sleeping takes
         longer than going on."""
-        laid_by: deque[tuple[slice, torch.Tensor]] = deque()
+        held_back: deque[tuple[slice, torch.Tensor]] = deque()
 
         def add_first() -> None:
-            rows, gradient = laid_by.popleft()
+            rows, gradient = held_back.popleft()
             with self.abreast.turn((id(self.weight), rows.start)):
                 if self.weight.grad is None:
-                    self.weight.grad = self._room().zero_()
+                    self.weight.grad = self._gradient_memory().zero_()
                 self.weight.grad[rows].add_(gradient, alpha=scale)
 
         for rows, gradient in gradients:
-            laid_by.append((rows, gradient))
-            while laid_by and (len(laid_by) > MAX_LAID_BY or self.abreast.has_turn((id(self.weight), laid_by[0][0].start))):
+            held_back.append((rows, gradient))
+            while held_back and (len(held_back) > MAX_HELD_BACK or self.abreast.has_turn((id(self.weight), held_back[0][0].start))):
                 add_first()
-        while laid_by:
+        while held_back:
             add_first()
 
     def take_gradient(self, gradient: Any, scale: float) -> None:
         """Keep `scale` times what a loss found, a `HeadGradient`: in this part's buffer, or added in its turn."""
-        room = self.rooms.enter(scale)
-        if room is None:
+        buffer = self.buffers.enter(scale)
+        if buffer is None:
             self.add_rows(gradient.pieces(), scale)
         else:
-            gradient.write(room)
+            gradient.write(buffer)
 
-    def _room(self) -> torch.Tensor:
-        if self.room is None:
-            self.room = torch.empty_like(self.weight)
-        return self.room
+    def _gradient_memory(self) -> torch.Tensor:
+        if self.memory is None:
+            self.memory = torch.empty_like(self.weight)
+        return self.memory
 
     def add_parts(self) -> None:
         """Add what the parts collected for embedding rows, and the buffered gradients where they have to be accumulated after all."""
@@ -118,7 +118,7 @@ class MasterWeight:
         if whole is None:
             if not read:
                 return
-            whole = self.weight.grad = self._room().zero_()
+            whole = self.weight.grad = self._gradient_memory().zero_()
         for _, (gradient, scale) in sorted(self.kept.items()):
             whole.add_(gradient, alpha=scale)
         self.kept.clear()
@@ -146,29 +146,29 @@ class GradientBuffers:
 
     def __init__(self, wholes: Sequence[MasterWeight]) -> None:
         self.wholes, self.heights = wholes, [whole.weight.shape[0] for whole in wholes]
-        self.rooms: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
         for whole in wholes:
-            whole.rooms = self
+            whole.buffers = self
 
     def make(self, parts: int) -> None:
         size = sum(self.heights), self.wholes[0].weight.shape[1]
-        self.rooms = [torch.empty(size, dtype=self.wholes[0].kind) for _ in range(parts)]
+        self.tensors = [torch.empty(size, dtype=self.wholes[0].kind) for _ in range(parts)]
 
     def enter(self, scale: float = 1.0) -> torch.Tensor | None:
         """The buffer for the current part's product, whose values are still to be multiplied by `scale`; None where there is
         none, or where the part filled it earlier in this step."""
         place = self.wholes[0].abreast.place()
-        if place >= len(self.rooms) or any(place in whole.kept for whole in self.wholes):
+        if place >= len(self.tensors) or any(place in whole.kept for whole in self.wholes):
             return None
-        for whole, own in zip(self.wholes, self.rooms[place].split(self.heights), strict=True):
+        for whole, own in zip(self.wholes, self.tensors[place].split(self.heights), strict=True):
             whole.kept[place] = own, scale
-        return self.rooms[place]
+        return self.tensors[place]
 
     def take(self, dy: torch.Tensor, x: torch.Tensor) -> None:
         """Take the gradient dyᵀ x of dy (T, ΣN) and x (T, K): into the buffer where it is free, else added to `weight.grad`."""
-        room = self.enter()
-        if room is not None:
-            torch.mm(dy.t(), x, out=room)
+        buffer = self.enter()
+        if buffer is not None:
+            torch.mm(dy.t(), x, out=buffer)
             return
         for whole, own in zip(self.wholes, (dy.t() @ x).split(self.heights), strict=True):
             whole.add(own)
@@ -178,8 +178,8 @@ def keep(wholes: Sequence[MasterWeight], parts: int) -> bool:
     """Have gradients kept apart in steps of one pack in `parts` parts, moved by AdamW, where the weights allow it. Says whether they do."""
     if not wholes or parts > MAX_PARTS or any(w.kind != torch.bfloat16 or w.weight.dtype != torch.float32 for w in wholes):
         return False
-    for rooms in {id(whole.rooms): whole.rooms for whole in wholes if whole.multiplies}.values():
-        rooms.make(parts)
+    for buffers in {id(whole.buffers): whole.buffers for whole in wholes if whole.multiplies}.values():
+        buffers.make(parts)
     return True
 
 
@@ -215,16 +215,16 @@ def squares(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel) -> float
     return sum(abreast.map(lambda own: sum(adamw.squares(share.pieces, share.start, share.stop) for share in own), cut))
 
 
-def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: torch.optim.Optimizer, shorten: float) -> None:
-    """One AdamW step over the buffered weights with `shorten` (the clipping coefficient) times their gradients. The moments are
+def move(cut: Sequence[Sequence[RowRange]], abreast: ThreadParallel, optimizer: torch.optim.Optimizer, clip_coefficient: float) -> None:
+    """One AdamW step over the buffered weights with `clip_coefficient` times their gradients. The moments are
     those of the torch optimizer, so its state can be saved and loaded as usual."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     moments = {id(whole): _moments(whole, optimizer) for whole in _each(cut)}
 
     def work(own: Sequence[RowRange]) -> None:
         for share in own:
-            rule, state = AdamWParams.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
-            adamw.move_(moments[id(share.whole)], share.pieces, rule, int(state["step"]), shorten, share.start, share.stop)
+            params, state = AdamWParams.of(groups[id(share.whole.weight)]), optimizer.state[share.whole.weight]
+            adamw.move_(moments[id(share.whole)], share.pieces, params, int(state["step"]), clip_coefficient, share.start, share.stop)
 
     abreast.map(work, cut)
     for whole in _each(cut):

@@ -35,7 +35,7 @@ TILE = 1024
 
 
 @kernel
-def _lay_rows(x, step, rows, columns, y):
+def _pack_rows(x, step, rows, columns, y):
     """Pack x (rows, columns) into right-operand tiles of 32 rows by 16 columns, rows in pairs, one column block after another;
     zero-filled beyond `columns`."""
     lanes = (columns + LANE - 1) // LANE
@@ -51,7 +51,7 @@ def _lay_rows(x, step, rows, columns, y):
 
 
 @kernel
-def _lay_turned(x, step, columns, rows, room, y):
+def _pack_transposed(x, step, columns, rows, scratch, y):
     """The same for a transposed x (columns, rows)."""
     lanes = (columns + LANE - 1) // LANE
     for lane in range(lanes):
@@ -60,19 +60,19 @@ def _lay_turned(x, step, columns, rows, room, y):
             source, line = x + lane * LANE * step + 64 * s, step
             if height < LANE:
                 for j in range(LANE):
-                    Y = row_of(room, j, 64, LANE, WORD)
+                    Y = row_of(scratch, j, 64, LANE, WORD)
                     for i in range(LANE):
                         Y[i] = WORD
                     if j < height:
                         X = row_of(source, j, step, LANE, WORD)
                         for i in range(LANE):
                             Y[i] = X[i]
-                source, line = room, 64
+                source, line = scratch, 64
             transpose(source, line, y + (lane * (rows // SIDE) + s) * TILE, 64)
 
 
 @inlined
-def _put(tile_at, out, out_row, lane, rank, rows):
+def _store_rounded(tile_at, out, out_row, lane, rank, rows):
     """Round the rows of a float32 tile to bf16 into their columns of `out`."""
     width = min(LANE, rank - lane * LANE)
     for i in range(rows):
@@ -82,10 +82,10 @@ def _put(tile_at, out, out_row, lane, rank, rows):
 
 
 @kernel
-def _project(x, step, rows, width, down, down_row, rank, out, out_row, room, config):
-    steps, lanes, right = width // SIDE, (rank + LANE - 1) // LANE, room + 2 * TILE
+def _project(x, step, rows, width, down, down_row, rank, out, out_row, scratch, config):
+    steps, lanes, right = width // SIDE, (rank + LANE - 1) // LANE, scratch + 2 * TILE
     # Aᵀ as right-operand tiles, packed once for all rows.
-    _lay_turned(down, down_row, rank, width, room, right)
+    _pack_transposed(down, down_row, rank, width, scratch, right)
     configure(config)
     for first in range(0, rows, SIDE):
         for lane in range(lanes):
@@ -98,18 +98,18 @@ def _project(x, step, rows, width, down, down_row, rank, out, out_row, room, con
                 dot(0, 4, 6)
                 load(5, at + LANE * step, step)
                 dot(1, 5, 6)
-            store(0, room, 64)
-            store(1, room + TILE, 64)
-            _put(room, out + first * out_row, out_row, lane, rank, SIDE)
+            store(0, scratch, 64)
+            store(1, scratch + TILE, 64)
+            _store_rounded(scratch, out + first * out_row, out_row, lane, rank, SIDE)
     release()
 
 
 @kernel
-def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config):
+def _accumulate(x, step, rows, width, low, low_row, rank, right, back, back_row, sums, scratch, config):
     """`sums` (16 ⌈rank / 16⌉, width) = lowᵀ x, and where `right` is not 0 `back` (rows, rank) = x · right. 64 rows at a time, so
     that the sums are loaded and stored half as often."""
     steps, lanes, sums_row = width // SIDE, (rank + LANE - 1) // LANE, 4 * width
-    turned, pairs = room, room + 2 * TILE
+    transposed, pairs = scratch, scratch + 2 * TILE
     found = pairs + 2 * TILE
     configure(config)
     for lane in range(lanes):
@@ -117,8 +117,8 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
             halves = min(2, (rows - first) // SIDE)
             # lowᵀ of these rows, the left operand of the sums.
             for h in range(halves):
-                _lay_rows(low + (first + SIDE * h) * low_row + 2 * LANE * lane, low_row, SIDE, min(LANE, rank - lane * LANE), pairs)
-                transpose(pairs, 64, turned + h * TILE, 64)
+                _pack_rows(low + (first + SIDE * h) * low_row + 2 * LANE * lane, low_row, SIDE, min(LANE, rank - lane * LANE), pairs)
+                transpose(pairs, 64, transposed + h * TILE, 64)
             # Tiles 0 to 3 accumulate `back`, 4 and 5 `sums`; 6 and 7 are operands.
             zero(0)
             zero(1)
@@ -148,7 +148,7 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
                     for i in range(LANE):
                         pair = at + (SIDE * h + 2 * i) * step
                         pair_rows(pair, pair + step, pairs + 128 * i)
-                    load(6, turned + h * TILE, 64)
+                    load(6, transposed + h * TILE, 64)
                     load(7, pairs, 128)
                     dot(4, 6, 7)
                     load(7, pairs + 64, 128)
@@ -160,17 +160,17 @@ def _pass(x, step, rows, width, low, low_row, rank, right, back, back_row, sums,
                 store(1, found + TILE, 64)
                 store(2, found + 2 * TILE, 64)
                 store(3, found + 3 * TILE, 64)
-                _put(found, back + first * back_row, back_row, lane, rank, halves * SIDE)
+                _store_rounded(found, back + first * back_row, back_row, lane, rank, halves * SIDE)
     release()
 
 
 @kernel
-def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row, out, scale, room, config):
+def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row, out, scale, scratch, config):
     lanes, c = (rank + LANE - 1) // LANE, F(scale)
-    sums = room + 8 * TILE
+    sums = scratch + 8 * TILE
     right = sums + lanes * LANE * 4 * width
-    _lay_rows(up, up_row, width, rank, right)
-    _pass(dy, step, rows, width, low, low_row, rank, right, back, back_row, sums, room, config)
+    _pack_rows(up, up_row, width, rank, right)
+    _accumulate(dy, step, rows, width, low, low_row, rank, right, back, back_row, sums, scratch, config)
     # out = scale · sumsᵀ, 16 × 16 values at a time.
     S = row_of(sums, 0, 0, lanes * LANE * width, F(0))
     for i in range(lanes * LANE * width):
@@ -181,17 +181,17 @@ def _both(dy, step, rows, width, up, up_row, low, low_row, rank, back, back_row,
 
 
 @kernel
-def _back(dy, dy_row, rows, x, x_row, width, low, rank, layers, scales, count, back, d_down, room, config):
+def _all_layers(dy, dy_row, rows, x, x_row, width, low, rank, layers, scales, count, back, d_down, scratch, config):
     """`both` for each layer of a shared product, whose dy are concatenated, then `gather` of the concatenated results."""
     L, S = row_of(layers, 0, 0, 4 * count, LONG), row_of(scales, 0, 0, count, np.float64(0))
     column, before = 0, 0
     for i in range(count):
         height, own, up, d_up = L[4 * i], L[4 * i + 1], L[4 * i + 2], L[4 * i + 3]
         sides = low + 2 * before, 2 * rank, own, back + 2 * before, 2 * rank
-        _both(dy + 2 * column, dy_row, rows, height, up, 2 * own, *sides, d_up, S[i], room, config)
+        _both(dy + 2 * column, dy_row, rows, height, up, 2 * own, *sides, d_up, S[i], scratch, config)
         column += height
         before += own
-    _pass(x, x_row, rows, width, back, 2 * rank, rank, 0, 0, 0, d_down, room, config)
+    _accumulate(x, x_row, rows, width, back, 2 * rank, rank, 0, 0, 0, d_down, scratch, config)
 
 
 def _row(x: torch.Tensor) -> int:
@@ -232,22 +232,22 @@ def is_available() -> bool:
         return False
 
 
-_here = threading.local()  # .room: this thread's scratch memory
+_local = threading.local()  # .scratch: this thread's scratch memory
 
 
-def _room(size: int) -> int:
+def _scratch(size: int) -> int:
     """Address of at least `size` bytes of this thread's scratch memory. Allocating a tensor per call would be one more torch
     call, and each of these hands the GIL to a waiting thread, which a virtual machine wakes slowly."""
-    room = getattr(_here, "room", None)
-    if room is None or room.nbytes < size:
-        room = _here.room = torch.empty(size, dtype=torch.uint8)
-    return room.data_ptr()
+    scratch = getattr(_local, "scratch", None)
+    if scratch is None or scratch.nbytes < size:
+        scratch = _local.scratch = torch.empty(size, dtype=torch.uint8)
+    return scratch.data_ptr()
 
 
 def _check(wide: torch.Tensor, *narrow: tuple[torch.Tensor, tuple[int, int]]) -> None:
     """Raise ValueError where a kernel would read or write out of bounds."""
     if wide.shape[0] % SIDE or wide.shape[1] % SIDE:
-        raise ValueError(f"the units take whole thirty-twos, not {tuple(wide.shape)}")
+        raise ValueError(f"AMX takes multiples of 32, not {tuple(wide.shape)}")
     for x, shape in ((wide, tuple(wide.shape)), *narrow):
         if tuple(x.shape) != shape or x.dtype != torch.bfloat16 or x.stride(1) != 1:
             raise ValueError(f"{tuple(x.shape)} in {x.dtype} with strides {x.stride()} where rows of {shape} in bf16 are needed")
@@ -257,9 +257,9 @@ def project(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """x (T, K) · downᵀ for down (r, K), all bf16: (T, r). Raises ValueError when shapes, dtypes or strides do not match."""
     (rows, width), rank = x.shape, down.shape[0]
     _check(x, (down, (rank, width)))
-    out, room = torch.empty(rows, rank, dtype=x.dtype), _room(TILE * (2 + _lanes(rank) * width // SIDE))
+    out, scratch = torch.empty(rows, rank, dtype=x.dtype), _scratch(TILE * (2 + _lanes(rank) * width // SIDE))
     x_at, down_at, out_at, config = addresses(x, down, out, shapes())
-    _project(x_at, _row(x), rows, width, down_at, _row(down), rank, out_at, 2 * rank, room, config)
+    _project(x_at, _row(x), rows, width, down_at, _row(down), rank, out_at, 2 * rank, scratch, config)
     return out
 
 
@@ -269,10 +269,10 @@ def both(dy: torch.Tensor, up: torch.Tensor, low: torch.Tensor, back: torch.Tens
     (rows, width), rank = dy.shape, up.shape[1]
     _check(dy, (up, (width, rank)), (low, (rows, rank)), (back, (rows, rank)))
     lanes = _lanes(rank)
-    out, room = torch.empty(width, lanes * LANE), _room(TILE * (8 + lanes * width // SIDE) + lanes * LANE * 4 * width)
+    out, scratch = torch.empty(width, lanes * LANE), _scratch(TILE * (8 + lanes * width // SIDE) + lanes * LANE * 4 * width)
     dy_at, up_at, low_at, back_at, out_at, config = addresses(dy, up, low, back, out, shapes())
     sides = dy_at, _row(dy), rows, width, up_at, _row(up), low_at, _row(low), rank
-    _both(*sides, back_at, _row(back), out_at, scale, room, config)
+    _both(*sides, back_at, _row(back), out_at, scale, scratch, config)
     return out if lanes * LANE == rank else out[:, :rank].contiguous()
 
 
@@ -280,16 +280,16 @@ def gather(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """lowᵀ · x for low (T, r) and x (T, K), bf16: (r, K) in float32. Raises ValueError as `project` does."""
     (rows, width), rank = x.shape, low.shape[1]
     _check(x, (low, (rows, rank)))
-    sums, room = torch.empty(_lanes(rank) * LANE, width), _room(8 * TILE)
+    sums, scratch = torch.empty(_lanes(rank) * LANE, width), _scratch(8 * TILE)
     x_at, low_at, sums_at, config = addresses(x, low, sums, shapes())
-    _pass(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, room, config)
+    _accumulate(x_at, _row(x), rows, width, low_at, _row(low), rank, 0, 0, 0, sums_at, scratch, config)
     return sums if sums.shape[0] == rank else sums[:rank]
 
 
 # All of the layers of one product at once ---------------------------------------------------------------------------
 
 
-def lays(width: int, heights: Sequence[int]) -> bool:
+def supports_sizes(width: int, heights: Sequence[int]) -> bool:
     """Whether layers of these sizes can be computed: all multiples of 32."""
     return not any(size % SIDE for size in (width, *heights))
 
@@ -299,8 +299,10 @@ class Layers:
     sizes or dtypes."""
 
     def __init__(self, ups: Sequence[torch.Tensor], scales: Sequence[float], width: int) -> None:
-        if any(up.dtype != torch.bfloat16 or not up.is_contiguous() for up in ups) or not lays(width, [up.shape[0] for up in ups]):
-            raise ValueError(f"the units take whole thirty-twos in bf16, not {[(tuple(up.shape), up.dtype) for up in ups]} and {width}")
+        if any(up.dtype != torch.bfloat16 or not up.is_contiguous() for up in ups) or not supports_sizes(
+            width, [up.shape[0] for up in ups]
+        ):
+            raise ValueError(f"AMX takes multiples of 32 in bf16, not {[(tuple(up.shape), up.dtype) for up in ups]} and {width}")
         self.ups, self.width, self.rank, self.height = ups, width, sum(up.shape[1] for up in ups), sum(up.shape[0] for up in ups)
         self.scales = torch.tensor(scales, dtype=torch.float64)
         self.work = max(8 * TILE, *(TILE * (8 + lanes * n // SIDE) + lanes * LANE * 4 * n for n, lanes in self.sizes()))
@@ -317,10 +319,10 @@ class GradientBuffer:
     def __init__(self, layers: Layers) -> None:
         self.layers, self.down = layers, torch.empty(_lanes(layers.rank) * LANE, layers.width)[: layers.rank]
         wide = [torch.empty(height, lanes * LANE) for height, lanes in layers.sizes()]
-        self.ups = [room[:, : up.shape[1]] for room, up in zip(wide, layers.ups, strict=True)]
-        told = [[*up.shape, up.data_ptr(), own.data_ptr()] for up, own in zip(layers.ups, wide, strict=True)]
-        self.told = torch.tensor(told, dtype=torch.int64)
-        self.fixed = self.told.data_ptr(), layers.scales.data_ptr(), len(told)
+        self.ups = [scratch[:, : up.shape[1]] for scratch, up in zip(wide, layers.ups, strict=True)]
+        table = [[*up.shape, up.data_ptr(), own.data_ptr()] for up, own in zip(layers.ups, wide, strict=True)]
+        self.table = torch.tensor(table, dtype=torch.int64)
+        self.table_addresses = self.table.data_ptr(), layers.scales.data_ptr(), len(table)
 
     def all(self) -> list[torch.Tensor]:
         """`down`, then `ups`."""
@@ -338,5 +340,5 @@ class GradientBuffer:
             raise ValueError(f"{tuple(dy.shape)} in {dy.dtype} and {tuple(x.shape)} for layers of {layers.height} by {layers.width}")
         back = torch.empty(rows, layers.rank, dtype=low.dtype)
         sides = dy.data_ptr(), 2 * dy.stride(0), rows, x.data_ptr(), 2 * x.stride(0), layers.width, low.data_ptr(), layers.rank
-        _back(*sides, *self.fixed, back.data_ptr(), self.down.data_ptr(), _room(layers.work), shapes().data_ptr())
+        _all_layers(*sides, *self.table_addresses, back.data_ptr(), self.down.data_ptr(), _scratch(layers.work), shapes().data_ptr())
         return back

@@ -28,12 +28,12 @@ HALF, LONG, DOUBLE = np.uint16(0), np.int64(0), np.float64(0)
 
 
 class LoraFactor(NamedTuple):
-    """An A or a B, its gradient in each part, and its bf16 `copy` times `scale`; also the transposed copy, where `turned` is not None."""
+    """An A or a B, its gradient in each part, and its bf16 `copy` times `scale`; also the transposed copy, where `transposed` is not None."""
 
     parameter: torch.nn.Parameter
     gradients: list[torch.Tensor]
     copy: torch.Tensor
-    turned: torch.Tensor | None
+    transposed: torch.Tensor | None
     scale: float
 
 
@@ -56,19 +56,19 @@ class LoraLayerState:
     ) -> None:
         kind, (height, width) = weight.dtype, weight.shape
         self.downs, self.ups, self.scales = downs, ups, scales
-        self.weight, self.turned, self.bias, self.abreast = weight, weight.t(), bias, abreast
+        self.weight, self.transposed, self.bias, self.abreast = weight, weight.t(), bias, abreast
         self.down = torch.empty(sum(down.shape[0] for down in downs), width, dtype=kind)
         self.lifts = torch.zeros(self.down.shape[0], height, dtype=kind)  # s Bᵀ of each layer, as diagonal blocks
         self.layers = Layers([torch.empty(up.shape, dtype=kind) for up in ups], scales, width)
-        self.rooms, self.filled = [GradientBuffer(self.layers) for _ in range(parts)], [False] * parts
+        self.buffers, self.filled = [GradientBuffer(self.layers) for _ in range(parts)], [False] * parts
         self.round()
 
     def factors(self) -> Iterator[LoraFactor]:
-        row, column, rooms = 0, 0, [room.all() for room in self.rooms]
+        row, column, buffers = 0, 0, [buffer.all() for buffer in self.buffers]
         for i, (down, up, scale) in enumerate(zip(self.downs, self.ups, self.scales, strict=True)):
             rows, columns = slice(row, row + down.shape[0]), slice(column, column + up.shape[0])
-            yield LoraFactor(down, [room[0][rows] for room in rooms], self.down[rows], None, 1.0)
-            yield LoraFactor(up, [room[1 + i] for room in rooms], self.layers.ups[i], self.lifts[rows, columns], scale)
+            yield LoraFactor(down, [buffer[0][rows] for buffer in buffers], self.down[rows], None, 1.0)
+            yield LoraFactor(up, [buffer[1 + i] for buffer in buffers], self.layers.ups[i], self.lifts[rows, columns], scale)
             row, column = rows.stop, columns.stop
 
     @torch.no_grad()
@@ -76,8 +76,8 @@ class LoraLayerState:
         """Refresh the copies from the current factors."""
         for factor in self.factors():
             factor.copy.copy_(factor.parameter * factor.scale)
-            if factor.turned is not None:
-                factor.turned.copy_(factor.copy.t())
+            if factor.transposed is not None:
+                factor.transposed.copy_(factor.copy.t())
 
     def supports(self, x: torch.Tensor) -> bool:
         """Whether x (…, K) can be computed here: the products' dtype, a multiple of 32 rows, and one thread."""
@@ -89,21 +89,21 @@ class LoraLayerState:
         place = self.abreast.place()
         if not self.filled[place]:
             self.filled[place] = True
-            return self.rooms[place].take(dy, x, low)
+            return self.buffers[place].take(dy, x, low)
         more = GradientBuffer(self.layers)
         back = more.take(dy, x, low)
-        for kept, added in zip(self.rooms[place].all(), more.all(), strict=True):
+        for kept, added in zip(self.buffers[place].all(), more.all(), strict=True):
             kept += added
         return back
 
     def finish_step(self) -> bool:
         """Whether there are gradients; zeroes the buffers of parts that have none, and begins a new step."""
         found = any(self.filled)
-        for room, filled in zip(self.rooms, self.filled, strict=True):
+        for buffer, filled in zip(self.buffers, self.filled, strict=True):
             if found and not filled:
-                for gradient in room.all():
+                for gradient in buffer.all():
                     gradient.zero_()
-        self.filled = [False] * len(self.rooms)
+        self.filled = [False] * len(self.buffers)
         return found
 
 
@@ -116,7 +116,7 @@ class Product(torch.autograd.Function):
         flat = contiguous_rows(x)
         low = lora_products.project(flat, own.down)
         y = low @ own.lifts if own.bias is None else torch.addmm(own.bias, low, own.lifts)
-        y.addmm_(flat, own.turned)
+        y.addmm_(flat, own.transposed)
         ctx.save_for_backward(flat, low)
         ctx.own, ctx.shape = own, x.shape
         return y.view(*x.shape[:-1], y.shape[1])
@@ -135,7 +135,7 @@ class Product(torch.autograd.Function):
 
 
 @kernel
-def _add(table, width, start, stop):
+def _sum_parts(table, width, start, stop):
     """Sum the parts' gradients of the factors [start, stop) into the first part's; returns the sum of squares of the results. A
     factor is a row of `width` int64: rows, columns, the row stride of its gradients in bytes, and the address of each gradient."""
     total = 0.0
@@ -154,13 +154,13 @@ def _add(table, width, start, stop):
 
 
 @kernel
-def _move(table, rules, start, stop, shorten):
+def _adamw(table, rules, start, stop, clip_coefficient):
     """AdamW on the factors [start, stop). A factor is a row of ten int64: rows, columns, the gradient's row stride in bytes, the
     addresses of gradient, weight, first and second moment, copy and transposed copy (or 0), and the row stride of the last in
     bytes."""
     for e in range(start, stop):
         T, R = row_of(table, e, 80, 10, LONG), row_of(rules, e, 56, 7, DOUBLE)
-        rows, columns, s = T[0], T[1], F(shorten)
+        rows, columns, s = T[0], T[1], F(clip_coefficient)
         k, k1, n1, k2, n2 = F(R[0]), F(R[1]), F(1.0 - R[1]), F(R[2]), F(1.0 - R[2])
         r, d, eps, scale = F(R[3]), F(R[4]), F(R[5]), F(R[6])
         for i in range(rows):
@@ -187,16 +187,16 @@ class LoraOptimizer:
         self.products: list[LoraLayerState] = [place.own for place in places]
         self.every = [list(product.factors()) for product in self.products]
         self.moving: list[LoraFactor] = []  # the factors that have gradients in this step
-        self.elsewhere = False  # whether the gradients were handed to torch
+        self.left_to_torch = False  # whether the gradients were handed to torch
 
     def squares(self) -> float:
         """The sum of squares of this step's gradients, summed over the parts. 0 where some passes could not use the kernels and
         left gradients in `parameter.grad`: all are then added there, for torch's optimizer."""
         self.moving = [factor for product, own in zip(self.products, self.every, strict=True) if product.finish_step() for factor in own]
-        told = [[*_size(f), *(g.data_ptr() for g in f.gradients)] for f in self.moving]
-        total = sum(self._share(_add, torch.tensor(told, dtype=torch.int64), len(told[0]))) if told else 0.0
-        self.elsewhere = any(factor.parameter.grad is not None for own in self.every for factor in own)
-        if not self.elsewhere:
+        table_rows = [[*_size(f), *(g.data_ptr() for g in f.gradients)] for f in self.moving]
+        total = sum(self._on_threads(_sum_parts, torch.tensor(table_rows, dtype=torch.int64), len(table_rows[0]))) if table_rows else 0.0
+        self.left_to_torch = any(factor.parameter.grad is not None for own in self.every for factor in own)
+        if not self.left_to_torch:
             return total
         for factor in self.moving:
             gradient, sum_ = factor.gradients[0], factor.parameter.grad
@@ -204,9 +204,9 @@ class LoraOptimizer:
         self.moving = []
         return 0.0
 
-    def move(self, shorten: float) -> None:
-        """One AdamW step with `shorten` (the clipping coefficient) times the gradients, as torch's optimizer would take it."""
-        if self.elsewhere:
+    def move(self, clip_coefficient: float) -> None:
+        """One AdamW step with `clip_coefficient` times the gradients, as torch's optimizer would take it."""
+        if self.left_to_torch:
             for product in self.products:
                 product.round()
         if not self.moving:
@@ -214,10 +214,10 @@ class LoraOptimizer:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         states = [state_of(factor.parameter, self.optimizer) for factor in self.moving]
         torch._foreach_add_([state["step"] for state in states], 1)
-        told = [[*_size(factor), *_places(factor, state)] for factor, state in zip(self.moving, states, strict=True)]
+        table_rows = [[*_size(factor), *_addresses(factor, state)] for factor, state in zip(self.moving, states, strict=True)]
         rules = [(*AdamWParams.of(groups[id(f.parameter)]).at(int(s["step"])), f.scale) for f, s in zip(self.moving, states, strict=True)]
         numbers = torch.tensor(rules, dtype=torch.float64)
-        self._share(_move, torch.tensor(told, dtype=torch.int64), numbers.data_ptr(), after=(shorten,))
+        self._on_threads(_adamw, torch.tensor(table_rows, dtype=torch.int64), numbers.data_ptr(), after=(clip_coefficient,))
 
     def release(self) -> None:
         """Release the buffers when no step follows; the layers are computed as before."""
@@ -225,7 +225,7 @@ class LoraOptimizer:
             place.own = None
         self.products, self.every, self.moving, self.places = [], [], [], []
 
-    def _share(self, work: Any, table: torch.Tensor, given: int, after: Sequence[float] = ()) -> list[Any]:
+    def _on_threads(self, work: Any, table: torch.Tensor, given: int, after: Sequence[float] = ()) -> list[Any]:
         """Run a kernel over the moving factors, split into one piece of about equal size for each thread."""
         ends = torch.tensor([factor.parameter.numel() for factor in self.moving]).cumsum(0)
         cuts = torch.arange(1, self.abreast.threads) * ends[-1] // self.abreast.threads
@@ -237,6 +237,6 @@ def _size(factor: LoraFactor) -> tuple[int, int, int]:
     return *factor.copy.shape, factor.gradients[0].stride(0) * 4
 
 
-def _places(factor: LoraFactor, state: dict[str, torch.Tensor]) -> Iterator[int]:
-    yield from addresses(factor.gradients[0], factor.parameter, state["exp_avg"], state["exp_avg_sq"], factor.copy, factor.turned)
-    yield 0 if factor.turned is None else factor.turned.stride(0) * factor.turned.itemsize
+def _addresses(factor: LoraFactor, state: dict[str, torch.Tensor]) -> Iterator[int]:
+    yield from addresses(factor.gradients[0], factor.parameter, state["exp_avg"], state["exp_avg_sq"], factor.copy, factor.transposed)
+    yield 0 if factor.transposed is None else factor.transposed.stride(0) * factor.transposed.itemsize

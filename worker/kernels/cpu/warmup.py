@@ -57,17 +57,17 @@ def compile_all() -> None:
     for given, table, rounds in ((half, half, False), (half, full, False), (half, full, True), (full, full, False)):
         q, angles = torch.ones(1, 1, 4, 32, dtype=given, requires_grad=True), torch.ones(1, 4, 32, dtype=table)
         with torch.autocast("cpu", half, enabled=rounds):
-            turned = rotate(q, q, angles, angles)[0]
-        turned.square().sum().backward()  # of a square: the gradient of a plain sum is an expanded tensor, with strides 0
+            rotated = rotate(q, q, angles, angles)[0]
+        rotated.square().sum().backward()  # of a square: the gradient of a plain sum is an expanded tensor, with strides 0
     for kind in (half, full):
         x = torch.ones(4, 32, dtype=kind)
         gated_back(x, x, gated(x, x, SILU), SILU, again=True)
         softmax_loss_(x, torch.zeros(4, dtype=torch.long), torch.empty(4))
-    weight, moments, room = torch.ones(1, 32), torch.zeros(2, 1, 32), torch.zeros(1, 32, dtype=half)
-    pieces = adamw.SplitGradient(room, room, (1.0, 0.0), torch.zeros(1, 32), None)
+    weight, moments, gradient = torch.ones(1, 32), torch.zeros(2, 1, 32), torch.zeros(1, 32, dtype=half)
+    pieces = adamw.SplitGradient(gradient, gradient, (1.0, 0.0), torch.zeros(1, 32), None)
     adamw.squares(pieces, 0, 1)
     adamw.move_(
-        adamw.AdamWState(weight, moments[0], moments[1], room), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1
+        adamw.AdamWState(weight, moments[0], moments[1], gradient), pieces, adamw.AdamWParams(1e-3, 0.0, (0.9, 0.999), 1e-8), 1, 1.0, 0, 1
     )
     if amx_attention.is_available():
         q = torch.ones(1, 1, 4, 32, dtype=half, requires_grad=True)
@@ -76,9 +76,9 @@ def compile_all() -> None:
         down, up, x = (torch.nn.Parameter(torch.ones(size, 32)[:, :width]) for size, width in ((1, 32), (32, 1), (32, 32)))
         own = lora_step.LoraLayerState([down], [up], [1.0], x.detach().to(half), None, ThreadParallel(1), 1)
         lora_step.Product.apply(x.to(half), own, down).float().sum().backward()
-        learnt = lora_step.LoraOptimizer([SimpleNamespace(own=own)], torch.optim.AdamW([down, up]), own.abreast)
-        learnt.squares()
-        learnt.move(1.0)
+        lora_optimizer = lora_step.LoraOptimizer([SimpleNamespace(own=own)], torch.optim.AdamW([down, up]), own.abreast)
+        lora_optimizer.squares()
+        lora_optimizer.move(1.0)
 
 
 if __name__ == "__main__":

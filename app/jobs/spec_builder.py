@@ -1,0 +1,321 @@
+"""Builds the spec of a job from a validated request, and estimates what the job costs.
+
+Everything that can be known to be wrong is reported here, before a job exists: a missing model or file, a dataset with errors, a
+setting out of range, a strategy the model cannot run.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.orm import Session
+
+from app import objectives
+from app.errors import BadField, StudioError
+from app.jobs.defaults import mean_tokens, usual_run
+from app.jobs.request import JobRequest, bad_field, read_strategy
+from app.kit import ids
+from app.objectives import OBJECTIVES, Task
+from app.planning import feasibility
+from app.run_settings import RunSettings
+from app.shapes import Shape
+from app.spec import DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
+from app.strategies import Strategy
+from app.tables import JSON, Dataset, User
+
+SUPERVISED = "supervised"
+
+
+class OrderContext(NamedTuple):
+    """The model and the data of a request, found and checked, on which every strategy can be planned."""
+
+    model: ModelRef
+    dataset: Dataset
+    validation: Dataset | None
+    task: Task
+
+
+def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
+    """The spec of a request. While the dataset is still being parsed, its reference has no path yet (see `lifecycle.has_rows`)
+    and the spec is built again when it is ready. Raises BadField, NotFound or Conflict with `param`."""
+    return spec_on(context_of(session, user, order), order)
+
+
+def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
+    """The model and data of a request. Raises BadField, NotFound or Conflict with `param`."""
+    from app.models import service as models
+
+    if order.method and order.method.type == "reinforcement":
+        raise BadField("Reinforcement fine-tuning is not offered.", hint="Use the method supervised.", param="method.type")
+    resolved = _with_param("model", models.resolve, session, user, order.model)
+    if resolved.model.status != "ready":
+        raise BadField(
+            f"The model {order.model} is not ready: it is {resolved.model.status}.",
+            hint="Wait until it has been fetched, or look at its page for what went wrong.",
+            param="model",
+        )
+    if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
+        hint = "Fine-tune the model itself, or its base, and blend the result."
+        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", hint=hint, param="model")
+    dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
+    if dataset is None:
+        raise BadField(
+            "No data was named.", hint="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
+        )
+    validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
+    task = _task(order, dataset)
+    for named, where in ((dataset, param), (validation, validation_param)):
+        if named is not None:
+            _check_dataset(named, task, where)
+    feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
+    feasibility.refuse_labels(task, dataset, validation, param, validation_param)
+    return OrderContext(resolved.ref, dataset, validation, task)
+
+
+def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
+    """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
+    from app.machines import heartbeats
+
+    model, dataset, validation, task = found
+    strategy = read_strategy(order.strategy)
+    feasibility.refuse_modules(strategy, model.shape, task)
+    run = _run_settings(order, strategy, dataset, task)
+    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device)
+    if reason:
+        hidden = run.device == "cpu" and has_gpu()
+        hint = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
+        raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
+    feasibility.refuse_no_room(strategy, run, model.shape)
+    feasibility.refuse_unread(strategy, run)
+    feasibility.refuse_turns(run, task, dataset.format)
+    feasibility.refuse_template(run, task, model.kind, dataset.format)
+    feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())
+    return JobSpec(
+        name=order.name or f"{dataset.name} with {strategy.title}",
+        task=task,
+        model=model,
+        dataset=reference(dataset),
+        validation=reference(validation) if validation is not None else None,
+        split=_split(order, dataset),
+        run=run,
+        strategy=strategy,
+        preference=_objective_settings(order, task, dataset),
+    )
+
+
+def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto") -> str | None:
+    """Why this strategy cannot fine-tune such a model here, on `device`; None where it can. Without a task, as while rows are
+    still being parsed, any task that it supports will do."""
+    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu(device)) for one in ((task,) if task else strategy.tasks)]
+    return reasons[0] if all(reasons) else None
+
+
+def reference(dataset: Dataset) -> DatasetRef:
+    """The reference of the rows; without a path while they are still being parsed."""
+    from app.datasets import service as datasets
+
+    if dataset.status == "ready":
+        return datasets.reference(dataset)
+    return DatasetRef(id=dataset.id, name=dataset.name, path="", sha256="", format=dataset.format or "", rows=0)
+
+
+def _with_param(param: str, call: Any, *arguments: Any) -> Any:
+    """Call a service, adding to its errors the field of this request that named the object."""
+    try:
+        return call(*arguments)
+    except StudioError as error:
+        error.param = param
+        raise
+
+
+def _dataset(session: Session, user: User, dataset_id: uuid.UUID | None, file_id: str | None, param: str) -> tuple[Dataset | None, str]:
+    from app.datasets import service as datasets
+
+    if dataset_id is not None:
+        param = "dataset_id" if param == "training_file" else "validation_dataset_id"
+        return _with_param(param, datasets.get, session, user, dataset_id), param
+    if file_id is not None:
+        key = ids.parse(ids.FILE, file_id, param=param)
+        return _with_param(param, datasets.for_file, session, user, key), param
+    return None, param
+
+
+def _task(order: JobRequest, dataset: Dataset) -> Task:
+    from app.datasets import service as datasets
+
+    if order.method and (named := _named_by_method(order)):
+        if order.task not in (None, *named):
+            raise BadField(
+                f"The method {order.method.type} is for {' and '.join(named)}, not {order.task}.", hint="Omit task.", param="task"
+            )
+        return order.task or named[0]
+    own = objectives.get(dataset.task).method
+    if order.method and order.task is None and dataset.status == "ready" and own != SUPERVISED:
+        raise BadField(
+            f"The method supervised needs single answers, and the dataset {dataset.name} is for {dataset.task}.",
+            hint=f"Set the method to {own}, or choose a dataset with one answer to each prompt.",
+            param="method.type",
+        )
+    return order.task or (datasets.usual_task(dataset) if dataset.status == "ready" else None) or objectives.DEFAULT
+
+
+def _named_by_method(order: JobRequest) -> list[str]:
+    """The objectives of the requested method; none where it leaves them open, as supervised does."""
+    wanted = order.method.type if order.method else SUPERVISED
+    return [] if wanted == SUPERVISED else [name for name, entry in OBJECTIVES.items() if entry.method == wanted]
+
+
+def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
+    return order.task is not None or dataset.status == "ready" or bool(_named_by_method(order))
+
+
+def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
+    """Check that the dataset can be trained on for this task. One that is still being parsed is checked when it is ready."""
+    if dataset.status == "reading":
+        return
+    if dataset.status == "error":
+        said = (dataset.error or {}).get("message", "It could not be read.")
+        raise BadField(
+            f"The dataset {dataset.name} has an error: {said}",
+            hint=(dataset.error or {}).get("hint") or "Fix the file and upload it again.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if not dataset.good_rows:
+        raise BadField(
+            f"The dataset {dataset.name} has no valid row.",
+            hint="Its report lists every invalid row with the reason.",
+            param=param,
+            code="invalid_training_file",
+        )
+    if dataset.task and dataset.task != task and dataset.format not in OBJECTIVES[task].formats:
+        raise BadField(
+            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
+            hint=f"Set task to {dataset.task}, or choose a dataset for {task}.",
+            param="task" if param != "validation_file" else param,
+        )
+
+
+def _split(order: JobRequest, dataset: Dataset) -> Split | None:
+    """The validation split; None for a random one, the default."""
+    asked = order.split
+    if asked is None or asked.method == "random":
+        return None
+    if order.validation_file or order.validation_dataset_id:
+        raise BadField("Both a validation file and a split are set.", hint="Remove one of them.", param="split")
+    if asked.method == "grouped" and not asked.column:
+        raise BadField("The group column is missing.", hint="Send split.column.", param="split.column")
+    if dataset.status == "ready":
+        known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
+        if asked.column and asked.column not in known | {"label"}:
+            hint = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
+            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", hint=hint, param="split.column")
+        if asked.method == "stratified" and not asked.column and not objectives.get(dataset.task).classifies:
+            raise BadField("Only labeled rows can be split by label.", hint="Send split.column, or split at random.", param="split")
+    return asked
+
+
+MAX_STEP_TOKENS = 1_048_576
+"""Maximum of `max_tokens_per_step`. A batch of more rows is limited to it: a row has at least one token."""
+
+
+def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
+    """Our run settings; `run` takes precedence over OpenAI's settings.
+
+    `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts rows
+    where we count tokens, so it is multiplied by the mean length of a row of this dataset, in tokens.
+    """
+    asked, settings = order.asked(), dict(order.run)
+    for name, value in (
+        ("n_epochs", asked.n_epochs),
+        ("batch_size", asked.batch_size),
+        ("learning_rate_multiplier", asked.learning_rate_multiplier),
+    ):
+        if value != "auto" and value <= 0:
+            raise BadField(f"{name} cannot be {value}.", hint='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
+    if asked.n_epochs != "auto":
+        settings.setdefault("epochs", asked.n_epochs)
+    if asked.learning_rate_multiplier != "auto":
+        usual = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
+        settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
+    if asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:
+        settings.setdefault(
+            "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
+        )
+    elsewhere = bool(order.validation_file or order.validation_dataset_id)
+    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced")
+    if settings.get("learning_rate") is None:
+        settings["learning_rate"] = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
+    if order.seed is not None:
+        settings.setdefault("seed", order.seed)
+    try:
+        return RunSettings.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "run") from None
+
+
+def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> BaseModel | None:
+    """The objective's own settings; `preference` takes precedence over OpenAI's `beta`."""
+    wanted = OBJECTIVES[task].settings
+    if wanted is None:
+        # While the dataset is being parsed its task is unknown, so settings of another task are refused when it is ready.
+        if order.preference is not None and dataset.status == "ready":
+            raise BadField(
+                f"The settings “preference” are for {' and '.join(n for n, o in OBJECTIVES.items() if o.settings)}; this job is for {task}.",
+                hint="Remove them, or choose another dataset.",
+                param="preference",
+            )
+        return None
+    settings, beta = dict(order.preference or {}), order.asked().beta
+    if beta != "auto" and "beta" in wanted.model_fields:
+        if not 0 < beta <= 10:
+            raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
+        settings.setdefault("beta", beta)
+    try:
+        return wanted.model_validate(settings)
+    except ValidationError as error:
+        raise bad_field(error, "preference") from None
+
+
+def has_gpu(device: str = "auto") -> bool:
+    """Whether a job on this device has a GPU."""
+    from app.machines import heartbeats
+
+    return heartbeats.training_machine().on(device).cuda
+
+
+def figures_of(session: Session, spec: JobSpec) -> JSON | None:
+    """Memory, time and steps of a job on the training machine; None while its rows are not known."""
+    from app.datasets import inspections
+    from app.machines import heartbeats
+    from app.planning import duration
+
+    if not spec.dataset.path:
+        return None
+    stats = inspections.stats_for(session, session.get_one(Dataset, spec.dataset.id), spec.model)
+    checked_on = inspections.stats_for(session, session.get_one(Dataset, spec.validation.id), spec.model) if spec.validation else None
+    return duration.estimate(spec, stats, heartbeats.training_machine(), checked_on).model_dump(mode="json")
+
+
+def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
+    """The job's estimate, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows
+    are not known."""
+    from app.datasets import service as datasets
+    from app.jobs import split_leakage
+
+    found = figures_of(session, spec)
+    if found is None:
+        return None
+    dataset = session.get_one(Dataset, spec.dataset.id)
+    validation = session.get_one(Dataset, spec.validation.id) if spec.validation else None
+    both_sides, warnings = split_leakage.leakage_summary(session, spec)
+    later = datasets.failed_later(session, dataset)
+    warnings = [
+        *feasibility.later_failed(dataset, later),
+        *feasibility.few_steps(spec, found["steps"]),
+        *feasibility.warnings(spec, dataset, validation),
+        *warnings,
+    ]
+    return found | {"warnings": warnings, "overlap": both_sides}

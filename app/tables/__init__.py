@@ -1,0 +1,48 @@
+"""Every table. Postgres is the truth; whatever is in Redis can be wiped at any moment.
+
+Times are `timestamptz` written by the database's clock. Paths are relative to the data folder. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from app.tables._base import JSON, Base, Leased
+from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
+from app.tables.evaluations import Evaluation
+from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
+from app.tables.models import Export, Model, ModelAlias
+from app.tables.outbox import Outbox
+from app.tables.playground import Answer, Exchange, Vote
+from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
+from app.tables.users import ApiKey, BrowserSession, SignInLink, User
+
+__all__ = [
+    "JSON",
+    "Answer",
+    "ApiKey",
+    "Base",
+    "BrowserSession",
+    "Checkpoint",
+    "CheckpointPermission",
+    "Comparison",
+    "Dataset",
+    "Evaluation",
+    "Event",
+    "Exchange",
+    "Export",
+    "File",
+    "Finding",
+    "Inspection",
+    "Job",
+    "Leased",
+    "Model",
+    "ModelAlias",
+    "Outbox",
+    "Prompt",
+    "PromptResult",
+    "PromptRun",
+    "PromptVersion",
+    "SignInLink",
+    "Upload",
+    "User",
+    "Vote",
+]

@@ -1,0 +1,118 @@
+"""Fine-tuning jobs and comparisons of them, their events and checkpoints."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey, Identity, Index, UniqueConstraint, false, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.tables._base import JSON, Base, Leased, new_key, now
+
+
+class Job(Leased, Base):
+    """One fine-tuning job. Its states and transitions are in `app/jobs/lifecycle.py`."""
+
+    __tablename__ = "jobs"
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str]
+    tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
+    status: Mapped[str] = mapped_column(server_default="queued")
+    spec: Mapped[JSON] = mapped_column(comment="app.spec.JobSpec, frozen")
+    model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that is tuned")
+    dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
+    validation_dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"))
+    comparison_id: Mapped[uuid.UUID | None] = mapped_column(index=True)
+    order: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="the request as it came: suffix, method, integrations")
+    user_metadata: Mapped[JSON | None]
+    idempotency_key: Mapped[str | None]
+    # The lease: who holds the job, and until when.
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    worker: Mapped[str | None]
+    cancel_requested: Mapped[bool] = mapped_column(server_default=false())
+    pause_requested: Mapped[bool] = mapped_column(server_default=false())
+    save_requested: Mapped[bool] = mapped_column(server_default=false())
+    # Progress and results.
+    step: Mapped[int] = mapped_column(server_default="0")
+    total_steps: Mapped[int | None]
+    seconds_left: Mapped[float | None]
+    trained_tokens: Mapped[int | None]
+    error: Mapped[JSON | None] = mapped_column(comment="code, message, hint, param")
+    estimate: Mapped[JSON | None]
+    measured: Mapped[JSON | None]
+    forgetting: Mapped[JSON | None]
+    evaluation: Mapped[JSON | None] = mapped_column(comment="scores of base and tuned on the same validation rows")
+    result_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), comment="the CSV of step metrics")
+    created_at: Mapped[datetime] = now()
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (
+        UniqueConstraint("owner_id", "idempotency_key"),
+        Index(None, "owner_id", "created_at"),
+        Index(None, "status", "lease_until"),
+    )
+
+
+class Comparison(Base):
+    """Several jobs on the same data, split, seed and token budget, created together; its jobs carry its id.
+
+    `refused` lists the requested strategies that could not run, each with the reason.
+    """
+
+    __tablename__ = "comparisons"
+    id: Mapped[uuid.UUID] = new_key()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str]
+    kind: Mapped[str] = mapped_column(server_default="strategies", comment="strategies, or learning_curve")
+    order: Mapped[JSON] = mapped_column(comment="the request as it came")
+    refused: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="[{strategy, title, reason}]")
+    idempotency_key: Mapped[str | None]
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None]
+    __table_args__ = (UniqueConstraint("owner_id", "idempotency_key"), Index(None, "owner_id", "created_at"))
+
+
+class Event(Base):
+    """One event of a job, in the order of recording. Its id is the SSE id, so a watcher can resume anywhere."""
+
+    __tablename__ = "events"
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    key: Mapped[uuid.UUID] = mapped_column(default=uuid.uuid4, unique=True, comment="the part of ftevent-… that is ours")
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    type: Mapped[str] = mapped_column(comment="one of app.events")
+    data: Mapped[JSON]
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (Index(None, "job_id", "id"), Index(None, "job_id", "type", "id"))
+
+
+class Checkpoint(Base):
+    """A state that verified when it was saved: it can be resumed from and tried in the playground."""
+
+    __tablename__ = "checkpoints"
+    id: Mapped[uuid.UUID] = new_key()
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    step: Mapped[int]
+    path: Mapped[str]
+    manifest_sha256: Mapped[str]
+    bytes: Mapped[int]
+    metrics: Mapped[JSON]
+    best: Mapped[bool] = mapped_column(server_default=false())
+    created_at: Mapped[datetime] = now()
+    deleted_at: Mapped[datetime | None] = mapped_column(comment="its folder was swept away")
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+
+class CheckpointPermission(Base):
+    """A project that may use a checkpoint of this job, as OpenAI's checkpoint permissions record it."""
+
+    __tablename__ = "checkpoint_permissions"
+    id: Mapped[uuid.UUID] = new_key()
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    checkpoint: Mapped[str] = mapped_column(comment="the checkpoint's model name, ft:…")
+    project_id: Mapped[str]
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (UniqueConstraint("checkpoint", "project_id"),)
