@@ -152,7 +152,7 @@ HERE = """
 import json, sys, time
 from pathlib import Path
 began = time.monotonic()
-from app.jobs.service import local as alone
+from app.jobs import local as alone
 from app import events
 path = Path(sys.argv[1])
 first, ends = None, []

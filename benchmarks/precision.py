@@ -67,7 +67,7 @@ def learnt(name: str, precision: str, model: Path, given: argparse.Namespace) ->
 HERE = """
 import json, sys
 from pathlib import Path
-from app.jobs.service import local as alone
+from app.jobs import local as alone
 from app import events
 path = Path(sys.argv[1])
 scores, steps = [], []
