@@ -43,6 +43,7 @@ def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
 parse_job = partial(parse, JOB, param="fine_tuning_job_id")
 parse_comparison = partial(parse, COMPARISON, param="comparison_id")
 parse_evaluation = partial(parse, EVALUATION, param="evaluation_id")
+parse_export = partial(parse, EXPORT, param="export_id")
 parse_prediction = partial(parse, PREDICTION, param="prediction_id")
 parse_prompt = partial(parse, PROMPT, param="prompt_id")
 parse_prompt_run = partial(parse, RUN, param="run_id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
@@ -47,38 +46,34 @@ def list_exports(session: Db, user: CurrentUser, after: After = None, limit: Lim
 @api.get("/exports/{export_id}", operation_id="retrieve_export", responses=answers(schemas.Export))
 def retrieve(session: Db, user: CurrentUser, export_id: str) -> Json:
     """One export: how far it is, its files and their parity table."""
-    return exports.to_json(owned(session, Export, user, key_of(export_id)))
+    return exports.to_json(owned(session, Export, user, ids.parse_export(export_id)))
 
 
 @api.post("/exports/{export_id}/cancel", operation_id="cancel_export", responses=answers(schemas.Export))
 def cancel(session: Db, user: CurrentUser, export_id: str) -> Json:
     """Stop an export, or its push to the hub. One that has ended stays as it is."""
-    return exports.to_json(exports.cancel(session, user, key_of(export_id)))
+    return exports.to_json(exports.cancel(session, user, ids.parse_export(export_id)))
 
 
 @api.post("/exports/{export_id}/push", operation_id="push_export", responses=answers(schemas.Export, 409, 503))
 def push(session: Db, user: CurrentUser, export_id: str, order: schemas.PushExport) -> Json:
     """Push the files of an export that has succeeded to the Hugging Face hub. `hub` tells how far it is. A push that broke off goes on where
     it was when it is asked for again."""
-    return exports.to_json(exports.push(session, user, key_of(export_id), order.repo, order.private, order.token))
+    return exports.to_json(exports.push(session, user, ids.parse_export(export_id), order.repo, order.private, order.token))
 
 
 @api.delete("/exports/{export_id}", operation_id="delete_export", responses=answers(schemas.Deleted))
 def delete(session: Db, user: CurrentUser, export_id: str) -> Json:
     """Delete an export and its files; one that has not ended is stopped."""
-    exports.delete(session, user, key_of(export_id))
+    exports.delete(session, user, ids.parse_export(export_id))
     return {"id": export_id, "object": "export", "deleted": True}
 
 
 @api.get("/exports/{export_id}/files/{name:path}", operation_id="retrieve_export_file", responses=CONTENT, response_class=FileResponse)
 def file(session: Db, user: CurrentUser, export_id: str, name: str) -> Response:
     """One file. A Range header gives a part of it, so a broken download can go on."""
-    path = exports.file_path(owned(session, Export, user, key_of(export_id)), name)
+    path = exports.file_path(owned(session, Export, user, ids.parse_export(export_id)), name)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers={"x-content-type-options": "nosniff"})
-
-
-def key_of(text: str) -> uuid.UUID:
-    return ids.parse(ids.EXPORT, text, param="export_id")
 
 
 # The page of the model ------------------------------------------------------------------------------------------------
@@ -104,7 +99,7 @@ def create_from_page(
 
 @pages.post("/exports/{export_id}/cancel")
 def cancel_from_page(session: Db, user: CurrentUser, export_id: str) -> Response:
-    return _back(session.get_one(Model, exports.cancel(session, user, key_of(export_id)).model_id))
+    return _back(session.get_one(Model, exports.cancel(session, user, ids.parse_export(export_id)).model_id))
 
 
 @pages.post("/exports/{export_id}/push")
@@ -117,9 +112,9 @@ def push_from_page(
     token: Annotated[str, Form(max_length=500)] = "",
     public: Annotated[str, Form()] = "",
 ) -> Response:
-    model = session.get_one(Model, owned(session, Export, user, key_of(export_id)).model_id)
+    model = session.get_one(Model, owned(session, Export, user, ids.parse_export(export_id)).model_id)
     try:
-        exports.push(session, user, key_of(export_id), repo.strip(), not public, token.strip() or None)
+        exports.push(session, user, ids.parse_export(export_id), repo.strip(), not public, token.strip() or None)
     except StudioError as fault:
         return show_model(request, session, user, model, "export", fault)
     return _back(model)
@@ -127,7 +122,7 @@ def push_from_page(
 
 @pages.post("/exports/{export_id}/delete")
 def delete_from_page(request: Request, session: Db, user: CurrentUser, export_id: str) -> Response:
-    found = owned(session, Export, user, key_of(export_id))
+    found = owned(session, Export, user, ids.parse_export(export_id))
     exports.delete(session, user, found.id)
     flash(request, "The export was deleted.")
     return _back(session.get_one(Model, found.model_id))
