@@ -49,7 +49,8 @@ def look(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
             return json.load(answer)
 
     def next_token(ids: list[int], **more: Any) -> Any:
-        return post("/completion", {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": True, **more})
+        # Without the cache of prompts: a Gemma 3 that was asked something else before answers the continuation of a prompt wrongly with it.
+        return post("/completion", {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": False, **more})
 
     # Where the next token is an end or half a character nothing is answered, so a letter is forced. The probabilities are those before.
     letter = [[post("/tokenize", {"content": "a"})["tokens"][-1], 1000.0]]
