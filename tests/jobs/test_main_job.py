@@ -166,8 +166,15 @@ def test_with_the_openai_client(studio, note, sample):
         seed=7,
         extra_body={
             "strategy": {"name": "lora", "rank": 8},
-            # What was forgotten is scored in the browser's job, and takes longer than these steps.
-            "run": {"max_steps": STEPS, "max_tokens_per_step": 512, "sample_tokens": 16, "evaluations_per_epoch": 1, "forgetting": False},
+            # What was forgotten and what each row lost are scored in the browser's job, and take longer than these steps.
+            "run": {
+                "max_steps": STEPS,
+                "max_tokens_per_step": 512,
+                "sample_tokens": 16,
+                "evaluations_per_epoch": 1,
+                "forgetting": False,
+                "row_losses": False,
+            },
         },
     )
     deadline = time.monotonic() + 700
