@@ -1,5 +1,5 @@
 # make studio   set everything up and start the studio        make test    set everything up and run every test
-# make test-faults   the long runs of the tests with more random kills and moves
+# make test-faults   the long runs of the tests with more random kills, moves and requests
 # Both need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
 SHELL := /bin/bash
@@ -32,7 +32,7 @@ test: $(VENV)/.installed-test $(VENV)/.browser lint
 	 printf '\n%s\n\n' "What failed is tried once more, one test at a time."; \
 	 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -rfE $(ARGS)
 
-# The long runs of checks whose short forms are among the tests above: many more random kills, moves and broken files.
+# The long runs of checks whose short forms are among the tests above: many more random kills, moves and requests.
 test-faults: $(VENV)/.installed-test
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fault -n 2 --dist load $(ARGS)
 

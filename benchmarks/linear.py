@@ -32,6 +32,8 @@ ENOUGH_SECONDS = 0.002
 """A text is made longer until it takes half of this, or has CHARACTERS."""
 MAX_RATIO = 2.5
 CLEAR_RATIO = 2.25
+CERTAIN_RATIO = 3.0
+"""Where the least of REPEATS runs grew by this at each of two doublings no noise explains it, and longer texts need not be measured."""
 REPEATS, LONGER = 6, 3
 
 Run = Callable[[], object]
@@ -259,17 +261,23 @@ class Growth(NamedTuple):
         pairs = [(after, before) for before, after in zip(self.seconds, self.seconds[1:], strict=False) if after > ENOUGH_SECONDS / 2]
         return max((after / before for after, before in pairs), default=1.0)
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether each doubling cost so much that the machine is not to blame."""
+        n, twice, four_times = self.seconds
+        return n > ENOUGH_SECONDS / 2 and min(twice / n, four_times / twice) > CERTAIN_RATIO
+
 
 def growth(prepare: Prepare, text: Callable[[int], str], first: int = FIRST_CHARACTERS, most: int = CHARACTERS) -> Growth:
     """The growth from the first length that takes long enough, or from `most`.
 
     Where it looks too fast the least of REPEATS runs counts; where it still does, longer texts are measured: a busy machine or a
-    cache that overflows spoils one doubling, and what grows with the square spoils each.
+    cache that overflows spoils one doubling, and what grows with the square spoils each, after which nothing longer is measured.
     """
     count, _ = _long_enough(prepare, text, first, most)
     for doubled in range(LONGER + 1):
         found = _measured(prepare, text, count << doubled)
-        if found.ratio <= MAX_RATIO:
+        if found.ratio <= MAX_RATIO or found.is_certain:
             break
     return found
 

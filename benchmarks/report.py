@@ -2,7 +2,7 @@
 
 Rows of instruction data of about a kilobyte, with a share of everything the report looks for, are read as the studio reads
 them: by the data worker's limited child, each row through the trainer's own converter and the model's tokenizer. Seconds,
-rows per second, the child's largest memory; then a page of findings, over HTTP from a real web process, fifty times each.
+rows per second, the child's largest memory; then a page of findings, over HTTP from a real web process, `--requests` times each.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", follow_redirects=True, timeout=60) as http:
             wait(http)
             http.get(link)  # the page is measured as a browser gets it
-            pages = browse(http, f"/datasets/{ids.public(ids.DATASET, dataset.id)}", max(rules, key=lambda rule: rules[rule]), listed)
+            pages = browse(
+                http, f"/datasets/{ids.public(ids.DATASET, dataset.id)}", max(rules, key=lambda rule: rules[rule]), listed, options.requests
+            )
     finally:
         web.terminate()
         web.wait(20)
@@ -112,7 +114,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def browse(http: Any, page: str, rule: str, listed: int) -> dict[str, dict[str, float]]:
+def browse(http: Any, page: str, rule: str, listed: int, requests: int) -> dict[str, dict[str, float]]:
     """Seconds of the dataset's page with 50 findings, in the orders a person turns them in."""
     ways = {
         "first page": {"sort": "line"},
@@ -123,7 +125,7 @@ def browse(http: Any, page: str, rule: str, listed: int) -> dict[str, dict[str, 
     found = {}
     for name, query in ways.items():
         times = []
-        for _ in range(50):
+        for _ in range(requests):
             began = time.monotonic()
             answer = http.get(page, params={"tab": "issues"} | query)
             times.append(time.monotonic() - began)
@@ -157,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--model", type=Path, help="folder of a dialogue model whose tokenizer counts; a small one's when left out")
+    parser.add_argument("--requests", type=int, default=50, help="for each page")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with servers() as running:

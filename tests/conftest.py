@@ -26,13 +26,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as trainers have it: threads that spin take the cores of the other tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes read the same modules
+sys.dont_write_bytecode = False  # nor need pytest rewrite every test anew in each process of each run
 for name in [name for name in os.environ if name.startswith("LUTHIER_")]:
     del os.environ[name]  # a studio of the person who runs the tests must stay out of them
 
 import pytest  # noqa: E402
-from sqlalchemy import NullPool, create_engine, text  # noqa: E402
+from sqlalchemy import Engine, NullPool, create_engine, text  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from sqlalchemy.orm import Session  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -82,6 +86,8 @@ def postgres(servers_dir: Path) -> Iterator[PostgresServer]:
         wait_until(lambda: can_connect(admin), what="PostgreSQL", log=servers_dir / "postgres.log")
         with admin.connect() as connection:
             connection.execute(text("CREATE DATABASE template_luthier"))
+            connection.execute(text("ALTER SYSTEM SET autovacuum = off"))  # the room of deleted rows stays unused, see `empty`
+            connection.execute(text("SELECT pg_reload_conf()"))
         upgrade(database.url_of("template_luthier"))
         yield PostgresServer(database.url_of("postgres"), process, database.url_of)
     finally:
@@ -186,10 +192,8 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
     from app import queue
     from app.db import get_engine
 
-    name = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(postgres.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {postgres.template} STRATEGY FILE_COPY"))  # half the work of WAL_LOG
+    name, used = _emptied.pop() if _emptied else (new_database(admin, postgres.template), 0)
     redis.Redis.from_url(valkey.url).flushall()
     monkeypatch.setenv("LUTHIER_DATABASE_URL", postgres.url_of(name))
     monkeypatch.setenv("LUTHIER_REDIS_URL", valkey.url)
@@ -198,8 +202,54 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
     with Session(get_engine(), expire_on_commit=False) as opened:
         yield opened
     forget_settings()
+    if used < MAX_USES and empty(postgres.url_of(name)):
+        _emptied.append((name, used + 1))
+    else:
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+_emptied: list[tuple[str, int]] = []
+"""Databases that tests have left, whose rows were deleted, and how often each was used. To make one takes ten times as long."""
+MAX_USES = 50
+"""The room of deleted rows is never used again, so that the rows of a table stand in the order in which a test wrote them."""
+
+
+def new_database(admin: Engine, template: str) -> str:
+    name = f"test_{uuid.uuid4().hex[:12]}"
     with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"))  # half the work of WAL_LOG
+    return name
+
+
+def empty(url: str) -> bool:
+    """Delete every row of a database; False where somebody else still uses it, or where it is no longer as it was made."""
+    from app.tables import Base
+
+    tables = set(Base.metadata.tables)
+    engine = create_engine(url, poolclass=NullPool)
+    try:
+        with engine.begin() as connection:
+            others = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+            late = time.monotonic() + 0.5  # what was hung up on leaves a moment later
+            while connection.scalar(others):
+                if time.monotonic() > late:
+                    return False
+                time.sleep(0.005)
+                connection.execute(text("SELECT pg_stat_clear_snapshot()"))
+            found = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))
+            if set(found) != {*tables, "alembic_version"}:
+                return False
+            said = [
+                "SET LOCAL session_replication_role = replica",
+                "SET LOCAL lock_timeout = '1s'",
+                *(f'DELETE FROM "{table}"' for table in tables),
+            ]
+            said.append("SELECT setval(quote_ident(sequencename), start_value, false) FROM pg_sequences WHERE schemaname = 'public'")
+            connection.execute(text("; ".join(said)))
+        return True
+    except SQLAlchemyError:
+        return False
 
 
 @pytest.fixture
@@ -488,6 +538,20 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
+
+
+MANY_MODULES = 100
+_modules_frozen = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """What the code imports when it first needs it stays as well. Each job trained here looks for garbage several times."""
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + MANY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _modules_frozen = len(sys.modules)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ def run(*arguments, tmp_path):
 
 
 def test_the_report(tmp_path):
-    result, said = run("benchmarks.report", "--rows", "400", tmp_path=tmp_path)
+    result, said = run("benchmarks.report", "--rows", "400", "--requests", "4", tmp_path=tmp_path)
     assert 300 < result["good_rows"] < 400 and result["tokens"] > 10_000 and result["child_mb"] > 20
     assert {"personal_data", "empty_answer", "duplicate", "template_marker", "control_character", "over_long"} <= result["rules"].keys()
     assert all(0 < page["p50"] <= page["p95"] for page in result["pages"].values()) and "reached" in said

@@ -20,8 +20,12 @@ from tests.conftest import wait_until
 from tests.evaluation.test_service import children, in_thread, now_of
 from tests.factories import tune
 from tests.routes.test_advice import labelled  # noqa: F401  a fixture
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt as evaluation_attempt
 from worker.evaluation.embedding_map import flat
+
+pytestmark = pytest.mark.usefixtures("warm_attempts")
+
 
 TICKETS = "Nr;customer_message\n1;What wood is the belly made of?\n2;\n3;=1+1 and a long question about glue\n"
 

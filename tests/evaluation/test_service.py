@@ -17,9 +17,11 @@ from app.kit import ids
 from app.models import service as models
 from app.settings import get_settings
 from app.tables import Evaluation, Outbox
+from tests import warm
 from tests.conftest import wait_until
 from tests.factories import make_dataset, tune
 from tests.routes.test_advice import labelled  # noqa: F401  a fixture
+from tests.warm import warm_attempts  # noqa: F401  a fixture
 from worker.evaluation import attempt as evaluation_attempt
 
 
@@ -43,7 +45,8 @@ def now_of(evaluation: Evaluation) -> Evaluation:
 
 def children() -> list[psutil.Process]:
     alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "worker.evaluation.process" in " ".join(p.cmdline())]
+    forked = warm.alive("worker.evaluation.process")
+    return [*forked, *(p for p in alive if "-m worker.evaluation.process" in " ".join(p.cmdline()))]
 
 
 def in_thread(evaluation, going_down=lambda: False) -> threading.Thread:
@@ -82,6 +85,7 @@ def test_a_tuned_model_and_its_base_on_the_rows_its_job_held_out(session, user, 
     assert now_of(made).fence == 1 and not children()
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learnt(session, user, data_dir, tiny_registered, data):
     made = order(session, user, tiny_registered, data, answers=0, rows=5)
     evaluation_attempt.work(made.id)
@@ -94,6 +98,7 @@ def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learn
     assert not order(session, user, tuned, make_dataset(session, user, data_dir, rows=9)).spec["note"]
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_killed_process_is_tried_again_and_given_up_at_the_third_death(session, user, tiny_registered, data):
     made = order(session, user, tiny_registered, data)
     for deaths in (1, 2, 3):
@@ -148,6 +153,7 @@ def test_only_one_holds_it_and_a_silent_one_is_taken_over(session, user, tiny_re
     assert evaluations.reap(session)["announced"] == 1 and session.scalars(select(Outbox.key)).all() == [lost.id]
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(session, user, data_dir, tiny_registered, data):
     get_settings().beat_seconds = 100.0  # it beats at its start, and learns only at its end that it was taken over
     made = order(session, user, tiny_registered, data, rows=5, answers=0)
@@ -162,6 +168,7 @@ def test_a_try_that_ends_too_late_leaves_the_folder_of_the_next_one_alone(sessio
     assert next_try.is_dir() and not next_try.with_name("a1").exists()
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_fault_of_the_data_is_told_with_its_hint(session, user, data_dir, tiny_registered, data):
     (data_dir / data.rows_path).unlink()
     made = order(session, user, tiny_registered, data)
@@ -204,6 +211,7 @@ def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, 
     assert models.dependants(session, tiny_registered)[-1].startswith("An evaluation")
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_classifier_on_the_rows_its_job_held_out(session, user, data_dir, tiny_registered, labelled):  # noqa: F811
     job, tuned = tune(session, user, data_dir, tiny_registered, labelled, {"name": "feature_extraction"}, validation_fraction=0.3)
     assert tuned.labels == ["a", "b", "c"]

@@ -577,7 +577,7 @@ def test_files_left_by_a_death_after_the_commit_go_later(failed_at_15, user, ses
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("orders", "moves"),
-    [(60, 40), pytest.param(300, 50, marks=pytest.mark.fault)],
+    [(24, 40), pytest.param(300, 50, marks=pytest.mark.fault)],
 )
 def test_every_order_of_moves(session, user, data_dir, tiny_registered, leases, orders, moves):
     dataset = make_dataset(session, user, data_dir)

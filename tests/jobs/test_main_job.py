@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +19,18 @@ import pytest
 from tests.conftest import PROJECT
 
 SAMPLE = PROJECT / "samples" / "support-replies.jsonl"
+ROWS = 47
+"""Of the sample, so that what is scored before and after the steps takes no longer than the steps themselves."""
 QUESTION = "My cello case lost a wheel."  # held out: not a row of the sample
 STEPS = 8
 pytestmark = [pytest.mark.studio, pytest.mark.starter, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def sample(tmp_path) -> Path:
+    path = tmp_path / "replies.jsonl"
+    path.write_text("".join(SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS]), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
@@ -72,18 +82,18 @@ def wait_for(page, text: str, seconds: float) -> None:
 
 
 @pytest.mark.browser
-def test_in_the_browser(studio, browser_page, note):
+def test_in_the_browser(studio, browser_page, note, sample):
     page = browser_page
     fresh = studio.luthier("link").stdout
     page.goto(re.search(r"http://\S+", fresh).group(0))
 
     # Upload, and see what is in it.
     page.goto(f"{studio.url}/datasets/new")
-    page.set_input_files("#file", str(SAMPLE))
+    page.set_input_files("#file", str(sample))
     page.fill("#name", "browser-replies")
     page.click("#send")
     wait_for(page, "Fine-tune on this dataset", 60)
-    assert "118" in page.inner_text("main")
+    assert str(ROWS) in page.inner_text("main")
     page.get_by_role("link", name="Fine-tune on this dataset").click()
 
     # Order a short LoRA; the estimate stands beside the form.
@@ -91,6 +101,7 @@ def test_in_the_browser(studio, browser_page, note):
     page.locator("input[name='strategy.rank']").fill("8")
     page.locator("input[name='run.max_steps']").fill(str(STEPS))
     page.locator("input[name='run.max_tokens_per_step']").fill("512")
+    page.locator("input[name='run.sample_tokens']").fill("16")
     page.locator("input[name='run.evaluations_per_epoch']").fill("1")
     assert re.search(r"\d GB", page.inner_text("aside"))
     began = time.monotonic()
@@ -139,11 +150,11 @@ def test_in_the_browser(studio, browser_page, note):
     note("browser", job, losses_of(events), answers, seconds_to_first_step=round(first_step, 1), heights=heights, proofs=proofs)
 
 
-def test_with_the_openai_client(studio, note):
+def test_with_the_openai_client(studio, note, sample):
     import openai
 
     client = openai.OpenAI(base_url=f"{studio.url}/v1", api_key=studio.key, timeout=120)
-    with SAMPLE.open("rb") as file:
+    with sample.open("rb") as file:
         uploaded = client.files.create(file=file, purpose="fine-tune")
     uploaded = client.files.wait_for_processing(uploaded.id, poll_interval=0.3)
     assert uploaded.status == "processed"
@@ -155,8 +166,15 @@ def test_with_the_openai_client(studio, note):
         seed=7,
         extra_body={
             "strategy": {"name": "lora", "rank": 8},
-            # What was forgotten is scored in the browser's job, and takes longer than these steps.
-            "run": {"max_steps": STEPS, "max_tokens_per_step": 512, "evaluations_per_epoch": 1, "forgetting": False},
+            # What was forgotten and what each row lost are scored in the browser's job, and take longer than these steps.
+            "run": {
+                "max_steps": STEPS,
+                "max_tokens_per_step": 512,
+                "sample_tokens": 16,
+                "evaluations_per_epoch": 1,
+                "forgetting": False,
+                "row_losses": False,
+            },
         },
     )
     deadline = time.monotonic() + 700

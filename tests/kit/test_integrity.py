@@ -21,8 +21,12 @@ from app.models.integrity import BadModel, Damaged
 from app.tables import Model
 from tests.factories import make_dataset, make_job
 from tests.routes.test_models import tuned  # noqa: F401  a fixture
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt as evaluation_attempt
 from worker.supervision import train_attempt
+
+pytestmark = pytest.mark.usefixtures("warm_attempts")
+
 
 QUICK = {"max_steps": 2, "samples": 0, "forgetting": False, "evaluations_per_epoch": 0}
 

@@ -18,6 +18,7 @@ from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Checkpoint, Job, Model, Outbox, User
 from tests.factories import make_dataset, make_spec
+from tests.warm import warm_children  # noqa: F401  # a fixture
 
 MEASURED = Measured(peak_memory_bytes=1, seconds=1, tokens_per_second=1, tokens=1, trained_tokens=1, steps=1, device="cpu")
 
@@ -266,6 +267,7 @@ def test_hostile_folders_are_refused_before_a_row_exists(session, user, importab
     assert session.scalar(select(Model.id)) is None
 
 
+@pytest.mark.usefixtures("warm_children")
 @pytest.mark.parametrize(
     ("template", "passes"),
     [
@@ -288,6 +290,7 @@ def test_a_chat_template_is_tried_in_the_child(session, user, importable, data_d
     assert not list(data_dir.rglob("canary"))
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_weights_that_lack_a_tensor_are_refused_by_the_child(session, user, importable) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -364,6 +367,7 @@ def test_a_fetch_is_claimed_once_and_announced_again_when_its_worker_dies(sessio
     assert model.status == "fetching"
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_a_fetch_that_keeps_dying_is_given_up_and_can_be_tried_again(session, user, importable) -> None:
     model = model_imports.add_folder(session, user, "workshop")
     session.commit()

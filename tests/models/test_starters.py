@@ -18,6 +18,7 @@ from app.models import starters
 from app.models.wheels import Wheel
 from app.shapes import shape_of
 from app.tables import Model
+from tests.warm import warm_children  # noqa: F401  # a fixture
 
 SMOL, MINI, GEMMA = "smollm2-135m-instruct", "all-minilm-l6-v2", "gemma-3-270m"
 
@@ -104,6 +105,7 @@ def test_other_weights_than_the_pinned_ones_are_refused(tmp_path, data_dir, tiny
         starters.ensure("small")
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_a_folder_that_was_touched_is_made_again(tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))
@@ -113,6 +115,7 @@ def test_a_folder_that_was_touched_is_made_again(tmp_path, data_dir, tiny_model,
     assert starters.ensure("small") == folder and starters.present("small") is not None
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_a_row_follows_from_the_files_and_the_service_queues_the_rest(session, user, tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))
@@ -135,6 +138,7 @@ def db_error():
     return pytest.raises(Conflict, match="accepted first")
 
 
+@pytest.mark.usefixtures("warm_children")
 def test_a_deleted_starter_stays_deleted_until_it_is_asked_for(session, user, tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))

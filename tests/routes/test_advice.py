@@ -20,6 +20,9 @@ from app.views.glossary import GLOSSARY
 from app.views.learning_path import PATH
 from tests.factories import upload
 from tests.planning.test_advisor import ENCODER
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
+
+pytestmark = pytest.mark.usefixtures("warm_attempts")
 
 
 @pytest.fixture

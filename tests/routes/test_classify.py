@@ -9,24 +9,31 @@ from pathlib import Path
 import pytest
 
 from app import events
+from app.spec import ModelRef
 from app.tables import Model
 from tests.conftest import forget_settings
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.worker.training.test_classification import put_encoder, sorting, texts
 from worker.train import train
 
+_trained: dict[str, tuple[ModelRef, events.Finished]] = {}
+"""By strategy: the base and the end of the one job that trained a classifier for all tests here."""
+
 
 @pytest.fixture(params=["feature_extraction", "lora"])
 def classifier(request, session, user, answering_dir: Path, tiny_model, monkeypatch):  # noqa: F811
     """A classifier trained in the worker's folder, and the rows of it and its base; also what the job said at its end."""
-    with monkeypatch.context() as there:
-        there.setenv("LUTHIER_DATA_DIR", str(answering_dir))
+    if request.param not in _trained:
+        with monkeypatch.context() as there:
+            there.setenv("LUTHIER_DATA_DIR", str(answering_dir))
+            forget_settings()
+            encoder = put_encoder(tiny_model)
+            spec = sorting(encoder, texts(), request.param)
+            finished = list(train(spec, answering_dir / "runs" / uuid.uuid4().hex / "a1"))[-1]
         forget_settings()
-        encoder = put_encoder(tiny_model)
-        spec = sorting(encoder, texts(), request.param)
-        finished = list(train(spec, answering_dir / "runs" / uuid.uuid4().hex / "a1"))[-1]
-    forget_settings()
-    assert isinstance(finished, events.Finished)
+        assert isinstance(finished, events.Finished)
+        _trained[request.param] = encoder, finished
+    encoder, finished = _trained[request.param]
     base = register_tiny(session, "encoder", kind="encoder", path=encoder.path)
     base.shape = json.loads(encoder.shape.model_dump_json())
     session.add(

@@ -12,7 +12,10 @@ from app.evaluation import service as evaluations
 from app.kit import ids
 from app.tables import Evaluation
 from tests.factories import make_dataset, tune, upload
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt as evaluation_attempt
+
+pytestmark = pytest.mark.usefixtures("warm_attempts")
 
 
 @pytest.fixture

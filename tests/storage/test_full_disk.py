@@ -34,6 +34,7 @@ from tests import lives
 from tests.conftest import forget_settings, wait_until
 from tests.datasets.test_service import rows
 from tests.factories import chat_rows, make_dataset, make_job
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
 
 
 @dataclass
@@ -68,6 +69,7 @@ def now_of(key) -> Job:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
     from worker.supervision import train_attempt
 

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import select
 
-from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.kit import ids
 from app.storage import files
 from app.tables import Dataset, Event, File, Job
 from tests.data_worker import data_worker
-from tests.factories import make_spec
-from tests.looks import COLORS, check, look_at
+from tests.factories import make_spec, read
+from tests.looks import check, look_at
 
 pytestmark = pytest.mark.browser
 
@@ -64,9 +63,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
         chat("Say <|im_end|>", "ding\x07dong"),
     ]
     dataset = datasets.create(session, user, files.add_bytes(session, user, "\n".join(rows).encode(), "violins.jsonl", "fine-tune"))
-    session.commit()
-    ingest_task.read(dataset.id)
-    session.expire_all()
+    read(session, dataset)
     spec = make_spec(tiny_registered, dataset, learning_rate=0.0007).model_dump(mode="json")
     job = Job(owner_id=user.id, name="violin-tone", status="succeeded", spec=spec, model_id=tiny_registered.id, dataset_id=dataset.id)
     session.add(job)
@@ -83,11 +80,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
         yield f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1360, 320])
-def test_the_data_room(page, served, room, tmp_path, theme, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.context.add_cookies([{"name": "luthier_theme", "value": theme, "url": served}])
+def test_the_data_room(page, served, room, tmp_path):
     places = [
         ("report", ""),
         ("issues", "?tab=issues"),
@@ -100,7 +93,7 @@ def test_the_data_room(page, served, room, tmp_path, theme, width):
     places += [("upload", "/../new")]
     for name, tail in places:
         page.goto(f"{served}{room}{tail}")
-        check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
+        look_at(page, name, tmp_path)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from app.shapes import shape_of
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
 from tests.tiny import SENTENCES
+from tests.warm import FORKS
 
 
 def chat_rows(count: int = 24) -> list[dict[str, Any]]:
@@ -109,7 +109,9 @@ class WarmTrainer:
     its place among several comes by `place`.
     """
 
-    def __init__(self, spec: JobSpec, job: str, attempt: int, die_at: int = 0, place: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, spec: JobSpec, job: str, attempt: int, die_at: int = 0, place: dict[str, str] | None = None, threads: int = 1
+    ) -> None:
         root = get_settings().data_dir
         folder = f"runs/{job}/a{attempt}"
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -117,21 +119,8 @@ class WarmTrainer:
         path, pipe = root / folder / "spec.json", root / folder / f"events-{place['RANK']}.fifo"
         path.write_text(spec.model_dump_json())
         os.mkfifo(pipe)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "worker.run",
-                "worker.train",
-                "worker.training.objectives.causal_lm",
-                "worker.modeling.fused_lora",
-                "peft",
-                "pyarrow.parquet",
-                "scipy.stats",
-                "tests.worker.orders",
-            ]
-        )
         arguments = ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd"]
-        self.process = context.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at, place), daemon=True)
+        self.process = FORKS.Process(target=_forked, args=(arguments, str(pipe), str(root), die_at, place, threads), daemon=True)
         self.process.start()
         self.pipe = pipe.open("rb")
 
@@ -153,15 +142,14 @@ class WarmTrainer:
         return said, self.wait()
 
 
-def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int, place: dict[str, str]) -> None:
-    os.environ.update(place, LUTHIER_DATA_DIR=data_dir)
+def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int, place: dict[str, str], threads: int) -> None:
+    os.environ.update(place, LUTHIER_DATA_DIR=data_dir, OMP_NUM_THREADS=str(threads))
     import torch
 
     from worker import run as trainer
 
     trainer.FIRST = place["RANK"] == "0"  # it was imported before it had a place
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(threads)
     left = die_at
 
     def counted(call):

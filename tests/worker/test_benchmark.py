@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,10 @@ from benchmarks.training import farthest, table
 def test_two_engines_on_one_model(tmp_path, monkeypatch, capsys):
     """Through the command that measures a GPU's numbers, here on a processor with a tiny model: what it cannot run it says."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kernels = Path(os.environ["NUMBA_CACHE_DIR"])  # they need not be compiled once more
+    kernels.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "numba").symlink_to(kernels)
     made, real = [], training.benchmark
     monkeypatch.setattr(training, "benchmark", lambda *given: made.append(real(*given)) or made[-1])
     command = ["--device", "cpu", "--shape", "tiny", "--only", "1.2b_lora,8b_lora_fp8,8b_qlora", "--peers", "hf_trainer", "--rounds", "1"]

@@ -210,8 +210,7 @@ def test_all_that_a_job_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pyt
     assert begun is not None and begun.wait(timeout=120) == 0
     assert warmup.begin() is None  # once is enough
     compiled = {path.name for path in (tmp_path / "kernels").rglob("*.nbc")}
-    use = "from tests.worker.kernels.test_jit import everything; import torch; everything(torch.float32); everything(torch.bfloat16)"
+    use = "import torch; from tests.worker.kernels import test_gradient_buffers, test_jit, test_lora_step; "
+    use += "test_jit.everything(torch.float32); test_jit.everything(torch.bfloat16); test_lora_step.Job().go(); test_gradient_buffers.Job().go()"
     run(use, **kept)
-    for job in ("lora_step", "gradient_buffers"):
-        run(f"from tests.worker.kernels.test_{job} import Job; Job().go()", **kept)
     assert len(compiled) > 10 and {path.name for path in (tmp_path / "kernels").rglob("*.nbc")} == compiled

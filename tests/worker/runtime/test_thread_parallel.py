@@ -15,7 +15,7 @@ from app import events
 from app.kit import manifest
 from app.settings import get_settings
 from app.strategies import STRATEGIES
-from tests.worker.orders import Trainer, chat_rows, order, put_dataset, put_model
+from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
 from worker import train
 from worker.data.packing import divide
 from worker.kernels.cpu.full_tuning import add_parts, patch_full_tuning
@@ -193,19 +193,18 @@ def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(
     data_dir: Path, tiny_model: Path, strategy: str, threads: int
 ) -> None:
     spec = plenty(data_dir, tiny_model, strategy, micro_batches=2, max_tokens_per_step=1200, evaluations_per_epoch=2)
-    environment = {"OMP_NUM_THREADS": str(threads)}
-    whole, code = Trainer(spec, "whole", 1, environment).run()
+    whole, code = WarmTrainer(spec, "whole", 1, threads=threads).run()
     assert code == 0
     started = next(e for e in whole if isinstance(e, events.Started))
     assert started.details["parts"] == 2
     assert started.details.get("whole", False) == (strategy == "full"), "one saved before there were such layers is not called exact"
-    killed = Trainer(spec, "killed", 1, environment)
+    killed = WarmTrainer(spec, "killed", 1, threads=threads)
     for event in killed:
         if isinstance(event, events.Saved):
-            killed.process.kill()
+            killed.kill()
             break
     killed.wait()
-    again, code = Trainer(spec, "killed", 2, environment).run()
+    again, code = WarmTrainer(spec, "killed", 2, threads=threads).run()
     assert code == 0
     resumed = next(e for e in again if isinstance(e, events.Started))
     assert resumed.exact and resumed.resumed_from

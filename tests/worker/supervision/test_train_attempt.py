@@ -32,8 +32,10 @@ from app.ops.embedded import sweep
 from app.settings import get_settings
 from app.storage import files
 from app.tables import Checkpoint, Evaluation, Event, Job, Model, Outbox
+from tests import warm
 from tests.conftest import PROJECT, wait_until
 from tests.factories import make_dataset, make_job
+from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt
 from worker.supervision import exit_codes, train_attempt
 
@@ -82,9 +84,12 @@ def ended(job: Job, thread: threading.Thread, seconds: float = 30) -> Job:
 
 def trainers() -> list[psutil.Process]:
     return [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if p.status() != psutil.STATUS_ZOMBIE and "--events-fd" in " ".join(p.cmdline())
+        *warm.alive("worker.run"),
+        *(
+            p
+            for p in psutil.Process().children(recursive=True)
+            if p.status() != psutil.STATUS_ZOMBIE and "--events-fd" in " ".join(p.cmdline())
+        ),
     ]
 
 
@@ -110,6 +115,7 @@ def test_a_whole_job(new_job, session):
     assert "torch" not in (PROJECT / "worker" / "supervision" / "train_attempt.py").read_text().split('"""')[2]
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_killed_trainers_change_nothing_about_the_result(new_job):
     calm, beaten = new_job(), new_job()
     train_attempt.work(calm.id)
@@ -129,6 +135,7 @@ def test_killed_trainers_change_nothing_about_the_result(new_job):
     assert last == {e.data["step"]: e.data["loss"] for e in said(calm, "step")}
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_pause_saves_and_resume_goes_on(new_job, user):
     job = new_job(epochs=30)
     with transaction() as session:
@@ -154,6 +161,7 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
     assert ended(job, thread).status == "cancelled" and not trainers()
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_a_cancelled_job_goes_on_from_any_checkpoint_as_if_nothing_had_happened_and_a_kept_one_stays(new_job, session, user):
     calm, job = new_job(epochs=12), new_job(epochs=12)
     train_attempt.work(calm.id)
@@ -457,6 +465,7 @@ def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_th
     wait_until(lambda: now_of(job).status == "cancelled", what="the end of the job", seconds=60)
 
 
+@pytest.mark.usefixtures("warm_attempts")
 def test_predictions_wait_for_room_beside_a_job_that_trains(new_job, session, user, monkeypatch):
     key = order_predictions(session, user, rows=1, tokens=1)
     here, job = this_machine(), uuid.uuid4()
