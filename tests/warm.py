@@ -52,7 +52,7 @@ def warm_children(monkeypatch: pytest.MonkeyPatch) -> None:
     from app.models import starters
 
     monkeypatch.setattr(starters, "confined", lambda command, room: command)
-    monkeypatch.setattr(starters, "run_child", _run)
+    monkeypatch.setattr(child_process, "run", _run)
 
 
 def _run(command: list[str], environment: dict[str, str], beat: Callable[[], None], seconds: float) -> tuple[int, str]:
