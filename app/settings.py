@@ -102,6 +102,12 @@ class Settings(BaseSettings):
         "`http://10.0.0.5:8001/v1`; a key goes before the host, as in `https://:KEY@gpu.example.org/v1`.",
         repr=False,
     )
+    cpu_engine: str = Field(
+        "luthier",
+        pattern=r"^(luthier|llama\.cpp(:[A-Z0-9_]+)?)$",
+        description="What answers on a processor where a model names nothing else: `luthier`, the built-in engine, whose numbers are those "
+        "of training; or `llama.cpp`, several times as fast, in the GGUF type after a colon (`llama.cpp:BF16`; Q8_0 where there is none).",
+    )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
     log_level: str = Field("INFO", description="Least severe level that is logged.")

@@ -136,7 +136,7 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
 
 def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> Step | None:
     """An encoder for labels, where the model is a larger generative one; a generative one, where an encoder was chosen for text."""
-    ready = [m for m in others if m.status == "ready" and m.engine is None and m.shape]
+    ready = [m for m in others if m.status == "ready" and not m.answered_elsewhere and m.shape]
     classifies = OBJECTIVES[facts.task].classifies
     if classifies and model.kind in ("generic", "instruction", "dialogue"):
         encoder = next((m for m in ready if m.kind == "encoder"), None)

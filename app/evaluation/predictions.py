@@ -107,7 +107,7 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
 
 
 def _check_is_here(resolved: models.Resolved) -> None:
-    if resolved.model.engine is not None:
+    if resolved.model.answered_elsewhere:
         raise BadField(
             f"{resolved.ref.name} answers through another server; its weights are not here.",
             hint="Take a model of this studio.",

@@ -184,7 +184,7 @@ def _strategy(job: Job | None) -> str | None:
 def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: Job | None) -> None:
     model, ref = resolved.model, resolved.ref
     name = ref.name
-    if model.engine is not None:
+    if model.answered_elsewhere:
         raise BadField(
             f"{name} answers through another server; its weights are not here.", hint="Take a model of this studio.", param="model"
         )

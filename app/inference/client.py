@@ -75,7 +75,8 @@ async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
 
     A request with an external engine is rendered by a worker and answered by that server.
     """
-    async with contextlib.aclosing(_outside(request) if request.engine else _own(request)) as answer:
+    outside = request.engine is not None and not request.engine.local
+    async with contextlib.aclosing(_outside(request) if outside else _own(request)) as answer:
         async for entries in answer:
             yield entries
 

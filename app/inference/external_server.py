@@ -118,20 +118,23 @@ def names(address: Address) -> list[str]:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGenerator[list[Entry]]:
+async def answer(
+    request: GenerateRequest, rendered: Rendered | None, address: Address | None = None, kind: type[Fold] | None = None
+) -> AsyncGenerator[list[Entry]]:
     """Entries of one request from the server, in the order of our own engine. Closing it closes the connection, by which the
-    server notices that nobody reads. Raises StudioError."""
+    server notices that nobody reads. `address` is that of a server that this studio started. Raises StudioError."""
     import httpx
 
-    engine = request.engine
+    engine, ours = request.engine, address is not None
     assert engine is not None
-    address = find(engine.url)
-    fold = _Fold(request, rendered, address)
+    address = address or find(engine.url)
+    fold = (kind or Fold)(request, rendered, address)
     deadline = asyncio.get_running_loop().time() + request.seconds
     try:
         where, more = await asyncio.to_thread(_pinned, f"{address.url}/{fold.path}")
         async with httpx.AsyncClient(**_options(address)) as client:
-            await _load_adapter(client, address, engine)
+            if not ours:
+                await _load_adapter(client, address, engine)
             async with client.stream("POST", where, json=fold.body(), **more) as response:
                 if response.status_code != 200:
                     raise _refused(address, response.status_code, await _some(response), request)
@@ -199,7 +202,7 @@ _loaded: set[tuple[str, str]] = set()
 # Two wires, one answer --------------------------------------------------------------------------------------------------
 
 
-class _Fold:
+class Fold:
     """Converts one request to the server's API, and the server's response to our entries."""
 
     def __init__(self, request: GenerateRequest, rendered: Rendered | None, address: Address) -> None:

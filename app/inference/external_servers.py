@@ -13,15 +13,20 @@ import json
 from sqlalchemy.orm import Session
 
 from app.errors import BadField, Conflict
+from app.export_formats.gguf import ARCHITECTURES
+from app.inference import llama_cpp
 from app.inference.external_server import find, names
-from app.inference.protocol import ExternalEngine
+from app.inference.protocol import LLAMA_CPP, ExternalEngine
 from app.models.service import Resolved
 from app.settings import get_settings
+from app.shapes import Shape
 from app.tables import JSON, Model
 
 
 def register(model: Model, url: str, name: str, via: str = "tokens") -> ExternalEngine:
     """Let a server answer for a model from now on. Raises BadField when it does not serve that name, Unavailable when it is unreachable."""
+    if url.strip() == LLAMA_CPP:
+        return _register_llama_cpp(model, name)
     address = find(url)
     if via not in ("tokens", "chat"):
         raise BadField(f"{via[:20]!r} is no way to send a prompt.", hint="There are tokens and chat.", param="via")
@@ -34,6 +39,26 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
     engine = ExternalEngine(url=address.url, model=name, via=via)
     model.engine = engine.model_dump(mode="json", exclude={"adapter"})
     return engine
+
+
+def _register_llama_cpp(model: Model, kind: str) -> ExternalEngine:
+    """Let llama.cpp answer for a model in a GGUF type. A fine-tuned model that is an adapter is answered as its base is."""
+    engine = llama_cpp.engine(kind)
+    if model.adapter:
+        raise BadField(
+            f"{model.name} is an adapter: it is answered as its base model is.", hint="Choose llama.cpp for the base model.", param="model"
+        )
+    if not llama_cpp.runs(model.kind, Shape.model_validate(model.shape)):
+        raise BadField(f"llama.cpp cannot run {model.name}.", hint=f"It runs {', '.join(ARCHITECTURES)}.", param="model")
+    model.engine = engine.model_dump(mode="json", exclude={"adapter"})
+    return engine
+
+
+def llama_types(model: Model) -> tuple[str, ...]:
+    """The GGUF types in which llama.cpp can answer for a model, the usual one first; none where it cannot."""
+    if model.adapter or model.shape is None or not llama_cpp.runs(model.kind, Shape.model_validate(model.shape)):
+        return ()
+    return ("Q8_0", *(kind for kind in llama_cpp.TYPES if kind != "Q8_0"))
 
 
 def remove(model: Model) -> None:
@@ -49,12 +74,21 @@ def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
     adapters = found.ref.adapters
     if any(adapter.blend != 1 for adapter in adapters):
         return None
-    if found.checkpoint is None and found.model.engine is not None:
+    if found.checkpoint is None and found.model.answered_elsewhere:
         return ExternalEngine.model_validate(found.model.engine)
     base = found.model
     while base.adapter and base.base_id is not None:
         base = session.get_one(Model, base.base_id)
-    if base.engine is None or base.path != found.ref.path or len(adapters) != 1 or not _plain_lora(adapters[0].path):
+    if base.path != found.ref.path or len(adapters) > 1 or (adapters and not _plain_lora(adapters[0].path)):
+        return None
+    if not base.answered_elsewhere:
+        kind = base.engine["model"] if base.engine else llama_cpp.by_setting()
+        return (
+            llama_cpp.engine(kind, adapters[0].path if adapters else None)
+            if kind and llama_cpp.runs(found.ref.kind, found.ref.shape)
+            else None
+        )
+    if not adapters:
         return None
     served = ExternalEngine.model_validate(base.engine)
     return served.model_copy(update={"model": f"luthier-{adapters[0].sha256[:32]}", "adapter": adapters[0].path})

@@ -18,7 +18,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from app.errors import BadField
-from app.inference import external_servers, tryout
+from app.inference import external_servers, llama_cpp, tryout
 from app.inference.protocol import (
     ChoiceFinished,
     Done,
@@ -154,6 +154,8 @@ def request_for(user: User, who: ResolvedModel, sampling: Sampling, **prompt: An
     """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
     engine = None if "look" in prompt else who.engine  # log-probabilities of a prompt need the local weights
+    if engine is not None and engine.local and not llama_cpp.answers(sampling):
+        engine = None
     return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
 
 

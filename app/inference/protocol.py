@@ -62,17 +62,25 @@ class Sampling(_Frozen):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
 
 
-class ExternalEngine(_Frozen):
-    """An OpenAI-compatible server that answers for a model in place of our own engine. Its key is only in the settings."""
+LLAMA_CPP = "llama.cpp"
 
-    url: str = Field(description="base address, one of LUTHIER_ENGINES")
+
+class ExternalEngine(_Frozen):
+    """An OpenAI-compatible server that answers for a model in place of our own engine. Its key is only in the settings. With the
+    address `llama.cpp` it is a llama.cpp server that the generate worker runs itself, and `model` a GGUF type."""
+
+    url: str = Field(description="base address, one of LUTHIER_ENGINES, or llama.cpp")
     model: str = Field(description="what that server calls the model")
     adapter: str | None = Field(None, description="a LoRA folder, relative to the data folder, that the server loads first")
     via: Literal["tokens", "chat"] = Field("tokens", description="send the rendered prompt's tokens, or messages the server renders")
 
     @property
+    def local(self) -> bool:
+        return self.url == LLAMA_CPP
+
+    @property
     def host(self) -> str:
-        return urlsplit(self.url).netloc
+        return f"{self.url} {self.model}" if self.local else urlsplit(self.url).netloc
 
 
 class GenerateRequest(_Frozen):

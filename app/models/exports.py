@@ -84,7 +84,7 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     Conflict while the model is not ready, and DiskFull.
     """
     kind, resolved = export_formats.get(format), models.resolve(session, user, name)
-    if resolved.model.engine is not None:
+    if resolved.model.answered_elsewhere:
         raise BadField(
             f"{resolved.ref.name} answers through another server; its weights are not here.",
             hint="Take a model of this studio.",
@@ -159,7 +159,7 @@ def of_model(session: Session, user: User, model: Model) -> list[Export]:
 def facts(session: Session, model: Model) -> ModelFacts | None:
     """What the formats are told of a model; None for one whose weights are not here."""
     try:
-        return None if model.engine is not None else facts_of(models.reference(session, model))
+        return None if model.answered_elsewhere else facts_of(models.reference(session, model))
     except StudioError:
         return None
 

@@ -327,12 +327,12 @@ class Call:
         return total
 
     def _proof(self) -> dict[str, Any]:
-        who = self.asked[0].speaker
+        who, engine = self.asked[0].speaker, self.asked[0].request.engine
         return {
             "model": who.ref.name,
             "revision": who.ref.revision,
             "adapter_sha256": who.adapter_sha256,
-            "engine": who.engine.url if who.engine else None,
+            "engine": (engine.host if engine.local else engine.url) if engine else None,
             "seeds": [asked.request.seed for asked in self.asked],
             "first_token_seconds": self.heard[0].done.first_token_seconds if self.heard[0].done else None,
             "tokens_per_second": self.heard[0].done.tokens_per_second if self.heard[0].done else None,

@@ -96,7 +96,7 @@ def _list_page(
     request: Request, session: Db, user: CurrentUser, typed: dict[str, str], shown: int = SHOWN, fault: StudioError | None = None
 ) -> Response:
     found = evaluations.list_(session, user, limit=shown + 1)
-    usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "encoder"]
+    usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere and m.kind != "encoder"]
     scorable = [d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored]
     model = next((m for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), None)
     dataset = next((d for d in scorable if typed.get("dataset") == ids.public(ids.DATASET, d.id)), None)

@@ -12,6 +12,7 @@ from app import schemas
 from app.db import Db
 from app.errors import Forbidden, StudioError
 from app.inference import external_server, external_servers
+from app.inference.protocol import LLAMA_CPP
 from app.models import service as models
 from app.schemas.openapi import answers
 from app.tables import JSON, Model, User
@@ -24,14 +25,17 @@ pages = APIRouter()
 
 class EngineOrder(BaseModel):
     model: str = Field(min_length=1, max_length=512, description="The model that the server shall answer for.")
-    url: str = Field(min_length=1, max_length=512, description="One of the studio's engines, as GET /v1/engines lists them.")
-    engine_model: str = Field(min_length=1, max_length=512, description="What that server calls the model.")
+    url: str = Field(
+        min_length=1, max_length=512, description="One of the studio's engines, as GET /v1/engines lists them, or `llama.cpp`."
+    )
+    engine_model: str = Field(min_length=1, max_length=512, description="What that server calls the model; for llama.cpp a GGUF type.")
     via: str = Field("tokens", description="tokens: the studio renders the prompt; chat: the server does.")
 
 
-def _may_change(user: User) -> None:
-    """Admins only: an external server receives every prompt that is sent to its models."""
-    if user.role != "admin":
+def _may_change(user: User, model: Model | None = None) -> None:
+    """Admins only: an external server receives every prompt that is sent to its models. llama.cpp runs here, so a model's owner may
+    choose it, and leave it."""
+    if user.role != "admin" and not (model is not None and model.owner_id == user.id):
         raise Forbidden("Only an admin may choose the engine of a model.", hint="Ask an admin.", param="model")
 
 
@@ -52,8 +56,8 @@ def look(address: external_server.Address) -> JSON:
 @api.post("/engines", operation_id="register_engine", responses=answers(schemas.EngineOfModel, 404, 409))
 def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, Any]:
     """Have an engine of the settings answer for a model."""
-    _may_change(user)
     model = models.get(session, user, order.model)
+    _may_change(user, model if order.url == LLAMA_CPP else None)
     external_servers.register(model, order.url, order.engine_model, order.via)
     return _said(model)
 
@@ -61,8 +65,8 @@ def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, An
 @api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))
 def remove(session: Db, user: CurrentUser, model: str) -> dict[str, Any]:
     """Return a model to the built-in engine."""
-    _may_change(user)
     row = models.get(session, user, model)
+    _may_change(user, None if row.answered_elsewhere else row)
     external_servers.remove(row)
     return _said(row) | {"deleted": True}
 
@@ -82,8 +86,8 @@ def from_page(
     via: Annotated[str, Form(max_length=20)] = "tokens",
 ) -> Response:
     """Register a server; an empty URL returns the model to the built-in engine."""
-    _may_change(user)
     model = models.get(session, user, key)
+    _may_change(user, model if url == LLAMA_CPP or not (url or model.answered_elsewhere) else None)
     if not url:
         external_servers.remove(model)
         flash(request, f"{model.title} runs on the built-in engine.")

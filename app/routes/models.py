@@ -335,6 +335,7 @@ def show_model(
         public_id=lists.public_id,
         may_rename=model.owner_id == user.id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
+        llama_types=external_servers.llama_types(model) if model.owner_id == user.id or user.role == "admin" else (),
         fault=fault,
     )
 

@@ -31,7 +31,7 @@ def vectors_page(request: Request, session: Db, user: CurrentUser, model: str = 
 
 
 def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
-    usable = [m for m in models.list_(session, user) if m.status == "ready" and m.engine is None and m.kind != "classifier"]
+    usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere and m.kind != "classifier"]
     found = session.scalars(evaluations.mine(user, VECTORS).order_by(Evaluation.created_at.desc()).limit(20)).all()
     return web_templates.render(
         request,

@@ -52,6 +52,11 @@ class Model(Leased, Base):
         Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
     )
 
+    @property
+    def answered_elsewhere(self) -> bool:
+        """Whether another server answers for it, and not an engine of this studio."""
+        return self.engine is not None and self.engine["url"] != "llama.cpp"
+
 
 class ModelAlias(Base):
     """A name that a person chose for a model; `app/models/aliases.py` validates it."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -67,7 +67,15 @@ class ModelCache(Generic[T]):
             return [LoadedModelInfo(path=key[0], bytes=one.bytes, idle_seconds=now - one.used_at) for key, one in self.loaded.items()]
 
 
-ALL: list[ModelCache[Any]] = []
+class Evictable(Protocol):
+    """What is loaded besides the models of the engine."""
+
+    def evict(self, before: float) -> int: ...
+
+    def ready(self) -> list[LoadedModelInfo]: ...
+
+
+ALL: list[Evictable] = []
 
 
 def memory() -> int:

@@ -213,7 +213,7 @@ class ModelPool:
                     lane.used_at = time.monotonic()
                     return lane
                 if len(key) == 2:
-                    self._make_room(ref)
+                    self.make_room(ref.name, ref.shape.parameters() * self.dtype.itemsize)
             with LOADING:
                 lane = load(ref)
             lane.users = 1
@@ -222,21 +222,23 @@ class ModelPool:
                 self.loads += 1
             return lane
 
-    def _make_room(self, ref: ModelRef) -> None:
-        """Evict idle models until the model fits. Raises DoesNotFit or Unavailable when it cannot."""
-        need = ref.shape.parameters() * self.dtype.itemsize
+    def make_room(self, name: str, need: int) -> None:
+        """Evict idle models until `need` bytes for one more fit. Raises DoesNotFit or Unavailable when they cannot."""
         if need > self.memory_bytes:
             raise DoesNotFit(
-                f"{ref.name} needs {need / 2**30:.1f} GiB, and the playground may use {self.memory_bytes / 2**30:.1f} GiB.",
+                f"{name} needs {need / 2**30:.1f} GiB, and the playground may use {self.memory_bytes / 2**30:.1f} GiB.",
                 hint="Choose a smaller model, or raise LUTHIER_GENERATE_MEMORY_BYTES.",
                 param="model",
             )
         self.fit(need)
+        if self.memory() + need > self.limit():
+            for one in model_cache.ALL:
+                one.evict(time.monotonic())
         if self.memory() + need <= self.limit():
             return
         if need > self.limit() and self.training_bytes:
-            raise self.training_needs_it(ref.name)
-        raise Unavailable(f"There is no memory for {ref.name} while other models are answering.", hint="Try again in a moment.")
+            raise self.training_needs_it(name)
+        raise Unavailable(f"There is no memory for {name} while other models are answering.", hint="Try again in a moment.")
 
     def _load_base(self, ref: ModelRef) -> LoadedModel:
         check(ref.path, ref.name, ref.revision, may_be_plain=True)

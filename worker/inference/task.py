@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import redis
@@ -86,8 +86,8 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
             written = rendered(request, engine().shelf)
             done = Done(prompt_tokens=len(written.tokens), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
             return publisher.say([written, done])
-        with contextlib.closing(engine().answer(request)) as answer:
-            for entries in answer:
+        with contextlib.closing(answer(request)) as entries_of_it:
+            for entries in entries_of_it:
                 publisher.say(entries)
                 if not publisher.is_read():
                     return
@@ -126,7 +126,7 @@ class Publisher:
 
 
 def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
-    """Entries of a request, from this process's engine or from the external server the request names."""
+    """Entries of a request, from this process's engine, from its llama.cpp, or from the external server the request names."""
     if request.engine is None:
         yield from engine().answer(request)
         return
@@ -134,12 +134,29 @@ def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
     from worker.inference.request import rendered
 
     prompt = rendered(request, engine().shelf) if request.messages is None or request.engine.via == "tokens" else None
+    if not request.engine.local:
+        yield from entries_of(external_server.answer(request, prompt))
+        return
+    assert prompt is not None, "its prompts are rendered here"
+    yield from llama_cpp().answer(request, prompt, entries_of)
+
+
+def entries_of(stream: AsyncGenerator[list[Entry]]) -> Generator[list[Entry], None, None]:
+    """The same entries for a caller without an event loop. An empty list comes where there was none for a quarter of a second, so that
+    the caller can look whether anybody still reads."""
     loop = asyncio.new_event_loop()
-    stream = external_server.answer(request, prompt)
     try:
-        while (entries := loop.run_until_complete(anext(stream, None))) is not None:
+        while True:
+            following = loop.create_task(anext(stream, None))
+            while not loop.run_until_complete(asyncio.wait({following}, timeout=0.25))[0]:
+                yield []
+            if (entries := following.result()) is None:
+                return
             yield entries
     finally:
+        if not following.done():
+            following.cancel()
+            loop.run_until_complete(asyncio.wait({following}))
         loop.run_until_complete(stream.aclose())
         loop.close()
 
@@ -163,6 +180,14 @@ def _started_engine() -> Any:
     started = Engine(on_death=_leave)
     keep_tidy(started.shelf, NAME)
     return started
+
+
+@functools.cache
+def llama_cpp() -> Any:
+    """The llama.cpp servers of this process."""
+    from worker.inference.llama_cpp import LlamaServers
+
+    return LlamaServers(engine().shelf)
 
 
 def engine() -> Any:
