@@ -1,6 +1,7 @@
 """How fast the generation engine answers, beside transformers' own `generate` in the same run.
 
     python -m benchmarks.generation [--model FOLDER] [--tokens 48] [--chats 8] [--adapters 3] [--json FILE]
+    python -m benchmarks.generation --llama Q8_0 [--adapters 0]    with llama.cpp as the studio runs it, and a bare server of it
     python -m benchmarks.generation --studio http://127.0.0.1:8000 [--names base,tuned-1,tuned-2]    key in LUTHIER_API_KEY
 
 Measured warm, on prompts that differ from each other: time to the first token of a lone chat (p50 and p95); tokens per
@@ -186,6 +187,70 @@ def of_engine(folder: Path, tokens: int, chats: int, adapters: int, rounds: int)
     return {"device": f"{where}, {dtype}", "model": folder.name, **found}
 
 
+class _Llama:
+    """The studio's llama.cpp servers with the face of its engine."""
+
+    def __init__(self, kind: str) -> None:
+        from worker.inference.llama_cpp import LlamaServers
+        from worker.inference.model_pool import ModelPool
+
+        self.servers, self.kind = LlamaServers(ModelPool()), kind
+
+    def answer(self, request: Any) -> Any:
+        from app.inference import llama_cpp
+        from worker.inference.request import rendered
+        from worker.inference.task import entries_of
+
+        asked = request.model_copy(update={"engine": llama_cpp.engine(self.kind)})
+        return self.servers.answer(asked, rendered(asked, self.servers.shelf), entries_of)
+
+
+def of_llama(folder: Path, kind: str, tokens: int, chats: int, rounds: int) -> dict[str, float]:
+    """llama.cpp as the studio runs it, and a bare server that is asked over HTTP with the same tokens, in turn: tokens per second of one
+    chat and of several, and seconds to the first token."""
+    import httpx
+    import xllamacpp
+    from transformers import AutoTokenizer
+
+    from app.settings import get_settings
+
+    tokenizer, (ref,) = AutoTokenizer.from_pretrained(folder), references(folder, [])
+    bias, studio = {tokenizer.eos_token_id: -100.0}, _Llama(kind)
+    run_engine(studio, ref, 0, 4, bias)
+    ((key, server),) = studio.servers.running.items()
+    params = xllamacpp.CommonParams()
+    params.model.path = str(next(get_settings().folder("cache", "gguf").glob(f"*-{kind}.gguf")))
+    params.n_parallel, params.n_ctx, params.warmup, params.verbosity = chats, chats * 2048, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    bare = xllamacpp.Server(params)
+    client = httpx.Client(base_url=bare.listening_address, timeout=300)
+
+    def ask_bare(_: int, i: int, n: int) -> dict[str, float]:
+        ids = tokenizer.apply_chat_template(prompt(i), add_generation_prompt=True, return_dict=False)
+        body = {"prompt": ids, "n_predict": n, "temperature": 0.7, "top_p": 0.95, "seed": i, "stream": True, "ignore_eos": True}
+        began, first, timings = time.perf_counter(), None, {}
+        with client.stream("POST", "/completion", json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    said = json.loads(line.removeprefix("data: "))
+                    first = first or time.perf_counter() - began
+                    timings = said.get("timings") or timings
+        return {"first": first or 0.0, "seconds": time.perf_counter() - began, "tokens": timings["predicted_n"], "prompt_tokens": len(ids)}
+
+    found: dict[str, list[float]] = {}
+    asks: dict[str, Ask] = {"studio": lambda _, i, n: run_engine(studio, ref, i, n, bias), "bare": ask_bare}
+    for turn in range(rounds + 1):  # the first warms up
+        for name, ask in asks.items():
+            one = ask(0, 700 + turn, tokens)
+            seconds, several = crowd(ask, [0], range(800 + 50 * turn, 800 + 50 * turn + chats), tokens)
+            if turn:
+                found.setdefault(f"{name}_first", []).append(one["first"])
+                found.setdefault(f"{name}_alone", []).append(one["tokens"] / one["seconds"])
+                found.setdefault(f"{name}_crowd", []).append(sum(x["tokens"] for x in several) / seconds)
+    studio.servers._drop(key, server)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def of_studio(address: str, names: list[str], tokens: int, chats: int, rounds: int) -> dict[str, Any]:
     """A running studio, through its REST API, as one client of it sees it."""
     import httpx
@@ -257,6 +322,10 @@ def as_text(r: dict[str, Any]) -> str:
             f"model.generate, one by one       {speed['generate_alone']:8.1f} tokens/s {cpu['generate_alone']}",
             f"model.generate, padded batch     {speed['generate_padded_batch']:8.1f} tokens/s {cpu['generate_padded_batch']}  (base alone)",
         ]
+    for kind, llama in r.get("llama_cpp", {}).items():
+        for name, title in (("studio", f"llama.cpp {kind}, in the studio"), ("bare", f"llama.cpp {kind}, bare server")):
+            alone, several, first = llama[f"{name}_alone"], llama[f"{name}_crowd"], llama[f"{name}_first"] * 1000
+            lines.append(f"{title:32} {alone:8.1f} tokens/s one chat, {several:8.1f} {r['chats']} chats, first token {first:.0f} ms")
     return "\n".join(lines)
 
 
@@ -269,12 +338,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--studio", metavar="URL", help="address of a running studio, which is asked in place of an engine of this process")
     parser.add_argument("--names", default="", help="with --studio: the base and what was tuned from it, with commas")
+    parser.add_argument("--llama", default="", metavar="TYPE,…", help="GGUF types in which llama.cpp answers beside the engine")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.studio:
         result = of_studio(given.studio, [n for n in given.names.split(",") if n], given.tokens, given.chats, given.rounds)
     else:
-        result = of_engine((given.model or _starter()).resolve(), given.tokens, given.chats, given.adapters, given.rounds)
+        folder = (given.model or _starter()).resolve()
+        result = of_engine(folder, given.tokens, given.chats, given.adapters, given.rounds)
+        kinds = [kind for kind in given.llama.split(",") if kind]
+        result["llama_cpp"] = {kind: of_llama(folder, kind, given.tokens, given.chats, given.rounds) for kind in kinds}
     result["goals"] = goals(result)
     print(as_text(result))
     if given.json:

@@ -52,7 +52,7 @@ class LlamaFold(Fold):
         s = self.request.sampling
         return super().body() | {
             "seed": self.request.seed % SEEDS, "top_k": s.top_k, "min_p": s.min_p, "repeat_penalty": s.repetition_penalty,
-            "repeat_last_n": -1, "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+            "repeat_last_n": self.rendered.context if self.rendered else 0, "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
             "cache_prompt": not self.slides(self.request),
         }  # fmt: skip
 

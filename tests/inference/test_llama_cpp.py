@@ -60,7 +60,7 @@ def test_its_adapters_are_answered_on_it(session, user, tiny, data_dir, tiny_mod
 
 
 def test_what_cannot_be_run_is_refused(session, user, tiny):
-    with pytest.raises(BadField, match="has no type Q99"):
+    with pytest.raises(BadField, match="has no type 'Q99'"):
         choose(session, user, kind="Q99")
     tiny.shape = tiny.shape | {"model_type": "gpt_neox"}
     with pytest.raises(BadField, match="cannot run tiny"):

@@ -73,7 +73,7 @@ class LlamaServers:
         try:
             yield from entries_of(external_server.answer(request, prompt, server.address, LlamaFold))
         except Unavailable as error:
-            if server.child.is_running():
+            if not server.child.ends_within(1.0):
                 raise
             self._drop(key, server)
             raise Unavailable(
