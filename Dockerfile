@@ -23,6 +23,6 @@ CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0
 FROM base AS gpu
 # Triton and torch's compiler build their kernels with it.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install --editable '.[gpu,export]'
+RUN pip install --editable '.[gpu,export,onnx]'
 USER luthier
 CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"]

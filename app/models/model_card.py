@@ -67,6 +67,12 @@ def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[
 
 
 _RUN_FOLDER = {
+    "onnx": (
+        "```python\nimport numpy as np\nimport onnxruntime\nfrom transformers import AutoTokenizer\n\n"
+        'batch = AutoTokenizer.from_pretrained(".")(["A text."], return_tensors="np")\n'
+        'given = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}\n'
+        'print(onnxruntime.InferenceSession("model.onnx").run(None, given)[0])\n```'
+    ),
     "sentence_transformers": (
         '```python\nfrom sentence_transformers import SentenceTransformer\n\nprint(SentenceTransformer(".").encode(["A text."]).shape)\n```'
     ),
