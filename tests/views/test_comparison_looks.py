@@ -28,7 +28,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     start = page.locator("#start")
     first = int(re.search(r"\d+", start.inner_text()).group(0))
     page.locator('input[name=strategy][value="full"]').uncheck()
-    expect(start).to_have_text(f"Start {first - 1} jobs")
+    expect(start).to_have_text(f"Start {first - 1} runs")
     before = page.locator("#before").inner_text()
     page.get_by_label("Epochs").fill("9")
     page.get_by_label("Epochs").blur()
