@@ -193,7 +193,8 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
     from app.db import get_engine
 
     admin = create_engine(postgres.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    name, used = _emptied.pop() if _emptied else (new_database(admin, postgres.template), 0)
+    usual = postgres.template == PostgresServer.template  # one made from something else is no other test's
+    name, used = _emptied.pop() if _emptied and usual else (new_database(admin, postgres.template), 0)
     redis.Redis.from_url(valkey.url).flushall()
     monkeypatch.setenv("LUTHIER_DATABASE_URL", postgres.url_of(name))
     monkeypatch.setenv("LUTHIER_REDIS_URL", valkey.url)
@@ -202,7 +203,7 @@ def session(postgres: PostgresServer, valkey: Server, data_dir: Path, monkeypatc
     with Session(get_engine(), expire_on_commit=False) as opened:
         yield opened
     forget_settings()
-    if used < MAX_USES and empty(postgres.url_of(name)):
+    if usual and used < MAX_USES and empty(postgres.url_of(name)):
         _emptied.append((name, used + 1))
     else:
         with admin.connect() as connection:

@@ -20,6 +20,7 @@ from app.evaluation import service as evaluations
 from app.jobs import lifecycle
 from app.kit import ids
 from app.leases import OVER, Work
+from app.models import exports
 from app.models import imports as model_imports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
@@ -81,6 +82,10 @@ def an_inspection(world: World) -> Leased:
     return inspections.ask(world.session, world.data, "rows", {"count": 5, "skip": 0})
 
 
+def an_export(world: World) -> Leased:
+    return exports.create(world.session, world.user, world.model.name, "gguf", ["F16"])
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
@@ -90,6 +95,7 @@ KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "readings": (ingest_task.WORK, a_reading),
     "token counts": (token_counts.WORK, a_count),
     "inspections": (inspections.WORK, an_inspection),
+    "exports": (exports.WORK, an_export),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = (model_imports.EXAMINATIONS,)

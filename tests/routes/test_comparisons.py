@@ -356,7 +356,7 @@ def test_the_form_checks_the_first_of_each_family_and_says_what_cannot_be_had(cl
     families = [STRATEGIES[name].family for name in checked]
     assert set(families) == {"reparametrized", "additive", "selective", "partial", "full"} and len(checked) == len(families)
     assert re.search(r'value="bitfit" disabled>', page.text) and re.search(r'value="feature_extraction" disabled>', page.text)
-    assert f"Start {len(checked)} jobs" in page.text and "disabled>Start" not in page.text
+    assert f"Start {len(checked)} runs" in page.text and "disabled>Start" not in page.text
     plan = comparisons.planned(session, user, comparisons.read_order(body(chats, *checked)))
     from app.kit.humanize import human_seconds
 
@@ -387,7 +387,7 @@ def test_a_comparison_is_ordered_once_followed_and_deleted(client, session, user
     )
     assert len(jobs.list_(session, user)) == 2
     page = client.get(where)
-    assert "0 of 2 jobs" in words(page) and "every 3s" in page.text and "Cancel all" in page.text
+    assert "0 of 2 runs" in words(page) and "every 3s" in page.text and "Cancel all" in page.text
     part = client.get(f"{where}?part=live")
     assert "<html" not in part.text and part.text.lstrip().startswith('<div id="comparison"')
     one, two = jobs.list_(session, user)

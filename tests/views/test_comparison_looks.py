@@ -28,7 +28,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     start = page.locator("#start")
     first = int(re.search(r"\d+", start.inner_text()).group(0))
     page.locator('input[name=strategy][value="full"]').uncheck()
-    expect(start).to_have_text(f"Start {first - 1} jobs")
+    expect(start).to_have_text(f"Start {first - 1} runs")
     before = page.locator("#before").inner_text()
     page.get_by_label("Epochs").fill("9")
     page.get_by_label("Epochs").blur()
@@ -45,7 +45,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     start.click()
     page.wait_for_url("**/compare/cmp-*")
     look_at(page, "comparison-waiting", tmp_path)
-    expect(page.locator("#comparison")).to_contain_text("0 of 2 jobs")
+    expect(page.locator("#comparison")).to_contain_text("0 of 2 runs")
     for job, loss in zip(jobs.list_(session, user), (1.2, 1.4), strict=True):
         end(session, job, loss=loss, memory=int(1e9 * loss), seconds=40 * loss)
     expect(page.locator("svg.picture")).to_be_visible(timeout=15_000)  # without a reload
