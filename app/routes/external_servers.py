@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from app import schemas
-from app.db import Db
+from app.db import Db, transaction
 from app.errors import Forbidden, StudioError
-from app.inference import external_server, external_servers
+from app.inference import external_server, external_servers, handover, playground
 from app.inference.protocol import LLAMA_CPP
 from app.models import service as models
 from app.schemas.openapi import answers
@@ -60,6 +61,34 @@ def register(session: Db, user: CurrentUser, order: EngineOrder) -> dict[str, An
     _may_change(user, model if order.url == LLAMA_CPP else None)
     external_servers.register(model, order.url, order.engine_model, order.via)
     return _said(model)
+
+
+@api.post("/engines/{model:path}/check", operation_id="check_engine", responses=answers(schemas.EngineCheck, 400, 404, 503))
+async def check(user: CurrentUser, model: str) -> dict[str, Any]:
+    """Compare what the engine of a model answers with the weights that are here, so that one that answers with the base instead of the
+    adapter is found out."""
+    who = await run_in_threadpool(_speaker, user, model)
+    return {"object": "engine.check", "id": who.name, "engine": who.engine.host if who.engine else "", **await handover.check(user, who)}
+
+
+def _speaker(user: User, name: str) -> playground.ResolvedModel:
+    with transaction() as session:
+        return playground.speaker(session, user, name)
+
+
+@pages.post("/models/{key}/engine/check")
+async def check_from_page(request: Request, user: CurrentUser, key: str) -> Response:
+    """The same from the page, which tells the result."""
+    who = await run_in_threadpool(_speaker_of_key, user, key)
+    found = await handover.check(user, who)
+    said = found["fault"]["message"] if found["fault"] else f"It computes this model: {found['distance']:.2g} nats per token apart."
+    flash(request, said)
+    return RedirectResponse(f"/models/{key}?tab=settings", status_code=303)
+
+
+def _speaker_of_key(user: User, key: str) -> playground.ResolvedModel:
+    with transaction() as session:
+        return playground.speaker(session, user, models.get(session, user, key).name)
 
 
 @api.delete("/engines/{model:path}", operation_id="remove_engine", responses=answers(schemas.EngineOfModel, 409))

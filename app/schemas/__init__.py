@@ -41,7 +41,7 @@ from app.schemas.fine_tuning import (
     JobEstimate,
     StreamedJobEvent,
 )
-from app.schemas.models import Engine, EngineOfModel, LoadedModels, Model, ModelAlias
+from app.schemas.models import Engine, EngineCheck, EngineOfModel, LoadedModels, Model, ModelAlias
 from app.schemas.predictions import Prediction
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
@@ -73,6 +73,7 @@ __all__ = [
     "Deleted",
     "Embeddings",
     "Engine",
+    "EngineCheck",
     "EngineOfModel",
     "Evaluation",
     "Export",

@@ -86,6 +86,27 @@ class EngineOfModel(Schema):
     deleted: bool = False
 
 
+class EngineFault(Schema):
+    """What is wrong with an engine: its cause is adapter or weights."""
+
+    cause: Literal["adapter", "weights"]
+    message: str
+    hint: str
+
+
+class EngineCheck(Schema):
+    """An engine compared with the weights that are here."""
+
+    object: Literal["engine.check"]
+    id: str
+    engine: str = Field(description="Who answered.")
+    prompts: int
+    same_first_token: int = Field(description="Of the prompts.")
+    distance: float = Field(description="Mean difference of the log-probabilities of the likeliest next tokens, in nats.")
+    distance_to_base: float | None = Field(description="The same to the model without its adapter; null for one that has none.")
+    fault: EngineFault | None
+
+
 class LoadedModel(Schema):
     """A loaded model. Its name is null if it belongs to another user."""
 

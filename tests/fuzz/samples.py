@@ -114,6 +114,8 @@ UNSAFE: dict[str, Sample] = {
     "POST /models/{key}/merge": Sample({"key": "$tuned"}, expect=(303, 400, 409)),
     "POST /models/{key}/engine": Sample({"key": "+model"}, form=[("url", "http://127.0.0.1:1/v1"), ("engine_model", "x"), ("via", "chat")], expect=(400, 403)),
     "POST /v1/engines": Sample(json={"model": "$model_name", "url": "http://127.0.0.1:1/v1", "engine_model": "x", "via": "chat"}, expect=(400, 403)),
+    "POST /v1/engines/{model:path}/check": Sample({"model:path": "$model_name"}, expect=(400,)),
+    "POST /models/{key}/engine/check": Sample({"key": "$model"}, expect=(400,)),
     "DELETE /v1/engines/{model:path}": Sample({"model:path": "$model_name"}, expect=(200, 409)),
     # what is named, kept and run over files
     "POST /v1/fine_tuning/jobs/{job_id}/checkpoints/{step}/keep": Sample({"job_id": "$job", "step": "4"}, expect=(404,)),

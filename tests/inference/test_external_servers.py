@@ -165,6 +165,53 @@ def test_an_adapter_is_loaded_there_once(openai_client, generate_worker, far, ou
     external_servers._plain_lora.cache_clear()
 
 
+def test_an_engine_that_answers_with_something_else_is_found_out(
+    api,
+    generate_worker,  # noqa: F811
+    far,
+    outside,
+    session,
+    answering_dir,  # noqa: F811
+    tiny_model,
+    data_dir,
+    user,
+    monkeypatch,
+    client,
+):
+    from safetensors.torch import load_file, save_file
+
+    from tests.worker.inference.test_engine import make_adapter
+
+    laid = make_adapter(answering_dir / "runs" / "checked", tiny_model, 6)
+    shutil.copytree(answering_dir / "runs" / "checked", data_dir / "runs" / "checked")
+    more = {"adapter": True, "strategy": "lora", "adapter_sha256": laid.sha256, "base_id": far.id}
+    register_tiny(session, "tuned-far", path="runs/checked", **more)
+    good = api.post("/v1/engines/tuned-far/check").json()
+    assert good["fault"] is None and good["distance"] < 1e-3 < 0.1 < good["distance_to_base"], good
+    # That server lists tokens by their text, so the half characters that this small model prefers are one to it.
+    assert good["same_first_token"] >= 3 and good["prompts"] == 6 and good["engine"] == f"127.0.0.1:{outside}"
+    assert api.post("/v1/engines/tiny/check").status_code == 400, "there is nothing to compare"
+
+    whole = wire.Fold.body
+    monkeypatch.setattr(wire.Fold, "body", lambda self: whole(self) | {"model": "served-base"})  # a server that dropped the adapter
+    bad = api.post("/v1/engines/tuned-far/check").json()
+    assert bad["fault"]["cause"] == "adapter" and "answers as the base does" in bad["fault"]["message"], bad
+    page = client.post(f"/models/model-{models.get(session, user, 'tuned-far').id.hex}/engine/check", follow_redirects=True)
+    assert "the adapter is not applied" in page.text
+
+    folder = shutil.copytree(answering_dir / "models" / "tiny", answering_dir / "models" / "other", dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value * 1.5 if "mlp" in name else value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    other = register_tiny(session, "other", path="models/other")
+    other.engine = dict(far.engine)
+    session.commit()
+    found = api.post("/v1/engines/other/check").json()
+    assert found["fault"] is None or found["fault"]["cause"] == "weights"
+    assert found["distance"] > 0.01 and found["distance_to_base"] is None, found
+
+
 def test_the_playground_and_the_lab_use_it_too(client, session, user, far, generate_worker, outside):  # noqa: F811
     order = {"models": ["tiny", "far"], "prompt": "Good morning!", "sampling.max_tokens": "12", "sampling.temperature": "0"}
     told = [json.loads(line) for line in client.post("/playground/stream", data=order).text.splitlines()]
