@@ -27,6 +27,7 @@ VERBS = set(
     [
         "append",
         "cancel",
+        "check",
         "classify",
         "create",
         "delete",
@@ -108,7 +109,7 @@ def test_every_route_says_what_it_takes_and_answers(document):
             assert "$ref" in said["schema"] or said["schema"] == openapi.BYTES, f"{where}: the body has no model"
 
 
-BODYLESS = re.compile(r"/(cancel|pause|retry|again|keep)$|^/v1/tus$")
+BODYLESS = re.compile(r"/(cancel|pause|retry|again|keep|check)$|^/v1/tus$")
 
 
 def test_whatever_takes_a_body_says_so(document):
