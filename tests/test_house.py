@@ -292,7 +292,9 @@ def test_compose_runs_what_luthier_up_runs(data_dir):
     services = compose["services"]
     ours = {name: ["python", "-m", *command] for name, command in commands(get_settings()).items()}
     ours["web"] = [{"127.0.0.1": "0.0.0.0"}.get(part, part) for part in ours["web"]]
-    assert set(services) == {*ours, "postgres", "valkey", "migrate"}
+    optional = {name for name, service in services.items() if "profiles" in service}
+    assert set(services) - optional == {*ours, "postgres", "valkey", "migrate"} and optional == {"vllm"}
+    assert not services["vllm"].get("ports"), "it is reached by the studio alone"
     for name, command in ours.items():
         assert [str(part) for part in services[name]["command"]] == command, name
         assert services[name]["environment"]["LUTHIER_DATABASE_URL"].endswith("@postgres/luthier")
