@@ -89,7 +89,7 @@ def test_a_longer_limit_is_offered_where_rows_are_truncated():
     first, second = dataset_view.health(dataset)
     assert (first.severity, first.text) == ("warning", "100 of 102 rows usable")
     assert second.text == "30 rows longer than 1,024 tokens: truncated"
-    assert second.link == "Raise max length to 2,048 (keeps 97 % whole)"
+    assert second.link == "Raise max length to 2,048 (keeps 97% whole)"
     assert second.path.endswith("&run.max_length=2048")
     assert dataset_view.longer(dataset) == second
     dataset.report = report | {"cutoff": 512}

@@ -92,7 +92,7 @@ def test_in_the_browser(browser_page, served, session, user, two, generate_worke
     assert len(likely) > 5 and likely[0] == ["seen s0", "–"]  # nothing stands before the first
     for name, told in likely[1:]:
         low, high = shades[name]
-        assert low - 0.05 <= (0.05 if told.startswith("<") else float(told.removesuffix(" %"))) <= high + 0.05
+        assert low - 0.05 <= (0.05 if told.startswith("<") else float(told.removesuffix("%"))) <= high + 0.05
     page.get_by_text("As a table").click()
     look_at(page, "tokens", tmp_path)
 
