@@ -158,6 +158,7 @@ def entries_of(stream: AsyncGenerator[list[Entry]]) -> Generator[list[Entry], No
             following.cancel()
             loop.run_until_complete(asyncio.wait({following}))
         loop.run_until_complete(stream.aclose())
+        loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
 
