@@ -12,6 +12,7 @@ The Celery message only says "look at this one"; the claim below decides, and ev
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -227,21 +228,24 @@ def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: D
     return None
 
 
+LAST_PAIRS = 50
+"""How many of the last jobs and of the last evaluations a form looks at for a pair to begin with."""
+
+
 def usual_pair(
     session: Session, user: User, models: Sequence[Model], datasets: Sequence[Dataset], model: Model | None, dataset: Dataset | None
 ) -> tuple[Model, Dataset] | None:
     """What a form begins with: the pair that was scored or trained last and can be scored, else the first that can. A model or
     dataset that is given stays; None where nothing suits it."""
-    able = {
-        (m.id, d.id): (m, d)
-        for m in ([model] if model else [m for m in models if m.kept])
-        for d in ([dataset] if dataset else datasets)
-        if m.shape and unfit(m.name, m.shape["architecture"], m.labels, d) is None
-    }
+    usable = {m.id: m for m in ([model] if model else [m for m in models if m.kept])}
+    rows = {d.id: d for d in ([dataset] if dataset else datasets)}
     trained = select(Job.created_at, Model.id, Job.dataset_id).join(Model, Model.job_id == Job.id).where(Job.owner_id == user.id)
     scored = mine(user).with_only_columns(Evaluation.created_at, Evaluation.model_id, Evaluation.dataset_id)
-    recent = sorted((*session.execute(trained), *session.execute(scored)), key=lambda row: row[0], reverse=True)
-    return next((able[m, d] for _, m, d in recent if (m, d) in able), next(iter(able.values()), None))
+    last = [*session.execute(trained.order_by(Job.created_at.desc()).limit(LAST_PAIRS))]
+    last += session.execute(scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS))
+    recent = [(usable[m], rows[d]) for _, m, d in sorted(last, key=lambda row: row[0], reverse=True) if m in usable and d in rows]
+    pairs = itertools.chain(recent, itertools.product(usable.values(), rows.values()))
+    return next(((m, d) for m, d in pairs if m.shape and unfit(m.name, m.shape["architecture"], m.labels, d) is None), None)
 
 
 # Looking ------------------------------------------------------------------------------------------------------------
