@@ -16,7 +16,7 @@ from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS
 from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
-from app.run_settings import GRADIENT_ONLY, GRADIENT_QUIET, STEPS_ONLY, STEPS_QUIET, RunSettings
+from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import MAX_CLASSES, JobSpec, ModelRef
 from app.strategies import STRATEGIES, Strategy
@@ -32,6 +32,20 @@ MIN_FP8_CAPABILITY = 8.9
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
+
+GRADIENT_ONLY = (
+    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha",
+    "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best",
+)  # fmt: skip
+"""Settings without effect where frozen features are computed once and a classifier is fitted to them."""
+STEPS_ONLY = ("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "num_cycles", "decay_fraction", "min_lr_fraction")
+"""Settings without effect either where that classifier is logistic regression, which takes no optimizer steps."""
+GRADIENT_QUIET = (
+    "epochs", "max_tokens_per_step", "max_steps", "micro_batches", "train_on", "chat_template", "chat_template_jinja",
+    "evaluations_per_epoch", "sample_tokens", "gradient_checkpointing",
+)  # fmt: skip
+STEPS_QUIET = ("learning_rate", "schedule", "warmup_fraction", "weight_decay", "max_grad_norm", "early_stopping_patience")
+"""More of both kinds, which are not refused: a comparison sends them to all of its methods."""
 
 
 def refuse_labels(task: str, dataset: Dataset, validation: Dataset | None, param: str, validation_param: str) -> None:
