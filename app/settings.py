@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         "luthier",
         pattern=r"^(luthier|llama\.cpp(:[A-Z0-9_]+)?)$",
         description="What answers on a processor where a model names nothing else: `luthier`, the built-in engine, whose numbers are those "
-        "of training; or `llama.cpp`, several times as fast, in the GGUF type after a colon (`llama.cpp:BF16`; Q8_0 where there is none).",
+        "of training; or `llama.cpp`, about twice as fast, in the GGUF type after a colon (`llama.cpp:Q8_0`; F16 where there is none).",
     )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")

@@ -58,7 +58,7 @@ def llama_types(model: Model) -> tuple[str, ...]:
     """The GGUF types in which llama.cpp can answer for a model, the usual one first; none where it cannot."""
     if model.adapter or model.shape is None or not llama_cpp.runs(model.kind, Shape.model_validate(model.shape)):
         return ()
-    return ("Q8_0", *(kind for kind in llama_cpp.TYPES if kind != "Q8_0"))
+    return (llama_cpp.DEFAULT_TYPE, *(kind for kind in llama_cpp.TYPES if kind != llama_cpp.DEFAULT_TYPE))
 
 
 def remove(model: Model) -> None:

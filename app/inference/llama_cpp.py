@@ -1,7 +1,7 @@
 """llama.cpp as an engine of this studio's own on a processor: which models and requests it answers, and how a request is put to it.
 
 A generate worker converts the model to GGUF once and runs it in a llama.cpp server of its own (`worker/inference/llama_cpp.py`). It is
-several times as fast as the built-in engine on a processor. The built-in engine stays for what it alone does: adapters that are more
+about twice as fast as the built-in engine on a processor. The built-in engine stays for what it alone does: adapters that are more
 than plain LoRA, soft prompts, blends, next-token probabilities, several adapters in one batch, and exactly the numbers of training.
 """
 
@@ -18,6 +18,8 @@ from app.settings import get_settings
 from app.shapes import Shape
 
 TYPES = FORMATS["gguf"].types
+DEFAULT_TYPE = "F16"
+"""It keeps the weights: a small model in Q8_0 may give another answer even at temperature 0."""
 SEEDS = 2**32 - 1
 """llama.cpp has seeds below this number, which itself means a seed that is drawn."""
 
@@ -37,7 +39,7 @@ def runs(kind: str, shape: Shape) -> bool:
 def by_setting() -> str | None:
     """The GGUF type that the setting LUTHIER_CPU_ENGINE names; None where it names the built-in engine. Raises BadField."""
     name, _, kind = get_settings().cpu_engine.partition(":")
-    return engine(kind or "Q8_0").model if name == LLAMA_CPP else None
+    return engine(kind or DEFAULT_TYPE).model if name == LLAMA_CPP else None
 
 
 def answers(sampling: Sampling) -> bool:

@@ -72,7 +72,7 @@ def test_the_setting_chooses_for_every_model_that_names_nothing(session, user, t
     found = models.resolve(session, user, "tiny")
     assert external_servers.engine_of(session, found) is None
     monkeypatch.setattr(get_settings(), "cpu_engine", "llama.cpp")
-    assert external_servers.engine_of(session, found).model == "Q8_0"
+    assert external_servers.engine_of(session, found).model == "F16"
     monkeypatch.setattr(get_settings(), "cpu_engine", "llama.cpp:BF16")
     assert external_servers.engine_of(session, found).model == "BF16"
     tiny.shape = tiny.shape | {"model_type": "gpt_neox"}
