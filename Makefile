@@ -1,6 +1,7 @@
-# make studio   set everything up and start the studio        make test    set everything up and run every test
+# make studio   set everything up and start the studio        make test    set everything up and run the tests
+# make test-all      the same and the long ones: deaths of every part, whole flows, compilers and benchmarks (marker `long`)
 # make test-faults   the long runs of the tests with more random kills, moves and requests
-# Both need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
+# They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
 SHELL := /bin/bash
 # The machine's own python3 where it is new enough, else a newer one beside it.
@@ -12,25 +13,27 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test test-faults bench lint clean
+.PHONY: help studio test test-all test-faults bench lint clean
 
 help:
-	@sed -n '1,3p' Makefile
+	@sed -n '1,4p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
 	@exec $(BIN)/luthier up
 
-test: $(VENV)/.installed-test $(VENV)/.browser lint
+test: CHOSEN := not fault and not long
+test-all: CHOSEN := not fault
+test test-all: $(VENV)/.installed-test $(VENV)/.browser lint
 	@# Two at a time; what failed beside others is tried once more alone, so that a busy machine is not called a defect, and is named
 	@# with the reason it is known to fail for (marker `flaky`), or as one to be mended or marked. Only failed tests (1) are
 	@# worth that: a run that was interrupted, misused or found nothing to run says so at once (2 to 5).
 	@rm -f .pytest_cache/v/cache/lastfailed
 	@export HF_HUB_OFFLINE=1; code=0; \
-	 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || code=$$?; \
+	 $(BIN)/python -m pytest -m '$(CHOSEN)' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || code=$$?; \
 	 [ $$code = 1 ] || exit $$code; \
 	 printf '\n%s\n\n' "What failed is tried once more, one test at a time."; \
-	 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -rfE $(ARGS)
+	 $(BIN)/python -m pytest -m '$(CHOSEN)' --last-failed --last-failed-no-failures none -rfE $(ARGS)
 
 # The long runs of checks whose short forms are among the tests above: many more random kills, moves and requests.
 test-faults: $(VENV)/.installed-test

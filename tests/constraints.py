@@ -1,6 +1,6 @@
 """Writes the exact versions of everything this environment has that the project needs: `python -m tests.constraints > constraints.txt`.
 
-To be run in the environment of `make test`, once every test has passed there.
+To be run in the environment of `make test-all`, once every test has passed there.
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ def test_doctor_looks_at_everything(data_dir):
         assert word in done.stdout, word
 
 
+@pytest.mark.long
 def test_doctor_tries_what_only_a_gpu_uses(data_dir, monkeypatch, tmp_path):
     """Without a GPU it says what is installed; with a driver it tries each part in a child, which here finds no device."""
     assert doctor.gpu_parts()[0].verdict == "note"
@@ -186,6 +187,7 @@ def test_doctor_reads_the_servers_that_are_given(session):
     assert "valkey" in doctor.broker().found
 
 
+@pytest.mark.long
 def test_an_order_trained_here_needs_no_studio(data_dir, tiny_model, tmp_path):
     """No database, no queue: the rows are read, the model learns, a profile is written, and the result lies in the data folder."""
     rows = [

@@ -8,6 +8,7 @@ from benchmarks.pages import as_text, pages, seed
 from tests.data_worker import data_worker
 
 
+@pytest.mark.long
 def test_every_page_has_an_example_that_opens(client, session, user, data_dir):
     samples = seed(session, user, data_dir)
     with data_worker():

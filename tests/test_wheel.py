@@ -40,6 +40,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin" / "python"
 
 
+@pytest.mark.long
 def test_it_brings_all_that_it_needs(python: Path, tmp_path: Path):
     code = (
         "import app, worker, pathlib; from app import migrate; from app.datasets import samples; from app.settings import RESOURCES;"
@@ -55,6 +56,7 @@ def test_it_brings_all_that_it_needs(python: Path, tmp_path: Path):
     assert int(samples) == len(list((PROJECT / "samples").iterdir())) and int(pages) == len(list((PROJECT / "templates").rglob("*.html")))
 
 
+@pytest.mark.long
 @pytest.mark.studio
 @pytest.mark.timeout(240)
 def test_it_is_a_whole_studio(python: Path, tmp_path: Path):

@@ -92,6 +92,7 @@ def children(monkeypatch):
     return Children()
 
 
+@pytest.mark.long
 def test_a_part_of_them_through_the_whole_studio(api, session, tmp_path, children, every):
     outcomes = [run(api, every[name], tmp_path, children) for name in THROUGH]
     faults = {outcome.case.name: outcome.faults for outcome in outcomes if outcome.faults}

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from app.settings import PROJECT
 
 
@@ -14,6 +16,7 @@ def run(*arguments, tmp_path):
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.long
 def test_the_report(tmp_path):
     result, said = run("benchmarks.report", "--rows", "400", "--requests", "4", tmp_path=tmp_path)
     assert 300 < result["good_rows"] < 400 and result["tokens"] > 10_000 and result["child_mb"] > 20
@@ -21,6 +24,7 @@ def test_the_report(tmp_path):
     assert all(0 < page["p50"] <= page["p95"] for page in result["pages"].values()) and "reached" in said
 
 
+@pytest.mark.long
 def test_the_upload(tmp_path):
     result, said = run("benchmarks.upload", "--bytes", "9000000", "--breaks", "3", tmp_path=tmp_path)
     assert [found["bytes"] for found in result.values()] == ["sha256 equal"] * 3, said

@@ -95,6 +95,7 @@ def evaluate(api, made):
     return api.get(f"/v1/evaluations/{told['id']}").json()
 
 
+@pytest.mark.long
 def test_damaged_rows_are_told_by_an_evaluation_and_a_comparison_and_read_again_from_the_file(
     api, client, session, user, dataset, data_dir, tiny_registered
 ):

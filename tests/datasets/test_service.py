@@ -123,6 +123,7 @@ def test_the_reaper_announces_what_was_lost_and_gives_up_after_three_deaths(sess
     assert dataset.status == "error" and "3 times" in dataset.error["message"] and dataset.error["hint"]
 
 
+@pytest.mark.long
 def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(session, make, data_dir, monkeypatch):
     """The child dies by SIGKILL; then the reader itself 'dies' between reading and recording."""
     dataset = make(rows(30_000))

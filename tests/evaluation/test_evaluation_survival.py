@@ -39,6 +39,7 @@ def follow(client: Client, key: str, until) -> dict:
     return told
 
 
+@pytest.mark.long
 def test_an_evaluation_survives_the_death_of_every_part(tiny_model: Path):
     folder = Path(tempfile.mkdtemp(prefix="luthier-survival-"))
     folder.chmod(0o711)

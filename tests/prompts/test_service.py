@@ -400,6 +400,7 @@ def test_a_field_that_is_wrong_says_so_itself_and_nothing_is_saved(client, sessi
     assert session.query(PromptRun).count() == 0 and session.query(Prompt).count() == 0
 
 
+@pytest.mark.long
 def test_in_the_browser_through_a_real_worker(browser_page, served, session, user, sums, data_dir, valkey):
     """The preview follows the keys, a try shows three answers and is kept nowhere, and Save & run ends with a score."""
     import os

@@ -104,6 +104,7 @@ def lines(client, served, user, session, order):
 LONG = {"models": ["tiny", "going"], "prompt": "Go on", "sampling.max_tokens": "400", "sampling.temperature": "0"}
 
 
+@pytest.mark.long
 def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, served, user, session, generate_worker):  # noqa: F811
     register_tiny(session, "going")
     order = LONG | {"sampling.temperature": "2", "sampling.frequency_penalty": "2"}  # so that neither ends soon
@@ -120,6 +121,7 @@ def test_a_worker_killed_under_the_playground_is_told_in_each_column(client, ser
     assert len(stored) == 2 and any(a.finish_reason == "error" for a in stored)
 
 
+@pytest.mark.long
 def test_after_it_a_new_worker_answers_the_playground(client, served, user, session):
     register_tiny(session, "going")
     told = list(lines(client, served, user, session, LONG | {"sampling.max_tokens": "4"}))

@@ -217,6 +217,7 @@ def test_worker_killed_mid_stream_ends_with_an_error_and_the_next_one_answers(cl
     assert time.monotonic() - began < 12 and caught.value.code == "worker_lost"
 
 
+@pytest.mark.long
 def test_after_a_death_a_new_worker_answers(client):
     assert answer(client).choices[0].finish_reason in ("stop", "length")
 

@@ -110,6 +110,7 @@ def crawl(client) -> tuple[dict[str, str], list[str]]:
     return seen, dead
 
 
+@pytest.mark.long
 def test_no_link_of_any_page_leads_nowhere(client, full, session):
     asked, dead = crawl(client)
     assert not dead, "\n".join(dead)

@@ -128,6 +128,7 @@ def test_a_trainer_starts_behind_the_walls(odd):  # noqa: F811
     assert found["secret"] is False and found["parent"] is False and found["own"] is True, found
 
 
+@pytest.mark.long
 def test_two_processes_train_one_job_behind_the_walls(new_job):  # noqa: F811
     """They talk over a loopback of their own, and the second opens the pipe that the first was given."""
     get_settings().gpus_per_job, get_settings().stop_grace_seconds = 2, 60.0

@@ -215,6 +215,7 @@ def test_many_slow_connections_leave_the_others_alone(door):
             assert rest(connection).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.long
 def test_connections_are_counted_by_address_and_together(tmp_path):
     folder = {"LUTHIER_DATA_DIR": str(tmp_path), "LUTHIER_MAX_CONNECTIONS": "40", "LUTHIER_MAX_CONNECTIONS_PER_ADDRESS": "10"}
     nowhere = {"LUTHIER_DATABASE_URL": "postgresql+psycopg://nobody@/none?host=/nowhere", "LUTHIER_REDIS_URL": "unix:///nowhere.sock"}

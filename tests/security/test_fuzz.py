@@ -96,6 +96,7 @@ NOT_ANSWERED = {
 get, and so check, their good answers."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", SECONDS)
 def test_no_request_makes_a_500(fuzz, seconds):
     async def all_of_it() -> tuple[list[str], set[str], int]:

@@ -93,6 +93,7 @@ ASKER = {"authorization": f"Bearer sk-luthier-{'0' * 32}-x"}
 """A key of the right shape, for which the database must be asked."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["postgres", "valkey"])
 def test_a_silent_server_freezes_nothing_that_does_not_need_it(running, name):
     servers, url = running

@@ -84,6 +84,7 @@ def test_a_made_up_key_or_cookie_opens_nothing(web):
                 assert status in (401, 303), f"{method} {path} with {headers}: {status}"
 
 
+@pytest.mark.long
 def test_a_page_of_another_site_changes_nothing(client, api):
     """For every method but the reading ones, with a cookie and with a key."""
     strangers = ("http://evil.example", "null", "http://127.0.0.1:9999", "https://127.0.0.1:8000", "http://127.0.0.1:8000.evil.example", "")

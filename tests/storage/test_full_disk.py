@@ -258,6 +258,7 @@ def test_readiness_says_what_is_wrong_with_a_broker_whose_disk_is_full(api, full
     wait_until(lambda: broker()["good"], what="the broker", seconds=30)
 
 
+@pytest.mark.long
 def test_a_worker_waits_for_a_broker_whose_disk_is_full(session, full_broker, tmp_path):
     """The real process, which ended at the first refusal."""
     command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-Q", "data", "--pool=threads", "-c", "1"]

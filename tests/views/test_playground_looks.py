@@ -216,6 +216,7 @@ def test_an_engine_is_chosen_and_answers(browser_page, served, session, user, ge
     page.get_by_text("runs on the built-in engine").wait_for()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, served, session, user, data_dir, tiny_model, tmp_path):
     """All the way by its buttons: votes, a dataset of pairs, a DPO job that really learns, and its margin on the page."""

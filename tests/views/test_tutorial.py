@@ -35,6 +35,7 @@ def test_nothing_is_tuned_before_there_is_a_generic_model(session, user):
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.timeout(240)
 def test_one_button_a_step(browser_page, served, session, user, data_dir, tiny_model, tmp_path):

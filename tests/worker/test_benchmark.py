@@ -14,6 +14,7 @@ from benchmarks.shapes import draw_samples
 from benchmarks.training import farthest, table
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)  # five processes, on a machine that may be busy
 def test_two_engines_on_one_model(tmp_path, monkeypatch, capsys):
     """Through the command that measures a GPU's numbers, here on a processor with a tiny model: what it cannot run it says."""

@@ -26,6 +26,7 @@ def tiny_encoder(data_dir, tiny_model):
     return data_dir / ref.path
 
 
+@pytest.mark.long
 def test_two_strategies_predicted_and_measured_and_not_measured_again(tmp_path, tiny_model):
     command = ["--model", str(tiny_model), "--only", "generation,lora,bitfit", "--steps", "3", "--no-calibration"]
     command += ["--set", "precision=fp32", "--set", "forgetting=false"]
@@ -45,6 +46,7 @@ def test_two_strategies_predicted_and_measured_and_not_measured_again(tmp_path, 
     assert again.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["results"] == [result]
 
 
+@pytest.mark.long
 def test_classes_are_told_by_their_accuracy(tmp_path, tiny_encoder):
     done = run("--encoder", str(tiny_encoder), "--only", "feature_extraction", "--steps", "3", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from app.settings import PROJECT
 from benchmarks.features import verdict
 from tests.worker.training.test_classification import put_encoder, texts
 from worker.training.feature_cache import STRENGTHS
 
 
+@pytest.mark.long
 def test_a_job_beside_plain_scikit_learn(tmp_path, data_dir, tiny_model):
     encoder = put_encoder(tiny_model)
     for name, count in (("train", 90), ("test", 30)):

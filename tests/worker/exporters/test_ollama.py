@@ -57,6 +57,7 @@ def test_a_system_prompt_of_the_template_becomes_the_modelfiles(tmp_path: Path):
     assert ours and 'SYSTEM """Be brief."""' in (tmp_path / "out" / "Modelfile").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.starter
 def test_the_starters_template_is_the_same_in_go(starter_model: Path):
     from transformers import AutoTokenizer

@@ -194,6 +194,7 @@ def run(code: str, **environment: str) -> str:
     return subprocess.run(command, env={**inherited, **environment}, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.long
 def test_kernels_are_kept_in_the_data_folder_and_compiled_again_where_it_is_closed(tmp_path: Path) -> None:
     code = "from worker.kernels.cpu import jit; import numba; print(jit.is_available(), numba.config.CACHE_DIR)"
     works, folder = run(code, LUTHIER_DATA_DIR=str(tmp_path / "data")).split()
@@ -203,6 +204,7 @@ def test_kernels_are_kept_in_the_data_folder_and_compiled_again_where_it_is_clos
     assert works == "True" and not Path(folder).is_relative_to(tmp_path)
 
 
+@pytest.mark.long
 def test_all_that_a_job_needs_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
     monkeypatch.setenv("NUMBA_CACHE_DIR", kept["NUMBA_CACHE_DIR"])

@@ -99,6 +99,7 @@ def test_two_processes_learn_what_one_does(spec, data_dir):
     assert any(float(v.abs().max()) > 1e-3 for k, v in first.items() if "lora_B" in k)
 
 
+@pytest.mark.long
 def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch):
     """Their checkpoint is whole on its own, so any number of processes goes on from it."""
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
@@ -147,6 +148,7 @@ def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
     assert all(torch.allclose(saved[0][k], saved[1][k], atol=1e-5) for k in saved[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("began_with", "ends_with"), [(2, 1), (1, 2), (2, 3)])
 def test_a_spread_job_goes_on_with_another_number_of_processes(data_dir, tiny_model, began_with, ends_with):
     spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=6, epochs=5, learning_rate=1e-3)
@@ -179,6 +181,7 @@ def two_of(module: str, folder) -> tuple[list[str], str]:
     return [(folder / f"told-{rank}").read_text() for rank in (0, 1)], ended.stdout
 
 
+@pytest.mark.long
 def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
     """A block's weights are there while it computes and no longer, in the type of the products; what is kept stays float32."""
     for told in map(json.loads, two_of("tests.worker.runtime.spread_blocks", tmp_path)[0]):
@@ -188,6 +191,7 @@ def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
         assert told["lengths"][0] == pytest.approx(told["lengths"][1], rel=2e-2)
 
 
+@pytest.mark.long
 def test_all_are_told_that_one_has_no_room(tmp_path):
     """The first speaks for all, so it must know why the second could not save its rows."""
     told, said = two_of("tests.worker.runtime.no_room", tmp_path)
@@ -211,6 +215,7 @@ def test_rows_are_read_by_whoever_wrote_them(tmp_path, wrote, reads):
     assert all(torch.equal(x, states[key]) for key, x in read_optimizer(tmp_path).items())
 
 
+@pytest.mark.long
 def test_two_machines_meet(spec, data_dir):
     """As the README says it: torchrun on each, one rendezvous; what is said comes out of the first's standard output."""
     with socket.socket() as free:

@@ -188,6 +188,7 @@ def plenty(data_dir: Path, tiny_model: Path, strategy: str = "lora", settings: d
 
 
 # Gradients of their own, past autograd where the units are, and added in order.
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "threads"), [("lora", 4), ("lora", 2), ("full", 4)])
 def test_a_job_in_parts_is_reproducible_and_goes_on_where_it_was_killed(
     data_dir: Path, tiny_model: Path, strategy: str, threads: int

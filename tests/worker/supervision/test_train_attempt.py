@@ -115,6 +115,7 @@ def test_a_whole_job(new_job, session):
     assert "torch" not in (PROJECT / "worker" / "supervision" / "train_attempt.py").read_text().split('"""')[2]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_killed_trainers_change_nothing_about_the_result(new_job):
     calm, beaten = new_job(), new_job()
@@ -161,6 +162,7 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
     assert ended(job, thread).status == "cancelled" and not trainers()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_cancelled_job_goes_on_from_any_checkpoint_as_if_nothing_had_happened_and_a_kept_one_stays(new_job, session, user):
     calm, job = new_job(epochs=12), new_job(epochs=12)
@@ -279,6 +281,7 @@ def test_a_trainer_that_hangs_is_stopped_and_tried_again(odd, monkeypatch):
     assert row.status == "queued" and row.deaths == 1 and "hung" in said(job, "lost")[0].data["message"]
 
 
+@pytest.mark.long
 @pytest.mark.flaky(reason="a trainer that gets no processor for two seconds is as silent as one that hangs")
 def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeypatch):
     """Validation, and base and result on every training row, say how far they are; each takes several times the patience."""
@@ -432,6 +435,7 @@ def row_of(key: uuid.UUID) -> Evaluation:
 GENERATE_WORKER = ("-m", "celery", "-A", "worker.main", "worker", "-Q", "generate", "--pool=threads", "-c", "4", "--without-gossip")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_their_worker(new_job, processes, session, user):
     job = new_job(epochs=1000)
@@ -496,6 +500,7 @@ def test_the_worker_is_killed_and_redis_is_wiped_and_the_job_finishes(new_job, p
     assert said(job, "started")[1].data["resumed_from"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_warm_shutdown_saves_and_the_next_worker_goes_on_until_it_is_deaf(new_job, processes):
     job = new_job(epochs=12)

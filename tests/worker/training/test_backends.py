@@ -167,6 +167,7 @@ USING = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "task", "files"), USING)
 def test_with_plain_no_kernel_is_called(data_dir, tiny_model, kernels, name: str, task: str, files: set[str]) -> None:
     spec = spec_of(tiny_model, name, task, precision="bf16", max_steps=2, samples=1, row_losses=True, validation_fraction=0.1)

@@ -262,6 +262,7 @@ def weights(finished: events.TrainerEvent) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in made["files"].items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), ("full", {})])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict[str, Any]) -> None:
     spec = pair_order(tiny_model, strategy, settings, micro_batches=2, evaluations_per_epoch=3, epochs=3, max_tokens_per_step=240)

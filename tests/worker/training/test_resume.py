@@ -32,7 +32,10 @@ def weights(finished: events.Finished) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in made["files"].items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), ("full", {}), ("pissa", {})])
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [("lora", {"dropout": 0.2}), pytest.param("full", {}, marks=pytest.mark.long), pytest.param("pissa", {}, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize(("seed", "kills"), [(5, 3), *(pytest.param(seed, 5, marks=pytest.mark.fault) for seed in range(6))])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict, seed: int, kills: int) -> None:
     model, data = put_model(tiny_model), put_dataset(chat_rows())
@@ -63,6 +66,7 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
     assert weights(last[-1]) == weights(whole[-1])
 
 
+@pytest.mark.long
 def test_killed_while_saving(data_dir: Path, tiny_model: Path) -> None:
     """Killed at the k-th file system call of a save, for several k: never a torn checkpoint, never a different result."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), evaluations_per_epoch=2)
