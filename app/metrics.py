@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from app.kit.humanize import human_number, human_percent
+
 Unit = Literal["", "share"]
 
 
@@ -25,7 +27,7 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric("Perplexity", "exponential of the loss", True),
     "bits_per_byte": Metric("Bits per byte", "comparable across tokenizers", True),
     "token_accuracy": Metric("Token accuracy", "next-token accuracy", False, "share", tile=5),
-    "exact_match": Metric("Exact match", "share of answers equal to the reference", False),
+    "exact_match": Metric("Exact match", "share of answers equal to the reference", False, "share"),
     "rouge_l": Metric("ROUGE-L", "longest common sequence of words, 0 to 1", False, tile=3, enough=0.8),
     "chrf": Metric("chrF", "common character sequences, 0 to 1", False, tile=4),
     "accuracy": Metric(
@@ -75,6 +77,11 @@ ABILITY = {
     "nothing, by construction": "unchanged by design",
 }
 """Labels of the verdicts on forgetting: pages show the change of general ability, for which higher is better."""
+
+
+def figure(value: float | None, name: str, digits: int = 4) -> str:
+    """A score as pages show it: fractions in percent, all else with so many decimals; nothing where there is none."""
+    return str(human_percent(value) if METRICS[name].unit == "share" else human_number(value, digits))
 
 
 def signed(share: float, digits: int = 1) -> str:

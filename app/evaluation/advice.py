@@ -254,12 +254,13 @@ def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
 
 
 def _answer(facts: Facts, zero: float | None, few: float | None) -> str:
-    reached = f"{metrics.in_text(facts.metric or PROMPTED[0])} {facts.prompted:.2f}"
+    metric = facts.metric or PROMPTED[0]
+    reached = f"{metrics.in_text(metric)} {metrics.figure(facts.prompted, metric, 2)}"
     by = _by(facts, examples=few is not None and (zero is None or few > zero))
     if not _advice.worth_tuning(facts):
         return f"Perhaps not. {by} the base model reaches {reached} on the validation set: a prompt may be sufficient."
     if facts.chance is not None and (facts.prompted or 0) <= facts.chance + 0.05:
-        return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({facts.chance:.2f}): much headroom."
+        return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({metrics.figure(facts.chance, metric)}): much headroom."
     return f"Yes. {by} the base model reaches {reached} on the validation set: headroom for fine-tuning."
 
 

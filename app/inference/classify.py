@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from app.errors import BadField
+from app.errors import BadField, StudioError
 from app.inference import playground
 from app.inference.playground import MAX_PANES, Option
 from app.inference.protocol import MAX_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
@@ -28,6 +30,20 @@ class Sorting(NamedTuple):
     cut: list[bool]
     tokens: int
     error: dict[str, Any] | None = None
+
+
+def held_out(session: Session, user: User, names: Sequence[str], most: int = 6) -> list[str]:
+    """Texts that the first of these classifiers with a job here was not trained on: of its validation rows, some of the easiest and
+    of the hardest, in turn. Empty where it has none."""
+    for name in names:
+        with contextlib.suppress(StudioError):
+            job, _ = models.origin(session, models.resolve(session, user, name))
+            found = (job.evaluation or {}) if job else {}
+            pairs = itertools.zip_longest(found.get("best") or [], found.get("worst") or [])
+            texts = (" ".join(row["prompt"].split()) for pair in pairs for row in pair if row and row.get("prompt"))
+            if shown := list(dict.fromkeys(text for text in texts if text))[:most]:
+                return shown
+    return []
 
 
 def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]) -> list[GenerateRequest]:

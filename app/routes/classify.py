@@ -81,10 +81,11 @@ def _page(
 ) -> Response:
     with transaction() as session:
         choices = classify.choices(session, user)
-    every = [option for group in choices.values() for option in group]
-    names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
+        every = [option for group in choices.values() for option in group]
+        names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
+        examples = classify.held_out(session, user, names)
     context = {
         "choices": choices, "names": names, "most_panes": MAX_PANES, "text": text, "texts": texts, "found": found, "error": error,
-        "shown": SHOWN, "titles": {option.name: option.title for option in every},
+        "shown": SHOWN, "examples": examples, "titles": {option.name: option.title for option in every},
     }  # fmt: skip
     return web_templates.render(request, "classify.html", status_code=error.status if error else 200, **context)

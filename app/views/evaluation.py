@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from app import objectives
 from app.kit import ids
-from app.metrics import METRICS
+from app.metrics import METRICS, figure
 from app.tables import Evaluation
 
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
@@ -19,7 +19,8 @@ class Line(NamedTuple):
     base: float | None
     value: float
     better: bool | None
-    between: str = ""  # its 95% interval, where it was measured
+    between: str  # its 95% interval, where it was measured
+    name: str
 
 
 def row(evaluation: Evaluation) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _figure(kind: str, task: str | None, result: Mapping[str, Any]) -> str:
     scores = result.get("scores") or {}
     for name in (*objectives.get(task).metrics, "loss"):
         if isinstance(scores.get(name), int | float):
-            return f"{METRICS[name].title.lower()} {scores[name]:.3f}"
+            return f"{METRICS[name].title.lower()} {figure(scores[name], name, 3)}"
     return ""
 
 
@@ -73,13 +74,14 @@ def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, 
     (title, meaning, less), value = METRICS[name][:3], scores[name]
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
-    return Line(title, meaning, before, value, (value < before) == less if told and before is not None else None, between(scores, name))
+    better = (value < before) == less if told and before is not None else None
+    return Line(title, meaning, before, value, better, between(scores, name), name)
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:
     """The 95% interval of a score in words; empty where there is none."""
     low_high = (scores.get("intervals") or {}).get(name)
-    return f"{low_high[0]:.3g} to {low_high[1]:.3g}" if low_high else ""
+    return " to ".join(figure(end, name, 3) for end in low_high) if low_high else ""
 
 
 def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:

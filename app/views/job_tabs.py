@@ -148,15 +148,11 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
         if found is not None:
             title = metrics.METRICS[name].title
             told = before is not None and found != before and not by_chance(evaluation, name)
-            note = f"from {_score(name, before)}" if before is not None else between(tuned, name)
-            return Tile(title, _score(name, found), note, found > before if told and before is not None else None)
+            note = f"from {metrics.figure(before, name, 3)}" if before is not None else between(tuned, name)
+            return Tile(title, metrics.figure(found, name, 3), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(metrics.METRICS[name].title, _score(name, points[-1][1]), f"at step {human_number(points[-1][0])}")
+            return Tile(metrics.METRICS[name].title, metrics.figure(points[-1][1], name, 3), f"at step {human_number(points[-1][0])}")
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
-
-
-def _score(name: str, value: float) -> str:
-    return human_percent(value) if metrics.METRICS[name].unit == "share" else human_number(value, 3)
 
 
 def _told(job: Job, progress: Progress, name: str) -> Mapping[str, Any] | None:

@@ -17,7 +17,8 @@ from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
 from app.kit.forms import as_text, label_of
-from app.kit.humanize import NOTHING, human_number, human_percent
+from app.kit.humanize import NOTHING, human_number
+from app.metrics import figure
 from app.spec import JobSpec
 from app.tables import Job, User
 from app.views import job as job_view
@@ -79,12 +80,8 @@ def _cell(table: Table, column: Column, row: dict[str, Any], job: Job) -> Cell:
     between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
     note = ability_interval(row) if column.key == "forgetting" else ""
     if column.key in SCORED and between:
-        note = f"95%: {_plain(between[0], column)} to {_plain(between[1], column)}"
+        note = f"95%: {figure(between[0], column.key, 3)} to {figure(between[1], column.key, 3)}"
     return Cell(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
-
-
-def _plain(value: float, column: Column) -> str:
-    return str(human_percent(value)) if column.unit == "share" else str(human_number(value, 3))
 
 
 # Settings -----------------------------------------------------------------------------------------------------------

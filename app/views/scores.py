@@ -29,7 +29,8 @@ class Line(NamedTuple):
     base: float | None
     tuned: float | None
     better: bool | None
-    between: str = ""
+    between: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: st
     before, after = number(base.get(name)), number(tuned.get(name))
     unfair = name in OBJECTIVES[task].unfair
     better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
-    return Line(title, meaning, before, after, better, between(tuned, name))
+    return Line(title, meaning, before, after, better, between(tuned, name), name)
 
 
 def _classes(per_class: Any) -> list[dict[str, Any]]:

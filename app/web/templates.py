@@ -57,6 +57,7 @@ def environment() -> Environment:
     env.filters |= {
         "model_option": models.option_text,
         "ability": metrics.ability,
+        "figure": metrics.figure,
         "ability_word": lambda said: metrics.ABILITY.get(said or "", said or ""),
     }
     env.globals |= {

@@ -247,7 +247,7 @@ def test_a_label_is_chosen_by_likelihood_and_compared_with_chance(api, session, 
     [
         (
             {"zero_shot": {"accuracy": 0.95}, "few_shot": {"accuracy": 0.9}, "chance": 0.3, "how": "labels"},
-            "Perhaps not. Zero-shot the base model reaches accuracy 0.95",
+            "Perhaps not. Zero-shot the base model reaches accuracy 95.0%",
             False,
         ),
         ({"zero_shot": {"accuracy": 0.2}, "few_shot": {"accuracy": 0.3}, "chance": 0.3, "how": "vectors"}, "much headroom", True),

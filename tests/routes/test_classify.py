@@ -7,11 +7,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from app import events
 from app.spec import ModelRef
 from app.tables import Model
 from tests.conftest import forget_settings
+from tests.factories import make_dataset, make_job
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.worker.training.test_classification import put_encoder, sorting, texts
 from worker.train import train
@@ -73,11 +75,20 @@ def test_bad_requests(api, classifier, change, param):
 
 
 @pytest.mark.parametrize("classifier", ["lora"], indirect=True)
-def test_the_page_shows_bars(browser_page, served, session, user, classifier, generate_worker, tmp_path):  # noqa: F811
+def test_the_page_shows_bars(browser_page, served, session, user, classifier, generate_worker, data_dir, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
+    model = session.scalars(select(Model).where(Model.name == "sorter")).one()
+    job = make_job(session, user, session.get_one(Model, model.base_id), make_dataset(session, user, data_dir))
+    job.evaluation, model.job_id = classifier.evaluation, job.id
+    session.commit()
     page = sign_in(browser_page, served, session, user)
     page.goto(f"{served}/playground/classify")
+    held = [row["prompt"] for row in classifier.evaluation["best"] + classifier.evaluation["worst"]]
+    offered = page.get_by_label("Texts").input_value().splitlines()
+    assert len(offered) == 3 and set(offered) <= set(held), "validation texts are there to begin with"
+    page.get_by_role("link", name=offered[1]).click()
+    assert page.get_by_label("Texts").input_value() == offered[1] and page.locator("ol.next").count() == 1
     page.get_by_label("Texts").fill("The spruce of number 3 is told of.\nThe scroll of number 5 is told of.")
     page.get_by_role("button", name="Classify").click()
     pane = page.get_by_role("region", name="sorter")
