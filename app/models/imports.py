@@ -83,9 +83,9 @@ def add_folder(
         owner_id=user.id,
         name=_free(session, good_name(name or folder.name)),
         title=(name or folder.name)[:120],
-        kind=kind or ("encoder" if shape.architecture == "encoder" else "generic"),
+        kind=kind or ("encoder" if shape and shape.architecture == "encoder" else "generic"),
         source={"from": "folder", "path": str(folder), **({"kind": kind} if kind else {})},
-        shape=shape.model_dump(),
+        shape=shape.model_dump() if shape else None,
         bytes=sum(file.stat().st_size for file in files),
     )
     session.add(model)

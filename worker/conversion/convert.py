@@ -180,13 +180,14 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
     if shape.architecture == "decoder":
         model.tie_weights()
     counted = sum(p.numel() for p in model.parameters())
-    if counted != shape.parameters():
+    if counted != shape.parameters():  # of a shape with formulas; any other was counted the same way
         raise Unsupported(
             f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
             "so what it costs to fine-tune could not be predicted.",
             hint="Its architecture differs from the usual one and is not supported.",
         )
-    check_names(folder, model, shape)
+    if shape.structure is None:
+        check_names(folder, model, shape)
     template = found["chat_template"]
     return {
         "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
