@@ -51,6 +51,7 @@ class Structure(BaseModel):
     embedding: int  # parameters before the first layer
     head: int = 0  # of an output layer with weights of its own
     parameters: int  # all, each once
+    refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
 
     def layers(self) -> Iterator[Block]:
         for kind in self.order:

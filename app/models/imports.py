@@ -315,6 +315,7 @@ def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:
         "bytes": facts["bytes"],
         "shape": facts["shape"],
         "labels": facts.get("labels"),
+        "certificate": facts.get("certificate"),
         "progress": None,
     }
 

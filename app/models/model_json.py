@@ -193,6 +193,7 @@ _TOKENIZER = _rules(
     lain=(_text, "name_or_path _name_or_path special_tokens_map_file"),
     answers=(_either(_text, _object), "response_schema response_template"),
 )
+_CONFIG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,80}")
 _TOKEN_NAME = re.compile(r"[a-z0-9_]{1,48}_token")
 _SPECIAL = _rules(tokens=(_TOKENS, "additional_special_tokens extra_special_tokens"))
 
@@ -331,7 +332,7 @@ def _rule_of(name: str, key: str) -> Rule | None:
         return _TOKEN
     if name == "generation_config.json" and re.fullmatch(r"[a-z_]{1,40}_token_id", key):
         return _NUMBERS
-    if name == "config.json" and key not in _OPENS and not key.endswith(_OPENER_ENDS):
+    if name == "config.json" and _CONFIG_NAME.fullmatch(key) and key not in _OPENS and not key.endswith(_OPENER_ENDS):
         return _any_of_words
     return None
 

@@ -172,6 +172,9 @@ class Strategy(BaseModel, ABC):
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
         if shape.structure and not self.any_architecture:
             return f"Its places in a {shape.model_type} are not known. Choose LoRA, which finds its layers in the model itself."
+        refused = dict(shape.structure.refused) if shape.structure else {}
+        if self.name in refused:
+            return f"It was tried when the model was added, and failed: {refused[self.name]}. Choose another method."
         return self.unsupported(task)
 
     @classmethod

@@ -1,6 +1,9 @@
 """The certificate of a model: what was tried on it when it was added, with its values and their bounds.
 
-    certify(folder, shape)      {"tier", "checks", "strategies", "versions"}
+    certify(folder, shape)      {"tier", "checks", "strategies", "versions", "made_at"}
+
+Tier A is an architecture with formulas (`app.shapes.FORMULAS`), whose strategies tests compare with the model; of one in tier B, whose
+shape was read from the model, each strategy is tried.
 
 The model itself is loaded where its weights fit into memory twice; of a larger one nothing is tried, and the certificate says so.
 Texts are random token ids from a fixed seed. Values are the largest difference of a logit from those of transformers' own forward
@@ -13,6 +16,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +57,7 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
-        return _certificate([Check("weights", True, None, None, f"Nothing was tried: {why}")], {})
+        return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], {})
     model, checks = _load(folder)
     texts = _texts(shape)
     with torch.no_grad():
@@ -69,12 +73,13 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     checks.append(_loss(model, texts, alone))
     checks.append(_cached(model, texts[1], alone[1], scale, shape))
     model.set_attn_implementation(packed.NAME)
-    return _certificate(checks, dict(_strategies(model, texts, shape, scale)))
+    return _certificate(shape, checks, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
 
 
-def _certificate(checks: list[Check], strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _certificate(shape: Shape, checks: list[Check], strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
-        "tier": "B",
+        "tier": "B" if shape.structure else "A",
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "checks": [check._asdict() for check in checks],
         "strategies": strategies,
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
@@ -196,7 +201,9 @@ def _strategies(model: Any, texts: list[torch.Tensor], shape: Shape, scale: floa
             yield name, {"works": False, "message": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _tried(strategy: Strategy, base_model: Any, texts: list[torch.Tensor], shape: Shape, base: torch.Tensor, scale: float) -> dict[str, Any]:
+def _tried(
+    strategy: Strategy, base_model: Any, texts: list[torch.Tensor], shape: Shape, base: torch.Tensor, scale: float
+) -> dict[str, Any]:
     torch.manual_seed(_SEED)
     lead = torch.zeros(strategy.virtual_tokens(), dtype=torch.long)
     texts = [torch.cat([lead, text]) for text in texts]

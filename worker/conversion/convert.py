@@ -189,7 +189,16 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
     if shape.structure is None:
         check_names(folder, model, shape)
     template = found["chat_template"]
+    certificate = None
+    if shape.architecture == "decoder":
+        from worker.conversion.certify import certify
+
+        certificate = certify(folder, shape)
+        if shape.structure:
+            refused = tuple((name, told["message"]) for name, told in certificate["strategies"].items() if not told["works"])
+            found["shape"]["structure"]["refused"] = refused
     return {
+        "certificate": certificate,
         "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
         "shape": found["shape"],
         "parameters": counted,

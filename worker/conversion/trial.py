@@ -53,6 +53,9 @@ def read_shape(config: dict[str, Any]) -> Shape:
             hint="Upgrade transformers, or choose another model.",
             param="path",
         )
+    hidden = sorted(key for key in config if callable(getattr(CONFIG_MAPPING[kind], key, None)))
+    if hidden:
+        raise Unsupported(f"config.json has the key {hidden[0][:60]!r}, which is no setting.", hint="Remove the key.", param="path")
     try:
         made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != STRUCTURE})
         with torch.device("meta"):
