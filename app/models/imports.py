@@ -291,6 +291,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         if source["from"] == "hub":
             pinned = hub.download(source["repo"], source.get("revision"), made, beat)
         facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
+        facts = starters.certify(work / "model", facts, lambda: beat(0.95))
         license_name = pinned.pop("license", None) or license_of(work / "model")
         written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
         starters.move_into_place(work / "model", place)

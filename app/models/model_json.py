@@ -332,7 +332,7 @@ def _rule_of(name: str, key: str) -> Rule | None:
         return _TOKEN
     if name == "generation_config.json" and re.fullmatch(r"[a-z_]{1,40}_token_id", key):
         return _NUMBERS
-    if name == "config.json" and _CONFIG_NAME.fullmatch(key) and key not in _OPENS and not key.endswith(_OPENER_ENDS):
+    if name == "config.json" and _CONFIG_NAME.fullmatch(key) and key not in _OPENS and not key.endswith((*_OPENER_ENDS, "_class")):
         return _any_of_words
     return None
 

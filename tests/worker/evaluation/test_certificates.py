@@ -17,8 +17,8 @@ from app.strategies import STRATEGIES
 from benchmarks.architectures import small_config, write_small
 from tests.factories import make_dataset, make_spec
 from worker.conversion import trial
-from worker.conversion.certify import certify
 from worker.conversion.structure import shape_of_model
+from worker.evaluation.certificate import certify
 from worker.train import train
 
 

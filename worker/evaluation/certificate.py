@@ -1,5 +1,6 @@
 """The certificate of a model: what was tried on it when it was added, with its values and their bounds.
 
+    python -m worker.evaluation.certificate FOLDER ANSWER       in a child with limits; the answer is a file of JSON
     certify(folder, shape)      {"tier", "checks", "strategies", "versions", "made_at"}
 
 Tier A is an architecture with formulas (`app.shapes.FORMULAS`), whose strategies tests compare with the model; of one in tier B, whose
@@ -13,7 +14,11 @@ pass over the text alone, as a share of the largest logit.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import resource
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -27,8 +32,9 @@ from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
-from app.shapes import Shape
+from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
+from worker.conversion.convert import write_answer
 from worker.inference.kv_cache import ATTENTION, Cache, Segment, Step, running
 from worker.modeling import packed_attention as packed
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
@@ -49,6 +55,17 @@ class Check(NamedTuple):
     value: float | None
     bound: float | None
     message: str
+
+
+def main(arguments: list[str]) -> None:
+    folder, answer = Path(arguments[0]), Path(arguments[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def work() -> dict[str, Any]:
+        config = json.loads((folder / "config.json").read_text())
+        return certify(folder, shape_of(config))
+
+    write_answer(answer, work)
 
 
 def certify(folder: Path, shape: Shape) -> dict[str, Any]:
@@ -244,3 +261,8 @@ def _tried(
 def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model(**_pack(model, texts), use_cache=False).logits[0]
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main(sys.argv[1:])
