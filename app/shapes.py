@@ -1,6 +1,8 @@
-"""A model's architecture, read from its config.json, and arithmetic on it. No torch.
+"""A model's architecture, and arithmetic on it. No torch.
 
-Parameter counts are exact for the supported architectures; a test compares each with the model itself.
+For the architectures in `FORMULAS` everything follows from config.json, and a test compares each count with the model itself. Of any
+other architecture the structure is read from the model when it is added (`worker/conversion/structure.py`) and kept in its
+config.json under `STRUCTURE`, so that `shape_of` gives its shape from the same file.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import BadData
 
@@ -20,6 +22,40 @@ class Linear(NamedTuple):
     inputs: int
     outputs: int
     bias: bool
+
+
+class Block(BaseModel):
+    """One kind of layer as found in a model: its linear layers by their names in it, and the parameters of all its modules, of its
+    norms, of all biases, and of its routed experts, of which a token passes `expert_share`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    linears: tuple[Linear, ...]
+    parameters: int
+    norms: int
+    biases: int = 0
+    experts: int = 0
+    expert_share: float = 1.0
+
+
+class Structure(BaseModel):
+    """The stack of a model as found in it. Names count from the model with its head, as `model.layers`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kinds: tuple[Block, ...]
+    order: tuple[int, ...]  # for each layer its kind
+    stack: str  # of the list of layers
+    final_norm: str = ""  # of the norm after them; empty where there is none
+    final_norm_parameters: int = 0
+    embedding: int  # parameters before the first layer
+    head: int = 0  # of an output layer with weights of its own
+    parameters: int  # all, each once
+    refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
+
+    def layers(self) -> Iterator[Block]:
+        for kind in self.order:
+            yield self.kinds[kind]
 
 
 class Shape(BaseModel):
@@ -48,9 +84,12 @@ class Shape(BaseModel):
     token_types: int = 0
     pooler: bool = False
     sliding_window: int | None = None
+    structure: Structure | None = Field(None, exclude_if=lambda found: found is None)
 
     def linears(self) -> list[Linear]:
-        """The linear layers of one block, under the names the model gives them."""
+        """The linear layers of one block, under the names the model gives them; where blocks differ, of all kinds together."""
+        if self.structure:
+            return list({linear.name: linear for kind in self.structure.kinds for linear in kind.linears}.values())
         q, kv, h, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
         if self.architecture == "encoder":
             return [
@@ -68,37 +107,70 @@ class Shape(BaseModel):
 
     def norm_parameters(self) -> int:
         """Parameters of all norms."""
+        if self.structure:
+            return sum(block.norms for block in self.structure.layers()) + self.structure.final_norm_parameters
         per_norm = self.hidden * (2 if self.norm_bias else 1)
         per_layer = self.norms_per_layer * per_norm + (2 * self.head_dim if self.qk_norm else 0)
         return self.layers * per_layer + per_norm  # the last one: final norm of a decoder, embedding norm of an encoder
 
     def layer_parameters(self) -> int:
-        """Parameters of one block, norms included."""
+        """Parameters of one block, norms included; where blocks differ, of the largest."""
+        if self.structure:
+            return max(kind.parameters for kind in self.structure.kinds)
         linear = sum(x.inputs * x.outputs + (x.outputs if x.bias else 0) for x in self.linears())
         norms = self.norms_per_layer * self.hidden * (2 if self.norm_bias else 1)
         return linear + norms + (2 * self.head_dim if self.qk_norm else 0)
 
+    def top_parameters(self, count: int) -> int:
+        """Parameters of the last `count` blocks."""
+        if self.structure:
+            return sum(block.parameters for block in list(self.structure.layers())[-count:])
+        return min(count, self.layers) * self.layer_parameters()
+
+    def biases(self) -> int:
+        """Bias parameters of all blocks."""
+        if self.structure:
+            return sum(block.biases for block in self.structure.layers())
+        norms = self.norms_per_layer * self.hidden if self.norm_bias else 0
+        return self.layers * (sum(x.outputs for x in self.linears() if x.bias) + norms)
+
+    def final_norm_parameters(self) -> int:
+        """Of the norm after the last block."""
+        if self.structure:
+            return self.structure.final_norm_parameters
+        return self.hidden * (2 if self.norm_bias else 1) if self.architecture == "decoder" else 0
+
     def embedding_parameters(self) -> int:
+        if self.structure:
+            return self.structure.embedding
         rows = self.positions + (RESERVED_POSITIONS if self.model_type in COUNTED_FROM_PADDING else 0)
         positions = rows * self.hidden if self.learned_positions else 0
         return self.vocabulary * self.hidden + positions + self.token_types * self.hidden
 
     def body_parameters(self) -> int:
         """Parameters of the stack without head and pooler: a classifier's backbone."""
+        if self.structure:
+            return self.structure.parameters - self.structure.head
         final_norm = self.hidden * (2 if self.norm_bias else 1)
         return self.embedding_parameters() + self.layers * self.layer_parameters() + final_norm
 
     def parameters(self) -> int:
         """All parameters, the head counted once when it is tied to the embedding."""
+        if self.structure:
+            return self.structure.parameters
         head = 0 if self.tied or self.architecture == "encoder" else self.vocabulary * self.hidden
         pooler = self.hidden * self.hidden + self.hidden if self.pooler else 0
         final_norm = self.hidden * (2 if self.norm_bias else 1)
         return self.embedding_parameters() + self.layers * self.layer_parameters() + final_norm + head + pooler
 
     def matmul_parameters(self) -> int:
-        """Weights that take part in a matrix product for every token: the blocks' linear layers and the head."""
-        head = self.vocabulary * self.hidden if self.architecture == "decoder" else 0
-        return self.layers * sum(x.inputs * x.outputs for x in self.linears()) + head
+        """Weights that take part in a matrix product for every token: those of the blocks and of the head."""
+        return self.block_products() + (self.vocabulary * self.hidden if self.architecture == "decoder" else 0)
+
+    def block_products(self) -> int:
+        """Weights of the blocks that take part in a matrix product for every token: linear layers, and the experts it passes."""
+        routed = sum(block.experts * block.expert_share for block in self.structure.layers()) if self.structure else 0
+        return sum(x.inputs * x.outputs for x in self.each_linear()) + int(routed)
 
     def layer_inputs(self) -> int:
         """Input values per token of the linear layers of one block; layers that share an input count once."""
@@ -110,6 +182,10 @@ class Shape(BaseModel):
 
     def modules(self) -> Iterator[tuple[str, Linear]]:
         """Every linear layer of the blocks under its full name in the model."""
+        if self.structure:
+            for number, kind in enumerate(self.structure.layers()):
+                yield from ((f"{self.structure.stack}.{number}.{linear.name}", linear) for linear in kind.linears)
+            return
         for block in range(self.layers):
             for linear in self.linears():
                 if self.architecture == "encoder":
@@ -120,12 +196,23 @@ class Shape(BaseModel):
                     yield f"model.layers.{block}.{inside}.{linear.name}", linear
 
     def each_linear(self) -> Iterator[Linear]:
+        if self.structure:
+            yield from (linear for kind in self.structure.layers() for linear in kind.linears)
+            return
         for _ in range(self.layers):
             yield from self.linears()
 
 
+FORMULAS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
+"""Architectures (`model_type`) whose shape follows from their config.json."""
+STRUCTURE = "luthier_shape"
+"""Key of config.json that holds the shape of any other one."""
+
+
 def shape_of(config: dict[str, Any]) -> Shape:
     """The shape of a Hugging Face `config.json`. Raises BadData naming the key that is missing."""
+    if STRUCTURE in config:
+        return Shape.model_validate(config[STRUCTURE])
     try:
         kind = config["model_type"]
         if kind in _ENCODERS:

@@ -146,11 +146,12 @@ def tiny_model(data_dir: Path, session: Any) -> Any:
 
 
 class Studio(NamedTuple):
-    """A running studio: its address, an API key, and a link that signs a browser in once."""
+    """A running studio: its address, an API key, a link that signs a browser in once, and its data folder."""
 
     url: str
     key: str
     link: str
+    folder: Path
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def studio(model: Path, name: str = STARTER) -> Iterator[Studio]:
             if time.monotonic() > deadline or process.poll() is not None:
                 raise SystemExit(log.read_text(errors="replace")[-4000:])
             time.sleep(0.2)
-        yield Studio(f"http://127.0.0.1:{port}", luthier("keys", "create", "benchmark"), luthier("link"))
+        yield Studio(f"http://127.0.0.1:{port}", luthier("keys", "create", "benchmark"), luthier("link"), folder)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(90)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
 from app.models import model_json
-from app.shapes import Shape, shape_of
+from app.shapes import FORMULAS, Shape, shape_of
 
 ALLOWED_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -33,9 +34,6 @@ ALLOWED_FILES = (
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".dill")
 """Extensions of files that run code when they are opened, or that are weights in an unsupported format."""
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
-"""Architectures whose arithmetic in `app/shapes.py` is tested against the model itself."""
-
 TOKENIZERS = {
     "BertTokenizer": ("vocab.txt",),
     "GPT2Tokenizer": ("vocab.json", "merges.txt"),
@@ -48,7 +46,9 @@ TOKENIZERS = {
     "TokenizersBackend": ("tokenizer.json",),
     "PreTrainedTokenizer": ("tokenizer.json",),
 }
-"""Tokenizer classes of those architectures, without the suffix `Fast`, and the files each reads where there is no tokenizer.json."""
+"""Tokenizer classes that are used, without the suffix `Fast`, and the files each reads where there is no tokenizer.json."""
+PLAIN_TOKENIZER = "PreTrainedTokenizerFast"
+"""The class with which the tokenizer.json of any other class is read: it has no code of its own."""
 
 _OWN_TOKENIZER = {
     "llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer",
@@ -70,36 +70,35 @@ _MAX_ENTRIES = 10_000
 # Config -------------------------------------------------------------------------------------------------------------
 
 
-def check_config(config: Any) -> Shape:
-    """The shape of a model whose config.json has only known keys. Raises Unsupported or BadData."""
+def check_config(config: Any) -> Shape | None:
+    """The shape that a config.json gives, None for an architecture whose shape is read from the model itself. Raises Unsupported for
+    a key that names code, BadData for a value."""
     if not isinstance(config, dict):
         raise BadData("config.json does not hold an object.", hint="Use a folder saved by save_pretrained().")
     model_json.refuse_code(config, "config.json")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise Unsupported(
-            f"The architecture {str(kind)[:60]!r} is not one that Luthier can fine-tune.",
-            hint=f"Supported are {', '.join(MODEL_TYPES)}.",
-            param="path",
-        )
+    if not isinstance(kind, str) or not re.fullmatch(r"[a-z0-9][\w-]{0,59}", kind):
+        raise BadData("config.json names no model_type.", hint="Use a folder saved by save_pretrained().", param="path")
     if "quantization_config" in config:
         raise Unsupported(
             "The weights are quantized, and quantized weights cannot be fine-tuned as they are.",
             hint="Use the model's unquantized version (16 or 32 bit safetensors).",
             param="path",
         )
-    model_json.check("config.json", config)
+    config = model_json.check("config.json", config)
+    if kind not in FORMULAS:
+        return None
     try:
         shape = shape_of(config)
     except BadData:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BadData(f"config.json has a value of the wrong kind: {str(error)[:200]}", hint="Save the model again.") from None
-    _check_widths(shape)
+    check_widths(shape)
     return shape
 
 
-def _check_widths(shape: Shape) -> None:
+def check_widths(shape: Shape) -> None:
     limits = {"layers": 512, "hidden": 65_536, "intermediate": 524_288, "heads": 1024, "kv_heads": 1024, "head_dim": 4096}
     limits |= {"vocabulary": 4_194_304, "positions": 16_777_216}
     for name, most in limits.items():
@@ -198,8 +197,8 @@ def list_folder(folder: Path) -> list[Path]:
     return found
 
 
-def check_head(folder: Path) -> tuple[Shape, list[Path]]:
-    """The shape that config.json gives and the files that would be imported; no other file is opened. Raises Unsupported or BadData."""
+def check_head(folder: Path) -> tuple[Shape | None, list[Path]]:
+    """What `check_config` gives, and the files that would be imported; no other file is opened. Raises Unsupported or BadData."""
     if not folder.is_dir():
         raise BadData(f"There is no folder {folder}.", hint="Give the folder that holds config.json.", param="path")
     files = list_folder(folder)
@@ -213,8 +212,8 @@ def check_head(folder: Path) -> tuple[Shape, list[Path]]:
     return check_config(model_json.read(folder, "config.json")), files
 
 
-def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
-    """The shape of a transformers folder that may be imported, and its JSON files as they are kept: `{name: value}`.
+def check_folder(folder: Path) -> tuple[Shape | None, dict[str, Any]]:
+    """What `check_config` gives for a transformers folder that may be imported, and its JSON files as they are kept: `{name: value}`.
 
     Raises Unsupported or BadData. It may take as much memory as the largest of those files.
     """
@@ -228,22 +227,25 @@ def check_folder(folder: Path) -> tuple[Shape, dict[str, Any]]:
             raise BadData(
                 f"{name} is larger than {_MAX_TEXT_BYTES // 2**20} MiB.", hint="Remove it if it belongs to no model.", param="path"
             )
-    check_tokenizer(folder, shape, kept.get("tokenizer_config.json", {}))
+    kept["tokenizer_config.json"] = check_tokenizer(folder, kept["config.json"]["model_type"], kept.get("tokenizer_config.json", {}))
     weights = [path for path in files if path.suffix == ".safetensors"]
     check_weights(weights, kept.get("model.safetensors.index.json"), shape)
     return shape, kept
 
 
-def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
-    """Check that the tokenizer's class is known and its files exist: a library makes up what is missing, or reads another's."""
-    named = config.get("tokenizer_class") or _OWN_TOKENIZER[shape.model_type]
+def check_tokenizer(folder: Path, model_type: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer's settings as they are kept. Its class is a known one whose files exist, since a library makes up what is missing,
+    or reads another's; any other one is read from tokenizer.json alone."""
+    named = config.get("tokenizer_class") or _OWN_TOKENIZER.get(model_type)
     needed = TOKENIZERS.get(str(named).removesuffix("Fast"))
     if needed is None:
-        raise Unsupported(
-            f"The tokenizer is of the class {str(named)[:60]!r}, which Luthier does not use.",
-            hint=f"Supported are {', '.join(name for name in TOKENIZERS)}.",
-            param="path",
-        )
+        if not (folder / "tokenizer.json").is_file():
+            raise Unsupported(
+                f"The tokenizer is of the class {str(named)[:60]!r}, which is read here from tokenizer.json only, and there is none.",
+                hint="Load it where you trust it with AutoTokenizer, call save_pretrained(), and add the new folder.",
+                param="path",
+            )
+        return {**config, "tokenizer_class": PLAIN_TOKENIZER}
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise BadData(
@@ -251,10 +253,11 @@ def check_tokenizer(folder: Path, shape: Shape, config: dict[str, Any]) -> None:
             hint="Save the tokenizer into the same folder.",
             param="path",
         )
+    return config
 
 
-def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shape) -> None:
-    """Check that every weights file is complete, the index names only existing files, and the embedding has the config's size."""
+def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shape | None) -> None:
+    """Check that every weights file is complete, the index names only existing files, and the embedding has the size of `shape`."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     for path in weights:
         tensors |= check_safetensors(path)
@@ -263,7 +266,7 @@ def check_weights(weights: list[Path], index: dict[str, Any] | None, shape: Shap
     if missing:
         raise BadData(f"The weights file {sorted(missing)[0][:80]} is missing.", hint="Copy the whole folder.", param="path")
     tables = [sizes for name, (_, sizes) in tensors.items() if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))]
-    if [shape.vocabulary, shape.hidden] not in tables:
+    if shape and [shape.vocabulary, shape.hidden] not in tables:
         raise BadData(
             f"config.json speaks of {shape.vocabulary} tokens of width {shape.hidden}, and the weights hold no such embedding.",
             hint="Config and weights must come from the same model.",

@@ -83,9 +83,9 @@ def add_folder(
         owner_id=user.id,
         name=_free(session, good_name(name or folder.name)),
         title=(name or folder.name)[:120],
-        kind=kind or ("encoder" if shape.architecture == "encoder" else "generic"),
+        kind=kind or ("encoder" if shape and shape.architecture == "encoder" else "generic"),
         source={"from": "folder", "path": str(folder), **({"kind": kind} if kind else {})},
-        shape=shape.model_dump(),
+        shape=shape.model_dump() if shape else None,
         bytes=sum(file.stat().st_size for file in files),
     )
     session.add(model)
@@ -291,6 +291,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         if source["from"] == "hub":
             pinned = hub.download(source["repo"], source.get("revision"), made, beat)
         facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
+        facts = starters.certify(work / "model", facts, lambda: beat(0.95))
         license_name = pinned.pop("license", None) or license_of(work / "model")
         written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
         starters.move_into_place(work / "model", place)
@@ -315,6 +316,7 @@ def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:
         "bytes": facts["bytes"],
         "shape": facts["shape"],
         "labels": facts.get("labels"),
+        "certificate": facts.get("certificate"),
         "progress": None,
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
+from app.shapes import STRUCTURE
 
 MIB = 2**20
 MAX_BYTES = {
@@ -88,6 +89,22 @@ def _either(*rules: Rule) -> Rule:
 def _only(**rules: Rule) -> Rule:
     """An object with at most these keys."""
     return lambda value: isinstance(value, dict) and all(k in rules and rules[k](v) for k, v in value.items())
+
+
+def _any_of_words(value: Any) -> bool:
+    """Numbers, flags, words, and lists and objects of them to any depth."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            if not all(map(_word, item)):
+                return False
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif not _scalar(item):
+            return False
+    return True
 
 
 _TOKEN_PARTS = {name: _flag for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
@@ -176,6 +193,7 @@ _TOKENIZER = _rules(
     lain=(_text, "name_or_path _name_or_path special_tokens_map_file"),
     answers=(_either(_text, _object), "response_schema response_template"),
 )
+_CONFIG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,80}")
 _TOKEN_NAME = re.compile(r"[a-z0-9_]{1,48}_token")
 _SPECIAL = _rules(tokens=(_TOKENS, "additional_special_tokens extra_special_tokens"))
 
@@ -238,12 +256,13 @@ _SHAPED: dict[str, Rule] = {
 }
 _LAIN = (
     "_name_or_path", "name_or_path", "special_tokens_map_file", "transformers.js_config", "processor_class",
-    "response_schema", "response_template",
+    "response_schema", "response_template", STRUCTURE,
 )  # fmt: skip
-"""Keys that say where a model or its file used to be, or that are for other programs. They have no effect here and are dropped."""
+"""Keys that say where a model or its file used to be, that are for other programs, or that are made here anew. They are dropped."""
 
 _CODE = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelines")
 _CODE_STARTS = ("_attn_implementation", "attn_implementation", "_experts_implementation", "_commit_hash")
+_OPENER_ENDS = ("_file", "_files", "_path", "_dir")
 _OPENS = ("init_inputs", "vocab", "merges", "tokenizer_object", "fast_tokenizer_files", "configuration_files")
 
 
@@ -307,16 +326,19 @@ def check(name: str, value: Any) -> Any:
 
 
 def _rule_of(name: str, key: str) -> Rule | None:
-    """The rule for a key that is recognized by its pattern."""
+    """The rule for a key that is recognized by its pattern. In config.json any key may stand that names no file: a model is judged
+    by what it computes, and its values cannot be paths."""
     if name in ("tokenizer_config.json", "special_tokens_map.json") and _TOKEN_NAME.fullmatch(key):
         return _TOKEN
     if name == "generation_config.json" and re.fullmatch(r"[a-z_]{1,40}_token_id", key):
         return _NUMBERS
+    if name == "config.json" and _CONFIG_NAME.fullmatch(key) and key not in _OPENS and not key.endswith((*_OPENER_ENDS, "_class")):
+        return _any_of_words
     return None
 
 
 def _refuse_opener(name: str, key: str) -> None:
-    if key in _OPENS or key.endswith(("_file", "_files", "_path", "_dir")):
+    if key in _OPENS or key.endswith(_OPENER_ENDS):
         raise Unsupported(
             f"{name} has the key {key[:60]!r}, with which a library reads another file than the model's own.",
             hint="A tokenizer is read from the files of its folder alone. Save it again with save_pretrained(), or remove the key.",

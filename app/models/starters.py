@@ -282,6 +282,19 @@ def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] =
     return ask_child("worker.conversion.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
 
 
+def certify(folder: Path, facts: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The facts of a converted folder with its certificate, tried in a child: a decoder's packs, loss and answers, and for one whose
+    shape was read from the model each method. Those that failed are noted in its shape. Raises BadData where it cannot be packed."""
+    if facts["shape"]["architecture"] != "decoder":
+        return facts
+    made = ask_child("worker.evaluation.certificate", [str(folder)], [], folder, beat)
+    shape = dict(facts["shape"])
+    if shape.get("structure"):
+        refused = [(name, told["message"]) for name, told in made["strategies"].items() if not told["works"]]
+        shape["structure"] = {**shape["structure"], "refused": refused}
+    return {**facts, "shape": shape, "certificate": made}
+
+
 def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Merge the adapters of a model reference into its weights, in a child. Returns the facts of the new folder."""
     order = into.parent / "ref.json"

@@ -190,7 +190,7 @@ def operations_per_token(shape: Shape, strategy: Strategy, trained_share: float,
     """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
     as gradients reach, and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
     counts only for tokens with a loss."""
-    blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
+    blocks = shape.block_products()
     head = shape.vocabulary * shape.hidden * trained_share
     learns = min(strategy.trainable(shape), blocks + head)
     passed = blocks * strategy.reaches(shape) / shape.layers
@@ -224,7 +224,7 @@ def _read_seconds(shape: Shape) -> float:
 
 def forward_operations(shape: Shape, trained_share: float) -> float:
     """Operations of the forward pass of one token, with the head applied to a share of them."""
-    blocks = sum(x.inputs * x.outputs for x in shape.linears()) * shape.layers
+    blocks = shape.block_products()
     return 2 * (blocks + shape.vocabulary * shape.hidden * trained_share)
 
 

@@ -156,7 +156,7 @@ def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) 
     all of the rest, and two gathered blocks, the one at work and the next."""
     if strategy.adapter or processes == 1:
         return held
-    blocks = shape.layers * shape.layer_parameters()
+    blocks = shape.top_parameters(shape.layers)
     kept = 1 - blocks / shape.parameters() * (1 - 1 / processes)
     gathered = 2 * 4 * shape.layer_parameters()
     return Memory(int(held.weights * kept) + gathered, int(held.gradients * kept) + gathered, int(held.optimizer * kept))
@@ -170,11 +170,11 @@ def memory_of(
     frozen_bytes = 2 if half and strategy.adapter else 4
     all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
-        others = strategy.trainable(shape) - shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
+        others = strategy.trainable(shape) - sum(x.inputs * x.outputs for x in shape.each_linear())
         all_of = all_of._replace(optimizer=all_of.optimizer + (4 * max(0, others) if not strategy.adapter else 0))
     loaded = all_of.weights
     if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
-        saved = shape.layers * sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.linears())
+        saved = sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.each_linear())
         all_of = all_of._replace(weights=all_of.weights - saved)
     held = spread_over(all_of, shape, strategy, machine.processes)
     writes = not OBJECTIVES[task].classifies

@@ -90,6 +90,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "adapter": model.adapter,
         "shape": model.shape,
         "parameters": parameters(model),
+        "certificate": model.certificate,
         "bytes": model.bytes,
         "license": model.license,
         "labels": model.labels,

@@ -19,6 +19,34 @@ class ModelEngine(Schema):
     via: Literal["tokens", "chat"]
 
 
+class CertificateCheck(Schema):
+    name: Literal["weights", "packed", "loss", "cached"]
+    passed: bool
+    value: float | None = Field(description="What was measured; null where nothing was.")
+    bound: float | None = Field(description="The largest value that passes.")
+    message: str
+
+
+class CertificateStrategy(Schema):
+    works: bool
+    message: str | None = Field(None, description="Why it does not.")
+    parameters: int | None = Field(None, description="Trained parameters with default settings.")
+    loss_before: float | None = Field(None, description="Before and after three steps on random texts.")
+    loss_after: float | None = None
+
+
+class Certificate(Schema):
+    """What was tried on a model when it was added."""
+
+    tier: Literal["A", "B"] = Field(description="A: an architecture with exact formulas. B: its shape was read from the model itself.")
+    checks: list[CertificateCheck]
+    strategies: dict[str, CertificateStrategy] = Field(
+        description="By name; empty in tier A, whose strategies are tested with every release."
+    )
+    versions: dict[str, str] = Field(description="Of the libraries that it was tried with.")
+    made_at: str
+
+
 class Model(Schema):
     """A `model` as the OpenAI API has it; the fields after `owned_by` are additions."""
 
@@ -42,6 +70,7 @@ class Model(Schema):
     adapter: bool
     shape: Shape | None
     parameters: int | None
+    certificate: Certificate | None = Field(description="Null for a fine-tuned model, an encoder, and a starter.")
     bytes: int | None
     license: str | None
     labels: list[str] | None

@@ -87,6 +87,7 @@ class Strategy(BaseModel, ABC):
     suits: ClassVar[tuple[Situation, ...]] = ()  # situations in which the advisor recommends it
     unsuited: ClassVar[tuple[Situation, ...]] = ()  # and advises against it
     standing: ClassVar[Reason | None] = None  # reasons that apply to any data; None: those of its family
+    any_architecture: ClassVar[bool] = True  # False: it needs places in a block that are known by name for some architectures only
     recipe: ClassVar[Literal["gradient", "features"]] = "gradient"  # worker/train.py or worker/training/train_on_features.py
 
     @classmethod
@@ -169,6 +170,11 @@ class Strategy(BaseModel, ABC):
         """Why this model or machine cannot run it, in a sentence that ends with what to do; None when it can."""
         if not OBJECTIVES[task].classifies and shape.architecture == "encoder":
             return "An encoder writes no text. Choose a dataset with labels, or a decoder."
+        if shape.structure and not self.any_architecture:
+            return f"Its places in a {shape.model_type} are not known. Choose LoRA, which finds its layers in the model itself."
+        refused = dict(shape.structure.refused) if shape.structure else {}
+        if self.name in refused:
+            return f"It was tried when the model was added, and failed: {refused[self.name]}. Choose another method."
         return self.unsupported(task)
 
     @classmethod

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LayerChoice = Literal["all-linear", "attention", "feed-forward"]
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of a block that read the same input and share a product in `worker/kernels/cpu/shared_projection.py`."""
+_FEED_FORWARD_PARTS = ("mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "shared_expert", "fc", "dense_h_to", "dense_4h_to")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense")
 
 
@@ -26,7 +27,13 @@ def linear_names(shape: Shape, layers: LayerChoice) -> list[str]:
     names = [linear.name for linear in shape.linears()]
     if layers == "all-linear":
         return names
-    return [name for name in names if (name in _FEED_FORWARD) == (layers == "feed-forward")]
+    return [name for name in names if _in_feed_forward(name) == (layers == "feed-forward")]
+
+
+def _in_feed_forward(name: str) -> bool:
+    """By the name of the layer, or of the module that it is in where the structure was read from the model."""
+    parts = name.split(".")
+    return name in _FEED_FORWARD or any(part.startswith(_FEED_FORWARD_PARTS) for part in parts)
 
 
 def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
+from app.shapes import STRUCTURE, Shape, Structure
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
@@ -26,8 +28,33 @@ def backbone(model: torch.nn.Module) -> torch.nn.Module:
     return transformer(model).base_model
 
 
+def structure_of(model: torch.nn.Module) -> Structure | None:
+    """What was found in a model whose architecture has no formulas in `app/shapes.py`."""
+    kept = getattr(transformer(model).config, STRUCTURE, None)
+    return Shape.model_validate(kept).structure if kept else None
+
+
+def _inside(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """A module by its name in the model with its head, in one that may have none."""
+    return backbone(model).get_submodule(name.removeprefix(f"{transformer(model).base_model_prefix}."))
+
+
+def norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The norms of the blocks, and the one after them."""
+    found = [module for block in blocks(model) for module in block.modules() if is_norm(module)]
+    last = final_norm(model)
+    return [*found, *([last] if last is not None else [])]
+
+
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is a norm with weights of its own: every class of transformers and torch has the word in its name."""
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+
+
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The transformer blocks, first to last."""
+    if found := structure_of(model):
+        return cast("torch.nn.ModuleList", _inside(model, found.stack))
     body = backbone(model)
     return cast("torch.nn.ModuleList", body.get_submodule("layers" if hasattr(body, "layers") else "encoder.layer"))
 
@@ -49,6 +76,8 @@ def feed_forward_output(block: torch.nn.Module) -> torch.nn.Module:
 
 def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     """The norm after the last block; encoders have none."""
+    if found := structure_of(model):
+        return _inside(model, found.final_norm) if found.final_norm else None
     return getattr(backbone(model), "norm", None)
 
 

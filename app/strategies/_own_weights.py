@@ -70,6 +70,11 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
             return {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
         return {"modules_to_save": sorted(set(names_in(self.modules_to_save)))}
 
+    def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
+        if self.modules_to_save is not None and shape.structure:
+            return f"The embeddings of a {shape.model_type} have other names. Leave modules_to_save empty."
+        return super().unavailable(shape, task=task, cuda=cuda)
+
     def variant(self) -> dict[str, Any]:
         return {**super().variant(), "bias": self.bias}
 

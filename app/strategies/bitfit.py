@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept
+from app.strategies._model import blocks
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ class BitFit(Selected):
     default_learning_rate: ClassVar = 1e-3
 
     def trainable(self, shape: Shape) -> int:
-        linears = sum(x.outputs for x in shape.linears() if x.bias)
-        norms = shape.norms_per_layer * shape.hidden if shape.norm_bias else 0
-        return shape.layers * (linears + norms)
+        return shape.biases()
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.trainable(shape) == 0:
@@ -44,5 +43,5 @@ class BitFit(Selected):
         return {"layers": ["frozen"] * 6, "inside": True}
 
     def chosen(self, model: torch.nn.Module) -> list[str]:
-        inside = (".layers.", ".layer.")
-        return [n for n, _ in model.named_parameters() if n.endswith(".bias") and any(part in f".{n}" for part in inside)]
+        inside = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
+        return [name for name, weight in model.named_parameters() if name.endswith("bias") and id(weight) in inside]

@@ -29,6 +29,7 @@ class BottleneckAdapter(Added):
     place: ClassVar = 20
     suits: ClassVar = ("many rows", "far data")
     default_learning_rate: ClassVar = 5e-4
+    any_architecture: ClassVar = False
 
     width: int = Field(
         32, ge=1, le=8192, description="Bottleneck size. Higher = more capacity and memory.", json_schema_extra={"basic": True}

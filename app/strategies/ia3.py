@@ -33,6 +33,7 @@ class Ia3(PeftStrategy):
     scaled: ClassVar = (".ia3_l.",)
     neutral: ClassVar = 1.0
     default_learning_rate: ClassVar = 5e-3
+    any_architecture: ClassVar = False
 
     def trainable(self, shape: Shape) -> int:
         key_value, down = self._targets(shape)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from app.shapes import Shape
 from app.strategies._base import Kept
+from app.strategies._model import norms_of, structure_of
 from app.strategies._selected import Selected
 
 if TYPE_CHECKING:
@@ -38,4 +39,8 @@ class LayerNorm(Selected):
         return {"layers": ["frozen"] * 6, "inside": True}
 
     def chosen(self, model: torch.nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters() if "norm" in name.rsplit(".", 2)[-2].lower()]
+        found = [name for name, _ in model.named_parameters() if "norm" in name.rsplit(".", 2)[-2].lower()]
+        if not structure_of(model):
+            return found
+        norms = {id(weight) for module in norms_of(model) for weight in module.parameters(recurse=False)}
+        return [name for name, weight in model.named_parameters() if id(weight) in norms]

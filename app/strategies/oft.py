@@ -42,9 +42,9 @@ class Oft(PeftStrategy):
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(linear_names(shape, self.layers))
-        widths = [nearest_divisor(x.inputs, self.block) for x in shape.linears() if x.name in chosen]
-        inputs = [x.inputs for x in shape.linears() if x.name in chosen]
-        return shape.layers * sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
+        inputs = [x.inputs for x in shape.each_linear() if x.name in chosen]
+        widths = [nearest_divisor(n, self.block) for n in inputs]
+        return sum(n // b * (b * (b - 1) // 2) for n, b in zip(inputs, widths, strict=True))
 
     def activation_counts(self, shape: Shape) -> Kept:
         # The rotated inputs, and four matrices for each rotated block: the generator and three steps to the rotation.

@@ -27,6 +27,7 @@ class PrefixTuning(SoftPrompt):
     place: ClassVar = 21
     suits: ClassVar = ("close data",)
     default_learning_rate: ClassVar = 1e-2
+    any_architecture: ClassVar = False
 
     def trainable(self, shape: Shape) -> int:
         return self.tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim

@@ -22,7 +22,7 @@ class QLora(ChosenLowRank):
         """4-bit NormalFloat takes half a byte per weight, and its double-quantized block constants 0.127 bits more (the paper,
         section 3); embeddings, norms and head stay at `weight_bytes`."""
         trained = self.trainable(shape)
-        squeezed = shape.layers * sum(x.inputs * x.outputs for x in shape.linears())
+        squeezed = sum(x.inputs * x.outputs for x in shape.each_linear())
         weights = squeezed * 4.127 / 8 + (shape.parameters() - squeezed) * weight_bytes + trained * 4
         return Memory(weights=int(weights), gradients=trained * 4, optimizer=trained * optimizer_bytes)
 

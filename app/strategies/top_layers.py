@@ -45,10 +45,9 @@ class TopLayers(Selected):
     )
 
     def trainable(self, shape: Shape) -> int:
-        own = min(self.layers, shape.layers) * shape.layer_parameters()
         decoder = shape.architecture == "decoder"
-        norm = shape.hidden * (2 if shape.norm_bias else 1) if self.norm and decoder else 0
-        return own + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
+        norm = shape.final_norm_parameters() if self.norm else 0
+        return shape.top_parameters(self.layers) + norm + (shape.vocabulary * shape.hidden if self.output_layer and decoder else 0)
 
     def activation_counts(self, shape: Shape) -> Kept:
         return Kept(shape.layer_inputs())

@@ -41,6 +41,7 @@ class Model(Leased, Base):
     source: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="where it came from: hub, folder or wheel, and its pin")
     license: Mapped[str | None]
     shape: Mapped[JSON | None] = mapped_column(comment="app.shapes.Shape")
+    certificate: Mapped[JSON | None] = mapped_column(comment="what was tried on it when it was added: worker/conversion/certify.py")
     labels: Mapped[list[Any] | None] = mapped_column(comment="class names of a classifier, in order")
     bytes: Mapped[int | None]
     engine: Mapped[JSON | None] = mapped_column(comment="an external server that answers for it: {url, model}; null is our own engine")

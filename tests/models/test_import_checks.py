@@ -13,6 +13,7 @@ import pytest
 
 from app.errors import BadData, StudioError, Unsupported
 from app.models import gguf_header, import_checks, model_json
+from app.shapes import FORMULAS
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,11 +40,18 @@ def test_a_folder_of_save_pretrained_passes(folder: Path) -> None:
 @pytest.mark.parametrize(
     "key",
     ["auto_map", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "attn_implementation",
-     "trust_remote_code", "custom_generate", "quantization_config", "_experts_implementation", "surprise", "__class__"],
+     "trust_remote_code", "custom_generate", "quantization_config", "_experts_implementation", "__class__", "vocab_file", "kernel_path"],
 )  # fmt: skip
-def test_a_config_with_a_key_that_is_not_known_is_refused(key: str) -> None:
+def test_a_config_with_a_key_that_names_code_or_a_file_is_refused(key: str) -> None:
     with pytest.raises(Unsupported, match=key.strip("_").split("_")[0] if key != "quantization_config" else "quantized"):
         import_checks.check_config({**LLAMA, key: {"AutoModel": "evil.Model"}})
+
+
+def test_any_other_key_of_a_config_is_judged_by_what_the_model_computes() -> None:
+    assert import_checks.check_config({**LLAMA, "surprise": {"factors": [1, 2.5], "kind": "short"}}) is not None
+    assert import_checks.check_config({"model_type": "gpt2", "n_embd": 64}) is None
+    with pytest.raises(BadData, match="surprise"):
+        import_checks.check_config({**LLAMA, "surprise": ["../secrets/postgres"]})
 
 
 def test_code_is_refused_at_any_depth_of_any_json(folder: Path) -> None:
@@ -52,7 +60,7 @@ def test_code_is_refused_at_any_depth_of_any_json(folder: Path) -> None:
         import_checks.check_folder(folder)
 
 
-@pytest.mark.parametrize("config", [[], None, "x", {}, {"model_type": "evil"}, {"model_type": ["llama"]}, {"model_type": "llama"}])
+@pytest.mark.parametrize("config", [[], None, "x", {}, {"model_type": ["llama"]}, {"model_type": "llama"}])
 def test_a_config_that_is_no_models_is_refused(config: object) -> None:
     with pytest.raises((Unsupported, BadData)):
         import_checks.check_config(config)
@@ -229,7 +237,7 @@ def test_three_hundred_mutations_never_crash_the_reader(gguf_file: Path, tmp_pat
 # The arithmetic ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", import_checks.MODEL_TYPES)
+@pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_allowed_architecture_is_counted_exactly(kind: str, tied: bool) -> None:
     import torch

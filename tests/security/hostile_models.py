@@ -159,8 +159,10 @@ HOSTILE: dict[str, Case] = {
     "sentencepiece model_file": Case(setting(CONFIG, sp_model_kwargs={"model_file": "SECRET"}), VALUE),
     "a path where a word belongs": Case(setting(CONFIG, backend="SECRET"), VALUE),
     "a path as a class": Case(setting(CONFIG, tokenizer_class="../evil.Tokenizer"), VALUE),
-    "a class of another kind": Case(setting(CONFIG, tokenizer_class="Wav2Vec2CTCTokenizer"), "does not use"),
-    "a class that reads tekken.json": Case(setting(CONFIG, tokenizer_class="MistralCommonBackend"), "does not use"),
+    "a class of another kind": Case(without_tokenizer_json(setting(CONFIG, tokenizer_class="Wav2Vec2CTCTokenizer")), "no tokenizer"),
+    "a class that reads tekken.json": Case(
+        without_tokenizer_json(text("vocab.json", "{}"), setting(CONFIG, tokenizer_class="MistralCommonBackend")), "tokenizer.json only"
+    ),
     "a class without its file": Case(without_tokenizer_json(text("vocab.json", "{}"), setting(CONFIG, **BERT)), "vocab.txt"),
     "a class without its model": Case(
         without_tokenizer_json(text("vocab.json", "{}"), setting(CONFIG, tokenizer_class="LlamaTokenizer")), "tokenizer.model"

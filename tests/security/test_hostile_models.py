@@ -67,7 +67,7 @@ def test_a_vocabulary_from_elsewhere_is_seen_even_if_the_keys_were_allowed(
 ) -> None:
     """Behind the lists of keys stands the comparison: what was loaded must be what the folder holds."""
     monkeypatch.setattr("app.models.model_json.check", lambda name, value: value)
-    monkeypatch.setattr(import_checks, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(import_checks, "check_tokenizer", lambda folder, kind, config: config)
     source = hostile_models.make(name, tiny_model, tmp_path)
     with pytest.raises(BadData, match="tokens that the folder's own files do not name") as caught:
         hostile_models.bring_in(source, tmp_path / "into")

@@ -17,6 +17,7 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,25 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
+
+    def work() -> dict[str, Any]:
         if arguments[0] == "--examine":
-            facts = examine(into)
-        else:
-            facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
-            facts["kind"] = kind or facts["kind"]
+            return examine(into)
+        facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
+        return {**facts, "kind": kind or facts["kind"]}
+
+    write_answer(answer, work)
+
+
+def write_answer(answer: Path, work: Callable[[], dict[str, Any]]) -> None:
+    """Write what `work` returns to a file as JSON; or, whatever it raises, an error that a person can read."""
+    try:
+        facts = work()
     except StudioError as error:
         facts = {"error": error.message, "hint": error.hint, "code": error.code}
     except MemoryError:
         facts = {"error": "The machine has too little memory for this model.", "hint": "Choose a smaller model."}
-    except Exception as error:  # whatever a library raises, a person must be able to read it
+    except Exception as error:
         facts = {"error": f"The model cannot be read: {type(error).__name__}: {str(error)[:400]}", "hint": "Save it again and retry."}
     answer.write_text(json.dumps(facts))
 
@@ -180,13 +189,14 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
     if shape.architecture == "decoder":
         model.tie_weights()
     counted = sum(p.numel() for p in model.parameters())
-    if counted != shape.parameters():
+    if counted != shape.parameters():  # of a shape with formulas; any other was counted the same way
         raise Unsupported(
             f"This {shape.model_type} has {counted:,} parameters where {shape.parameters():,} were expected, "
             "so what it costs to fine-tune could not be predicted.",
             hint="Its architecture differs from the usual one and is not supported.",
         )
-    check_names(folder, model, shape)
+    if shape.structure is None:
+        check_names(folder, model, shape)
     template = found["chat_template"]
     return {
         "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.errors import BadData, Unsupported
+from app.errors import BadData, StudioError, Unsupported
 from app.models import import_checks
+from app.shapes import STRUCTURE, Shape
 
 CONVERSATION = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}]
 
@@ -21,6 +22,9 @@ _MADE_UP = frozenset(
 def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
     """`{"shape", "chat_template"}` of a folder that passes. Raises StudioError."""
     shape, kept = import_checks.check_folder(folder)
+    if shape is None:
+        shape = read_shape(kept["config.json"])
+        kept["config.json"][STRUCTURE] = shape.model_dump(mode="json")
     if rewrite:
         for name, value in kept.items():
             (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
@@ -31,6 +35,43 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
         )
     check_vocabulary(tokenizer, folder, kept)
     return {"shape": shape.model_dump(), "chat_template": has_working_template(tokenizer)}
+
+
+def read_shape(config: dict[str, Any]) -> Shape:
+    """The shape of a language model, from the model built without weights. Raises Unsupported or BadData."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers import __version__ as transformers_version
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from worker.conversion.structure import shape_of_model
+
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise Unsupported(
+            f"The architecture {kind!r} is not one that the installed transformers ({transformers_version}) knows.",
+            hint="Upgrade transformers, or choose another model.",
+            param="path",
+        )
+    hidden = sorted(key for key in config if callable(getattr(CONFIG_MAPPING[kind], key, None)))
+    if hidden:
+        raise Unsupported(f"config.json has the key {hidden[0][:60]!r}, which is no setting.", hint="Remove the key.", param="path")
+    try:
+        made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != STRUCTURE})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made)
+        model.tie_weights()
+        shape = shape_of_model(model)
+    except (MemoryError, StudioError):
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"No language model can be made from this config.json ({kind}): {type(error).__name__}: {str(error)[:200]}",
+            hint="Save the model again with save_pretrained(), or choose another one.",
+            param="path",
+        ) from error
+    import_checks.check_widths(shape)
+    return shape
 
 
 def load(folder: Path) -> Any:

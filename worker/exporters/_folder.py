@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.errors import BadData, Unsupported
 from app.kit import manifest
+from app.shapes import STRUCTURE
 from worker.exporters._base import completed
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def write_weights(source: Path, into: Path, kind: str, share: Callable[[float], 
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (into / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    config.pop(STRUCTURE, None)  # ours alone
     config.pop("torch_dtype", None)
     (into / "config.json").write_text(json.dumps({**config, "dtype": DTYPES[kind]}, indent=2, sort_keys=True) + "\n")
 

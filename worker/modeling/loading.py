@@ -19,6 +19,7 @@ from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
+from app.strategies._model import structure_of
 from worker.modeling import packed_attention as packed
 
 # On Hopper and Blackwell torch prefers cuDNN's attention, which plans every new shape for some tenths of a second, and in
@@ -82,7 +83,7 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
     Raises BadModel when packing would let its sequences see each other.
     """
     if attention == packed.NAME:
-        if not packed.packs(model):
+        if not structure_of(model) and not packed.packs(model):  # one with a structure was tried when it was added
             raise BadModel(
                 f"{ref.name} ({ref.shape.model_type}) mixes neighbouring texts by means of its own, so rows cannot be packed for it.",
                 hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",

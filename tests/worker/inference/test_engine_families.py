@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from app.errors import DoesNotFit
-from app.models.import_checks import MODEL_TYPES
+from app.shapes import FORMULAS
 from tests.tiny import build_tokenizer
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, ref_of, request, run
 from worker.inference.engine import Engine
@@ -35,7 +35,7 @@ FAMILIES = {
 
 
 def test_no_family_is_left_out():
-    assert set(FAMILIES) == set(MODEL_TYPES) - {"bert", "roberta", "xlm-roberta"}
+    assert set(FAMILIES) == set(FORMULAS) - {"bert", "roberta", "xlm-roberta"}
 
 
 def write_family(home, name):

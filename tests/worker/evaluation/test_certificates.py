@@ -1,0 +1,130 @@
+"""Models of any architecture come in by what is found in them: their shape, and a certificate of what was tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from app.errors import Unsupported
+from app.models import imports
+from app.shapes import STRUCTURE, Shape, shape_of
+from app.spec import ModelRef
+from app.strategies import STRATEGIES
+from benchmarks.architectures import small_config, write_small
+from tests.factories import make_dataset, make_spec
+from worker.conversion import trial
+from worker.conversion.structure import shape_of_model
+from worker.evaluation.certificate import certify
+from worker.train import train
+
+
+def meta_model(kind: str):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small_config(kind))
+    model.tie_weights()
+    return model
+
+
+def kept(kind: str, folder: Path) -> Shape:
+    """A small model in `folder` as an import leaves it."""
+    write_small(kind, folder)
+    config = json.loads((folder / "config.json").read_text())
+    shape = trial.read_shape(config)
+    (folder / "config.json").write_text(json.dumps({**config, STRUCTURE: shape.model_dump(mode="json")}))
+    return shape
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "gpt_neox", "opt", "phi", "phi3", "gemma2", "mixtral", "olmo2", "starcoder2", "cohere", "granite"]
+)
+def test_every_parameter_is_counted_once_and_in_its_place(kind: str) -> None:
+    model = meta_model(kind)
+    shape = shape_of_model(model)
+    found = shape.structure
+    assert found is not None and shape.parameters() == sum(weight.numel() for weight in model.parameters())
+    blocks = sum(block.parameters for block in found.layers())
+    assert blocks + found.embedding + found.final_norm_parameters + found.head == shape.parameters()
+    assert all(isinstance(model.get_submodule(name), torch.nn.Module) for name, _ in shape.modules())
+    assert shape.layers == 2 and found.final_norm and shape.top_parameters(1) == blocks // 2
+    assert shape_of({"model_type": kind, STRUCTURE: shape.model_dump(mode="json")}) == shape
+
+
+def test_a_shape_with_formulas_has_the_counts_of_one_that_was_read() -> None:
+    model = meta_model("qwen3")
+    read, known = shape_of_model(model), shape_of(model.config.to_dict())
+    assert known.structure is None
+    for name in ("parameters", "norm_parameters", "layer_parameters", "embedding_parameters", "body_parameters", "matmul_parameters"):
+        assert getattr(read, name)() == getattr(known, name)(), name
+    for strategy in (kind() for kind in STRATEGIES.values() if kind.any_architecture and kind.recipe == "gradient"):
+        assert strategy.trainable(read) == strategy.trainable(known), strategy.name
+
+
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("mixtral", marks=pytest.mark.long), pytest.param("opt", marks=pytest.mark.long)])
+def test_a_certificate_says_what_was_tried(kind: str, tmp_path: Path) -> None:
+    found = certify(tmp_path, kept(kind, tmp_path))
+    assert found["tier"] == "B" and [check["name"] for check in found["checks"]] == ["weights", "packed", "loss", "cached"]
+    assert all(check["passed"] for check in found["checks"]), found["checks"]
+    works = {name for name, told in found["strategies"].items() if told["works"]}
+    assert {"lora", "dora", "full", "top_layers", "layer_norm", "prompt_tuning"} <= works
+    assert not {"prefix_tuning", "ia3", "bottleneck_adapter"} & found["strategies"].keys(), "their places in it are not known"
+    for name, told in found["strategies"].items():
+        assert told["works"] or told["message"], name
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("bloom", "cannot be packed"), ("mamba", "cannot be packed")], ids=["by its positions", "by its recurrence"]
+)
+def test_one_whose_texts_would_see_each_other_is_refused(kind: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=says):
+        certify(tmp_path, kept(kind, tmp_path))
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shape = kept("gpt2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "c_fc.weight" in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Unsupported, match=r"lack 1 of the model's tensors.*c_fc"):
+        certify(tmp_path, shape)
+    save_file({**weights, lost: weights[lost] * float("nan")}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Unsupported, match="not a number"):
+        certify(tmp_path, shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "no_such_thing"}, "not one that the installed transformers"),
+        ({"n_embd": 63}, "No language model can be made"),
+        ({"to_dict": "no"}, "which is no setting"),
+        ({"n_layer": 2000}, "layers"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused_in_words(change: dict, says: str, tmp_path: Path) -> None:
+    write_small("gpt2", tmp_path)
+    with pytest.raises(Exception, match=says) as caught:
+        trial.read_shape({**json.loads((tmp_path / "config.json").read_text()), **change})
+    assert caught.value.hint
+
+
+def test_a_folder_of_another_architecture_becomes_a_model_that_trains(session, user, data_dir: Path) -> None:
+    write_small("gpt_neox", data_dir / "import" / "neox")
+    model = imports.add_folder(session, user, "neox")
+    assert model.shape is None
+    session.commit()
+    imports.fetch(model.id)
+    session.refresh(model)
+    assert (model.status, model.error, model.certificate["tier"]) == ("ready", None, "B")
+    assert json.loads((data_dir / str(model.path) / "config.json").read_text())[STRUCTURE]["structure"]["stack"] == "gpt_neox.layers"
+    data = make_dataset(session, user, data_dir)
+    model.kind = "generic"
+    spec = make_spec(model, data, {"name": "lora"}, epochs=3, micro_batches=1)
+    losses = [event.loss for event in train(spec, data_dir / "runs" / "x" / "a1") if event.type == "step"]
+    assert losses[-1] < losses[0]
+    assert ModelRef.model_validate(spec.model.model_dump()).shape == Shape.model_validate(model.shape)

@@ -1,0 +1,139 @@
+"""Reads the shape of a model whose architecture has no formulas in `app/shapes.py` from the model itself, built without weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from app.errors import Unsupported
+from app.shapes import Block, Linear, Shape, Structure
+from app.strategies._model import is_norm
+
+_EXPERTS = "experts"
+
+
+def shape_of_model(model: Any) -> Shape:
+    """The shape of a language model on the meta device. Raises Unsupported where it has no list of layers as long as its config
+    says, no output layer over its vocabulary, or a value that no config leaves out."""
+    config = model.config.get_text_config()
+    stack, layers = _stack(model, config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None or getattr(head, "weight", None) is None:
+        raise _strange(config, "no embedding of tokens and output layer over them")
+    kinds, order = _kinds(layers, config)
+    inside = {id(weight) for block in layers for weight in block.parameters()}
+    tied = head.weight is embedding.weight
+    last = _final_norm(model, stack, inside)
+    own_head = 0 if tied else sum(weight.numel() for weight in head.parameters())
+    every = {id(weight): weight.numel() for weight in model.parameters()}
+    norm_parameters = sum(weight.numel() for weight in last[1].parameters()) if last else 0
+    outside = sum(count for key, count in every.items() if key not in inside)
+    width = int(config.hidden_size)
+    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    structure = Structure(
+        kinds=tuple(kinds),
+        order=tuple(order),
+        stack=stack,
+        final_norm=last[0] if last else "",
+        final_norm_parameters=norm_parameters,
+        embedding=outside - own_head - norm_parameters,
+        head=own_head,
+        parameters=sum(every.values()),
+    )
+    wide = [linear.outputs for kind in kinds for linear in kind.linears]
+    return Shape(
+        model_type=config.model_type,
+        architecture="decoder",
+        layers=len(layers),
+        hidden=width,
+        intermediate=_number(config, "intermediate_size") or max(wide, default=width),
+        heads=heads,
+        kv_heads=_number(config, "num_key_value_heads") or (1 if getattr(config, "multi_query", False) else heads),
+        head_dim=_number(config, "head_dim") or width // heads,
+        vocabulary=int(embedding.weight.shape[0]),
+        positions=_number(config, "max_position_embeddings") or 2048,
+        tied=tied,
+        gated=any("gate" in linear.name for kind in kinds for linear in kind.linears),
+        sliding_window=_number(config, "sliding_window"),
+        structure=structure,
+    )
+
+
+def _number(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _strange(config: Any, what: str) -> Unsupported:
+    return Unsupported(
+        f"The architecture {config.model_type} has {what}, so it cannot be fine-tuned here.", hint="Choose another model.", param="path"
+    )
+
+
+def _stack(model: Any, config: Any) -> tuple[str, torch.nn.ModuleList]:
+    """The list of layers, with its name: of those as long as the config says the one that holds most parameters."""
+    count = int(config.num_hidden_layers)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    if not found:
+        raise _strange(config, f"no list of {count} layers")
+    return max(found, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
+
+
+def _kinds(layers: torch.nn.ModuleList, config: Any) -> tuple[list[Block], list[int]]:
+    kinds: list[Block] = []
+    order: list[int] = []
+    share = _expert_share(config)
+    for block in layers:
+        found = _block(block, share)
+        if found not in kinds:
+            kinds.append(found)
+        order.append(kinds.index(found))
+    return kinds, order
+
+
+def _block(block: torch.nn.Module, share: float) -> Block:
+    linears: list[Linear] = []
+    norms = biases = experts = 0
+    for name, module in block.named_modules():
+        own = Counter({key: weight.numel() for key, weight in module.named_parameters(recurse=False)})
+        biases += sum(count for key, count in own.items() if key.endswith("bias"))
+        if is_norm(module):
+            norms += own.total()
+        elif isinstance(module, Conv1D):
+            linears.append(Linear(name, module.weight.shape[0], module.weight.shape[1], True))
+        elif isinstance(module, torch.nn.Linear):
+            linears.append(Linear(name, module.in_features, module.out_features, module.bias is not None))
+        elif name.split(".")[-1] == _EXPERTS:
+            experts += sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() == 3)
+    return Block(
+        linears=tuple(linears),
+        parameters=sum(weight.numel() for weight in block.parameters()),
+        norms=norms,
+        biases=biases,
+        experts=experts,
+        expert_share=share if experts else 1.0,
+    )
+
+
+def _expert_share(config: Any) -> float:
+    """Of its routed experts, the share that a token passes."""
+    every = next(
+        (n for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if (n := _number(config, name))), None
+    )
+    some = next((n for name in ("num_experts_per_tok", "moe_topk", "moe_k") if (n := _number(config, name))), None)
+    return min(1.0, some / every) if every and some else 1.0
+
+
+def _final_norm(model: Any, stack: str, inside: set[int]) -> tuple[str, torch.nn.Module] | None:
+    """The norm after the layers: the last one that is next to their list."""
+    place = stack.rpartition(".")[0]
+    found = [
+        (f"{place}.{name}".strip("."), module)
+        for name, module in model.get_submodule(place).named_children()
+        if is_norm(module) and not any(id(weight) in inside for weight in module.parameters())
+    ]
+    named = [pair for pair in found if not any(word in pair[0].rsplit(".", 1)[-1] for word in ("emb", "input", "first"))]
+    return (named or [None])[-1]

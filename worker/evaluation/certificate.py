@@ -1,0 +1,268 @@
+"""The certificate of a model: what was tried on it when it was added, with its values and their bounds.
+
+    python -m worker.evaluation.certificate FOLDER ANSWER       in a child with limits; the answer is a file of JSON
+    certify(folder, shape)      {"tier", "checks", "strategies", "versions", "made_at"}
+
+Tier A is an architecture with formulas (`app.shapes.FORMULAS`), whose strategies tests compare with the model; of one in tier B, whose
+shape was read from the model, each strategy is tried.
+
+The model itself is loaded where its weights fit into memory twice; of a larger one nothing is tried, and the certificate says so.
+Texts are random token ids from a fixed seed. Values are the largest difference of a logit from those of transformers' own forward
+pass over the text alone, as a share of the largest logit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+from transformers import __version__ as transformers_version
+
+from app.errors import Unsupported
+from app.shapes import Shape, shape_of
+from app.strategies import STRATEGIES, Strategy
+from worker.conversion.convert import write_answer
+from worker.inference.kv_cache import ATTENTION, Cache, Segment, Step, running
+from worker.modeling import packed_attention as packed
+from worker.modeling.cross_entropy import head_of, linear_cross_entropy
+
+LENGTHS = (7, 19, 12)
+BOUND, LOSS_BOUND, STRATEGY_BOUND = 1e-3, 1e-4, 1e-3
+MAX_STRATEGY_PARAMETERS = 400_000_000
+"""Of a larger model only `FIRST` is tried: each strategy needs another copy of the weights."""
+FIRST = "lora"
+_SEED = 20
+
+
+class Check(NamedTuple):
+    """One thing that was tried. `value` is at most `bound` where it passed; both are None where nothing was measured."""
+
+    name: str
+    passed: bool
+    value: float | None
+    bound: float | None
+    message: str
+
+
+def main(arguments: list[str]) -> None:
+    folder, answer = Path(arguments[0]), Path(arguments[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def work() -> dict[str, Any]:
+        config = json.loads((folder / "config.json").read_text())
+        return certify(folder, shape_of(config))
+
+    write_answer(answer, work)
+
+
+def certify(folder: Path, shape: Shape) -> dict[str, Any]:
+    """Raises Unsupported where rows cannot be packed, since a model is trained and answers in packs only."""
+    needed = 2 * 4 * shape.parameters()
+    free = psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
+        return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], {})
+    model, checks = _load(folder)
+    texts = _texts(shape)
+    with torch.no_grad():
+        alone = [model(text[None], use_cache=False).logits[0] for text in texts]
+    scale = float(max(logits.abs().max() for logits in alone)) or 1.0
+    checks.append(_packed(model, texts, alone, scale))
+    if not checks[-1].passed:
+        raise Unsupported(
+            f"Rows of this {shape.model_type} cannot be packed: {checks[-1].message}",
+            hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma or GPT-NeoX.",
+            param="path",
+        )
+    checks.append(_loss(model, texts, alone))
+    checks.append(_cached(model, texts[1], alone[1], scale, shape))
+    model.set_attn_implementation(packed.NAME)
+    return _certificate(shape, checks, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
+
+
+def _certificate(shape: Shape, checks: list[Check], strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "tier": "B" if shape.structure else "A",
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checks": [check._asdict() for check in checks],
+        "strategies": strategies,
+        "versions": {"torch": torch.__version__, "transformers": transformers_version},
+    }
+
+
+def _load(folder: Path) -> tuple[Any, list[Check]]:
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    lacking = sorted([*told["missing_keys"], *(name for name, *_ in told.get("mismatched_keys") or [])])
+    if lacking:
+        raise Unsupported(
+            f"The weights lack {len(lacking)} of the model's tensors, or hold them in another size, the first {lacking[0][:80]}.",
+            hint="Copy the whole model.",
+            param="path",
+        )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise Unsupported(f"The weights hold a value that is not a number, in {name[:80]}.", hint="Copy the model again.", param="path")
+    return model.eval(), [Check("weights", True, 0.0, 0.0, "every tensor of the model is in the files, in its size, and finite")]
+
+
+def _texts(shape: Shape) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(_SEED)
+    high = max(2, shape.vocabulary - 1)
+    return [torch.randint(min(4, high - 1), high, (min(n, shape.positions // 4),), generator=draw) for n in LENGTHS]
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float:
+    apart = float((found - expected).abs().max()) / scale
+    return apart if math.isfinite(apart) else 1e9
+
+
+def _check(name: str, bound: float, message: str, measure: Callable[[], float]) -> Check:
+    """A check whose failure is a value above its bound, or an error, in words."""
+    try:
+        value = measure()
+    except Exception as error:
+        return Check(name, False, None, bound, f"{type(error).__name__}: {str(error)[:200]}")
+    passed = value <= bound
+    return Check(name, passed, value, bound, message if passed else f"{message}: they differ by {value:.2g}, more than {bound:g}")
+
+
+def _pack(model: torch.nn.Module, texts: list[torch.Tensor]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return packed.packed(torch.cat(texts).numpy(), [len(text) for text in texts], device)
+
+
+def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
+    def measure() -> float:
+        model.set_attn_implementation(packed.NAME)
+        with torch.no_grad():
+            logits = model(**_pack(model, texts), use_cache=False).logits[0]
+        return _apart(logits[: sum(map(len, texts))], torch.cat(alone), scale)
+
+    return _check("packed", BOUND, "a pack of texts gives the logits of the texts alone", measure)
+
+
+def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    return model.get_decoder()(**_pack(model, texts), use_cache=False).last_hidden_state[0]
+
+
+def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    """Mean loss of the next token over a pack, by the trainer's own head."""
+    whole = torch.cat(texts)
+    ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
+    sources = torch.tensor([i for i in range(len(whole)) if i not in set(ends.tolist())])
+    hidden = _hidden(model, texts).index_select(0, sources)
+    return linear_cross_entropy(hidden, head_of(model), whole[sources + 1], torch.float32) / len(sources)
+
+
+def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> Check:
+    def measure() -> float:
+        own = [F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum") for text, logits in zip(texts, alone, strict=True)]
+        count = sum(len(text) - 1 for text in texts)
+        with torch.no_grad():
+            return abs(float(_mean_loss(model, texts)) - float(sum(own)) / count)
+
+    return _check("loss", LOSS_BOUND, "the loss is that of the model's own logits", measure)
+
+
+def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> Check:
+    """The engine's cache: all but the last three tokens as a prompt, then one at a time."""
+
+    def measure() -> float:
+        model.set_attn_implementation(ATTENTION)
+        cache = Cache(min(shape.positions, 256), 1)
+        cache.grow(size := cache.size_for(len(text)), 1)
+        slot, device = cache.blocks[size].slots[0], torch.device("cpu")
+        prompt = len(text) - 3
+        steps = [Step([], [Segment(slot, 0, prompt, 0)], device)]
+        steps += [Step([Segment(slot, 0, 1, past)], [], device) for past in range(prompt, len(text))]
+        worst, past = 0.0, 0
+        for step, count in zip(steps, [prompt, 1, 1, 1], strict=True):
+            ids = text[past : past + count]
+            with torch.no_grad(), running(step):
+                logits = model(input_ids=ids[None], position_ids=torch.arange(past, past + count)[None], use_cache=False).logits[0]
+            worst = max(worst, _apart(logits, alone[past : past + count], scale))
+            past += count
+        return worst
+
+    return _check("cached", BOUND, "an answer token by token has the logits of the whole text", measure)
+
+
+def _strategies(model: Any, texts: list[torch.Tensor], shape: Shape, scale: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each strategy that trains such a model by gradients: attached, one step, saved, and loaded onto the base again."""
+    with torch.no_grad():
+        base = model(**_pack(model, texts), use_cache=False).logits[0]
+    for name, kind in STRATEGIES.items():
+        strategy = kind()
+        if kind.recipe != "gradient" or kind.base_bits is not None or strategy.unavailable(shape, cuda=False):
+            continue
+        if shape.parameters() > MAX_STRATEGY_PARAMETERS and name != FIRST:
+            continue
+        try:
+            yield name, {"works": True, **_tried(strategy, model, texts, shape, base, scale)}
+        except Exception as error:
+            yield name, {"works": False, "message": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _tried(
+    strategy: Strategy, base_model: Any, texts: list[torch.Tensor], shape: Shape, base: torch.Tensor, scale: float
+) -> dict[str, Any]:
+    torch.manual_seed(_SEED)
+    lead = torch.zeros(strategy.virtual_tokens(), dtype=torch.long)
+    texts = [torch.cat([lead, text]) for text in texts]
+    model: Any = strategy.attach(copy.deepcopy(base_model)).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    count, expected = sum(weight.numel() for weight in trained), strategy.trainable(shape)
+    if count != expected:
+        raise ValueError(f"it trains {count:,} parameters where {expected:,} were expected")
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    strategy.begin(model, 10)
+    model.eval()
+    started = _apart(_logits(model, texts), base, scale) if not len(lead) else None
+    if started is not None and started > STRATEGY_BOUND:
+        raise ValueError(f"it starts {started:.2g} away from the base")
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    losses = []
+    for step in range(1, 4):
+        loss = _mean_loss(plain, texts)
+        if (more := strategy.regulariser(model)) is not None:
+            loss = loss + more
+        loss.backward()
+        strategy.after_step(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    if not all(map(math.isfinite, losses)) or losses[-1] == losses[0]:
+        raise ValueError(f"its loss does not move: {losses[0]:.4g} to {losses[-1]:.4g}")
+    with tempfile.TemporaryDirectory() as folder:
+        strategy.save(model, Path(folder))
+        ended = _logits(model, texts)
+        if strategy.adapter:
+            again = _apart(_logits(strategy.load(copy.deepcopy(base_model), Path(folder)).eval(), texts), ended, scale)
+            if again > STRATEGY_BOUND:
+                raise ValueError(f"loaded again, its logits are {again:.2g} away from those that were saved")
+    return {"parameters": count, "loss_before": losses[0], "loss_after": losses[-1]}
+
+
+def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**_pack(model, texts), use_cache=False).logits[0]
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    main(sys.argv[1:])
