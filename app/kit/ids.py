@@ -10,6 +10,7 @@ from app.errors import NotFound
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
 PREDICTION, RUN, EXPORT = "pred", "run", "export"
+USER, INVITATION = "user", "invite"
 
 _NAMES = {
     FILE: "file",
@@ -21,6 +22,8 @@ _NAMES = {
     EVALUATION: "evaluation",
     PREDICTION: "prediction",
     EXPORT: "export",
+    USER: "person",
+    INVITATION: "invitation",
 }
 
 
@@ -47,5 +50,7 @@ parse_export = partial(parse, EXPORT, param="export_id")
 parse_prediction = partial(parse, PREDICTION, param="prediction_id")
 parse_prompt = partial(parse, PROMPT, param="prompt_id")
 parse_prompt_run = partial(parse, RUN, param="run_id")
+parse_user = partial(parse, USER, param="user_id")
+parse_invitation = partial(parse, INVITATION, param="invite_id")
 parse_vote = partial(parse, VOTE, param="vote_id")
 """`parse` for ids in the API's paths; an error names the parameter."""

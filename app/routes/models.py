@@ -31,11 +31,11 @@ from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
 from app.views import evaluation as evaluation_view
 from app.views import lists, snippets
-from app.web import auth
+from app.web import auth, policy
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.templates import KINDS as KINDS_SHOWN
-from app.web.templates import flash, render
+from app.web.templates import flash, public_address, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
@@ -271,9 +271,10 @@ def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: 
 
 @pages.post("/models/{key}/api-key", response_class=HTMLResponse)
 def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
-    """Create an API key, shown once, inside the code that uses it."""
+    """Create an API key, shown once, inside the code that uses it. It reads, and where the role allows it runs models."""
     model = models.get(session, user, key)
-    _, text = auth.create_key(session, user, model.title)
+    scopes = [scope for scope in ("read", "generate") if scope in policy.ALLOWED[user.role]]
+    _, text = auth.create_key(session, user, model.title, scopes)
     return show_model(request, session, user, model, "use", new_key=text)
 
 
@@ -295,7 +296,7 @@ def show_model(
     own = [one.alias.name for one in named if one.model.id == model.id]
     facts = exports.facts(session, model) if tab == "export" else None
     exported = exports.of_model(session, user, model) if tab == "export" else []
-    address = f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1"
+    address = f"{public_address(request)}/v1"
     return render(
         request,
         "model.html",

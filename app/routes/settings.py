@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 
 from app.db import Db
 from app.errors import NotFound
-from app.settings import get_settings
 from app.tables import User
 from app.views import overview
-from app.web import auth, navigation
+from app.web import auth, navigation, policy
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
-from app.web.templates import flash, render
+from app.web.templates import flash, public_address, render
 
 pages = APIRouter()
+SCOPES = {"read": "Read everything", "generate": "Run models", "write": "Read, run and change", "admin": "All of that, and manage people"}
 MENU = (MenuPage("Settings", "/settings", "end", 20),)
 
 
@@ -31,7 +32,9 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
     values: dict[str, Any] = {
         "keys": auth.list_keys(session, user),
         "new_key": new_key,
-        "base_url": f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1",
+        "now": datetime.now(UTC),
+        "key_scopes": [(one, title) for one, title in SCOPES.items() if policy.KEY_SCOPES[one] <= policy.ALLOWED[user.role]],
+        "base_url": f"{public_address(request)}/v1",
         "duties": overview.duties(),
         "checks": overview.checks(session),
         "versions": overview.versions(),
@@ -42,9 +45,16 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
 
 
 @pages.post("/settings/keys")
-def create_key(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form()] = "") -> Response:
+def create_key(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    name: Annotated[str, Form()] = "",
+    scope: Annotated[list[str] | None, Form()] = None,
+    days: Annotated[Literal["", "30", "90", "365"], Form()] = "",
+) -> Response:
     """The response is the page itself, because the key is shown once and stored nowhere, not even for a redirect."""
-    _, text = auth.create_key(session, user, name)
+    _, text = auth.create_key(session, user, name, scope or (), float(days) if days else None)
     return _page(request, user, session, new_key=text)
 
 

@@ -13,7 +13,7 @@ from app.tables.models import Export, Model, ModelAlias
 from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
-from app.tables.users import ApiKey, BrowserSession, SignInLink, User
+from app.tables.users import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 
 __all__ = [
     "JSON",
@@ -32,6 +32,7 @@ __all__ = [
     "File",
     "Finding",
     "Inspection",
+    "Invitation",
     "Job",
     "Leased",
     "Model",
@@ -42,6 +43,7 @@ __all__ = [
     "PromptRun",
     "PromptVersion",
     "SignInLink",
+    "TwoStep",
     "Upload",
     "User",
     "Vote",

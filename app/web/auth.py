@@ -21,24 +21,25 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
 from itsdangerous import BadData, URLSafeSerializer
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import ColumnElement, Row, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.db import transaction
-from app.errors import Forbidden, NotFound, NotSignedIn
+from app.errors import BadField, Forbidden, NotFound, NotSignedIn
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, SignInLink, User
-from app.web import passwords
+from app.web import passwords, policy
 
-PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{token}"})
+PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/code", "/sign-in/{token}", "/invitation/{token}"})
 """Routes that need no account. `/metrics` has its own check: signed in, or from this machine."""
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION_DAYS = 30
 KNOWN_DAYS = 400
 LINK_MINUTES = 60
+MAX_KEY_DAYS = 3650
 
 
 # Secrets --------------------------------------------------------------------------------------------------------------
@@ -73,12 +74,18 @@ def studio_mark() -> str:
 
 
 def first_user(session: Session) -> User:
-    """The account that owns the studio, created at the first start; its password follows LUTHIER_ADMIN_PASSWORD."""
+    """The account that owns the studio, an admin created at the first start; its password follows LUTHIER_ADMIN_PASSWORD.
+
+    Another password ends its browser sessions.
+    """
     settings = get_settings()
-    session.execute(insert(User).values(id=uuid.uuid4(), name=settings.admin_name).on_conflict_do_nothing(index_elements=["name"]))
+    made = insert(User).values(id=uuid.uuid4(), name=settings.admin_name, role="admin")
+    session.execute(made.on_conflict_do_nothing(index_elements=["name"]))
     user = session.scalars(select(User).where(User.name == settings.admin_name)).one()
     password = settings.admin_password
     if password and not passwords.matches(password, user.password_hash):
+        if user.password_hash is not None:
+            session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.id))
         user.password_hash = passwords.hash_of(password)
     return user
 
@@ -97,6 +104,7 @@ def use_link(session: Session, token: str) -> User:
     spent = (
         update(SignInLink)
         .where(SignInLink.token_sha256 == sha256(token), SignInLink.used_at.is_(None), SignInLink.expires_at > func.clock_timestamp())
+        .where(SignInLink.user_id.in_(select(User.id).where(User.disabled_at.is_(None))))
         .values(used_at=func.clock_timestamp())
         .returning(SignInLink.user_id)
     )
@@ -121,9 +129,10 @@ async def check_password(name: str, password: str, address: str, browser: str | 
 def _begin_try(name: str, address: str, browser: str | None) -> tuple[passwords.Tries, uuid.UUID | None, str | None]:
     """The counts of one attempt, and the user and hash to check the password against."""
     with transaction() as session:
-        found = session.execute(select(User.id, User.password_hash).where(User.name == name)).one_or_none()
+        query = select(User.id, User.password_hash).where(User.name == name, User.disabled_at.is_(None))
+        found = session.execute(query).one_or_none()
     user_id, known = found or (None, None)
-    tries = passwords.Tries(name, address, _known_to(user_id, browser) if user_id and browser else None)
+    tries = passwords.Tries(name, address, known_to(user_id, browser) if user_id and browser else None)
     tries.take()
     return tries, user_id, known
 
@@ -147,7 +156,7 @@ def known_browser(request: Request) -> str | None:
     return request.cookies.get(cookie_name(request, "_known"))
 
 
-def _known_to(user_id: uuid.UUID, browser: str) -> str | None:
+def known_to(user_id: uuid.UUID, browser: str) -> str | None:
     """The key of the attempts from a browser in which this user was signed in before; None for any other."""
     try:
         owner, browser_id = _known_signer().loads(browser)
@@ -165,11 +174,19 @@ def open_session(session: Session, request: Request, response: Response, user: U
     close_session(session, request)
     token = secrets.token_urlsafe(32)
     expires = func.clock_timestamp() + timedelta(days=SESSION_DAYS)
-    session.add(BrowserSession(token_sha256=sha256(token), user_id=user.id, expires_at=expires))
+    browser = request.headers.get("user-agent", "").replace("\0", "")[:300]
+    session.add(
+        BrowserSession(token_sha256=sha256(token), user_id=user.id, expires_at=expires, address=address_of(request), browser=browser)
+    )
     session.execute(delete(BrowserSession).where(BrowserSession.expires_at < func.clock_timestamp()))
     known = str(_known_signer().dumps([user.id.hex, secrets.token_hex(8)]))
     for name, value, days in ((cookie_name(request), token, SESSION_DAYS), (cookie_name(request, "_known"), known, KNOWN_DAYS)):
         response.set_cookie(name, value, max_age=days * 86_400, httponly=True, samesite="lax", secure=secure(request), path="/")
+
+
+def address_of(request: Request) -> str:
+    """The network address that a request came from."""
+    return request.client.host if request.client else ""
 
 
 def close_session(session: Session, request: Request, response: Response | None = None) -> None:
@@ -183,10 +200,25 @@ def close_session(session: Session, request: Request, response: Response | None 
 # API keys -------------------------------------------------------------------------------------------------------------
 
 
-def create_key(session: Session, user: User, name: str) -> tuple[ApiKey, str]:
-    """A new API key and its text, `sk-luthier-<id>-<secret>`, which cannot be shown again."""
+def create_key(session: Session, user: User, name: str, scopes: Collection[str] = (), days: float | None = None) -> tuple[ApiKey, str]:
+    """A new API key and its text, `sk-luthier-<id>-<secret>`, which cannot be shown again.
+
+    Without `scopes` it may do all that its person's role allows; without `days` it does not expire.
+    """
+    if days is not None and not 0 < days <= MAX_KEY_DAYS:
+        raise BadField(
+            f"A key lasts for more than 0 and up to {MAX_KEY_DAYS} days.", param="days", hint="Omit it for a key without an end."
+        )
     private = secrets.token_urlsafe(32)
-    key = ApiKey(id=uuid.uuid4(), user_id=user.id, name=name.strip()[:80] or "key", secret_sha256=sha256(private), hint=private[-4:])
+    key = ApiKey(
+        id=uuid.uuid4(),
+        user_id=user.id,
+        name=name.strip()[:80] or "key",
+        secret_sha256=sha256(private),
+        hint=private[-4:],
+        scopes=policy.clean_scopes(user, scopes),
+        expires_at=None if days is None else func.clock_timestamp() + timedelta(days=days),
+    )
     session.add(key)
     session.flush()
     return key, f"sk-luthier-{key.id.hex}-{private}"
@@ -205,6 +237,11 @@ def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
     return key
 
 
+def _in_force() -> tuple[ColumnElement[bool], ...]:
+    """Of a key: neither revoked nor expired."""
+    return ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.clock_timestamp())
+
+
 def _known_key(session: Session, text: str) -> Row[User, ApiKey] | None:
     head, _, rest = text.removeprefix("sk-luthier-").partition("-")
     if not text.startswith("sk-luthier-") or len(head) != 32 or not rest:
@@ -213,7 +250,8 @@ def _known_key(session: Session, text: str) -> Row[User, ApiKey] | None:
         key_id = uuid.UUID(hex=head)
     except ValueError:
         return None
-    query = select(User, ApiKey).join(ApiKey, ApiKey.user_id == User.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+    query = select(User, ApiKey).join(ApiKey, ApiKey.user_id == User.id)
+    query = query.where(ApiKey.id == key_id, *_in_force(), User.disabled_at.is_(None))
     found = session.execute(query).one_or_none()
     if found is None or not hmac.compare_digest(found.ApiKey.secret_sha256, sha256(rest)):
         return None
@@ -221,10 +259,11 @@ def _known_key(session: Session, text: str) -> Row[User, ApiKey] | None:
     return found
 
 
-def _note_use(session: Session, key: ApiKey) -> None:
+def _note_use(session: Session, used: ApiKey | BrowserSession) -> None:
     """Resolution of a minute for "last used", which saves a write per request."""
-    if key.last_used_at is None or datetime.now(UTC) - key.last_used_at > timedelta(minutes=1):
-        session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used_at=func.clock_timestamp()))
+    if used.last_used_at is None or datetime.now(UTC) - used.last_used_at > timedelta(minutes=1):
+        table = type(used)
+        session.execute(update(table).where(table.id == used.id).values(last_used_at=func.clock_timestamp()))
 
 
 # The door -------------------------------------------------------------------------------------------------------------
@@ -251,16 +290,20 @@ def identify(request: Request) -> User | None:
         with transaction() as session:
             key = _known_key(session, text.strip())
             request.state.pass_ = Pass(key_id=key.ApiKey.id) if key else None
+            request.state.key_scopes = key.ApiKey.scopes if key else None
             return key.User if key else None
     token = request.cookies.get(cookie_name(request))
     if not token:
         return None
     request.state.pass_ = Pass(token_sha256=sha256(token))
     with transaction() as session:
-        query = select(User).join(BrowserSession, BrowserSession.user_id == User.id)
-        return session.scalars(
-            query.where(BrowserSession.token_sha256 == sha256(token), BrowserSession.expires_at > func.clock_timestamp())
-        ).one_or_none()
+        query = select(User, BrowserSession).join(BrowserSession, BrowserSession.user_id == User.id)
+        query = query.where(BrowserSession.token_sha256 == sha256(token), BrowserSession.expires_at > func.clock_timestamp())
+        found = session.execute(query.where(User.disabled_at.is_(None))).one_or_none()
+        if found is None:
+            return None
+        _note_use(session, found.BrowserSession)
+        return found.User
 
 
 class Pass(NamedTuple):
@@ -271,11 +314,15 @@ class Pass(NamedTuple):
 
 
 def still_good(session: Session, passes: Collection[Pass]) -> set[Pass]:
-    """Those of these credentials that are still valid."""
-    keys = select(ApiKey.id).where(ApiKey.id.in_([p.key_id for p in passes if p.key_id]), ApiKey.revoked_at.is_(None))
+    """Those of these credentials that are still valid. Disabling a person revokes all of theirs."""
+    keys = (
+        select(ApiKey.id).join(User).where(User.disabled_at.is_(None), ApiKey.id.in_([p.key_id for p in passes if p.key_id]), *_in_force())
+    )
     tokens = [p.token_sha256 for p in passes if p.token_sha256]
-    sessions = select(BrowserSession.token_sha256).where(
-        BrowserSession.token_sha256.in_(tokens), BrowserSession.expires_at > func.clock_timestamp()
+    sessions = (
+        select(BrowserSession.token_sha256)
+        .join(User)
+        .where(User.disabled_at.is_(None), BrowserSession.token_sha256.in_(tokens), BrowserSession.expires_at > func.clock_timestamp())
     )
     return {Pass(key_id=key) for key in session.scalars(keys)} | {Pass(token_sha256=token) for token in session.scalars(sessions)}
 
@@ -295,9 +342,10 @@ async def sign_in(request: Request) -> User | None:
     user = await run_in_threadpool(identify, request)
     if user is None:
         if given_key(request):
-            raise NotSignedIn("This API key is not known here, or it was revoked.", hint="Create a key under Settings, API keys.")
+            raise NotSignedIn("This API key is not known here, was revoked, or has expired.", hint="Create a key under Settings, API keys.")
         raise NotSignedIn("You are not signed in.", hint="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
     request.state.user = user
+    policy.check(request, user, getattr(request.state, "key_scopes", None))
     return user
 
 

@@ -67,9 +67,25 @@ COMPARE = {
 UNSAFE: dict[str, Sample] = {
     # accounts and settings
     "POST /sign-in": Sample(form=[("name", "nobody"), ("password", "wrong"), ("next", "/")], expect=(401, 429)),
-    "POST /sign-out": NOTHING,
+    "POST /sign-in/code": Sample(form=[("ticket", "none"), ("code", "123456"), ("next", "/")], expect=(401,)),
+    "POST /invitation/{token}": Sample({"token": "none"}, form=[("name", "Ada"), ("password", "a long password")], expect=(404,)),
+    "POST /settings/account/password": Sample(form=[("current", ""), ("password", "short")], expect=(400, 401, 429)),
+    "POST /settings/account/sessions/{session_id}/end": Sample({"session_id": "+session"}),
+    "POST /settings/account/sign-out-everywhere": Sample(expect=(403,)),
+    "POST /settings/account/two-step": NOTHING,
+    "POST /settings/account/two-step/confirm": Sample(form=[("code", "123456")], expect=(401, 409, 429)),
+    "POST /settings/account/two-step/off": Sample(form=[("code", "123456")]),
+    "POST /settings/people/invitations": Sample(form=[("role", "member"), ("note", "Ada")]),
+    "POST /settings/people/invitations/{invitation_id}/revoke": Sample({"invitation_id": "+invitation"}),
+    "POST /settings/people/{user_id}/role": Sample({"user_id": "$person"}, form=[("role", "viewer")]),
+    "POST /settings/people/{user_id}/disable": Sample({"user_id": "+person"}),
+    "POST /settings/people/{user_id}/enable": Sample({"user_id": "$person"}),
+    "POST /v1/organization/users/{user_id}": Sample({"user_id": "$person"}, json={"role": "member", "disabled": False}),
+    "POST /v1/organization/invites": Sample(json={"role": "viewer", "note": "Ada", "days": 2}),
+    "DELETE /v1/organization/invites/{invite_id}": Sample({"invite_id": "+invitation"}),
+    "POST /sign-out": Sample(expect=(403,)),
     "POST /theme": Sample(form=[("theme", "dark")]),
-    "POST /settings/keys": Sample(form=[("name", "a key")]),
+    "POST /settings/keys": Sample(form=[("name", "a key"), ("scope", "read"), ("scope", "generate"), ("days", "30")]),
     "POST /settings/keys/{key}/revoke": Sample({"key": "+key"}),
     # files and datasets
     "POST /v1/files": Sample(multipart=[("purpose", None, b"user_data"), ("expires_after[anchor]", None, b"created_at"), ("expires_after[seconds]", None, b"3600"), ("file", "a.jsonl", ROW)]),
@@ -209,6 +225,9 @@ UNSAFE: dict[str, Sample] = {
 
 SAFE: dict[str, Sample] = {
     "GET /sign-in/{token}": Sample({"token": "none"}, expect=(303, 404)),
+    "GET /invitation/{token}": Sample({"token": "none"}, expect=(404,)),
+    "GET /v1/organization/users/{user_id}": Sample({"user_id": "$person"}),
+    "GET /v1/organization/invites/{invite_id}": Sample({"invite_id": "$invitation"}),
     "GET /v1/tus/{key}": NOTHING,
     "GET /jobs/compare": Sample(query=[("job", "$job")], expect=(400,)),
     "GET /playground/vectors/{key}": Sample({"key": "eval-" + "0" * 32}, expect=(404,)),

@@ -7,10 +7,11 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from app.datasets import ingest_task, resumable_upload
@@ -25,8 +26,8 @@ from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
-from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
-from app.web import auth
+from app.tables import ApiKey, BrowserSession, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
+from app.web import auth, people
 from tests.factories import make_job
 from tests.lives import Life, started, steps
 
@@ -92,7 +93,7 @@ class World:
             "sha": "0" * 64,
         }
         self.session.commit()
-        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission"):
+        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation"):
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -230,6 +231,21 @@ class World:
         job = ids.parse(ids.JOB, self.ids["job"])
         self.session.add(CheckpointPermission(id=key, job_id=job, checkpoint=self.ids["tuned_name"], project_id=key.hex))
         return f"cp_{key.hex}"
+
+    def _new_person(self) -> str:
+        made = User(id=uuid.uuid4(), name=self._new_name())
+        self.session.add(made)
+        return ids.public(ids.USER, made.id)
+
+    def _new_invitation(self) -> str:
+        return ids.public(ids.INVITATION, people.invite(self.session, self.user, "member")[0].id)
+
+    def _new_session(self) -> str:
+        made = BrowserSession(
+            id=uuid.uuid4(), token_sha256=uuid.uuid4().hex, user_id=self.user.id, expires_at=func.now() + timedelta(days=1)
+        )
+        self.session.add(made)
+        return str(made.id)
 
     def _new_alias(self) -> str:
         return aliases.set_(self.session, self.user, self._new_name(), self.base.name).alias.name
