@@ -92,7 +92,13 @@ def disable_user(name: Name, data_dir: DataDir = None) -> None:
 def enable_user(name: Name, data_dir: DataDir = None) -> None:
     """Let a person sign in again."""
     choose(data_dir=data_dir)
-    on_person(name, lambda people, session, person: people.enable(session, person))
+
+    def enable(people: Any, session: Session, person: User) -> None:
+        from app.web import projects
+
+        projects.let_in_again(session, person)
+
+    on_person(name, enable)
     say(f"{name} may sign in again.")
 
 
@@ -109,3 +115,18 @@ def reset_two_step(name: Name, data_dir: DataDir = None) -> None:
 
     on_person(name, reset)
     say(f"{name} signs in without a code.")
+
+
+@users.command("hand-over")
+@plainly
+def hand_over(name: Name, to: Annotated[str, typer.Argument(help="Who gets everything of this person.")], data_dir: DataDir = None) -> None:
+    """Give everything of a person who leaves to another one, and disable the account for good."""
+    choose(data_dir=data_dir)
+
+    def give(people: Any, session: Session, person: User) -> None:
+        from app.web import projects
+
+        projects.hand_over(session, person, people.named(session, to))
+
+    on_person(name, give)
+    say(f"{to} owns what {name} made; {name} is disabled.")

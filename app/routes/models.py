@@ -73,7 +73,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "id": name or model.name,
         "object": "model",
         "created": int(model.created_at.timestamp()),
-        "owned_by": "luthier" if model.owner_id is None else "user",
+        "owned_by": "luthier" if model.project_id is None else "user",
         "key": ids.public(ids.MODEL, model.id),
         "title": model.title,
         "kind": model.kind,
@@ -159,7 +159,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
 
 def may_change(user: User, model: Model) -> None:
     """Only an admin may change or delete a shared model."""
-    if model.owner_id != user.id and user.role != "admin":
+    if model.project_id != user.project_id and user.role != "admin":
         raise Forbidden(f"{model.name} is shared by everyone here.", hint="Ask an admin.", param="model")
 
 
@@ -334,9 +334,9 @@ def show_model(
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
         public_id=lists.public_id,
-        may_rename=model.owner_id == user.id or user.role == "admin",
+        may_rename=model.project_id == user.project_id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
-        llama_types=external_servers.llama_types(model) if model.owner_id == user.id or user.role == "admin" else (),
+        llama_types=external_servers.llama_types(model) if model.project_id == user.project_id or user.role == "admin" else (),
         fault=fault,
     )
 

@@ -14,7 +14,7 @@ from app.errors import StudioError
 from app.kit import ids
 from app.schemas.openapi import answers
 from app.tables import Invitation, User
-from app.web import auth, passwords, people
+from app.web import auth, passwords, people, projects
 from app.web.auth import CurrentUser
 from app.web.pagination import After, Limit, page
 from app.web.policy import ROLES
@@ -48,7 +48,9 @@ def update_person(session: Db, user: CurrentUser, user_id: str, change: schemas.
     if change.role is not None:
         people.set_role(session, person, change.role)
     if change.disabled is not None:
-        (people.disable if change.disabled else people.enable)(session, person)
+        people.disable(session, person) if change.disabled else projects.let_in_again(session, person)
+    if change.hand_over_to is not None:
+        projects.hand_over(session, person, people.get(session, ids.parse_user(change.hand_over_to)))
     session.flush()
     session.refresh(person)
     return people.to_json(person)
@@ -94,6 +96,7 @@ def _page(request: Request, session: Db, link: str | None = None) -> Response:
         "people": people.list_(session),
         "last_used": people.last_used(session),
         "two_step": people.with_two_step(session),
+        "left": {one.id for one in people.list_(session) if one.disabled_at and projects.left_for_good(session, one)},
         "invitations": [(one, session.get_one(User, one.invited_by).name) for one in found],
         "link": link,
         "roles": ROLES,
@@ -140,8 +143,16 @@ def disable(request: Request, user: CurrentUser, session: Db, user_id: str) -> R
 @pages.post(f"{PAGE}/{{user_id}}/enable")
 def enable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Response:
     person = people.get(session, ids.parse_user(user_id))
-    people.enable(session, person)
+    projects.let_in_again(session, person)
     flash(request, f"{person.name} may sign in again. Keys that were revoked stay revoked.")
+    return RedirectResponse(PAGE, 303)
+
+
+@pages.post(f"{PAGE}/{{user_id}}/hand-over")
+def hand_over(request: Request, user: CurrentUser, session: Db, user_id: str, to: Annotated[str, Form(max_length=80)] = "") -> Response:
+    person, heir = people.get(session, ids.parse_user(user_id)), people.get(session, ids.parse_user(to))
+    moved = projects.hand_over(session, person, heir)
+    flash(request, f"{person.name} has left: {heir.name} owns what they made ({moved} objects).")
     return RedirectResponse(PAGE, 303)
 
 

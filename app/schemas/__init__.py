@@ -44,11 +44,14 @@ from app.schemas.fine_tuning import (
 from app.schemas.models import Engine, EngineCheck, EngineOfModel, LoadedModels, Model, ModelAlias
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
+from app.schemas.projects import AddMember, ChangeMember, NameProject, Project, ProjectMember
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
 
 __all__ = [
+    "AddMember",
+    "ChangeMember",
     "ChangePerson",
     "ChatCompletion",
     "ChatCompletionChunk",
@@ -90,10 +93,13 @@ __all__ = [
     "LoadedModels",
     "Model",
     "ModelAlias",
+    "NameProject",
     "NextTokensOfModels",
     "OpenAPIDocument",
     "Person",
     "Prediction",
+    "Project",
+    "ProjectMember",
     "Prompt",
     "PromptRun",
     "PromptRunRows",

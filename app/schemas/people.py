@@ -17,6 +17,9 @@ class ChangePerson(Schema):
     model_config = ConfigDict(extra="forbid")
 
     role: Role | None = Field(None, description="A viewer changes nothing, a member works, an admin lets people in too.")
+    hand_over_to: str | None = Field(
+        None, max_length=80, description="Id of the person who gets everything of this one, who leaves: the account is disabled for good."
+    )
     disabled: bool | None = Field(
         None, description="True ends the person's sessions and revokes the keys; false lets the person sign in again."
     )

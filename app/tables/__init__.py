@@ -12,6 +12,7 @@ from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event,
 from app.tables.models import Export, Model, ModelAlias
 from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
+from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
 from app.tables.users import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 
@@ -38,10 +39,13 @@ __all__ = [
     "Model",
     "ModelAlias",
     "Outbox",
+    "Project",
+    "ProjectMember",
     "Prompt",
     "PromptResult",
     "PromptRun",
     "PromptVersion",
+    "ShareLink",
     "SignInLink",
     "TwoStep",
     "Upload",

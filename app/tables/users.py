@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import CheckConstraint, ForeignKey, func, text
 from sqlalchemy.orm import Mapped, mapped_column
@@ -21,6 +21,17 @@ class User(Base):
     created_at: Mapped[datetime] = now()
     disabled_at: Mapped[datetime | None] = mapped_column(comment="nobody signs in to it any more; its keys and sessions are gone")
     __table_args__ = (CheckConstraint("role IN ('admin', 'member', 'viewer')", name="role"),)
+
+    _working_in: ClassVar[uuid.UUID | None] = None
+
+    @property
+    def project_id(self) -> uuid.UUID:
+        """The project that this person works in now: their own, which has the person's id, unless `work_in` chose another."""
+        return self._working_in or self.id
+
+    def work_in(self, project_id: uuid.UUID) -> User:
+        self.__dict__["_working_in"] = project_id
+        return self
 
 
 class Invitation(Base):
@@ -72,6 +83,12 @@ class BrowserSession(Base):
     user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
     address: Mapped[str] = mapped_column(server_default="", comment="where it signed in from")
     browser: Mapped[str] = mapped_column(server_default="", comment="its User-Agent at sign-in")
+    project_id: Mapped[uuid.UUID | None] = mapped_column(
+        ForeignKey("projects.id", ondelete="SET NULL"), comment="the one chosen in the sidebar; null is the person's own"
+    )
+    share_id: Mapped[uuid.UUID | None] = mapped_column(
+        ForeignKey("share_links.id", ondelete="CASCADE"), index=True, comment="a guest who came by this link, not the person"
+    )
     created_at: Mapped[datetime] = now()
     last_used_at: Mapped[datetime] = now()
     expires_at: Mapped[datetime]
@@ -84,6 +101,9 @@ class ApiKey(Base):
     id: Mapped[uuid.UUID] = new_key()
     user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
     name: Mapped[str]
+    project_id: Mapped[uuid.UUID | None] = mapped_column(
+        ForeignKey("projects.id", ondelete="CASCADE"), comment="the only one it reaches; null: any of its person's"
+    )
     secret_sha256: Mapped[str]
     hint: Mapped[str] = mapped_column(comment="the last four characters, so that a person can tell keys apart")
     scopes: Mapped[list[Any]] = mapped_column(

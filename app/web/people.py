@@ -17,7 +17,7 @@ from app.kit import ids
 from app.kit.json_safe import storable
 from app.tables import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 from app.web.auth import sha256
-from app.web.policy import ROLES
+from app.web.policy import check_role
 
 INVITATION_DAYS = 7
 MAX_DAYS = 90
@@ -51,7 +51,10 @@ def last_used(session: Session) -> dict[uuid.UUID, Any]:
     """When each person was last seen, with a browser or a key."""
     seen: dict[uuid.UUID, Any] = {}
     for table in (BrowserSession, ApiKey):
-        for user_id, when in session.execute(select(table.user_id, func.max(table.last_used_at)).group_by(table.user_id)):
+        used = select(table.user_id, func.max(table.last_used_at)).group_by(table.user_id)
+        if table is BrowserSession:
+            used = used.where(BrowserSession.share_id.is_(None))  # guests are not the person
+        for user_id, when in session.execute(used):
             if when is not None:
                 seen[user_id] = max(when, seen.get(user_id, when))
     return seen
@@ -67,11 +70,6 @@ def set_role(session: Session, user: User, role: str) -> None:
     if role != "admin":
         _keep_an_admin(session, user)
     user.role = role
-
-
-def check_role(role: str) -> None:
-    if role not in ROLES:
-        raise BadField(f"{role[:40]!r} is no role.", hint=f"It is one of {', '.join(ROLES)}.", param="role")
 
 
 def disable(session: Session, user: User) -> None:

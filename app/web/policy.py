@@ -13,19 +13,21 @@ from typing import Literal, get_args
 from fastapi import Request
 
 from app.errors import BadField, Forbidden
+from app.ownership import may_change
 from app.tables import User
 
-Scope = Literal["read", "generate", "write", "account", "admin"]
+Scope = Literal["read", "generate", "write", "session", "account", "admin"]
 Role = Literal["admin", "member", "viewer"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 ALLOWED: dict[str, frozenset[Scope]] = {
-    "viewer": frozenset({"read", "account"}),
-    "member": frozenset({"read", "generate", "write", "account"}),
-    "admin": frozenset({"read", "generate", "write", "account", "admin"}),
+    "guest": frozenset({"read", "session"}),
+    "viewer": frozenset({"read", "session", "account"}),
+    "member": frozenset({"read", "generate", "write", "session", "account"}),
+    "admin": frozenset({"read", "generate", "write", "session", "account", "admin"}),
 }
-"""Scopes of each role. `account` is what a person does with the account itself: password, sessions, keys. No key has it, so that a
-lost key makes no further ones."""
+"""Scopes of each role. `session` is of a browser alone (colors, signing out), and `account` what a person does with the account itself:
+password, sessions, keys, projects. No key has these, so that a lost key makes no further ones. A guest came by the link of a project."""
 
 KEY_SCOPES: dict[str, frozenset[Scope]] = {
     "read": frozenset({"read"}),
@@ -48,7 +50,7 @@ GET /playground/lab/prompts/{rest:path} /playground/lab/{rest:path} /playground/
 GET /playground/prompts/runs/{run_id} /playground/prompts/{prompt_id} /playground/tokens /playground/tutorial /playground/vectors
 GET /playground/vectors/{key} /playground/{exchange_id:uuid} /playground/{exchange_id:uuid}/export /shell /standby /v1/comparisons
 GET /v1/comparisons/{comparison_id} /v1/datasets /v1/datasets/{key} /v1/datasets/{key}/changes /v1/datasets/{key}/lines/{line}
-GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /v1/engines /v1/evaluations /v1/evaluations/{evaluation_id}
+GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /v1/evaluations /v1/evaluations/{evaluation_id}
 GET /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
 GET /v1/files/{file_id}/content /v1/files/{file_id}/report /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions /v1/fine_tuning/jobs
 GET /v1/fine_tuning/jobs/{job_id} /v1/fine_tuning/jobs/{job_id}/checkpoints /v1/fine_tuning/jobs/{job_id}/events
@@ -90,17 +92,28 @@ DELETE /v1/models/{model:path} /v1/predictions/{prediction_id} /v1/prompts/{prom
 PATCH /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/fine_tuning/jobs/{job_id} /v1/models/{model:path} /v1/tus/{key}
 PUT /v1/model_aliases/{alias:path}
 """,
+    "session": """
+POST /sign-out /theme
+""",
     "account": """
 POST /models/{key}/api-key /settings/account/password /settings/account/sessions/{session_id}/end /settings/account/sign-out-everywhere
 POST /settings/account/two-step /settings/account/two-step/confirm /settings/account/two-step/off /settings/keys
-POST /settings/keys/{key}/revoke /sign-out /theme
-GET /settings /settings/account
+POST /settings/keys/{key}/revoke
+GET /settings /settings/account /settings/projects /settings/projects/{project_id}
+POST /project /settings/projects /settings/projects/{project_id}/name /settings/projects/{project_id}/members
+POST /settings/projects/{project_id}/members/{user_id}/remove /settings/projects/{project_id}/links
+POST /settings/projects/{project_id}/links/{link_id}/revoke
 """,
     "admin": """
-GET /settings/people /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
+GET /settings/people /v1/engines /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
 POST /settings/people/invitations /settings/people/invitations/{invitation_id}/revoke /settings/people/{user_id}/disable
 POST /settings/people/{user_id}/enable /settings/people/{user_id}/role /v1/organization/invites /v1/organization/users/{user_id}
-DELETE /v1/organization/invites/{invite_id}
+DELETE /v1/organization/invites/{invite_id} /v1/organization/projects/{project_id}/users/{user_id}
+POST /settings/people/{user_id}/hand-over
+GET /v1/organization/projects /v1/organization/projects/{project_id} /v1/organization/projects/{project_id}/users
+GET /v1/organization/projects/{project_id}/users/{user_id}
+POST /v1/organization/projects /v1/organization/projects/{project_id} /v1/organization/projects/{project_id}/users
+POST /v1/organization/projects/{project_id}/users/{user_id}
 """,
 }
 """Scope → lines of a method and its paths, as the routes declare them. `generate` runs models and changes nothing but the history."""
@@ -125,14 +138,20 @@ def scope_of(method: str, path: str) -> Scope:
     return known.get((method, path), "admin")
 
 
-def check(request: Request, user: User, key_scopes: Sequence[str] | None) -> None:
+def check(request: Request, user: User, project_role: str, key_scopes: Sequence[str] | None) -> None:
     """Raises Forbidden where this person's role or this key does not allow the request. `key_scopes` is None for a browser."""
     needed = scope_of(request.method, request.scope["route"].path)
+    if needed in ("write", "generate") and user.role in ("member", "admin") and not may_change(project_role):
+        raise Forbidden(
+            "You may look at everything in this project and change nothing: your role in it is viewer.",
+            hint="Ask one of its admins, or choose another project.",
+            code="insufficient_permissions",
+        )
     if needed not in ALLOWED[user.role]:
         raise Forbidden(_reason(user.role, needed), hint=_HINTS[user.role], code="insufficient_permissions")
     if key_scopes is None:
         return
-    if needed == "account":
+    if needed in ("account", "session"):
         raise Forbidden(
             "No API key may do this: it belongs to the account itself.", hint="Sign in with a browser.", code="insufficient_permissions"
         )
@@ -169,13 +188,21 @@ def clean_scopes(user: User, wanted: Iterable[str]) -> list[str]:
 
 
 _HINTS = {
+    "guest": "Ask for an invitation.",
     "viewer": "Ask an admin of the studio to make you a member.",
     "member": "Ask an admin of the studio.",
     "admin": "",
 }
 
 
+def check_role(role: str) -> None:
+    if role not in ROLES:
+        raise BadField(f"{role[:40]!r} is no role.", hint=f"It is one of {', '.join(ROLES)}.", param="role")
+
+
 def _reason(role: str, needed: Scope) -> str:
+    if role == "guest" and needed not in ("write", "generate"):
+        return "This is for people with an account; your role is guest."
     if needed == "admin":
         return f"Only admins may do this; your role is {role}."
     return f"You may look at everything here and change nothing: your role is {role}."

@@ -18,6 +18,7 @@ from app.web.auth import cookie_name, sha256
 def list_(session: Session, user: User) -> list[BrowserSession]:
     """Sessions in force, the one used last first."""
     query = select(BrowserSession).where(BrowserSession.user_id == user.id, BrowserSession.expires_at > func.clock_timestamp())
+    query = query.where(BrowserSession.share_id.is_(None))  # guests came by a link of this person's
     return list(session.scalars(query.order_by(BrowserSession.last_used_at.desc())))
 
 
@@ -26,14 +27,15 @@ def is_this(request: Request, found: BrowserSession) -> bool:
 
 
 def end(session: Session, user: User, session_id: uuid.UUID) -> None:
-    gone = touched(session, delete(BrowserSession).where(BrowserSession.id == session_id, BrowserSession.user_id == user.id))
+    own = BrowserSession.user_id == user.id, BrowserSession.share_id.is_(None)
+    gone = touched(session, delete(BrowserSession).where(BrowserSession.id == session_id, *own))
     if not gone:
         raise NotFound("No such session.", hint="It may have ended already.")
 
 
 def end_all(session: Session, user_id: uuid.UUID, but: Request | None = None) -> int:
     """End every session of a person, but for the one of the request `but`; returns how many."""
-    query = delete(BrowserSession).where(BrowserSession.user_id == user_id)
+    query = delete(BrowserSession).where(BrowserSession.user_id == user_id, BrowserSession.share_id.is_(None))
     if but is not None:
         query = query.where(BrowserSession.token_sha256 != sha256(but.cookies.get(cookie_name(but), "")))
     return touched(session, query)

@@ -69,7 +69,7 @@ def environment() -> Environment:
         "objective": objectives.get,
         "objectives_of": formats.objectives_of,
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
-        "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],
+        "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [], "projects": (),
     }  # fmt: skip
     return env
 
@@ -89,7 +89,7 @@ class Nonces(Extension):
 
 
 def _token() -> str:
-    from app.web.auth import csrf_token
+    from app.web.csrf import csrf_token
 
     return csrf_token(current.get())
 
