@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from app.errors import BadData, BadField, StudioError, Unavailable
+from app import users_cli
+from app.console import DataDir, Run, as_owner, choose, err, here_address, out, owner_session, plainly, say
+from app.errors import BadData, BadField, Unavailable
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -26,50 +23,12 @@ if TYPE_CHECKING:
 
     from app.tables import User
 
-T = TypeVar("T")
-
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A studio for fine-tuning language models.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 models = typer.Typer(no_args_is_help=True, help="Models.")
 app.add_typer(keys, name="keys")
+app.add_typer(users_cli.users, name="users")
 app.add_typer(models, name="models")
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the database, files, models and runs.")]
-
-
-def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print a StudioError as two sentences, the message and the hint, with exit code 1 and no traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except StudioError as error:
-            err.print(f"[bold red]Error:[/] {escape(error.message)}")
-            if error.hint:
-                err.print(escape(error.hint))
-            raise typer.Exit(1) from None
-
-    return run
-
-
-def choose(**variables: object) -> None:
-    """Put options of a command into the environment, which the processes it starts inherit."""
-    for name, value in variables.items():
-        if value is not None:
-            os.environ[f"LUTHIER_{name.upper()}"] = str(value)
-    get_settings.cache_clear()
-    from pydantic import ValidationError
-
-    try:
-        get_settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"LUTHIER_{str(first['loc'][0]).upper()}"
-        raise BadField(f"{name} cannot be {first['input']!r}.", hint=f"{first['msg']}.", param=name) from None
 
 
 @app.command()
@@ -86,36 +45,38 @@ def up(
     start(say)
 
 
-def say(text: str) -> None:
-    """Print a line for the person at the console; plain print, so that a link is never wrapped. A console that cannot be written
-    to, as a file on a full disk, is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
 @app.command()
 @plainly
-def link(data_dir: DataDir = None) -> None:
-    """Print a new sign-in link of the running studio."""
-    from app.ops.embedded.places import Lock
-    from app.ops.embedded.up import beside, sign_in_path, studio_url
-
+def link(
+    name: Annotated[str | None, typer.Argument(help="Who signs in with it; the first account, where nobody is named.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Print a new sign-in link of the running studio. It needs no password and no two-step code."""
     choose(data_dir=data_dir)
-    holder = Lock(get_settings().data_dir).holder() or {}
-    with beside():
-        print(f"{holder.get('url') or studio_url(get_settings())}{sign_in_path()}")
+
+    def make(session: Session, user: User) -> str:
+        from app.web import auth, people
+
+        return auth.new_sign_in_link(session, people.named(session, name) if name else user)
+
+    print(f"{here_address()}{as_owner(make)}")
 
 
 @keys.command("create")
 @plainly
-def create_key(name: Annotated[str, typer.Argument(help="What the key is for.")], data_dir: DataDir = None) -> None:
+def create_key(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[list[str] | None, typer.Option(help="read, generate, write or admin; several may be given.")] = None,
+    days: Annotated[float | None, typer.Option(help="How long it lasts; without it for good.")] = None,
+    data_dir: DataDir = None,
+) -> None:
     """Make an API key and print it, alone. It is shown only this once."""
     choose(data_dir=data_dir)
 
     def make(session: Session, user: User) -> str:
         from app.web.auth import create_key as create
 
-        return create(session, user, name)[1]
+        return create(session, user, name, scope or (), days)[1]
 
     print(as_owner(make))
 
@@ -244,37 +205,6 @@ def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, whic
 
 
 # Under the commands -----------------------------------------------------------------------------------------------------
-
-
-class Run(Protocol):
-    def __call__(self, action: Callable[[Session, User], T], /) -> T: ...
-
-
-class owner_session:
-    """The studio's database for one command; yields `run`, which runs one function as the studio's owner in one transaction."""
-
-    def __enter__(self) -> Run:
-        from app.ops.embedded.up import beside
-
-        self.studio = beside()
-        self.studio.__enter__()
-        return self.run
-
-    def __exit__(self, *error: Any) -> None:
-        self.studio.__exit__(*error)
-
-    @staticmethod
-    def run(action: Callable[[Session, User], T]) -> T:
-        from app.db import transaction
-        from app.web.auth import first_user
-
-        with transaction() as session:
-            return action(session, first_user(session))
-
-
-def as_owner(action: Callable[[Session, User], T]) -> T:
-    with owner_session() as run:
-        return run(action)
 
 
 def bring(run: Run, model_id: Any) -> None:

@@ -27,7 +27,7 @@ from app.inference import external_server
 from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.settings import get_settings
-from app.web import auth, error_responses, middleware, navigation
+from app.web import auth, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
 
 
@@ -54,7 +54,7 @@ def create_app() -> FastAPI:
         title="Luthier",
         version=version("luthier"),
         summary="Fine-tuning of language models, in the shape of the OpenAI API.",
-        dependencies=[Depends(auth.sign_in), Depends(auth.check_csrf), Depends(navigation.remember_notes)],
+        dependencies=[Depends(auth.sign_in), Depends(csrf.check_csrf), Depends(navigation.remember_notes)],
         lifespan=_lifespan,
         openapi_url=None,
         docs_url=None,

@@ -1,4 +1,5 @@
-"""Objects of a person. Another person's object, and one that was deleted, is as if it were not there."""
+"""Who sees what: the objects of the project that a person works in. Another project's object, and one that was deleted, is as if it
+were not there. Who may change what is in it is decided by `may_change`, which `app.web.policy` asks once for each request."""
 
 from __future__ import annotations
 
@@ -10,7 +11,22 @@ from sqlalchemy.orm import Session
 
 from app.errors import NotFound
 from app.kit import ids
-from app.tables import Comparison, Dataset, Evaluation, Exchange, Export, File, Job, Prompt, PromptRun, Upload, User, Vote
+from app.tables import (
+    Comparison,
+    Dataset,
+    Evaluation,
+    Exchange,
+    Export,
+    File,
+    Job,
+    Project,
+    ProjectMember,
+    Prompt,
+    PromptRun,
+    Upload,
+    User,
+    Vote,
+)
 
 T = TypeVar("T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | Vote | Exchange | Upload)
 
@@ -40,16 +56,40 @@ _SHOWN: dict[type[Any], _Shown] = {
 
 
 def mine(table: type[T], user: User, *conditions: ColumnElement[bool]) -> Select[T]:
-    """The query of a person's objects that are not deleted."""
+    """The query of the objects of a person's project that are not deleted."""
     deleted_at = getattr(table, "deleted_at", None)  # votes, conversations and uploads are gone when they are deleted
-    return select(table).where(table.owner_id == user.id, *([] if deleted_at is None else [deleted_at.is_(None)]), *conditions)
+    return select(table).where(table.project_id == user.project_id, *([] if deleted_at is None else [deleted_at.is_(None)]), *conditions)
 
 
 def owned(session: Session, table: type[T], user: User, key: uuid.UUID, *conditions: ColumnElement[bool]) -> T:
-    """One's own object as it is in the database now. Raises NotFound, also for another person's."""
+    """An object of the person's project as it is in the database now. Raises NotFound, also for another project's."""
     query = mine(table, user, *conditions).where(table.id == key)
     found = session.scalar(query.execution_options(populate_existing=True))
     if found is None:
         name, prefix, param, hint = _SHOWN[table]
+        hint = _elsewhere(session, table, user, key) or hint
         raise NotFound(f"No such {name}: {ids.public(prefix, key) if prefix else key}", param=param, hint=hint)
     return found
+
+
+def _elsewhere(session: Session, table: type[Any], user: User, key: uuid.UUID) -> str:
+    """What to do where the object is in another project of the same person; empty where it is not."""
+    query = select(Project.name).join(ProjectMember, ProjectMember.project_id == Project.id).join(table, table.project_id == Project.id)
+    deleted_at = getattr(table, "deleted_at", None)
+    query = query if deleted_at is None else query.where(deleted_at.is_(None))
+    name = session.scalar(query.where(table.id == key, ProjectMember.user_id == user.id, Project.id != user.project_id))
+    return f"It is in your project {name}: choose that one first." if name else ""
+
+
+def maker_of(session: Session, row: Any) -> User:
+    """The person who made a row, working in its project: for what is done for them without a request.
+
+    It is a copy of the account, so that nothing else in this transaction works in that project.
+    """
+    found = session.get_one(User, row.owner_id)
+    return User(id=found.id, name=found.name, role=found.role).work_in(row.project_id)
+
+
+def may_change(project_role: str) -> bool:
+    """Whether somebody with this role in a project changes what is in it."""
+    return project_role in ("admin", "member")

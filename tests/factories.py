@@ -102,13 +102,20 @@ def make_dataset(session: Session, user: User, data_dir: Path, rows: int = 40, s
     path.parent.mkdir(parents=True)
     sha256 = write_rows(path, data)
     file = File(
-        owner_id=user.id, sha256="0" * 64, bytes=path.stat().st_size, filename="chat.jsonl", purpose="fine-tune", status="processed"
+        owner_id=user.id,
+        project_id=user.project_id,
+        sha256="0" * 64,
+        bytes=path.stat().st_size,
+        filename="chat.jsonl",
+        purpose="fine-tune",
+        status="processed",
     )
     session.add(file)
     session.flush()
     dataset = Dataset(
         id=key,
         owner_id=user.id,
+        project_id=user.project_id,
         file_id=file.id,
         name="chat",
         format="chat",
@@ -147,6 +154,7 @@ def make_job(session: Session, user: User, model: Model, dataset: Dataset, **run
     spec = make_spec(model, dataset, **run)
     job = Job(
         owner_id=user.id,
+        project_id=user.project_id,
         name=spec.name,
         spec=spec.model_dump(mode="json"),
         model_id=model.id,

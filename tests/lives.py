@@ -24,7 +24,7 @@ SAMPLES = [
 def order(session: Session, user: User, model: Model, *, name: str = "support-tone", strategy: str = "lora", **run: Any) -> Job:
     """A queued job on a dataset of 1,204 rows, with its first event."""
     dataset = Dataset(
-        owner_id=user.id, name="support-replies", version=3, format="chat", task="generation", status="ready", rows=1210,
+        owner_id=user.id, project_id=user.project_id, name="support-replies", version=3, format="chat", task="generation", status="ready", rows=1210,
         good_rows=1204, rows_path="rows/none.parquet", rows_sha256="0" * 64,
         report={"characters": 900_000, "tokens": 240_000, "trained_tokens": 90_000, "longest": 512},
     )  # fmt: skip
@@ -42,7 +42,7 @@ def order(session: Session, user: User, model: Model, *, name: str = "support-to
     )
     memory = {"weights": 540_000_000, "gradients": 10_000_000, "optimizer": 30_000_000, "activations": 780_000_000, "other": 0}
     job = Job(
-        owner_id=user.id, name=name, spec=spec.model_dump(mode="json"), model_id=model.id, dataset_id=dataset.id,
+        owner_id=user.id, project_id=user.project_id, name=name, spec=spec.model_dump(mode="json"), model_id=model.id, dataset_id=dataset.id,
         order={"model": model.name, "dataset_id": str(dataset.id), "name": name, "strategy": {"name": strategy}, "run": run},
         estimate={"memory_bytes": 1_360_000_000, "memory": memory, "seconds": 300.0, "trainable_parameters": 2_440_000, "fits": True},
     )  # fmt: skip

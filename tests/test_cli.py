@@ -46,6 +46,24 @@ def test_a_link_signs_in(session, user, web):
     assert TestClient(web.app, base_url="http://127.0.0.1:8000").get(link).status_code == 200
 
 
+def test_people_are_let_in_and_out(session, user, web):
+    from starlette.testclient import TestClient
+
+    link = luthier("users", "invite", "--role", "viewer", "--days", "1").stdout.strip()
+    browser = TestClient(web.app, base_url="http://127.0.0.1:8000", headers={"origin": "http://127.0.0.1:8000"})
+    assert browser.post(link, data={"name": "Ada", "password": "spruce and maple"}, follow_redirects=False).status_code == 303
+    assert re.search(r"Ada +viewer +active", luthier("users", "list").stdout)
+    luthier("users", "role", "Ada", "member")
+    luthier("users", "disable", "Ada")
+    assert re.search(r"Ada +member +disabled", luthier("users", "list").stdout)
+    assert browser.get("/", follow_redirects=False).status_code == 303
+    luthier("users", "enable", "Ada")
+    assert browser.get(luthier("link", "Ada").stdout.strip(), follow_redirects=False).headers["location"] == "/"
+    luthier("users", "reset-two-step", "Ada")
+    assert "only admin" in luthier("users", "disable", "owner", code=1).output
+    assert "Nobody here" in luthier("users", "role", "Bo", "viewer", code=1).output
+
+
 def test_status_of_nothing(data_dir):
     assert "No studio is running" in luthier("status", code=3).stdout
 

@@ -278,9 +278,9 @@ def test_vendored_files_are_the_locked_ones():
 
 
 def test_logs_carry_no_secret():
-    line = "POST /sign-in/AbCdEfGhIjKl?csrf_token=aa11.bb22 key sk-luthier-0123456789abcdef0123456789abcdef-SECRETSECRET postgresql://luthier:hunter2@db/x"
+    line = "POST /sign-in/AbCdEfGhIjKl GET /invitation/InViTeDtOkEn /shared/ShArEdToKeN?csrf_token=aa11.bb22 key sk-luthier-0123456789abcdef0123456789abcdef-SECRETSECRET postgresql://luthier:hunter2@db/x"
     hidden = logs.hide(line)
-    for secret in ("AbCdEfGhIjKl", "aa11.bb22", "SECRETSECRET", "hunter2"):
+    for secret in ("AbCdEfGhIjKl", "InViTeDtOkEn", "ShArEdToKeN", "aa11.bb22", "SECRETSECRET", "hunter2"):
         assert secret not in hidden
     assert "sk-luthier-01234567…" in hidden
 

@@ -12,6 +12,7 @@ from app.errors import NotFound
 from app.kit import ids
 from app.ownership import mine, owned
 from app.tables import Base, Dataset, Exchange, Prompt, User, Vote
+from app.web import projects
 
 
 @pytest.fixture
@@ -63,3 +64,4 @@ def test_every_table_of_a_person_is_known():
     """Models may belong to everyone, and aliases are found by their name."""
     of_people = {mapper.class_ for mapper in Base.registry.mappers if "owner_id" in mapper.columns}
     assert {table.__name__ for table in of_people - set(ownership._SHOWN)} == {"Model", "ModelAlias"}
+    assert of_people == set(projects.owned_tables()), "what a person makes belongs to a project"

@@ -73,6 +73,7 @@ def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         parent_id=first.id,
         name=((wish.name or "").strip() or first.name)[:200],
         version=versions.next_number(session, first),

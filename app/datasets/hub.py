@@ -53,7 +53,7 @@ def order(session: Session, user: User, wish: HubOrder) -> Dataset:
         formats.get(wish.format)
     origin = {"operation": OPERATION, **wish.model_dump(include={"repo", "revision", "subset", "split", "file"})}
     dataset = Dataset(
-        id=uuid.uuid4(), owner_id=user.id, name=(wish.name or wish.repo.rsplit("/", 1)[-1]).strip()[:200], version=1, origin=origin,
+        id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, name=(wish.name or wish.repo.rsplit("/", 1)[-1]).strip()[:200], version=1, origin=origin,
         format=wish.format, format_chosen=bool(wish.format), mapping={}, status="reading",
     )  # fmt: skip
     session.add(dataset)

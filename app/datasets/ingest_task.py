@@ -28,9 +28,10 @@ from app.datasets.row_store import verify_rows
 from app.errors import BadData, Conflict, StudioError
 from app.kit import sandbox
 from app.kit.json_safe import storable
+from app.ownership import maker_of
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Dataset, File, Finding, Model, User
+from app.tables import Dataset, File, Finding, Model
 
 LIMITS = sandbox.Limits()
 PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
@@ -193,7 +194,7 @@ def _bring(origin: dict[str, Any], reading: _Reading) -> tuple[str, str]:
         if ours is None:
             raise sandbox.Killed("stopped", "It was stopped.")
         filename = filename or f"{ours.name}-v{ours.version}.jsonl"
-        file = files.create(session, session.get_one(User, ours.owner_id), blob, filename, "fine-tune")
+        file = files.create(session, maker_of(session, ours), blob, filename, "fine-tune")
         ours.file_id = file.id
         ours.origin = {**origin, **more}
         return file.sha256, file.filename

@@ -99,6 +99,7 @@ def begin(
     upload = Upload(
         id=key,
         owner_id=user.id,
+        project_id=user.project_id,
         filename=files.clean_name(filename),
         purpose=purpose,
         wishes=wishes,

@@ -59,6 +59,7 @@ def create(
     dataset = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         file_id=file.id,
         name=(name or Path(file.filename).name.split(".")[0] or file.filename).strip()[:200],
         version=1,
@@ -78,6 +79,7 @@ def read_as(session: Session, user: User, dataset: Dataset, format: str, mapping
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         file_id=dataset.file_id,
         parent_id=dataset.id,
         name=dataset.name,
@@ -114,7 +116,9 @@ def _twin(session: Session, dataset: Dataset, file: File) -> Dataset | None:
     query = (
         select(Dataset, File.filename)
         .join(File, File.id == Dataset.file_id)
-        .where(Dataset.owner_id == dataset.owner_id, Dataset.status == "ready", Dataset.deleted_at.is_(None), File.sha256 == file.sha256)
+        .where(
+            Dataset.project_id == dataset.project_id, Dataset.status == "ready", Dataset.deleted_at.is_(None), File.sha256 == file.sha256
+        )
         .where(Dataset.edits.is_(None))
         .where(Dataset.format_chosen == dataset.format_chosen, Dataset.report["version"].as_integer() == VERSION)
         .where(or_(Dataset.origin["operation"].astext.in_(("upload", "read_as")), Dataset.origin.is_(None)))
@@ -165,7 +169,7 @@ def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
     """The newest dataset of a file that is ready or may become so, else the newest. Raises NotFound for an unknown file, BadField
     for one that is no dataset."""
     file = files.get(session, user, file_id)
-    query = _readings(file.id).where(Dataset.owner_id == user.id).order_by(_GAVE_NOTHING, *_NEWEST)
+    query = _readings(file.id).where(Dataset.project_id == user.project_id).order_by(_GAVE_NOTHING, *_NEWEST)
     dataset = session.scalars(query.limit(1)).first()
     if dataset is None:
         raise BadField(
@@ -193,7 +197,7 @@ def failed_later(session: Session, dataset: Dataset) -> Dataset | None:
 def _failed_later(session: Session, dataset: Dataset) -> Dataset | None:
     if dataset.edits is not None or dataset.file_id is None:
         return None
-    own = _readings(dataset.file_id).where(Dataset.owner_id == dataset.owner_id, Dataset.version > dataset.version)
+    own = _readings(dataset.file_id).where(Dataset.project_id == dataset.project_id, Dataset.version > dataset.version)
     newest = session.scalars(own.order_by(*_NEWEST).limit(1)).first()
     return newest if newest is not None and (newest.status == "error" or (newest.status == "ready" and not newest.good_rows)) else None
 
@@ -207,7 +211,7 @@ def list_(session: Session, user: User) -> list[Dataset]:
 def listed(session: Session, user: User) -> tuple[list[Dataset], dict[uuid.UUID, int | None]]:
     """The same for lists, without the reports, which may be long; and the tokens of each."""
     query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
-    query = query.where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)).order_by(Dataset.created_at.desc(), Dataset.id)
+    query = query.where(Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)).order_by(Dataset.created_at.desc(), Dataset.id)
     rows = session.execute(query).all()
     return [row[0] for row in rows], {row[0].id: row[1] for row in rows}
 
@@ -234,7 +238,7 @@ def versions(session: Session, dataset: Dataset) -> list[Dataset]:
 def line(session: Session, dataset: Dataset) -> list[Dataset]:
     """The versions that a list shows as one: of the same file, under the same name."""
     same = Dataset.file_id == dataset.file_id if dataset.file_id else Dataset.file_id.is_(None)
-    own = select(Dataset).where(Dataset.owner_id == dataset.owner_id, Dataset.deleted_at.is_(None))
+    own = select(Dataset).where(Dataset.project_id == dataset.project_id, Dataset.deleted_at.is_(None))
     return list(session.scalars(own.where(same, Dataset.name == dataset.name)))
 
 
@@ -371,7 +375,7 @@ def delete_line(session: Session, user: User, dataset: Dataset) -> None:
 def delete_file(session: Session, user: User, file_id: uuid.UUID) -> File:
     """Delete a file and the datasets parsed from it. Raises Conflict when an unfinished job needs one of them."""
     for dataset in session.scalars(
-        select(Dataset).where(Dataset.file_id == file_id, Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+        select(Dataset).where(Dataset.file_id == file_id, Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None))
     ):
         delete(session, user, dataset)
     return files.delete(session, user, file_id)

@@ -136,6 +136,7 @@ def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         file_id=dataset.file_id,
         parent_id=dataset.id,
         name=dataset.name,
@@ -236,6 +237,7 @@ def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, An
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         file_id=dataset.file_id,
         parent_id=dataset.id,
         name=dataset.name,

@@ -105,13 +105,14 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
         .values(
             id=uuid.uuid4(),
             owner_id=user.id,
+            project_id=user.project_id,
             name=name,
             kind=order.kind,
             order=asked,
             refused=plan.refused,
             idempotency_key=idempotency_key,
         )
-        .on_conflict_do_nothing(index_elements=["owner_id", "idempotency_key"])
+        .on_conflict_do_nothing(index_elements=["project_id", "owner_id", "idempotency_key"])
         .returning(Comparison.id)
     )
     if key is None:  # the same request came twice concurrently, and the other one won
@@ -259,7 +260,11 @@ def _title(order: ComparisonOrder, plan: Plan) -> str:
 
 
 def _by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison | None:
-    found = session.scalar(select(Comparison).where(Comparison.owner_id == user.id, Comparison.idempotency_key == key))
+    found = session.scalar(
+        select(Comparison).where(
+            Comparison.project_id == user.project_id, Comparison.owner_id == user.id, Comparison.idempotency_key == key
+        )
+    )
     if found is not None and found.order != asked:
         raise Conflict(
             "This Idempotency-Key was used for another order.",
@@ -291,7 +296,7 @@ def jobs_of(session: Session, *found: Comparison) -> list[Job]:
     """The jobs of some comparisons in the order in which they were named, without deleted ones."""
     query = select(Job).where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None))
     if found:
-        query = query.where(Job.owner_id == found[0].owner_id)
+        query = query.where(Job.project_id == found[0].project_id)
     return list(session.scalars(query.order_by(Job.created_at, Job.id).execution_options(populate_existing=True)))
 
 
@@ -352,5 +357,5 @@ def of_job(session: Session, job: Job) -> Comparison | None:
     """The comparison that a job belongs to, unless it was deleted."""
     if job.comparison_id is None:
         return None
-    query = select(Comparison).where(Comparison.id == job.comparison_id, Comparison.owner_id == job.owner_id)
+    query = select(Comparison).where(Comparison.id == job.comparison_id, Comparison.project_id == job.project_id)
     return session.scalar(query.where(Comparison.deleted_at.is_(None)))

@@ -117,7 +117,13 @@ def _check_is_here(resolved: models.Resolved) -> None:
 
 def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.UUID, **of: uuid.UUID) -> Evaluation:
     made = Evaluation(
-        id=uuid.uuid4(), owner_id=user.id, kind=spec.kind, model_id=model_id, spec=storable(spec.model_dump(mode="json")), **of
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        project_id=user.project_id,
+        kind=spec.kind,
+        model_id=model_id,
+        spec=storable(spec.model_dump(mode="json")),
+        **of,
     )
     session.add(made)
     session.flush()

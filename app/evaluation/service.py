@@ -119,7 +119,13 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     if (earlier := session.scalar(same.limit(1))) is not None:
         return earlier
     evaluation = Evaluation(
-        id=uuid.uuid4(), owner_id=user.id, kind=order.kind, model_id=resolved.model.id, dataset_id=dataset.id, spec=frozen
+        id=uuid.uuid4(),
+        owner_id=user.id,
+        project_id=user.project_id,
+        kind=order.kind,
+        model_id=resolved.model.id,
+        dataset_id=dataset.id,
+        spec=frozen,
     )
     session.add(evaluation)
     session.flush()
@@ -239,7 +245,7 @@ def usual_pair(
     dataset that is given stays; None where nothing suits it."""
     usable = {m.id: m for m in ([model] if model else [m for m in models if m.kept])}
     rows = {d.id: d for d in ([dataset] if dataset else datasets)}
-    trained = select(Job.created_at, Model.id, Job.dataset_id).join(Model, Model.job_id == Job.id).where(Job.owner_id == user.id)
+    trained = select(Job.created_at, Model.id, Job.dataset_id).join(Model, Model.job_id == Job.id).where(Job.project_id == user.project_id)
     scored = mine(user).with_only_columns(Evaluation.created_at, Evaluation.model_id, Evaluation.dataset_id)
     last = [*session.execute(trained.order_by(Job.created_at.desc()).limit(LAST_PAIRS))]
     last += session.execute(scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS))

@@ -188,6 +188,7 @@ def ask(
     exchange = Exchange(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         parent_id=parent,
         source="playground",
         prompt=storable(prompt),
@@ -272,6 +273,7 @@ def record_call(
     exchange = Exchange(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         source="api",
         sampling=storable(sampling.model_dump(mode="json")),
         **storable(asked),
@@ -317,7 +319,7 @@ def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchang
     """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and the turns saved on the way."""
     gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
     shown = or_(Exchange.title.is_not(None), Exchange.id.not_in(gone_on))
-    query = select(Exchange).where(Exchange.owner_id == user.id, Exchange.source == "playground", shown)
+    query = select(Exchange).where(Exchange.project_id == user.project_id, Exchange.source == "playground", shown)
     rows = session.scalars(query.order_by(Exchange.title.is_(None), Exchange.created_at.desc(), Exchange.id).limit(limit)).all()
     said = answers(session, [e.id for e in rows])
     return [(e, said[e.id]) for e in rows]
@@ -402,7 +404,9 @@ def _blends(model: Model) -> bool:
 
 def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
     query = select(Checkpoint, Job, Model.kind).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
-    query = query.where(Job.owner_id == user.id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None))
+    query = query.where(
+        Job.project_id == user.project_id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None)
+    )
     rows = session.execute(query.order_by(Checkpoint.created_at.desc()).limit(limit)).all()
     return [
         Option(

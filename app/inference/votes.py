@@ -76,7 +76,7 @@ def begin(
         given: dict[str, Any] = {"prompt": question} if who.ref.kind == "generic" else {"messages": messages}
         asked.append(PendingAnswer(who, playground.request_for(user, who, sampling, **given)))
     vote = Vote(
-        id=uuid.uuid4(), owner_id=user.id, messages=storable(messages), dataset_id=dataset.id if dataset else None,
+        id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, messages=storable(messages), dataset_id=dataset.id if dataset else None,
         left_model=asked[0].speaker.name, right_model=asked[1].speaker.name,
     )  # fmt: skip
     session.add(vote)
@@ -116,7 +116,7 @@ def add(
     if len(names) != 2 or len(texts) != 2 or names[0] == names[1]:
         raise BadField("A vote names two different models and an answer of each.", param="models")
     vote = Vote(
-        id=uuid.uuid4(), owner_id=user.id, messages=storable(messages), left_model=names[0], right_model=names[1],
+        id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, messages=storable(messages), left_model=names[0], right_model=names[1],
         left_text=storable(texts[0]), right_text=storable(texts[1]),
     )  # fmt: skip
     session.add(vote)
@@ -217,7 +217,7 @@ def scores(session: Session, user: User) -> list[Score]:
     """Every pair that was voted on, most votes first."""
     found: dict[tuple[str, str], list[int]] = {}
     for left, right, choice in session.execute(
-        select(Vote.left_model, Vote.right_model, Vote.choice).where(Vote.owner_id == user.id, Vote.choice.is_not(None))
+        select(Vote.left_model, Vote.right_model, Vote.choice).where(Vote.project_id == user.project_id, Vote.choice.is_not(None))
     ):
         pair = (left, right) if left <= right else (right, left)
         counts = found.setdefault(pair, [0, 0, 0])

@@ -50,6 +50,7 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
     return Model(
         id=uuid.uuid5(job.id, f"kept:{row.step}:{row.manifest_sha256}"),
         owner_id=job.owner_id,
+        project_id=job.project_id,
         name=f"{models.tuned_name(session, job)}:step-{row.step}",
         title=f"{job.name}, step {row.step}"[:120],
         kind="classifier" if OBJECTIVES[job.spec["task"]].classifies else base.kind,
@@ -85,7 +86,7 @@ def keep(session: Session, job: Job, step: int) -> Model:
     known = session.get(Model, model.id, with_for_update=True)
     if known is not None and known.deleted_at is None:
         return known
-    if session.scalar(select(Model.id).where(Model.name == model.name, Model.deleted_at.is_(None))):
+    if session.scalar(select(Model.id).where(Model.name == model.name, Model.project_id == job.project_id, Model.deleted_at.is_(None))):
         raise Conflict(f"Another checkpoint of step {step} is kept already.", hint="Delete that model first.", param="step")
     target = get_settings().data_dir / "models" / str(model.id)
     made = _link(source, target)

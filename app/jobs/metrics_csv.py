@@ -11,8 +11,9 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app import events as said
+from app.ownership import maker_of
 from app.storage import files
-from app.tables import Event, Job, User
+from app.tables import Event, Job
 
 RESULT_COLUMNS = (
     "step", "epoch", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens", "trained_tokens",
@@ -51,7 +52,7 @@ def write_results(session: Session, job: Job) -> None:
     rows = session.scalars(
         select(Event).where(Event.job_id == job.id, Event.type.in_(("started", "step", "evaluated"))).order_by(Event.id)
     ).all()
-    owner = session.get_one(User, job.owner_id)
+    owner = maker_of(session, job)
     file = files.add_bytes(session, owner, results_csv(rows), f"step_metrics-{job.id.hex[:8]}.csv", "fine-tune-results")
     session.flush()
     session.execute(update(Job).where(Job.id == job.id).values(result_file_id=file.id))

@@ -38,7 +38,9 @@ def pair(
 
 
 def _recent(session: Session, user: User) -> Sequence[Row[uuid.UUID, uuid.UUID]]:
-    query = select(Job.model_id, Job.dataset_id).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.comparison_id.is_(None))
+    query = select(Job.model_id, Job.dataset_id).where(
+        Job.project_id == user.project_id, Job.deleted_at.is_(None), Job.comparison_id.is_(None)
+    )
     return session.execute(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(RECENT)).all()
 
 

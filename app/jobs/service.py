@@ -25,7 +25,7 @@ from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
 from app.models import service as models
-from app.ownership import owned
+from app.ownership import maker_of, owned
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Dataset, Event, Job, Model, User
@@ -53,6 +53,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
         .values(
             id=job_id,
             owner_id=user.id,
+            project_id=user.project_id,
             name=spec.name,
             spec=spec.model_dump(mode="json"),
             model_id=spec.model.id,
@@ -64,7 +65,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
             idempotency_key=idempotency_key,
             estimate=estimate_of(session, spec),
         )
-        .on_conflict_do_nothing(index_elements=["owner_id", "idempotency_key"])
+        .on_conflict_do_nothing(index_elements=["project_id", "owner_id", "idempotency_key"])
         .returning(Job.id)
     )
     if inserted is None:  # the same request came twice concurrently, and the other one won
@@ -85,7 +86,7 @@ def _not_sent(project: str) -> str:
 
 
 def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Job | None:
-    job = session.scalar(select(Job).where(Job.owner_id == user.id, Job.idempotency_key == key))
+    job = session.scalar(select(Job).where(Job.project_id == user.project_id, Job.owner_id == user.id, Job.idempotency_key == key))
     if job is not None and job.order != asked:
         raise Conflict(
             "This Idempotency-Key was used for another order.",
@@ -114,7 +115,7 @@ def mine(user: User) -> Select[Job]:
 
 def mine_of(job: Job) -> Select[Job]:
     """The jobs of the person who created this one."""
-    return select(Job).where(Job.owner_id == job.owner_id, Job.deleted_at.is_(None))
+    return select(Job).where(Job.project_id == job.project_id, Job.deleted_at.is_(None))
 
 
 def list_(session: Session, user: User, *, limit: int | None = None, status: str | None = None) -> list[Job]:
@@ -270,7 +271,7 @@ def cancel_without_model(session: Session) -> int:
     found = 0
     for job in session.scalars(waiting.where(Job.status.in_(("queued", "paused", "running")), ~Job.cancel_requested)).all():
         with contextlib.suppress(Conflict):  # it ended meanwhile
-            cancel(session, session.get_one(User, job.owner_id), job.id)
+            cancel(session, maker_of(session, job), job.id)
             found += 1
     return found
 
@@ -297,7 +298,7 @@ def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) 
 
 
 def _resolve_waiting_job(session: Session, job: Job) -> None:
-    owner = session.get_one(User, job.owner_id)
+    owner = maker_of(session, job)
     try:
         spec = build_spec(session, owner, JobRequest.model_validate(job.order))
     except StudioError as error:

@@ -10,6 +10,7 @@ from app.errors import NotFound
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
 PREDICTION, RUN, EXPORT = "pred", "run", "export"
+USER, INVITATION, PROJECT = "user", "invite", "proj"
 
 _NAMES = {
     FILE: "file",
@@ -21,17 +22,24 @@ _NAMES = {
     EVALUATION: "evaluation",
     PREDICTION: "prediction",
     EXPORT: "export",
+    USER: "person",
+    INVITATION: "invitation",
+    PROJECT: "project",
 }
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. A checkpoint's id is joined by an underscore, as in OpenAI's API."""
-    return f"{prefix}{'_' if prefix == CHECKPOINT else '-'}{key.hex}"
+    """`ftjob-0f3c…`. The ids of a checkpoint and a project are joined by an underscore, as in OpenAI's API."""
+    return f"{prefix}{_joint(prefix)}{key.hex}"
+
+
+def _joint(prefix: str) -> str:
+    return "_" if prefix in (CHECKPOINT, PROJECT) else "-"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
     """The UUID of a public id. Raises NotFound, because a malformed id names nothing."""
-    head, _, tail = text.partition("_" if prefix == CHECKPOINT else "-")
+    head, _, tail = text.partition(_joint(prefix))
     try:
         if head != prefix or len(tail) != 32:
             raise ValueError
@@ -47,5 +55,8 @@ parse_export = partial(parse, EXPORT, param="export_id")
 parse_prediction = partial(parse, PREDICTION, param="prediction_id")
 parse_prompt = partial(parse, PROMPT, param="prompt_id")
 parse_prompt_run = partial(parse, RUN, param="run_id")
+parse_user = partial(parse, USER, param="user_id")
+parse_project = partial(parse, PROJECT, param="project_id")
+parse_invitation = partial(parse, INVITATION, param="invite_id")
 parse_vote = partial(parse, VOTE, param="vote_id")
 """`parse` for ids in the API's paths; an error names the parameter."""

@@ -13,7 +13,9 @@ import structlog
 
 from app.settings import get_settings
 
-SECRETS = re.compile(r"(sk-luthier-[0-9a-f]{8})[\w-]+|(/sign-in/)[\w-]{8,}|(csrf_token=)[\w.-]+|(://[^:/@\s]*:)[^@\s/]+(?=@)")
+SECRETS = re.compile(
+    r"(sk-luthier-[0-9a-f]{8})[\w-]+|(/(?:sign-in|invitation|shared)/)[\w-]{8,}|(csrf_token=)[\w.-]+|(://[^:/@\s]*:)[^@\s/]+(?=@)"
+)
 """API keys, sign-in links, form tokens and passwords in URLs: what a log line or an error text could contain."""
 
 

@@ -29,7 +29,7 @@ class Named(NamedTuple):
 
 def list_(session: Session, user: User) -> list[Named]:
     """A person's aliases, by name."""
-    query = select(ModelAlias, Model).join(Model, ModelAlias.model_id == Model.id).where(ModelAlias.owner_id == user.id)
+    query = select(ModelAlias, Model).join(Model, ModelAlias.model_id == Model.id).where(ModelAlias.project_id == user.project_id)
     return [Named(alias, model) for alias, model in session.execute(query.order_by(ModelAlias.name))]
 
 
@@ -48,20 +48,20 @@ def set_(session: Session, user: User, name: str, model_name: str) -> Named:
     NotFound as `models.get` does.
     """
     imports.good_name(name, param="alias")
-    if name in starters.STARTERS or imports.is_a_model(session, name):
+    if name in starters.STARTERS or imports.is_a_model(session, name, user.project_id):
         raise Conflict(f"{name} is the name of a model.", hint="Choose another name for the alias.", param="alias")
     model = models.get(session, user, model_name)
     session.refresh(model, with_for_update={"read": True})  # locked, so that it is not deleted meanwhile
     models.reference(session, model)  # raises where its weights are not available
-    order = insert(ModelAlias).values(owner_id=user.id, name=name, model_id=model.id)
+    order = insert(ModelAlias).values(owner_id=user.id, project_id=user.project_id, name=name, model_id=model.id)
     moved = {"model_id": model.id, "moved_at": func.clock_timestamp()}
-    session.execute(order.on_conflict_do_update(index_elements=["owner_id", "name"], set_=moved))
-    return Named(session.get_one(ModelAlias, (user.id, name), populate_existing=True), model)
+    session.execute(order.on_conflict_do_update(index_elements=["project_id", "name"], set_=moved))
+    return Named(session.get_one(ModelAlias, (user.project_id, name), populate_existing=True), model)
 
 
 def remove(session: Session, user: User, name: str) -> None:
     """Delete an alias. Raises NotFound."""
-    gone = session.execute(delete(ModelAlias).where(ModelAlias.owner_id == user.id, ModelAlias.name == name.replace("\0", "")))
+    gone = session.execute(delete(ModelAlias).where(ModelAlias.project_id == user.project_id, ModelAlias.name == name.replace("\0", "")))
     if not gone.rowcount:  # type: ignore[attr-defined]
         raise NotFound(f"No such alias: {name[:120]!r}.", hint="GET /v1/model_aliases lists yours.", param="alias")
 

@@ -102,7 +102,9 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     equal = mine(Export, user, Export.status.in_(OPEN), Export.spec == frozen)
     if (earlier := session.scalar(equal.limit(1))) is not None:
         return earlier
-    export = Export(id=uuid.uuid4(), owner_id=user.id, model_id=resolved.model.id, format=kind.name, spec=frozen, files=[])
+    export = Export(
+        id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, model_id=resolved.model.id, format=kind.name, spec=frozen, files=[]
+    )
     session.add(export)
     session.flush()
     queue.enqueue(session, queue.EXPORT, export.id)

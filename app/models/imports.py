@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import db, leases, queue
@@ -60,7 +60,7 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
             code="terms_not_accepted",
         )
     if model is None:
-        model = Model(id=starters.model_id(name), name=_free(session, name), title=starter.title, kind=starter.kind)
+        model = Model(id=starters.model_id(name), name=_free(session, name, None), title=starter.title, kind=starter.kind)
         session.add(model)
     model.license, model.bytes, model.deleted_at = starter.license, starter.bytes, None
     model.source = {"from": "wheel", "starter": name, "wheels": [w.requirement for w in starter.wheels], "terms_accepted": accept_terms}
@@ -81,7 +81,8 @@ def add_folder(
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,
-        name=_free(session, good_name(name or folder.name)),
+        project_id=user.project_id,
+        name=_free(session, good_name(name or folder.name), user.project_id),
         title=(name or folder.name)[:120],
         kind=kind or ("encoder" if shape and shape.architecture == "encoder" else "generic"),
         source={"from": "folder", "path": str(folder), **({"kind": kind} if kind else {})},
@@ -102,7 +103,8 @@ def add_hub(session: Session, user: User, repo: str, name: str | None = None, re
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,
-        name=_free(session, good_name(name or repo)),
+        project_id=user.project_id,
+        name=_free(session, good_name(name or repo), user.project_id),
         title=(name or repo)[:120],
         kind="generic",
         source={"from": "hub", "repo": repo, "revision": revision},
@@ -153,15 +155,16 @@ def good_name(name: str, param: str = "name") -> str:
     return name
 
 
-def is_a_model(session: Session, name: str) -> bool:
-    """Whether a model has this name, whoever owns it."""
-    return session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None))) is not None
+def is_a_model(session: Session, name: str, project_id: uuid.UUID | None) -> bool:
+    """Whether a model of this project, or one that everyone shares, has this name. Other projects' names are their own."""
+    there = Model.project_id.is_(None) if project_id is None else or_(Model.project_id.is_(None), Model.project_id == project_id)
+    return session.scalar(select(Model.id).where(Model.name == name, Model.deleted_at.is_(None), there).limit(1)) is not None
 
 
-def _free(session: Session, name: str) -> str:
-    if is_a_model(session, name):
+def _free(session: Session, name: str, project_id: uuid.UUID | None) -> str:
+    if is_a_model(session, name, project_id):
         raise Conflict(f"There is a model called {name} already.", hint="Give another name, or delete that one.", param="name")
-    if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name).limit(1)):
+    if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name, ModelAlias.project_id == project_id)):
         raise Conflict(f"{name} is an alias already.", hint="Give another name, or remove the alias.", param="name")
     return name
 
@@ -207,7 +210,7 @@ def adopt_starters(session: Session) -> list[Model]:
         if session.get(Model, key) is not None:
             continue
         facts = starters.present(name)
-        if facts is None or is_a_model(session, name):
+        if facts is None or is_a_model(session, name, None):
             continue
         model = Model(id=key, name=name, title=starter.title, kind=starter.kind, license=starter.license, **_ready(key, facts))
         model.source = {"starter": name, **facts["source"]}

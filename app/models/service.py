@@ -44,16 +44,17 @@ class Resolved(NamedTuple):
 
 
 def visible(user: User) -> ColumnElement[bool]:
-    """The models this person may see: shared ones and their own."""
-    return Model.deleted_at.is_(None) & or_(Model.owner_id.is_(None), Model.owner_id == user.id)
+    """The models this person may see: shared ones and those of the project."""
+    return Model.deleted_at.is_(None) & or_(Model.project_id.is_(None), Model.project_id == user.project_id)
 
 
 def get(session: Session, user: User, name: str) -> Model:
     """The model with this name, alias or public id. Raises NotFound, also for another person's model and a deleted one."""
     key, plain = ids.parse(ids.MODEL, name) if re.fullmatch(r"model-[0-9a-f]{32}", name) else None, name.replace("\0", "")
-    model = session.scalar(select(Model).where(Model.id == key if key else Model.name == plain, visible(user)))
+    found = select(Model).where(Model.id == key if key else Model.name == plain, visible(user))
+    model = session.scalar(found.order_by(Model.project_id).limit(1))  # one of the project comes before a shared one, which is null
     if model is None and key is None:
-        named = select(ModelAlias.model_id).where(ModelAlias.owner_id == user.id, ModelAlias.name == plain).scalar_subquery()
+        named = select(ModelAlias.model_id).where(ModelAlias.project_id == user.project_id, ModelAlias.name == plain).scalar_subquery()
         model = session.scalar(select(Model).where(Model.id == named, visible(user)))
     if model is None:
         raise NotFound(
@@ -114,7 +115,7 @@ def _resolve(session: Session, user: User, name: str) -> Resolved:
 
 def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
     query = select(Checkpoint, Job).join(Job, Checkpoint.job_id == Job.id)
-    query = query.where(Checkpoint.deleted_at.is_(None), Job.deleted_at.is_(None), Job.owner_id == user.id)
+    query = query.where(Checkpoint.deleted_at.is_(None), Job.deleted_at.is_(None), Job.project_id == user.project_id)
     if match := _CHECKPOINT.fullmatch(name):
         low = uuid.UUID(hex=match["job"] + "0" * 20)
         high = uuid.UUID(hex=match["job"] + "f" * 20)
@@ -223,6 +224,7 @@ def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
     strategy = job.spec["strategy"]["name"]
     model = Model(
         owner_id=job.owner_id,
+        project_id=job.project_id,
         name=tuned_name(session, job),
         title=job.name,
         kept=job.comparison_id is None,
@@ -317,7 +319,14 @@ def merge(session: Session, user: User, model: Model) -> Model:
     if merged is not None and merged.deleted_at is None and merged.status in ("ready", "fetching"):
         return merged
     if merged is None:
-        merged = Model(id=merged_id(model), owner_id=user.id, name=f"{model.name}:merged", base_id=model.id, strategy=model.strategy)
+        merged = Model(
+            id=merged_id(model),
+            owner_id=user.id,
+            project_id=user.project_id,
+            name=f"{model.name}:merged",
+            base_id=model.id,
+            strategy=model.strategy,
+        )
         session.add(merged)
     merged.title, merged.kind, merged.license, merged.labels = f"{model.title}, merged"[:120], model.kind, model.license, model.labels
     merged.shape, merged.deleted_at, merged.path = model.shape, None, None

@@ -114,7 +114,7 @@ def create(
         rows=order.rows, trial=trial, **held,
     )  # fmt: skip
     run = PromptRun(
-        id=uuid.uuid4(), owner_id=user.id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
+        id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,
         spec=storable(spec.model_dump(mode="json")),
     )  # fmt: skip
     session.add(run)
@@ -195,7 +195,7 @@ def table(session: Session, user: User, limit: int = 200) -> list[tuple[Dataset,
         .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
         .join(Prompt, Prompt.id == PromptVersion.prompt_id)
         .join(Dataset, Dataset.id == PromptRun.dataset_id)
-        .where(PromptRun.owner_id == user.id, PromptRun.deleted_at.is_(None), ~is_trial())
+        .where(PromptRun.project_id == user.project_id, PromptRun.deleted_at.is_(None), ~is_trial())
         .order_by(PromptRun.created_at.desc())
         .limit(limit)
     )

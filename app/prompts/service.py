@@ -261,7 +261,7 @@ def create(session: Session, user: User, name: str, body: PromptBody) -> tuple[P
     name = " ".join(name.split())[:200]
     if not name:
         raise BadField("The prompt has no name.", hint="Name it after what it is for.", param="name")
-    prompt = Prompt(id=uuid.uuid4(), owner_id=user.id, name=storable(name))
+    prompt = Prompt(id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, name=storable(name))
     session.add(prompt)
     session.flush()
     return prompt, _add(session, prompt, 1, body)

@@ -14,7 +14,7 @@ from app.db import Db, transaction
 from app.errors import StudioError
 from app.settings import get_settings
 from app.tables import User
-from app.web import auth
+from app.web import auth, passwords, two_step
 from app.web.auth import CurrentUser
 from app.web.templates import render
 
@@ -37,9 +37,9 @@ def sign_in_page(request: Request, next: str = "/") -> Response:
 def _form(request: Request, next: str, fault: StudioError | None = None, name: str = "") -> Response:
     settings = get_settings()
     with transaction() as session:
-        passwords = session.scalars(select(User.id).where(User.password_hash.is_not(None)).limit(1)).first() is not None
+        any_password = session.scalars(select(User.id).where(User.password_hash.is_not(None)).limit(1)).first() is not None
     status = fault.status if fault else 200
-    values = {"next": safe_next(next), "fault": fault, "passwords": passwords, "name": name or settings.admin_name}
+    values = {"next": safe_next(next), "fault": fault, "passwords": any_password, "name": name or settings.admin_name}
     return render(request, "sign_in.html", status_code=status, **values)
 
 
@@ -48,22 +48,59 @@ async def sign_in(
     request: Request, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = "", next: Annotated[str, Form()] = "/"
 ) -> Response:
     """Sign in with a password. The first five failures are not delayed."""
-    address = request.client.host if request.client else ""
     try:
-        user_id = await auth.check_password(name.strip()[:80], password[:1000], address, auth.known_browser(request))
+        given = password[: passwords.MAX_LENGTH]
+        user_id = await auth.check_password(name.strip()[:80], given, auth.address_of(request), auth.known_browser(request))
         return await run_in_threadpool(_let_in, request, user_id, next)
     except StudioError as fault:
-        response = await run_in_threadpool(_form, request, next, fault, name)
-        if seconds := getattr(fault, "retry_after_seconds", None):
-            response.headers["retry-after"] = str(round(seconds))
-        return response
+        return _with_wait(await run_in_threadpool(_form, request, next, fault, name), fault)
+
+
+def _with_wait(response: Response, fault: StudioError) -> Response:
+    if seconds := getattr(fault, "retry_after_seconds", None):
+        response.headers["retry-after"] = str(round(seconds))
+    return response
 
 
 def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
+    """Sign in whose password was right, or ask for the code first."""
     response = RedirectResponse(safe_next(next), 303)
     with transaction() as session:
-        auth.open_session(session, request, response, session.get_one(User, user_id))
+        user = session.get_one(User, user_id)
+        if two_step.is_on(session, user_id):
+            return _code_form(request, two_step.ticket_for(user_id, user.password_hash), next)
+        auth.open_session(session, request, response, user)
     return response
+
+
+def _code_form(request: Request, ticket: str, next: str, fault: StudioError | None = None) -> Response:
+    status = fault.status if fault else 200
+    return render(request, "sign_in_code.html", status_code=status, ticket=ticket, next=safe_next(next), fault=fault)
+
+
+@pages.post("/sign-in/code")
+def sign_in_with_code(
+    request: Request,
+    ticket: Annotated[str, Form(max_length=500)] = "",
+    code: Annotated[str, Form(max_length=40)] = "",
+    next: Annotated[str, Form()] = "/",
+) -> Response:
+    """The second step: a code of the app, or a recovery code. Wrong ones count as wrong passwords do."""
+    try:
+        with transaction() as session:
+            user = two_step.holder_of(session, ticket)
+    except StudioError as fault:
+        return _form(request, next, fault)
+    try:
+        tries = two_step.tries_of(user, request)
+        response = RedirectResponse(safe_next(next), 303)
+        with transaction() as session:
+            two_step.take(session, user.id, code)
+            auth.open_session(session, request, response, user)
+        tries.forget()
+        return response
+    except StudioError as fault:
+        return _with_wait(_code_form(request, ticket, next, fault), fault)
 
 
 @pages.get("/sign-in/{token}")

@@ -36,7 +36,7 @@ class EngineOrder(BaseModel):
 def _may_change(user: User, model: Model | None = None) -> None:
     """Admins only: an external server receives every prompt that is sent to its models. llama.cpp runs here, so a model's owner may
     choose it, and leave it."""
-    if user.role != "admin" and not (model is not None and model.owner_id == user.id):
+    if user.role != "admin" and not (model is not None and model.project_id == user.project_id):
         raise Forbidden("Only an admin may choose the engine of a model.", hint="Ask an admin.", param="model")
 
 

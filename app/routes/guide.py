@@ -97,7 +97,7 @@ def strategy_page(request: Request, user: CurrentUser, session: Db, strategy: st
     cls = STRATEGIES.get(strategy)
     if cls is None:
         raise NotFound(f"There is no method {strategy[:60]!r}.", hint="The guide lists every one.", param="strategy")
-    done = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.status == "succeeded")
+    done = select(Job).where(Job.project_id == user.project_id, Job.deleted_at.is_(None), Job.status == "succeeded")
     jobs = session.scalars(done.where(Job.spec["strategy"]["name"].astext == strategy).order_by(Job.created_at.desc()).limit(5)).all()
     return render(
         request, "strategy.html", cls=cls, name=strategy, fields=[(c, bounds(c, cls.model_fields[c.name])) for c in controls(cls, "strategy")], jobs=jobs,

@@ -31,11 +31,11 @@ from app.strategies import STRATEGIES
 from app.tables import Job, Model, User
 from app.views import evaluation as evaluation_view
 from app.views import lists, snippets
-from app.web import auth
+from app.web import auth, policy
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.templates import KINDS as KINDS_SHOWN
-from app.web.templates import flash, render
+from app.web.templates import flash, public_address, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
@@ -73,7 +73,7 @@ def to_json(session: Session, model: Model, name: str | None = None) -> dict[str
         "id": name or model.name,
         "object": "model",
         "created": int(model.created_at.timestamp()),
-        "owned_by": "luthier" if model.owner_id is None else "user",
+        "owned_by": "luthier" if model.project_id is None else "user",
         "key": ids.public(ids.MODEL, model.id),
         "title": model.title,
         "kind": model.kind,
@@ -160,7 +160,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
 
 def may_change(user: User, model: Model) -> None:
     """Only an admin may change or delete a shared model."""
-    if model.owner_id != user.id and user.role != "admin":
+    if model.project_id != user.project_id and user.role != "admin":
         raise Forbidden(f"{model.name} is shared by everyone here.", hint="Ask an admin.", param="model")
 
 
@@ -272,9 +272,10 @@ def model_page(request: Request, session: Db, user: CurrentUser, key: str, tab: 
 
 @pages.post("/models/{key}/api-key", response_class=HTMLResponse)
 def create_api_key(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
-    """Create an API key, shown once, inside the code that uses it."""
+    """Create an API key, shown once, inside the code that uses it. It reads, and where the role allows it runs models."""
     model = models.get(session, user, key)
-    _, text = auth.create_key(session, user, model.title)
+    scopes = [scope for scope in ("read", "generate") if scope in policy.ALLOWED[user.role]]
+    _, text = auth.create_key(session, user, model.title, scopes)
     return show_model(request, session, user, model, "use", new_key=text)
 
 
@@ -296,7 +297,7 @@ def show_model(
     own = [one.alias.name for one in named if one.model.id == model.id]
     facts = exports.facts(session, model) if tab == "export" else None
     exported = exports.of_model(session, user, model) if tab == "export" else []
-    address = f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1"
+    address = f"{public_address(request)}/v1"
     return render(
         request,
         "model.html",
@@ -334,9 +335,9 @@ def show_model(
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
         public_id=lists.public_id,
-        may_rename=model.owner_id == user.id or user.role == "admin",
+        may_rename=model.project_id == user.project_id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
-        llama_types=external_servers.llama_types(model) if model.owner_id == user.id or user.role == "admin" else (),
+        llama_types=external_servers.llama_types(model) if model.project_id == user.project_id or user.role == "admin" else (),
         fault=fault,
     )
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 
 from app.db import Db
 from app.errors import NotFound
-from app.settings import get_settings
+from app.kit import ids
 from app.tables import User
 from app.views import overview
-from app.web import auth, navigation
+from app.web import auth, navigation, policy, projects
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
-from app.web.templates import flash, render
+from app.web.templates import flash, public_address, render
 
 pages = APIRouter()
+SCOPES = {"read": "Read everything", "generate": "Run models", "write": "Read, run and change", "admin": "Everything"}
 MENU = (MenuPage("Settings", "/settings", "end", 20),)
 
 
@@ -31,7 +33,11 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
     values: dict[str, Any] = {
         "keys": auth.list_keys(session, user),
         "new_key": new_key,
-        "base_url": f"{(get_settings().public_url or str(request.base_url)).rstrip('/')}/v1",
+        "own_projects": [one.project for one in projects.of_person(session, user.id)],
+        "project_names": {one.id: one.name for one in session.scalars(projects.query())},
+        "now": datetime.now(UTC),
+        "key_scopes": [(one, title) for one, title in SCOPES.items() if policy.KEY_SCOPES[one] <= policy.ALLOWED[user.role]],
+        "base_url": f"{public_address(request)}/v1",
         "duties": overview.duties(),
         "checks": overview.checks(session),
         "versions": overview.versions(),
@@ -42,10 +48,22 @@ def _page(request: Request, user: User, session: Db, new_key: str | None = None)
 
 
 @pages.post("/settings/keys")
-def create_key(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form()] = "") -> Response:
+def create_key(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    name: Annotated[str, Form()] = "",
+    scope: Annotated[list[str] | None, Form()] = None,
+    days: Annotated[Literal["", "30", "90", "365"], Form()] = "",
+    project: Annotated[str, Form(max_length=80)] = "",
+) -> Response:
     """The response is the page itself, because the key is shown once and stored nowhere, not even for a redirect."""
-    _, text = auth.create_key(session, user, name)
+    _, text = auth.create_key(session, user, name, scope or (), float(days) if days else None, _project(session, user, project))
     return _page(request, user, session, new_key=text)
+
+
+def _project(session: Db, user: User, text: str) -> uuid.UUID | None:
+    return projects.membership(session, user, ids.parse_project(text)).project.id if text else None
 
 
 @pages.post("/settings/keys/{key}/revoke")

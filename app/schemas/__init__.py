@@ -42,12 +42,17 @@ from app.schemas.fine_tuning import (
     StreamedJobEvent,
 )
 from app.schemas.models import Engine, EngineCheck, EngineOfModel, LoadedModels, Model, ModelAlias
+from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
+from app.schemas.projects import AddMember, ChangeMember, NameProject, Project, ProjectMember
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
 
 __all__ = [
+    "AddMember",
+    "ChangeMember",
+    "ChangePerson",
     "ChatCompletion",
     "ChatCompletionChunk",
     "CheckpointPermission",
@@ -60,6 +65,7 @@ __all__ = [
     "CreateComparison",
     "CreateExport",
     "CreateFile",
+    "CreateInvite",
     "CreateJob",
     "CreatePrompt",
     "CreatePromptRun",
@@ -82,13 +88,18 @@ __all__ = [
     "FineTuningJob",
     "FineTuningJobEvent",
     "FixedDataset",
+    "Invite",
     "JobEstimate",
     "LoadedModels",
     "Model",
     "ModelAlias",
+    "NameProject",
     "NextTokensOfModels",
     "OpenAPIDocument",
+    "Person",
     "Prediction",
+    "Project",
+    "ProjectMember",
     "Prompt",
     "PromptRun",
     "PromptRunRows",

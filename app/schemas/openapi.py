@@ -34,7 +34,7 @@ BYTES: Json = {"type": "string", "format": "binary"}
 REFUSALS: dict[int, str] = {
     400: "The request is wrong; `param` names the field.",
     401: "No API key was sent, or one that is not known or was revoked.",
-    403: "The object is there, and this account may not do that; or the request came from a page of another site.",
+    403: "The account's role or the key's scopes do not allow this; or the request came from a page of another site.",
     404: "There is no such object, or it belongs to another account.",
     409: "The object is in a state that forbids this.",
     410: "The upload was given up, or waited too long.",
@@ -49,8 +49,8 @@ REFUSALS: dict[int, str] = {
     507: "A disk of the studio is full.",
 }
 """Every error status and its description. All have the body `{"error": …}`."""
-ALWAYS = (400, 401, 500, 503, 507)
-UNSAFE = (403, 413)
+ALWAYS = (400, 401, 403, 500, 503, 507)
+UNSAFE = (413,)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 HEADERS: dict[int, Json] = {
     409: {"X-Should-Retry": {"description": "false: the client need not ask again.", "schema": {"type": "string"}}},
@@ -196,6 +196,7 @@ TAGS = {
     "estimates": "What a job would take.",
     "evaluations": "Models scored on datasets.",
     "exports": "Models written in formats for other programs.",
+    "organization": "The people of the studio, for admins.",
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
     "fine_tuning": "Jobs, their events and checkpoints.",

@@ -199,6 +199,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
     file = File(
         id=uuid.uuid4(),
         owner_id=user.id,
+        project_id=user.project_id,
         sha256=blob.sha256,
         bytes=blob.bytes,
         filename=clean_name(filename),

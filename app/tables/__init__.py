@@ -12,8 +12,9 @@ from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event,
 from app.tables.models import Export, Model, ModelAlias
 from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
+from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
-from app.tables.users import ApiKey, BrowserSession, SignInLink, User
+from app.tables.users import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 
 __all__ = [
     "JSON",
@@ -32,16 +33,21 @@ __all__ = [
     "File",
     "Finding",
     "Inspection",
+    "Invitation",
     "Job",
     "Leased",
     "Model",
     "ModelAlias",
     "Outbox",
+    "Project",
+    "ProjectMember",
     "Prompt",
     "PromptResult",
     "PromptRun",
     "PromptVersion",
+    "ShareLink",
     "SignInLink",
+    "TwoStep",
     "Upload",
     "User",
     "Vote",

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, MetaData, Text, func
+from sqlalchemy import BigInteger, ForeignKey, MetaData, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import DateTime
@@ -39,6 +39,11 @@ def new_key() -> Mapped[uuid.UUID]:
 
 def now() -> Mapped[datetime]:
     return mapped_column(server_default=func.clock_timestamp())
+
+
+def of_project(**more: Any) -> Any:
+    """The project that a row belongs to; where none is named, its maker's own, which has the maker's id."""
+    return mapped_column(ForeignKey("projects.id"), default=lambda context: context.get_current_parameters().get("owner_id"), **more)
 
 
 class Leased:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Identity, Index, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import JSON, Base, Leased, new_key, now
+from app.tables._base import JSON, Base, Leased, new_key, now, of_project
 
 
 class File(Base):
@@ -18,6 +18,7 @@ class File(Base):
     __tablename__ = "files"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     sha256: Mapped[str] = mapped_column(index=True)
     bytes: Mapped[int]
     filename: Mapped[str]
@@ -27,7 +28,7 @@ class File(Base):
     created_at: Mapped[datetime] = now()
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class Dataset(Leased, Base):
@@ -39,6 +40,7 @@ class Dataset(Leased, Base):
 
     __tablename__ = "datasets"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     name: Mapped[str]
@@ -60,7 +62,7 @@ class Dataset(Leased, Base):
     report: Mapped[JSON | None] = mapped_column(comment="counts per rule, length histograms, label counts, preview")
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class Finding(Base):
@@ -102,6 +104,7 @@ class Upload(Base):
     __tablename__ = "uploads"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    project_id: Mapped[uuid.UUID] = of_project()
     filename: Mapped[str]
     purpose: Mapped[str]
     wishes: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="name and format for the dataset")

@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import JSON, Base, Leased, now
+from app.tables._base import JSON, Base, Leased, now, of_project
 
 
 class Evaluation(Leased, Base):
@@ -16,6 +16,7 @@ class Evaluation(Leased, Base):
 
     __tablename__ = "evaluations"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     kind: Mapped[str] = mapped_column(comment="scores, advice or blend; predictions or vectors")
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
@@ -29,4 +30,4 @@ class Evaluation(Leased, Base):
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Identity, Index, UniqueConstraint, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import JSON, Base, Leased, new_key, now
+from app.tables._base import JSON, Base, Leased, new_key, now, of_project
 
 
 class Job(Leased, Base):
@@ -17,6 +17,7 @@ class Job(Leased, Base):
 
     __tablename__ = "jobs"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     name: Mapped[str]
     tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     status: Mapped[str] = mapped_column(server_default="queued")
@@ -50,8 +51,8 @@ class Job(Leased, Base):
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
     __table_args__ = (
-        UniqueConstraint("owner_id", "idempotency_key"),
-        Index(None, "owner_id", "created_at"),
+        UniqueConstraint("project_id", "owner_id", "idempotency_key"),
+        Index(None, "project_id", "created_at"),
         Index(None, "status", "lease_until"),
     )
 
@@ -65,6 +66,7 @@ class Comparison(Base):
     __tablename__ = "comparisons"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     name: Mapped[str]
     kind: Mapped[str] = mapped_column(server_default="strategies", comment="strategies, or learning_curve")
     order: Mapped[JSON] = mapped_column(comment="the request as it came")
@@ -72,7 +74,7 @@ class Comparison(Base):
     idempotency_key: Mapped[str | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (UniqueConstraint("owner_id", "idempotency_key"), Index(None, "owner_id", "created_at"))
+    __table_args__ = (UniqueConstraint("project_id", "owner_id", "idempotency_key"), Index(None, "project_id", "created_at"))
 
 
 class Event(Base):

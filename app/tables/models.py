@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, false, text, true
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from app.tables._base import JSON, Base, Leased, new_key, now
+from app.tables._base import JSON, Base, Leased, new_key, now, of_project
 
 
 class Model(Leased, Base):
@@ -22,7 +22,8 @@ class Model(Leased, Base):
     __tablename__ = "models"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("users.id"), comment="null: shared by everyone")
-    name: Mapped[str] = mapped_column(comment="what `model=` takes; ft:… for tuned models; unique among models not deleted")
+    project_id: Mapped[uuid.UUID | None] = of_project()
+    name: Mapped[str] = mapped_column(comment="what `model=` takes; ft:… for tuned models; unique in its project among models not deleted")
     title: Mapped[str]
     tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     kept: Mapped[bool] = mapped_column(server_default=true(), comment="false: a comparison's result nobody kept yet")
@@ -49,7 +50,8 @@ class Model(Leased, Base):
     deleted_at: Mapped[datetime | None]
     base: Mapped[Model | None] = relationship(remote_side=[id], viewonly=True)
     __table_args__ = (
-        Index("uq_models_live_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+        Index("uq_models_live_name", "project_id", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+        Index("uq_models_shared_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL AND project_id IS NULL")),
         Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
     )
 
@@ -63,7 +65,8 @@ class ModelAlias(Base):
     """A name that a person chose for a model; `app/models/aliases.py` validates it."""
 
     __tablename__ = "model_aliases"
-    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    project_id: Mapped[uuid.UUID] = of_project(primary_key=True)
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), comment="who chose the name")
     name: Mapped[str] = mapped_column(primary_key=True, index=True, comment="what `model=` takes; never the name of a model")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that answers now")
     created_at: Mapped[datetime] = now()
@@ -75,6 +78,7 @@ class Export(Leased, Base):
 
     __tablename__ = "exports"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, running, succeeded, failed or cancelled")
     format: Mapped[str] = mapped_column(comment="name of one of app/export_formats")
@@ -88,4 +92,4 @@ class Export(Leased, Base):
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import JSON, Base, new_key, now
+from app.tables._base import JSON, Base, new_key, now, of_project
 
 
 class Exchange(Base):
@@ -18,6 +18,7 @@ class Exchange(Base):
     __tablename__ = "exchanges"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
     source: Mapped[str] = mapped_column(server_default="playground", comment="playground, api or vote")
     title: Mapped[str | None] = mapped_column(comment="given when a person saves it as a comparison")
@@ -25,7 +26,7 @@ class Exchange(Base):
     prompt: Mapped[str | None]
     sampling: Mapped[JSON]
     created_at: Mapped[datetime] = now()
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class Answer(Base):
@@ -59,6 +60,7 @@ class Vote(Base):
     __tablename__ = "votes"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     exchange_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"), comment="where the prompt came from")
     messages: Mapped[list[Any]]
@@ -70,4 +72,4 @@ class Vote(Base):
     edited: Mapped[str | None] = mapped_column(comment="the answer a person would have liked better")
     created_at: Mapped[datetime] = now()
     voted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)

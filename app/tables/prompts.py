@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import JSON, Base, Leased, new_key, now
+from app.tables._base import JSON, Base, Leased, new_key, now, of_project
 
 
 class Prompt(Base):
@@ -18,10 +18,11 @@ class Prompt(Base):
     __tablename__ = "prompts"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     name: Mapped[str]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class PromptVersion(Base):
@@ -39,6 +40,7 @@ class PromptRun(Leased, Base):
 
     __tablename__ = "prompt_runs"
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
+    project_id: Mapped[uuid.UUID] = of_project()
     version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("prompt_versions.id"), index=True)
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True)
     dataset_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("datasets.id"), index=True)
@@ -50,7 +52,7 @@ class PromptRun(Leased, Base):
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "owner_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"),)
 
 
 class PromptResult(Base):

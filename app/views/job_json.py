@@ -21,6 +21,7 @@ from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job
+from app.web import auth
 
 Json = dict[str, Any]
 
@@ -37,7 +38,7 @@ def of(session: Session, job: Job) -> Json:
         "estimated_finish": _estimated_finish(session, job),
         "model": order.model,
         "fine_tuned_model": tuned.name if tuned is not None else None,
-        "organization_id": f"org-{models.ORGANIZATION}",
+        "organization_id": auth.ORGANIZATION,
         "status": "validating_files" if jobs.reading(session, job) else job.status,
         "training_file": order.training_file or _file_of(session, job.dataset_id),
         "validation_file": order.validation_file,

@@ -171,7 +171,7 @@ JOB_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
 
 
 def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
-    mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
+    mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
     used = session.execute(select(_MODEL, _DATASET, _METHOD).where(*mine).distinct()).all()
     tags = session.scalars(select(func.jsonb_array_elements_text(Job.tags)).where(*mine).distinct())
     filters = [

@@ -187,7 +187,9 @@ def overview(session: Session, user: User) -> Overview:
     return Overview(
         _steps(session, user),
         list(
-            session.scalars(select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None)).order_by(Job.created_at.desc()).limit(5))
+            session.scalars(
+                select(Job).where(Job.project_id == user.project_id, Job.deleted_at.is_(None)).order_by(Job.created_at.desc()).limit(5)
+            )
         ),
         _newest_datasets(session, user),
         list(
@@ -201,23 +203,26 @@ def overview(session: Session, user: User) -> Overview:
 def _newest_datasets(session: Session, user: User) -> list[Dataset]:
     """One line for all versions of a dataset, as in the list of datasets: that of the newest."""
     lines: dict[tuple[object, str], Dataset] = {}
-    query = select(Dataset).options(defer(Dataset.report)).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))
+    query = select(Dataset).options(defer(Dataset.report)).where(Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None))
     for dataset in session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id).limit(100)):
         lines.setdefault((dataset.file_id, dataset.name), dataset)
     return list(lines.values())[:5]
 
 
 def _mine(user: User) -> ColumnElement[bool]:
-    return or_(Model.owner_id == user.id, Model.owner_id.is_(None))
+    return or_(Model.project_id == user.project_id, Model.project_id.is_(None))
 
 
 def _steps(session: Session, user: User) -> Steps:
     def count(table: type[Base], *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
         return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
 
-    datasets, jobs = (Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)), (Job.owner_id == user.id, Job.deleted_at.is_(None))
-    tuned = (Model.owner_id == user.id, Model.job_id.is_not(None), Model.deleted_at.is_(None))
-    tried = (Model.owner_id == user.id, Model.job_id.is_not(None), Answer.model_id == Model.id, Answer.exchange_id == Exchange.id)
+    datasets, jobs = (
+        (Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)),
+        (Job.project_id == user.project_id, Job.deleted_at.is_(None)),
+    )
+    tuned = (Model.project_id == user.project_id, Model.job_id.is_not(None), Model.deleted_at.is_(None))
+    tried = (Model.project_id == user.project_id, Model.job_id.is_not(None), Answer.model_id == Model.id, Answer.exchange_id == Exchange.id)
     row = session.execute(
         select(
             select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name))))

@@ -67,7 +67,7 @@ def _forget_tries(session: Session, user: User) -> None:
     ended = session.execute(
         select(PromptRun.id, PromptVersion.prompt_id)
         .join(PromptVersion, PromptVersion.id == PromptRun.version_id)
-        .where(PromptRun.owner_id == user.id, prompt_runs.is_trial(), PromptRun.status.not_in(("queued", "running")))
+        .where(PromptRun.project_id == user.project_id, prompt_runs.is_trial(), PromptRun.status.not_in(("queued", "running")))
     ).all()
     session.execute(delete(PromptRun).where(PromptRun.id.in_([run for run, _ in ended])))
     session.execute(delete(Prompt).where(Prompt.id.in_([prompt for _, prompt in ended])))

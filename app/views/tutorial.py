@@ -134,7 +134,7 @@ def _ask(model: Model) -> Action:
 
 def _ordered(session: Session, user: User) -> Job | None:
     """The newest job this page created."""
-    query = select(Job).where(Job.owner_id == user.id, Job.deleted_at.is_(None), Job.user_metadata["recipe"].astext == RECIPE)
+    query = select(Job).where(Job.project_id == user.project_id, Job.deleted_at.is_(None), Job.user_metadata["recipe"].astext == RECIPE)
     return session.scalars(query.order_by(Job.created_at.desc()).limit(1)).first()
 
 

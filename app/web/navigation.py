@@ -12,10 +12,12 @@ from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from app.db import transaction
+from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, plural
-from app.tables import Dataset, Job, Model, User
+from app.tables import Dataset, Job, Model, Project, ProjectMember, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in
+from app.web.policy import ALLOWED, scope_of
 
 Group = Literal["start", "training", "evaluation", "playground", "end"]
 HEADINGS: dict[Group, str] = {"start": "", "training": "Training", "evaluation": "Evaluation", "playground": "Playground", "end": ""}
@@ -43,6 +45,8 @@ class Notes(NamedTuple):
     counts: dict[str, str] = {}  # noqa: RUF012  never changed
     training: tuple[str, ...] = ()
     busy: bool = False
+    projects: tuple[tuple[str, str, bool], ...] = ()
+    """Public id, name, and whether it is the current one: what the sidebar offers, where there is more than one."""
 
 
 def methods(app: Any, address: str) -> list[str]:
@@ -74,12 +78,14 @@ def menu(request: Request, user: User) -> dict[str, Any]:
             "pages": [
                 {"title": page.title, "path": page.path, "note": told["counts"].get(page.path, ""), "current": page.path == here}
                 for page in pages
+                if scope_of("GET", page.path) in ALLOWED[user.role]
             ],
         }
         for group, pages in groups.items()
         if pages
     ]
-    return {"nav": nav, "foot": told["foot"]}
+    notes: Notes = getattr(request.state, "notes", Notes())
+    return {"nav": nav, "foot": told["foot"], "projects": notes.projects}
 
 
 def state(request: Request) -> dict[str, Any]:
@@ -105,28 +111,32 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
 
 def notes(user: User) -> Notes:
     """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
-    mine = (Job.owner_id == user.id, Job.deleted_at.is_(None))
+    mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
     files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
-        Dataset.owner_id == user.id, Dataset.deleted_at.is_(None)
+        Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)
     )  # versions of one dataset share its file and name, as on its list
     try:
         with transaction() as session:
             datasets, models, jobs, busy = session.execute(
                 select(
                     files.scalar_subquery(),
-                    _count(Model, or_(Model.owner_id == user.id, Model.owner_id.is_(None))),
-                    _count(Job, Job.owner_id == user.id),
+                    _count(Model, or_(Model.project_id == user.project_id, Model.project_id.is_(None))),
+                    _count(Job, Job.project_id == user.project_id),
                     _count(Job, Job.status == "running"),
                 )
             ).one()
             query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
+            rooms = select(Project.id, Project.name).join(ProjectMember).where(ProjectMember.user_id == user.id)
+            rooms = rooms if user.role != "guest" else select(Project.id, Project.name).where(Project.id == user.project_id)
+            rooms = rooms.order_by(Project.personal.desc(), Project.name, Project.id)
+            projects = tuple((ids.public(ids.PROJECT, key), name, key == user.project_id) for key, name in session.execute(rooms))
             running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MAX_NAMED + 1))]
     except DBAPIError:
         return Notes()
     beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
     counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
     shown = {path: text for path, text in counts.items() if text != NOTHING}
-    return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy))
+    return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy), projects)
 
 
 MAX_NAMED = 9

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from app.errors import TooMany
+from app.errors import BadField, TooMany
 from app.kit.addresses import network_of
 
+T = TypeVar("T")
+
+MIN_LENGTH, MAX_LENGTH = 10, 1000
 AT_ONCE = 2
 MAX_WAITING = 16
 """Attempts that may wait for their turn, about a second's worth."""
@@ -73,12 +77,27 @@ _judging = 0
 
 async def judge(password: str, known: str | None) -> bool:
     """`matches`, in a dedicated thread. Raises TooMany when too many wait already."""
+    return await _in_turn(matches, password, known)
+
+
+async def new_hash(password: str, field: str = "password") -> str:
+    """The hash of a password that a person chose. Raises BadField where it is too short or too long."""
+    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
+        raise BadField(
+            f"A password has {MIN_LENGTH} to {MAX_LENGTH} characters; this one has {len(password)}.",
+            hint="A few words with spaces between them are easy to remember.",
+            param=field,
+        )
+    return await _in_turn(hash_of, password)
+
+
+async def _in_turn(action: Callable[..., T], *given: Any) -> T:
     global _judging
     if _judging >= AT_ONCE + MAX_WAITING:
         raise TooMany("Too many people are signing in at this moment.", hint="Try again in a few seconds.", retry_after_seconds=2.0)
     _judging += 1
     try:
-        return await asyncio.get_running_loop().run_in_executor(_judges, matches, password, known)
+        return await asyncio.get_running_loop().run_in_executor(_judges, action, *given)
     finally:
         _judging -= 1
 

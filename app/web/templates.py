@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from app import formats, objectives
 from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
-from app.settings import RESOURCES
+from app.settings import RESOURCES, get_settings
 
 STATIC = RESOURCES / "static"
 current: ContextVar[Request] = ContextVar("request")
@@ -34,6 +34,11 @@ def render(request: Request, name: str, /, status_code: int = 200, **context: An
         values |= navigation.menu(request, user)
     html = environment().get_template(name).render(values | context)
     return HTMLResponse(html, status_code=status_code, headers={"cache-control": "no-store"})
+
+
+def public_address(request: Request) -> str:
+    """The studio's address as people type it, without a slash at its end."""
+    return (get_settings().public_url or str(request.base_url)).rstrip("/")
 
 
 @cache
@@ -65,7 +70,7 @@ def environment() -> Environment:
         "objective": objectives.get,
         "objectives_of": formats.objectives_of,
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
-        "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [],
+        "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [], "projects": (),
     }  # fmt: skip
     return env
 
@@ -85,7 +90,7 @@ class Nonces(Extension):
 
 
 def _token() -> str:
-    from app.web.auth import csrf_token
+    from app.web.csrf import csrf_token
 
     return csrf_token(current.get())
 

@@ -7,10 +7,11 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from app.datasets import ingest_task, resumable_upload
@@ -25,8 +26,8 @@ from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
-from app.tables import ApiKey, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
-from app.web import auth
+from app.tables import ApiKey, BrowserSession, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
+from app.web import auth, people, projects
 from tests.factories import make_job
 from tests.lives import Life, started, steps
 
@@ -73,6 +74,7 @@ class World:
         shutil.copytree(self.tiny_model, folder)
         loop = self.data_dir / "import" / "loop"
         loop.symlink_to(loop)
+        self.project = projects.create(self.session, self.user, "A project")
         self.version = prompts.create(self.session, self.user, "Say it", prompts.read_body({}))[1]
         self.ids = {
             "file": ids.public(ids.FILE, self.dataset.file_id),
@@ -90,9 +92,11 @@ class World:
             "exchange": str(self._exchange()),
             "run": self._run(),
             "sha": "0" * 64,
+            "own_project": ids.public(ids.PROJECT, self.user.id),
+            "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission"):
+        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation"):
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -153,6 +157,7 @@ class World:
         made = Model(
             id=key,
             owner_id=self.user.id,
+            project_id=self.user.project_id,
             name=f"m{key.hex}",
             title="A model",
             kind="dialogue",
@@ -179,7 +184,7 @@ class World:
     def _new_run(self) -> str:
         earlier = self.session.scalars(select(PromptRun).limit(1)).one()
         run = PromptRun(
-            id=uuid.uuid4(), owner_id=self.user.id, version_id=earlier.version_id, model_id=earlier.model_id,
+            id=uuid.uuid4(), owner_id=self.user.id, project_id=self.user.project_id, version_id=earlier.version_id, model_id=earlier.model_id,
             dataset_id=earlier.dataset_id, spec=earlier.spec, status="queued",
         )  # fmt: skip
         self.session.add(run)
@@ -230,6 +235,30 @@ class World:
         job = ids.parse(ids.JOB, self.ids["job"])
         self.session.add(CheckpointPermission(id=key, job_id=job, checkpoint=self.ids["tuned_name"], project_id=key.hex))
         return f"cp_{key.hex}"
+
+    def _new_person(self) -> str:
+        made = User(id=uuid.uuid4(), name=self._new_name())
+        self.session.add(made)
+        return ids.public(ids.USER, made.id)
+
+    def _new_member(self) -> str:
+        key = self._new_person()
+        self.session.flush()
+        projects.set_member(self.session, self.project, people.get(self.session, ids.parse_user(key)), "member")
+        return key
+
+    def _new_link(self) -> str:
+        return str(projects.share(self.session, self.user, self.project)[0].id)
+
+    def _new_invitation(self) -> str:
+        return ids.public(ids.INVITATION, people.invite(self.session, self.user, "member")[0].id)
+
+    def _new_session(self) -> str:
+        made = BrowserSession(
+            id=uuid.uuid4(), token_sha256=uuid.uuid4().hex, user_id=self.user.id, expires_at=func.now() + timedelta(days=1)
+        )
+        self.session.add(made)
+        return str(made.id)
 
     def _new_alias(self) -> str:
         return aliases.set_(self.session, self.user, self._new_name(), self.base.name).alias.name

@@ -19,7 +19,8 @@ from app import migrate
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
-from app.tables import Base, Evaluation, Event, Inspection, Job, Model, PromptRun, User
+from app.tables import Base, Evaluation, Event, Inspection, Job, Model, ModelAlias, Project, PromptRun, User
+from app.web import people, projects, two_step
 from tests.conftest import PROJECT, PostgresServer, wait_until
 from tests.data_worker import data_worker
 from worker.supervision import train_attempt
@@ -112,6 +113,36 @@ def test_its_schema_is_that_of_a_new_database(upgraded):
     assert [" ".join(map(str, change)) for change in found] == []
 
 
+def test_what_was_there_is_in_the_project_of_its_owner(old, request):
+    before = everything(old)
+    after = everything(request.getfixturevalue("upgraded"))
+    assert [(row["id"], row["personal"]) for row in after["projects"]] == [(row["id"], True) for row in before["users"]]
+    assert [(row["project_id"], row["user_id"], row["role"]) for row in after["project_members"]] == [
+        (row["id"], row["id"], "admin") for row in before["users"]
+    ]
+    counts = {}
+    for table in projects.owned_tables():
+        rows = after[table.__tablename__]
+        counts[table.__tablename__] = len(rows)
+        assert all(row["project_id"] == row["owner_id"] for row in rows), table
+    assert sum(bool(count) for count in counts.values()) >= 8, counts
+
+
+def test_two_projects_with_one_name_go_down_and_up_again(upgraded, user):
+    """The studio of before has one space of names: the younger model is renamed there, and nothing is lost."""
+    other = projects.create(upgraded, user, "Another")
+    named = [Model(owner_id=user.id, project_id=place, name="violin", title="Violin", kind="generic") for place in (user.id, other.id)]
+    upgraded.add_all(named)
+    upgraded.flush()
+    upgraded.add_all(ModelAlias(owner_id=user.id, project_id=one.project_id, name="favorite", model_id=one.id) for one in named)
+    upgraded.commit()
+    run_alembic("downgrade", "0018")
+    down = everything(upgraded)
+    assert len({row["name"] for row in down["models"] if row["title"] == "Violin"}) == 2 and len(down["model_aliases"]) == 1
+    run_alembic("upgrade", "head")
+    assert all(row["project_id"] == row["owner_id"] for row in everything(upgraded)["models"] if row["owner_id"])
+
+
 def test_errors_say_hint(upgraded):
     rows = everything(upgraded)
     assert "way_out" not in str(rows)
@@ -166,6 +197,9 @@ def fill(session: Session, user: User) -> None:
     for table in (Inspection, PromptRun, Evaluation, Job):
         session.execute(update(table).values(deaths=2))
     exports.create(session, user, "tiny", "gguf", ["F16"])
+    people.invite(session, user, "viewer", "Ada")
+    projects.share(session, user, session.get_one(Project, user.id))
+    two_step.begin(session, user)
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
 
@@ -174,11 +208,21 @@ def without_lease(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("deaths", "fence")} for row in rows]
 
 
-NEW = {"model_aliases": "0012", "exports": "0016"}
+def without_time(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "created_at"}
+
+
+NEW = {
+    "model_aliases": "0012",
+    "exports": "0016",
+    "invitations": "0017",
+    "two_step": "0017",
+    **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
+}
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
-@pytest.mark.parametrize("revision", ["0016", "0015", "0014", "0013", "0012", "0011"])
+@pytest.mark.parametrize("revision", ["0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"])
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)
     full = everything(upgraded)
@@ -197,7 +241,9 @@ def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision)
     run_alembic("upgrade", "head")
     again = everything(upgraded)
     for name in full:
-        if name in NEW:
+        if name in ("projects", "project_members") and revision <= "0019":  # made of the people
+            assert [without_time(row) for row in again[name]] == [without_time(row) for row in full[name]]
+        elif name in NEW:
             assert again[name] == (full[name] if revision > NEW[name] else [])
         elif revision == "0011" and name not in ("jobs", "evaluations"):  # whose leases had these columns before
             assert without_lease(again[name]) == without_lease(full[name]), name

@@ -87,7 +87,7 @@ def test_another_persons_dataset_is_not_there(api, session, tiny_registered, cha
     other = User(name="somebody else")
     session.add(other)
     session.flush()
-    chats.owner_id = other.id
+    chats.owner_id = chats.project_id = other.id
     session.commit()
     assert ask(api, tiny_registered, chats).status_code == 404
 

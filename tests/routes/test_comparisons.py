@@ -184,7 +184,7 @@ def test_another_persons_comparison_is_not_there(api, client, session, user, tin
     other = User(name="somebody else")
     session.add(other)
     session.flush()
-    session.execute(update(Comparison).values(owner_id=other.id))
+    session.execute(update(Comparison).values(owner_id=other.id, project_id=other.id))
     session.commit()
     public = ids.public(ids.COMPARISON, found.id)
     assert api.get(f"/v1/comparisons/{public}").status_code == 404 and api.get("/v1/comparisons").json()["data"] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from app.errors import Conflict
@@ -13,7 +13,7 @@ from app.kit import ids
 from app.models import imports as model_imports
 from app.tables import Answer, ModelAlias, User
 from app.web import auth
-from tests.conftest import ORIGIN, PROJECT
+from tests.conftest import ORIGIN
 from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny, stored_answers  # noqa: F401
 
 ASK = [{"role": "user", "content": "What wood is the belly made of?"}]
@@ -57,7 +57,6 @@ def test_an_alias_is_set_moved_listed_and_removed(api, models_of_openai, two) ->
     ("alias", "model", "status", "param"),
     [
         ("tiny", "other", 409, "alias"),
-        ("hidden", "other", 409, "alias"),  # another person's model
         ("smollm2-135m-instruct", "other", 409, "alias"),  # a starter that is not here yet
         ("a b", "other", 400, "alias"),
         ("bot@0.5", "other", 400, "alias"),
@@ -80,6 +79,14 @@ def test_what_cannot_be_an_alias(api, session, two, alias, model, status, param)
     answer = put(api, alias, model)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
     assert api.get("/v1/model_aliases").json()["data"] == []
+
+
+def test_names_of_other_projects_are_free(api, session, two) -> None:
+    somebody = User(name="somebody else")
+    session.add(somebody)
+    session.flush()
+    register_tiny(session, "hidden", owner_id=somebody.id)
+    assert put(api, "hidden", "other").json()["model"] == "other"
 
 
 def test_an_unknown_model_is_refused_as_before(api, two) -> None:
@@ -157,20 +164,7 @@ def test_the_forms_of_the_page(client, session, two) -> None:
     assert "The alias support-bot was removed." in page and session.query(ModelAlias).count() == 0
 
 
-def test_the_migration_goes_down_and_up_again(session) -> None:
-    import importlib.util
-
-    from alembic.migration import MigrationContext
-    from alembic.operations import Operations
-
-    found = importlib.util.spec_from_file_location("aliases", PROJECT / "migrations/versions/0012_model_aliases.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    connection = session.connection()
-    with Operations.context(MigrationContext.configure(connection)):
-        module.downgrade()
-        assert "model_aliases" not in inspect(connection).get_table_names()
-        module.upgrade()
+def test_an_alias_goes_with_whoever_chose_it(session) -> None:
     somebody, model = User(name="somebody"), register_tiny(session)
     session.add(somebody)
     session.flush()

@@ -204,7 +204,10 @@ def test_an_adapter_downloads_in_the_layout_peft_loads(client, tuned, tiny_model
 
 def test_another_persons_model_is_hidden_from_every_door(client, session, tuned) -> None:
     session.execute(text("INSERT INTO users (id, name) VALUES (gen_random_uuid(), 'other')"))
-    session.execute(text("UPDATE models SET owner_id = (SELECT id FROM users WHERE name = 'other') WHERE job_id IS NOT NULL"))
+    session.execute(text("INSERT INTO projects (id, name, personal) SELECT id, name, true FROM users WHERE name = 'other'"))
+    session.execute(
+        text("UPDATE models SET owner_id = p.id, project_id = p.id FROM projects p WHERE p.name = 'other' AND job_id IS NOT NULL")
+    )
     session.commit()
     key = ids.public(ids.MODEL, tuned.id)
     for method, path in (

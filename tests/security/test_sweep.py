@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import Counter
 
 import pytest
 from starlette.testclient import TestClient
 
 from app.kit import ids
-from app.web import auth
+from app.tables import User
+from app.web import auth, policy
 from app.web.navigation import each_route
-from tests.conftest import ORIGIN
+from tests.conftest import ORIGIN, csrf_token
 
-OPEN = {"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/{token}", "/static"}
+OPEN = {
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/sign-in",
+    "/sign-in/code",
+    "/sign-in/{token}",
+    "/invitation/{token}",
+    "/shared/{token}",
+    "/static",
+}
 """Written out a second time on purpose: opening a door takes a change here too."""
 
 UNSAFE = {"POST", "PUT", "PATCH", "DELETE"}
@@ -175,3 +187,60 @@ def test_an_object_that_is_not_there_is_a_404(api, client):
             if answer.status_code == 308:  # an address of the version before
                 answer = asker.request(method, answer.headers["location"], headers=TUS, follow_redirects=False)
             assert answer.status_code in (400, 404), f"{method} {path}: {answer.status_code} for an id that names nothing"
+
+
+def test_every_operation_has_its_scope(web):
+    """A new route fails here until `app/web/policy.py` says who may call it; one that is gone has no line there."""
+    routed = {(method, path) for method, path in every(web.app) if path not in OPEN}
+    assert routed - set(policy.scopes()) - HEADS == set(), "no scope"
+    assert set(policy.scopes()) - routed == HEADS, "no such route"
+    assert not [key for key, scope in policy.scopes().items() if scope == "read" and key[0] in UNSAFE]
+
+
+HEADS = {("HEAD", "/v1/tus/{key}")}
+"""`every` walks no HEAD: this one has no GET beside it."""
+
+
+@pytest.fixture
+def people(web, session, user):
+    """A browser of one person of each role."""
+    found = {}
+    for role in policy.ROLES:
+        person = User(name=f"a {role}", role=role)
+        session.add(person)
+        session.flush()
+        link = auth.new_sign_in_link(session, person)
+        session.commit()
+        found[role] = browser = TestClient(web.app, base_url=ORIGIN, headers={"origin": ORIGIN})
+        browser.headers["x-csrf-token"] = csrf_token(browser.get(link).text)
+    return found
+
+
+def test_a_role_is_refused_what_it_does_not_allow_and_nothing_else(people, web):
+    """Every route × every role: 403 with the reason where the table says so, and never elsewhere."""
+    ends_the_session = {"/sign-out", "/settings/account/sign-out-everywhere"}
+    counts = Counter()
+    for role, browser in people.items():
+        for method, path in every(web.app):
+            if path in OPEN or path in ends_the_session:
+                continue
+            answer = browser.request(method, address(path), headers=TUS, follow_redirects=False)
+            allowed = policy.scope_of(method, path) in policy.ALLOWED[role]
+            counts[role, allowed] += 1
+            refused = answer.status_code == 403 and "your role is" in answer.text
+            assert refused != allowed, f"{method} {path} as {role}: {answer.status_code}"
+            if method in UNSAFE and role == "viewer" and policy.scope_of(method, path) not in ("session", "account"):
+                assert answer.status_code == 403, f"{method} {path}: a viewer changes something"
+    assert not counts["admin", False] and counts["viewer", False] > 130 and counts["member", False] >= 10, counts
+
+
+@pytest.mark.parametrize("scope", list(policy.KEY_SCOPES))
+def test_a_key_does_what_its_scopes_allow_and_nothing_else(web, session, user, scope):
+    _, text = auth.create_key(session, user, "a program", [scope])
+    session.commit()
+    asker = TestClient(web.app, base_url=ORIGIN, headers={"authorization": f"Bearer {text}", "origin": ORIGIN})
+    for method, path in every(web.app):
+        if path not in OPEN:
+            answer = asker.request(method, address(path), headers=TUS, follow_redirects=False)
+            refused = (answer.status_code == 403 and "insufficient_permissions" in answer.text) or "API key may" in answer.text
+            assert refused != (policy.scope_of(method, path) in policy.KEY_SCOPES[scope]), f"{method} {path}: {answer.status_code}"

@@ -13,8 +13,8 @@ from app.kit import manifest
 from app.machines import heartbeats
 from app.models import first_model, starters
 from app.models import imports as model_imports
-from app.tables import Dataset, File, Job, Model
-from app.web import auth
+from app.tables import Dataset, File, Job, Model, User
+from app.web import auth, people, projects, two_step
 from tests.looks import COLORS, check, look_at, objections
 from tests.models.test_starters import folder_members, small
 
@@ -47,6 +47,17 @@ def busy(session, user) -> None:
     auth.create_key(session, user, "laptop")
     key, _ = auth.create_key(session, user, "old server in the cellar")
     auth.revoke_key(session, user, key.id)
+    ada = User(name="Ada Lovelace", role="member")
+    bo = User(name="Bo", role="viewer")
+    session.add_all([ada, bo])
+    session.flush()
+    people.disable(session, bo)
+    people.invite(session, user, "viewer", "Somebody from the laboratory next door")
+    team = projects.create(session, user, "Violins and cellos")
+    projects.set_member(session, team, ada, "viewer")
+    projects.share(session, user, team)
+    auth.create_key(session, user, "reader", ["read"], 30, team.id)
+    two_step.begin(session, user)
     session.commit()
     for queue in ("train", "data", "relay"):
         heartbeats.say_alive(queue, time.time() - 3 * 86_400)
@@ -57,7 +68,10 @@ def busy(session, user) -> None:
 def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width: int):
     page.set_viewport_size({"width": width, "height": 900})
     page.context.add_cookies([{"name": "luthier_theme", "value": theme, "url": served}])
-    for name, path in (("overview", "/"), ("settings", "/settings"), ("error", "/nothing")):
+    page.goto(served + "/settings/projects")
+    team = page.get_by_role("link", name="Violins and cellos").get_attribute("href")
+    tabs = [(name, f"/settings/{name}") for name in ("account", "people", "projects")]
+    for name, path in (("overview", "/"), ("settings", "/settings"), *tabs, ("project", team), ("error", "/nothing")):
         page.goto(served + path)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
         for button in page.get_by_role("button", name="Revoke").all():

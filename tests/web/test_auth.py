@@ -160,7 +160,7 @@ def test_a_made_up_mark_of_a_known_browser_counts_for_nothing(session, password)
     session.commit()
     theirs = str(auth._known_signer().dumps([other.id.hex, "00"]))
     for n, mark in enumerate(("x", theirs, theirs[:-1], auth._known_signer().dumps("x"), auth._known_signer().dumps([1]))):
-        assert auth._known_to(password.id, mark) is None, n
+        assert auth.known_to(password.id, mark) is None, n
 
 
 def test_more_passwords_at_once_than_can_be_judged_are_sent_away(session, password, monkeypatch):

@@ -261,14 +261,6 @@ def answers(settings: Settings) -> bool:
         return False
 
 
-def sign_in_path() -> str:
-    from app.db import transaction
-    from app.web import auth
-
-    with transaction() as session:
-        return auth.new_sign_in_link(session, auth.first_user(session))
-
-
 def welcome() -> str:
     """Prepare the first visit: the starter models on disk, at the first start the samples; returns a sign-in link."""
     from app.db import transaction

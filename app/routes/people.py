@@ -1,0 +1,193 @@
+"""The people of the studio: a page and `/v1/organization` for admins, and the page of an invitation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request, Response
+from fastapi.responses import RedirectResponse
+from starlette.concurrency import run_in_threadpool
+
+from app import schemas
+from app.db import Db, transaction
+from app.errors import StudioError
+from app.kit import ids
+from app.schemas.openapi import answers
+from app.tables import Invitation, User
+from app.web import auth, passwords, people, projects
+from app.web.auth import CurrentUser
+from app.web.pagination import After, Limit, page
+from app.web.policy import ROLES
+from app.web.templates import flash, public_address, render
+
+api = APIRouter(prefix="/v1/organization")
+pages = APIRouter()
+Json = dict[str, Any]
+PAGE = "/settings/people"
+
+
+# The API ----------------------------------------------------------------------------------------------------------------
+
+
+@api.get("/users", operation_id="list_people", responses=answers(schemas.page_of(schemas.Person)))
+def list_people(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Everybody with an account, newest first. Admins only, as all of this."""
+    return page(people.query(), after, limit, "desc", people.to_json, session=session, key=ids.parse_user)
+
+
+@api.get("/users/{user_id}", operation_id="retrieve_person", responses=answers(schemas.Person))
+def retrieve_person(session: Db, user: CurrentUser, user_id: str) -> Json:
+    """One person."""
+    return people.to_json(people.get(session, ids.parse_user(user_id)))
+
+
+@api.post("/users/{user_id}", operation_id="update_person", responses=answers(schemas.Person, 409))
+def update_person(session: Db, user: CurrentUser, user_id: str, change: schemas.ChangePerson) -> Json:
+    """Change a person's role, or disable the account. The last admin stays one."""
+    person = people.get(session, ids.parse_user(user_id))
+    if change.role is not None:
+        people.set_role(session, person, change.role)
+    if change.disabled is not None:
+        people.disable(session, person) if change.disabled else projects.let_in_again(session, person)
+    if change.hand_over_to is not None:
+        projects.hand_over(session, person, people.get(session, ids.parse_user(change.hand_over_to)))
+    session.flush()
+    session.refresh(person)
+    return people.to_json(person)
+
+
+@api.get("/invites", operation_id="list_invites", responses=answers(schemas.page_of(schemas.Invite)))
+def list_invites(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Invitations, newest first."""
+    return page(people.invitations(), after, limit, "desc", people.invitation_json, session=session, key=ids.parse_invitation)
+
+
+@api.post("/invites", operation_id="create_invite", responses=answers(schemas.Invite))
+def create_invite(request: Request, session: Db, user: CurrentUser, order: schemas.CreateInvite) -> Json:
+    """Make a link with which one person makes an account. `url` is shown only this once."""
+    made, path = people.invite(session, user, order.role, order.note, order.days)
+    return people.invitation_json(made, f"{public_address(request)}{path}")
+
+
+@api.get("/invites/{invite_id}", operation_id="retrieve_invite", responses=answers(schemas.Invite))
+def retrieve_invite(session: Db, user: CurrentUser, invite_id: str) -> Json:
+    """One invitation."""
+    return people.invitation_json(people.get_invitation(session, ids.parse_invitation(invite_id)))
+
+
+@api.delete("/invites/{invite_id}", operation_id="delete_invite", responses=answers(schemas.Deleted, 409))
+def delete_invite(session: Db, user: CurrentUser, invite_id: str) -> Json:
+    """Take an invitation back: its link makes no account any more."""
+    people.revoke(session, people.get_invitation(session, ids.parse_invitation(invite_id)))
+    return {"id": invite_id, "object": "organization.invite", "deleted": True}
+
+
+# The page ---------------------------------------------------------------------------------------------------------------
+
+
+@pages.get(PAGE)
+def show(request: Request, user: CurrentUser, session: Db) -> Response:
+    return _page(request, session)
+
+
+def _page(request: Request, session: Db, link: str | None = None) -> Response:
+    found = people.open_invitations(session)
+    values: dict[str, Any] = {
+        "people": people.list_(session),
+        "last_used": people.last_used(session),
+        "two_step": people.with_two_step(session),
+        "left": {one.id for one in people.list_(session) if one.disabled_at and projects.left_for_good(session, one)},
+        "invitations": [(one, session.get_one(User, one.invited_by).name) for one in found],
+        "link": link,
+        "roles": ROLES,
+    }
+    return render(request, "people.html", **values)
+
+
+@pages.post(f"{PAGE}/invitations")
+def invite(
+    request: Request,
+    user: CurrentUser,
+    session: Db,
+    role: Annotated[str, Form(max_length=20)] = "member",
+    note: Annotated[str, Form(max_length=200)] = "",
+) -> Response:
+    """The response is the page itself, because the link is shown once and stored nowhere, not even for a redirect."""
+    _, path = people.invite(session, user, role, note)
+    return _page(request, session, f"{public_address(request)}{path}")
+
+
+@pages.post(f"{PAGE}/invitations/{{invitation_id}}/revoke")
+def revoke(request: Request, user: CurrentUser, session: Db, invitation_id: str) -> Response:
+    people.revoke(session, people.get_invitation(session, ids.parse_invitation(invitation_id)))
+    flash(request, "The invitation is revoked: its link makes no account any more.")
+    return RedirectResponse(PAGE, 303)
+
+
+@pages.post(f"{PAGE}/{{user_id}}/role")
+def set_role(request: Request, user: CurrentUser, session: Db, user_id: str, role: Annotated[str, Form(max_length=20)] = "") -> Response:
+    person = people.get(session, ids.parse_user(user_id))
+    people.set_role(session, person, role)
+    flash(request, f"{person.name} is {'an admin' if role == 'admin' else f'a {role}'} from now on.")
+    return RedirectResponse(PAGE, 303)
+
+
+@pages.post(f"{PAGE}/{{user_id}}/disable")
+def disable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Response:
+    person = people.get(session, ids.parse_user(user_id))
+    people.disable(session, person)
+    flash(request, f"{person.name} is signed out everywhere and cannot sign in any more. What they made stays.")
+    return RedirectResponse(PAGE, 303)
+
+
+@pages.post(f"{PAGE}/{{user_id}}/enable")
+def enable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Response:
+    person = people.get(session, ids.parse_user(user_id))
+    projects.let_in_again(session, person)
+    flash(request, f"{person.name} may sign in again. Keys that were revoked stay revoked.")
+    return RedirectResponse(PAGE, 303)
+
+
+@pages.post(f"{PAGE}/{{user_id}}/hand-over")
+def hand_over(request: Request, user: CurrentUser, session: Db, user_id: str, to: Annotated[str, Form(max_length=80)] = "") -> Response:
+    person, heir = people.get(session, ids.parse_user(user_id)), people.get(session, ids.parse_user(to))
+    moved = projects.hand_over(session, person, heir)
+    flash(request, f"{person.name} has left: {heir.name} owns what they made ({moved} objects).")
+    return RedirectResponse(PAGE, 303)
+
+
+# An invitation, opened by whom it is for ------------------------------------------------------------------------------------
+
+
+@pages.get("/invitation/{token}")
+def open_invitation(request: Request, token: str, session: Db) -> Response:
+    return _form(request, people.invited(session, token))
+
+
+def _form(request: Request, invitation: Invitation, fault: StudioError | None = None, name: str = "") -> Response:
+    values = {"role": invitation.role, "fault": fault, "name": name, "min_length": passwords.MIN_LENGTH}
+    return render(request, "invitation.html", status_code=fault.status if fault else 200, **values)
+
+
+@pages.post("/invitation/{token}")
+async def accept_invitation(
+    request: Request, token: str, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = ""
+) -> Response:
+    invitation = await run_in_threadpool(_invited, token)
+    try:
+        made = await passwords.new_hash(password)
+        return await run_in_threadpool(_let_in, request, token, name[:200], made)
+    except StudioError as fault:
+        return await run_in_threadpool(_form, request, invitation, fault, name[:80])
+
+
+def _invited(token: str) -> Invitation:
+    with transaction() as session:
+        return people.invited(session, token)
+
+
+def _let_in(request: Request, token: str, name: str, password_hash: str) -> Response:
+    response = RedirectResponse("/", 303)
+    with transaction() as session:
+        auth.open_session(session, request, response, people.accept(session, token, name, password_hash))
+    return response

@@ -1,0 +1,55 @@
+"""Projects and their members, in the shape of OpenAI's administration API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from app.schemas.base import Schema
+from app.schemas.people import Role
+
+
+class NameProject(Schema):
+    """What a project is called."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=80)
+
+
+class Project(Schema):
+    """A room of things that its members see. Everything belongs to one."""
+
+    object: Literal["organization.project"]
+    id: str
+    name: str
+    personal: bool = Field(description="Somebody's own: it has no further members.")
+    created_at: int
+
+
+class AddMember(Schema):
+    """Who becomes a member of a project, and as what."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: str = Field(max_length=80)
+    role: Role = "member"
+
+
+class ChangeMember(Schema):
+    """Another role in a project."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Role
+
+
+class ProjectMember(Schema):
+    """A person in a project, with the role there."""
+
+    object: Literal["organization.project.user"]
+    id: str
+    name: str
+    role: Role
+    added_at: int
