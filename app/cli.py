@@ -1,11 +1,8 @@
-"""`luthier …`: all commands in one file, each a few lines over a service."""
+"""`luthier …`: the commands, each a few lines over a service. Those that keep a studio are in `app/ops/keeping.py`."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import os
 import sys
 import threading
 import time
@@ -14,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from app.errors import BadData, BadField, StudioError, Unavailable
+from app.errors import BadData, BadField, Unavailable
+from app.ops import keeping
+from app.ops.console import DataDir, choose, err, out, plainly, say
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -33,43 +31,7 @@ keys = typer.Typer(no_args_is_help=True, help="API keys.")
 models = typer.Typer(no_args_is_help=True, help="Models.")
 app.add_typer(keys, name="keys")
 app.add_typer(models, name="models")
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the database, files, models and runs.")]
-
-
-def plainly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print a StudioError as two sentences, the message and the hint, with exit code 1 and no traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except StudioError as error:
-            err.print(f"[bold red]Error:[/] {escape(error.message)}")
-            if error.hint:
-                err.print(escape(error.hint))
-            raise typer.Exit(1) from None
-
-    return run
-
-
-def choose(**variables: object) -> None:
-    """Put options of a command into the environment, which the processes it starts inherit."""
-    for name, value in variables.items():
-        if value is not None:
-            os.environ[f"LUTHIER_{name.upper()}"] = str(value)
-    get_settings.cache_clear()
-    from pydantic import ValidationError
-
-    try:
-        get_settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"LUTHIER_{str(first['loc'][0]).upper()}"
-        raise BadField(f"{name} cannot be {first['input']!r}.", hint=f"{first['msg']}.", param=name) from None
+app.add_typer(keeping.app)
 
 
 @app.command()
@@ -84,13 +46,6 @@ def up(
 
     choose(host=host, port=port, data_dir=data_dir)
     start(say)
-
-
-def say(text: str) -> None:
-    """Print a line for the person at the console; plain print, so that a link is never wrapped. A console that cannot be written
-    to, as a file on a full disk, is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
 
 
 @app.command()

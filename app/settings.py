@@ -83,6 +83,17 @@ class Settings(BaseSettings):
         "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
+    keep_playground_days: float | None = Field(
+        None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."
+    )
+    keep_log_days: float | None = Field(None, ge=0, description="Logs of jobs and evaluations are removed so many days after their end.")
+    keep_checkpoint_days: float | None = Field(
+        None, ge=0, description="Checkpoints of a job are removed so many days after its end; its model and kept checkpoints stay."
+    )
+    keep_export_days: float | None = Field(None, ge=0, description="Exports are removed after so many days.")
+    keep_deleted_days: float | None = Field(
+        None, ge=0, description="The record of what was deleted is removed after so many days, once nothing refers to it."
+    )
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
     )
