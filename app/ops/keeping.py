@@ -161,11 +161,13 @@ def delete_person(
     from app import personal_data
     from app.db import transaction
     from app.ops.embedded.up import beside
+    from app.tables import AuditLog
 
     choose(data_dir=data_dir)
     with beside(), transaction() as session:
         user = personal_data.find(session, name)
         if yes:
+            session.add(AuditLog(type="user.deleted", actor="console", object_id=user.id.hex, details={"command": "delete-person"}))
             counts = personal_data.remove(session, user)
         else:
             mine = personal_data.belonging(user)

@@ -14,6 +14,7 @@ from app.schemas.answers import (
     Embeddings,
     NextTokensOfModels,
 )
+from app.schemas.audit import AuditLog
 from app.schemas.base import Deleted, list_of, page_of
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
@@ -48,6 +49,7 @@ from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
 
 __all__ = [
+    "AuditLog",
     "ChatCompletion",
     "ChatCompletionChunk",
     "CheckpointPermission",

@@ -203,6 +203,7 @@ TAGS = {
     "models": "Base models and their fine-tunes, and which of them are loaded.",
     "next_tokens": "The next tokens a model predicts, and the likelihood of a text.",
     "openapi": "This document.",
+    "organization": "The audit log.",
     "prompts": "Prompts in versions, and their runs over the rows of a dataset.",
     "strategies": "Fine-tuning methods.",
     "studio": "The health of the studio.",

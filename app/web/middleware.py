@@ -6,6 +6,7 @@ Origin     a page of another site may not change anything
 Body       size limit
 Compress   pages and lists, never streams
 Faults     every exception becomes a response
+Audit      downloads and refused sign-ins are written down
 WellFormed   UTF-8 without NUL, and unambiguous JSON
 """
 
@@ -32,6 +33,7 @@ from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
 from app.web import templates as web_templates
+from app.web.audit import Audit
 from app.web.auth import SAFE, secure
 from app.web.well_formed import WellFormed
 
@@ -276,7 +278,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError
 
 def install(app: Any) -> None:
     """The last one added is the outermost. Forwarded headers are trusted only from the proxies in the settings."""
-    for layer in (WellFormed, Faults, Compress, Body, Origin, Hosts, Context):
+    for layer in (WellFormed, Audit, Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
     if proxies := get_settings().forwarded_allow_ips:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

@@ -19,7 +19,7 @@ from app import migrate
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
-from app.tables import Base, Evaluation, Event, Inspection, Job, Model, PromptRun, User
+from app.tables import AuditLog, Base, Evaluation, Event, Inspection, Job, Model, PromptRun, User
 from tests.conftest import PROJECT, PostgresServer, wait_until
 from tests.data_worker import data_worker
 from worker.supervision import train_attempt
@@ -166,6 +166,7 @@ def fill(session: Session, user: User) -> None:
     for table in (Inspection, PromptRun, Evaluation, Job):
         session.execute(update(table).values(deaths=2))
     exports.create(session, user, "tiny", "gguf", ["F16"])
+    session.add(AuditLog(type="job.cancelled", actor="console"))
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
 
@@ -174,11 +175,11 @@ def without_lease(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("deaths", "fence")} for row in rows]
 
 
-NEW = {"model_aliases": "0012", "exports": "0016"}
+NEW = {"model_aliases": "0012", "exports": "0016", "audit_logs": "0017"}
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
-@pytest.mark.parametrize("revision", ["0016", "0015", "0014", "0013", "0012", "0011"])
+@pytest.mark.parametrize("revision", ["0017", "0016", "0015", "0014", "0013", "0012", "0011"])
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)
     full = everything(upgraded)
