@@ -53,7 +53,8 @@ def send_batch(session: Session) -> int:
         return 0
     with queue.celery.producer_or_acquire() as producer:
         for message in messages:
-            queue.celery.send_task(message.task, args=[str(message.key)], producer=producer, retry=False)
+            headers = {"luthier": message.context} if message.context else None
+            queue.celery.send_task(message.task, args=[str(message.key)], producer=producer, retry=False, headers=headers)
     sent = update(Outbox).where(Outbox.id.in_([message.id for message in messages])).values(sent_at=func.clock_timestamp())
     session.execute(sent.execution_options(synchronize_session=False))
     return len(messages)

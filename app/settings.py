@@ -121,6 +121,18 @@ class Settings(BaseSettings):
     )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+    smtp_url: str | None = Field(
+        None,
+        repr=False,
+        description="Mail server for messages on a job's end, as smtp://user:password@host:587 (with STARTTLS) or smtps://host:465.",
+    )
+    mail_from: str = Field("luthier@localhost", description="Sender of these messages.")
+    mail_to: str = Field("", description="Who gets a message when a job ends or pauses, with commas.")
+    traces: Literal["off", "console", "otlp"] = Field(
+        "off",
+        description="Where OpenTelemetry traces go, from the request to the trainer: nowhere, to the log, or by OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. "
+        "Needs the extra `otel`.",
+    )
     log_level: str = Field("INFO", description="Least severe level that is logged.")
 
     def folder(self, *parts: str) -> Path:

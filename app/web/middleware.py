@@ -17,6 +17,7 @@ import re
 import secrets
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
-from app.kit import humanize
+from app.kit import humanize, tracing
 from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
@@ -89,11 +90,22 @@ class Context:
             await send(message)
 
         try:
-            await self.app(scope, receive, finish)
+            with _span(request) as span:
+                await self.app(scope, receive, finish)
+                if span is not None:
+                    span.update_name(f"{request.method} {getattr(request.scope.get('route'), 'path', '')}".strip())
+                    span.set_attribute("http.response.status_code", status)
         finally:
             _note(request, status, time.perf_counter() - started)
             structlog.contextvars.unbind_contextvars("request_id")
             web_templates.current.reset(token)
+
+
+def _span(request: Request) -> AbstractContextManager[Any]:
+    """The request's span; none for what a machine asks for all the time."""
+    if request.url.path.startswith(QUIET):
+        return nullcontext()
+    return tracing.span(f"{request.method} request", request.headers, request_id=request.state.id)
 
 
 def _request_id(request: Request) -> str:
