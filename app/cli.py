@@ -1,4 +1,4 @@
-"""`luthier …`: all commands in one file, each a few lines over a service."""
+"""`luthier …`: the commands, each a few lines over a service. Those that keep a studio are in `app/ops/keeping.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from app import users_cli
-from app.console import DataDir, Run, as_owner, choose, err, here_address, out, owner_session, plainly, say
 from app.errors import BadData, BadField, Unavailable
+from app.ops import keeping
+from app.ops.console import DataDir, Run, as_owner, choose, err, here_address, out, owner_session, plainly, say
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ models = typer.Typer(no_args_is_help=True, help="Models.")
 app.add_typer(keys, name="keys")
 app.add_typer(users_cli.users, name="users")
 app.add_typer(models, name="models")
+app.add_typer(keeping.app)
 
 
 @app.command()

@@ -27,7 +27,7 @@ from app.inference import external_server
 from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.settings import get_settings
-from app.web import auth, csrf, error_responses, middleware, navigation
+from app.web import audit, auth, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
 
 
@@ -72,6 +72,7 @@ def create_app() -> FastAPI:
         app.add_exception_handler(kind, _handle)
     app.state.menu = navigation.menu_of(_route_modules())
     middleware.install(app)
+    audit.install()
     return app
 
 

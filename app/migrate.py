@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 
 from app.settings import RESOURCES, get_settings
@@ -10,14 +12,14 @@ _LOCK = 7_314_159_265
 """Key of the advisory lock: two processes that start at once must not both migrate."""
 
 
-def upgrade(url: str) -> None:
-    """Run the missing steps, in one transaction; nothing when the database is up to date."""
+def upgrade(url: str, to: str = "head") -> None:
+    """Run the missing steps, in one transaction; nothing when the database is up to date. `to` is the number of the last one."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
         if is_current(connection):
             return
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        run_alembic(connection)
+        run_alembic(connection, to)
 
 
 def is_current(connection: Connection) -> bool:
@@ -29,17 +31,31 @@ def is_current(connection: Connection) -> bool:
 
 
 def newest() -> str:
-    """The number of the newest step: files are named `0001_….py` and their revision is that number."""
-    return max(path.name.partition("_")[0] for path in (RESOURCES / "migrations" / "versions").glob("[0-9]*_*.py"))
+    """The number of the newest step."""
+    return steps()[-1]
 
 
-def run_alembic(connection: Connection) -> None:
+def steps() -> list[str]:
+    """The numbers of all steps, oldest first: files are named `0001_….py` and their revision is that number."""
+    return sorted(path.name.partition("_")[0] for path in (RESOURCES / "migrations" / "versions").glob("[0-9]*_*.py"))
+
+
+def titles() -> dict[str, str]:
+    """The first line of each step's docstring, by its number."""
+    found = {}
+    for path in sorted((RESOURCES / "migrations" / "versions").glob("[0-9]*_*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
+        found[path.name.partition("_")[0]] = doc.splitlines()[0]
+    return found
+
+
+def run_alembic(connection: Connection, to: str = "head") -> None:
     from alembic import command
     from alembic.config import Config
 
     config = Config(RESOURCES / "alembic.ini")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, to)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app import db
+from app.kit import tracing
 from app.settings import get_settings
 from app.tables import Outbox
 
@@ -36,10 +37,11 @@ EVALUATE = "luthier.evaluate"
 PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
 EXPORT = "luthier.export"
+MAIL = "luthier.mail"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export",
+    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
 model imports delay no upload."""
@@ -136,7 +138,7 @@ def enqueue(session: Session, task: str, key: uuid.UUID) -> None:
 
     PostgreSQL delivers the NOTIFY when the transaction is committed, so the relay need not wait for its next poll.
     """
-    session.add(Outbox(task=task, key=key))
+    session.add(Outbox(task=task, key=key, context=tracing.carried()))
     with session.no_autoflush:
         session.execute(text(f"NOTIFY {OUTBOX_CHANNEL}"))
 

@@ -23,7 +23,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from app import leases, queue
+from app import leases, queue, retention
 from app.db import touched, transaction
 from app.kit import logs
 from app.machines import heartbeats
@@ -53,7 +53,8 @@ def send_batch(session: Session) -> int:
         return 0
     with queue.celery.producer_or_acquire() as producer:
         for message in messages:
-            queue.celery.send_task(message.task, args=[str(message.key)], producer=producer, retry=False)
+            headers = {"luthier": message.context} if message.context else None
+            queue.celery.send_task(message.task, args=[str(message.key)], producer=producer, retry=False, headers=headers)
     sent = update(Outbox).where(Outbox.id.in_([message.id for message in messages])).values(sent_at=func.clock_timestamp())
     session.execute(sent.execution_options(synchronize_session=False))
     return len(messages)
@@ -138,7 +139,7 @@ class Waker:
 def relay(stop: Callable[[], bool]) -> None:
     """The loop: send, reap when it is time, sleep. An error of an unreachable server is logged and retried."""
     settings, waker = get_settings(), Waker()
-    next_reap, failures = time.monotonic(), 0
+    next_reap, next_retention, failures = time.monotonic(), time.monotonic(), 0
     while not stop():
         try:
             with transaction() as session:
@@ -147,6 +148,11 @@ def relay(stop: Callable[[], bool]) -> None:
                 next_reap = time.monotonic() + settings.reap_seconds
                 with transaction() as session:
                     reap(session)
+            if time.monotonic() >= next_retention:
+                next_retention = time.monotonic() + retention.EVERY_SECONDS
+                with transaction() as session:
+                    if removed := retention.apply(session):
+                        log.info("removed after their time: %s", removed)
             failures = 0
             if not sent:
                 waker.wait(min(LOOK_SECONDS, next_reap - time.monotonic()), stop)

@@ -83,6 +83,17 @@ class Settings(BaseSettings):
         "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
+    keep_playground_days: float | None = Field(
+        None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."
+    )
+    keep_log_days: float | None = Field(None, ge=0, description="Logs of jobs and evaluations are removed so many days after their end.")
+    keep_checkpoint_days: float | None = Field(
+        None, ge=0, description="Checkpoints of a job are removed so many days after its end; its model and kept checkpoints stay."
+    )
+    keep_export_days: float | None = Field(None, ge=0, description="Exports are removed after so many days.")
+    keep_deleted_days: float | None = Field(
+        None, ge=0, description="The record of what was deleted is removed after so many days, once nothing refers to it."
+    )
     generate_memory_bytes: int | None = Field(
         None, ge=0, description="Memory the playground's models and their caches may take; otherwise half of the machine's."
     )
@@ -110,6 +121,18 @@ class Settings(BaseSettings):
     )
     generate_context: int = Field(8192, ge=16, description="Longest prompt and answer together, in tokens, where the model reads more.")
     log_format: Literal["text", "json"] = Field("text", description="Shape of the log lines.")
+    smtp_url: str | None = Field(
+        None,
+        repr=False,
+        description="Mail server for messages on a job's end, as smtp://user:password@host:587 (with STARTTLS) or smtps://host:465.",
+    )
+    mail_from: str = Field("luthier@localhost", description="Sender of these messages.")
+    mail_to: str = Field("", description="Who gets a message when a job ends or pauses, with commas.")
+    traces: Literal["off", "console", "otlp"] = Field(
+        "off",
+        description="Where OpenTelemetry traces go, from the request to the trainer: nowhere, to the log, or by OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. "
+        "Needs the extra `otel`.",
+    )
     log_level: str = Field("INFO", description="Least severe level that is logged.")
 
     def folder(self, *parts: str) -> Path:

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from app.console import DataDir, as_owner, choose, here_address, out, plainly, say
+from app.ops.console import DataDir, as_owner, choose, here_address, out, plainly, say
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -19,8 +19,8 @@ WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 
 APP = """
 settings · errors · events · shapes · kit · metrics · tables · pg_connection, ownership · db · queue, migrate · leases · machines · objectives · formats, strategies, optimizers, chat_templates, export_formats ·
-run_settings · spec · storage · planning · models · datasets · naming · jobs · inference · evaluation · prompts · web · views · schemas · routes ·
-relay · ops · main, console · users_cli · cli
+run_settings · spec · storage · planning · models · datasets · naming · jobs · inference · evaluation · prompts · retention, personal_data · web · views · schemas · routes ·
+relay · ops · main · users_cli · cli
 """
 WORKER = """
 kernels.gpu · runtime · supervision · kernels.cpu · modeling · data · scoring · training · conversion · exporters · inference · evaluation · train ·

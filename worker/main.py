@@ -5,15 +5,14 @@ The train worker's processes never import torch: each attempt trains in a proces
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
-import sys
 from typing import Any
 
 from celery import signals
 
 from app.db import get_engine
+from app.kit import logs
 from app.kit.child_process import die_with_parent
 from app.machines import heartbeats
 from app.queue import celery, get_redis
@@ -46,9 +45,7 @@ def _leave(**_: Any) -> None:
 
 @signals.setup_logging.connect
 def _log(**_: Any) -> None:
-    logging.basicConfig(
-        level=get_settings().log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True
-    )
+    logs.configure()
 
 
 @signals.worker_process_init.connect

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 from app import events
 from app.errors import BadData, DoesNotFit, StudioError
+from app.kit import logs, tracing
 from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -27,12 +29,15 @@ from worker.runtime.failures import disk_is_full, of_gpu
 from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
 
+log = logging.getLogger("luthier.trainer")
 STOPPED = 75
 FIRST = os.environ.get("RANK", "0") == "0"  # rank 0, read before torch is imported
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    logs.configure()
+    tracing.adopt()
     spec = JobSpec.model_validate_json(Path(options.spec).read_bytes())
     root = get_settings().data_dir
     folder, runs = root / options.folder, root / options.resume_from
@@ -44,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False) -> int:
     """One attempt at a job; returns its exit code. Every failure is reported on the pipe before the process ends."""
     asked = _Asked()
+    log.info("training starts: %s", spec.strategy.name)
     step: int | None = None
     started: events.Started | None = None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, PREDICT, PROMPT, READ, TRAIN, celery
+from app.kit import ids, tracing
+from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRAIN, celery
 
 
 def _never() -> bool:
@@ -17,21 +19,37 @@ going_down: Callable[[], bool] = _never
 """Whether this worker was asked to leave; `worker.main` sets its own here."""
 
 
-@celery.task(name=TRAIN)
+def looks_at(name: str) -> Callable[[Callable[[str], None]], Any]:
+    """A task whose message says "look at this id". What it logs has the id, and that of the request it comes from."""
+
+    def register(body: Callable[[str], None]) -> Any:
+        @functools.wraps(body)
+        def run(task: Any, key: str) -> None:
+            message = (task.request.headers or {}).get("luthier") or getattr(task.request, "luthier", None)
+            job = ids.public(ids.JOB, uuid.UUID(key)) if name == TRAIN else None
+            with tracing.work(name, message, job_id=job, key=None if job else key):
+                body(key)
+
+        return celery.task(name=name, bind=True)(run)
+
+    return register
+
+
+@looks_at(TRAIN)
 def train(key: str) -> None:
     from worker.supervision.train_attempt import work
 
     work(uuid.UUID(key), lambda: going_down())
 
 
-@celery.task(name=EVALUATE)
+@looks_at(EVALUATE)
 def evaluate(key: str) -> None:
     from worker.evaluation.attempt import work
 
     work(uuid.UUID(key), lambda: going_down())
 
 
-@celery.task(name=READ)
+@looks_at(READ)
 def read(key: str) -> None:
     from app.datasets import ingest_task
     from app.db import transaction
@@ -42,14 +60,14 @@ def read(key: str) -> None:
         jobs.resolve_waiting_jobs(session, uuid.UUID(key))  # jobs that waited for it
 
 
-@celery.task(name=FETCH)
+@looks_at(FETCH)
 def fetch(key: str) -> None:
     from app.models import imports as model_imports
 
     model_imports.fetch(uuid.UUID(key))
 
 
-@celery.task(name=EXAMINE)
+@looks_at(EXAMINE)
 def examine(key: str) -> None:
     from app.db import transaction
     from app.jobs import service as jobs
@@ -60,7 +78,7 @@ def examine(key: str) -> None:
         jobs.cancel_without_model(session)
 
 
-@celery.task(name=INSPECT)
+@looks_at(INSPECT)
 def inspect(key: str) -> None:
     from app.datasets import inspections
     from app.db import transaction
@@ -78,22 +96,29 @@ def generate(request: dict[str, Any]) -> None:
     engine.generate(request)
 
 
-@celery.task(name=PROMPT)
+@looks_at(PROMPT)
 def prompt(key: str) -> None:
     from worker.evaluation import prompt_runs
 
     prompt_runs.begin(uuid.UUID(key), lambda: going_down())
 
 
-@celery.task(name=PREDICT)
+@looks_at(PREDICT)
 def predict(key: str) -> None:
     from worker.evaluation import attempt
 
     attempt.begin(uuid.UUID(key), lambda: going_down())
 
 
-@celery.task(name=EXPORT)
+@looks_at(EXPORT)
 def export(key: str) -> None:
     from app.models import exports
 
     exports.run(uuid.UUID(key), lambda: going_down())
+
+
+@looks_at(MAIL)
+def mail(key: str) -> None:
+    from app.jobs import mail as messages
+
+    messages.send(uuid.UUID(key))

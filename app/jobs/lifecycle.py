@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
+from app.jobs import mail
 from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
 from app.settings import get_settings
@@ -102,6 +103,7 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
     ]
     if rows:
         session.execute(insert(Event).on_conflict_do_nothing(index_elements=["key"]), rows)
+        mail.on_events(session, job_id, [event for _, event in said])
     queue.notify(session, "job", job_id)
 
 

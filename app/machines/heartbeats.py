@@ -86,20 +86,22 @@ def training_machine() -> Machine:
 
 
 def _training_machine() -> Machine:
-    heard = _heard()
-    newest = max((seen for seen, _ in heard), default=0.0)
-    there = [found for seen, found in heard if newest - seen < FADES_SECONDS]
-    if not there or newest < time.time() - FORGOTTEN_SECONDS:
+    heard = machines()
+    newest = min((silent for _, silent, _ in heard), default=FORGOTTEN_SECONDS)
+    there = [found for _, silent, found in heard if silent - newest < FADES_SECONDS]
+    if not there or newest >= FORGOTTEN_SECONDS:
         return hardware.this_machine()
     return min(there, key=lambda found: (found.cuda, found.training_memory_bytes))
 
 
-def _heard() -> list[tuple[float, Machine]]:
-    """(time of the last message, machine) of all that ever sent one; messages of another version of the studio are skipped."""
+def machines() -> list[tuple[str, float, Machine]]:
+    """(host, seconds since it was heard of, machine) of all that ever sent a message; those of another version of the studio are
+    skipped."""
     found = []
     with contextlib.suppress(redis.RedisError, RuntimeError):
-        for word in get_redis().hvals(MACHINES):
+        heard: dict[bytes, bytes] = get_redis().hgetall(MACHINES)  # type: ignore[assignment]
+        for host, word in heard.items():
             with contextlib.suppress(ValidationError, ValueError, KeyError, TypeError):
                 said = json.loads(word)
-                found.append((float(said["seen_at"]), Machine.model_validate(said["machine"])))
-    return found
+                found.append((host.decode(), max(0.0, time.time() - float(said["seen_at"])), Machine.model_validate(said["machine"])))
+    return sorted(found, key=lambda one: one[:2])

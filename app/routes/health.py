@@ -11,7 +11,7 @@ from app import schemas
 from app.errors import NotSignedIn
 from app.kit.addresses import is_loopback
 from app.schemas.openapi import answers, document
-from app.views import overview
+from app.views import measurements, overview
 from app.web import auth
 from app.web import metrics as web_metrics
 from app.web.auth import CurrentUser
@@ -48,7 +48,7 @@ def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format, for requests from this machine and for signed-in users."""
     if not _local(request) and auth.identify(request) is None:
         raise NotSignedIn("The metrics are for this machine and for the signed-in.", hint="Send an API key.")
-    return Response(web_metrics.text(), media_type="text/plain; version=0.0.4")
+    return Response(web_metrics.text(measurements.families()), media_type="text/plain; version=0.0.4")
 
 
 def _local(request: Request) -> bool:

@@ -14,6 +14,7 @@ from app.schemas.answers import (
     Embeddings,
     NextTokensOfModels,
 )
+from app.schemas.audit import AuditLog
 from app.schemas.base import Deleted, list_of, page_of
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
@@ -51,6 +52,7 @@ from app.schemas.votes import Vote, VoteScores
 
 __all__ = [
     "AddMember",
+    "AuditLog",
     "ChangeMember",
     "ChangePerson",
     "ChatCompletion",

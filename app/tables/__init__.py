@@ -6,6 +6,7 @@ Times are `timestamptz` written by the database's clock. Paths are relative to t
 from __future__ import annotations
 
 from app.tables._base import JSON, Base, Leased
+from app.tables.audit import AuditLog
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
 from app.tables.evaluations import Evaluation
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
@@ -20,6 +21,7 @@ __all__ = [
     "JSON",
     "Answer",
     "ApiKey",
+    "AuditLog",
     "Base",
     "BrowserSession",
     "Checkpoint",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
+
+Sample = tuple[Mapping[str, Any], float]
+Family = tuple[str, str, str, Iterable[Sample]]
+"""Name, type, help and samples."""
 
 
 @cache
@@ -24,31 +29,22 @@ def answered(method: str, route: str, status: int, seconds: float) -> None:
     times.labels(route).observe(seconds)
 
 
-def text() -> bytes:
+def text(families: Iterable[Family] = ()) -> bytes:
+    """What this process counted, and the families that were computed for this scrape."""
     from prometheus_client import REGISTRY, generate_latest
 
-    return generate_latest(REGISTRY) + _studio()
+    lines = []
+    for name, kind, meaning, samples in families:
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{_labels(labels)} {value:g}" for labels, value in samples]
+    return generate_latest(REGISTRY) + ("\n".join(lines) + "\n").encode()
 
 
-def _studio() -> bytes:
-    """Metrics from the database and the workers, collected on request."""
-    from sqlalchemy import func, select
+def _labels(labels: Mapping[str, Any]) -> str:
+    """`{queue="train"}`; empty where there are none. A value may be a name that somebody chose."""
+    told = [f'{name}="{_escaped(str(value))}"' for name, value in labels.items()]
+    return f"{{{','.join(told)}}}" if told else ""
 
-    from app.db import transaction
-    from app.machines.heartbeats import alive
-    from app.tables import Job, Outbox
 
-    with transaction() as session:
-        jobs = session.execute(select(Job.status, func.count()).where(Job.deleted_at.is_(None)).group_by(Job.status)).all()
-        unsent = session.scalar(select(func.count()).select_from(Outbox).where(Outbox.sent_at.is_(None)))
-    lines = ["# HELP luthier_jobs Jobs by status.", "# TYPE luthier_jobs gauge"]
-    lines += [f'luthier_jobs{{status="{status}"}} {count}' for status, count in jobs]
-    lines += [
-        "# HELP luthier_outbox_unsent Messages not sent yet.",
-        "# TYPE luthier_outbox_unsent gauge",
-        f"luthier_outbox_unsent {unsent}",
-    ]
-    lines += ["# HELP luthier_workers Workers heard of in the last half minute.", "# TYPE luthier_workers gauge"]
-    queues = [worker.queue for worker in alive()]
-    lines += [f'luthier_workers{{queue="{queue}"}} {queues.count(queue)}' for queue in sorted(set(queues))]
-    return ("\n".join(lines) + "\n").encode()
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -6,6 +6,7 @@ Origin     a page of another site may not change anything
 Body       size limit
 Compress   pages and lists, never streams
 Faults     every exception becomes a response
+Audit      downloads and refused sign-ins are written down
 WellFormed   UTF-8 without NUL, and unambiguous JSON
 """
 
@@ -16,6 +17,7 @@ import re
 import secrets
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,11 +29,12 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
-from app.kit import humanize
+from app.kit import humanize, tracing
 from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
 from app.web import templates as web_templates
+from app.web.audit import Audit
 from app.web.auth import SAFE, secure
 from app.web.well_formed import WellFormed
 
@@ -87,11 +90,22 @@ class Context:
             await send(message)
 
         try:
-            await self.app(scope, receive, finish)
+            with _span(request) as span:
+                await self.app(scope, receive, finish)
+                if span is not None:
+                    span.update_name(f"{request.method} {getattr(request.scope.get('route'), 'path', '')}".strip())
+                    span.set_attribute("http.response.status_code", status)
         finally:
             _note(request, status, time.perf_counter() - started)
             structlog.contextvars.unbind_contextvars("request_id")
             web_templates.current.reset(token)
+
+
+def _span(request: Request) -> AbstractContextManager[Any]:
+    """The request's span; none for what a machine asks for all the time."""
+    if request.url.path.startswith(QUIET):
+        return nullcontext()
+    return tracing.span(f"{request.method} request", request.headers, request_id=request.state.id)
 
 
 def _request_id(request: Request) -> str:
@@ -276,7 +290,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, fault: StudioError
 
 def install(app: Any) -> None:
     """The last one added is the outermost. Forwarded headers are trusted only from the proxies in the settings."""
-    for layer in (WellFormed, Faults, Compress, Body, Origin, Hosts, Context):
+    for layer in (WellFormed, Audit, Faults, Compress, Body, Origin, Hosts, Context):
         app.add_middleware(layer)
     if proxies := get_settings().forwarded_allow_ips:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware

@@ -105,6 +105,7 @@ POST /settings/projects/{project_id}/members/{user_id}/remove /settings/projects
 POST /settings/projects/{project_id}/links/{link_id}/revoke
 """,
     "admin": """
+GET /admin /admin/audit /admin/audit/export /v1/organization/audit_logs
 GET /settings/people /v1/engines /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
 POST /settings/people/invitations /settings/people/invitations/{invitation_id}/revoke /settings/people/{user_id}/disable
 POST /settings/people/{user_id}/enable /settings/people/{user_id}/role /v1/organization/invites /v1/organization/users/{user_id}

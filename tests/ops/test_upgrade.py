@@ -19,7 +19,7 @@ from app import migrate
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
-from app.tables import Base, Evaluation, Event, Inspection, Job, Model, ModelAlias, Project, PromptRun, User
+from app.tables import AuditLog, Base, Evaluation, Event, Inspection, Job, Model, ModelAlias, Project, PromptRun, User
 from app.web import people, projects, two_step
 from tests.conftest import PROJECT, PostgresServer, wait_until
 from tests.data_worker import data_worker
@@ -200,6 +200,7 @@ def fill(session: Session, user: User) -> None:
     people.invite(session, user, "viewer", "Ada")
     projects.share(session, user, session.get_one(Project, user.id))
     two_step.begin(session, user)
+    session.add(AuditLog(type="job.cancelled", actor="console"))
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
 
@@ -217,12 +218,13 @@ NEW = {
     "exports": "0016",
     "invitations": "0017",
     "two_step": "0017",
+    "audit_logs": "0021",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
-@pytest.mark.parametrize("revision", ["0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"])
+@pytest.mark.parametrize("revision", ["0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"])
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)
     full = everything(upgraded)
@@ -249,3 +251,57 @@ def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision)
             assert without_lease(again[name]) == without_lease(full[name]), name
         else:
             assert again[name] == full[name], name
+
+
+@pytest.mark.studio
+def test_luthier_upgrade_backs_up_first_and_the_backup_is_of_before(upgraded, tmp_path_factory):
+    """A studio whose schema is two steps old: what is missing is said, then backed up, then run; and the backup restores as it was."""
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+
+    from app.ops import backup
+    from app.ops.backup.store import Store
+    from app.settings import get_settings
+    from tests.conftest import studio_environment
+
+    above = Path(tempfile.mkdtemp(prefix="luthier-upgrade-"))
+    above.chmod(0o711)
+    source, kept = above / "source", above / "kept"
+
+    def luthier(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "app.cli", *arguments, "--data-dir", str(source)]
+        return subprocess.run(command, cwd=PROJECT, env=studio_environment(source), capture_output=True, text=True, timeout=120)
+
+    try:
+        assert "holds no studio" in luthier("upgrade").stderr
+        run_alembic("downgrade", "0014")
+        backup.take(kept)  # as an older version would have: its restore runs the steps that are missing
+        assert luthier("restore", str(kept)).returncode == 0
+        shutil.rmtree(source)
+        newest = migrate.newest()
+        assert Store(kept).manifest()["schema"] == "0014" and get_settings().database_url
+        rows_before = Store(kept).manifest()["tables"]["events"]["rows"]
+        with psycopg.connect(str(get_settings().database_url).replace("+psycopg", "")) as connection:
+            assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0014",)
+        database = {"LUTHIER_DATABASE_URL": str(get_settings().database_url), "LUTHIER_REDIS_URL": str(get_settings().redis_url)}
+        folder = get_settings().data_dir
+
+        def beside(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "app.cli", *arguments]
+            environment = studio_environment(folder, **database)
+            return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120)
+
+        planned = beside("upgrade", "--plan", "--backup", str(above / "first"))
+        assert planned.returncode == 0 and "  0015  " in planned.stdout and f"  {newest}  " in planned.stdout, planned.stderr
+        assert not (above / "first").exists()
+        done = beside("upgrade", "--backup", str(above / "first"))
+        assert done.returncode == 0 and f"The schema is {newest}." in done.stdout, done.stderr
+        told = Store(above / "first").manifest()
+        assert told["schema"] == "0014" and told["tables"]["events"]["rows"] == rows_before
+        with get_engine().connect() as connection:
+            assert migrate.is_current(connection)
+        assert "nothing to do" in beside("upgrade").stdout
+    finally:
+        shutil.rmtree(above, ignore_errors=True)

@@ -32,7 +32,7 @@ from app.db import transaction
 from app.inference import residency
 from app.jobs import lifecycle
 from app.jobs.lifecycle import Claim, FenceLost
-from app.kit import child_process
+from app.kit import child_process, tracing
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
@@ -76,7 +76,11 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
         return
     log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
     try:
-        Attempt(held, going_down).run()
+        with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
+            attempt = Attempt(held, going_down)
+            attempt.run()
+            if span is not None:
+                span.set_attributes({"step": attempt.pace.step or 0, "outcome": type(attempt.said_last).__name__.lower()})
     except FenceLost:
         log.warning("Job %s: fence %d was lost; nothing more is written.", job_id, held.fence)
 

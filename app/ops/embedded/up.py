@@ -150,8 +150,8 @@ def warden(data_dir: Path, run: str) -> Child:
 # The servers -----------------------------------------------------------------------------------------------------------
 
 
-def start_servers(supervisor: Supervisor, settings: Settings) -> None:
-    """Valkey and PostgreSQL, unless URLs of others are configured; then the newest schema."""
+def start_servers(supervisor: Supervisor, settings: Settings, *, migrates: bool = True) -> None:
+    """Valkey and PostgreSQL, unless URLs of others are configured; then the newest schema, unless the rows are to stay as they are."""
     if not settings.redis_url:
         valkey = Valkey(settings.data_dir)
         server = supervisor.start(Child("valkey", valkey.command(), cwd=valkey.folder, grace_seconds=15))
@@ -166,7 +166,8 @@ def start_servers(supervisor: Supervisor, settings: Settings) -> None:
         supervisor.wait_for(lambda: is_open(postgres), what=server, seconds=120)
         os.environ["LUTHIER_DATABASE_URL"] = postgres.url
     get_settings.cache_clear()
-    migrate()
+    if migrates:
+        migrate()
 
 
 def migrate() -> None:
@@ -291,8 +292,9 @@ def import_samples(session: Session, user: User) -> None:
 
 
 @contextlib.contextmanager
-def beside() -> Iterator[None]:
-    """The studio's database and Redis for one command: the running studio's, else started temporarily."""
+def beside(*, migrates: bool = True) -> Iterator[None]:
+    """The studio's database and Redis for one command: the running studio's, else started temporarily. Without `migrates` the
+    schema stays as it is."""
     settings = get_settings()
     if settings.database_url and settings.redis_url:
         yield
@@ -307,13 +309,13 @@ def beside() -> Iterator[None]:
                 hint="Give this command the same LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL as the studio.",
             )
         point_at(Postgres(settings.data_dir), Valkey(settings.data_dir))
-        wait_for_start(settings)
+        wait_for_start(settings, migrates=migrates)
         yield
         return
     lock.take(url="for one command")
     try:
         sweep.clear(settings.data_dir)
-        with servers_for_a_moment(settings):
+        with servers_for_a_moment(settings, migrates=migrates):
             yield
     finally:
         lock.release()
@@ -326,23 +328,24 @@ def point_at(postgres: Postgres, valkey: Valkey) -> None:
     get_settings.cache_clear()
 
 
-def wait_for_start(settings: Settings, seconds: float = 60.0) -> None:
+def wait_for_start(settings: Settings, seconds: float = 60.0, *, migrates: bool = True) -> None:
     """Wait for a studio that has just been started and may still be creating its database."""
     postgres, deadline = Postgres(settings.data_dir), time.monotonic() + seconds
     while not is_open(postgres):
         if time.monotonic() > deadline:
             raise Unavailable("The running studio's database does not answer.", hint=f"See {settings.data_dir / 'logs' / 'postgres.log'}.")
         time.sleep(0.1)
-    migrate()
+    if migrates:
+        migrate()
 
 
 @contextlib.contextmanager
-def servers_for_a_moment(settings: Settings) -> Iterator[None]:
+def servers_for_a_moment(settings: Settings, *, migrates: bool = True) -> Iterator[None]:
     """Both servers as children of this command, ended with it."""
     os.environ[sweep.MARK] = sweep.mark(settings.data_dir, secrets.token_hex(8))
     supervisor = Supervisor(private_folder(settings.data_dir / "logs"), lambda line: print(line, file=sys.stderr))
     try:
-        start_servers(supervisor, settings)
+        start_servers(supervisor, settings, migrates=migrates)
         yield
     finally:
         supervisor.stopping = 1

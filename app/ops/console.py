@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
@@ -86,9 +87,11 @@ class owner_session:
 
     def __enter__(self) -> Run:
         from app.ops.embedded.up import beside
+        from app.web import audit
 
-        self.studio = beside()
-        self.studio.__enter__()
+        self.studio = contextlib.ExitStack()
+        self.studio.enter_context(beside())
+        self.studio.enter_context(audit.at_the_console(" ".join(word for word in sys.argv[1:3] if not word.startswith("-"))))
         return self.run
 
     def __exit__(self, *error: Any) -> None:

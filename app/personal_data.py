@@ -1,0 +1,157 @@
+"""Everything that one person has in the studio: as an archive, and removed.
+
+What belongs to a person is found in the tables: rows that refer to the person, and rows that go with such a row (`ON DELETE CASCADE`).
+A new table needs no edit here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, delete, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.db import on_commit, transaction
+from app.errors import Conflict, NotFound
+from app.kit import ids
+from app.settings import get_settings
+from app.storage import files
+from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, User
+
+SECRETS = ("password_hash", "token_sha256", "secret_sha256")
+"""Columns that are no data about a person."""
+
+
+def find(session: Session, name: str) -> User:
+    """The person of that name. Raises NotFound."""
+    user = session.scalar(select(User).where(User.name == name))
+    if user is None:
+        raise NotFound(f"There is no account “{name[:80]}”.", hint="Use the name as the Settings page shows it.", param="name")
+    return user
+
+
+def belonging(user: User) -> dict[Table, ColumnElement[bool]]:
+    """For each table that has something of a person, the condition of those rows; parents before children."""
+    people = Base.metadata.tables["users"]
+    found: dict[Table, ColumnElement[bool]] = {people: people.c.id == user.id}
+    for table in Base.metadata.sorted_tables:
+        ways: list[ColumnElement[bool]] = []
+        for key in table.foreign_keys:
+            target = key.column.table
+            if target is people:
+                ways.append(key.parent == user.id)
+            elif key.ondelete == "CASCADE" and target in found and target is not table:
+                ways.append(key.parent.in_(select(key.column).where(found[target])))
+        if ways and table is not people:
+            found[table] = or_(*ways)
+    return found
+
+
+# The archive ------------------------------------------------------------------------------------------------------------
+
+
+def export(session: Session, user: User, target: Path) -> dict[str, int]:
+    """Write all data of a person to a zip: `data/<table>.jsonl`, and the files, datasets, models and exports. Returns rows by table.
+
+    Raises Conflict when the file exists, DiskFull.
+    """
+    if target.exists():
+        raise Conflict(f"{target} exists.", hint="Name a new file.")
+    counts: dict[str, int] = {}
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        with files.disk_errors(), zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as archive:
+            for table, mine in belonging(user).items():
+                counts[table.name] = _write_rows(session, archive, table, mine)
+            for name, path in _files_of(session, user):
+                archive.write(path, name)
+        partial.chmod(0o600)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return counts
+
+
+def _write_rows(session: Session, archive: zipfile.ZipFile, table: Table, mine: ColumnElement[bool]) -> int:
+    count = 0
+    with archive.open(f"data/{table.name}.jsonl", "w", force_zip64=True) as file:
+        for row in session.execute(select(*(c for c in table.c if c.name not in SECRETS)).where(mine)).mappings():
+            file.write(json.dumps(dict(row), default=str, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+def _files_of(session: Session, user: User) -> Iterator[tuple[str, Path]]:
+    """(name in the archive, path) of every file on disk that is the person's."""
+    root = get_settings().data_dir
+    for file in session.scalars(select(File).where(File.owner_id == user.id, File.deleted_at.is_(None))):
+        yield f"files/{ids.public(ids.FILE, file.id)}-{file.filename}", files.blob_path(file.sha256)
+    for dataset in session.scalars(select(Dataset).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))):
+        if dataset.rows_path and (root / dataset.rows_path).is_file():
+            yield f"datasets/{ids.public(ids.DATASET, dataset.id)}.parquet", root / dataset.rows_path
+    for top, folder in _folders_of(session, user):
+        yield from ((f"{top}/{path.relative_to(folder.parent).as_posix()}", path) for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _folders_of(session: Session, user: User) -> Iterator[tuple[str, Path]]:
+    """(kind, folder) of models, runs, evaluations and exports that are there."""
+    root = get_settings().data_dir
+    for table, top in ((Model, "models"), (Job, "runs"), (Evaluation, "evaluations"), (Export, "exports")):
+        for key in session.scalars(select(table.id).where(table.owner_id == user.id)):
+            if (folder := root / top / str(key)).is_dir():
+                yield top, folder
+
+
+# Removal ----------------------------------------------------------------------------------------------------------------
+
+
+def remove(session: Session, user: User) -> dict[str, int]:
+    """Delete a person with all that belongs to the account: rows at once, files after the commit. Returns rows by table.
+
+    Raises Conflict while something of the person's is being worked on, or is used by another person.
+    """
+    mine = belonging(user)
+    for table, condition in mine.items():
+        if "lease_until" in table.c and session.scalar(select(table.c.id).where(condition, table.c.lease_until.is_not(None)).limit(1)):
+            raise Conflict(f"Something of {user.name} is running ({table.name}).", hint="Cancel it first, or wait for its end.")
+    root = get_settings().data_dir
+    folders = [folder for _, folder in _folders_of(session, user)]
+    datasets = session.scalars(select(Dataset.id).where(Dataset.owner_id == user.id))
+    folders += [root / "rows" / str(key) for key in datasets]
+    keys = session.scalars(select(Evaluation.id).where(Evaluation.owner_id == user.id)).all()
+    blobs = session.execute(select(File.sha256, File.bytes).where(File.owner_id == user.id).distinct()).all()
+    counts: dict[str, int] = {}
+    try:
+        session.execute(update(Model).where(Model.owner_id == user.id).values(job_id=None))  # models and jobs refer to each other
+        for table, condition in reversed(mine.items()):
+            counts[table.name] = _delete(session, table, condition)
+    except IntegrityError as error:
+        detail = str(getattr(error.orig, "diag", None) and error.orig.diag.message_detail)  # type: ignore[union-attr]
+        raise Conflict(f"Something of {user.name} is used by another person: {detail}", hint="Delete or hand over that first.") from None
+    for folder in folders:
+        on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    for key in keys:
+        on_commit(session, functools.partial((root / "predictions" / f"{key.hex}.jsonl").unlink, missing_ok=True))
+    on_commit(session, functools.partial(_forget_blobs, [files.Blob(*blob) for blob in blobs]))
+    return counts
+
+
+def _delete(session: Session, table: Table, condition: ColumnElement[bool]) -> int:
+    done: Any = session.execute(delete(table).where(condition))
+    return int(done.rowcount)
+
+
+def _forget_blobs(blobs: list[files.Blob]) -> None:
+    with transaction() as session:
+        for blob in blobs:
+            files.discard_if_unused(session, blob)
+
+
+__all__ = ["belonging", "export", "find", "remove"]
