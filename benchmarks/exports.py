@@ -3,7 +3,7 @@
     python -m benchmarks.exports FOLDER [--types Q8_0,Q4_K_M] [--kind dialogue] [--json FILE]
 
 FOLDER holds a model as the studio keeps it, as `.data/models/<id>`. The rows are general texts, so a base and its fine-tunes are
-compared on the same ones.
+compared on the same ones, and asked the same questions.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 
 from app.export_formats import FORMATS
 from worker import exporters
-from worker.exporters import _parity
+from worker.exporters import _answers, _parity
 from worker.exporters._base import ExportOptions
-
-ROWS = 12
 
 
 def main() -> None:
@@ -30,27 +28,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     expected = studio(given.folder, given.kind)
-    print("type     MB    seconds  prompts  KL        top-1   loss   tokens/s  faults", flush=True)
+    print("type     MB    seconds  prompts  KL        top-1   loss    change, 95% interval   tokens/s  answers, faults", flush=True)
     lines = []
     for name in given.types.split(","):
         with tempfile.TemporaryDirectory() as work:
             lines.append(one(given.folder, name, expected, Path(work)))
         print(shown(lines[-1]), flush=True)
-    print(f"loss in the studio {lines[0]['loss_here']:.4f}; smallest that keeps it: {_parity.smallest(lines)}")
+    print(f"loss in the studio {lines[0]['score']['here']:.4f}; smallest that keeps it: {_parity.smallest(lines)}")
     if given.json:
-        given.json.write_text(json.dumps(lines, indent=1))
+        given.json.write_text(json.dumps({"answers": expected.told, "lines": lines}, indent=1, ensure_ascii=False))
 
 
 def studio(folder: Path, kind: str) -> _parity.Reference:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from worker.data.chat_template import CHAT_KINDS
     from worker.scoring.forgetting import probe_rows
 
-    rows = probe_rows()
+    asked = [[{"role": "user", "content": text}] for text in _answers.QUESTIONS] if kind in CHAT_KINDS else []
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()  # noqa: E731
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return _parity.reference(load, tokenizer, kind, rows[:: len(rows) // ROWS][:ROWS])
+    return _parity.reference(load, tokenizer, kind, probe_rows(), None, asked)
 
 
 def one(folder: Path, name: str, expected: _parity.Reference, work: Path) -> dict:
@@ -62,10 +61,12 @@ def one(folder: Path, name: str, expected: _parity.Reference, work: Path) -> dic
 
 
 def shown(x: dict) -> str:
-    faults = "; ".join(fault["message"] for fault in x["faults"]) or "-"
+    result = "; ".join(fault["message"] for fault in x["faults"]) or x["verdict"]
+    score = x["score"] or {"there": float("nan"), "interval": [float("nan")] * 2}
+    low, high = score["interval"]
     return (
         f"{x['type']:7}{x['bytes'] / 1e6:7.1f}{x['seconds']:8.1f}   {x['identical']:3}/{x['prompts']:<3} {x['kl']:9.2e} {x['top1']:7.1%}"
-        f" {x['loss']:7.4f}{x['tokens_per_second']:9.1f}  {faults}"
+        f" {score['there']:7.4f} {low:+.4f} to {high:+.4f} {x['tokens_per_second']:9.1f}  {result}"
     )
 
 

@@ -199,10 +199,9 @@ class _Llama:
     def answer(self, request: Any) -> Any:
         from app.inference import llama_cpp
         from worker.inference.request import rendered
-        from worker.inference.task import entries_of
 
         asked = request.model_copy(update={"engine": llama_cpp.engine(self.kind)})
-        return self.servers.answer(asked, rendered(asked, self.servers.shelf), entries_of)
+        return self.servers.answer(asked, rendered(asked, self.servers.shelf))
 
 
 def of_llama(folder: Path, kind: str, tokens: int, chats: int, rounds: int) -> dict[str, float]:

@@ -105,39 +105,36 @@ def names(address: Address) -> list[str]:
             for part in answer.iter_bytes():
                 body += part
                 if len(body) > MAX_LINE_LENGTH:
-                    raise _strange(address)
+                    raise strange(address)
         if answer.status_code != 200:
-            raise _refused(address, answer.status_code, body, None)
+            raise refused(address, answer.status_code, body, None)
         return [str(entry["id"]) for entry in json.loads(body)["data"]]
     except (httpx.HTTPError, OSError) as error:
-        raise _away(address, error) from None
+        raise away(address, error) from None
     except (ValueError, KeyError, TypeError):
-        raise _strange(address) from None
+        raise strange(address) from None
 
 
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-async def answer(
-    request: GenerateRequest, rendered: Rendered | None, address: Address | None = None, kind: type[Fold] | None = None
-) -> AsyncGenerator[list[Entry]]:
+async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGenerator[list[Entry]]:
     """Entries of one request from the server, in the order of our own engine. Closing it closes the connection, by which the
-    server notices that nobody reads. `address` is that of a server that this studio started. Raises StudioError."""
+    server notices that nobody reads. Raises StudioError."""
     import httpx
 
-    engine, ours = request.engine, address is not None
+    engine = request.engine
     assert engine is not None
-    address = address or find(engine.url)
-    fold = (kind or Fold)(request, rendered, address)
+    address = find(engine.url)
+    fold = Fold(request, rendered, address)
     deadline = asyncio.get_running_loop().time() + request.seconds
     try:
         where, more = await asyncio.to_thread(_pinned, f"{address.url}/{fold.path}")
         async with httpx.AsyncClient(**_options(address)) as client:
-            if not ours:
-                await _load_adapter(client, address, engine)
+            await _load_adapter(client, address, engine)
             async with client.stream("POST", where, json=fold.body(), **more) as response:
                 if response.status_code != 200:
-                    raise _refused(address, response.status_code, await _some(response), request)
+                    raise refused(address, response.status_code, await _some(response), request)
                 yield [fold.started()]
                 events = _events(response, address)
                 while (data := await _next(events, deadline)) not in (None, "[DONE]"):
@@ -145,7 +142,7 @@ async def answer(
                         yield entries
                 yield fold.end()
     except (httpx.HTTPError, OSError) as error:
-        raise _away(address, error) from None
+        raise away(address, error) from None
 
 
 async def _next(events: AsyncIterator[str], deadline: float) -> str | None:
@@ -172,7 +169,7 @@ async def _events(response: httpx.Response, address: Address) -> AsyncIterator[s
         total += len(part)
         *lines, held = (held + part).split(b"\n")
         if len(held) > MAX_LINE_LENGTH or total > MAX_ANSWER_LENGTH:
-            raise _strange(address)
+            raise strange(address)
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip().decode("utf-8", "replace")
@@ -252,11 +249,11 @@ class Fold:
         try:
             said = json.loads(data)
             if said.get("error"):
-                raise _refused(self.address, _status(said["error"]), data.encode(), self.request)
+                raise refused(self.address, _status(said["error"]), data.encode(), self.request)
             self.usage = said.get("usage") or self.usage
             return [entry for choice in said.get("choices", []) for entry in self._choice(choice)]
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _strange(self.address) from None
+            raise strange(self.address) from None
 
     def _choice(self, choice: JSON) -> list[Entry]:
         index, text = int(choice["index"]), (choice["delta"].get("content") if self.chat else choice["text"]) or ""
@@ -356,7 +353,7 @@ def _may_be_called(address: str) -> bool:
 # What went wrong --------------------------------------------------------------------------------------------------------
 
 
-def _away(address: Address, error: Exception) -> Unavailable:
+def away(address: Address, error: Exception) -> Unavailable:
     return Unavailable(
         f"The engine at {address.host} cannot be reached ({type(error).__name__}).",
         hint="Start it, or take it away from the model on the model's page; then the studio's own engine answers.",
@@ -364,7 +361,7 @@ def _away(address: Address, error: Exception) -> Unavailable:
     )
 
 
-def _strange(address: Address) -> Unavailable:
+def strange(address: Address) -> Unavailable:
     return Unavailable(
         f"The engine at {address.host} answered what no OpenAI-compatible server answers.",
         hint="Check its address in LUTHIER_ENGINES; it usually ends in /v1.",
@@ -379,7 +376,7 @@ def _status(error: JSON) -> int:
     return 400 if error.get("type") == "invalid_request_error" else 500
 
 
-def _refused(address: Address, status: int, body: bytes, request: GenerateRequest | None) -> StudioError:
+def refused(address: Address, status: int, body: bytes, request: GenerateRequest | None) -> StudioError:
     """The server's error as ours: errors of the request are passed on, everything else is the server's own."""
     try:
         said = json.loads(body)

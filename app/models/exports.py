@@ -27,9 +27,8 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app import db, export_formats, leases, queue
-from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported, problem_json
+from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported
 from app.export_formats import PART, ExportFormat, ModelFacts
-from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import now
 from app.models import hub, hub_upload, integrity, starters
@@ -247,32 +246,6 @@ def file_path(export: Export, name: str) -> Path:
     if name not in {file["name"] for file in export.files} or not path.is_file():
         raise NotFound(f"The export has no file {name[:120]!r}.", hint="Its list of files has the names.", param="name")
     return path
-
-
-def to_json(export: Export) -> JSON:
-    """The export as the API gives it."""
-    key, spec, there = ids.public(ids.EXPORT, export.id), export.spec, bool(export.files)
-    return {
-        "id": key,
-        "object": "export",
-        "model": spec["model"]["name"],
-        "format": export.format,
-        "types": spec["types"],
-        "status": "succeeded" if there else export.status,
-        "progress": 1.0 if there else export.progress,
-        "stage": None if there else export.stage,
-        "files": [{**file, "url": f"/v1/exports/{key}/files/{file['name']}"} for file in export.files],
-        "parity": export.parity,
-        "error": problem_json(export.error),
-        "hub": export.hub and _hub_json(export.hub, export),
-        "created_at": int(export.created_at.timestamp()),
-        "finished_at": int(export.finished_at.timestamp()) if export.finished_at else None,
-    }
-
-
-def _hub_json(push: JSON, export: Export) -> JSON:
-    status = export.status if export.status in OPEN else push["status"]
-    return {**push, "status": status, "progress": export.progress, "error": problem_json(push["error"])}
 
 
 # The worker's part ----------------------------------------------------------------------------------------------------

@@ -51,9 +51,10 @@ def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[
     rows = [f"| {file['name']} | {file['type']} | {file['bytes'] / 1e6:.1f} MB | `{file['sha256']}` |" for file in files]
     parts = [text, "## Files\n\n| file | type | size | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"]
     if parity and parity["lines"]:
-        head = "| type | prompts identical | KL (nats) | same first token | loss |\n|---|---|---|---|---|\n"
+        head = "| type | prompts identical | KL (nats) | same first token | score | same answers |\n|---|---|---|---|---|---|\n"
         lines = [
-            f"| {x['type']} | {x['identical']} of {x['prompts']} | {_cell(x['kl'], '.2g')} | {_cell(x['top1'], '.0%')} | {_cell(x['loss'], '.3f')} |"
+            f"| {x['type']} | {x['identical']} of {x['prompts']} | {_cell(x['kl'], '.2g')} | {_cell(x['top1'], '.0%')} | {_score(x['score'])} "
+            f"| {x['same_answers']} of {len(x['answers'])} |"
             for x in parity["lines"]
         ]
         best = f"\n\n{parity['smallest']} is the smallest that keeps the score.\n" if parity["smallest"] else "\n"
@@ -93,6 +94,11 @@ _RUN_FOLDER = {
 
 def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    """The score of a file and, behind it, that of the model."""
+    return f"{score['metric']} {score['there']:.3f} (model {score['here']:.3f})" if score else "–"
 
 
 def _run_gguf(weights: str, kind: str) -> str:

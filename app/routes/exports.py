@@ -11,7 +11,7 @@ from app import schemas
 from app.db import Db
 from app.errors import StudioError
 from app.kit import ids
-from app.models import exports
+from app.models import export_json, exports
 from app.models import service as models
 from app.ownership import mine, owned
 from app.routes.models import show_model
@@ -34,32 +34,32 @@ CONTENT[200] |= {"content": {"application/octet-stream": {"schema": BYTES}}}
 @api.post("/models/{model:path}/exports", operation_id="create_export", responses=answers(schemas.Export, 404, 409, 415, 507))
 def create(session: Db, user: CurrentUser, model: str, order: schemas.CreateExport) -> Json:
     """Queue the files of a model, a checkpoint or a blend in a format. Each is run and compared with the model before it is handed out."""
-    return exports.to_json(exports.create(session, user, model, order.format, order.types, order.system or ""))
+    return export_json.to_json(exports.create(session, user, model, order.format, order.types, order.system or ""))
 
 
 @api.get("/exports", operation_id="list_exports", responses=answers(schemas.page_of(schemas.Export)))
 def list_exports(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Exports, newest first."""
-    return page(mine(Export, user), after, limit, "desc", exports.to_json, session=session, key=ids.parse_export)
+    return page(mine(Export, user), after, limit, "desc", export_json.to_json, session=session, key=ids.parse_export)
 
 
 @api.get("/exports/{export_id}", operation_id="retrieve_export", responses=answers(schemas.Export))
 def retrieve(session: Db, user: CurrentUser, export_id: str) -> Json:
     """One export: how far it is, its files and their parity table."""
-    return exports.to_json(owned(session, Export, user, ids.parse_export(export_id)))
+    return export_json.to_json(owned(session, Export, user, ids.parse_export(export_id)))
 
 
 @api.post("/exports/{export_id}/cancel", operation_id="cancel_export", responses=answers(schemas.Export))
 def cancel(session: Db, user: CurrentUser, export_id: str) -> Json:
     """Stop an export, or its push to the hub. One that has ended stays as it is."""
-    return exports.to_json(exports.cancel(session, user, ids.parse_export(export_id)))
+    return export_json.to_json(exports.cancel(session, user, ids.parse_export(export_id)))
 
 
 @api.post("/exports/{export_id}/push", operation_id="push_export", responses=answers(schemas.Export, 409, 503))
 def push(session: Db, user: CurrentUser, export_id: str, order: schemas.PushExport) -> Json:
     """Push the files of an export that has succeeded to the Hugging Face hub. `hub` tells how far it is. A push that broke off goes on where
     it was when it is asked for again."""
-    return exports.to_json(exports.push(session, user, ids.parse_export(export_id), order.repo, order.private, order.token))
+    return export_json.to_json(exports.push(session, user, ids.parse_export(export_id), order.repo, order.private, order.token))
 
 
 @api.delete("/exports/{export_id}", operation_id="delete_export", responses=answers(schemas.Deleted))

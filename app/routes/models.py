@@ -19,7 +19,7 @@ from app.evaluation import verdict
 from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
-from app.models import aliases, exports, integrity, model_card, starters
+from app.models import aliases, export_json, exports, integrity, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models
 from app.models.integrity import BadModel
@@ -331,7 +331,7 @@ def show_model(
         export_formats=exports.choices(facts) if facts else [],
         export_bytes=lambda kind, name: kind.bytes_of(facts, [name]),
         export_title=lambda name: FORMATS[name].title if name in FORMATS else name,
-        exports=[exports.to_json(one) for one in exported],
+        exports=[export_json.to_json(one) for one in exported],
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=models.can_merge(session, model),
         public_id=lists.public_id,

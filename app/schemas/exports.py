@@ -63,6 +63,34 @@ class ParityFault(Schema):
     message: str
 
 
+class ParityAnswer(Schema):
+    """A prompt, and the greedy answer of the model in the studio."""
+
+    prompt: str
+    answer: str
+
+
+class FileAnswer(Schema):
+    """How a file answers the prompt of the same place in `answers` of the table."""
+
+    parts_at: int | None = Field(description="The first token of the answer that differs, from 0; null where the answers are the same.")
+    answer: str | None = Field(description="The file's answer where it differs.")
+    behind: float | None = Field(
+        description="How much less likely the file's token was there in the studio than the studio's own, in nats; null beyond its 20 likeliest."
+    )
+
+
+class ParityScore(Schema):
+    """The score of the task on validation rows, in the studio and from a file."""
+
+    metric: Literal["loss", "accuracy"] = Field(description="Loss in nats per token; accuracy where every answer is one of a few labels.")
+    rows: int
+    here: float = Field(description="The score in the studio.")
+    there: float = Field(description="The score from the file.")
+    interval: list[float] | None = Field(description="95% interval of the change, over the rows.")
+    kept: bool = Field(description="Whether the file keeps the score: worse by at most one percent.")
+
+
 class ParityLine(Schema):
     """One file run in the program that it is for, compared with the model in the studio."""
 
@@ -73,10 +101,12 @@ class ParityLine(Schema):
     places: int = Field(description="Places of the answers where the next token was compared.")
     kl: float | None = Field(description="KL divergence of the next token, nats, mean over the places.")
     top1: float | None = Field(description="Share of the places where the most likely token is the same.")
-    loss: float | None = Field(description="Loss on the answers, nats per token.")
-    loss_here: float | None = Field(description="The same in the studio.")
     limit: float = Field(description="KL that rounding to the type explains.")
+    answers: list[FileAnswer]
+    same_answers: int = Field(description="Prompts whose greedy answers are the same, token by token.")
+    score: ParityScore | None
     tokens_per_second: float
+    verdict: str = Field(description="In words, how the file answers: `as the model` only where all answers are the same.")
     faults: list[ParityFault]
 
 
@@ -85,9 +115,8 @@ class Parity(Schema):
 
     program: str
     rows: str = Field(description="Which rows were compared.")
-    smallest: str | None = Field(
-        description="The smallest type whose loss on the answers rises by at most one percent, with nine of ten tokens the same."
-    )
+    answers: list[ParityAnswer] = Field(description="Prompts whose whole answers were compared.")
+    smallest: str | None = Field(description="The smallest type that keeps the score.")
     lines: list[ParityLine]
     seconds: float
     skipped: str | None

@@ -14,7 +14,7 @@ from app import leases, queue
 from app.db import transaction
 from app.errors import BadField, Conflict, DiskFull, NotFound, Unsupported
 from app.kit.manifest import sha256_of
-from app.models import exports
+from app.models import export_json, exports
 from app.models import service as models
 from app.ownership import owned
 from app.tables import Export, Model, Outbox
@@ -39,7 +39,7 @@ def test_an_export_is_queued_once_and_its_message_with_it(session, user, tiny_re
     assert order(session, user, types=("F16", "Q8_0")).id == made.id, "an equal one that waits is given instead"
     assert order(session, user, types=("F16",)).id != made.id
     assert session.scalars(select(Outbox.task).where(Outbox.key == made.id)).all() == [queue.EXPORT]
-    assert exports.to_json(made)["files"] == [] and exports.to_json(made)["model"] == "tiny"
+    assert export_json.to_json(made)["files"] == [] and export_json.to_json(made)["model"] == "tiny"
 
 
 def test_what_can_be_known_is_refused_before_the_start(session, user, tiny_registered, monkeypatch) -> None:
@@ -214,6 +214,17 @@ def test_files_that_were_moved_and_never_recorded_go_with_a_cancelled_export(ses
     act(exports.cancel, user, made)
     session.refresh(made)
     assert not folder.exists() and made.files == []
+
+
+def test_a_folder_that_an_attempt_left_is_replaced_and_not_mixed(session, user, tiny_registered, data_dir) -> None:
+    """A worker can die between moving its files and recording them."""
+    made = order(session, user)
+    folder = exports.folder_of(made.id)
+    folder.mkdir(parents=True)
+    (folder / "old.gguf").write_bytes(b"GGUF")
+    exports.run(made.id)
+    session.refresh(made)
+    assert made.status == "succeeded" and sorted(p.name for p in folder.iterdir()) == ["README.md", "tiny-F16.gguf"]
 
 
 def test_a_worker_that_was_taken_for_dead_replaces_no_files(session, user, tiny_registered, data_dir) -> None:

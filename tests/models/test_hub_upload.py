@@ -11,7 +11,7 @@ from app import leases
 from app.db import transaction
 from app.errors import BadField, Conflict, Unavailable
 from app.kit import ids
-from app.models import exports, hub_upload
+from app.models import export_json, exports, hub_upload
 from app.settings import get_settings
 from app.tables import Export, User
 from tests.hub_stand_in import Hub
@@ -50,12 +50,12 @@ def test_a_push_creates_a_private_repository_with_every_file(session, user, made
     push(session, user, made)
     token = hub_upload.token_file(made.id)
     assert token.read_text() == "hf_right" and stat.S_IMODE(token.stat().st_mode) == 0o600
-    said = exports.to_json(made)
+    said = export_json.to_json(made)
     assert said["status"] == "succeeded" and said["hub"]["status"] == "queued" and len(said["files"]) == 3, "its files stay"
     assert "hf_right" not in str(made.hub) + str(made.spec)
     exports.run(made.id)
     session.refresh(made)
-    found = exports.to_json(made)["hub"]
+    found = export_json.to_json(made)["hub"]
     assert found["status"] == "succeeded" and found["url"] == f"{hub.url}/lab/tiny" and found["commit"] == "a" * 40, found
     assert hub.repos == {"lab/tiny": {"private": True}}
     assert hub.commits == [{p.name: p.read_bytes() for p in exports.folder_of(made.id).iterdir()}]
@@ -89,7 +89,7 @@ def test_what_the_hub_refuses_is_said(session, user, made, hub, where: str, stat
     hub.refuse = {where: status}
     exports.run(made.id)
     session.refresh(made)
-    error = exports.to_json(made)["hub"]["error"]
+    error = export_json.to_json(made)["hub"]["error"]
     assert error["code"] == code and words in error["message"] and error["hint"] == error["way_out"], error
     assert made.status == "succeeded" and made.error is None and not hub_upload.token_file(made.id).exists()
     hub.refuse = {}
@@ -140,7 +140,7 @@ def test_a_push_is_cancelled_and_its_files_stay(session, user, made, hub) -> Non
     with transaction() as request:
         exports.cancel(request, user, made.id)
     session.refresh(made)
-    assert exports.to_json(made)["hub"]["status"] == "cancelled" and not hub_upload.token_file(made.id).exists()
+    assert export_json.to_json(made)["hub"]["status"] == "cancelled" and not hub_upload.token_file(made.id).exists()
     assert exports.file_path(made, "a.gguf").is_file()
     exports.run(made.id)
     assert hub.repos == {}, "a message that comes late finds nothing to do"

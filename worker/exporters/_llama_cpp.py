@@ -3,8 +3,10 @@
 A process of its own, because llama.cpp ends its process when a file is not as it expects. It imports nothing of ours and no torch.
 The server of llama.cpp answers on the loopback; its own tokenizer and its own reading of the chat template are asked there.
 
-    order   {"file", "lora"?, "threads", "top", "rows": [{"messages"? | "text"?, "probes": [[id, …], …]}, …], "ends": [id, …], "speed": [id, …]}
-    answer  {"rows": [{"text", "tokens", "probes": [[[id, logprob], …], …]}, …], "ends": {id: bool}, "bos", "tokens_per_second", "load_seconds"}
+    order   {"file", "lora"?, "threads", "top", "cache", "rows": [{"messages"? | "text"?, "probes": [[id, …], …]}, …], "ends": [id, …], "speed": [id, …],
+             "answers": [{"ids", "most"}, …], "scored": [{"ids", "places"}, …]}
+    answer  {"rows": [{"text", "tokens", "probes": [[[id, logprob], …], …]}, …], "ends": {id: bool}, "bos", "tokens_per_second", "load_seconds",
+             "answers": [{"tokens", "text", "ended", "withheld"}, …], "scored": [[nats, …], …]}
 """
 
 from __future__ import annotations
@@ -49,11 +51,25 @@ def look(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
             return json.load(answer)
 
     def next_token(ids: list[int], **more: Any) -> Any:
-        # Without the cache of prompts: a Gemma 3 that was asked something else before answers the continuation of a prompt wrongly with it.
         return post("/completion", {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": False, **more})
 
     # Where the next token is an end or half a character nothing is answered, so a letter is forced. The probabilities are those before.
     letter = [[post("/tokenize", {"content": "a"})["tokens"][-1], 1000.0]]
+
+    def likeliest(ids: list[int], count: int) -> list[list[Any]]:
+        found = next_token(ids, n_probs=count, logit_bias=letter, cache_prompt=asked["cache"])["completion_probabilities"][0]
+        return [[one["id"], one["logprob"]] for one in found["top_logprobs"]]
+
+    def loss(ids: list[int], token: int) -> float | None:
+        # A token that is forced comes with its probability, however small; an end and half a character come with nothing.
+        forced = next_token(ids, n_probs=1, logit_bias=[[token, 1000.0]], cache_prompt=asked["cache"]).get("completion_probabilities")
+        if forced and forced[0]["id"] == token:
+            return None if forced[0]["logprob"] is None else -forced[0]["logprob"]
+        pairs = likeliest(ids, asked["top"])
+        if any(value is None for _, value in pairs):
+            return None
+        return -dict(map(tuple, pairs)).get(token, pairs[-1][1])
+
     rows: list[dict[str, Any]] = []
     for row in asked["rows"]:
         try:
@@ -62,18 +78,22 @@ def look(server: Any, asked: dict[str, Any]) -> dict[str, Any]:
             rows.append({"text": None, "error": error.read().decode("utf-8", "replace")[:400], "tokens": [], "probes": []})
             continue
         tokens = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
-        probes = []
-        for ids in row["probes"]:
-            found = next_token(ids, n_probs=asked["top"], logit_bias=letter)["completion_probabilities"][0]
-            probes.append([[one["id"], one["logprob"]] for one in found["top_logprobs"]])
-        rows.append({"text": text, "tokens": tokens, "probes": probes})
+        rows.append({"text": text, "tokens": tokens, "probes": [likeliest(ids, asked["top"]) for ids in row["probes"]]})
     ends = {}
     for token in asked["ends"]:
         done = next_token(asked["speed"], logit_bias=[[token, 1000.0]], n_predict=2)
         ends[str(token)] = done["stop_type"] == "eos"
+    answers = []
+    for one in asked["answers"]:
+        made = next_token(one["ids"], n_predict=one["most"], return_tokens=True)
+        ended = made["stop_type"] == "eos"
+        withheld = not ended and made["tokens_predicted"] > len(made["tokens"])
+        answers.append({"tokens": made["tokens"], "text": made["content"], "ended": ended, "withheld": withheld})
+    scored = [[loss(row["ids"][:place], row["ids"][place]) for place in row["places"]] for row in asked["scored"]]
     speed = next_token(asked["speed"], n_predict=SPEED_TOKENS, ignore_eos=True)["timings"]
     first = post("/tokenize", {"content": "", "add_special": True})["tokens"]
-    return {"rows": rows, "ends": ends, "bos": first[:1], "tokens_per_second": speed["predicted_per_second"]}
+    found = {"rows": rows, "ends": ends, "answers": answers, "scored": scored}
+    return found | {"bos": first[:1], "tokens_per_second": speed["predicted_per_second"]}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ order, an adapter that was left out. So each file is run, on held-out rows, and 
 
 * the token ids of the rendered prompts, by the file's own tokenizer and template;
 * the distribution of the next token at some places of the answers: KL(studio ‖ file) in nats, and how often the first choice is one;
-* whether the tokens that end an answer end it there.
+* whether the tokens that end an answer end it there;
+* whole greedy answers (`_answers.py`), and the score of the task (`_score.py`).
 
 What differs is told apart by what does not: `faults` gives the cause in words.
 """
@@ -27,11 +28,12 @@ import numpy as np
 
 from app.errors import BadData
 from app.settings import PROJECT
+from worker.exporters import _answers, _score
 
 TOP = 1000
 """Tokens whose probabilities are asked for; what all others have together is compared as one."""
-PLACES = 6
-"""Places of each row's answer that are compared."""
+ROWS, PLACES = 8, 6
+"""Rows whose next tokens are compared, and places of each row's answer that are compared."""
 MAX_TOKENS = 512
 """Longer rows are cut: a fault shows at once or never."""
 SECONDS = 3600
@@ -41,10 +43,6 @@ LIMITS = {
 """KL in nats that rounding to a type explains; small models lose the most. More is a fault of the weights, or a type too coarse."""
 SPEED_TOKENS = 32
 EXACT = ("F32", "F16", "BF16", "Q8_0")
-KEEPS_SCORE = 0.01
-"""A type keeps the score when the loss on the answers rises by at most this share,"""
-SAME_FIRST = 0.9
-"""and the first choice is the same at this share of the places: on a few rows the loss of a coarse type can be lower by chance."""
 
 
 class Question(NamedTuple):
@@ -62,10 +60,6 @@ class Question(NamedTuple):
         """What the model has read at each place. The first is one token alone, which attends to nothing but itself."""
         return [self.ids[:1], *(self.ids[:place] for place in self.places)]
 
-    @property
-    def answers(self) -> list[int]:
-        return [self.ids[1], *(self.ids[place] for place in self.places)]
-
 
 class Reference(NamedTuple):
     """The studio's side. `logprobs` of each question is (probes, V); `base` is the same of the model without its last adapter."""
@@ -76,6 +70,17 @@ class Reference(NamedTuple):
     ends: dict[int, str]
     """Tokens that end an answer, and how they are written."""
     bos: str | None
+    prompts: Sequence[_answers.Prompt] = ()
+    answers: Sequence[_answers.Answer] = ()
+    task: _score.Task = _score.Task([], [], [])
+    scored: _score.Side = _score.Side([], [])
+    slides: bool = False
+    """Whether layers see a sliding window: with its cache of prompts llama.cpp continues a prompt of such a model wrongly."""
+
+    @property
+    def told(self) -> list[dict[str, str]]:
+        """The prompts and the answers of the studio, as they are shown."""
+        return [{"prompt": one.shown, "answer": said.text} for one, said in zip(self.prompts, self.answers, strict=True)]
 
 
 class Fault(NamedTuple):
@@ -123,20 +128,30 @@ def logprobs(model: Any, questions: Sequence[Question]) -> list[np.ndarray]:
 
 
 def reference(
-    load: Callable[[], Any], tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]], load_base: Callable[[], Any] | None = None
+    load: Callable[[], Any],
+    tokenizer: Any,
+    kind: str,
+    rows: Sequence[dict[str, Any]],
+    load_base: Callable[[], Any] | None = None,
+    questions: Sequence[str | list[dict[str, Any]]] = (),
 ) -> Reference:
-    """What the studio's model does on the rows; the two models are in memory one after the other. Raises BadData when none of the rows
-    can be asked."""
+    """What the studio's model does on the rows, and how it answers `questions`, or what the rows ask; the two models are in memory one
+    after the other. Raises BadData when none of the rows can be asked."""
     from worker.data.chat_template import stop_ids
 
-    questions = ask(tokenizer, kind, rows)
-    if not questions:
+    compared = ask(tokenizer, kind, _score.spread(rows, ROWS))
+    if not compared:
         raise BadData("None of the rows can be asked of the model, so its files cannot be compared with it.", hint="Report this.")
     model = load()
     ends = {i: tokenizer.convert_ids_to_tokens(i) for i in stop_ids(tokenizer, getattr(model, "generation_config", None))}
-    tuned = logprobs(model, questions)
+    prompts = _answers.prompts(tokenizer, kind, questions or [one.asked for one in compared], MAX_TOKENS)
+    task = _score.task(tokenizer, kind, rows, MAX_TOKENS)
+    tuned, answers = logprobs(model, compared), _answers.greedy(model, tokenizer, prompts, ends)
+    scored = _score.Side(_score.nats(model, task.rows), [one.text for one in _answers.greedy(model, tokenizer, task.prompts, ends)])
+    slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     del model
-    return Reference(questions, tuned, logprobs(load_base(), questions) if load_base else None, ends, tokenizer.bos_token)
+    base = logprobs(load_base(), compared) if load_base else None
+    return Reference(compared, tuned, base, ends, tokenizer.bos_token, prompts, answers, task, scored, slides)
 
 
 # The file's side ------------------------------------------------------------------------------------------------------
@@ -147,8 +162,10 @@ def run(file: Path, ours: Reference, work: Path, lora: Path | None = None) -> di
     order, answer = work / "parity.json", work / "parity-answer.json"
     answer.unlink(missing_ok=True)
     rows = [{("text" if isinstance(q.asked, str) else "messages"): q.asked, "probes": q.probes} for q in ours.questions]
-    asked = {"file": str(file), "lora": str(lora) if lora else None, "threads": threads(), "top": TOP}
-    order.write_text(json.dumps({**asked, "rows": rows, "ends": list(ours.ends), "speed": ours.questions[0].prompt}))
+    asked: dict[str, Any] = {"file": str(file), "lora": str(lora) if lora else None, "threads": threads(), "top": TOP}
+    asked |= {"cache": not ours.slides, "rows": rows, "ends": list(ours.ends), "speed": ours.questions[0].prompt}
+    asked |= {"answers": [{"ids": one.ids, "most": one.most} for one in (*ours.prompts, *ours.task.prompts)]}
+    order.write_text(json.dumps({**asked, "scored": [row._asdict() for row in ours.task.rows]}))
     command = [sys.executable, "-m", "worker.exporters._llama_cpp", str(order), str(answer)]
     try:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=SECONDS, check=False, preexec_fn=_limit)
@@ -159,6 +176,7 @@ def run(file: Path, ours: Reference, work: Path, lora: Path | None = None) -> di
         why = next((line for line in reversed(said) if "error" in line.lower() or "assert" in line.lower()), said[-1] if said else "")
         raise BadData(f"llama.cpp cannot run {file.name}: {why[:300]}", hint="Choose another type or format.", code="does_not_load")
     heard: dict[str, Any] = json.loads(answer.read_text())
+    heard["answers"] = [_answers.heard(said, ours.ends) for said in heard["answers"]]
     return heard
 
 
@@ -193,7 +211,10 @@ def run_folder(folder: Path, ours: Reference) -> dict[str, Any]:
             asked, attention_mask=torch.ones_like(asked), max_new_tokens=SPEED_TOKENS, min_new_tokens=SPEED_TOKENS, do_sample=False
         )
     speed = (made.shape[1] - asked.shape[1]) / (time.monotonic() - began)
-    return {"rows": rows, "ends": ends, "tokens_per_second": speed}
+    here = {token for token in ours.ends if ends[str(token)]}
+    answers = [*_answers.greedy(model, tokenizer, ours.prompts, here), *_answers.greedy(model, tokenizer, ours.task.prompts, here)]
+    scored = _score.nats(model, ours.task.rows)
+    return {"rows": rows, "ends": ends, "tokens_per_second": speed, "answers": answers, "scored": scored}
 
 
 def threads() -> int:
@@ -211,34 +232,26 @@ def _limit() -> None:
 
 
 class Compared(NamedTuple):
-    """The distributions of one side against a file's: KL at each place, at a single token, agreement of the first choice, losses."""
+    """The distributions of one side against a file's: KL at each place, at a single token, and agreement of the first choice."""
 
     kl: float
     first_kl: float
     top1: float
-    loss: float
-    loss_here: float
 
 
-def compare(questions: Sequence[Question], ours: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> Compared:
+def compare(ours: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> Compared:
     """KL(ours ‖ file) averaged over the places, and what goes with it."""
-    kl, first, same, theirs, here = [], [], [], [], []
-    for question, expected, row in zip(questions, ours, rows, strict=True):
-        for place, (logp, pairs, answer) in enumerate(zip(expected, row["probes"], question.answers, strict=True)):
+    kl, first, same = [], [], []
+    for expected, row in zip(ours, rows, strict=True):
+        for place, (logp, pairs) in enumerate(zip(expected, row["probes"], strict=True)):
             found = divergence(logp, pairs)
             if place == 0:
                 first.append(found)
                 continue
             kl.append(found)
-            if not math.isfinite(found):
-                continue
-            same.append(pairs[0][0] == int(logp.argmax()))
-            # Below the last listed token only what all have together is known. Both losses are cut there: to leave such answers out
-            # would leave out those that the file finds unlikely, and favor it.
-            least = min(q for _, q in pairs)
-            here.append(-max(float(logp[answer]), least))
-            theirs.append(-dict(map(tuple, pairs)).get(answer, least))
-    return Compared(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same, theirs, here)))
+            if math.isfinite(found):
+                same.append(pairs[0][0] == int(logp.argmax()))
+    return Compared(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same)))
 
 
 def divergence(logp: np.ndarray, pairs: Sequence[Sequence[float]]) -> float:
@@ -265,8 +278,11 @@ def _rest(pairs: Sequence[Sequence[float]]) -> float:
 def report(kind: str, file: Path, ours: Reference, heard: dict[str, Any]) -> dict[str, Any]:
     """One line of the parity table of a file or a folder, with its faults."""
     whole = all(row["text"] is not None for row in heard["rows"])
-    found = compare(ours.questions, ours.logprobs, heard["rows"]) if whole else None
+    found = compare(ours.logprobs, heard["rows"]) if whole else None
     same = sum(row["tokens"] == q.prompt for q, row in zip(ours.questions, heard["rows"], strict=True))
+    answers = _answers.beside(ours.answers, heard["answers"][: len(ours.answers)])
+    there = _score.Side(heard["scored"], [said.text for said in heard["answers"][len(ours.answers) :]])
+    wrong = faults(kind, ours, heard)
     return {
         "type": kind,
         "bytes": file.stat().st_size if file.is_file() else sum(path.stat().st_size for path in file.glob("*.safetensors")),
@@ -275,11 +291,13 @@ def report(kind: str, file: Path, ours: Reference, heard: dict[str, Any]) -> dic
         "places": sum(len(q.places) for q in ours.questions),
         "kl": _finite(found and found.kl),
         "top1": _finite(found and found.top1),
-        "loss": _finite(found and found.loss),
-        "loss_here": _finite(found and found.loss_here),
         "limit": LIMITS[kind],
+        "answers": answers,
+        "same_answers": sum(one["parts_at"] is None for one in answers),
+        "score": _score.compared(ours.task, ours.scored, there),
         "tokens_per_second": heard["tokens_per_second"],
-        "faults": [fault._asdict() for fault in faults(kind, ours, heard)],
+        "verdict": "not as the model" if wrong else _answers.verdict(answers),
+        "faults": [fault._asdict() for fault in wrong],
     }
 
 
@@ -288,10 +306,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def smallest(lines: Sequence[dict[str, Any]]) -> str | None:
-    """The smallest type that keeps the score: its loss on the answers is at most a hundredth above the studio's, and nine of ten tokens are
-    the same."""
-    sound = [x for x in lines if not x["faults"] and None not in (x["loss"], x["top1"]) and x["top1"] >= SAME_FIRST]
-    kept = [x for x in sound if x["loss"] <= x["loss_here"] * (1 + KEEPS_SCORE)]
+    """The smallest type that keeps the score of the task (`_score.py`)."""
+    kept = [line for line in lines if not line["faults"] and line["score"] and line["score"]["kept"]]
     return min(kept, key=lambda line: line["bytes"])["type"] if kept else None
 
 
@@ -327,23 +343,19 @@ def _prompt_fault(question: Question, row: dict[str, Any], bos: str | None) -> F
         return Fault("bos", f"The file begins every text with the token {heard[0]} (BOS), and the studio with {ids[0]}.")
     theirs, text = (t.removeprefix(bos) if bos else t for t in (row["text"], question.text))
     if theirs != text:
-        at = _first_difference(theirs, text)
+        at = _answers.first_difference(theirs, text) or 0
         where = f"from character {at} on: {theirs[at : at + 30]!r} in the file, {text[at : at + 30]!r} in the studio"
         return Fault("template", f"The chat template writes another prompt {where}.")
-    at = _first_difference(heard, ids)
+    at = _answers.first_difference(heard, ids) or 0
     differ = f"token {at} of a prompt is {heard[at : at + 1]} in the file and {ids[at : at + 1]} in the studio"
     return Fault("tokens", f"The same text becomes other tokens, so the tokenizer's rule or vocabulary differs: {differ}.")
 
 
-def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _weights_fault(kind: str, ours: Reference, rows: Sequence[dict[str, Any]]) -> list[Fault]:
     """Why the answers differ more than rounding explains."""
-    tuned = compare(ours.questions, ours.logprobs, rows)
+    tuned = compare(ours.logprobs, rows)
     if ours.base is not None:
-        base = compare(ours.questions, ours.base, rows)
+        base = compare(ours.base, rows)
         if math.isfinite(tuned.kl) and base.kl < 0.5 * tuned.kl and tuned.kl > LIMITS["Q8_0"] / 10:
             words = f"The file answers as the base does (KL {base.kl:.2g} nats) and not as the fine-tuned model (KL {tuned.kl:.2g})"
             return [Fault("adapter", f"{words}: the adapter was not applied.")]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.errors import DiskFull, StudioError
 from app.kit.manifest import sha256_of
@@ -27,7 +27,7 @@ from worker import exporters
 from worker.exporters._base import Exporter, ExportOptions, Progress, Written
 from worker.runtime.fast_import import importing
 
-ROWS, CARD = 8, "README.md"
+ROWS, CARD = 256, "README.md"
 MERGED, MEASURED, WRITTEN = 0.15, 0.25, 0.7
 """Shares of the work that are done when the weights are merged, when their importance is measured, and when the files are written."""
 
@@ -141,8 +141,9 @@ def prove(
     from worker.exporters import _parity
     from worker.modeling.loading import load_model, load_tokenizer
 
-    began, rows, where = time.monotonic(), *held_out(spec)
-    found: dict[str, Any] = {"program": exporter.program, "rows": where, "smallest": None, "lines": [], "seconds": 0.0, "skipped": None}
+    began, held = time.monotonic(), held_out(spec)
+    found: dict[str, Any] = {"program": exporter.program, "rows": held.where, "smallest": None, "answers": [], "lines": []}
+    found |= {"seconds": 0.0, "skipped": None}
     if exporter.program == "llama.cpp" and find_spec("xllamacpp") is None:
         return {**found, "skipped": "The package xllamacpp is not installed with this worker, so the files were not run."}
     progress(0.0, "Answering in the studio")
@@ -150,7 +151,9 @@ def prove(
     def load(ref: ModelRef) -> Callable[[], Any]:
         return lambda: load_model(ref)
 
-    ours = _parity.reference(load(spec.model), load_tokenizer(spec.model), spec.model.kind, rows, load(spec.base) if spec.base else None)
+    base, tokenizer = load(spec.base) if spec.base else None, load_tokenizer(spec.model)
+    ours = _parity.reference(load(spec.model), tokenizer, spec.model.kind, held.rows, base, held.questions)
+    found["answers"] = ours.told
     known = into.parent / LINES
     lines: dict[str, Any] = json.loads(known.read_text()) if known.is_file() else {}
     for place, one in enumerate(written):
@@ -167,14 +170,24 @@ def prove(
     return {**found, "smallest": _parity.smallest(found["lines"]), "seconds": time.monotonic() - began}
 
 
-def held_out(spec: ExportSpec) -> tuple[list[dict[str, Any]], str]:
-    """Rows that are asked of both, and which these are: of the validation split of the job that made the model, else general texts."""
+class HeldOut(NamedTuple):
+    """What both are asked: rows, which these are, and prompts for whole answers, where those are not the rows' own."""
+
+    rows: list[dict[str, Any]]
+    where: str
+    questions: Sequence[str | list[dict[str, Any]]]
+
+
+def held_out(spec: ExportSpec) -> HeldOut:
+    """Rows of the validation split of the job that made the model, else general texts and, for a model of conversations, questions."""
+    from worker.data.chat_template import CHAT_KINDS
+    from worker.exporters import _answers, _score
     from worker.scoring.forgetting import probe_rows
 
     if rows := [row for row in sides(spec)[1] if {"messages", "prompt", "text"} & row.keys()]:
-        return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{min(ROWS, len(rows))} rows of the validation split of its job"
-    rows = probe_rows()
-    return rows[:: max(1, len(rows) // ROWS)][:ROWS], f"{ROWS} general texts"
+        return HeldOut(_score.spread(rows, ROWS), "rows of the validation split of its job", ())
+    asked = [[{"role": "user", "content": text}] for text in _answers.QUESTIONS] if spec.model.kind in CHAT_KINDS else []
+    return HeldOut(probe_rows(), "general texts", asked)
 
 
 def sides(spec: ExportSpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -15,23 +15,21 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.errors import StudioError, Unavailable
 from app.export_formats import FORMATS
-from app.inference import external_server
 from app.inference.external_server import Address
-from app.inference.llama_cpp import LlamaFold
 from app.inference.protocol import Entry, GenerateRequest, Rendered
 from app.inference.residency import LoadedModelInfo
 from app.kit import child_process
 from app.models.integrity import check
 from app.settings import get_settings
 from app.shapes import Shape
-from worker.inference import model_cache
+from worker.inference import llama_client, model_cache
 from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import folder_of
 
@@ -41,8 +39,6 @@ MAX_PARALLEL = 8
 """Answers that one server writes at once; others wait for their turn there."""
 CACHE_BYTES = 50 * 2**30
 """Files of the cache beyond these are deleted, those first that have not been used for longest."""
-
-Loop = Callable[[AsyncGenerator[list[Entry]]], Generator[list[Entry], None, None]]
 
 
 @dataclass(eq=False)
@@ -67,11 +63,11 @@ class LlamaServers:
         self._starting: dict[tuple[str, ...], threading.Lock] = {}
         model_cache.ALL.append(self)
 
-    def answer(self, request: GenerateRequest, prompt: Rendered, entries_of: Loop) -> Generator[list[Entry], None, None]:
+    def answer(self, request: GenerateRequest, prompt: Rendered) -> Generator[list[Entry], None, None]:
         """Entries of one request. Raises StudioError when no server can be started for it."""
         key, server = self._take(request)
         try:
-            yield from entries_of(external_server.answer(request, prompt, server.address, LlamaFold))
+            yield from llama_client.answer(request, prompt, server.address)
         except Unavailable as error:
             if not server.child.ends_within(1.0):
                 raise

@@ -138,7 +138,7 @@ def answer(request: GenerateRequest) -> Generator[list[Entry], None, None]:
         yield from entries_of(external_server.answer(request, prompt))
         return
     assert prompt is not None, "its prompts are rendered here"
-    yield from llama_cpp().answer(request, prompt, entries_of)
+    yield from llama_cpp().answer(request, prompt)
 
 
 def entries_of(stream: AsyncGenerator[list[Entry]]) -> Generator[list[Entry], None, None]:

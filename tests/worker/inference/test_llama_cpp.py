@@ -17,7 +17,6 @@ from app.settings import get_settings
 from tests.worker.inference.test_engine import PROMPTS, engine, home, make_adapter, ref_of, request, run  # noqa: F401  (fixtures)
 from worker.inference import llama_cpp, model_cache
 from worker.inference.request import rendered
-from worker.inference.task import entries_of
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ class Llama:
     def answer(self, asked):
         adapter = asked.model.adapters[0].path if asked.model.adapters else None
         asked = asked.model_copy(update={"engine": rules.engine(self.kind, adapter)})
-        return self.servers.answer(asked, rendered(asked, self.servers.shelf), entries_of)
+        return self.servers.answer(asked, rendered(asked, self.servers.shelf))
 
 
 def test_greedy_answers_are_those_of_the_engine(engine, servers, home):  # noqa: F811
@@ -120,6 +119,16 @@ def test_who_leaves_stops_it_and_a_server_that_died_starts_anew(servers, home): 
     assert run(Llama(servers), request(ref, PROMPTS[0]))[0][0]
     (again,) = servers.running.values()
     assert again is not server
+
+
+def test_what_the_server_refuses_is_an_error(servers, home):  # noqa: F811
+    ref = ref_of(home)
+    run(Llama(servers), request(ref, PROMPTS[0]))
+    (server,) = servers.running.values()
+    server.address = server.address._replace(key="wrong")
+    with pytest.raises(StudioError, match="refuses the studio's key"):
+        run(Llama(servers), request(ref, PROMPTS[0]))
+    assert server.users == 0
 
 
 def test_files_are_written_once_and_servers_are_put_away(servers, home):  # noqa: F811
