@@ -27,7 +27,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app import db, export_formats, leases, queue
-from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unsupported
+from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unavailable, Unsupported
 from app.export_formats import PART, ExportFormat, ModelFacts
 from app.kit.json_safe import storable
 from app.leases import now
@@ -49,6 +49,10 @@ SECONDS = 6 * 3600
 """How long one export may take: a large model in many types on a few cores takes hours."""
 SPARE_BYTES = 256 * 2**20
 """Room that an export leaves on the disk, which the database needs too."""
+
+
+FULL_BYTES = 2**20
+"""A disk with less room than this is full."""
 
 
 class ExportSpec(BaseModel):
@@ -295,9 +299,9 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
         if found is None:
             return
         held = Held(found.id, found.fence, ExportSpec.model_validate(found.spec), found.model_id, found.files, found.hub)
-    work = _work_folder(export_id, held.fence)
-    leave = True
+    work, leave = _work_path(export_id, held.fence), True
     try:
+        _take_over(export_id, work)
         outcome = (_pushed if held.files else _written)(held, work, _teller(held, work, going_down))
     except _GoingDown:
         leave = False
@@ -307,10 +311,15 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
                 leases.requeue(session, WORK, row)
     except ExportLost:
         pass
-    except StudioError as error:
+    except (StudioError, OSError) as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        _finish(held, work, **held.failed(error.as_problem()))
+        problem = _full() if shutil.disk_usage(work.parent).free < FULL_BYTES else error
+        if not isinstance(problem, StudioError):
+            problem = Unavailable(
+                f"The export cannot be written: {error}", hint="Look at the disk of the data folder.", code="cannot_write"
+            )
+        _finish(held, work, **held.failed(problem.as_problem()))
     except Exception as error:
         message = f"The export failed: {type(error).__name__}: {str(error)[:300]}"
         _finish(held, work, **held.failed({"code": "internal_error", "message": message, "hint": "Try again."}))
@@ -322,10 +331,19 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _work_folder(export_id: uuid.UUID, fence: int) -> Path:
-    """A folder for this attempt, with the files that were completed by the attempts before, whose workers left or died. A worker that was
-    only taken for dead does not find this folder, and changes nothing in a file that is complete."""
-    work = get_settings().folder("tmp") / f"export-{export_id}-{fence}"
+def _full() -> DiskFull:
+    """The error of whatever a child ends with on a full disk, where it may not even have room to say so."""
+    return DiskFull("The disk of the data folder filled up while the files were written; none was kept.")
+
+
+def _work_path(export_id: uuid.UUID, fence: int) -> Path:
+    """The folder of one attempt."""
+    return get_settings().folder("tmp") / f"export-{export_id}-{fence}"
+
+
+def _take_over(export_id: uuid.UUID, work: Path) -> None:
+    """Make the folder of this attempt, with the files that were completed by the attempts before, whose workers left or died. A worker that
+    was only taken for dead does not find this folder, and changes nothing in a file that is complete."""
     work.mkdir()
     for earlier in _work_folders(export_id):
         if earlier == work:
@@ -337,7 +355,6 @@ def _work_folder(export_id: uuid.UUID, fence: int) -> Path:
             if not place.exists():
                 path.rename(place)
         shutil.rmtree(earlier, ignore_errors=True)
-    return work
 
 
 def _work_folders(export_id: uuid.UUID) -> list[Path]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from app.jobs import service as jobs
 from app.kit import ids
 from app.leases import OVER
 from app.machines import heartbeats
+from app.models import exports, starters
 from app.settings import PROJECT, get_settings
 from app.storage import files
 from app.tables import Dataset, Event, Job, Model
@@ -176,6 +178,46 @@ def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, s
     session.expire_all()
     assert (dataset.status, dataset.good_rows, file.status) == ("ready", 200, "processed")
     assert "Read it again" not in client.get(path).text
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before it starts", "half-way"])
+def test_an_export_that_meets_a_full_disk_leaves_nothing_and_can_be_ordered_again(
+    small_disk, session, user, tiny_registered, monkeypatch, before: bool
+):
+    monkeypatch.setattr(exports, "SPARE_BYTES", 0)
+    made = exports.create(session, user, "tiny", "gguf", ["F16", "F32"])
+    session.commit()
+    tmp = small_disk.folder / "tmp"
+    if before:
+        small_disk.fill()
+    else:
+        seen = starters.ask_child
+
+        def filled(*given: Any, **more: Any) -> Any:
+            """Fills the disk as soon as the first file is complete."""
+            beat = given[4]
+
+            def tell() -> None:
+                if not (small_disk.folder / "ballast").exists() and any(tmp.glob("export-*/out/*-F16.gguf")):
+                    small_disk.fill()
+                beat()
+
+            return seen(*given[:4], tell, *given[5:], **more)
+
+        monkeypatch.setattr(starters, "ask_child", filled)
+    exports.run(made.id)
+    session.expire_all()
+    assert (made.status, made.error["code"], made.files) == ("failed", "disk_full", []), made.error
+    assert "filled up" in made.error["message"] and made.error["hint"]
+    assert list(tmp.iterdir()) == [] and not exports.folder_of(made.id).exists()
+    small_disk.make_room()
+    monkeypatch.undo()
+    monkeypatch.setattr(exports, "SPARE_BYTES", 0)
+    again = exports.create(session, user, "tiny", "gguf", ["F16", "F32"])
+    session.commit()
+    exports.run(again.id)
+    session.expire_all()
+    assert again.id != made.id and again.status == "succeeded", again.error
 
 
 def test_a_reading_that_was_ordered_again_has_three_lives_of_its_own(session, user):
