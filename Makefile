@@ -63,7 +63,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing packages; the first time takes a few minutes."
-	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,onnx,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,onnx,otel,test]'
 	@touch $@ $(VENV)/.installed
 
 # Chromium: the one that is there; as root on Debian by apt; else Playwright's own.
