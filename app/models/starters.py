@@ -291,7 +291,7 @@ def certify(folder: Path, facts: dict[str, Any], beat: Callable[[], None] = lamb
     shape = dict(facts["shape"])
     if shape.get("structure"):
         refused = [(name, told["message"]) for name, told in made["strategies"].items() if not told["works"]]
-        shape["structure"] = {**shape["structure"], "refused": refused}
+        shape["structure"] = {**shape["structure"], "refused": refused, "packs": made["tier"] != "C"}
     return {**facts, "shape": shape, "certificate": made}
 
 

@@ -20,7 +20,7 @@ class ModelEngine(Schema):
 
 
 class CertificateCheck(Schema):
-    name: Literal["weights", "packed", "loss", "cached"]
+    name: Literal["weights", "packed", "padded", "loss", "cached"]
     passed: bool
     value: float | None = Field(description="What was measured; null where nothing was.")
     bound: float | None = Field(description="The largest value that passes.")
@@ -38,7 +38,9 @@ class CertificateStrategy(Schema):
 class Certificate(Schema):
     """What was tried on a model when it was added."""
 
-    tier: Literal["A", "B"] = Field(description="A: an architecture with exact formulas. B: its shape was read from the model itself.")
+    tier: Literal["A", "B", "C"] = Field(
+        description="A: an architecture with exact formulas. B: its shape was read from the model itself. C: the same, and padded batches."
+    )
     checks: list[CertificateCheck]
     strategies: dict[str, CertificateStrategy] = Field(
         description="By name; empty in tier A, whose strategies are tested with every release."
