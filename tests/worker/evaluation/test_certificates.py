@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
+from app import queue
+from app.db import transaction
 from app.errors import Unsupported
 from app.models import imports
 from app.shapes import STRUCTURE, Shape, shape_of
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
+from app.tables import Outbox
 from benchmarks.architectures import small_config, write_small
 from tests.factories import make_dataset, make_spec
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, request, run
@@ -148,3 +152,24 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
     assert [run(engine, one)[0] for one in requests] == expected
     assert crowd(engine, requests) == expected
     engine.close()
+
+
+def test_a_certificate_is_renewed_when_transformers_moves(session, user, data_dir: Path) -> None:
+    write_small("falcon", data_dir / "import" / "small")
+    model = imports.add_folder(session, user, "small")
+    session.commit()
+    imports.fetch(model.id)
+    session.refresh(model)
+    with transaction() as other:
+        imports.reap(other)
+    due = select(Outbox.key).where(Outbox.task == queue.EXAMINE)
+    assert session.scalars(due).all() == [], "it was tried with what is installed"
+    model.certificate = {**model.certificate, "versions": {"transformers": "4.0.0"}, "checks": []}
+    session.commit()
+    with transaction() as other:
+        imports.reap(other)
+    assert session.scalars(due).all() == [model.id]
+    imports.examine(model.id)
+    session.refresh(model)
+    assert model.status == "ready" and model.certificate["versions"]["transformers"] == imports.INSTALLED and model.certificate["checks"]
+    assert Shape.model_validate(model.shape).structure.packs is False
