@@ -82,6 +82,22 @@ class Model(Schema):
     alias_of: str | None = Field(description="The model that this alias points to now; null for a model's own name.")
 
 
+class HubModel(Schema):
+    """A model of the Hugging Face hub."""
+
+    object: Literal["hub_model"]
+    repo: str
+    parameters: int | None = Field(description="Null where it has no safetensors; it cannot be added then.")
+    license: str | None
+    downloads: int
+    likes: int
+    gated: bool = Field(description="Its terms must be accepted on the hub, and a token saved.")
+    architecture: str | None = Field(description="Its model_type.")
+    tier: Literal["A"] | None = Field(description="A where its arithmetic is known; null where it is tried when it is added.")
+    fits: bool | None = Field(description="Whether LoRA on it fits the machine that trains, by a rule of thumb.")
+    updated: str | None
+
+
 class ModelAlias(Schema):
     """A name that you chose for a model."""
 
