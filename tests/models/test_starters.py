@@ -180,6 +180,7 @@ def counted(folder: Path, model) -> bool:
     return shape.parameters() == sum(p.numel() for p in model.parameters()) == manifest.read(folder)["parameters"]
 
 
+@pytest.mark.long
 @pytest.mark.starter
 def test_smollm2_answers_and_reads_numbers_digit_by_digit(starter_model: Path) -> None:
     import torch

@@ -164,6 +164,7 @@ def test_a_newer_or_damaged_manifest_is_refused(session, user, tmp_path, data_di
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.long
 @pytest.mark.studio
 def test_a_restored_backup_has_every_row_and_a_damaged_one_leaves_nothing(session, user, tiny_registered, tmp_path, fresh):
     """Also one with rows that hold what a table of text could trip over."""
@@ -191,6 +192,7 @@ def test_a_restored_backup_has_every_row_and_a_damaged_one_leaves_nothing(sessio
         assert left == []
 
 
+@pytest.mark.long
 @pytest.mark.studio
 @pytest.mark.timeout(900)
 def test_a_studio_under_load_goes_on_elsewhere(tiny_model: Path, record_property):

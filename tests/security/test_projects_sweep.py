@@ -29,6 +29,11 @@ NOT_OF_A_PROJECT = {"person", "invitation", "session", "key", "own_project", "pr
 SHARED = {"model", "model_name"}
 """The base model of the world is shared by everyone."""
 
+TELLS_ON_THE_NEXT_PAGE = "POST /{place}/bulk"
+"""It answers 303 and says there what was refused; what it must not do is looked at."""
+ASKS_THE_DATA_WORKER = "GET /datasets/{key}/rows/{line}"
+"""No data worker runs here, so this page waits for it in vain, whoever asks."""
+
 
 @pytest.fixture
 def team(session, user) -> Any:
@@ -90,10 +95,12 @@ def test_a_stranger_finds_nothing_of_a_project_he_is_not_in(web, session, team, 
             counts[case.name.partition(" ")[0]] += 1
             hidden = answer.status in (404, 308) or (answer.status == 503 and '"offline"' in answer.text)  # before anything is looked up
             wrong += [] if hidden else [f"{case.name}: {answer.status} {answer.text[:200]}"]
-        elif case.name.partition(" ")[0] == "POST" and named_anywhere(case):
+        elif case.name.partition(" ")[0] == "POST" and named_anywhere(case) and case.name != TELLS_ON_THE_NEXT_PAGE:
             counts["in a body"] += 1
             wrong += [] if answer.status >= 400 else [f"{case.name}: {answer.status} {answer.text[:200]}"]
     assert not wrong, "\n".join(wrong)
+    session.refresh(world.dataset)
+    assert world.dataset.tags == [], "nothing was tagged by a selection of others' rows"
     assert counts["GET"] >= 50 and counts["POST"] >= 60 and counts["DELETE"] >= 8 and counts["PATCH"] >= 3, counts
 
 
@@ -107,6 +114,8 @@ def test_who_may_only_look_sees_everything_and_changes_nothing(web, session, tea
     wrong = []
     for case, scope, answer in answers(fuzz):
         counts[scope] += 1
+        if case.name == ASKS_THE_DATA_WORKER:
+            continue
         if scope == "read":
             right = answer.status in case.sample.expect
         else:
