@@ -96,6 +96,7 @@ PUT /v1/model_aliases/{alias:path}
 POST /sign-out /theme
 """,
     "account": """
+POST /settings/account/identities /settings/account/identities/{identity_id}/remove
 POST /models/{key}/api-key /settings/account/password /settings/account/sessions/{session_id}/end /settings/account/sign-out-everywhere
 POST /settings/account/two-step /settings/account/two-step/confirm /settings/account/two-step/off /settings/keys
 POST /settings/keys/{key}/revoke

@@ -143,6 +143,8 @@ UNSAFE: dict[str, Sample] = {
     "POST /models/{key}/retry": Sample({"key": "+failed_model"}),
     "POST /models/{key}/merge": Sample({"key": "$tuned"}, expect=(303, 400, 409)),
     "POST /models/{key}/engine": Sample({"key": "+model"}, form=[("url", "http://127.0.0.1:1/v1"), ("engine_model", "x"), ("via", "chat")], expect=(400, 403)),
+    "POST /settings/account/identities": Sample(expect=(404,)),
+    "POST /settings/account/identities/{identity_id}/remove": Sample({"identity_id": "00000000-0000-4000-8000-000000000001"}, expect=(404,)),
     "POST /models/hub/token": Sample(form=[("token", "hf_abcdefgh12345678")]),
     "POST /v1/engines": Sample(json={"model": "$model_name", "url": "http://127.0.0.1:1/v1", "engine_model": "x", "via": "chat"}, expect=(400, 403)),
     "POST /v1/engines/{model:path}/check": Sample({"model:path": "$model_name"}, expect=(400,)),
