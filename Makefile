@@ -58,12 +58,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing packages; the first time takes a few minutes."
-	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export]'
+	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,oidc]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing packages; the first time takes a few minutes."
-	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,onnx,otel,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,onnx,oidc,otel,test]'
 	@touch $@ $(VENV)/.installed
 
 # Chromium: the one that is there; as root on Debian by apt; else Playwright's own.

@@ -40,6 +40,12 @@ class Settings(BaseSettings):
     admin_password: str | None = Field(
         None, description="Password of the first account; needed before another address than 127.0.0.1 is opened."
     )
+    oidc_issuer: str | None = Field(
+        None, description="Issuer of an OpenID Connect provider whose accounts sign in here, as it names itself."
+    )
+    oidc_client_id: str = Field("luthier", description="This studio's client id there.")
+    oidc_client_secret: str | None = Field(None, description="Its client secret; without one it is a public client, with PKCE alone.")
+    oidc_name: str = Field("single sign-on", max_length=60, description="What the button on the sign-in page calls the provider.")
     trusted_hosts: str = Field(
         "", description="Further host names the studio answers to, with commas; addresses, localhost and public_url always work."
     )

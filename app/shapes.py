@@ -51,6 +51,7 @@ class Structure(BaseModel):
     embedding: int  # parameters before the first layer
     head: int = 0  # of an output layer with weights of its own
     parameters: int  # all, each once
+    packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
 
     def layers(self) -> Iterator[Block]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable, Unsupported
-from app.models import import_checks
+from app.models import hub_token, import_checks
 from app.settings import get_settings
 
 LARGEST = 200 * 2**30
@@ -53,7 +53,7 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
     )
 
     must_be_allowed()
-    api = HfApi()
+    api = HfApi(token=hub_token.read() or False)
     try:
         facts = api.model_info(repo, revision=revision, files_metadata=True, timeout=15)
         files = choose({item.rfilename: item.size or 0 for item in facts.siblings or []}, repo)
@@ -65,7 +65,8 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
             beat(0.85 * done / max(sum(files.values()), 1))
     except GatedRepoError:
         raise Unavailable(
-            f"{repo} asks for its terms to be accepted on the hub first.", hint="Accept them there, then set HF_TOKEN."
+            f"{repo} asks for its terms to be accepted on the hub first.",
+            hint="Accept them there, and save a token under Models, Hugging Face Hub.",
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise NotFound(f"The hub has no model {repo} (or not that revision).", hint="Check the name.", param="repo") from None

@@ -14,6 +14,8 @@ import shutil
 import tempfile
 import uuid
 from datetime import timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from app.tables import Model, ModelAlias, User
 log = logging.getLogger(__name__)
 
 REFUSED = "refused_by_rules"
+INSTALLED = version("transformers") if find_spec("transformers") else ""
+"""The version of transformers that models are tried with; a web process alone may have none, and examines nothing."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -294,7 +298,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         if source["from"] == "hub":
             pinned = hub.download(source["repo"], source.get("revision"), made, beat)
         facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
-        facts = starters.certify(work / "model", facts, lambda: beat(0.95))
+        facts |= starters.certify(work / "model", facts["shape"], work, lambda: beat(0.95))
         license_name = pinned.pop("license", None) or license_of(work / "model")
         written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
         starters.move_into_place(work / "model", place)
@@ -360,9 +364,10 @@ def _end(model_id: uuid.UUID, fence: int, **values: Any) -> None:
 
 
 def examine(model_id: uuid.UUID) -> None:
-    """Examine one model that was imported under earlier rules, unless another worker holds it. The body of the task EXAMINE.
+    """Examine one model that was imported under earlier rules, or whose certificate names other versions than those installed, unless
+    another worker holds it. The body of the task EXAMINE.
 
-    One that passes is marked as examined. One that does not becomes `error`, and so does every model made from it, since its
+    One that passes is marked as examined, with a new certificate. One that does not becomes `error`, and so does every model made from it, since its
     vocabulary is theirs; no file is touched. An error of the studio's own leaves the model as it is, to be examined again.
     """
     fence = _claim(EXAMINATIONS, model_id)
@@ -370,13 +375,13 @@ def examine(model_id: uuid.UUID) -> None:
         return
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
-        place, source = get_settings().data_dir / str(model.path), dict(model.source)
+        place, source, shape = get_settings().data_dir / str(model.path), dict(model.source), dict(model.shape or {})
+    beat, made = _Beat(EXAMINATIONS, model_id, fence), {}
     with tempfile.TemporaryDirectory(prefix="examine-", dir=get_settings().folder("tmp")) as work:
         refused = None
         try:
-            starters.ask_child(
-                "worker.conversion.convert", ["--examine", str(place)], [], Path(work) / "model", _Beat(EXAMINATIONS, model_id, fence)
-            )
+            starters.ask_child("worker.conversion.convert", ["--examine", str(place)], [], Path(work) / "model", beat)
+            made = starters.certify(place, shape, Path(work), beat)
         except FetchLost:
             return
         except BadData as error:
@@ -384,7 +389,8 @@ def examine(model_id: uuid.UUID) -> None:
                 raise
             refused = error.as_problem() | {"code": REFUSED}
     with db.transaction() as session:
-        values = {"source": {**source, "rules": import_checks.RULES}} if refused is None else {"status": "error", "error": refused}
+        passed = {"source": {**source, "rules": import_checks.RULES}, **made}
+        values = passed if refused is None else {"status": "error", "error": refused}
         if leases.finish_if_held(session, EXAMINATIONS, model_id, fence, **values) and refused:
             _refuse_below(session, model_id, refused)
 
@@ -400,9 +406,11 @@ def _refuse_below(session: Session, model_id: uuid.UUID, refused: dict[str, str]
 
 
 def _due() -> ColumnElement[bool]:
-    """Imported models that were not examined under the current rules. Starters are exempt: their wheels are pinned."""
-    rules = func.coalesce(Model.source["rules"].astext, "1")
-    due: ColumnElement[bool] = Model.source["from"].astext.in_(("folder", "hub")) & (rules != str(import_checks.RULES))
+    """Imported models that were not examined under the current rules, or with the transformers that is installed. Starters are
+    exempt: their wheels are pinned."""
+    rules = func.coalesce(Model.source["rules"].astext, "1") != str(import_checks.RULES)
+    tried_with = func.coalesce(Model.certificate["versions"]["transformers"].astext, INSTALLED) != INSTALLED
+    due: ColumnElement[bool] = Model.source["from"].astext.in_(("folder", "hub")) & (rules | tried_with)
     return due
 
 

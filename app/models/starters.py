@@ -282,17 +282,19 @@ def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] =
     return ask_child("worker.conversion.convert", [str(made), str(into)], [kind] if kind else [], into, beat)
 
 
-def certify(folder: Path, facts: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The facts of a converted folder with its certificate, tried in a child: a decoder's packs, loss and answers, and for one whose
-    shape was read from the model each method. Those that failed are noted in its shape. Raises BadData where it cannot be packed."""
-    if facts["shape"]["architecture"] != "decoder":
-        return facts
-    made = ask_child("worker.evaluation.certificate", [str(folder)], [], folder, beat)
-    shape = dict(facts["shape"])
-    if shape.get("structure"):
+def certify(folder: Path, shape: dict[str, Any], work: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """`{"shape", "certificate"}` of a converted folder, tried in a child that writes below `work`: a decoder's packs, loss and answers,
+    and for one whose shape was read from the model each method. What failed is noted in the shape; an encoder gets no certificate.
+
+    Raises BadData for a model that can be trained in no way.
+    """
+    if shape["architecture"] != "decoder":
+        return {"shape": shape, "certificate": None}
+    made = ask_child("worker.evaluation.certificate", [str(folder)], [], work / "certificate", beat)
+    if found := shape.get("structure"):
         refused = [(name, told["message"]) for name, told in made["strategies"].items() if not told["works"]]
-        shape["structure"] = {**shape["structure"], "refused": refused}
-    return {**facts, "shape": shape, "certificate": made}
+        shape = {**shape, "structure": {**found, "refused": refused, "packs": made["tier"] != "C"}}
+    return {"shape": shape, "certificate": made}
 
 
 def merge(ref: dict[str, Any], into: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
 from app.settings import get_settings
 from app.tables import User
-from app.web import auth, passwords, sessions, two_step
+from app.web import auth, oidc, passwords, sessions, two_step
 from app.web.auth import CurrentUser
 from app.web.templates import flash, render
 
@@ -34,6 +34,8 @@ def _page(
         "fault": fault,
         "section": section,
         "recovery": recovery,
+        "provider": get_settings().oidc_name if oidc.configured() else "",
+        "identities": oidc.identities(session, user),
         "setup": setup,
         "setup_text": two_step.setup_text(setup) if setup and not setup.confirmed_at else "",
         "setup_uri": two_step.setup_uri(setup, user) if setup and not setup.confirmed_at else "",

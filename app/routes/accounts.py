@@ -39,7 +39,13 @@ def _form(request: Request, next: str, fault: StudioError | None = None, name: s
     with transaction() as session:
         any_password = session.scalars(select(User.id).where(User.password_hash.is_not(None)).limit(1)).first() is not None
     status = fault.status if fault else 200
-    values = {"next": safe_next(next), "fault": fault, "passwords": any_password, "name": name or settings.admin_name}
+    values = {
+        "next": safe_next(next),
+        "fault": fault,
+        "passwords": any_password,
+        "name": name or settings.admin_name,
+        "provider": settings.oidc_name if settings.oidc_issuer else "",
+    }
     return render(request, "sign_in.html", status_code=status, **values)
 
 
@@ -51,7 +57,7 @@ async def sign_in(
     try:
         given = password[: passwords.MAX_LENGTH]
         user_id = await auth.check_password(name.strip()[:80], given, auth.address_of(request), auth.known_browser(request))
-        return await run_in_threadpool(_let_in, request, user_id, next)
+        return await run_in_threadpool(let_in, request, user_id, next)
     except StudioError as fault:
         return _with_wait(await run_in_threadpool(_form, request, next, fault, name), fault)
 
@@ -62,7 +68,7 @@ def _with_wait(response: Response, fault: StudioError) -> Response:
     return response
 
 
-def _let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
+def let_in(request: Request, user_id: uuid.UUID, next: str) -> Response:
     """Sign in whose password was right, or ask for the code first."""
     response = RedirectResponse(safe_next(next), 303)
     with transaction() as session:

@@ -13,6 +13,7 @@ from app.db import Db, transaction
 from app.errors import StudioError
 from app.kit import ids
 from app.schemas.openapi import answers
+from app.settings import get_settings
 from app.tables import Invitation, User
 from app.web import auth, passwords, people, projects
 from app.web.auth import CurrentUser
@@ -161,11 +162,15 @@ def hand_over(request: Request, user: CurrentUser, session: Db, user_id: str, to
 
 @pages.get("/invitation/{token}")
 def open_invitation(request: Request, token: str, session: Db) -> Response:
-    return _form(request, people.invited(session, token))
+    return _form(request, token, people.invited(session, token))
 
 
-def _form(request: Request, invitation: Invitation, fault: StudioError | None = None, name: str = "") -> Response:
-    values = {"role": invitation.role, "fault": fault, "name": name, "min_length": passwords.MIN_LENGTH}
+def _form(request: Request, token: str, invitation: Invitation, fault: StudioError | None = None, name: str = "") -> Response:
+    settings = get_settings()
+    provider = settings.oidc_name if settings.oidc_issuer else ""
+    values = {
+        "role": invitation.role, "fault": fault, "name": name, "min_length": passwords.MIN_LENGTH, "token": token, "provider": provider
+    }  # fmt: skip
     return render(request, "invitation.html", status_code=fault.status if fault else 200, **values)
 
 
@@ -178,7 +183,7 @@ async def accept_invitation(
         made = await passwords.new_hash(password)
         return await run_in_threadpool(_let_in, request, token, name[:200], made)
     except StudioError as fault:
-        return await run_in_threadpool(_form, request, invitation, fault, name[:80])
+        return await run_in_threadpool(_form, request, token, invitation, fault, name[:80])
 
 
 def _invited(token: str) -> Invitation:

@@ -42,7 +42,7 @@ from app.schemas.fine_tuning import (
     JobEstimate,
     StreamedJobEvent,
 )
-from app.schemas.models import Engine, EngineCheck, EngineOfModel, LoadedModels, Model, ModelAlias
+from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
 from app.schemas.projects import AddMember, ChangeMember, NameProject, Project, ProjectMember
@@ -90,6 +90,7 @@ __all__ = [
     "FineTuningJob",
     "FineTuningJobEvent",
     "FixedDataset",
+    "HubModel",
     "Invite",
     "JobEstimate",
     "LoadedModels",

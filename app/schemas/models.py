@@ -20,7 +20,7 @@ class ModelEngine(Schema):
 
 
 class CertificateCheck(Schema):
-    name: Literal["weights", "packed", "loss", "cached"]
+    name: Literal["weights", "packed", "padded", "loss", "cached"]
     passed: bool
     value: float | None = Field(description="What was measured; null where nothing was.")
     bound: float | None = Field(description="The largest value that passes.")
@@ -38,7 +38,9 @@ class CertificateStrategy(Schema):
 class Certificate(Schema):
     """What was tried on a model when it was added."""
 
-    tier: Literal["A", "B"] = Field(description="A: an architecture with exact formulas. B: its shape was read from the model itself.")
+    tier: Literal["A", "B", "C"] = Field(
+        description="A: an architecture with exact formulas. B: its shape was read from the model itself. C: the same, and padded batches."
+    )
     checks: list[CertificateCheck]
     strategies: dict[str, CertificateStrategy] = Field(
         description="By name; empty in tier A, whose strategies are tested with every release."
@@ -78,6 +80,22 @@ class Model(Schema):
     revision: str | None
     adapter_sha256: str | None
     alias_of: str | None = Field(description="The model that this alias points to now; null for a model's own name.")
+
+
+class HubModel(Schema):
+    """A model of the Hugging Face hub."""
+
+    object: Literal["hub_model"]
+    repo: str
+    parameters: int | None = Field(description="Null where it has no safetensors; it cannot be added then.")
+    license: str | None
+    downloads: int
+    likes: int
+    gated: bool = Field(description="Its terms must be accepted on the hub, and a token saved.")
+    architecture: str | None = Field(description="Its model_type.")
+    tier: Literal["A"] | None = Field(description="A where its arithmetic is known; null where it is tried when it is added.")
+    fits: bool | None = Field(description="Whether LoRA on it fits the machine that trains, by a rule of thumb.")
+    updated: str | None
 
 
 class ModelAlias(Schema):

@@ -86,6 +86,8 @@ class Notes:
 
     positions: torch.Tensor
     output: torch.Tensor
+    lengths: list[int] | None
+    noted: list[int] | None
 
 
 class NotesOfThreads(threading.local):
@@ -93,6 +95,8 @@ class NotesOfThreads(threading.local):
 
     positions: torch.Tensor
     output: torch.Tensor
+    lengths: list[int] | None
+    noted: list[int] | None
 
     def __reduce__(self) -> tuple[type[NotesOfThreads], tuple[Any, ...]]:
         return type(self), ()

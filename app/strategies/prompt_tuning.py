@@ -52,6 +52,6 @@ class PromptTuning(SoftPrompt):
             num_virtual_tokens=self.tokens,
             token_dim=config.hidden_size,
             num_transformer_submodules=1,
-            num_attention_heads=config.num_attention_heads,
+            num_attention_heads=getattr(config, "num_attention_heads", 1),  # a recurrent model has none
             num_layers=config.num_hidden_layers,
         )

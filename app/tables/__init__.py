@@ -15,7 +15,7 @@ from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
 from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
-from app.tables.users import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
+from app.tables.users import ApiKey, BrowserSession, Identity, Invitation, SignInLink, TwoStep, User
 
 __all__ = [
     "JSON",
@@ -34,6 +34,7 @@ __all__ = [
     "Export",
     "File",
     "Finding",
+    "Identity",
     "Inspection",
     "Invitation",
     "Job",

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import CheckConstraint, ForeignKey, func, text
+from sqlalchemy import CheckConstraint, ForeignKey, UniqueConstraint, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import Base, new_key, now
@@ -49,6 +49,20 @@ class Invitation(Base):
     used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     __table_args__ = (CheckConstraint("role IN ('admin', 'member', 'viewer')", name="role"),)
+
+
+class Identity(Base):
+    """An account of an OpenID Connect provider that signs in to an account here."""
+
+    __tablename__ = "identities"
+    id: Mapped[uuid.UUID] = new_key()
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    issuer: Mapped[str]
+    subject: Mapped[str]
+    email: Mapped[str] = mapped_column(server_default="", comment="as the provider last gave it; to be read by people only")
+    created_at: Mapped[datetime] = now()
+    last_used_at: Mapped[datetime | None]
+    __table_args__ = (UniqueConstraint("issuer", "subject"),)
 
 
 class TwoStep(Base):

@@ -35,7 +35,18 @@ from app.tables.projects import make_own
 from app.web import passwords, policy
 
 PUBLIC = frozenset(
-    {"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/code", "/sign-in/{token}", "/invitation/{token}", "/shared/{token}"}
+    {
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/sign-in",
+        "/sign-in/code",
+        "/sign-in/{token}",
+        "/invitation/{token}",
+        "/shared/{token}",
+        "/oidc/begin",
+        "/oidc/callback",
+    }
 )
 """Routes that need no account. `/metrics` has its own check: signed in, or from this machine."""
 

@@ -164,8 +164,8 @@ def invited(session: Session, token: str, *, lock: bool = False) -> Invitation:
     return found
 
 
-def accept(session: Session, token: str, name: str, password_hash: str) -> User:
-    """Make the account that a link invites to; the link is used up by this."""
+def accept(session: Session, token: str, name: str, password_hash: str | None) -> User:
+    """Make the account that a link invites to; the link is used up by this. Without a password it is signed in to by an identity."""
     invitation = invited(session, token, lock=True)
     name = clean_name(name)
     taken = select(User.id).where(or_(User.name == name, func.lower(User.name) == name.lower()))

@@ -44,7 +44,7 @@ GET /datasets/{key} /datasets/{key}/conflicts /datasets/{key}/findings.{kind} /d
 GET /datasets/{key}/split /datasets/{key}/state /evaluations /evaluations/{evaluation_id} /first-model /guide /guide/{strategy} /jobs
 GET /jobs/advice /jobs/compare /jobs/new /jobs/new/file /jobs/{job_id} /jobs/{job_id}/checkpoints/{step}/download /jobs/{job_id}/job.yaml
 GET /jobs/{job_id}/log.txt /jobs/{job_id}/results.csv /jobs/{job_id}/stream /models /models/loaded /models/terms/{name} /models/{key}
-GET /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
+GET /models/hub /v1/hub/models /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
 GET /playground/batch /playground/batch/{prediction_id}/download /playground/classify /playground/kinds /playground/lab
 GET /playground/lab/prompts/{rest:path} /playground/lab/{rest:path} /playground/next-tokens /playground/prompts /playground/prompts/new
 GET /playground/prompts/runs/{run_id} /playground/prompts/{prompt_id} /playground/tokens /playground/tutorial /playground/vectors
@@ -96,6 +96,7 @@ PUT /v1/model_aliases/{alias:path}
 POST /sign-out /theme
 """,
     "account": """
+POST /settings/account/identities /settings/account/identities/{identity_id}/remove
 POST /models/{key}/api-key /settings/account/password /settings/account/sessions/{session_id}/end /settings/account/sign-out-everywhere
 POST /settings/account/two-step /settings/account/two-step/confirm /settings/account/two-step/off /settings/keys
 POST /settings/keys/{key}/revoke
@@ -105,6 +106,7 @@ POST /settings/projects/{project_id}/members/{user_id}/remove /settings/projects
 POST /settings/projects/{project_id}/links/{link_id}/revoke
 """,
     "admin": """
+POST /models/hub/token
 GET /admin /admin/audit /admin/audit/export /v1/organization/audit_logs
 GET /settings/people /v1/engines /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
 POST /settings/people/invitations /settings/people/invitations/{invitation_id}/revoke /settings/people/{user_id}/disable

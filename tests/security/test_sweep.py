@@ -28,6 +28,8 @@ OPEN = {
     "/sign-in/{token}",
     "/invitation/{token}",
     "/shared/{token}",
+    "/oidc/begin",
+    "/oidc/callback",
     "/static",
 }
 """Written out a second time on purpose: opening a door takes a change here too."""

@@ -82,19 +82,25 @@ def _stack(model: Any, config: Any) -> tuple[str, torch.nn.ModuleList]:
     return max(found, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
 
 
+_FUSED_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_FUSED = frozenset({"out_proj", "conv1d"})
+"""Layers of these architectures whose weights a kernel reads past the layer, so that peft puts no LoRA next to them."""
+
+
 def _kinds(layers: torch.nn.ModuleList, config: Any) -> tuple[list[Block], list[int]]:
     kinds: list[Block] = []
     order: list[int] = []
     share = _expert_share(config)
+    left_out = _FUSED if config.model_type in _FUSED_TYPES else frozenset()
     for block in layers:
-        found = _block(block, share)
+        found = _block(block, share, left_out)
         if found not in kinds:
             kinds.append(found)
         order.append(kinds.index(found))
     return kinds, order
 
 
-def _block(block: torch.nn.Module, share: float) -> Block:
+def _block(block: torch.nn.Module, share: float, left_out: frozenset[str]) -> Block:
     linears: list[Linear] = []
     norms = biases = experts = 0
     for name, module in block.named_modules():
@@ -102,6 +108,8 @@ def _block(block: torch.nn.Module, share: float) -> Block:
         biases += sum(count for key, count in own.items() if key.endswith("bias"))
         if is_norm(module):
             norms += own.total()
+        elif name.rpartition(".")[2] in left_out:
+            continue
         elif isinstance(module, Conv1D):
             linears.append(Linear(name, module.weight.shape[0], module.weight.shape[1], True))
         elif isinstance(module, torch.nn.Linear):

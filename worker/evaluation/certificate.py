@@ -4,7 +4,7 @@
     certify(folder, shape)      {"tier", "checks", "strategies", "versions", "made_at"}
 
 Tier A is an architecture with formulas (`app.shapes.FORMULAS`), whose strategies tests compare with the model; of one in tier B, whose
-shape was read from the model, each strategy is tried.
+shape was read from the model, each strategy is tried. Tier C is the same with padded batches, because packs gave other logits.
 
 The model itself is loaded where its weights fit into memory twice; of a larger one nothing is tried, and the certificate says so.
 Texts are random token ids from a fixed seed. Values are the largest difference of a logit from those of transformers' own forward
@@ -37,6 +37,7 @@ from app.strategies import STRATEGIES, Strategy
 from worker.conversion.convert import write_answer
 from worker.inference.kv_cache import ATTENTION, Cache, Segment, Step, running
 from worker.modeling import packed_attention as packed
+from worker.modeling import padded
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 
 LENGTHS = (7, 19, 12)
@@ -74,28 +75,34 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
-        return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], {})
+        return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
     model, checks = _load(folder)
     texts = _texts(shape)
     with torch.no_grad():
         alone = [model(text[None], use_cache=False).logits[0] for text in texts]
     scale = float(max(logits.abs().max() for logits in alone)) or 1.0
     checks.append(_packed(model, texts, alone, scale))
-    if not checks[-1].passed:
-        raise Unsupported(
-            f"Rows of this {shape.model_type} cannot be packed: {checks[-1].message}",
-            hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma or GPT-NeoX.",
-            param="path",
-        )
+    packs = checks[-1].passed
+    if not packs:
+        model = _load(folder)[0]
+        padded.pad_packs(model)
+        checks.append(_padded(model, texts, alone, scale))
+        if shape.structure is None or not checks[-1].passed:
+            raise Unsupported(
+                f"This {shape.model_type} cannot be trained: {checks[-1].message}.",
+                hint="Choose another model, such as a Llama, Qwen, Gemma or GPT-NeoX.",
+                param="path",
+            )
     checks.append(_loss(model, texts, alone))
-    checks.append(_cached(model, texts[1], alone[1], scale, shape))
-    model.set_attn_implementation(packed.NAME)
-    return _certificate(shape, checks, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
+    if packs:
+        checks.append(_cached(model, texts[1], alone[1], scale, shape))
+        model.set_attn_implementation(packed.NAME)
+    return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
 
 
-def _certificate(shape: Shape, checks: list[Check], strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _certificate(shape: Shape, checks: list[Check], packs: bool, strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
-        "tier": "B" if shape.structure else "A",
+        "tier": "A" if shape.structure is None else "B" if packs else "C",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "checks": [check._asdict() for check in checks],
         "strategies": strategies,
@@ -156,6 +163,16 @@ def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], sc
     return _check("packed", BOUND, "a pack of texts gives the logits of the texts alone", measure)
 
 
+def _padded(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
+    def measure() -> float:
+        apart = _apart(_logits(model, texts)[: sum(map(len, texts))], torch.cat(alone), scale)
+        with torch.no_grad():
+            whole = torch.cat(padded.whole_texts(model, [text.tolist() for text in texts]))
+        return max(apart, _apart(whole, torch.cat(alone), scale))
+
+    return _check("padded", BOUND, "a padded batch of texts gives the logits of the texts alone", measure)
+
+
 def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     return model.get_decoder()(**_pack(model, texts), use_cache=False).last_hidden_state[0]
 
@@ -204,8 +221,7 @@ def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, s
 
 def _strategies(model: Any, texts: list[torch.Tensor], shape: Shape, scale: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each strategy that trains such a model by gradients: attached, one step, saved, and loaded onto the base again."""
-    with torch.no_grad():
-        base = model(**_pack(model, texts), use_cache=False).logits[0]
+    base = _logits(model, texts)
     for name, kind in STRATEGIES.items():
         strategy = kind()
         if kind.recipe != "gradient" or kind.base_bits is not None or strategy.unavailable(shape, cuda=False):
@@ -259,8 +275,9 @@ def _tried(
 
 
 def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # a wrapper of peft's may go past a model's hooks
     with torch.no_grad():
-        return model(**_pack(model, texts), use_cache=False).logits[0]
+        return plain(**_pack(model, texts), use_cache=False).logits[0]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from worker.inference import model_cache
 from worker.inference.kv_cache import ATTENTION, Cache, Step, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
+from worker.modeling import padded
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 
 
@@ -47,6 +48,7 @@ class LoadedModel:
     source: torch.nn.Module | None = None  # the unmodified tree of a base, from which other trees are copied
     weight_bytes: int = 0
     folders: list[str] = field(default_factory=list)  # of the adapters attached to its own tree
+    padded: bool = False  # its texts are read whole at every step, since nothing is known of its cache
     lead: int = 0  # virtual tokens of a soft prompt, as placeholders before every prompt
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
@@ -63,6 +65,8 @@ class LoadedModel:
     def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
         """Logits (len(last), V) in float32 at the positions `last` of the flat row."""
         device = self.device
+        if self.padded:
+            return self._whole(step, ids, last)
         with running(step):
             out = self.model(
                 input_ids=torch.tensor([ids], device=device),
@@ -71,6 +75,14 @@ class LoadedModel:
                 logits_to_keep=torch.tensor(last, device=device),
             )
         return out.logits[0].float()
+
+    def _whole(self, step: Step, ids: list[int], last: list[int]) -> torch.Tensor:
+        """The same for a model that is given whole texts: those in the slots, and what each segment adds."""
+        segments = [*step.decode, *step.prefill]
+        texts = [[*s.slot.tokens[: s.past], *ids[s.start : s.start + s.count]] for s in segments]
+        found = padded.whole_texts(self.model, texts)
+        flat = torch.cat([logits[s.past :] for s, logits in zip(segments, found, strict=True)])
+        return flat[torch.tensor(last, device=self.device)].float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,8 +257,9 @@ class ModelPool:
         model = load_base(ref, self.dtype, "sdpa", str(self.device)).requires_grad_(False)
         lane = self._as_lane((ref.path, ref.revision), ref, model)
         lane.source = share_weights(model)
-        patch_small_batch(model, join=True)
-        lane.stack = AdapterStack(model)
+        patch_small_batch(model, join=not lane.padded)
+        if not lane.padded:
+            lane.stack = AdapterStack(model)
         return lane
 
     def _load_adapted(self, ref: ModelRef, base: LoadedModel) -> LoadedModel:
@@ -277,15 +290,18 @@ class ModelPool:
         return lane
 
     def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> LoadedModel:
-        _use_slots(model, ref)
         shape = ref.shape
+        whole = shape.structure is not None and not shape.structure.packs
+        if not whole:
+            _use_slots(model, ref)
         return LoadedModel(
             key=key,
             model=model,
             device=self.device,
             dtype=self.dtype,
             context=min(shape.positions, get_settings().generate_context),
-            bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize,
+            bytes_per_token=1 if whole else 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize,
+            padded=whole,
             weight_bytes=sum(p.nbytes for p in model.parameters()),
         )
 

@@ -21,6 +21,7 @@ from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from app.strategies._model import structure_of
 from worker.modeling import packed_attention as packed
+from worker.modeling import padded
 
 # On Hopper and Blackwell torch prefers cuDNN's attention, which plans every new shape for some tenths of a second, and in
 # generation every token has a new one. Packs have an attention of their own (`worker/modeling/packed_attention.py`).
@@ -60,11 +61,12 @@ def load_base(
     ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
 ) -> PreTrainedModel:
     """The weights in `ref.path` without adapters, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode."""
+    structure = ref.shape.structure
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder_of(ref.path),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention if structure is None or structure.packs else None,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -83,7 +85,9 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
     Raises BadModel when packing would let its sequences see each other.
     """
     if attention == packed.NAME:
-        if not structure_of(model) and not packed.packs(model):  # one with a structure was tried when it was added
+        if ref.shape.structure and not ref.shape.structure.packs:
+            padded.pad_packs(model)
+        elif not structure_of(model) and not packed.packs(model):  # one with a structure was tried when it was added
             raise BadModel(
                 f"{ref.name} ({ref.shape.model_type}) mixes neighbouring texts by means of its own, so rows cannot be packed for it.",
                 hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",

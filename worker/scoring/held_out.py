@@ -15,6 +15,7 @@ from app.strategies._model import transformer, wrapped
 from worker.data.batching import Batch, Row, Tokenised, make_batch
 from worker.data.chat_template import render_prompt, sample_of, stop_ids
 from worker.data.packing import best_fit
+from worker.modeling import padded
 from worker.modeling.cross_entropy import head_of, score
 from worker.modeling.fused_layers import uncompiled
 from worker.runtime.device import Compute
@@ -150,6 +151,11 @@ def answers(
     inner = plain_model(model)
     asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
     longest = max(len(q.ids) for q in asked)
+    if padded.is_padded(inner):
+        stops = set(stop_ids(tokenizer, inner.generation_config))
+        with evaluating(model), engine.autocast():
+            told = padded.greedy(model, [q.ids for q in asked], most, stops, seconds)
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in told]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
     mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)

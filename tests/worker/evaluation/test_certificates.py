@@ -7,18 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
+from app import queue
+from app.db import transaction
 from app.errors import Unsupported
 from app.models import imports
 from app.shapes import STRUCTURE, Shape, shape_of
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
+from app.tables import Outbox
 from benchmarks.architectures import small_config, write_small
 from tests.factories import make_dataset, make_spec
+from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, request, run
 from worker.conversion import trial
 from worker.conversion.structure import shape_of_model
 from worker.evaluation.certificate import certify
+from worker.inference.engine import Engine
+from worker.inference.model_pool import ModelPool
 from worker.train import train
 
 
@@ -75,12 +82,19 @@ def test_a_certificate_says_what_was_tried(kind: str, tmp_path: Path) -> None:
         assert told["works"] or told["message"], name
 
 
-@pytest.mark.parametrize(
-    ("kind", "says"), [("bloom", "cannot be packed"), ("mamba", "cannot be packed")], ids=["by its positions", "by its recurrence"]
-)
-def test_one_whose_texts_would_see_each_other_is_refused(kind: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=says):
-        certify(tmp_path, kept(kind, tmp_path))
+@pytest.mark.parametrize("kind", ["mamba", pytest.param("bloom", marks=pytest.mark.long)], ids=["by its recurrence", "by its positions"])
+def test_one_whose_texts_would_see_each_other_gets_padded_batches(kind: str, tmp_path: Path) -> None:
+    found = certify(tmp_path, kept(kind, tmp_path))
+    assert found["tier"] == "C" and [(check["name"], check["passed"]) for check in found["checks"]] == [
+        ("weights", True), ("packed", False), ("padded", True), ("loss", True)
+    ]  # fmt: skip
+    works = {name for name, told in found["strategies"].items() if told["works"]}
+    assert {"lora", "full", "top_layers", "prompt_tuning"} <= works, found["strategies"]
+
+
+def test_one_that_is_wrong_in_padded_batches_too_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="cannot be trained: a padded batch"):
+        certify(tmp_path, kept("cpmant", tmp_path))
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
@@ -113,18 +127,49 @@ def test_a_config_that_makes_no_model_is_refused_in_words(change: dict, says: st
     assert caught.value.hint
 
 
-def test_a_folder_of_another_architecture_becomes_a_model_that_trains(session, user, data_dir: Path) -> None:
-    write_small("gpt_neox", data_dir / "import" / "neox")
-    model = imports.add_folder(session, user, "neox")
+@pytest.mark.parametrize(("kind", "tier", "stack"), [("gpt_neox", "B", "gpt_neox.layers"), ("falcon", "C", "transformer.h")])
+def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answers(
+    kind: str, tier: str, stack: str, session, user, data_dir: Path
+) -> None:
+    write_small(kind, data_dir / "import" / "small")
+    model = imports.add_folder(session, user, "small")
     assert model.shape is None
     session.commit()
     imports.fetch(model.id)
     session.refresh(model)
-    assert (model.status, model.error, model.certificate["tier"]) == ("ready", None, "B")
-    assert json.loads((data_dir / str(model.path) / "config.json").read_text())[STRUCTURE]["structure"]["stack"] == "gpt_neox.layers"
+    assert (model.status, model.error, model.certificate["tier"]) == ("ready", None, tier)
+    assert json.loads((data_dir / str(model.path) / "config.json").read_text())[STRUCTURE]["structure"]["stack"] == stack
     data = make_dataset(session, user, data_dir)
     model.kind = "generic"
     spec = make_spec(model, data, {"name": "lora"}, epochs=3, micro_batches=1)
     losses = [event.loss for event in train(spec, data_dir / "runs" / "x" / "a1") if event.type == "step"]
     assert losses[-1] < losses[0]
     assert ModelRef.model_validate(spec.model.model_dump()).shape == Shape.model_validate(model.shape)
+    prompts = [prompt[:60] for prompt in PROMPTS]  # such a model reads 128 tokens
+    expected = [[by_transformers(data_dir / str(model.path), prompt)] for prompt in prompts]
+    requests = [request(spec.model, prompt, owner=i) for i, prompt in enumerate(prompts)]
+    engine = Engine(ModelPool(device="cpu"), chunk=7, lone_chunk=11)
+    assert [run(engine, one)[0] for one in requests] == expected
+    assert crowd(engine, requests) == expected
+    engine.close()
+
+
+def test_a_certificate_is_renewed_when_transformers_moves(session, user, data_dir: Path) -> None:
+    write_small("falcon", data_dir / "import" / "small")
+    model = imports.add_folder(session, user, "small")
+    session.commit()
+    imports.fetch(model.id)
+    session.refresh(model)
+    with transaction() as other:
+        imports.reap(other)
+    due = select(Outbox.key).where(Outbox.task == queue.EXAMINE)
+    assert session.scalars(due).all() == [], "it was tried with what is installed"
+    model.certificate = {**model.certificate, "versions": {"transformers": "4.0.0"}, "checks": []}
+    session.commit()
+    with transaction() as other:
+        imports.reap(other)
+    assert session.scalars(due).all() == [model.id]
+    imports.examine(model.id)
+    session.refresh(model)
+    assert model.status == "ready" and model.certificate["versions"]["transformers"] == imports.INSTALLED and model.certificate["checks"]
+    assert Shape.model_validate(model.shape).structure.packs is False

@@ -1,0 +1,99 @@
+"""Packs for models that cannot read them: each sequence of a pack becomes a row of a padded batch, and comes back as its part of the
+pack. The trainer and the scorers hand over the same packs, and see the same states, as with any other model.
+
+It is for layers that mix the tokens of a row by more than attention with positions: recurrent ones, convolutions, ALiBi. Padding costs
+what it costs; rows of one pack are of similar length where the packer could choose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from app.strategies._model import place_for_notes, transformer
+
+NAME = "luthier_padded"
+
+
+def pad_packs(model: torch.nn.Module) -> None:
+    """Let a model's stack of layers read packs as padded batches. Nothing changes for a call without lengths."""
+    body = transformer(model).get_decoder()
+    object.__setattr__(body, NAME, place_for_notes(next(body.parameters()).device))
+    if body is not model:
+        model.register_forward_pre_hook(_noted, with_kwargs=True)
+    body.register_forward_pre_hook(_to_rows, with_kwargs=True)
+    body.register_forward_hook(_to_pack)
+
+
+def _noted(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Note the lengths of a call of the model with its head: not every class hands on arguments that it does not know."""
+    if (lengths := _lengths(kwargs)) is not None:
+        getattr(transformer(model).get_decoder(), NAME).noted = lengths
+    return args, kwargs
+
+
+def _lengths(kwargs: dict[str, Any]) -> list[int] | None:
+    """The lengths of a pack's sequences, taken out of the arguments of a call."""
+    lengths: list[int] | None = kwargs.pop("sequence_lengths", None)
+    ends = kwargs.pop("cu_seq_lens", None)
+    kwargs.pop("longest", None)
+    return lengths if lengths is not None or ends is None else [n for n in ends.diff().tolist() if n]
+
+
+def _to_rows(body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    notes = getattr(body, NAME)
+    lengths = _lengths(kwargs) or getattr(notes, "noted", None)
+    notes.lengths, notes.noted = lengths, None
+    if lengths is None:
+        return args, kwargs
+    kwargs.pop("position_ids", None)  # a row's own positions count from its start
+    ids = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
+    mask = torch.arange(max(lengths), device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+    rows = pad_sequence(list(ids[0].split(lengths)), batch_first=True)
+    return (), {**kwargs, "input_ids": rows, "attention_mask": mask.long()}
+
+
+def _to_pack(body: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    lengths = getattr(getattr(body, NAME), "lengths", None)
+    if lengths is None:
+        return output
+    rows = output.last_hidden_state
+    output.last_hidden_state = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])[None]
+    return output
+
+
+def whole_texts(model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The logits (length, V) of whole texts, in one padded batch without a cache."""
+    device = next(model.parameters()).device
+    rows = pad_sequence([torch.tensor(text, device=device) for text in texts], batch_first=True)
+    mask = torch.arange(rows.shape[1], device=device) < torch.tensor([len(text) for text in texts], device=device)[:, None]
+    logits = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits
+    return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
+
+
+def is_padded(model: torch.nn.Module) -> bool:
+    """Whether packs are read as padded batches by this model."""
+    return hasattr(transformer(model).get_decoder(), NAME)
+
+
+@torch.no_grad()
+def greedy(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], most: int, stops: Container[int], seconds: float | None
+) -> list[list[int]]:
+    """Greedy answers of at most `most` tokens, each without its stop token. Every token reads the whole text again, since nothing is
+    known of such a model's cache. After `seconds` all end where they are."""
+    until = time.monotonic() + seconds if seconds is not None else float("inf")
+    texts, over = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    for _ in range(most):
+        going = [i for i, ended in enumerate(over) if not ended]
+        if not going or time.monotonic() > until:
+            break
+        for i, logits in zip(going, whole_texts(model, [texts[i] for i in going]), strict=True):
+            token = int(logits[-1].argmax())
+            over[i] = token in stops
+            texts[i] += [] if over[i] else [token]
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
