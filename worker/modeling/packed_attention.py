@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from app.models.integrity import BadModel
 from worker.kernels.cpu import attention as amx_attention
 from worker.runtime.transfer import sent
 
@@ -80,6 +81,18 @@ def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
     return PackShape(tokens, min(places, tokens), longest)
 
 
+def frames_of(lengths: Sequence[int], budget: int) -> list[PackShape]:
+    """The frames of a job's packs, the smallest first: one for rows within the budget, and where some are longer, each of which is a pack
+    of its own, one for those. A single frame would fill every pack up to the longest row."""
+    short, long = [n for n in lengths if n <= budget], [n for n in lengths if n > budget]
+    return [frame_of(some, size) for some, size in ((short, budget), (long, max(long, default=0))) if some]
+
+
+def frame_for(frames: Sequence[PackShape], tokens: int) -> PackShape | None:
+    """The smallest frame that takes a pack of `tokens`; None without frames."""
+    return next((frame for frame in frames if frame.tokens >= tokens), None)
+
+
 def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
     """What the model's call needs beside ids and positions. `cu_seq_lens` are the sequences' ends, int32, beginning with 0;
     with a `frame` its places after the last sequence repeat the end, as sequences of no length."""
@@ -106,6 +119,18 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
     return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
 
 
+PASSED_OVER = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"})
+"""Arguments that models hand on to every attention and that say nothing of what it computes: where a token stands is in its queries and
+keys already, and nothing is kept for later."""
+
+
+def _not_known(module: torch.nn.Module, why: str) -> BadModel:
+    return BadModel(
+        f"{type(module).__name__} cannot be computed over packed rows: {why}, which this attention has not.",
+        hint="Choose a model of another family, such as Llama, Qwen or Gemma 3.",
+    )
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, heads, T, D)
@@ -119,15 +144,24 @@ def packed_attention(
     sequence_lengths: list[int] | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     longest: int | None = None,
-    **_: Any,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each packed sequence to itself. Returns (1, T, heads, D)."""
+    """Attention of each packed sequence to itself. Returns (1, T, heads, D).
+
+    Raises BadModel for an argument that is not known here, such as the sinks of gpt-oss: without it the model would compute something
+    else. So it does for a soft cap on packs of one shape, whose sequences no kernel here tells apart.
+    """
+    if unknown := sorted(name for name, value in rest.items() if value is not None and name not in PASSED_OVER):
+        raise _not_known(module, f"its attention asks for {', '.join(unknown)}")
+    if softcap is not None and cu_seq_lens is not None and sequence_lengths is None:
+        raise _not_known(module, "its attention caps the scores")
     causal = getattr(module, "is_causal", True)
     kind = query.device.type
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
         # An embedding kept in float32 makes the tables of positions float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    fits = query.dtype in (torch.bfloat16, torch.float16) and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    # Only cards that compute in bf16 have this kernel; fp16 is what the others take.
+    fits = query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         v = v.contiguous()  # a part of one product for q, k and v would keep all three until the backward pass
