@@ -30,6 +30,9 @@ class SharedProjection(ABC):
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
         self.kept: Any = place_for_notes(device)  # .source and .parts: an input, and what of its outputs nobody took yet
+        # Both are there from the start: a compiler makes a graph that holds only while an attribute is missing, and another one once the
+        # first pass that is not compiled, an evaluation, has set it.
+        self.kept.source, self.kept.parts = None, [None] * len(self.layers)
         for place, layer in enumerate(layers):
             layer.group, layer.place = self, place
 
