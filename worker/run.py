@@ -21,7 +21,7 @@ from app import events
 from app.errors import BadData, DoesNotFit, StudioError
 from app.settings import get_settings
 from app.spec import JobSpec
-from worker.runtime.failures import disk_is_full, of_gpu
+from worker.runtime.failures import OUT_OF_MEMORY, disk_is_full, memory_ran_out, of_gpu
 from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
 
@@ -74,7 +74,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         with contextlib.suppress(OSError):  # the log may lie on the very disk that is full
             traceback.print_exc(file=sys.stderr)
         with contextlib.suppress(OSError):
-            tell(failed(error, spec, step))
+            tell(failed(error, spec, step, folder, started.details.get("longest_row", 0) if started else 0))
         return 1
 
 
@@ -110,12 +110,32 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
 # What a failure is called ---------------------------------------------------------------------------------------------
 
 
-def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
-    """The failure's class, what to do about it and, where one setting mends it, that setting."""
-    twice, rows = spec.run.micro_batches * 2, spec.run.batch_size
-    smaller = None if rows and rows % twice else {"micro_batches": twice}
+def _recompute(spec: JobSpec, folder: Path | None) -> dict[str, Any] | None:
+    """The setting that takes the most off a GPU's memory without a change of the result, where it was not tried yet. It is noted in the
+    attempt's folder, by which the next attempt knows (`worker/train.py`); one follows by itself (`app/jobs/lifecycle.py`)."""
+    setting = spec.run.gradient_checkpointing
+    if folder is None or setting == "all" or (setting == "auto" and memory_ran_out(folder.parent)):
+        return None
+    if setting == "auto":
+        with contextlib.suppress(OSError):
+            (folder / OUT_OF_MEMORY).touch()
+    return {"gradient_checkpointing": "all"}
+
+
+def _with_less(spec: JobSpec, longest: int) -> dict[str, Any] | None:
+    """The setting that makes the largest pass smaller: more passes, or shorter rows where the longest is the largest pass by itself."""
+    run, twice = spec.run, spec.run.micro_batches * 2
+    if run.batch_size:
+        return None if run.batch_size % twice else {"micro_batches": twice}
+    return {"max_length": longest // 2} if longest >= (run.max_tokens_per_step or 0) / run.micro_batches else {"micro_batches": twice}
+
+
+def failed(error: BaseException, spec: JobSpec, step: int | None, folder: Path | None = None, longest: int = 0) -> events.Failed:
+    """The failure's class, what to do about it and, where one setting mends it, that setting. `folder` is the attempt's, and `longest`
+    the tokens of the longest row, where the data were read."""
+    smaller = _with_less(spec, longest)
     if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
-        suggestion = smaller if fault.kind == "cuda_out_of_memory" else None
+        suggestion = (_recompute(spec, folder) or smaller) if fault.kind == "cuda_out_of_memory" else None
         return fault.model_copy(update={"step": step, "suggestion": suggestion})
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         message, hint = "The machine ran out of memory.", "Split each batch over more passes (micro_batches), or cut the rows shorter."

@@ -32,18 +32,21 @@ from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.runtime.device import Compute, choose, memory_here, peak_memory, release, rng_tensors, set_rng
-from worker.runtime.failures import Diverged
+from worker.runtime.failures import Diverged, memory_ran_out
 from worker.runtime.progress import ProgressReporter
 from worker.runtime.transfer import AsyncScalars, depth
 from worker.training import checkpoint, final_evaluation, neftune, optim
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
+from worker.training.loss_scale import LossScale
 from worker.training.objectives import objective_of
 from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
 from worker.training.schedule import Schedule, course_of, seconds_expected
 from worker.training.step import next_window, parts_of, take_step
 
 MAX_NOT_FINITE = 3
+MAX_OVERFLOWS = 20
+"""The same in fp16, where the first steps may look for the factor on their loss."""
 DIVERGED_STEPS = 15
 """Steps in a row whose loss is far above that of the first ones, after which a job is given up."""
 SPEED_WINDOW = 20
@@ -78,6 +81,7 @@ class TrainState:
     lap: float = 0.0
     world: distributed.ProcessGroup = field(default_factory=distributed.ProcessGroup)
     factors: Any = None  # worker.kernels.cpu.lora_step.LoraOptimizer, for LoRA on a CPU with matrix units
+    scale: LossScale | None = None  # of a job in fp16
     shards: Any = None  # worker.training.fsdp.Shards, where several processes share the weights themselves
     pieces: list[Path] | None = None  # what each of them wrote of the optimizer's state
 
@@ -134,6 +138,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
+    if run.gradient_checkpointing == "auto" and memory_ran_out(runs or folder.parent):
+        recompute = spec.model.shape.layers
+        yield _log("warn", "The GPU's memory ran out, so the activations of every layer are now recomputed: the same result, more slowly.")
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
@@ -141,9 +148,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if engine.framed and spec.model.shape.architecture == "decoder":
         fused_layers.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = fused_layers.speed_up(
-        body_of(model), engine, seconds_expected(spec, course) if spec.task == "generation" and run.packing and not run.batch_size else 0.0
-    )
+    done = fused_layers.speed_up(body_of(model), engine, seconds_expected(spec, course) if lesson.frames else 0.0)
     trained = trained_parameters(model)
     wholes = patch_full_tuning(body_of(model), engine) if learns_whole(strategy, engine) else []
     optimizer = optim.optimizer_of(trained, spec)
@@ -166,6 +171,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         yield from _differences(state.facts, facts)
     state.facts = facts
     job = TrainState(spec, folder, engine, lesson, course, model, trained, optimizer, state, parts, wholes, began - state.wall_seconds)
+    job.scale = LossScale(engine.device) if engine.precision == "fp16" else None
     if hasattr(body_of(model), "peft_config"):
         from worker.modeling import fused_lora
 
@@ -247,7 +253,13 @@ def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[s
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": packed_attention.NAME, **done, "tokens_per_pass": job.course.budget},
+        details={
+            **job.state.facts,
+            "attention": packed_attention.NAME,
+            **done,
+            "tokens_per_pass": job.course.budget,
+            "longest_row": max(lesson.train.lengths),
+        },
     )
 
 
@@ -291,9 +303,9 @@ def report(job: TrainState, step: events.Step, figures: AsyncScalars) -> events.
     job.lap = now
     job.pace.append((step.tokens, state.seconds))
     state.not_finite = 0 if math.isfinite(loss_value) and math.isfinite(norm_value) else state.not_finite + 1
-    if state.not_finite >= MAX_NOT_FINITE:
+    if state.not_finite >= (limit := MAX_OVERFLOWS if job.scale else MAX_NOT_FINITE):
         raise Diverged(
-            f"The loss was not a finite number in {MAX_NOT_FINITE} steps in a row, the last being step {step.step}.",
+            f"The loss was not a finite number in {limit} steps in a row, the last being step {step.step}.",
             hint=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)

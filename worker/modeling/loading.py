@@ -88,6 +88,10 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
                 hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
             )
         packed.count_from_padding(model)
+    if model.dtype == torch.float16:
+        # What the blocks pass on to each other grows beyond the largest number of fp16 in some models; what their norms hand to the
+        # products does not. It is float32 from the embedding on, as each block adds to what it was given.
+        model.get_input_embeddings().register_forward_hook(lambda _, given, out: out.float())
     # What is saved later names the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()  # type: ignore[arg-type]  # its decorator hides `self`

@@ -1,6 +1,7 @@
 """Where and in what numbers a job computes, decided once and written down, so that a resumed job decides the same.
 
-Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU: bf16 where a
+Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32; fp16 in its place on cards before Ampere
+(T4, V100, RTX 20), with a factor on the loss (`worker/training/loss_scale.py`). On a CPU: bf16 where a
 product is measured to be faster in it (AMX, AVX-512 BF16) and the strategy learns as well in it as in float32: LoRA and its
 nearest relatives, whose correction is added before the sum is rounded (`worker/modeling/fused_lora.py`), and those that train whole weights
 kept in float32. With peft's own layers bf16 was as fast, but learnt more slowly: a small correction added to a value
@@ -35,13 +36,17 @@ ARITHMETIC = 3
 """Raised when a step is computed otherwise for many strategies, so that its last digits differ: a job begun before goes on, and is told."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What products are computed in."""
+
+
 @dataclass(frozen=True)
 class Compute:
     """The device and the number formats of one attempt."""
 
     device: torch.device
     name: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     frozen: torch.dtype  # how weights that do not learn are stored
     threads: int
     fp8: bool = False  # frozen layers are kept and multiplied in fp8 once the strategy is attached (worker/kernels/gpu/fp8.py)
@@ -52,7 +57,7 @@ class Compute:
 
     @property
     def compute(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
 
     @property
     def framed(self) -> bool:
@@ -67,7 +72,7 @@ class Compute:
         """Products in `compute`; a no-op in float32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for a resumed job to be bit-exact."""
@@ -96,7 +101,9 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
             raise DoesNotFit("This GPU has no bf16.", hint="Set precision to fp32 or auto.", param="precision")
-        precision: Literal["fp32", "bf16"] = "bf16" if bf16 and run.precision != "fp32" else "fp32"
+        # Where there is no bf16 its range is made up for by a factor on the loss, which weights shared out to processes know nothing of.
+        precision: Literal["bf16", "fp16", "fp32"] = "bf16" if bf16 else "fp32" if distributed.spreads(strategy) else "fp16"
+        precision = "fp32" if run.precision == "fp32" else precision
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -115,9 +122,9 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         raise DoesNotFit("The device cuda needs an NVIDIA GPU, and there is none here.", hint="Set device to auto or cpu.", param="device")
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
-    precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
+    on_cpu = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
     name = f"cpu ({this_machine().processor})"
-    return Compute(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
+    return Compute(torch.device("cpu"), name, on_cpu, _frozen(on_cpu, strategy), torch.get_num_threads())
 
 
 def _no_fp8(reason: str) -> DoesNotFit:
@@ -154,7 +161,7 @@ def _bf16_gain() -> float:
 
 
 def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" and strategy.adapter else torch.float32
+    return DTYPES[precision] if strategy.adapter else torch.float32
 
 
 def memory_here(device: torch.device) -> Machine:

@@ -10,6 +10,7 @@ in a kernel (an index out of range, say) would only come again.
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 from app import events
 from app.errors import StudioError
@@ -55,6 +56,15 @@ def of_gpu(said: str) -> events.Failed | None:
         return None
     hint = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
     return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", hint=hint)
+
+
+OUT_OF_MEMORY = "out_of_memory"
+"""The file in an attempt's folder that says that its GPU's memory ran out before every layer was recomputed."""
+
+
+def memory_ran_out(runs: Path) -> bool:
+    """Whether an earlier attempt of the job in that folder left the mark."""
+    return any(runs.glob(f"a*/{OUT_OF_MEMORY}"))
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -53,7 +53,10 @@ def _pass(job: Any, learnt: int, batch: Any) -> tuple[LossOutput, Sequence[torch
     """One part of a pack forwards and backwards: its share of the step's loss, and where `job.apart` its gradients."""
     found = job.lesson.loss(job.model, batch, job.engine)
     loss = found.loss / learnt
-    if job.apart:
+    if job.scale:
+        job.scale.times(loss).backward()
+        gradients: Sequence[torch.Tensor | None] = ()
+    elif job.apart:
         gradients = torch.autograd.grad(loss, list(job.trained.values()), allow_unused=True)
     else:
         loss.backward()
@@ -94,6 +97,8 @@ def take_step(job: Any, window: StepBatch) -> list[torch.Tensor]:
     job.world.sum_([total, *measured])
     tokens, trained = job.world.count(tokens_here, trained_here)
     state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + trained
+    if job.scale:
+        job.scale.undo(job.trained.values())
     extra = job.spec.strategy.regulariser(body_of(job.model))
     if extra is not None:
         extra.backward()
@@ -103,6 +108,8 @@ def take_step(job: Any, window: StepBatch) -> list[torch.Tensor]:
     norm = optim.clip_grad_norm(
         job.trained, run.max_grad_norm, job.shards.length() if job.shards else None, gradient_buffers.squares(apart, abreast) + beside
     )
+    if job.scale:
+        job.scale.adapt(norm)
     rate = optim.learning_rate_at(state.step, job.course.total_steps, job.spec.learning_rate, run)
     optim.set_rate(job.optimizer, rate)
     optim.optimizer_step(job.optimizer, norm + total)
