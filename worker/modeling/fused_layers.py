@@ -119,8 +119,10 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     if hasattr(model, "peft_config"):
-        from worker.modeling import fused_ia3, fused_lora, fused_vera
+        from worker.modeling import fused_ia3, fused_lora, fused_vera, unbroken
 
+        unbroken.never_drop_layers(model)
+        compiles = compiles and not unbroken.breaks_graphs(model)
         # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
         grouped = not (compiles and recomputes)
         done["fused_lora"] = fused_lora.fuse(model, grouped) or fused_vera.fuse(model, grouped) or fused_ia3.fuse(model)
