@@ -262,7 +262,7 @@ def run(export_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) ->
     except StudioError as error:
         if isinstance(error, integrity.Damaged):
             integrity.tell(error)
-        outcome = {"status": "failed", "error": starters.as_row_error(error)}
+        outcome = {"status": "failed", "error": error.as_problem()}
     except Exception as error:
         words = {
             "code": "internal_error",

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from gguf import TokenType
 
@@ -105,7 +105,7 @@ def _by_id(parts: dict[str, Any], vocabulary: int) -> list[str | None]:
 
 
 def _merges(parts: dict[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
+    return [cast("tuple[str, str]", tuple(merge.split(" ", 1) if isinstance(merge, str) else merge)) for merge in parts["model"]["merges"]]
 
 
 # Byte-level BPE -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _sentencepiece(parts: dict[str, Any], vocabulary: int) -> Vocabulary:
     tokens = _by_id(parts, vocabulary)
     merges = _merges(parts)
     lowest = float(-len(merges) - 1)
-    rank = {}
+    rank: dict[str, int] = {}
     for place, merge in enumerate(merges):
         rank.setdefault("".join(merge), place)
     scores = [-float(rank[token]) if token in rank else lowest for token in (t or "" for t in tokens)]

@@ -235,7 +235,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor → the safetensors file it is in. Raises BadData where there is none."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:
             found |= dict.fromkeys(opened.keys(), path)
