@@ -14,7 +14,7 @@ def test_a_card_without_bf16_trains_in_fp16(gpu: FakeGpu, strategy: str) -> None
     """With a factor on the loss, none of which the host waits for, and without the attention that such a card has no kernel of."""
     found = gpu.run(strategy=strategy, precision="auto", card=T4)
     last = found["steps"][-1]
-    assert found["started"]["precision"] == "fp16" and not last["waits"]
+    assert (found["started"]["precision"], found["started"]["backend"]) == ("fp16", "loss_scaled") and not last["waits"]
     assert last["attention"] == 0 and last["operations"]["aten._amp_update_scale_"] == 1
     assert gpu.run(strategy=strategy, precision="fp32", card=T4)["started"]["precision"] == "fp32"
 
