@@ -82,9 +82,10 @@ def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
 
 
 def frames_of(lengths: Sequence[int], budget: int) -> list[PackShape]:
-    """The shapes of a job's packs, the smallest first: one for rows within the budget and, where some are longer, one for those, each
+    """The shapes of a job's packs, the smallest first: one for rows that fit into the budget and, where some are longer, one for those, each
     of which is a pack of its own. With a single shape every pack would be padded to the longest row."""
-    short, long = [n for n in lengths if n <= budget], [n for n in lengths if n > budget]
+    room = -(-budget // 64) * 64  # a row between the budget and this has a pack of its own too, which fits into the first shape
+    short, long = [n for n in lengths if n <= room], [n for n in lengths if n > room]
     return [frame_of(some, size) for some, size in ((short, budget), (long, max(long, default=0))) if some]
 
 

