@@ -40,7 +40,7 @@ def create(session: Db, user: CurrentUser, model: str, order: schemas.CreateExpo
 @api.get("/exports", operation_id="list_exports", responses=answers(schemas.page_of(schemas.Export)))
 def list_exports(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Exports, newest first."""
-    return page(mine(Export, user), after, limit, "desc", exports.to_json, session=session, key=key_of)
+    return page(mine(Export, user), after, limit, "desc", exports.to_json, session=session, key=ids.parse_export)
 
 
 @api.get("/exports/{export_id}", operation_id="retrieve_export", responses=answers(schemas.Export))
