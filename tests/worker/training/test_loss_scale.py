@@ -13,8 +13,8 @@ from app import events
 from app.settings import get_settings
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker.runtime.device import Compute
-from worker.train import train
-from worker.training import backends, optim
+from worker.train import StopSignals, train
+from worker.training import backends, checkpoint, optim
 from worker.training.backends import loss_scaled
 from worker.training.backends._base import PlainBackend
 from worker.training.backends.loss_scaled import START, LossScale, LossScaledBackend
@@ -68,12 +68,17 @@ def test_in_float32_a_scaled_step_is_the_plain_one(
     assert len(found[PlainBackend]) == 4 and found[PlainBackend] == found[LossScaledBackend]
 
 
-def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, whose autocast knows fp16 too. More steps overflow at first than any other job may have."""
+@pytest.fixture
+def in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs train in fp16 on the CPU, whose autocast knows it too, and begin with a factor that overflows."""
     monkeypatch.setenv("LUTHIER_KERNELS", "plain")
     get_settings.cache_clear()
     monkeypatch.setattr(loss_scaled, "START", 2.0**30)
     monkeypatch.setattr(worker.train, "choose", lambda *_: Compute(CPU, "cpu", "fp16", torch.float16, 1))
+
+
+def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: Path, in_fp16: None) -> None:
+    """More steps overflow at first than any other job may have."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows(32)), max_steps=30, epochs=20, validation_fraction=0.0)
     said = list(train(spec, data_dir / "runs" / "job" / "a1"))
     steps = [event for event in said if isinstance(event, events.Step)]
@@ -81,3 +86,28 @@ def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: P
     assert isinstance(said[-1], events.Finished) and next(event.precision for event in said if isinstance(event, events.Started)) == "fp16"
     assert PlainBackend.max_not_finite < sum(overflowed) < LossScaledBackend.max_not_finite and not any(overflowed[-5:])
     assert steps[-1].loss < steps[0].loss
+
+
+def test_a_resumed_job_goes_on_with_its_factor(data_dir: Path, tiny_model: Path, in_fp16: None) -> None:
+    """To the last bit. A job that began again with the first factor would skip the steps that overflow with it."""
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(32)), max_steps=24, epochs=20, validation_fraction=0.0)
+    whole, runs, control = list(train(spec, data_dir / "runs" / "whole" / "a1")), data_dir / "runs" / "resumed", StopSignals()
+    said = []
+    for event in train(spec, runs / "a1", runs, control):
+        said.append(event)
+        control.stop = control.stop or (isinstance(event, events.Step) and event.step == 16)
+    kept = checkpoint.newest(runs)
+    assert kept is not None and 0 < float(checkpoint.read_optimizer(kept)["factor/loss_scale"]) < loss_scaled.START
+    said += train(spec, runs / "a2", runs)
+    assert [event.resumed_from for event in said if isinstance(event, events.Started)] == [None, 16]
+    assert all(event.exact for event in said if isinstance(event, events.Started))
+    one, two = ([repr((event.loss, event.grad_norm)) for event in some if isinstance(event, events.Step)] for some in (whole, said))
+    assert len(one) == 24 and one == two
+    ends = [checkpoint.read_optimizer(checkpoint.newest(folder)) for folder in (data_dir / "runs" / "whole", runs)]  # type: ignore[arg-type]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_checkpoint_of_another_precision_has_no_factor() -> None:
+    scale = LossScale(CPU)
+    scale.restore({"exp_avg/w": torch.ones(2)})
+    assert float(scale.factor) == START

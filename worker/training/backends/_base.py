@@ -106,8 +106,12 @@ class PlainBackend(StepBackend):
         self.lesson, self.model, self.optimizer, self.parts = lesson, model, optimizer, parts
         self.trained = trained_parameters(model)
         if saved:
-            optim.load_state(optimizer, self.trained, checkpoint.read_optimizer(saved))
+            self.restore(checkpoint.read_optimizer(saved))
         return {"parts": parts}
+
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Put back what `optimizer_state` gave."""
+        optim.load_state(self.optimizer, self.trained, saved)
 
     def start(self, world: ProcessGroup) -> None:
         self.world = world

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from worker.training import optim
 from worker.training.backends._base import PlainBackend
 from worker.training.objectives._base import Objective
 
@@ -36,6 +37,16 @@ class LossScale:
         overflowed = (~torch.isfinite(norm)).to(torch.float32)
         torch._amp_update_scale_(self.factor, self._steps, overflowed, GROWTH, BACKOFF, PATIENCE)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps, under names that no parameter has: a resumed job would overflow again on its way to the same factor."""
+        return {"factor/loss_scale": self.factor.cpu(), "steps/loss_scale": self._steps.cpu()}
+
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave; a checkpoint that was not written in fp16 has none of it."""
+        for name, own in (("factor", self.factor), ("steps", self._steps)):
+            if (value := saved.get(f"{name}/loss_scale")) is not None:
+                own.copy_(value)
+
 
 class LossScaledBackend(PlainBackend):
     """The plain step with a scaled loss: gradients carry the factor from a part's backward pass until those of all processes are summed."""
@@ -49,6 +60,13 @@ class LossScaledBackend(PlainBackend):
     ) -> dict[str, Any]:
         self.scale = LossScale(self.engine.device)
         return super().prepare(lesson, model, optimizer, parts, saved)
+
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        super().restore(saved)
+        self.scale.restore(saved)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor] | list[Path]:
+        return optim.state_tensors(self.optimizer, self.trained) | self.scale.tensors()
 
     def differentiate(self, loss: torch.Tensor) -> None:
         self.scale.times(loss).backward()
