@@ -142,6 +142,11 @@ def usable_memory() -> int:
     return total
 
 
+CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""The environment of every process that uses a GPU, whatever ours says: GPUs are numbered as nvidia-smi numbers them, from which estimates
+take the memory. By default CUDA begins with the fastest, in an order that nothing but CUDA knows."""
+
+
 class _Card(NamedTuple):
     """A GPU as nvidia-smi reports it."""
 
@@ -153,7 +158,7 @@ class _Card(NamedTuple):
 
 def _gpu() -> tuple[str | None, int | None, float | None]:
     """Name, memory and compute capability of the GPU that a process started here uses: the first of CUDA_VISIBLE_DEVICES, or of all,
-    numbered by PCI bus as `worker/supervision/exit_codes.py` has CUDA number them too. Of a GPU with MIG, the memory of the instance."""
+    numbered by PCI bus (`CUDA_ORDER`). Of a GPU with MIG, the memory of the instance."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = _cards()
     if visible == "" or not cards:

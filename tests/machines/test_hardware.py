@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app.machines import hardware
+from app.ops import doctor
 from worker.supervision import exit_codes
 
 CARDS = """GPU-aaaa1111-0000, 8.6, 12288, NVIDIA GeForce RTX 3060
@@ -68,9 +72,28 @@ def test_an_old_driver_tells_no_capability(driver) -> None:
 
 
 def test_a_trainer_counts_the_cards_as_the_driver_does(data_dir) -> None:
-    """CUDA begins with the fastest by itself, and an estimate would be about another card. Who says otherwise is heard."""
-    assert exit_codes.trainer_environment({})["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    assert exit_codes.trainer_environment({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    """CUDA begins with the fastest by itself, and an estimate would be about another card; nothing but CUDA knows that order."""
+    for ours in ({}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}):
+        assert exit_codes.trainer_environment(ours)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_a_worker_counts_the_cards_as_its_trainers_do() -> None:
+    """The playground computes in the worker's own process, and makes room for jobs on the card that it takes for its own."""
+    program = "import os, worker.main; print(os.environ['CUDA_DEVICE_ORDER'])"
+    environment = {**os.environ, "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["PCI_BUS_ID"]
+
+
+def test_the_doctor_says_that_another_order_is_not_used(driver, monkeypatch) -> None:
+    driver("0, NVIDIA GeForce RTX 4090, 24564 MiB, 23000 MiB, 570.1\n1, Tesla T4, 15360 MiB, 15000 MiB, 570.1", LISTED, None)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert doctor.gpu().verdict == "good"
+    assert doctor.gpu().found.startswith(
+        "0: NVIDIA GeForce RTX 4090, 23000 MiB of 24564 MiB free, driver 570.1; 1: Tesla T4, 15000 MiB of "
+    )
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert doctor.gpu().verdict == "note" and "CUDA_DEVICE_ORDER" in doctor.gpu().hint
 
 
 def test_what_is_compiled_for_a_gpu_is_kept_in_the_data_folder(data_dir, tmp_path) -> None:

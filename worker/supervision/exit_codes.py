@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from app import events
 from app.errors import BadData, StudioError
 from app.kit import manifest
-from app.machines.hardware import this_machine
+from app.machines.hardware import CUDA_ORDER, this_machine
 from app.settings import get_settings
 from worker.runtime import failures
 from worker.supervision import confinement
@@ -33,9 +33,6 @@ page faults of training on a CPU."""
 CUDA_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """Lets freed GPU memory segments grow and merge, so that tensors of other sizes fit into them: packs of other lengths in an
 evaluation would otherwise fragment it."""
-
-CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""Numbers GPUs as nvidia-smi does, from which estimates take the memory. By default CUDA begins with the fastest."""
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of a product that wait for each other sleep instead of spinning. Where anything else runs on the cores (the playground,
@@ -64,7 +61,7 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
         kept["CUDA_VISIBLE_DEVICES"] = ""
     cuda = CUDA_ALLOCATOR if this_machine().on(device).cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
     own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
-    return ALLOCATOR | THREADS | cuda | CUDA_ORDER | own | kept | {
+    return ALLOCATOR | THREADS | cuda | own | kept | CUDA_ORDER | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
