@@ -119,8 +119,10 @@ def _recompute(spec: JobSpec, folder: Path | None) -> dict[str, Any] | None:
     if folder is None or setting == "all" or (setting == "auto" and memory_ran_out(folder.parent)):
         return None
     if setting == "auto":
-        with contextlib.suppress(OSError):
+        try:
             (folder / OUT_OF_MEMORY).touch()
+        except OSError:  # a full disk: the next attempt would not know, and run out of memory as this one did
+            return None
     return {"gradient_checkpointing": "all"}
 
 

@@ -169,6 +169,15 @@ def test_after_the_memory_ran_out_once_every_layer_is_recomputed(data_dir: Path,
     assert "gradient_checkpointing" not in failed(error, spec, 7, first.parent / "a2").suggestion
 
 
+def test_without_the_mark_no_attempt_follows_by_itself(data_dir: Path, tiny_model: Path) -> None:
+    """It would run out of memory again, and so would the next: what is offered instead is a setting that a person takes."""
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(3)))
+    error, unwritable = torch.OutOfMemoryError("CUDA out of memory"), Path("/proc/self")  # no file can be created there, by root neither
+    with pytest.raises(OSError):
+        (unwritable / "file").touch()
+    assert failed(error, spec, 7, unwritable).suggestion == {"micro_batches": 2}
+
+
 def test_what_is_offered_makes_the_largest_pass_smaller(data_dir: Path, tiny_model: Path) -> None:
     """More passes while a pass is more than one row; where the longest row is a pass of its own they would only take time."""
 
