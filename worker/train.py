@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from app import events
-from app.objectives import OBJECTIVES
 from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -27,6 +26,7 @@ from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.runtime.device import Compute, choose, memory_here, release, rng_tensors, set_rng
+from worker.runtime.failures import memory_ran_out
 from worker.runtime.progress import ProgressReporter
 from worker.runtime.transfer import AsyncScalars, depth
 from worker.training import backends, checkpoint, final_evaluation, neftune, optim
@@ -114,6 +114,9 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
     recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
+    if run.gradient_checkpointing == "auto" and memory_ran_out(runs or folder.parent):
+        recompute = spec.model.shape.layers
+        yield _log("warn", "The GPU ran out of memory, so the activations of every layer are now recomputed: the same result, more slowly.")
     model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
@@ -121,11 +124,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if engine.framed and spec.model.shape.architecture == "decoder":
         fused_layers.round_embeddings(plain(model), engine.compute)
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = fused_layers.speed_up(
-        body_of(model),
-        engine,
-        seconds_expected(spec, course) if OBJECTIVES[spec.task].uniform and run.packing and not run.batch_size else 0.0,
-    )
+    done = fused_layers.speed_up(body_of(model), engine, seconds_expected(spec, course) if lesson.frames else 0.0)
 
     # The optimizer, and the state of the checkpoint that is resumed.
     trained = trained_parameters(model)
@@ -216,7 +215,13 @@ def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[s
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": packed_attention.NAME, **done, "tokens_per_pass": job.course.budget},
+        details={
+            **job.state.facts,
+            "attention": packed_attention.NAME,
+            **done,
+            "tokens_per_pass": job.course.budget,
+            "longest_row": max(lesson.train.lengths),
+        },
     )
 
 

@@ -90,10 +90,16 @@ def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
     return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)), longest)
 
 
-def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:
-    """The dtype a job runs in: as configured, or bf16 where the machine gains by it."""
+AMPERE = 8.0
+"""The first compute capability with bf16; GPUs before it take fp16."""
+
+
+def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16", "fp16"]:
+    """The dtype a job runs in: as configured, or bf16 where the machine gains by it, or fp16 on a GPU that has no bf16."""
     if run.precision != "auto":
         return run.precision
+    if machine.cuda and (machine.gpu_capability or AMPERE) < AMPERE:
+        return "fp16" if strategy.adapter or machine.processes == 1 else "fp32"
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.trains_in_bf16()) else "fp32"
 
 
@@ -166,7 +172,7 @@ def memory_of(
     shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
 ) -> MemoryParts:
     """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass."""
-    half = precision_of(run, strategy, machine) == "bf16"
+    half = precision_of(run, strategy, machine) != "fp32"
     frozen_bytes = 2 if half and strategy.adapter else 4
     all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
@@ -257,7 +263,7 @@ def features_memory(
 ) -> MemoryParts:
     """Peak bytes with `tokens` to read and `rows` to train on: the frozen backbone, and either a batch passing through a layer or
     the embeddings while a classifier is trained on them."""
-    half = precision_of(run, strategy, machine) == "bf16"
+    half = precision_of(run, strategy, machine) != "fp32"
     width, compute = (2, 2) if half else (4, 4)
     tokens = max(min(EMBEDDED_TOKENS, tokens), longest)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -37,8 +37,9 @@ def patch_layers(model: torch.nn.Module, device: torch.device, *, rotary: bool =
         patch_rotary(model, device)
     if not hasattr(model, "peft_config"):
         return 0
-    from worker.modeling import fused_ia3, fused_lora, fused_vera  # peft takes a while to import
+    from worker.modeling import fused_ia3, fused_lora, fused_vera, graph_breaks  # peft takes a while to import
 
+    graph_breaks.skip_module_dropout(model)
     return fused_lora.fuse(model, grouped) or fused_vera.fuse(model, grouped) or fused_ia3.fuse(model)
 
 
@@ -136,7 +137,7 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     done: dict[str, Any] = {}
     if engine.fp8:
         done["fp8_layers"] = fp8.patch_fp8(blocks_of(model))
-    compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE and kernels.allowed()
+    compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE and kernels.allowed() and not _has_graph_breaks(model)
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.
     adapted = patch_layers(model, engine.device, grouped=not (compiles and recomputes))
@@ -145,6 +146,15 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     if compiles:
         done["compiled_blocks"] = compile_blocks(model)
     return done
+
+
+def _has_graph_breaks(model: torch.nn.Module) -> bool:
+    """Whether an adapter's layers would be compiled in pieces."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from worker.modeling import graph_breaks
+
+    return graph_breaks.has_graph_breaks(model)
 
 
 def round_embeddings(model: torch.nn.Module, compute: torch.dtype) -> bool:

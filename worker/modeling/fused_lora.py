@@ -35,7 +35,7 @@ from worker.kernels.cpu import lora_products
 from worker.kernels.cpu.lora_step import LoraLayerState, LoraOptimizer
 from worker.kernels.cpu.lora_step import Product as FactorProduct
 from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
-from worker.kernels.gpu import fp8
+from worker.kernels.gpu import fp8, nf4
 from worker.modeling import fused_dora
 from worker.runtime.device import Compute
 
@@ -81,11 +81,13 @@ class _Product(torch.autograd.Function):
             y += fp8.product(x, *joined)
         elif joined is not None:
             y.addmm_(x, joined.t())
-        elif len(weights) == 1:
-            y.addmm_(x, _dense(weights[0], states[0], x.dtype).t())
         else:
-            for part, weight, state in zip(y.split([up.shape[0] for up in ups], 1), weights, states, strict=True):
-                part.addmm_(x, _dense(weight, state, x.dtype).t())
+            own = [y] if len(weights) == 1 else y.split([up.shape[0] for up in ups], 1)
+            for part, weight, state in zip(own, weights, states, strict=True):
+                if state is not None:
+                    nf4.add_product(part, x, weight, nf4.tables(state), nf4.sizes(state), state.quant_type)
+                else:
+                    part.addmm_(x, weight.to(x.dtype).t())
         ctx.scales, ctx.states, ctx.joined = scales, states, joined
         ctx.save_for_backward(x, low, *weights, *downs, *ups)
         return y
@@ -120,7 +122,10 @@ class _Product(torch.autograd.Function):
                 dx.addmm_(dy, ctx.joined)
             else:
                 for part, weight, state in zip(parts, weights, ctx.states, strict=True):
-                    dx.addmm_(part, _dense(weight, state, dy.dtype))
+                    if state is not None:
+                        nf4.add_product_back(dx, part, weight, nf4.tables(state), nf4.sizes(state), state.quant_type)
+                    else:
+                        dx.addmm_(part, weight.to(dy.dtype))
         d_down_all = lora_products.gather(x, joined) if in_tiles else joined.t() @ x
         found: list[Any] = []
         d_downs = d_down_all.split([down.shape[0] for down in downs])
@@ -132,15 +137,6 @@ class _Product(torch.autograd.Function):
 def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x in a dtype. Checked here rather than by `x.to`, because each torch call hands the GIL to another part's thread."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A frozen weight as a dense matrix; a 4-bit one is dequantized for one product and discarded."""
-    if state is None:
-        return weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, state).to(dtype)
 
 
 def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from app.models.integrity import BadModel
 from worker.kernels.cpu import attention as amx_attention
 from worker.runtime.transfer import sent
 
@@ -80,6 +81,19 @@ def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
     return PackShape(tokens, min(places, tokens), longest)
 
 
+def frames_of(lengths: Sequence[int], budget: int) -> list[PackShape]:
+    """The shapes of a job's packs, the smallest first: one for rows that fit into the budget and, where some are longer, one for those, each
+    of which is a pack of its own. With a single shape every pack would be padded to the longest row."""
+    room = -(-budget // 64) * 64  # a row between the budget and this has a pack of its own too, which fits into the first shape
+    short, long = [n for n in lengths if n <= room], [n for n in lengths if n > room]
+    return [frame_of(some, size) for some, size in ((short, budget), (long, max(long, default=0))) if some]
+
+
+def frame_for(frames: Sequence[PackShape], tokens: int) -> PackShape | None:
+    """The smallest shape that holds a pack of `tokens`; None without frames."""
+    return next((frame for frame in frames if frame.tokens >= tokens), None)
+
+
 def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
     """Arguments of the model's call in addition to ids and positions. `cu_seq_lens` are the cumulative sequence lengths, int32,
     beginning with 0; with a `frame` it is padded by repeating the last end, as sequences of length 0."""
@@ -106,6 +120,18 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
     return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
 
 
+IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"})
+"""Arguments that models pass to every attention and that do not change its result: positions are already in the rotated queries and
+keys, and nothing is cached."""
+
+
+def _unsupported(module: torch.nn.Module, why: str) -> BadModel:
+    return BadModel(
+        f"{type(module).__name__} cannot be computed over packed rows: {why}, which the packed attention does not support.",
+        hint="Choose a model of another family, such as Llama, Qwen or Gemma 3.",
+    )
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, heads, T, D)
@@ -119,16 +145,25 @@ def packed_attention(
     sequence_lengths: list[int] | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     longest: int | None = None,
-    **_: Any,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each packed sequence, for queries (1, heads, T, D) and keys and values (1, kv heads, T, D). Returns (1, T,
-    heads, D)."""
+    heads, D).
+
+    Raises BadModel for an unknown argument, such as the attention sinks of gpt-oss: without it the model would compute something
+    else. The same for soft-capped scores on packs of one shape, whose sequences the fallback does not separate.
+    """
+    if unknown := sorted(name for name, value in rest.items() if value is not None and name not in IGNORED):
+        raise _unsupported(module, f"its attention takes {', '.join(unknown)}")
+    if softcap is not None and cu_seq_lens is not None and sequence_lengths is None:
+        raise _unsupported(module, "its attention soft-caps the scores")
     causal = getattr(module, "is_causal", True)
     kind = query.device.type
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
         # A float32 embedding makes the rotary tables float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    fits = query.dtype in (torch.bfloat16, torch.float16) and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    # Only GPUs with bf16 have this kernel; those that run in fp16 do not.
+    fits = query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         v = v.contiguous()  # a view of a joint q, k, v product would keep all three alive until the backward pass

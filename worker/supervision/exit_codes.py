@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from app import events
 from app.errors import BadData, StudioError
 from app.kit import manifest
-from app.machines.hardware import this_machine
+from app.machines.hardware import CUDA_ORDER, this_machine
 from app.settings import get_settings
 from worker.runtime import failures
 from worker.supervision import confinement
@@ -61,7 +61,7 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
         kept["CUDA_VISIBLE_DEVICES"] = ""
     cuda = CUDA_ALLOCATOR if this_machine().on(device).cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
     own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
-    return ALLOCATOR | THREADS | cuda | own | kept | {
+    return ALLOCATOR | THREADS | cuda | own | kept | CUDA_ORDER | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from app.models.integrity import BadModel
 from app.shapes import shape_of
 from app.spec import ModelRef
 from tests.worker.orders import chat_rows
@@ -96,6 +97,18 @@ def test_window_and_soft_cap(window: int | None, softcap: float | None) -> None:
                 scores = torch.tanh(scores / softcap) * softcap if softcap else scores
                 wanted = scores.softmax(0) @ v[0, head // 2, list(seen)]
                 torch.testing.assert_close(out[0, i, head], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_attention_does_not_know_is_refused() -> None:
+    """Such as the attention sinks of gpt-oss: without them the model would silently compute something else."""
+    x = torch.randn(1, 2, 12, 8)
+    given = {"position_ids": torch.arange(12)[None], "use_cache": False, "s_aux": None, "sequence_lengths": [12]}
+    packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, **given)
+    with pytest.raises(BadModel, match="its attention takes s_aux"):
+        packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, **{**given, "s_aux": torch.zeros(2)})
+    ends = torch.tensor([0, 12], dtype=torch.int32)
+    with pytest.raises(BadModel, match="caps the scores"):
+        packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, softcap=20.0, cu_seq_lens=ends, longest=12)
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 3.0)])

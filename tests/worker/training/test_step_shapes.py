@@ -24,7 +24,7 @@ from worker.kernels.gpu import fp8
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.fused_lora import fuse
-from worker.modeling.packed_attention import PackShape, frame_of, packed_arguments
+from worker.modeling.packed_attention import PackShape, frame_for, frame_of, frames_of, packed_arguments
 from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.training import optim
@@ -182,16 +182,29 @@ def test_packs_of_one_shape_learn_the_same_and_are_compiled_once(kernel, plain, 
     seed=st.integers(0, 5),
 )  # fmt: skip
 def test_every_pack_fits_the_one_table(lengths: list[int], budget: int, seed: int) -> None:
-    """Places enough for the documents and the filling, every piece within the longest, ends that rise to the frame's tokens."""
-    frame = frame_of(lengths, budget)
-    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frame.max_sequences()):
+    """Places enough for the documents and the filling, every piece within the longest, ends that rise to the frame's tokens. Rows that
+    are longer than the budget do not make the others' packs any larger."""
+    frames = frames_of(lengths, budget)
+    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frames[0].max_sequences()):
         own = [lengths[row] for row in pack]
+        frame = frame_for(frames, sum(own))
+        assert frame is not None and (frame is frames[0] or frames[0].tokens < sum(own)), "a pack is filled up further than it must be"
         filled = own + frame.filling(sum(own))
         assert sum(filled) == frame.tokens and max(filled) <= frame.longest and min(filled) > 0
         given = packed_arguments(filled, CPU, frame)
         ends, spans = given["cu_seq_lens"], given["cu_seq_lens"].diff()
         assert ends.shape == (frame.sequences + 1,) and ends.dtype == torch.int32 and given["longest"] == frame.longest
         assert spans.tolist() == filled + [0] * (frame.sequences - len(filled))
+
+
+def test_one_long_row_does_not_fill_every_pack_up() -> None:
+    """60 rows of 100 tokens and one of 8,192 in packs of 2,048: filled up to the longest, three quarters of every pass were padding."""
+    lengths = [100] * 60 + [8192]
+    frames = frames_of(lengths, 2048)
+    packs = plan(lengths, 2048, seed=1, epoch=0, most=frames[0].max_sequences())
+    computed = sum(frame_for(frames, sum(lengths[row] for row in pack)).tokens for pack in packs)
+    assert sum(lengths) / computed > 0.9 and [frame.tokens for frame in frames] == [2048, 8192]
+    assert frames_of([100] * 60, 2048) == [frame_of([100] * 60, 2048)]
 
 
 def test_a_pack_with_more_documents_than_places_is_refused() -> None:

@@ -39,6 +39,7 @@ class StepBackend(ABC):
 
     name: ClassVar[str]
     in_parts: ClassVar[bool] = False  # whether it takes packs in parts, a thread each
+    max_not_finite: ClassVar[int] = 3  # steps in a row without a finite loss or norm, after which a job is given up
 
     lesson: Objective
     model: torch.nn.Module
@@ -105,8 +106,12 @@ class PlainBackend(StepBackend):
         self.lesson, self.model, self.optimizer, self.parts = lesson, model, optimizer, parts
         self.trained = trained_parameters(model)
         if saved:
-            optim.load_state(optimizer, self.trained, checkpoint.read_optimizer(saved))
+            self.restore(checkpoint.read_optimizer(saved))
         return {"parts": parts}
+
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Put back what `optimizer_state` gave."""
+        optim.load_state(self.optimizer, self.trained, saved)
 
     def start(self, world: ProcessGroup) -> None:
         self.world = world
@@ -133,9 +138,13 @@ class PlainBackend(StepBackend):
         for part in pack:
             output = self.lesson.loss(self.model, part, self.engine)
             loss = output.loss / learnt
-            loss.backward()
+            self.differentiate(loss)
             found.append(output._replace(loss=loss.detach()))
         return found
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a part's share of the loss."""
+        loss.backward()
 
     def sum_gradients(self) -> None:
         """Add the gradients of all processes."""
