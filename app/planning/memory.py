@@ -108,24 +108,27 @@ def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
-def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False) -> tuple[int, int]:
+def layer_bytes(
+    shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False, fp16: bool = False
+) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, fixed bytes).
 
     With any gradient passing through, these are the inputs of the norms, the queries, keys, values and outputs of attention, and
     in a gated feed-forward the gate, the up projection and on a GPU the activation. (The `whole` layers of
     `worker/kernels/cpu/full_tuning.py` recompute their product.) On a CPU attention is float32 even in bf16, except with AMX
-    (`units`, `worker/kernels/cpu/attention.py`). Trainable weights add their own inputs. Counted tensor by tensor;
+    (`units`, `worker/kernels/cpu/attention.py`). In fp16 the residual stream is float32, and without the attention over packs, which is
+    bf16's, keys and values are kept once per head of the queries. Trainable weights add their own inputs. Counted tensor by tensor;
     `tests/worker/training/test_memory.py` compares it with autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
-    read = compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
+    read = 4 if fp16 else compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
     own = strategy.activation_counts(shape)
     in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
     # The same tensor as the next layer's input, which is counted where that is trained.
-    attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * kv
+    attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * (q if cuda and (fp16 or not half) else kv)
     wide = (3 if cuda else 2) if shape.gated else 1
     passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
     passing += 4 * shape.heads if cuda or in_tiles else 0  # log-sum-exp of each row of scores
@@ -172,7 +175,8 @@ def memory_of(
     shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
 ) -> MemoryParts:
     """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass."""
-    half = precision_of(run, strategy, machine) != "fp32"
+    precision = precision_of(run, strategy, machine)
+    half, fp16 = precision != "fp32", precision == "fp16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
@@ -187,18 +191,18 @@ def memory_of(
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
     layer = tokens * per_token + once  # of an adapter's fixed bytes per layer, two parts were measured to take no more than one
-    kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * (4 if fp16 else compute) + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += (HOLES if parts == 1 else HOLES_IN_PARTS) * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
-    passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
+    passing += attention_bytes(shape, tokens, longest) if machine.cuda and precision == "bf16" else 0
     tables = strategy.tables(shape)
     head = head_bytes(shape, tokens, half, bool(everything or tables) and writes, machine.cuda, parts, whole) if writes else 0
     # Activations are freed while gradients grow, so the peak is near one end of the backward pass or the other.

@@ -104,11 +104,39 @@ def as_cuda() -> None:
     kernel.softmax_gradient_ = lambda logits, targets, losses: torch._foreach_zero_([logits, losses])  # type: ignore[attr-defined]
     sys.modules[kernel.__name__] = kernel
     cross_entropy.kernel_works = lambda device: True  # type: ignore[assignment]
+    torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
     hardware._gpu = lambda: (CARD["name"], CARD["memory"], CARD["capability"][0] + CARD["capability"][1] / 10)  # type: ignore[assignment]
 
 
 def _refuse(*_: Any) -> None:
     raise AssertionError("the host waits for the device")
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch's attention as a GPU without flash attention for these tensors computes it: the memory-efficient kernel where it takes them,
+    which are equally many heads of queries, keys and values, and else every score written out, as torch does without a GPU."""
+    import torch
+
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    if k.shape[1] != q.shape[1] or q.dtype not in (torch.float16, torch.float32):
+        return torch._C._nn.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    bias = (
+        None
+        if attn_mask is None
+        else torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -torch.inf).expand(*q.shape[:3], -1)
+    )
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 
 def _apply(self: Any, change: Any, recurse: bool = True) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.utils
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from app.strategies import STRATEGIES
@@ -30,13 +34,15 @@ DROPS = [name for name in NAMES if "dropout" in STRATEGIES[name].model_fields]
 class Compiled:
     """Some steps over packs of one shape, with the model prepared as a long job does: graphs made until each, and breaks."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any] | None = None, steps: int = 2) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any] | None = None, steps: int = 2, backend: Any = None
+    ) -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(fused_layers, "_compiled", False)
         for only_on_a_cpu in ("patch_gated_mlp", "patch_rotary"):
             monkeypatch.setattr(fused_layers, only_on_a_cpu, lambda *_: 0)
-        self.counter = CompileCounterWithBackend("eager")
+        self.counter = backend or CompileCounterWithBackend("eager")
         real = fused_layers.compile_blocks
         monkeypatch.setattr(fused_layers, "compile_blocks", lambda model: real(model, self.counter))
         torch.manual_seed(2)
@@ -75,6 +81,22 @@ class Compiled:
         return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
+class Graphs:
+    """A backend of torch.compile that counts what is in the graphs of both passes, as Inductor would be given them."""
+
+    def __init__(self) -> None:
+        self.frame_count, self.called = 0, Counter[str]()
+        self.backend = aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep, partition_fn=min_cut_rematerialization_partition)
+
+    def keep(self, graph: Any, inputs: Any) -> Any:
+        self.called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.frame_count += 1
+        return self.backend(graph, inputs)
+
+
 WIDTHS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings",
     "tie_word_embeddings",
@@ -98,6 +120,17 @@ def test_a_block_is_one_graph_or_two(kernel: None, monkeypatch: pytest.MonkeyPat
         assert run.graphs[-1] == 0
     else:
         assert run.graphs[-1] <= 3 and run.graphs[-1] == run.graphs[0], run.graphs
+
+
+def test_in_place_sums_stay_in_place_when_compiled(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """What a compiler makes of `addmm_` has an output of its own, into which a GPU first copies what is added to: 13 ms of a step of a 1 B
+    model on an H100."""
+    graphs = Graphs()
+    run = Compiled(monkeypatch, "lora", backend=graphs)
+    assert run.done["fused_lora"] and graphs.frame_count in (1, 2)
+    assert not graphs.called["aten.addmm.default"], graphs.called
+    # Four products a block forwards and backwards, and the lowest block has graphs of its own: its first three need no gradient of x.
+    assert graphs.called["luthier.sum_of_products.default"] >= 8
 
 
 def test_an_evaluation_between_steps_has_nothing_compiled_again(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -19,6 +19,14 @@ def test_a_card_without_bf16_trains_in_fp16(gpu: FakeGpu, strategy: str) -> None
     assert gpu.run(strategy=strategy, precision="fp32", card=T4)["started"]["precision"] == "fp32"
 
 
+@pytest.mark.parametrize(("precision", "card"), [("auto", T4), ("fp32", {})])
+def test_without_flash_attention_no_scores_are_written_out(gpu: FakeGpu, precision: str, card: dict[str, object]) -> None:
+    """In fp16 before Ampere, and in float32 everywhere, the memory-efficient kernel is the only fused one, and takes no grouped heads."""
+    found = gpu.run(strategy="lora", precision=precision, card=card)
+    operations = found["steps"][-1]["operations"]
+    assert operations["aten._scaled_dot_product_efficient_attention"] and not {"aten._softmax", "aten._safe_softmax"} & set(operations)
+
+
 def test_pooling_costs_the_same_for_few_texts_and_for_many(gpu: FakeGpu) -> None:
     few, many = (
         gpu.run(family="bert", task="classification", run={"max_tokens_per_step": tokens}, rows=200)["steps"][-1] for tokens in (128, 1024)

@@ -24,12 +24,18 @@ def shape_of(name: str) -> dict[str, Any]:
     return {**widths, "tie_word_embeddings": tied, "head_dim": head_dim, "max_position_embeddings": 8192}
 
 
+T4 = {"name": "Tesla T4", "bf16": False, "capability": [7, 5]}
+
 CASES: dict[str, tuple[str, str, int, int]] = {
     "1 B, LoRA, 16,384 tokens, 80 GB": ("1b", "lora", 16_384, 80),
     "8 B, LoRA, 8,192 tokens, 80 GB": ("8b", "lora", 8192, 80),
     "8 B, QLoRA, 2,048 tokens, 24 GB": ("8b", "qlora", 2048, 24),
     "8 B, QLoRA, 4,096 tokens, 24 GB": ("8b", "qlora", 4096, 24),
     "8 B, QLoRA, 8,192 tokens, 24 GB": ("8b", "qlora", 8192, 24),
+    "1 B, LoRA in fp16, 4,096 tokens, 15 GB": ("1b", "lora", 4096, 15),
+    "1 B, LoRA in fp16, 16,384 tokens, 15 GB": ("1b", "lora", 16_384, 15),
+    "1 B, full in fp16, 2,048 tokens, 32 GB": ("1b", "full", 2048, 32),
+    "1 B, LoRA in float32, 4,096 tokens, 24 GB": ("1b", "lora", 4096, 24),
 }
 
 
@@ -38,11 +44,18 @@ def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
     """Within a tenth, and below the card's memory. The context, which no tensor holds, is left out of both."""
     shape, strategy, tokens, memory = CASES[name]
     run = {"max_tokens_per_step": tokens, "max_length": 1024}
-    card = {"memory": memory * GIB}
-    found = gpu.run(strategy=strategy, shape=shape_of(shape), rows=tokens // 100, words=400, run=run, card=card)
+    card = {"memory": memory * GIB, **(T4 if "fp16" in name else {})}
+    precision = "fp32" if "float32" in name else "auto"
+    found = gpu.run(strategy=strategy, precision=precision, shape=shape_of(shape), rows=tokens // 100, words=400, run=run, card=card)
+    assert found["started"]["precision"] == ("fp32" if "float32" in name else "fp16" if "fp16" in name else "bf16")
     spec = JobSpec.model_validate(found["spec"])
     machine = Machine(
-        cores=2, memory_bytes=64 * GIB, gpu_name="A fake GPU", gpu_memory_bytes=card["memory"], gpu_capability=9.0, bf16_pays=True
+        cores=2,
+        memory_bytes=64 * GIB,
+        gpu_name="A fake GPU",
+        gpu_memory_bytes=memory * GIB,
+        gpu_capability=7.5 if "fp16" in name else 9.0,
+        bf16_pays=True,
     )
     assert pack_tokens(spec.run, found["longest"]) == tokens
     parts = memory_of(spec.model.shape, spec.strategy, spec.run, found["longest"], machine, found["started"]["recomputed_layers"])

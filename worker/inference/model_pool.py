@@ -141,8 +141,11 @@ class ModelPool:
         return sum(one.weight_bytes for one in family.values())
 
     def limit(self) -> int:
-        """Bytes that may be in use now; training jobs on this machine come first."""
-        return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
+        """Bytes that may be in use now; training jobs on this machine come first, and on a GPU whatever else has its memory."""
+        limit = min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
+        if self.device.type == "cuda":
+            limit = min(limit, torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device))
+        return max(0, limit)
 
     def ready(self) -> list[LoadedModelInfo]:
         """Every loaded base with the adapters that share its weights."""
@@ -371,9 +374,9 @@ def _device_bytes(device: torch.device) -> int:
 
 
 def _memory_for_models(device: torch.device) -> int:
-    """The configured limit, else half of the machine's memory, or four fifths of what is free on the GPU."""
+    """The configured limit, else half of the machine's memory, or four fifths of the GPU's."""
     if (said := get_settings().generate_memory_bytes) is not None:
         return said
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+        return int(_device_bytes(device) * 0.8)
     return usable_memory() // 2

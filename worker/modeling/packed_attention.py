@@ -179,6 +179,9 @@ def packed_attention(
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
     value = value.contiguous()  # as above
+    if query.is_cuda and key.shape[1] != query.shape[1]:
+        # In float32, and in fp16 before Ampere, the one kernel that does not write all scores out takes no grouped heads.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     # Under autocast rotated queries and keys may already be float32 while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     plain = not dropout and softcap is None and not torch.compiler.is_compiling()
