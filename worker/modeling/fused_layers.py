@@ -15,6 +15,7 @@ from worker.kernels.cpu.gated_mlp import patch_gated_mlp
 from worker.kernels.cpu.rms_norm import rms_norm
 from worker.kernels.cpu.rotary import patch_rotary
 from worker.kernels.gpu import fp8
+from worker.modeling import packed_attention
 from worker.runtime.device import Compute
 
 PLAIN_NORMS = frozenset(
@@ -137,6 +138,8 @@ def speed_up(model: torch.nn.Module, engine: Compute, seconds: float) -> dict[st
     done: dict[str, Any] = {}
     if engine.fp8:
         done["fp8_layers"] = fp8.patch_fp8(blocks_of(model))
+    if engine.framed:
+        packed_attention.probe_grouped_heads(engine.device)
     compiles = engine.framed and seconds >= MIN_SECONDS_TO_COMPILE and kernels.allowed() and not _has_graph_breaks(model)
     recomputes = any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
     # What one layer keeps for its neighbours is a side effect that the compiler takes for none of a recomputed block.

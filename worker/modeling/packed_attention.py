@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,33 @@ try:
     _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]  # whoever calls it looks first
+    _GROUPED = {}
+
+_repeats = not _GROUPED
+"""Whether keys and values are repeated for each head of the queries, so that all have equally many."""
+
+
+def probe_grouped_heads(device: torch.device) -> bool:
+    """Where torch's attention has no argument for grouped heads (before 2.12), find out once whether it takes them all the same, as its
+    kernel does: copies of keys and values cost 3 % of a step. Returns whether it does."""
+    global _repeats
+    if not _repeats or varlen_attn is None:
+        return not _repeats
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(32, heads, 32, generator=generator).to(device, torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    ends = torch.tensor([0, 12, 32], dtype=torch.int32, device=device)
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+
+    def gradients(keys: torch.Tensor, values: torch.Tensor) -> Any:
+        out = varlen_attn(q, keys, values, ends, ends, max_q=20, max_k=20, window_size=(-1, 0))
+        return torch.autograd.grad(cast("torch.Tensor", out).float().square().sum(), (q, k, v))
+
+    try:
+        pairs = zip(gradients(k, v), gradients(*repeated), strict=True)
+        _repeats = not all(torch.allclose(x.float(), y.float(), rtol=0.05, atol=0.05) for x, y in pairs)
+    except (RuntimeError, ValueError):  # it refuses them
+        return False
+    return not _repeats
 
 
 MULTIPLE = 32
@@ -64,11 +91,13 @@ class PackShape(NamedTuple):
         """Sequences that a pack may hold in addition to its padding."""
         return self.sequences - math.ceil(self.tokens / self.longest)
 
-    def filling(self, tokens: int) -> list[int]:
-        """Lengths of the pieces that pad a pack of `tokens`. One piece longer than `longest` would make the attention read
-        outside its table, which gave NaN losses."""
-        left = self.tokens - tokens
-        return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
+    def filling(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths of the pieces that pad a pack of sequences of these lengths: each as long as the longest of them, or longer where
+        the table has no more places. One piece longer than `longest` would make the attention read outside its table, which gave NaN
+        losses."""
+        left, free = self.tokens - sum(lengths), max(1, self.sequences - len(lengths))
+        piece = max(*lengths, -(-left // free))
+        return [piece] * (left // piece) + ([left % piece] if left % piece else [])
 
 
 def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
@@ -105,8 +134,17 @@ def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape 
     ends = torch.full((places + 1,), sum(lengths), dtype=torch.int32)
     ends[0] = 0
     ends[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-    found = {"cu_seq_lens": sent(ends, device), "longest": frame.longest if frame else max(lengths)}
+    found = {"cu_seq_lens": sent(ends, device), "longest": as_size(max(lengths)) if frame else max(lengths)}
     return found if frame else {**found, "sequence_lengths": lengths}
+
+
+def as_size(number: int) -> torch.Tensor:
+    """A number as the size of an empty tensor on the host, which a compiled layer takes whatever it is; it would be compiled again for
+    each number as such. FlashAttention launches a block for every 128 tokens of the longest sequence, for every place of the table: with
+    the longest row of a job in the place of the pack's own, 98 % of them had nothing to do in short chats with one row of 4,096."""
+    empty = torch.empty(number, 0)
+    torch._dynamo.maybe_mark_dynamic(empty, 0)
+    return empty
 
 
 def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -144,7 +182,7 @@ def packed_attention(
     softcap: float | None = None,
     sequence_lengths: list[int] | None = None,
     cu_seq_lens: torch.Tensor | None = None,
-    longest: int | None = None,
+    longest: int | torch.Tensor | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each packed sequence, for queries (1, heads, T, D) and keys and values (1, kv heads, T, D). Returns (1, T,
@@ -167,10 +205,11 @@ def packed_attention(
     if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         v = v.contiguous()  # a view of a joint q, k, v product would keep all three alive until the backward pass
-        if not _GROUPED and k.shape[1] != q.shape[1]:
+        if _repeats and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         back = (sliding_window or 0) - 1  # -1: unlimited
         window = (back, 0 if causal else back)
+        longest = longest if isinstance(longest, int) else longest.shape[0]
         ends = cu_seq_lens, cu_seq_lens, longest, longest
         out: torch.Tensor = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, **_GROUPED)  # type: ignore[assignment]
         return out.unsqueeze(0), None  # without `return_aux` it returns no tuple
