@@ -6,7 +6,9 @@ Each is tried with a small computation on the device itself, since an installed 
 
 from __future__ import annotations
 
+import datetime
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -19,7 +21,8 @@ import torch._dynamo
 def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
     """`{part: {"works", "said"}}`, with `said` a version and a measurement, or the first line of the error."""
     tries: dict[str, Callable[[torch.device], str]] = {
-        "torch": products, "attention": attention, "triton": triton, "compiler": compiler, "bitsandbytes": bits, "fp8": fp8
+        "torch": products, "attention": attention, "triton": triton, "compiler": compiler, "bitsandbytes": bits, "fp8": fp8,
+        "nccl": several,
     }  # fmt: skip
     found = {}
     for name, body in tries.items():
@@ -50,7 +53,7 @@ def attention(device: torch.device) -> str:
     ends, found = torch.tensor([0, 12, 32], dtype=torch.int32, device=device), []
     for dtype, packs in ((torch.float32, {"sequence_lengths": [12, 20]}), (torch.bfloat16, {"cu_seq_lens": ends, "longest": 32})):
         q, k, v = (x.to(dtype).requires_grad_() for x in given)
-        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **packs)  # type: ignore[arg-type]
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **packs)
         out.float().square().sum().backward()
         found.append([out, q.grad, k.grad, v.grad])
     for ours, wanted in zip(*reversed(found), strict=True):
@@ -115,6 +118,27 @@ def fp8(device: torch.device) -> str:
     apart = float((fp8.product(x, *fp8.quantize(weight)).float() - wanted).norm() / wanted.norm())
     assert apart < 0.06, f"a product is {apart:.1%} off"
     return f"products within {apart:.1%}"
+
+
+def several(device: torch.device) -> str:
+    """A sum over two processes, one for each of two GPUs, as jobs with `LUTHIER_GPUS_PER_JOB` take it."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        return "not tried: one GPU"
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_sum, (device.type, f"file://{folder}/meet"), nprocs=2)
+    return f"two processes add up through {'NCCL' if device.type == 'cuda' else 'gloo'}"
+
+
+def _sum(rank: int, kind: str, meet: str) -> None:
+    import torch.distributed as dist
+
+    own = torch.device(kind, rank) if kind == "cuda" else None
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("nccl" if own else "gloo", init_method=meet, rank=rank, world_size=2, timeout=wait, device_id=own)
+    x = torch.full((1000,), float(rank + 1), device=own or "cpu")
+    dist.all_reduce(x)
+    assert float(x.sum()) == 3000.0, "a sum over two processes is wrong"
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

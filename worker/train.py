@@ -174,6 +174,8 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         batch = next_batch(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
+        if (slow := backend.laps.slow()) and world.first:
+            yield _log("warn", slow)
         if state.step == before + 2 and (missed := fused_layers.given_up()):
             yield _log(
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."

@@ -101,6 +101,7 @@ PARTS = {
     ),
     "fp8": ("products in fp8", "Only the setting frozen_weights=fp8 needs them."),
     "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
+    "nccl": ("two at once", "Jobs on several GPUs will not start: NCCL_DEBUG=INFO shows why."),
 }
 """The checks of `worker/selftest.py`: their names here, and what to do when they fail."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from worker.runtime.device import Compute
-from worker.runtime.distributed import ProcessGroup
+from worker.runtime.distributed import Laps, ProcessGroup
 from worker.training import checkpoint, optim
 from worker.training.objectives._base import LossOutput, Objective, trained_parameters
 
@@ -49,6 +49,7 @@ class StepBackend(ABC):
 
     def __init__(self, engine: Compute) -> None:
         self.engine, self.world = engine, ProcessGroup()
+        self.laps = Laps(self.world, engine.device)
 
     @abstractmethod
     def prepare(
@@ -114,7 +115,7 @@ class PlainBackend(StepBackend):
         optim.load_state(self.optimizer, self.trained, saved)
 
     def start(self, world: ProcessGroup) -> None:
-        self.world = world
+        self.world, self.laps = world, Laps(world, self.engine.device)
         world.broadcast(self.trained.values())
 
     def backward(self, batch: StepBatch) -> StepSums:
@@ -122,12 +123,14 @@ class PlainBackend(StepBackend):
         self.loss = torch.zeros((), device=device)
         measured = [torch.zeros(measures, dtype=torch.float64, device=device)] if measures else []
         tokens, losses = 0, 0
+        began = self.laps.now()
         for pack in batch.batches:
             for found in self.passes(pack, batch.learnt):
                 self.loss += found.loss
                 tokens, losses = tokens + found.tokens, losses + found.losses
                 if measured and found.measured is not None:
                     measured[0] += found.measured
+        self.laps.note(began)
         self.sum_gradients()
         self.world.sum_([self.loss, *measured])
         return StepSums(self.loss, measured, *self.world.count(tokens, losses))
