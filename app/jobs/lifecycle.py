@@ -120,6 +120,11 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     return held
 
 
+def device_of(session: Session, job_id: uuid.UUID) -> str | None:
+    """The device that a job asks for; None where there is no such job."""
+    return session.scalar(select(Job.spec["run"]["device"].astext).where(Job.id == job_id))
+
+
 def heartbeat(session: Session, held: Claim) -> ControlFlags:
     """Renew the lease and return people's requests. Raises FenceLost."""
     _beat(session, held)

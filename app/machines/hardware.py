@@ -177,6 +177,24 @@ def _gpu() -> tuple[str | None, int | None, float | None]:
     return found.name, memory or found.memory_bytes, found.capability
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """UUIDs of the GPUs that processes started here use, in their order, or of the MIG instances; none where nvidia-smi tells none."""
+    return _uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@functools.cache
+def _uuids(visible: str | None) -> tuple[str, ...]:
+    cards, found = _cards(), []
+    cut = {number: uuid for number, uuid, _ in reversed(_mig_instances())}  # CUDA takes the first instance of a card
+    for wanted in visible.split(",") if visible is not None else map(str, range(len(cards))):
+        name = wanted.strip()
+        place = next((i for i, card in enumerate(cards) if str(i) == name or (len(name) > 4 and card.uuid.startswith(name))), None)
+        if place is None and not name.startswith("MIG-"):
+            break  # CUDA shows none of those behind an unknown name either
+        found.append(name if place is None else cut.get(place, cards[place].uuid))
+    return tuple(found)
+
+
 def _cards() -> list[_Card]:
     """All GPUs by PCI bus; old drivers do not report the capability."""
     for wanted in ("uuid,compute_cap,memory.total,name", "uuid,memory.total,name"):
