@@ -113,18 +113,22 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
-    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
+    model = lesson.attach(model).train()
+    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
+    seconds = seconds_expected(spec, course) if lesson.frames else 0.0
+    about = spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task
+    recompute = recomputed_layers(*about)
+    if squeezed := recompute > 0 and run.gradient_checkpointing == "auto" and fused_layers.compiles(body_of(model), engine, seconds):
+        recompute = recomputed_layers(*about, squeezed=True)  # fewer, since each keeps less
     if run.gradient_checkpointing == "auto" and memory_ran_out(runs or folder.parent):
         recompute = spec.model.shape.layers
         yield _log("warn", "The GPU ran out of memory, so the activations of every layer are now recomputed: the same result, more slowly.")
-    model = lesson.attach(model).train()
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
     recompute = fused_layers.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
         fused_layers.round_embeddings(plain(model), engine.compute)
-    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = fused_layers.speed_up(body_of(model), engine, seconds_expected(spec, course) if lesson.frames else 0.0)
+    done = fused_layers.speed_up(body_of(model), engine, seconds, squeezed)
 
     # The optimizer, and the state of the checkpoint that is resumed.
     trained = trained_parameters(model)

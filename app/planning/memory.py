@@ -109,7 +109,14 @@ def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
 
 
 def layer_bytes(
-    shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False, fp16: bool = False
+    shape: Shape,
+    strategy: Strategy,
+    half: bool,
+    cuda: bool,
+    whole: bool = False,
+    units: bool = False,
+    fp16: bool = False,
+    squeezed: bool = False,
 ) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, fixed bytes).
 
@@ -117,7 +124,8 @@ def layer_bytes(
     in a gated feed-forward the gate, the up projection and on a GPU the activation. (The `whole` layers of
     `worker/kernels/cpu/full_tuning.py` recompute their product.) On a CPU attention is float32 even in bf16, except with AMX
     (`units`, `worker/kernels/cpu/attention.py`). In fp16 the residual stream is float32, and without the attention over packs, which is
-    bf16's, keys and values are kept once per head of the queries. Trainable weights add their own inputs. Counted tensor by tensor;
+    bf16's, keys and values are kept once per head of the queries. `squeezed`: the compiler computes the activation again from gate and
+    up projection (`worker/modeling/fused_layers.py:compile_blocks`). Trainable weights add their own inputs. Counted tensor by tensor;
     `tests/worker/training/test_memory.py` compares it with autograd's own count.
     """
     compute = 2 if half else 4
@@ -129,7 +137,7 @@ def layer_bytes(
     in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
     # The same tensor as the next layer's input, which is counted where that is trained.
     attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * (q if cuda and (fp16 or not half) else kv)
-    wide = (3 if cuda else 2) if shape.gated else 1
+    wide = (3 if cuda and not squeezed else 2) if shape.gated else 1
     passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
     passing += 4 * shape.heads if cuda or in_tiles else 0  # log-sum-exp of each row of scores
     per_token = passing + own.per_token * compute - (shape.intermediate * compute if whole and shape.gated else 0)
@@ -172,9 +180,17 @@ def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) 
 
 
 def memory_of(
-    shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
+    shape: Shape,
+    strategy: Strategy,
+    run: RunSettings,
+    longest: int,
+    machine: Machine,
+    recompute: int,
+    task: str = "generation",
+    squeezed: bool = False,
 ) -> MemoryParts:
-    """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass."""
+    """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass; `squeezed` as in
+    `layer_bytes`."""
     precision = precision_of(run, strategy, machine)
     half, fp16 = precision != "fp32", precision == "fp16"
     frozen_bytes = 2 if half and strategy.adapter else 4
@@ -191,7 +207,7 @@ def memory_of(
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
@@ -250,14 +266,22 @@ def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
     return shape.layers * shape.hidden * outputs * frozen_bytes if shape.gated else 0
 
 
-def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, task: str = "generation") -> int:
+def recomputed_layers(
+    shape: Shape,
+    strategy: Strategy,
+    run: RunSettings,
+    longest: int,
+    machine: Machine,
+    task: str = "generation",
+    squeezed: bool = False,
+) -> int:
     """Layers whose activations are recomputed: none or all as configured, or as few as make each process fit in nine tenths of
     its memory."""
     if run.gradient_checkpointing != "auto":
         return shape.layers if run.gradient_checkpointing == "all" else 0
     limit = 0.9 * machine.training_memory_bytes
     for layers in range(shape.layers + 1):
-        if sum(memory_of(shape, strategy, run, longest, machine, layers, task).model_dump().values()) <= limit:
+        if sum(memory_of(shape, strategy, run, longest, machine, layers, task, squeezed).model_dump().values()) <= limit:
             return layers
     return shape.layers
 

@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from app.strategies import STRATEGIES
@@ -27,6 +28,8 @@ from worker.training import optim
 BREAKS = {"loha with dropout", "lokr with dropout", "dora with dropout"}
 """What is not compiled, because it would be in pieces."""
 
+COMPILE = fused_layers.compile_blocks
+
 NAMES = [name for name, kind in STRATEGIES.items() if kind.recipe == "gradient" and "generation" in kind.tasks and name != "qlora"]
 DROPS = [name for name in NAMES if "dropout" in STRATEGIES[name].model_fields]
 
@@ -35,7 +38,13 @@ class Compiled:
     """Some steps over packs of one shape, with the model prepared as a long job does: graphs made until each, and breaks."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any] | None = None, steps: int = 2, backend: Any = None
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        settings: dict[str, Any] | None = None,
+        steps: int = 2,
+        backend: Any = None,
+        squeezed: bool = False,
     ) -> None:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -43,8 +52,7 @@ class Compiled:
         for only_on_a_cpu in ("patch_gated_mlp", "patch_rotary"):
             monkeypatch.setattr(fused_layers, only_on_a_cpu, lambda *_: 0)
         self.counter = backend or CompileCounterWithBackend("eager")
-        real = fused_layers.compile_blocks
-        monkeypatch.setattr(fused_layers, "compile_blocks", lambda model: real(model, self.counter))
+        monkeypatch.setattr(fused_layers, "compile_blocks", lambda model, squeezed: COMPILE(model, self.counter, squeezed))
         torch.manual_seed(2)
         self.strategy = STRATEGIES[name](**(settings or {}))
         config = CONFIG if name != "bitfit" else Qwen2Config(**{k: v for k, v in CONFIG.to_dict().items() if k in WIDTHS})
@@ -54,7 +62,7 @@ class Compiled:
         fused_layers.patch_norms(self.model)
         self.model = self.strategy.attach(self.model).train()
         fused_layers.round_embeddings(held_out.plain_model(self.model), torch.bfloat16)
-        self.done = fused_layers.speed_up(self.model, ENGINE, 1e9)
+        self.done = fused_layers.speed_up(self.model, ENGINE, 1e9, squeezed)
         torch._dynamo.config.suppress_errors = False
         self.strategy.begin(self.model, 10)
         self.trained = optim.trained_parameters(self.model)
@@ -85,8 +93,14 @@ class Graphs:
     """A backend of torch.compile that counts what is in the graphs of both passes, as Inductor would be given them."""
 
     def __init__(self) -> None:
-        self.frame_count, self.called = 0, Counter[str]()
-        self.backend = aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep, partition_fn=min_cut_rematerialization_partition)
+        self.frame_count, self.called, self.kept_bytes = 0, Counter[str](), 0
+        self.backend = aot_autograd(fw_compiler=self.forward, bw_compiler=self.keep, partition_fn=min_cut_rematerialization_partition)
+
+    def forward(self, graph: Any, inputs: Any) -> Any:
+        (out,) = (node for node in graph.graph.nodes if node.op == "output")
+        made = {x for x in tree_leaves(out.args) if isinstance(x, torch.fx.Node) and x.op != "placeholder"}
+        self.kept_bytes += sum(x.meta["val"].nbytes for x in made if isinstance(x.meta["val"], torch.Tensor))
+        return self.keep(graph, inputs)
 
     def keep(self, graph: Any, inputs: Any) -> Any:
         self.called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
@@ -131,6 +145,20 @@ def test_in_place_sums_stay_in_place_when_compiled(kernel: None, monkeypatch: py
     assert not graphs.called["aten.addmm.default"], graphs.called
     # Four products a block forwards and backwards, and the lowest block has graphs of its own: its first three need no gradient of x.
     assert graphs.called["luthier.sum_of_products.default"] >= 8
+
+
+def test_squeezed_blocks_keep_less_and_repeat_no_product(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Where memory is short a compiled block computes its cheap parts again, of which the activation of the feed-forward is the largest."""
+    found = {}
+    for squeezed in (False, True):
+        found[squeezed] = graphs = Graphs()
+        run = Compiled(monkeypatch, "lora", backend=graphs, squeezed=squeezed)
+        assert run.done["activations_squeezed"] is squeezed and not run.breaks
+    whole, less = found[False], found[True]
+    print(f"kept: {whole.kept_bytes:,} bytes, squeezed {less.kept_bytes:,}")
+    assert less.kept_bytes < 0.75 * whole.kept_bytes
+    for name in ("aten.mm.default", "luthier.sum_of_products.default", "torch_attn._varlen_attn.default"):
+        assert less.called[name] == whole.called[name] > 0, name
 
 
 def test_an_evaluation_between_steps_has_nothing_compiled_again(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
