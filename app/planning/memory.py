@@ -148,16 +148,19 @@ def layer_bytes(
 
 def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1, whole: bool = False) -> int:
     """The chunks of logits alive at once in `worker/modeling/cross_entropy.py`, one for each part of a pack, plus the gradient of
-    the hidden states and what each part needs of the head itself."""
+    the hidden states and what each part needs of the head itself. On a GPU a chunk has as many rows as fit in float32; in half of that
+    its kernel overwrites it with its gradient, and else there are two."""
     width = 2 if half and not cuda else 4
     chunks = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else parts * LOGITS_BYTES)
     head = shape.vocabulary * shape.hidden
-    # The head in bf16, its gradient in float32, a chunk's contribution before it is added, and on a CPU the head as packed for
-    # bf16 products.
-    own = head * (4 + 2 + 2 + (0 if cuda else 2) if half else 4) if trained else 0
+    # The head in bf16, its gradient in float32, a chunk's contribution before it is added, which on a GPU is float32 too and of which a
+    # single chunk has none, and on a CPU the head as packed for bf16 products.
+    added = (4 if 4 * tokens * shape.vocabulary > LOGITS_CUDA_BYTES else 0) if cuda else 2 + 2
+    own = head * (4 + 2 + added if half else 4) if trained else 0
     if whole and trained:  # where they are smaller, the logits' gradients are kept instead of the head's
         own = head * ((2 if half else 0) + (4 if tokens // parts * width > 4 * shape.hidden else 0))
-    return (2 if cuda else 1) * chunks + 8 * tokens * shape.hidden + parts * own
+    logits = chunks if not cuda else chunks // 2 if half else 2 * chunks
+    return logits + 8 * tokens * shape.hidden + parts * own
 
 
 def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:

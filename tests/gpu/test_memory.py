@@ -58,7 +58,11 @@ def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
         bf16_pays=True,
     )
     assert pack_tokens(spec.run, found["longest"]) == tokens
-    parts = memory_of(spec.model.shape, spec.strategy, spec.run, found["longest"], machine, found["started"]["recomputed_layers"])
+    # Packs that are not filled up to one shape hold somewhat fewer tokens than they may.
+    ran = (
+        spec.run if found["frames"] else spec.run.model_copy(update={"max_tokens_per_step": max(step["tokens"] for step in found["steps"])})
+    )
+    parts = memory_of(spec.model.shape, spec.strategy, ran, found["longest"], machine, found["started"]["recomputed_layers"])
     estimated = sum(parts.model_dump().values()) - FLOOR_CUDA_BYTES
     peak = max(step["peak"] for step in found["steps"])
     print(f"{name}: {peak / GIB:.2f} GiB, estimated {estimated / GIB:.2f}, {found['started']['recomputed_layers']} layers recomputed")
