@@ -16,7 +16,7 @@ import tempfile
 import traceback
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.gpu import fake
 
@@ -128,6 +128,72 @@ def spec_of(case: dict[str, Any]) -> Any:
     return JobSpec(name="a test", task=task, model=model, dataset=data, run=RunSettings(**given), strategy=strategy)
 
 
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    """Some tokens of `answers` answers of the playground, sampled as `sampling` says: what was launched for each token and waited for,
+    and how many steps were captured."""
+    import torch
+
+    real, torch.inference_mode = torch.inference_mode, torch.no_grad  # type: ignore[misc]  # for decorators: fake tensors cannot be in it
+    from app.inference.protocol import GenerateRequest, Sampling
+    from worker.inference import model_pool, next_token
+    from worker.inference.engine import Engine
+
+    torch.inference_mode = real  # type: ignore[misc]
+    from worker.inference.sampling import Sampler
+    from worker.runtime.transfer import AsyncScalars
+
+    class Said(NamedTuple):
+        likeliest: int = 5
+
+        def sampled(self, sampler: Sampler) -> int:
+            return sampler.count(5)
+
+        def logprob(self, *_: Any) -> Any:
+            return next_token.say(tokenizer(), 5, -1.0)
+
+    class Graph:
+        """Running a step while it is captured launches nothing; replaying it is one launch."""
+
+        def __init__(self, step: Any) -> None:
+            before = watch.launched.copy()
+            self.out = step()
+            watch.launched = before
+            captured.append(self)
+
+        def replay(self) -> None:
+            watch.launched["a captured graph"] += 1
+
+    def options(logits: Any, wanted: Any) -> list[Said]:
+        parts, *_ = next_token.computed(logits, wanted)
+        AsyncScalars(list(parts.values())).read()
+        return [Said() for _ in wanted]
+
+    captured: list[Graph] = []
+    steps: list[dict[str, Any]] = []
+    spec = spec_of(case)
+    next_token.options, Sampler.number = options, lambda self: 0.5  # type: ignore[assignment,method-assign]
+    model_pool.check = lambda *_, **__: None  # type: ignore[attr-defined]
+    with fake.fake() as watch:
+        engine = Engine(model_pool.ModelPool(device="cuda"))  # whose own thread is never woken: the steps are taken here
+        place = engine.shelf.place(spec.model)
+        place.lane.graphs.graph = Graph  # type: ignore[union-attr]
+        for i in range(case["answers"]):
+            request = GenerateRequest(
+                id=uuid.uuid4(), owner=uuid.UUID(int=i), model=spec.model, prompt="wood " * 9, seed=i,
+                sampling=Sampling(**{"max_tokens": 400, **case.get("sampling", {})}),
+            )  # fmt: skip
+            engine.waiting.append(engine._prepare(request, place, 0.0)[0])
+        engine._admit()
+        for _ in range(case.get("tokens", 5)):
+            watch.forget()
+            engine._step_or_break(place.lane)
+            steps.append(
+                {"launches": sum(watch.launched.values()), "operations": dict(watch.launched.most_common()), "waits": dict(watch.waits)}
+            )
+        written = [r.written for r in engine.active]
+    return {"steps": steps, "captured": len(captured), "written": written}
+
+
 @functools.cache
 def tokenizer() -> Any:
     from tests.tiny import build_tokenizer
@@ -177,7 +243,8 @@ def main() -> None:
     dpo.write_folder = lambda *_, **__: None  # type: ignore[assignment]
     for line in sys.stdin:
         try:
-            said = run(json.loads(line))
+            case = json.loads(line)
+            said = answer(case) if "answers" in case else run(case)
         except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         answers.write(json.dumps(said) + "\n")

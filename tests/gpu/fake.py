@@ -129,13 +129,12 @@ def attention(
 
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    if k.shape[1] != q.shape[1] or q.dtype not in (torch.float16, torch.float32):
+    if k.shape[1] != q.shape[1] or q.dtype not in (torch.float16, torch.float32, torch.bfloat16):
         return torch._C._nn.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    bias = (
-        None
-        if attn_mask is None
-        else torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -torch.inf).expand(*q.shape[:3], -1)
-    )
+    bias = attn_mask
+    if bias is not None:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, -torch.inf) if bias.dtype == torch.bool else bias
+        bias = bias.expand(*q.shape[:3], -1)
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 

@@ -25,12 +25,15 @@ from app.spec import ModelRef
 from app.strategies import STRATEGIES
 from app.strategies._model import transformer, wrapped
 from app.strategies.dora import Dora
+from worker import kernels
 from worker.data import chat_template
 from worker.inference import model_cache
+from worker.inference.decode_graph import DecodeGraphs
 from worker.inference.kv_cache import ATTENTION, Cache, Step, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.runtime.transfer import sent
 
 
 @dataclass(eq=False)
@@ -51,9 +54,12 @@ class LoadedModel:
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     cache: Cache = field(init=False)
+    graphs: DecodeGraphs | None = None  # on a GPU
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.context, self.bytes_per_token)
+        if self.device.type == "cuda" and kernels.allowed():
+            self.graphs = DecodeGraphs(self.device)
 
     def nbytes(self) -> int:
         """Bytes of its weights, its adapters and its cache."""
@@ -62,14 +68,17 @@ class LoadedModel:
     @torch.inference_mode()
     def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
         """Logits (len(last), V) in float32 at the positions `last` of the flat row."""
-        device = self.device
+        if self.graphs is not None:
+            found = self.graphs.logits(self._logits, step, ids, positions, self.stack.version if self.stack else 0)
+            if found is not None:
+                return found
+        at = [sent(torch.tensor(numbers), self.device) for numbers in ([ids], [positions], last)]
+        return self._logits(step, *at)
+
+    def _logits(self, step: Step, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | int = 0) -> torch.Tensor:
+        """For ids and positions (1, N); `last` is 0 for all of them."""
         with running(step):
-            out = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device),
-            )
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last)
         return out.logits[0].float()
 
 
@@ -281,6 +290,10 @@ class ModelPool:
 
     def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> LoadedModel:
         _use_slots(model, ref)
+        if self.device.type == "cuda" and kernels.allowed():
+            from worker.modeling.fused_layers import patch_norms  # with compilers, which a CPU's answers do without
+
+            patch_norms(model)
         shape = ref.shape
         return LoadedModel(
             key=key,
