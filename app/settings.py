@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
+    gpu_memory_bytes: int | None = Field(
+        None,
+        ge=2**30,
+        description="Memory of a GPU that may be used, as if it had no more: a large one plays a smaller one. Otherwise all.",
+    )
     confinement: Literal["auto", "required", "off"] = Field(
         "auto",
         description="Walls around what opens foreign data (trainers, evaluations, readers, converters). auto takes all that this machine "

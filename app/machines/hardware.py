@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -174,7 +175,7 @@ def _gpu() -> tuple[str | None, int | None, float | None]:
         found = cards[place] if place is not None else None
     if found is None:
         return None, None, None
-    return found.name, memory or found.memory_bytes, found.capability
+    return found.name, min(memory or found.memory_bytes, get_settings().gpu_memory_bytes or sys.maxsize), found.capability
 
 
 def visible_gpus() -> tuple[str, ...]:

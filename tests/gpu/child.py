@@ -37,11 +37,13 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Two steps of a job: `family`, `strategy`, `precision` and `task`, with the `run` settings and the `shape` that it names."""
     from app import events
     from app.machines import hardware
+    from app.settings import get_settings
     from worker import train
     from worker.modeling import packed_attention
 
     kept = dict(fake.CARD)
     fake.CARD.update(case.get("card", {}))
+    get_settings().gpu_memory_bytes = case.get("gpu_memory")
     hardware._facts.cache_clear()
     spec = spec_of(case)
     seen: list[dict[str, Any]] = []
@@ -89,8 +91,16 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             pass
         finally:
             train.take_step, train.next_batch, packed_attention.varlen_attn = real_step, real_batch, real_attention
+            share = fake.CARD.pop("share", None)
             fake.CARD.update(kept)
-    return {"steps": seen, "started": said, "layers": spec.model.shape.layers, "spec": spec.model_dump(mode="json"), **about}
+    return {
+        "steps": seen,
+        "started": said,
+        "layers": spec.model.shape.layers,
+        "spec": spec.model_dump(mode="json"),
+        "share": share,
+        **about,
+    }
 
 
 def spec_of(case: dict[str, Any]) -> Any:

@@ -89,6 +89,7 @@ def as_cuda() -> None:
         "mem_get_info": lambda device=None: (CARD["memory"], CARD["memory"]),
         "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
+        "set_per_process_memory_fraction": lambda share, device=None: CARD.update(share=share),
         "empty_cache": lambda: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,

@@ -68,3 +68,15 @@ def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
     print(f"{name}: {peak / GIB:.2f} GiB, estimated {estimated / GIB:.2f}, {found['started']['recomputed_layers']} layers recomputed")
     assert peak == pytest.approx(estimated, rel=WITHIN)
     assert peak + FLOOR_CUDA_BYTES < card["memory"]
+
+
+def test_a_large_card_plays_a_small_one(gpu: FakeGpu) -> None:
+    """The planner recomputes what it would on a card of 24 GB, and the allocator gives no more."""
+    shape, run = shape_of("8b"), {"max_tokens_per_step": 4096, "max_length": 1024}
+    job: dict[str, Any] = {"strategy": "qlora", "shape": shape, "rows": 40, "words": 400, "run": run}
+    large, small, plays = (
+        gpu.run(**job, card={"memory": size * GIB}, **more) for size, more in ((80, {}), (24, {}), (80, {"gpu_memory": 24 * GIB}))
+    )
+    layers = [found["started"]["recomputed_layers"] for found in (large, small, plays)]
+    assert layers[0] == 0 < layers[1] == layers[2]
+    assert large["share"] is None and plays["share"] * 80 * GIB == pytest.approx(24 * GIB - FLOOR_CUDA_BYTES)

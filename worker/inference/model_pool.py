@@ -33,6 +33,7 @@ from worker.inference.kv_cache import ATTENTION, Cache, Step, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.runtime.device import gpu_memory
 from worker.runtime.transfer import sent
 
 
@@ -153,7 +154,7 @@ class ModelPool:
         """Bytes that may be in use now; training jobs on this machine come first, and on a GPU whatever else has its memory."""
         limit = min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
         if self.device.type == "cuda":
-            limit = min(limit, torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device))
+            limit = min(limit, gpu_memory(self.device)[0] + torch.cuda.memory_reserved(self.device))
         return max(0, limit)
 
     def ready(self) -> list[LoadedModelInfo]:
@@ -383,7 +384,7 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
 
 def _device_bytes(device: torch.device) -> int:
     """Total memory of the device: the GPU's, or the machine's within its control group."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else usable_memory()
+    return gpu_memory(device)[1] if device.type == "cuda" else usable_memory()
 
 
 def _memory_for_models(device: torch.device) -> int:

@@ -25,8 +25,9 @@ import torch
 
 from app.errors import DoesNotFit
 from app.machines.hardware import BF16_WORTHWHILE, Machine, note_bf16, this_machine, usable_cores
-from app.planning.memory import parts_of
+from app.planning.memory import FLOOR_CUDA_BYTES, parts_of
 from app.run_settings import RunSettings
+from app.settings import get_settings
 from app.strategies import Strategy
 from worker import kernels
 from worker.kernels.gpu import fp8
@@ -118,6 +119,9 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        if limit := get_settings().gpu_memory_bytes:
+            total = torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - FLOOR_CUDA_BYTES) / total), device)
         in_fp8 = run.frozen_weights == "fp8"
         if in_fp8 and (reason := fp8.why_not(device) or (None if precision == "bf16" else "Products in fp8 go with bf16 alone.")):
             raise _no_fp8(reason)
@@ -181,9 +185,18 @@ def memory_here(device: torch.device) -> Machine:
     machine = this_machine().on(device.type).model_copy(update={"processes": distributed.size()})
     if device.type != "cuda":
         return machine
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = gpu_memory(device)
     usable = total if distributed.size() > 1 else free + torch.cuda.memory_reserved(device)
     return machine.model_copy(update={"gpu_memory_bytes": usable})
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free beside what this process has reserved, and all of them; no more than the settings allow."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = get_settings().gpu_memory_bytes
+    if limit is None or limit >= total:
+        return free, total
+    return min(free, max(0, limit - torch.cuda.memory_reserved(device))), limit
 
 
 def peak_memory(device: torch.device) -> int:
