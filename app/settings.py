@@ -67,7 +67,12 @@ class Settings(BaseSettings):
     import_dirs: str = Field(
         "", description="Folders, with colons, below which a model folder may be added from the browser; `import` in data_dir always is."
     )
-    train_workers: int = Field(1, ge=0, le=64, description="Train workers that `luthier up` starts: one per GPU.")
+    train_workers: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Train workers that `luthier up` starts; otherwise one for every `gpus_per_job` GPUs of this machine.",
+    )
     upload_limit_bytes: int = Field(8 * 10**9, ge=1, description="Largest upload accepted, in bytes.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a claim on a job lasts without a beat.")
     beat_seconds: float = Field(5.0, gt=0, description="Pause between two beats of a running job.")
@@ -78,6 +83,11 @@ class Settings(BaseSettings):
     )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
+    gpu_memory_bytes: int | None = Field(
+        None,
+        ge=2**30,
+        description="Memory of a GPU that may be used, as if it had no more: a large one plays a smaller one. Otherwise all.",
+    )
     confinement: Literal["auto", "required", "off"] = Field(
         "auto",
         description="Walls around what opens foreign data (trainers, evaluations, readers, converters). auto takes all that this machine "

@@ -17,10 +17,11 @@ WARM = 3
 
 
 class Clock:
-    """Times of the ends of steps, and what was read until then."""
+    """Times of the ends of steps, and what was read until then. `ahead` is how many further steps were launched when one is told of: their
+    work is done before a time that is taken then, so it is not counted after it."""
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
+    def __init__(self, cuda: bool, ahead: int = 0) -> None:
+        self.cuda, self.ahead = cuda, ahead
         self.began = time.perf_counter()
         self.marks: list[tuple[float, float]] = []  # (wall, processor) at the end of each step
         self.losses: list[float] = []
@@ -40,12 +41,13 @@ class Clock:
             torch.cuda.synchronize()
             self.marks[-1] = (time.perf_counter(), time.process_time())
         (wall, cpu), (end, cpu_end) = self.marks[WARM - 1], self.marks[-1]
-        real = sum(tokens[WARM : len(self.marks)])
+        timed = tokens[WARM + self.ahead : len(self.marks)]
+        real = sum(timed)
         tail = self.losses[-max(1, len(self.losses) // 3) :]
         return {
             "tokens_per_second": real / (end - wall),
             "tokens_per_cpu_second": real / max(cpu_end - cpu, 1e-9),
-            "tokens_per_step": real / (len(self.marks) - WARM),
+            "tokens_per_step": real / len(timed),
             "peak_memory_bytes": peak(self.cuda),
             "loss": sum(tail) / len(tail),
             "first_loss": self.losses[0],
@@ -91,9 +93,12 @@ def strategy_of(plan: dict[str, Any]) -> Any:
 
 def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     """`worker.train.train` from its first line to the last timed step."""
+    import torch
+
     from app import events
     from worker import train
     from worker.modeling import fused_layers
+    from worker.runtime.transfer import depth
     from worker.training import schedule as train_schedule
 
     spec = order_of(plan, len(samples))
@@ -115,7 +120,8 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
         from worker.modeling import fused_lora
 
         fused_lora.fuse = lambda model, grouped=True: 0
-    clock, counts, told = Clock(plan["device"] == "cuda"), [], 0
+    device = torch.device(plan["device"])
+    clock, counts, told = Clock(device.type == "cuda", depth(device)), [], 0
     attempt = Path(os.environ["LUTHIER_DATA_DIR"]) / "runs" / f"{plan['engine']}-{plan['round']}" / "a1"
     details: dict[str, Any] = {}
     for event in train.train(spec, attempt):
@@ -195,13 +201,15 @@ def trainer(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "max_steps": plan["steps"] + WARM, "per_device_train_batch_size": plan["batch"],
         "learning_rate": plan["rate"], "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "bf16": half, "use_cpu": not cuda, "logging_steps": 1, "report_to": [], "save_strategy": "no", "seed": 42,
+        "bf16": half, "use_cpu": not cuda, "logging_steps": logged(plan), "report_to": [], "save_strategy": "no", "seed": 42,
         "dataloader_num_workers": 0, "disable_tqdm": True, "optim": "adamw_torch_fused",
     }  # fmt: skip
     lead = lead_of(plan)
     rows = [{"input_ids": [*lead, *ids], "labels": [-100] * len(lead) + ids} for ids in samples]
     longest = plan["longest"] + len(lead)
     if engine == "hf_trainer":
+        if cuda and not plan.get("groups"):  # all rows of a step padded at once are logits of 85 GB
+            settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": max(1, round(plan["batch"] / 8))}
         arguments = TrainingArguments(**settings, remove_unused_columns=False)
         made = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded, callbacks=[times(clock)])
     else:
@@ -259,7 +267,8 @@ def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
     model = FastLanguageModel.get_peft_model(model, r=plan["rank"], lora_alpha=2 * plan["rank"], use_gradient_checkpointing=False)
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=plan["steps"] + WARM, per_device_train_batch_size=1, learning_rate=plan["rate"], packing=True,
-        lr_scheduler_type="constant", warmup_steps=0, bf16=True, logging_steps=1, report_to=[], save_strategy="no", max_length=longest,
+        lr_scheduler_type="constant", warmup_steps=0, bf16=True, logging_steps=logged(plan), report_to=[], seed=42,
+        optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", max_length=longest,
         gradient_checkpointing=False,
     )  # fmt: skip
     rows = [{"input_ids": ids, "labels": ids} for ids in samples]
@@ -267,6 +276,11 @@ def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
         model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[times(clock)]
     )
     return clock.result(counted(plan, made, rows))
+
+
+def logged(plan: dict[str, Any]) -> int:
+    """Every how many steps a peer tells its loss: where a GPU is timed only at the end, because it waits for the GPU to tell it."""
+    return 1 if plan["device"] == "cpu" or plan.get("groups") else 10**6
 
 
 def times(clock: Clock) -> Any:
@@ -280,6 +294,8 @@ def times(clock: Clock) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
             if logs and "loss" in logs:
                 clock.losses.append(float(logs["loss"]))
+            elif logs and "train_loss" in logs and not clock.losses:  # the mean, at the end
+                clock.losses.append(float(logs["train_loss"]))
 
     return Times()
 
@@ -293,7 +309,8 @@ def counted(plan: dict[str, Any], made: Any, rows: list[dict[str, Any]]) -> list
 
         made.get_train_dataloader = lambda: DataLoader(rows, batch_sampler=plan["groups"], collate_fn=counting)
     made.train()
-    return counting.tokens
+    each = made.args.gradient_accumulation_steps
+    return [sum(counting.tokens[start : start + each]) for start in range(0, len(counting.tokens), each)]
 
 
 class Counting:

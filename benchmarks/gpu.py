@@ -1,12 +1,15 @@
 """Every number that a GPU's training is to reach, checked and measured by one command, with the goal beside each.
 
-    python -m benchmarks.gpu [--peers trl_tuned,unsloth] [--only NAME,…] [--model 8b=FOLDER] [--json FILE]
+    python -m benchmarks.gpu [--peers trl_tuned,unsloth] [--only NAME,…] [--model 8b=FOLDER] [--json FILE] [--minutes 9 --work FOLDER]
 
 First `benchmarks.gpu_check`: whether every path that only a GPU takes is right. Then each case in processes of its own through
 `benchmarks.training`, Luthier compiled from the first step as a long job is. The goals are for one H100 with 80 GB; on another
 card the share of its peak is what compares. Weights are drawn at random unless --model names a folder, which the loss of fp8
 wants; about an hour on an H100, most of it compiling and drawing 8 B weights. It leaves with 1 if a check or a run failed, not
 if a goal was missed.
+
+Where a machine is lent for minutes, --minutes ends it in time: cases are in order of worth, and what there is no time for is "not
+run". Cases that FILE holds are not run again, and what --work keeps (weights, compiled kernels) is there for the next call.
 
     python -m benchmarks.gpu --device cpu --shape tiny    the same way through on a processor: does the script itself work?
 """
@@ -15,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +30,8 @@ from typing import Any, NamedTuple
 from benchmarks import training
 
 LUTHIER = "luthier_compiled"
+LEAST_SECONDS = 60.0
+"""A case that has less than this is not begun."""
 
 
 class Goal(NamedTuple):
@@ -60,11 +67,11 @@ class Case(NamedTuple):
 CASES = (
     Case(
         "1.2b_lora", "1b", "lora", 16_384,
-        (at_least("tokens_per_second", SPEED, 95_000), at_least("fraction_of_peak", SHARE, 0.48), at_least("ratio", "{:.2f} x the best peer", 1.2)),
+        (at_least("tokens_per_second", SPEED, 95_000), at_least("fraction_of_peak", SHARE, 0.48), at_least("ratio_low", "{:.2f} x the best peer", 1.2)),
     ),
     Case(
         "1.2b_lora_32k", "1b", "lora", 32_768,
-        (at_least("tokens_per_second", SPEED, 95_000), at_least("fraction_of_peak", SHARE, 0.48), at_least("ratio", "{:.2f} x the best peer", 1.2)),
+        (at_least("tokens_per_second", SPEED, 95_000), at_least("fraction_of_peak", SHARE, 0.48), at_least("ratio_low", "{:.2f} x the best peer", 1.2)),
     ),
     Case("1.2b_full", "1b", "full", 16_384, (at_least("tokens_per_second", SPEED, 55_000),)),
     Case("8b_lora", "8b", "lora", 8192, (at_least("tokens_per_second", SPEED, 13_500),)),
@@ -72,7 +79,7 @@ CASES = (
         "8b_lora_fp8", "8b", "lora", 8192, (at_least("tokens_per_second", SPEED, 18_000), below("apart", APART, 0.02)),
         ("--frozen-weights", "fp8"), "8b_lora",
     ),
-    Case("8b_qlora", "8b", "qlora", 8192, (below("gigabytes", MEMORY, 24.0),)),
+    Case("8b_qlora", "8b", "qlora", 8192, (below("gigabytes", MEMORY, 24.0),), ("--gpu-memory-bytes", str(24 * 2**30))),
 )  # fmt: skip
 
 
@@ -81,14 +88,23 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [case for case in CASES if not options.only or case.name in options.only.split(",")]
     if not chosen:
         raise SystemExit(f"There is no such case. The cases are: {', '.join(case.name for case in CASES)}.")
+    until = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
     report: dict[str, Any] = {"device": None, "checks": None, "cases": {}}
-    if not options.no_checks:
+    if options.json and Path(options.json).exists():
+        report |= json.loads(Path(options.json).read_text())
+        report["cases"] = {name: found for name, found in report["cases"].items() if not {"error", "not_run"} & set(found)}
+    if not options.no_checks and report["checks"] is None:
         command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", options.device]
+        if options.minutes:
+            command += ["--minutes", f"{max(1.0, options.minutes / 2):g}"]
         report["checks"] = subprocess.run(command, check=False).returncode == 0
     with tempfile.TemporaryDirectory() as home:
         work = Path(options.work or home).resolve()
         for case in chosen:
-            found = measure(case, options, work)
+            if case.name in report["cases"]:
+                print(f"{case.name:16}measured before")
+                continue
+            found = measure(case, options, work, until)
             report["device"] = found.pop("device", report["device"])
             apart(case, found, report["cases"])
             report["cases"][case.name] = found
@@ -99,17 +115,21 @@ def main(arguments: list[str] | None = None) -> int:
     return int(report["checks"] is False or any("error" in found for found in report["cases"].values()))
 
 
-def measure(case: Case, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Luthier's figures for a case, those of the peers, and Luthier's losses on the same rows; `error` or `refused` where there are none."""
+def measure(case: Case, options: argparse.Namespace, work: Path, until: float = math.inf) -> dict[str, Any]:
+    """Luthier's figures for a case, those of the peers, and Luthier's losses on the same rows; `error`, `refused` or `not_run` where there
+    are none. `until` is the time, of the monotonic clock, at which all has to end."""
     if reason := why_not(case, options.device):
         return {"refused": reason}
+    if (left := until - time.monotonic()) < LEAST_SECONDS:
+        return {"not_run": "no time was left"}
     shape = options.shape or case.shape
     tokens = min(case.tokens, 512) if options.device == "cpu" else case.tokens
     peers = [name for name in (options.peers or "").split(",") if name] if "--frozen-weights" not in case.more else []
     asked = ["--shape", shape, "--strategy", case.strategy, "--tokens", str(tokens), "--device", options.device, *case.more]
     asked += ["--engines", ",".join([LUTHIER if options.device == "cuda" else "luthier", *peers])]
-    asked += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--limit", str(options.limit)]
+    asked += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--limit", str(min(options.limit, left))]
     models = dict(pair.split("=", 1) for pair in options.model)
+    asked += [part for pair in options.python for part in ("--python", pair)]
     if shape in models:
         asked += ["--model", models[shape]]
     given = training.parser().parse_args(asked)
@@ -120,17 +140,25 @@ def measure(case: Case, options: argparse.Namespace, work: Path) -> dict[str, An
     own, *others = done["results"]
     if "error" in own:
         return {"error": own["error"].strip()[-500:], "device": done["device"]}
-    best = max((other["tokens_per_second"] for other in others if "error" not in other), default=None)
+    best = max((other for other in others if "error" not in other), key=lambda other: other["tokens_per_second"], default=None)
     kept = ("tokens_per_second", "fraction_of_peak", "peak_memory_bytes", "loss", "seconds_to_first_step", "rounds", "details")
     return {
         **{name: own[name] for name in kept},
         "device": done["device"],
         "gigabytes": own["peak_memory_bytes"] / 1e9,
-        **({"ratio": own["tokens_per_second"] / best} if best else {}),
+        **against(own, best),
         "peers": {other["engine"]: other.get("tokens_per_second", other.get("error")) for other in others},
         "same_rows_losses": next(iter(done["same_rows_losses"].values()), []),
         "losses_agree": done["losses_agree"],
     }
+
+
+def against(own: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
+    """The ratio to the best peer, and its 95 % interval, whose lower end alone is claimed."""
+    if best is None:
+        return {}
+    low, high = training.ratio_interval(own["rounds"], best["rounds"])
+    return {"ratio": own["tokens_per_second"] / best["tokens_per_second"], "ratio_low": low, "ratio_high": high}
 
 
 def why_not(case: Case, device: str) -> str | None:
@@ -157,10 +185,12 @@ def lines(case: Case, found: dict[str, Any]) -> list[str]:
     for goal in case.goals:
         value = found.get(goal.what)
         if value is None:
-            why = found.get("refused") or (
-                f"failed: {found['error'].splitlines()[-1][:120]}" if found.get("error") else "nothing to compare with"
+            why = (
+                found.get("refused")
+                or found.get("not_run")
+                or (f"failed: {found['error'].splitlines()[-1][:120]}" if found.get("error") else "nothing to compare with")
             )
-            said.append(f"{case.name:16}{'–':>26}   {goal.words:34}not measured ({why})")
+            said.append(f"{case.name:16}{'–':>26}   {goal.words:34}{'not run' if 'not_run' in found else 'not measured'} ({why})")
         else:
             said.append(f"{case.name:16}{goal.show.format(value):>26}   {goal.words:34}{'reached' if goal.reached(value) else 'MISSED'}")
     return said
@@ -179,6 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", help="one shape for all cases, to try the script")
     made.add_argument("--peers", help="engines of benchmarks.training to run beside, such as trl_tuned,unsloth")
     made.add_argument("--model", action="append", default=[], metavar="SHAPE=FOLDER", help="a real model instead of random weights")
+    made.add_argument("--minutes", type=float, help="end within so many; what there is no time for is not run")
+    made.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter, such as unsloth's")
     made.add_argument("--rounds", type=int, default=2)
     made.add_argument("--steps", type=int, default=20, help="timed steps")
     made.add_argument("--limit", type=float, default=1200, help="seconds that one engine's run may take")

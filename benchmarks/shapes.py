@@ -35,7 +35,7 @@ def config_of(name: str) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
+        max_position_embeddings=65_536,  # more than a step's tokens: Unsloth scales RoPE beyond it, which is another model
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=0,

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from benchmarks.engines import WARM, run, strategy_of
@@ -123,7 +124,10 @@ def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> di
         environment |= ALLOCATOR
     if plan["engine"].startswith("luthier"):
         environment |= THREADS
-    command = [sys.executable, "-m", "benchmarks.training", "--child", str(path)]
+    if options.gpu_memory_bytes:  # a large card plays a small one
+        environment["LUTHIER_GPU_MEMORY_BYTES"] = str(options.gpu_memory_bytes)
+    pythons = dict(pair.split("=", 1) for pair in options.python)
+    command = [pythons.get(plan["engine"], sys.executable), "-m", "benchmarks.training", "--child", str(path)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
     except subprocess.TimeoutExpired:
@@ -168,6 +172,16 @@ def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]], losse
         "same_rows_losses": losses,
         "results": results,
     }
+
+
+def ratio_interval(ours: list[float], theirs: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of two engines' median speeds, drawn from their rounds, which were run in turn."""
+    random = Random(1)
+    ratios = sorted(
+        statistics.median(random.choices(ours, k=len(ours))) / statistics.median(random.choices(theirs, k=len(theirs)))
+        for _ in range(draws)
+    )
+    return ratios[int(0.025 * draws)], ratios[int(0.975 * draws) - 1]
 
 
 def farthest(losses: dict[str, list[float]]) -> float | None:
@@ -247,6 +261,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--same-allocator", action="store_true")
     made.add_argument("--no-curves", dest="curves", action="store_false", help="leave out the run on the same rows that compares losses")
     made.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    made.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter, such as unsloth's")
+    made.add_argument("--gpu-memory-bytes", type=int, help="what Luthier may use of the GPU, as if it had no more")
     made.add_argument("--work", help="keep weights and samples in this folder")
     made.add_argument("--limit", type=float, default=600, help="seconds that one engine's run may take")
     made.add_argument("--error-length", type=int, default=1500)

@@ -15,6 +15,7 @@ from app.db import get_engine
 from app.kit import logs
 from app.kit.child_process import die_with_parent
 from app.machines import heartbeats
+from app.machines.hardware import CUDA_ORDER
 from app.queue import celery, get_redis
 from app.settings import get_settings
 from worker import tasks
@@ -22,6 +23,7 @@ from worker.kernels.cpu import warmup
 from worker.supervision import watchdog
 
 app = celery
+os.environ |= CUDA_ORDER
 
 _leaving = mmap.mmap(-1, 1)
 """One byte shared with the pool's processes, which are forked after this line: 1 when the worker was asked to leave. Celery

@@ -25,7 +25,7 @@ from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker import kernels
-from worker.runtime.failures import disk_is_full, of_gpu
+from worker.runtime.failures import OUT_OF_MEMORY, disk_is_full, memory_ran_out, of_gpu
 from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
 
@@ -82,7 +82,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         with contextlib.suppress(OSError):  # the log may be on the very disk that is full
             traceback.print_exc(file=sys.stderr)
         with contextlib.suppress(OSError):
-            tell(failed(error, spec, step))
+            tell(failed(error, spec, step, folder, started.details.get("longest_row", 0) if started else 0))
         return 1
 
 
@@ -118,12 +118,34 @@ def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[
 # What a failure is called ---------------------------------------------------------------------------------------------
 
 
-def failed(error: BaseException, spec: JobSpec, step: int | None) -> events.Failed:
-    """The failure's class, its hint and, where one setting fixes it, that setting."""
-    twice, rows = spec.run.micro_batches * 2, spec.run.batch_size
-    smaller = None if rows and rows % twice else {"micro_batches": twice}
+def _recompute(spec: JobSpec, folder: Path | None) -> dict[str, Any] | None:
+    """The setting that saves most GPU memory without changing the result, where it was not tried yet. A file in the attempt's folder
+    tells the next attempt (`worker/train.py`), which starts by itself (`app/jobs/lifecycle.py`)."""
+    setting = spec.run.gradient_checkpointing
+    if folder is None or setting == "all" or (setting == "auto" and memory_ran_out(folder.parent)):
+        return None
+    if setting == "auto":
+        try:
+            (folder / OUT_OF_MEMORY).touch()
+        except OSError:  # a full disk: the next attempt would not know, and run out of memory as this one did
+            return None
+    return {"gradient_checkpointing": "all"}
+
+
+def _smaller_passes(spec: JobSpec, longest: int) -> dict[str, Any] | None:
+    """The setting that shrinks the largest pass: more passes, or shorter rows where the longest row alone is the largest pass."""
+    run, twice = spec.run, spec.run.micro_batches * 2
+    if run.batch_size:
+        return None if run.batch_size % twice else {"micro_batches": twice}
+    return {"max_length": longest // 2} if longest >= (run.max_tokens_per_step or 0) / run.micro_batches else {"micro_batches": twice}
+
+
+def failed(error: BaseException, spec: JobSpec, step: int | None, folder: Path | None = None, longest: int = 0) -> events.Failed:
+    """The failure's class, its hint and, where one setting fixes it, that setting. `folder` is the attempt's; `longest` is the number of
+    tokens of the longest row, where the data were read."""
+    smaller = _smaller_passes(spec, longest)
     if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
-        suggestion = smaller if fault.kind == "cuda_out_of_memory" else None
+        suggestion = (_recompute(spec, folder) or smaller) if fault.kind == "cuda_out_of_memory" else None
         return fault.model_copy(update={"step": step, "suggestion": suggestion})
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         message, hint = "The machine ran out of memory.", "Split each batch over more passes (micro_batches), or cut the rows shorter."

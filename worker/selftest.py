@@ -6,18 +6,23 @@ Each is tried with a small computation on the device itself, since an installed 
 
 from __future__ import annotations
 
+import datetime
 import json
+import tempfile
+import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
+import torch._dynamo
 
 
 def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
     """`{part: {"works", "said"}}`, with `said` a version and a measurement, or the first line of the error."""
     tries: dict[str, Callable[[torch.device], str]] = {
-        "torch": products, "attention": attention, "triton": triton, "bitsandbytes": bits, "fp8": fp8
+        "torch": products, "attention": attention, "triton": triton, "compiler": compiler, "bitsandbytes": bits, "fp8": fp8,
+        "nccl": several,
     }  # fmt: skip
     found = {}
     for name, body in tries.items():
@@ -38,15 +43,24 @@ def products(device: torch.device) -> str:
 
 
 def attention(device: torch.device) -> str:
-    from worker.modeling.packed_attention import varlen_attn
+    """As jobs take it: two sequences in a pack, and two heads of queries to one of keys."""
+    from worker.modeling.packed_attention import packed_attention, varlen_attn
 
     assert varlen_attn is not None, "torch before 2.10 has no variable-length attention"
-    q = torch.randn(32, 2, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
-    ends = torch.tensor([0, 12, 32], dtype=torch.int32, device=device)
-    out: torch.Tensor = varlen_attn(q, q, q, ends, ends, 32, 32, window_size=(-1, 0))  # type: ignore[assignment]  # without `return_aux` it is no tuple
-    out.float().sum().backward()
-    assert torch.isfinite(out).all() and q.grad is not None and torch.isfinite(q.grad).all()
-    return "forwards and backwards"
+    assert device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0), "GPUs before Ampere have no kernel for it"
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, 32, 32, device=device) for heads in (4, 2, 2)]
+    ends, found = torch.tensor([0, 12, 32], dtype=torch.int32, device=device), []
+    for dtype, packs in ((torch.float32, {"sequence_lengths": [12, 20]}), (torch.bfloat16, {"cu_seq_lens": ends, "longest": 32})):
+        q, k, v = (x.to(dtype).requires_grad_() for x in given)
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, **packs)
+        out.float().square().sum().backward()
+        found.append([out, q.grad, k.grad, v.grad])
+    for ours, wanted in zip(*reversed(found), strict=True):
+        assert ours is not None and wanted is not None
+        apart = float((ours.float() - wanted).norm() / wanted.norm())
+        assert apart < 0.03, f"attention or a gradient is {apart:.1%} off"  # a NaN is not less
+    return "forwards and backwards, with grouped heads"
 
 
 def triton(device: torch.device) -> str:
@@ -59,6 +73,22 @@ def triton(device: torch.device) -> str:
     apart = float((losses - wanted).abs().max())
     assert apart < 1e-4, f"a loss is {apart:.1e} off"
     return f"{metadata.version('triton')}, a loss within {apart:.0e}"
+
+
+def compiler(device: torch.device) -> str:
+    """One graph through torch's compiler, which a job only reports to have given up."""
+    weight = torch.randn(64, 64, device=device)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x @ weight) * x
+
+    x = torch.randn(32, 64, device=device, requires_grad=True)
+    wanted, began = layer(x).sum(), time.monotonic()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        found = torch.compile(layer, fullgraph=True)(x).sum()
+        found.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    return f"a layer forwards and backwards in {time.monotonic() - began:.0f} s"
 
 
 def bits(device: torch.device) -> str:
@@ -88,6 +118,27 @@ def fp8(device: torch.device) -> str:
     apart = float((fp8.product(x, *fp8.quantize(weight)).float() - wanted).norm() / wanted.norm())
     assert apart < 0.06, f"a product is {apart:.1%} off"
     return f"products within {apart:.1%}"
+
+
+def several(device: torch.device) -> str:
+    """A sum over two processes, one for each of two GPUs, as jobs with `LUTHIER_GPUS_PER_JOB` take it."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        return "not tried: one GPU"
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_sum, (device.type, f"file://{folder}/meet"), nprocs=2)
+    return f"two processes add up through {'NCCL' if device.type == 'cuda' else 'gloo'}"
+
+
+def _sum(rank: int, kind: str, meet: str) -> None:
+    import torch.distributed as dist
+
+    own = torch.device(kind, rank) if kind == "cuda" else None
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("nccl" if own else "gloo", init_method=meet, rank=rank, world_size=2, timeout=wait, device_id=own)
+    x = torch.full((1000,), float(rank + 1), device=own or "cpu")
+    dist.all_reduce(x)
+    assert float(x.sum()) == 3000.0, "a sum over two processes is wrong"
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

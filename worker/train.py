@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from app import events
-from app.objectives import OBJECTIVES
 from app.planning.memory import recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -27,6 +26,7 @@ from worker.modeling.classifier import plain
 from worker.modeling.loading import load_tokenizer
 from worker.runtime import distributed
 from worker.runtime.device import Compute, choose, memory_here, release, rng_tensors, set_rng
+from worker.runtime.failures import memory_ran_out
 from worker.runtime.progress import ProgressReporter
 from worker.runtime.transfer import AsyncScalars, depth
 from worker.training import backends, checkpoint, final_evaluation, neftune, optim
@@ -113,19 +113,22 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
-    recompute = recomputed_layers(spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task)
     model = lesson.attach(model).train()
+    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
+    seconds = seconds_expected(spec, course) if lesson.frames else 0.0
+    about = spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task
+    recompute = recomputed_layers(*about)
+    if squeezed := recompute > 0 and run.gradient_checkpointing == "auto" and fused_layers.compiles(body_of(model), engine, seconds):
+        recompute = recomputed_layers(*about, squeezed=True)  # fewer, since each keeps less
+    if run.gradient_checkpointing == "auto" and memory_ran_out(runs or folder.parent):
+        recompute = spec.model.shape.layers
+        yield _log("warn", "The GPU ran out of memory, so the activations of every layer are now recomputed: the same result, more slowly.")
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
     recompute = fused_layers.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
     if engine.framed and spec.model.shape.architecture == "decoder":
         fused_layers.round_embeddings(plain(model), engine.compute)
-    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    done = fused_layers.speed_up(
-        body_of(model),
-        engine,
-        seconds_expected(spec, course) if OBJECTIVES[spec.task].uniform and run.packing and not run.batch_size else 0.0,
-    )
+    done = fused_layers.speed_up(body_of(model), engine, seconds, squeezed)
 
     # The optimizer, and the state of the checkpoint that is resumed.
     trained = trained_parameters(model)
@@ -175,6 +178,8 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         batch = next_batch(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
+        if (slow := backend.laps.slow()) and world.first:
+            yield _log("warn", slow)
         if state.step == before + 2 and (missed := fused_layers.given_up()):
             yield _log(
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
@@ -216,7 +221,13 @@ def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[s
         resumed_from=resumed_from,
         exact=exact,
         seconds_to_load=seconds,
-        details={**job.state.facts, "attention": packed_attention.NAME, **done, "tokens_per_pass": job.course.budget},
+        details={
+            **job.state.facts,
+            "attention": packed_attention.NAME,
+            **done,
+            "tokens_per_pass": job.course.budget,
+            "longest_row": max(lesson.train.lengths),
+        },
     )
 
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import redis
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app.machines.hardware import this_machine
+from app.machines.hardware import this_machine, visible_gpus
 from app.models import service as models
 from app.queue import PREFIX, get_redis
 from app.settings import get_settings
@@ -72,14 +73,18 @@ def machine_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _gpus() -> str:
-    """The GPUs a process may use, by its environment; empty means all."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
+def _gpus(count: int) -> list[str]:
+    """The GPUs that `count` processes of a job started here use: UUIDs, or where nvidia-smi is missing the names of CUDA_VISIBLE_DEVICES."""
+    if known := visible_gpus():
+        return list(known[:count])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def ask_room(job_id: uuid.UUID, size_bytes: int, device: str = "auto") -> None:
-    """Have idle models of this machine evicted while a job trains that needs their memory on `device`. Repeat it while it trains."""
-    where = f"cuda:{_gpus()}" if this_machine().cuda and device != "cpu" else "cpu"
+def ask_room(job_id: uuid.UUID, size_bytes: int, device: str = "auto", gpus: Sequence[str] = ()) -> None:
+    """Have idle models of this machine evicted while a job trains that needs their memory on `device`: on these `gpus`, or on the first
+    ones that it sees. Repeat it while it trains."""
+    where = f"cuda:{','.join(gpus or _gpus(get_settings().gpus_per_job))}" if this_machine().cuda and device != "cpu" else "cpu"
     with contextlib.suppress(redis.RedisError, RuntimeError):  # an unreachable broker is no reason not to train
         get_redis().set(_room(job_id), f"{size_bytes} {where}", ex=ROOM_SECONDS)
 
@@ -90,16 +95,18 @@ def give_room_back(job_id: uuid.UUID) -> None:
 
 
 def room_asked(cuda: bool) -> int:
-    """Bytes that the jobs of this machine take on the device this process uses."""
+    """Bytes that the jobs of this machine take on the device this process uses. A job on a GPU with another kind of name, a number where
+    ours is a UUID, may be on the same one and is counted."""
     wire, total = get_redis(), 0
+    mine = next(iter(_gpus(1)), "")
     keys = list(wire.scan_iter(match=f"{PREFIX}room:{machine_id()}:*", count=500))
     for word in wire.mget(keys) if keys else []:
         said = word or b"0 cpu"
         assert isinstance(said, bytes)  # the connection decodes nothing
         size, _, where = said.decode().partition(" ")
         kind, _, gpus = where.partition(":")
-        mine = _gpus().split(",")[0]
-        if cuda == (kind == "cuda") and (not cuda or not gpus or not mine or mine in gpus.split(",")):
+        theirs = gpus.split(",")
+        if cuda == (kind == "cuda") and (not cuda or mine in theirs or mine.isdigit() != theirs[0].isdigit()):
             total += int(size)
     return total
 

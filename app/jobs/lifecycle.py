@@ -122,6 +122,11 @@ def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
     return held
 
 
+def device_of(session: Session, job_id: uuid.UUID) -> str | None:
+    """The device that a job asks for; None where there is no such job."""
+    return session.scalar(select(Job.spec["run"]["device"].astext).where(Job.id == job_id))
+
+
 def heartbeat(session: Session, held: Claim) -> ControlFlags:
     """Renew the lease and return people's requests. Raises FenceLost."""
     _beat(session, held)
@@ -251,7 +256,10 @@ def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     job = _mine(session, held)
     if job is None:
         return None
-    if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0):
+    again = failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and job.deaths == 0)
+    # The trainer says so once: the next attempt recomputes every layer, unless the job's settings forbid it.
+    recomputes = failed.kind == "cuda_out_of_memory" and failed.suggestion == {"gradient_checkpointing": "all"}
+    if again or (recomputes and held.spec.run.gradient_checkpointing == "auto"):
         return _mark_attempt_dead(session, job, failed)
     if job.cancel_requested:
         _apply_request(session, job, failed.step, failed.message)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -96,11 +96,12 @@ def start(
     output: IO[bytes],
     cwd: Path | str = PROJECT,
     answers: bool = False,
+    keeps: Sequence[int] = (),
 ) -> Child:
     """A child without input whose output and errors go to the file `output`.
 
     Where `command` is a function it is given the number of the writing end of a pipe that the child inherits; `Child.listen` reads the
-    other end. With `answers` the child takes its orders on its standard input and answers on its standard output, and `output` gets its
+    other end. It also inherits the open files `keeps`. With `answers` the child takes its orders on its standard input and answers on its standard output, and `output` gets its
     errors alone.
     """
     stream = subprocess.PIPE if answers else None
@@ -116,7 +117,7 @@ def start(
             stderr=output,
             cwd=cwd,
             env=env,
-            pass_fds=[] if writing is None else [writing],
+            pass_fds=[*keeps, *([] if writing is None else [writing])],
             start_new_session=True,
         )
     except BaseException:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from app.errors import StudioError
 from app.kit import confinement
+from app.machines.hardware import CUDA_ORDER
 from app.settings import get_settings
 
 Verdict = Literal["good", "note", "bad"]
@@ -71,7 +72,7 @@ def gpu() -> Finding:
     if program is None:
         return Finding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
     done = subprocess.run(
-        [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        [program, "--query-gpu=index,name,memory.total,memory.free,driver_version", "--format=csv,noheader"],
         capture_output=True,
         text=True,
         timeout=20,
@@ -79,7 +80,12 @@ def gpu() -> Finding:
     )
     if done.returncode != 0:
         return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
-    return Finding("gpu", "good", "; ".join(done.stdout.strip().splitlines()))
+    cards = (line.split(", ") for line in done.stdout.strip().splitlines())
+    found = "; ".join(f"{number}: {name}, {free} of {total} free, driver {version}" for number, name, total, free, version in cards)
+    if os.environ.get("CUDA_DEVICE_ORDER", order := CUDA_ORDER["CUDA_DEVICE_ORDER"]) != order:
+        hint = f"CUDA_DEVICE_ORDER is {os.environ['CUDA_DEVICE_ORDER']} and is not used: GPUs are numbered as nvidia-smi numbers them. Unset it."
+        return Finding("gpu", "note", found, hint)
+    return Finding("gpu", "good", found)
 
 
 PARTS = {
@@ -89,8 +95,13 @@ PARTS = {
         "Triton kernels",
         "The loss takes plain torch instead, and layers are not compiled: it needs the package triton and a C compiler (gcc).",
     ),
+    "compiler": (
+        "compiled layers",
+        "Long jobs run without compiled layers, a sixth to a quarter slower: it needs triton, gcc or g++, and Python's headers (python3-dev).",
+    ),
     "fp8": ("products in fp8", "Only the setting frozen_weights=fp8 needs them."),
     "bitsandbytes": ("4-bit bases, 8-bit AdamW", "qlora and adamw_8bit will not start: `pip install bitsandbytes`."),
+    "nccl": ("two at once", "Jobs on several GPUs will not start: NCCL_DEBUG=INFO shows why."),
 }
 """The checks of `worker/selftest.py`: their names here, and what to do when they fail."""
 
@@ -100,7 +111,10 @@ def gpu_parts() -> list[Finding]:
     if shutil.which("nvidia-smi") is None:
         there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
         return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
-    done = subprocess.run([sys.executable, "-m", "worker.selftest"], capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, **CUDA_ORDER}
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.selftest"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     if done.returncode != 0 or not done.stdout.strip():
         said = (done.stderr.strip() or "no answer").splitlines()[-1]
         return [Finding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]

@@ -90,10 +90,16 @@ def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
     return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)), longest)
 
 
-def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16"]:
-    """The dtype a job runs in: as configured, or bf16 where the machine gains by it."""
+AMPERE = 8.0
+"""The first compute capability with bf16; GPUs before it take fp16."""
+
+
+def precision_of(run: RunSettings, strategy: Strategy, machine: Machine) -> Literal["fp32", "bf16", "fp16"]:
+    """The dtype a job runs in: as configured, or bf16 where the machine gains by it, or fp16 on a GPU that has no bf16."""
     if run.precision != "auto":
         return run.precision
+    if machine.cuda and (machine.gpu_capability or AMPERE) < AMPERE:
+        return "fp16" if strategy.adapter or machine.processes == 1 else "fp32"
     return "bf16" if machine.cuda or (machine.bf16_pays and strategy.trains_in_bf16()) else "fp32"
 
 
@@ -102,25 +108,36 @@ def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
-def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole: bool = False, units: bool = False) -> tuple[int, int]:
+def layer_bytes(
+    shape: Shape,
+    strategy: Strategy,
+    half: bool,
+    cuda: bool,
+    whole: bool = False,
+    units: bool = False,
+    fp16: bool = False,
+    squeezed: bool = False,
+) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, fixed bytes).
 
     With any gradient passing through, these are the inputs of the norms, the queries, keys, values and outputs of attention, and
     in a gated feed-forward the gate, the up projection and on a GPU the activation. (The `whole` layers of
     `worker/kernels/cpu/full_tuning.py` recompute their product.) On a CPU attention is float32 even in bf16, except with AMX
-    (`units`, `worker/kernels/cpu/attention.py`). Trainable weights add their own inputs. Counted tensor by tensor;
+    (`units`, `worker/kernels/cpu/attention.py`). In fp16 the residual stream is float32, and without the attention over packs, which is
+    bf16's, keys and values are kept once per head of the queries. `squeezed`: the compiler computes the activation again from gate and
+    up projection (`worker/modeling/fused_layers.py:compile_blocks`). Trainable weights add their own inputs. Counted tensor by tensor;
     `tests/worker/training/test_memory.py` compares it with autograd's own count.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.norms_per_layer * shape.hidden + (q + kv if shape.qk_norm else 0)
-    read = compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
+    read = 4 if fp16 else compute if strategy.adapter else island  # the residual stream has the dtype of the frozen weights
     own = strategy.activation_counts(shape)
     in_tiles = half and units and not cuda and shape.head_dim % 32 == 0
     # The same tensor as the next layer's input, which is counted where that is trained.
-    attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * kv
-    wide = (3 if cuda else 2) if shape.gated else 1
+    attended = (q if in_tiles and own.per_token >= shape.layer_inputs() else 2 * q) + 2 * (q if cuda and (fp16 or not half) else kv)
+    wide = (3 if cuda and not squeezed else 2) if shape.gated else 1
     passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
     passing += 4 * shape.heads if cuda or in_tiles else 0  # log-sum-exp of each row of scores
     per_token = passing + own.per_token * compute - (shape.intermediate * compute if whole and shape.gated else 0)
@@ -131,16 +148,19 @@ def layer_bytes(shape: Shape, strategy: Strategy, half: bool, cuda: bool, whole:
 
 def head_bytes(shape: Shape, tokens: int, half: bool, trained: bool, cuda: bool, parts: int = 1, whole: bool = False) -> int:
     """The chunks of logits alive at once in `worker/modeling/cross_entropy.py`, one for each part of a pack, plus the gradient of
-    the hidden states and what each part needs of the head itself."""
+    the hidden states and what each part needs of the head itself. On a GPU a chunk has as many rows as fit in float32; in half of that
+    its kernel overwrites it with its gradient, and else there are two."""
     width = 2 if half and not cuda else 4
     chunks = min(tokens * shape.vocabulary * width, LOGITS_CUDA_BYTES if cuda else parts * LOGITS_BYTES)
     head = shape.vocabulary * shape.hidden
-    # The head in bf16, its gradient in float32, a chunk's contribution before it is added, and on a CPU the head as packed for
-    # bf16 products.
-    own = head * (4 + 2 + 2 + (0 if cuda else 2) if half else 4) if trained else 0
+    # The head in bf16, its gradient in float32, a chunk's contribution before it is added, which on a GPU is float32 too and of which a
+    # single chunk has none, and on a CPU the head as packed for bf16 products.
+    added = (4 if 4 * tokens * shape.vocabulary > LOGITS_CUDA_BYTES else 0) if cuda else 2 + 2
+    own = head * (4 + 2 + added if half else 4) if trained else 0
     if whole and trained:  # where they are smaller, the logits' gradients are kept instead of the head's
         own = head * ((2 if half else 0) + (4 if tokens // parts * width > 4 * shape.hidden else 0))
-    return (2 if cuda else 1) * chunks + 8 * tokens * shape.hidden + parts * own
+    logits = chunks if not cuda else chunks // 2 if half else 2 * chunks
+    return logits + 8 * tokens * shape.hidden + parts * own
 
 
 def attention_bytes(shape: Shape, tokens: int, longest: int) -> int:
@@ -163,10 +183,19 @@ def spread_over(held: Memory, shape: Shape, strategy: Strategy, processes: int) 
 
 
 def memory_of(
-    shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, recompute: int, task: str = "generation"
+    shape: Shape,
+    strategy: Strategy,
+    run: RunSettings,
+    longest: int,
+    machine: Machine,
+    recompute: int,
+    task: str = "generation",
+    squeezed: bool = False,
 ) -> MemoryParts:
-    """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass."""
-    half = precision_of(run, strategy, machine) == "bf16"
+    """Peak bytes of each process by purpose, with the activations of `recompute` layers recomputed in the backward pass; `squeezed` as in
+    `layer_bytes`."""
+    precision = precision_of(run, strategy, machine)
+    half, fp16 = precision != "fp32", precision == "fp16"
     frozen_bytes = 2 if half and strategy.adapter else 4
     all_of = strategy.memory(shape, weight_bytes=frozen_bytes, optimizer_bytes=OPTIMIZERS[run.optimizer].bytes)
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
@@ -181,18 +210,18 @@ def memory_of(
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed)
     reached = strategy.reaches(shape)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
     layer = tokens * per_token + once  # of an adapter's fixed bytes per layer, two parts were measured to take no more than one
-    kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * compute + (layer if recompute else 0)
+    kept: float = (reached - recompute) * layer + recompute * tokens * shape.hidden * (4 if fp16 else compute) + (layer if recompute else 0)
     if half and not machine.cuda:
         kept += (HOLES if parts == 1 else HOLES_IN_PARTS) * reached * tokens * per_token
     # What the widest part of a layer makes on the way, kept or not: forwards, and as gradients backwards.
     passing = tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
-    passing += attention_bytes(shape, tokens, longest) if machine.cuda and half else 0
+    passing += attention_bytes(shape, tokens, longest) if machine.cuda and precision == "bf16" else 0
     tables = strategy.tables(shape)
     head = head_bytes(shape, tokens, half, bool(everything or tables) and writes, machine.cuda, parts, whole) if writes else 0
     # Activations are freed while gradients grow, so the peak is near one end of the backward pass or the other.
@@ -240,14 +269,22 @@ def _joined_bytes(shape: Shape, strategy: Strategy, frozen_bytes: int) -> int:
     return shape.layers * shape.hidden * outputs * frozen_bytes if shape.gated else 0
 
 
-def recomputed_layers(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, task: str = "generation") -> int:
+def recomputed_layers(
+    shape: Shape,
+    strategy: Strategy,
+    run: RunSettings,
+    longest: int,
+    machine: Machine,
+    task: str = "generation",
+    squeezed: bool = False,
+) -> int:
     """Layers whose activations are recomputed: none or all as configured, or as few as make each process fit in nine tenths of
     its memory."""
     if run.gradient_checkpointing != "auto":
         return shape.layers if run.gradient_checkpointing == "all" else 0
     limit = 0.9 * machine.training_memory_bytes
     for layers in range(shape.layers + 1):
-        if sum(memory_of(shape, strategy, run, longest, machine, layers, task).model_dump().values()) <= limit:
+        if sum(memory_of(shape, strategy, run, longest, machine, layers, task, squeezed).model_dump().values()) <= limit:
             return layers
     return shape.layers
 
@@ -257,7 +294,7 @@ def features_memory(
 ) -> MemoryParts:
     """Peak bytes with `tokens` to read and `rows` to train on: the frozen backbone, and either a batch passing through a layer or
     the embeddings while a classifier is trained on them."""
-    half = precision_of(run, strategy, machine) == "bf16"
+    half = precision_of(run, strategy, machine) != "fp32"
     width, compute = (2, 2) if half else (4, 4)
     tokens = max(min(EMBEDDED_TOKENS, tokens), longest)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

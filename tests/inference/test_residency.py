@@ -8,6 +8,7 @@ import uuid
 
 import openai
 import pytest
+import torch
 
 from app import queue
 from app.inference import residency
@@ -101,10 +102,43 @@ def test_room_is_counted_on_the_device_it_is_taken_from(session, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     residency.ask_room(uuid.uuid4(), 7)
     assert residency.room_asked(cuda=True) == 7
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert residency.room_asked(cuda=True) == 0 and residency.room_asked(cuda=False) == 120
+    for mine in ("0", None):  # a process that may use all uses the first
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine) if mine else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        assert residency.room_asked(cuda=True) == 0 and residency.room_asked(cuda=False) == 120
+    residency.ask_room(uuid.uuid4(), 5)
+    assert residency.room_asked(cuda=True) == 5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa")  # which of the numbers it has is not known
+    assert residency.room_asked(cuda=True) == 12
     residency.ask_room(uuid.uuid4(), 3, "cpu")  # a job that leaves the card to others
     assert residency.room_asked(cuda=False) == 123
+
+
+def test_a_job_on_several_cards_is_counted_on_each_of_them(session, monkeypatch):
+    monkeypatch.setattr(residency, "this_machine", lambda: type("", (), {"cuda": True}))
+    monkeypatch.setattr(residency, "get_settings", lambda: type("", (), {"gpus_per_job": 2}))
+    for visible, bytes_ in ((None, 3), ("2,3", 40)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        residency.ask_room(uuid.uuid4(), bytes_)
+    seen = {}
+    for mine in "01234":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine)
+        seen[mine] = residency.room_asked(cuda=True)
+    assert seen == {"0": 3, "1": 3, "2": 40, "3": 40, "4": 0}
+
+
+def test_what_the_playground_may_take_follows_what_is_free_on_the_card(data_dir, monkeypatch):
+    """It was fixed by what was free when the first question came: 8 GB for good where that was beside a job of 70 GB."""
+    free, gib = [10], 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0] * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * gib)
+    shelf = ModelPool(device="cuda")
+    assert shelf.limit() == 14 * gib
+    free[0] = 76
+    assert shelf.limit() == shelf.memory_bytes == 64 * gib
+    shelf.training_bytes = 70 * gib
+    assert shelf.limit() == 6 * gib
+    shelf.training_bytes = 120 * gib
+    assert shelf.limit() == 0
 
 
 def test_a_base_stays_while_trees_on_its_tensors_stand(data_dir, tiny_model, tmp_path):

@@ -209,6 +209,17 @@ def test_what_would_fail_again_is_not_tried_again(job, kind):
     assert take(job.id) is None
 
 
+@pytest.mark.parametrize(
+    ("suggestion", "status"), [({"gradient_checkpointing": "all"}, "queued"), ({"micro_batches": 2}, "failed"), (None, "failed")]
+)
+def test_a_full_gpu_is_tried_again_with_every_layer_recomputed(job, suggestion, status):
+    """The trainer offers that once, so it is once that the job goes on by itself."""
+    held = take(job.id)
+    with transaction() as session:
+        lifecycle.fail(session, held, events.Failed(kind="cuda_out_of_memory", message="It was full.", suggestion=suggestion))
+    assert now_of(job.id).status == status
+
+
 def test_out_of_memory_is_tried_once_more_and_a_hang_thrice(job):
     def die(kind):
         held = take(job.id)

@@ -23,6 +23,12 @@ SHAPE = shape_of(
         "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
     }
 )  # fmt: skip
+ONE_B = shape_of(
+    {
+        "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }
+)  # fmt: skip
 ENCODER = shape_of(
     {
         "model_type": "bert", "num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12,
@@ -104,6 +110,16 @@ def test_the_layers_chosen_are_the_fewest_that_fit(strategy: str, machine: Machi
     assert (
         memory_estimate.recomputed_layers(SHAPE, order.strategy, order.run, 200, machine.model_copy(update={name: 2**20})) == SHAPE.layers
     )
+
+
+def test_squeezed_layers_leave_fewer_to_recompute() -> None:
+    """Each keeps two of the three tensors of its feed-forward, on a GPU; 1.24 B with 16,384 tokens on 24 GB."""
+    shape, order = ONE_B, spec("lora", max_tokens_per_step=16_384)
+    here = Machine(cores=8, memory_bytes=64 * 2**30, gpu_name="a", gpu_memory_bytes=24 * 2**30)
+    plain, squeezed = (
+        memory_estimate.recomputed_layers(shape, order.strategy, order.run, 1024, here, squeezed=squeezed) for squeezed in (False, True)
+    )
+    assert 0 <= squeezed < plain < shape.layers, (plain, squeezed)
 
 
 def test_processes_share_passes_and_the_weights_of_full_tuning() -> None:

@@ -190,7 +190,7 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
     learnt = np.flatnonzero(_laid([data.trained[s] for s in spans], spare))
     lengths = [length for pair in zip(lengths, spare, strict=True) for length in pair if length]
     sources, targets = learnt - 1, ids[learnt]
-    more = frame.filling(len(ids)) if frame else filling(len(ids), device)
+    more = frame.filling(lengths) if frame else filling(len(ids), device)
     lengths, ids = lengths + more, np.concatenate([ids, np.zeros(sum(more), np.int64)])
     if frame:
         more_learnt = -len(learnt) % LEARNT_MULTIPLE

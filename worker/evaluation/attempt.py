@@ -39,7 +39,7 @@ from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.evaluation.turns import Turns
-from worker.supervision import confinement, exit_codes
+from worker.supervision import confinement, exit_codes, gpu_lease
 from worker.supervision.train_attempt import LOG_LIMIT_BYTES
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
@@ -54,13 +54,24 @@ MAX_SILENT_SECONDS = 1800.0
 
 def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
     """The body of the task EVALUATE. `going_down` says whether this worker was asked to leave."""
+    lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
+    if lease is None:
+        log.info("Evaluation %s waits for a GPU.", evaluation_id)
+        return  # the reaper redelivers it
+    try:
+        _work(evaluation_id, going_down, lease)
+    finally:
+        lease.release()
+
+
+def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
     if going_down():
         return  # the reaper redelivers it
     held = retry_until_database(lambda: _claim(evaluation_id))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
         return
-    Run(held, going_down).run()
+    Run(held, going_down, lease).run()
 
 
 def _claim(evaluation_id: uuid.UUID) -> Claim | None:
@@ -77,7 +88,7 @@ def begin(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: Fal
     def when_there_is_room() -> None:
         while not going_down() and not _fits(evaluation_id):
             time.sleep(ROOM_SECONDS)
-        work(evaluation_id, going_down)
+        _work(evaluation_id, going_down, gpu_lease.GpuLease())
 
     _turn.begin(evaluation_id, when_there_is_room)
 
@@ -104,8 +115,8 @@ class Run:
     """One try of an evaluation, from the start of its process to the record of its end. While it runs beside jobs that train, idle
     models make room for it."""
 
-    def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
-        self.held, self.going_down = held, going_down
+    def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
+        self.held, self.going_down, self.lease = held, going_down, lease
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
@@ -138,10 +149,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
-        environment = exit_codes.trainer_environment(os.environ, self.folder)
+        environment = exit_codes.trainer_environment(os.environ, self.folder) | self.lease.environment()
         room = confinement.room_of(self.held.spec, self.folder, environment)
         with (self.folder / "assess.log").open("ab") as out:
-            child = child_process.start(lambda pipe: confined(assess_command(spec, pipe), room), env=environment, output=out)
+            child = child_process.start(
+                lambda pipe: confined(assess_command(spec, pipe), room), env=environment, output=out, keeps=self.lease.files
+            )
         child.listen(self._hear)
         try:
             self._watch(child)
@@ -166,7 +179,7 @@ class Run:
     def _beat_when_due(self) -> None:
         if time.monotonic() >= self.next_beat:
             self.next_beat = time.monotonic() + get_settings().beat_seconds
-            residency.ask_room(self.held.id, weight_bytes(self.held.spec))
+            residency.ask_room(self.held.id, weight_bytes(self.held.spec), gpus=self.lease.gpus)
             self.lost = not self._beat()
 
     def _beat(self) -> bool:

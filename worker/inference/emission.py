@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from app.inference.protocol import ChoiceFinished, Done, Entry, TextPart
 from worker.inference.errors import NotANumber
-from worker.inference.sampling import logprob
+from worker.inference.next_token import Options
 from worker.inference.scheduler import Request, TokenSequence
 
 
-def choose(r: Request, row: TokenSequence, logits: torch.Tensor, likeliest: int | None, entries: list[Entry]) -> None:
-    """Choose the next token of a sequence from its logits (V,) and accept it. `likeliest` is their argmax; None where they are not
-    finite, which raises NotANumber."""
-    if likeliest is None:
+def choose(r: Request, row: TokenSequence, options: Options, entries: list[Entry]) -> None:
+    """Choose the next token of a sequence and accept it. Raises NotANumber where its logits are not finite."""
+    if options.likeliest is None:
         raise NotANumber(
             f"{r.request.model.name} computed numbers that are none (NaN), so there is no next token.",
             hint="Its weights are likely to be broken, as when training diverged: take an earlier checkpoint.",
         )
-    sampling = r.request.sampling
-    token = likeliest if r.is_greedy else row.chooser.choose(logits)
-    if sampling.logprobs:
-        row.logprobs.append(logprob(r.place.tokenizer, logits, token, sampling.top_logprobs))
+    token = options.likeliest if r.is_greedy else options.sampled(row.chooser)
+    if r.top_logprobs is not None:
+        row.logprobs.append(options.logprob(r.place.tokenizer, token, r.top_logprobs))
         row.begins.append(row.offsets.place(row.logprobs[-1].bytes))
     _accept(r, row, token, entries)
 

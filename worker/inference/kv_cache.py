@@ -15,6 +15,7 @@ section 4, separates model and cache in the same way, with pages).
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from worker.runtime.transfer import sent
 
 ATTENTION = "luthier_slots"
 MIN_TOKENS = 256
@@ -54,11 +57,15 @@ class Segment:
     past: int
 
 
+_stamps = itertools.count()
+
+
 class Blocks:
-    """All slots of one size: keys and values, for each layer (slots, heads, size, width)."""
+    """All slots of one size: keys and values, for each layer (slots, heads, size, width). `stamp` changes with these tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.stamp = next(_stamps)
         self.slots: list[Slot] = []
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -81,6 +88,7 @@ class Blocks:
             for new, tensor in zip(grown, pair, strict=True):
                 new[:old] = tensor
             self.layers[index] = (grown[0], grown[1])
+        self.stamp = next(_stamps)
 
 
 class Cache:
@@ -114,7 +122,10 @@ class Cache:
         self.blocks.setdefault(size, Blocks(size)).grow(count)
 
     def trim(self) -> None:
-        """Free all sizes of which no slot is in use."""
+        """Free all sizes of which no slot is in use, at once: slots and blocks refer to each other."""
+        for blocks in self.blocks.values():
+            if not any(slot.busy for slot in blocks.slots):
+                blocks.layers.clear()
         self.blocks = {size: blocks for size, blocks in self.blocks.items() if any(slot.busy for slot in blocks.slots)}
 
     def copy(self, source: Slot, target: Slot, count: int) -> None:
@@ -158,11 +169,18 @@ class Step:
     selection: Selection | None = None
     _made: dict[Any, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, groups: list[Group], device: torch.device, selection: Selection | None) -> Step:
+        """A step that only decodes, with its groups given."""
+        step = cls([], [], device, selection)
+        step._made["groups"] = groups
+        return step
+
     def groups(self) -> list[Group]:
         """The decoding segments, grouped by the size of their slots."""
         if "groups" not in self._made:
             found = groupby(self.decode, key=lambda segment: segment.slot.blocks)
-            self._made["groups"] = [Group(blocks, list(segments), self.device) for blocks, segments in found]
+            self._made["groups"] = [Group.of(blocks, list(segments), self.device) for blocks, segments in found]
         return self._made["groups"]
 
     def prefill_mask(self, segment: Segment, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -178,30 +196,47 @@ class Step:
         return self._made[key]
 
 
+@dataclass(eq=False)
 class Group:
     """Decoding sequences whose slots have the same size: one product reads the span of slots from `low` to `high`."""
 
-    def __init__(self, blocks: Blocks, segments: list[Segment], device: torch.device) -> None:
-        self.blocks, self.device = blocks, device
-        self.begin, self.end = segments[0].start, segments[-1].start + 1  # in the flat row
-        self.low, self.high = segments[0].slot.index, segments[-1].slot.index + 1
-        self.longest = max(s.past for s in segments) + 1
-        self.slots = torch.tensor([s.slot.index for s in segments], device=device)
-        self.positions = torch.tensor([s.past for s in segments], device=device)
-        # Index of each sequence within the span; None when every slot of it decodes.
-        self.rows = None if self.high - self.low == len(segments) else self.slots - self.low
-        self._masks: dict[int | None, torch.Tensor] = {}
+    blocks: Blocks
+    begin: int  # in the flat row
+    end: int
+    low: int
+    high: int
+    longest: int
+    slots: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor | None  # index of each sequence within the span; None when every slot of it decodes
+    whole: bool = False  # the span is a copy of the slots of these sequences, which nothing but the tensors says
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, blocks: Blocks, segments: list[Segment], device: torch.device) -> Group:
+        begin, end = segments[0].start, segments[-1].start + 1
+        low, high = segments[0].slot.index, segments[-1].slot.index + 1
+        slots = sent(torch.tensor([s.slot.index for s in segments]), device)
+        positions = sent(torch.tensor([s.past for s in segments]), device)
+        rows = None if high - low == len(segments) else slots - low
+        return cls(blocks, begin, end, low, high, max(s.past for s in segments) + 1, slots, positions, rows)
+
+    @classmethod
+    def of_whole_slots(cls, blocks: Blocks, begin: int, slots: torch.Tensor, positions: torch.Tensor) -> Group:
+        """A group whose sequences are known to the device alone, (R,) slots and positions."""
+        count = len(slots)
+        return cls(blocks, begin, begin + count, 0, count, blocks.size, slots, positions, None, True)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(span, 1, 1, longest): −inf at positions a sequence must not attend to. Computed once per step, not per layer."""
         if window not in self._masks:
-            last = torch.zeros(self.high - self.low, 1, dtype=torch.long, device=self.device)
+            last = torch.zeros(self.high - self.low, 1, dtype=torch.long, device=self.positions.device)
             last[self.rows if self.rows is not None else slice(None)] = self.positions[:, None]
-            at = torch.arange(self.longest, device=self.device)
+            at = torch.arange(self.longest, device=last.device)
             seen = at <= last
             if window is not None:
                 seen &= at > last - window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+            mask = torch.zeros(seen.shape, dtype=dtype, device=last.device).masked_fill_(~seen, float("-inf"))
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
 
@@ -269,7 +304,10 @@ def _decode(group, query, key, value, keys, values, out, scale, window, cap) -> 
     blocks = query[:, here].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
     first, mask = 0, None
     # A single sequence needs no mask: its slice of the cache ends at its own length.
-    if count == 1:
+    if group.whole:
+        mask = group.mask(window, query.dtype)
+        keys, values = keys.index_select(0, group.slots), values.index_select(0, group.slots)
+    elif count == 1:
         first = max(0, longest - window) if window is not None else 0
     else:
         mask = group.mask(window, query.dtype)

@@ -125,6 +125,7 @@ class AdapterStack:
         self.wrapped: dict[str, StackedLinear] = {}
         self.loaded: dict[str, LoraWeights] = {}  # in order of last use
         self.columns: dict[str, tuple[int, int]] = {}
+        self.version = 0  # changes with the concatenated matrices
 
     def add(self, key: str, weights: LoraWeights, busy: set[str]) -> None:
         """Add an adapter to the stack; only adapters outside `busy` may be evicted for it."""
@@ -150,6 +151,7 @@ class AdapterStack:
     def _restack(self) -> None:
         """Concatenate the matrices again: a copy of a few megabytes, between two steps."""
         self.columns, at = {}, 0
+        self.version += 1
         for key, weights in self.loaded.items():
             self.columns[key] = (at, at + weights.rank)
             at += weights.rank

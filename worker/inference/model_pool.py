@@ -25,13 +25,17 @@ from app.spec import ModelRef
 from app.strategies import STRATEGIES
 from app.strategies._model import transformer, wrapped
 from app.strategies.dora import Dora
+from worker import kernels
 from worker.data import chat_template
 from worker.inference import model_cache
+from worker.inference.decode_graph import DecodeGraphs
 from worker.inference.kv_cache import ATTENTION, Cache, Step, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling import padded
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.runtime.device import gpu_memory
+from worker.runtime.transfer import sent
 
 
 @dataclass(eq=False)
@@ -53,9 +57,12 @@ class LoadedModel:
     users: int = 0
     used_at: float = field(default_factory=time.monotonic)
     cache: Cache = field(init=False)
+    graphs: DecodeGraphs | None = None  # on a GPU
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.context, self.bytes_per_token)
+        if self.device.type == "cuda" and kernels.allowed():
+            self.graphs = DecodeGraphs(self.device)
 
     def nbytes(self) -> int:
         """Bytes of its weights, its adapters and its cache."""
@@ -64,16 +71,19 @@ class LoadedModel:
     @torch.inference_mode()
     def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
         """Logits (len(last), V) in float32 at the positions `last` of the flat row."""
-        device = self.device
         if self.padded:
             return self._whole(step, ids, last)
+        if self.graphs is not None:
+            found = self.graphs.logits(self._logits, step, ids, positions, self.stack.version if self.stack else 0)
+            if found is not None:
+                return found
+        at = [sent(torch.tensor(numbers), self.device) for numbers in ([ids], [positions], last)]
+        return self._logits(step, *at)
+
+    def _logits(self, step: Step, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | int = 0) -> torch.Tensor:
+        """For ids and positions (1, N); `last` is 0 for all of them."""
         with running(step):
-            out = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device),
-            )
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last)
         return out.logits[0].float()
 
     def _whole(self, step: Step, ids: list[int], last: list[int]) -> torch.Tensor:
@@ -153,8 +163,11 @@ class ModelPool:
         return sum(one.weight_bytes for one in family.values())
 
     def limit(self) -> int:
-        """Bytes that may be in use now; training jobs on this machine come first."""
-        return min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
+        """Bytes that may be in use now; training jobs on this machine come first, and on a GPU whatever else has its memory."""
+        limit = min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
+        if self.device.type == "cuda":
+            limit = min(limit, gpu_memory(self.device)[0] + torch.cuda.memory_reserved(self.device))
+        return max(0, limit)
 
     def ready(self) -> list[LoadedModelInfo]:
         """Every loaded base with the adapters that share its weights."""
@@ -290,6 +303,10 @@ class ModelPool:
         return lane
 
     def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> LoadedModel:
+        if self.device.type == "cuda" and kernels.allowed():
+            from worker.modeling.fused_layers import patch_norms  # with compilers, which a CPU's answers do without
+
+            patch_norms(model)
         shape = ref.shape
         whole = shape.structure is not None and not shape.structure.packs
         if not whole:
@@ -383,13 +400,13 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
 
 def _device_bytes(device: torch.device) -> int:
     """Total memory of the device: the GPU's, or the machine's within its control group."""
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else usable_memory()
+    return gpu_memory(device)[1] if device.type == "cuda" else usable_memory()
 
 
 def _memory_for_models(device: torch.device) -> int:
-    """The configured limit, else half of the machine's memory, or four fifths of what is free on the GPU."""
+    """The configured limit, else half of the machine's memory, or four fifths of the GPU's."""
     if (said := get_settings().generate_memory_bytes) is not None:
         return said
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+        return int(_device_bytes(device) * 0.8)
     return usable_memory() // 2

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from app.inference.protocol import Logprob, Sampling
+from worker.runtime.transfer import sent
 
 CANDIDATES = 256
 """Tokens considered first for top-p: nearly always enough, and far cheaper than sorting the vocabulary."""
@@ -50,15 +51,23 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> int:
         """Sample one token from logits (V,) in float32, which are not changed."""
-        logits = self._adjusted(logits)
-        s = self.sampling
-        token = int(logits.argmax()) if s.temperature == 0 else self._draw((logits - logits.max()) / max(s.temperature, COLDEST))
+        logits = self.adjusted(logits)
+        if self.sampling.temperature == 0:
+            return self.count(int(logits.argmax()))
+        return self.count(self.draw((logits - logits.max()) / self.heat, self.number()))
+
+    @property
+    def heat(self) -> float:
+        return max(self.sampling.temperature, COLDEST)
+
+    def count(self, token: int) -> int:
+        """Count a token that was chosen, for the penalties."""
         self.counts[token] += 1
-        if s.repetition_penalty != 1:
+        if self.sampling.repetition_penalty != 1:
             self.seen.add(token)
         return token
 
-    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits after penalties and bias; the repetition penalty is that of Keskar et al. 2019, CTRL,
         https://arxiv.org/abs/1909.05858, section 4.1."""
         s = self.sampling
@@ -66,31 +75,50 @@ class Sampler:
             return logits
         logits = logits.clone()
         if self.seen:
-            at = torch.tensor(sorted(self.seen), device=logits.device)
+            at = sent(torch.tensor(sorted(self.seen)), logits.device)
             old = logits[at]
             logits[at] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
         if self.counts and (s.frequency_penalty or s.presence_penalty):
-            at = torch.tensor(list(self.counts), device=logits.device)
-            often = torch.tensor(list(self.counts.values()), device=logits.device, dtype=logits.dtype)
+            at = sent(torch.tensor(list(self.counts)), logits.device)
+            often = sent(torch.tensor(list(self.counts.values()), dtype=logits.dtype), logits.device)
             logits[at] -= often * s.frequency_penalty + s.presence_penalty
-        for token, bias in s.logit_bias.items():
-            if 0 <= token < len(logits):
-                logits[token] += bias
+        if biased := {token: bias for token, bias in s.logit_bias.items() if 0 <= token < len(logits)}:
+            at = sent(torch.tensor(list(biased)), logits.device)
+            logits[at] += sent(torch.tensor(list(biased.values()), dtype=logits.dtype), logits.device)
         return logits
 
-    def _draw(self, logits: torch.Tensor) -> int:
-        """One draw after top-k, min-p and top-p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al.
+    def number(self) -> float:
+        """A draw from [0, 1), of which every token takes exactly one."""
+        return torch.rand((), generator=self.generator, dtype=torch.float64).item()
+
+    def takes_all(self, size: int) -> bool:
+        """Whether any of the `size` tokens may be drawn."""
+        s = self.sampling
+        return s.top_p == 1 and s.min_p == 0 and not 0 < s.top_k < size
+
+    def draw(self, logits: torch.Tensor, u: float) -> int:
+        """The draw for `u` after top-k, min-p and top-p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al.
         2024, https://arxiv.org/abs/2407.01082)."""
-        s, size = self.sampling, logits.shape[0]
-        # Drawn before anything else, so that every token takes exactly one number.
-        u = torch.rand((), generator=self.generator, dtype=torch.float64).item()
-        total = logits.logsumexp(0)
-        if s.top_p == 1 and s.min_p == 0 and not 0 < s.top_k < size:
+        total, size = logits.logsumexp(0), logits.shape[0]
+        if self.takes_all(size):
             return _pick((logits - total).exp(), u)
-        count = min(s.top_k or size, size)
+        count = min(self.sampling.top_k or size, size)
         best, tokens = logits.topk(min(count, CANDIDATES))
-        if not self._enough(best, total, count):
+        found = self.draw_among(best, tokens, total, u, size)
+        if found is None:
             best, tokens = logits.topk(count) if count < size else logits.sort(descending=True, stable=True)
+            found = self._among(best, tokens, total, u, size)
+        return found
+
+    def draw_among(self, best: torch.Tensor, tokens: torch.Tensor, total: torch.Tensor, u: float, size: int) -> int | None:
+        """The draw for `u` from the likeliest tokens, their logits in descending order, `total` the logsumexp of all `size`; None where they may
+        not include every token that may be drawn."""
+        count = min(self.sampling.top_k or size, size, CANDIDATES)
+        best, tokens = best[:count], tokens[:count]
+        return self._among(best, tokens, total, u, size) if self._enough(best, total, min(self.sampling.top_k or size, size)) else None
+
+    def _among(self, best: torch.Tensor, tokens: torch.Tensor, total: torch.Tensor, u: float, size: int) -> int:
+        s = self.sampling
         if 0 < s.top_k < size:
             total = best.logsumexp(0)
         p = (best - total).exp()
@@ -113,6 +141,12 @@ def _pick(p: torch.Tensor, u: float) -> int:
     """First index at which the cumulative sum of `p` exceeds `u` times its total; in float64, so that rounding does not hide the tail."""
     edges = p.double().cumsum(0)
     return min(int(torch.searchsorted(edges, u * edges[-1].item(), right=True)), len(p) - 1)
+
+
+def pick_each(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The same for each row of `p` (N, V) and each of `u` (N,) in float64."""
+    edges = p.double().cumsum(1)
+    return torch.searchsorted(edges, u[:, None] * edges[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 # Text ---------------------------------------------------------------------------------------------------------------
@@ -142,7 +176,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 def logprob(tokenizer: Any, logits: torch.Tensor, token: int, top: int) -> Logprob:
     """Log-probability of `token` and the `top` likeliest tokens, from logits (V,) in float32 before any sampling setting."""
     logs = logits.log_softmax(-1)
-    said = _say(tokenizer, token, float(logs[token]))
+    said = say(tokenizer, token, float(logs[token]))
     said.top = likeliest(tokenizer, logs, top)
     return said
 
@@ -152,10 +186,10 @@ def likeliest(tokenizer: Any, logs: torch.Tensor, top: int) -> list[Logprob]:
     if not top:
         return []
     values, ids = logs.topk(min(top, logs.shape[0]))
-    return [_say(tokenizer, int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [say(tokenizer, int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def _say(tokenizer: Any, token: int, value: float) -> Logprob:
+def say(tokenizer: Any, token: int, value: float) -> Logprob:
     raw = token_bytes(tokenizer, token)
     return Logprob(token=raw.decode("utf-8", "replace"), bytes=list(raw), logprob=max(value, -9999.0) if not math.isnan(value) else -9999.0)
 

@@ -95,6 +95,11 @@ class Request:
         s = self.request.sampling
         return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
 
+    @property
+    def top_logprobs(self) -> int | None:
+        """How many likeliest tokens are told beside each token; None where no log-probabilities are."""
+        return self.request.sampling.top_logprobs if self.request.sampling.logprobs else None
+
     def log_stopped(self) -> None:
         why, most = "nobody reads it" if self.cancelled else "its time is over", self.max_tokens * len(self.rows)
         log.info("Answer %s stopped after %d of %d tokens: %s.", self.request.id, self.written, most, why)

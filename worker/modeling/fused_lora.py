@@ -35,7 +35,8 @@ from worker.kernels.cpu import lora_products
 from worker.kernels.cpu.lora_step import LoraLayerState, LoraOptimizer
 from worker.kernels.cpu.lora_step import Product as FactorProduct
 from worker.kernels.cpu.shared_projection import SharedProjection, SharedProjectionPart, siblings
-from worker.kernels.gpu import fp8
+from worker.kernels.gpu import fp8, nf4
+from worker.kernels.gpu.sum_of_products import sum_of_products
 from worker.modeling import fused_dora
 from worker.runtime.device import Compute
 
@@ -76,16 +77,21 @@ class _Product(torch.autograd.Function):
         low = lora_products.project(x, rounded.down) if lora_products.supports(x, rounded.down) else x @ rounded.down.t()  # (T, Σr)
         assert rounded.lifts is not None  # always set in the forward pass
         # The low-rank product first: the large one is then added inside a product that accumulates in float32.
-        y = low @ rounded.lifts if biases[0] is None else torch.addmm(_joined_bias(biases, x.dtype), low, rounded.lifts)
-        if isinstance(joined, Fp8Weight):
-            y += fp8.product(x, *joined)
-        elif joined is not None:
-            y.addmm_(x, joined.t())
-        elif len(weights) == 1:
-            y.addmm_(x, _dense(weights[0], states[0], x.dtype).t())
+        bias = None if biases[0] is None else _joined_bias(biases, x.dtype)
+        dense = _dense(joined, weights, states, x.dtype)
+        if dense is not None:
+            y = _sum(low, rounded.lifts, x, dense.t(), bias)
         else:
-            for part, weight, state in zip(y.split([up.shape[0] for up in ups], 1), weights, states, strict=True):
-                part.addmm_(x, _dense(weight, state, x.dtype).t())
+            y = _first(low, rounded.lifts, bias)
+            if isinstance(joined, Fp8Weight):
+                y += fp8.product(x, *joined)
+            else:
+                own = [y] if len(weights) == 1 else y.split([up.shape[0] for up in ups], 1)
+                for part, weight, state in zip(own, weights, states, strict=True):
+                    if state is not None:
+                        nf4.add_product(part, x, weight, nf4.tables(state), nf4.sizes(state), state.quant_type)
+                    else:
+                        part.addmm_(x, weight.to(x.dtype).t())
         ctx.scales, ctx.states, ctx.joined = scales, states, joined
         ctx.save_for_backward(x, low, *weights, *downs, *ups)
         return y
@@ -113,14 +119,19 @@ class _Product(torch.autograd.Function):
             ]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = joined @ rounded.down
-            if isinstance(ctx.joined, Fp8Weight):
-                dx += fp8.product_back(dy, *ctx.joined)
-            elif ctx.joined is not None:
-                dx.addmm_(dy, ctx.joined)
+            dense = _dense(ctx.joined, weights, ctx.states, dy.dtype)
+            if dense is not None:
+                dx = _sum(joined, rounded.down, dy, dense)
             else:
-                for part, weight, state in zip(parts, weights, ctx.states, strict=True):
-                    dx.addmm_(part, _dense(weight, state, dy.dtype))
+                dx = joined @ rounded.down
+                if isinstance(ctx.joined, Fp8Weight):
+                    dx += fp8.product_back(dy, *ctx.joined)
+                else:
+                    for part, weight, state in zip(parts, weights, ctx.states, strict=True):
+                        if state is not None:
+                            nf4.add_product_back(dx, part, weight, nf4.tables(state), nf4.sizes(state), state.quant_type)
+                        else:
+                            dx.addmm_(part, weight.to(dy.dtype))
         d_down_all = lora_products.gather(x, joined) if in_tiles else joined.t() @ x
         found: list[Any] = []
         d_downs = d_down_all.split([down.shape[0] for down in downs])
@@ -129,18 +140,29 @@ class _Product(torch.autograd.Function):
         return dx, None, None, None, None, *found
 
 
+def _dense(
+    joined: torch.Tensor | Fp8Weight | None, weights: Sequence[torch.Tensor], states: Sequence[Any], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The frozen weight (ΣN, K) of a product, where it is one matrix of floats."""
+    if isinstance(joined, torch.Tensor):
+        return joined
+    return weights[0].to(dtype) if joined is None and len(weights) == 1 and states[0] is None else None
+
+
+def _first(low: torch.Tensor, lifts: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return low @ lifts if bias is None else torch.addmm(bias, low, lifts)
+
+
+def _sum(low: torch.Tensor, lifts: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """low (T, R) lifts (R, N) + x (T, K) weight (K, N) + bias (N,)."""
+    if torch.compiler.is_compiling():
+        return sum_of_products(low, lifts, x, weight, bias)
+    return _first(low, lifts, bias).addmm_(x, weight)
+
+
 def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x in a dtype. Checked here rather than by `x.to`, because each torch call hands the GIL to another part's thread."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _dense(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A frozen weight as a dense matrix; a 4-bit one is dequantized for one product and discarded."""
-    if state is None:
-        return weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, state).to(dtype)
 
 
 def _joined_bias(biases: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -93,6 +93,10 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
                 hint="Choose a model whose layers read by attention alone, such as Llama, Qwen, Gemma, BERT or RoBERTa.",
             )
         packed.count_from_padding(model)
+    if model.dtype == torch.float16:
+        # In some models the residual stream exceeds the range of fp16, while the norms' outputs, which the products read, do not. It is
+        # float32 from the embedding on, because each block adds to its input.
+        model.get_input_embeddings().register_forward_hook(lambda _, given, out: out.float())
     # Saved configs then name the model, not a folder of this machine.
     model.name_or_path = model.config._name_or_path = ref.name
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()  # type: ignore[arg-type]  # its decorator hides `self`

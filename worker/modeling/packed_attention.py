@@ -15,13 +15,14 @@ import contextlib
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from app.models.integrity import BadModel
 from worker.kernels.cpu import attention as amx_attention
 from worker.runtime.transfer import sent
 
@@ -40,6 +41,33 @@ try:
     _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]  # whoever calls it looks first
+    _GROUPED = {}
+
+_repeats = not _GROUPED
+"""Whether keys and values are repeated for each head of the queries, so that all have equally many."""
+
+
+def probe_grouped_heads(device: torch.device) -> bool:
+    """Where torch's attention has no argument for grouped heads (before 2.12), find out once whether it takes them all the same, as its
+    kernel does: copies of keys and values cost 3 % of a step. Returns whether it does."""
+    global _repeats
+    if not _repeats or varlen_attn is None:
+        return not _repeats
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(32, heads, 32, generator=generator).to(device, torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    ends = torch.tensor([0, 12, 32], dtype=torch.int32, device=device)
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+
+    def gradients(keys: torch.Tensor, values: torch.Tensor) -> Any:
+        out = varlen_attn(q, keys, values, ends, ends, max_q=20, max_k=20, window_size=(-1, 0))
+        return torch.autograd.grad(cast("torch.Tensor", out).float().square().sum(), (q, k, v))
+
+    try:
+        pairs = zip(gradients(k, v), gradients(*repeated), strict=True)
+        _repeats = not all(torch.allclose(x.float(), y.float(), rtol=0.05, atol=0.05) for x, y in pairs)
+    except (RuntimeError, ValueError):  # it refuses them
+        return False
+    return not _repeats
 
 
 MULTIPLE = 32
@@ -63,11 +91,13 @@ class PackShape(NamedTuple):
         """Sequences that a pack may hold in addition to its padding."""
         return self.sequences - math.ceil(self.tokens / self.longest)
 
-    def filling(self, tokens: int) -> list[int]:
-        """Lengths of the pieces that pad a pack of `tokens`. One piece longer than `longest` would make the attention read
-        outside its table, which gave NaN losses."""
-        left = self.tokens - tokens
-        return [self.longest] * (left // self.longest) + ([left % self.longest] if left % self.longest else [])
+    def filling(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths of the pieces that pad a pack of sequences of these lengths: each as long as the longest of them, or longer where
+        the table has no more places. One piece longer than `longest` would make the attention read outside its table, which gave NaN
+        losses."""
+        left, free = self.tokens - sum(lengths), max(1, self.sequences - len(lengths))
+        piece = max(*lengths, -(-left // free))
+        return [piece] * (left // piece) + ([left % piece] if left % piece else [])
 
 
 def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
@@ -78,6 +108,19 @@ def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
     usual = tokens * len(lengths) / max(sum(lengths), 1)
     places = math.ceil(2 * usual) + 16 + math.ceil(tokens / longest)
     return PackShape(tokens, min(places, tokens), longest)
+
+
+def frames_of(lengths: Sequence[int], budget: int) -> list[PackShape]:
+    """The shapes of a job's packs, the smallest first: one for rows that fit into the budget and, where some are longer, one for those, each
+    of which is a pack of its own. With a single shape every pack would be padded to the longest row."""
+    room = -(-budget // 64) * 64  # a row between the budget and this has a pack of its own too, which fits into the first shape
+    short, long = [n for n in lengths if n <= room], [n for n in lengths if n > room]
+    return [frame_of(some, size) for some, size in ((short, budget), (long, max(long, default=0))) if some]
+
+
+def frame_for(frames: Sequence[PackShape], tokens: int) -> PackShape | None:
+    """The smallest shape that holds a pack of `tokens`; None without frames."""
+    return next((frame for frame in frames if frame.tokens >= tokens), None)
 
 
 def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
@@ -91,8 +134,17 @@ def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape 
     ends = torch.full((places + 1,), sum(lengths), dtype=torch.int32)
     ends[0] = 0
     ends[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-    found = {"cu_seq_lens": sent(ends, device), "longest": frame.longest if frame else max(lengths)}
+    found = {"cu_seq_lens": sent(ends, device), "longest": as_size(max(lengths)) if frame else max(lengths)}
     return found if frame else {**found, "sequence_lengths": lengths}
+
+
+def as_size(number: int) -> torch.Tensor:
+    """A number as the size of an empty tensor on the host, which a compiled layer takes whatever it is; it would be compiled again for
+    each number as such. FlashAttention launches a block for every 128 tokens of the longest sequence, for every place of the table: with
+    the longest row of a job in the place of the pack's own, 98 % of them had nothing to do in short chats with one row of 4,096."""
+    empty = torch.empty(number, 0)
+    torch._dynamo.maybe_mark_dynamic(empty, 0)
+    return empty
 
 
 def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -104,6 +156,18 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
     places = np.concatenate([np.arange(n) for n in all_lengths])
     tensors = {"input_ids": flat, "position_ids": places}
     return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
+
+
+IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"})
+"""Arguments that models pass to every attention and that do not change its result: positions are already in the rotated queries and
+keys, and nothing is cached."""
+
+
+def _unsupported(module: torch.nn.Module, why: str) -> BadModel:
+    return BadModel(
+        f"{type(module).__name__} cannot be computed over packed rows: {why}, which the packed attention does not support.",
+        hint="Choose a model of another family, such as Llama, Qwen or Gemma 3.",
+    )
 
 
 def packed_attention(
@@ -118,24 +182,34 @@ def packed_attention(
     softcap: float | None = None,
     sequence_lengths: list[int] | None = None,
     cu_seq_lens: torch.Tensor | None = None,
-    longest: int | None = None,
-    **_: Any,
+    longest: int | torch.Tensor | None = None,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each packed sequence, for queries (1, heads, T, D) and keys and values (1, kv heads, T, D). Returns (1, T,
-    heads, D)."""
+    heads, D).
+
+    Raises BadModel for an unknown argument, such as the attention sinks of gpt-oss: without it the model would compute something
+    else. The same for soft-capped scores on packs of one shape, whose sequences the fallback does not separate.
+    """
+    if unknown := sorted(name for name, value in rest.items() if value is not None and name not in IGNORED):
+        raise _unsupported(module, f"its attention takes {', '.join(unknown)}")
+    if softcap is not None and cu_seq_lens is not None and sequence_lengths is None:
+        raise _unsupported(module, "its attention soft-caps the scores")
     causal = getattr(module, "is_causal", True)
     kind = query.device.type
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
         # A float32 embedding makes the rotary tables float32, and with them the rotated queries and keys.
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    fits = query.dtype in (torch.bfloat16, torch.float16) and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    # Only GPUs with bf16 have this kernel; those that run in fp16 do not.
+    fits = query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
     if varlen_attn is not None and cu_seq_lens is not None and longest is not None and fits:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         v = v.contiguous()  # a view of a joint q, k, v product would keep all three alive until the backward pass
-        if not _GROUPED and k.shape[1] != q.shape[1]:
+        if _repeats and k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         back = (sliding_window or 0) - 1  # -1: unlimited
         window = (back, 0 if causal else back)
+        longest = longest if isinstance(longest, int) else longest.shape[0]
         ends = cu_seq_lens, cu_seq_lens, longest, longest
         out: torch.Tensor = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, **_GROUPED)  # type: ignore[assignment]
         return out.unsqueeze(0), None  # without `return_aux` it returns no tuple
@@ -144,6 +218,9 @@ def packed_attention(
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
     value = value.contiguous()  # as above
+    if query.is_cuda and key.shape[1] != query.shape[1]:
+        # In float32, and in fp16 before Ampere, the one kernel that does not write all scores out takes no grouped heads.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     # Under autocast rotated queries and keys may already be float32 while values are not.
     halves = query.device.type == "cpu" and torch.bfloat16 in (given, key.dtype, value.dtype)
     plain = not dropout and softcap is None and not torch.compiler.is_compiling()

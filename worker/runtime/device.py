@@ -1,6 +1,7 @@
 """Chooses the device and dtypes of a job, once, and records them, so that a resumed job chooses the same.
 
-Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32. On a CPU: bf16 where products are
+Measured choices. On CUDA: bf16, with frozen weights stored in bf16 and trained ones in float32; on GPUs before Ampere (T4, V100,
+RTX 20) fp16 instead, with a scaled loss (`worker/training/backends/loss_scaled.py`). On a CPU: bf16 where products are
 measured to be faster in it (AMX, AVX-512 BF16) and the strategy trains as well in it as in float32: LoRA and its nearest
 relatives, whose correction is added before the sum is rounded (`worker/modeling/fused_lora.py`), and full fine-tuning with
 float32 master weights. With peft's own layers bf16 was as fast, but trained more slowly: a small correction added to a value
@@ -24,8 +25,9 @@ import torch
 
 from app.errors import DoesNotFit
 from app.machines.hardware import BF16_WORTHWHILE, Machine, note_bf16, this_machine, usable_cores
-from app.planning.memory import parts_of
+from app.planning.memory import FLOOR_CUDA_BYTES, parts_of
 from app.run_settings import RunSettings
+from app.settings import get_settings
 from app.strategies import Strategy
 from worker import kernels
 from worker.kernels.gpu import fp8
@@ -37,13 +39,17 @@ ARITHMETIC = 3
 continues, with a remark."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of products, by precision."""
+
+
 @dataclass(frozen=True)
 class Compute:
     """The device and dtypes of one attempt."""
 
     device: torch.device
     name: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     frozen: torch.dtype  # how frozen weights are stored
     threads: int
     fp8: bool = False  # frozen layers are quantized once the strategy is attached (worker/kernels/gpu/fp8.py)
@@ -54,7 +60,7 @@ class Compute:
 
     @property
     def compute(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
 
     @property
     def rounding(self) -> str:
@@ -74,7 +80,7 @@ class Compute:
         """Autocast of products to `compute`; a no-op in float32."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for a resumed job to be bitwise reproducible."""
@@ -107,10 +113,15 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if run.precision == "bf16" and not bf16:
             raise DoesNotFit("This GPU has no bf16.", hint="Set precision to fp32 or auto.", param="precision")
-        precision: Literal["fp32", "bf16"] = "bf16" if bf16 and run.precision != "fp32" else "fp32"
+        # fp16 needs a scaled loss, which sharded weights do not support.
+        precision: Literal["bf16", "fp16", "fp32"] = "bf16" if bf16 else "fp32" if distributed.spreads(strategy) else "fp16"
+        precision = "fp32" if run.precision == "fp32" else precision
         torch.backends.cuda.matmul.allow_tf32 = True
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        if limit := get_settings().gpu_memory_bytes:
+            total = torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - FLOOR_CUDA_BYTES) / total), device)
         in_fp8 = run.frozen_weights == "fp8"
         if in_fp8 and (reason := fp8.why_not(device) or (None if precision == "bf16" else "Products in fp8 go with bf16 alone.")):
             raise _no_fp8(reason)
@@ -126,9 +137,9 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
         raise DoesNotFit("The device cuda needs an NVIDIA GPU, and there is none here.", hint="Set device to auto or cpu.", param="device")
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
-    precision = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
+    on_cpu = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
     name = f"cpu ({this_machine().processor})"
-    return Compute(torch.device("cpu"), name, precision, _frozen(precision, strategy), torch.get_num_threads())
+    return Compute(torch.device("cpu"), name, on_cpu, _frozen(on_cpu, strategy), torch.get_num_threads())
 
 
 def _no_fp8(reason: str) -> DoesNotFit:
@@ -165,7 +176,7 @@ def _bf16_gain() -> float:
 
 
 def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" and strategy.adapter else torch.float32
+    return DTYPES[precision] if strategy.adapter else torch.float32
 
 
 def memory_here(device: torch.device) -> Machine:
@@ -174,9 +185,18 @@ def memory_here(device: torch.device) -> Machine:
     machine = this_machine().on(device.type).model_copy(update={"processes": distributed.size()})
     if device.type != "cuda":
         return machine
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = gpu_memory(device)
     usable = total if distributed.size() > 1 else free + torch.cuda.memory_reserved(device)
     return machine.model_copy(update={"gpu_memory_bytes": usable})
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free beside what this process has reserved, and all of them; no more than the settings allow."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = get_settings().gpu_memory_bytes
+    if limit is None or limit >= total:
+        return free, total
+    return min(free, max(0, limit - torch.cuda.memory_reserved(device))), limit
 
 
 def peak_memory(device: torch.device) -> int:

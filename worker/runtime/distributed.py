@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,10 @@ MESSAGE_BYTES = 64 * 2**20
 
 PATIENCE = datetime.timedelta(days=7)
 """Timeout for waiting for rank 0, which evaluates and saves alone. torchrun ends the others where it dies."""
+
+STEP_PATIENCE = datetime.timedelta(minutes=15)
+"""Timeout of a collective of a step: a process that died or hangs ends the job within it, and another attempt resumes it. The longest
+passes between two of them, of many packs on a slow GPU, take minutes."""
 
 
 def size() -> int:
@@ -105,6 +111,15 @@ class ProcessGroup:
             for p in parameters:
                 dist.broadcast(p.data, 0)
 
+    def each(self, number: float) -> list[float]:
+        """The number of every process, by rank."""
+        if self.size == 1:
+            return [number]
+        told = torch.zeros(self.size, dtype=torch.float64)
+        told[self.rank] = number
+        dist.all_reduce(told, group=self.host)
+        return told.tolist()
+
     def count(self, *numbers: int) -> list[int]:
         """Sums of numbers over all processes."""
         if self.size == 1:
@@ -112,6 +127,47 @@ class ProcessGroup:
         told = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(told, group=self.host)
         return told.tolist()
+
+
+class Laps:
+    """How long the passes of each step take in this process, without the time it waits for others. On a GPU they are timed by events,
+    which nothing waits for."""
+
+    SLOW, STEPS = 1.3, 20
+
+    def __init__(self, world: ProcessGroup, device: torch.device) -> None:
+        self.world, self.cuda = world, device.type == "cuda"
+        self.laps: list[tuple[Any, Any]] = []
+        self.warned = False
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def note(self, began: Any) -> None:
+        if self.world.size > 1:
+            self.laps.append((began, self.now()))
+
+    def slow(self) -> str | None:
+        """Every `STEPS` steps, and in every process: which one takes much longer than the others, said once; else None. The passes of one
+        step differ with their packs, those of twenty hardly do."""
+        if len(self.laps) < self.STEPS:
+            return None
+        # Not the first, in which kernels are compiled and loaded; and the newest may still be computed.
+        done, self.laps = self.laps[1:-1], self.laps[-1:]
+        spent = sum(began.elapsed_time(end) / 1000 if self.cuda else end - began for began, end in done)
+        each = self.world.each(spent / len(done))
+        middle, slowest = statistics.median_low(each), max(each)
+        if self.warned or slowest < self.SLOW * middle:
+            return None
+        self.warned = True
+        return (
+            f"Process {each.index(slowest)} of {self.world.size} takes {slowest:.2g} s for its part of a step, the others {middle:.2g} s: all "
+            "wait for it. Another program on its GPU, heat or a slower slot are the usual reasons."
+        )
 
 
 def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -135,7 +191,9 @@ def together(device: torch.device) -> Iterator[ProcessGroup]:
         yield ProcessGroup()
         return
     die_with_parent(os.getppid())()  # torchrun gives each a session of its own, which a kill of the trainer's group would not reach
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # With its device known NCCL connects at once rather than at the first collective, and a process cannot take another's GPU.
+    own = device if device.type == "cuda" else None
+    dist.init_process_group("nccl" if own else "gloo", timeout=STEP_PATIENCE, device_id=own)
     try:
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:

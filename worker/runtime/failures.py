@@ -9,6 +9,7 @@ occur again.
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 from app import events
 from app.errors import StudioError
@@ -54,6 +55,15 @@ def of_gpu(said: str) -> events.Failed | None:
         return None
     hint = "`nvidia-smi -q` and `dmesg | grep Xid` tell more about the card. Where it stays, restart the driver or take another card."
     return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", hint=hint)
+
+
+OUT_OF_MEMORY = "out_of_memory"
+"""A file in an attempt's folder: the GPU ran out of memory while not every layer was recomputed."""
+
+
+def memory_ran_out(runs: Path) -> bool:
+    """Whether an earlier attempt of the job whose attempts are in `runs` left that file."""
+    return any(runs.glob(f"a*/{OUT_OF_MEMORY}"))
 
 
 def disk_is_full(error: BaseException) -> bool:

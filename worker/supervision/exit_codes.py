@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from app import events
 from app.errors import BadData, StudioError
 from app.kit import manifest, tracing
-from app.machines.hardware import this_machine
+from app.machines.hardware import CUDA_ORDER, this_machine
 from app.settings import get_settings
 from worker.runtime import failures
 from worker.supervision import confinement
@@ -43,7 +43,7 @@ spinning and at 10 sleeping."""
 _HANDED_ON = {
     "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
     "CC", "CXX",  # what Triton and torch's compiler build with
-    "LUTHIER_KEEP_CHECKPOINTS", "LUTHIER_KERNELS", "LUTHIER_LOG_FORMAT", "LUTHIER_LOG_LEVEL",
+    "LUTHIER_GPU_MEMORY_BYTES", "LUTHIER_KEEP_CHECKPOINTS", "LUTHIER_KERNELS", "LUTHIER_LOG_FORMAT", "LUTHIER_LOG_LEVEL",
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
 _HANDED_ON_PREFIXES = (
@@ -61,7 +61,7 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
         kept["CUDA_VISIBLE_DEVICES"] = ""
     cuda = CUDA_ALLOCATOR if this_machine().on(device).cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
     own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
-    return ALLOCATOR | THREADS | cuda | own | kept | tracing.environment() | {
+    return ALLOCATOR | THREADS | cuda | own | kept | tracing.environment() | CUDA_ORDER | {
         "LUTHIER_DATA_DIR": str(get_settings().data_dir),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -36,11 +36,12 @@ from app.kit import child_process, tracing
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.storage.files import write_atomically
-from worker.supervision import confinement, exit_codes
+from worker.supervision import confinement, exit_codes, gpu_lease
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,19 +71,37 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     """The body of the train task. `going_down` says whether this worker was asked to leave."""
     if going_down():
         return  # the reaper redelivers the job
-    held = _retry_until_database(lambda: _claim(job_id))
-    if held is None:
-        log.info("Nothing to do for job %s.", job_id)
-        return
-    log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
+    lease = _lease(job_id)
+    if lease is None:
+        log.info("Job %s waits for a GPU.", job_id)
+        return  # the reaper redelivers it
     try:
+        held = _retry_until_database(lambda: _claim(job_id))
+        if held is None:
+            log.info("Nothing to do for job %s.", job_id)
+            return
+        log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
         with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
-            attempt = Attempt(held, going_down)
+            attempt = Attempt(held, going_down, lease)
             attempt.run()
             if span is not None:
                 span.set_attributes({"step": attempt.pace.step or 0, "outcome": type(attempt.said_last).__name__.lower()})
     except FenceLost:
-        log.warning("Job %s: fence %d was lost; nothing more is written.", job_id, held.fence)
+        log.warning("Job %s: its fence was lost; nothing more is written.", job_id)
+    finally:
+        lease.release()
+
+
+def _lease(job_id: uuid.UUID) -> gpu_lease.GpuLease | None:
+    """The GPUs of a job, none for one that trains on the CPU; None where others use them."""
+    if not this_machine().cuda or _retry_until_database(lambda: _device(job_id)) == "cpu":
+        return gpu_lease.GpuLease()
+    return gpu_lease.take(get_settings().gpus_per_job)
+
+
+def _device(job_id: uuid.UUID) -> str | None:
+    with transaction() as session:
+        return lifecycle.device_of(session, job_id)
 
 
 def _claim(job_id: uuid.UUID) -> Claim | None:
@@ -107,9 +126,10 @@ def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] =
 class Attempt:
     """One attempt at a job, from the start of its trainer to the record of its end."""
 
-    def __init__(self, held: Claim, going_down: Callable[[], bool]) -> None:
+    def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease | None = None) -> None:
         self.held = held
         self.going_down = going_down
+        self.lease = lease or gpu_lease.GpuLease()
         self.folder: Path = get_settings().data_dir / held.folder
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
         self.recorded = 0  # number of the next event
@@ -155,7 +175,7 @@ class Attempt:
     def _train(self) -> int:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
         integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading a large one takes longer than a lease
-        residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
+        self._ask_room()
         self.trainer = self._start()
         self.trainer.listen(self._hear, over=self.woken.set)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -172,10 +192,15 @@ class Attempt:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
-        environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device)
+        environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device) | self.lease.environment()
         room = confinement.room_of(self.held.spec, self.folder, environment)
         with (self.folder / "trainer.log").open("ab") as out:
-            return child_process.start(lambda pipe: confined(trainer_command(self.held, spec, pipe), room), env=environment, output=out)
+            return child_process.start(
+                lambda pipe: confined(trainer_command(self.held, spec, pipe), room),
+                env=environment,
+                output=out,
+                keeps=self.lease.files,
+            )
 
     def _watch(self) -> None:
         """Record and watch until the trainer is gone."""
@@ -241,13 +266,16 @@ class Attempt:
     def _beat(self) -> None:
         """Renew the lease, and the request that this machine's idle models are evicted, until the attempt is over."""
         while not self.over.is_set():
-            residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device)
+            self._ask_room()
             self._renew()
             self.woken.set()
             if self.fence_lost.is_set():
                 break
             self.over.wait(get_settings().beat_seconds)
         residency.give_room_back(self.held.job_id)
+
+    def _ask_room(self) -> None:
+        residency.ask_room(self.held.job_id, self.held.memory_bytes, self.held.spec.run.device, self.lease.gpus)
 
     def _renew(self) -> None:
         """One heartbeat, which also reads stop and save requests."""

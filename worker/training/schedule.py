@@ -48,8 +48,8 @@ def course_of(lesson: Objective, engine: Compute) -> Schedule:
     rows = run.batch_size and run.batch_size // run.micro_batches
     budget = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) / run.micro_batches)
     if engine.framed and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
-        lesson.frame = packed_attention.frame_of(lengths, budget)
-    most = lesson.frame.max_sequences() if lesson.frame else None
+        lesson.frames = packed_attention.frames_of(lengths, budget)
+    most = lesson.frames[0].max_sequences() if lesson.frames else None
     packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)

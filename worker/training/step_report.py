@@ -12,7 +12,6 @@ from worker.runtime.device import peak_memory
 from worker.runtime.failures import Diverged
 from worker.runtime.transfer import AsyncScalars
 
-MAX_NOT_FINITE = 3
 DIVERGED_STEPS = 15
 """Steps in a row whose loss is far above that of the first ones, after which a job is given up."""
 
@@ -44,9 +43,9 @@ def report(job: Any, step: events.Step, figures: AsyncScalars) -> events.Step:
     job.lap = now
     job.pace.append((step.tokens, state.seconds))
     state.not_finite = 0 if math.isfinite(loss_value) and math.isfinite(norm_value) else state.not_finite + 1
-    if state.not_finite >= MAX_NOT_FINITE:
+    if state.not_finite >= (limit := job.backend.max_not_finite):
         raise Diverged(
-            f"The loss was not a finite number in {MAX_NOT_FINITE} steps in a row, the last being step {step.step}.",
+            f"The loss was not a finite number in {limit} steps in a row, the last being step {step.step}.",
             hint=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)

@@ -116,18 +116,25 @@ def processes(settings: Settings) -> list[Child]:
     for name, arguments in commands(settings).items():
         command = launched([sys.executable, "-m", *arguments])
         if name == "train":
-            children += [train_worker(command, number, settings) for number in range(1, settings.train_workers + 1)]
+            children += [train_worker(command, number, settings) for number in range(1, train_workers(settings) + 1)]
         else:
             children.append(Child(name, command))
     return children
+
+
+def train_workers(settings: Settings) -> int:
+    """How many train workers there are: as configured, or as many as the GPUs suffice for, at least one."""
+    if settings.train_workers is not None:
+        return settings.train_workers
+    return max(1, len(visible_gpus()) // settings.gpus_per_job)
 
 
 def train_worker(command: list[str], number: int, settings: Settings) -> Child:
     """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
     env = {}
     gpus = visible_gpus()
-    each = settings.gpus_per_job
-    if settings.train_workers > 1 and len(gpus) >= settings.train_workers * each:
+    each, workers = settings.gpus_per_job, train_workers(settings)
+    if workers > 1 and len(gpus) >= workers * each:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(number - 1) * each : number * each])
     named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
     return Child(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)

@@ -21,7 +21,7 @@ def tokenizer():
 
 def draws(logits, count=4000, **sampling):
     chooser = Sampler(Sampling(**{"temperature": 1.0, "top_p": 1.0, **sampling}), 1, [])
-    return Counter(chooser._draw(logits / chooser.sampling.temperature) for _ in range(count))
+    return Counter(chooser.draw(logits / chooser.heat, chooser.number()) for _ in range(count))
 
 
 def test_draws_follow_the_distribution():

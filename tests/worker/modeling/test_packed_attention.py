@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from app.models.integrity import BadModel
 from app.shapes import shape_of
 from app.spec import ModelRef
 from tests.worker.orders import chat_rows
@@ -96,6 +97,18 @@ def test_window_and_soft_cap(window: int | None, softcap: float | None) -> None:
                 scores = torch.tanh(scores / softcap) * softcap if softcap else scores
                 wanted = scores.softmax(0) @ v[0, head // 2, list(seen)]
                 torch.testing.assert_close(out[0, i, head], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_attention_does_not_know_is_refused() -> None:
+    """Such as the attention sinks of gpt-oss: without them the model would silently compute something else."""
+    x = torch.randn(1, 2, 12, 8)
+    given = {"position_ids": torch.arange(12)[None], "use_cache": False, "s_aux": None, "sequence_lengths": [12]}
+    packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, **given)
+    with pytest.raises(BadModel, match="its attention takes s_aux"):
+        packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, **{**given, "s_aux": torch.zeros(2)})
+    ends = torch.tensor([0, 12], dtype=torch.int32)
+    with pytest.raises(BadModel, match="caps the scores"):
+        packed_attention.packed_attention(torch.nn.Module(), x, x, x, None, softcap=20.0, cu_seq_lens=ends, longest=12)
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, 3.0)])
@@ -252,3 +265,34 @@ def test_the_norm_and_its_gradients_are_those_of_the_formula(kind: torch.dtype) 
     torch.testing.assert_close(ours.double(), expected, **close)
     for mine, theirs in zip(own, plain, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, **close)
+
+
+@pytest.mark.parametrize(("does", "repeats"), [("takes them", False), ("refuses", True), ("mistakes them", True)])
+def test_grouped_heads_are_probed_where_torch_says_nothing_of_them(monkeypatch, does: str, repeats: bool):
+    """An attention without the argument `enable_gqa`, as torch's before 2.12: keys and values are copied only where they must be."""
+    heads: list[int] = []
+
+    def attention(q, k, v, ends, _, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        heads.append(k.shape[1])
+        if q.shape[1] != k.shape[1]:
+            if does == "refuses":
+                raise RuntimeError("Number of heads in key/value must divide number of heads in query")
+            turns = (q.shape[1] // k.shape[1], 1)
+            k, v = (x.repeat_interleave(turns[0], 1) if does == "takes them" else x.repeat(1, *turns) for x in (k, v))
+        pieces = []
+        for start, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+            one = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]
+            pieces.append(torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", attention)
+    monkeypatch.setattr(packed_attention, "_GROUPED", {})
+    monkeypatch.setattr(packed_attention, "_repeats", True)
+    assert packed_attention.probe_grouped_heads(CPU) is not repeats
+    heads.clear()
+    q, k, v = (torch.randn(1, n, 32, 32, dtype=torch.bfloat16) for n in (4, 2, 2))
+    ends = torch.tensor([0, 12, 32], dtype=torch.int32)
+    out, _ = packed_attention.packed_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens=ends, longest=20)
+    assert heads == [4 if repeats else 2]
+    wanted, _ = packed_attention.packed_attention(torch.nn.Module(), *(x.float() for x in (q, k, v)), None, sequence_lengths=[12, 20])
+    torch.testing.assert_close(out.float(), wanted, rtol=0.02, atol=0.02)

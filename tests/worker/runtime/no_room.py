@@ -23,7 +23,7 @@ class Full:
 
 
 with distributed.together(torch.device("cpu")) as world:
-    backend = FsdpBackend(SimpleNamespace())
+    backend = FsdpBackend(SimpleNamespace(device=torch.device("cpu")))
     backend.model, backend.trained, backend.optimizer, backend.world, backend.shards = None, {}, None, world, Full()
     try:
         with backend.gathered(Path(sys.argv[1])):

@@ -191,6 +191,20 @@ def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
         assert told["lengths"][0] == pytest.approx(told["lengths"][1], rel=2e-2)
 
 
+def test_compiled_blocks_are_spread_like_others(tmp_path):
+    """The hooks that gather a block's weights break no graph, and none is made again for the next block or step."""
+    for told in map(json.loads, two_of("tests.worker.runtime.compiled_blocks", tmp_path)[0]):
+        assert told["losses"][0] == pytest.approx(told["losses"][1], rel=1e-5)
+        assert told["breaks"] == 0 and told["graphs"] in (1, 2, 3) and told["apart"] < 1e-4
+
+
+def test_the_process_that_all_wait_for_is_named(tmp_path):
+    """Once, in both, though each waits for the other at the end of every step."""
+    first, second = map(json.loads, two_of("tests.worker.runtime.slow_rank", tmp_path)[0])
+    (said,) = [text for text in first if text]
+    assert first == second and said.startswith("Process 1 of 2 takes 0.0") and first.index(said) == 19
+
+
 @pytest.mark.long
 def test_all_are_told_that_one_has_no_room(tmp_path):
     """The first speaks for all, so it must know why the second could not save its rows."""

@@ -112,6 +112,17 @@ def test_each_worker_gets_as_many_cards_as_a_job_takes(data_dir, monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in up.train_worker(["train@%h"], 1, settings).env
 
 
+def test_a_studio_trains_on_all_cards_by_default(data_dir, monkeypatch):
+    """A worker for each, or for as many as a job takes; seven of eight idled."""
+    settings = get_settings()
+    for visible, each, workers, first in (("0,1,2,3", 1, 4, "0"), ("0,1,2,3", 2, 2, "0,1"), ("0", 1, 1, None), ("", 1, 1, None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        one = settings.model_copy(update={"gpus_per_job": each})
+        assert up.train_workers(one) == workers
+        assert up.train_worker(["train@%h"], 1, one).env.get("CUDA_VISIBLE_DEVICES") == first
+    assert up.train_workers(settings.model_copy(update={"train_workers": 0})) == 0
+
+
 def test_answers_do_not_wait_for_plans_of_an_attention():
     assert loading.packed.NAME and not torch.backends.cuda.cudnn_sdp_enabled()
 

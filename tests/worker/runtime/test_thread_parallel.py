@@ -236,6 +236,26 @@ def test_parts_learn_what_the_whole_learns(data_dir: Path, tiny_model: Path, mon
     )
 
 
+@pytest.mark.parametrize("strategy", ["loha", "lokr"])
+def test_loha_and_lokr_are_taken_apart(data_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """peft draws a number in every pass of them, for a dropout that these jobs do not have. Their parts learn the same twice, and what the
+    whole learns."""
+
+    def run(name: str, **settings: float) -> tuple[int, list[tuple[float, float]]]:
+        spec = plenty(data_dir, tiny_model, strategy, {"dropout": 0.0} | settings, max_steps=4)
+        said = list(train.train(spec, data_dir / "runs" / name / "a1"))
+        parts = next(e for e in said if isinstance(e, events.Started)).details["parts"]
+        return parts, [(e.loss, e.grad_norm) for e in said if isinstance(e, events.Step)]
+
+    apart, again, dropped = run("apart"), run("again"), run("dropped", dropout=0.1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole = run("whole")
+    assert [found[0] for found in (apart, again, dropped, whole)] == [2, 2, 1, 1]
+    assert apart == again and len(apart[1]) == 4 and len(set(apart[1])) == 4
+    for ours, other in zip(apart[1], whole[1], strict=True):
+        assert ours == pytest.approx(other, rel=5e-3)
+
+
 def test_what_draws_at_random_is_not_taken_apart(data_dir: Path, tiny_model: Path) -> None:
     """Dropout in parts side by side would depend on which was faster."""
     said = list(train.train(plenty(data_dir, tiny_model, settings={"dropout": 0.2}, epochs=1), data_dir / "runs" / "one" / "a1"))

@@ -246,8 +246,10 @@ def test_one_place_chooses(data_dir, kernels, monkeypatch: pytest.MonkeyPatch) -
     )
     kernels("plain")
     assert {backends.choose(engine_on(where), strategy, run).name for strategy in (lora, full) for where in ("cpu", "cuda")} == {"plain"}
+    assert backends.choose(engine_on("cuda", "fp16"), lora, run).name == "loss_scaled", "without it the gradients are 0"
     assert here.parts(4096) == 1 and here.facts()["kernels"] == "plain" and here.rounding != replace(here, precision="fp32").rounding
     kernels("auto")
+    assert backends.choose(engine_on("cuda", "fp16"), lora, run).name == "loss_scaled"
     assert here.parts(4096) == 2 and "kernels" not in here.facts() and here.rounding == here.precision
 
 

@@ -24,7 +24,7 @@ from worker.kernels.gpu import fp8
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.fused_lora import fuse
-from worker.modeling.packed_attention import PackShape, frame_of, packed_arguments
+from worker.modeling.packed_attention import PackShape, frame_for, frame_of, frames_of, packed_arguments
 from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.training import optim
@@ -182,16 +182,61 @@ def test_packs_of_one_shape_learn_the_same_and_are_compiled_once(kernel, plain, 
     seed=st.integers(0, 5),
 )  # fmt: skip
 def test_every_pack_fits_the_one_table(lengths: list[int], budget: int, seed: int) -> None:
-    """Places enough for the documents and the filling, every piece within the longest, ends that rise to the frame's tokens."""
-    frame = frame_of(lengths, budget)
-    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frame.max_sequences()):
+    """Places enough for the documents and the filling, every piece within the longest, ends that rise to the frame's tokens. Rows that
+    are longer than the budget do not make the others' packs any larger."""
+    frames = frames_of(lengths, budget)
+    for pack in plan(lengths, budget, seed=seed, epoch=0, most=frames[0].max_sequences()):
         own = [lengths[row] for row in pack]
-        filled = own + frame.filling(sum(own))
+        frame = frame_for(frames, sum(own))
+        assert frame is not None and (frame is frames[0] or frames[0].tokens < sum(own)), "a pack is filled up further than it must be"
+        filled = own + frame.filling(own)
         assert sum(filled) == frame.tokens and max(filled) <= frame.longest and min(filled) > 0
         given = packed_arguments(filled, CPU, frame)
         ends, spans = given["cu_seq_lens"], given["cu_seq_lens"].diff()
-        assert ends.shape == (frame.sequences + 1,) and ends.dtype == torch.int32 and given["longest"] == frame.longest
+        assert ends.shape == (frame.sequences + 1,) and ends.dtype == torch.int32 and given["longest"].shape[0] == max(filled)
         assert spans.tolist() == filled + [0] * (frame.sequences - len(filled))
+
+
+def test_one_long_row_does_not_fill_every_pack_up() -> None:
+    """60 rows of 100 tokens and one of 8,192 in packs of 2,048: filled up to the longest, three quarters of every pass were padding."""
+    lengths = [100] * 60 + [8192]
+    frames = frames_of(lengths, 2048)
+    packs = plan(lengths, 2048, seed=1, epoch=0, most=frames[0].max_sequences())
+    computed = sum(frame_for(frames, sum(lengths[row] for row in pack)).tokens for pack in packs)
+    assert sum(lengths) / computed > 0.9 and [frame.tokens for frame in frames] == [2048, 8192]
+    assert frames_of([100] * 60, 2048) == [frame_of([100] * 60, 2048)]
+
+
+def test_the_kernel_is_told_the_longest_row_of_the_pack(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the job: it launches a block for each 128 tokens of it, for every place of the table. Blocks are not compiled again
+    for another length."""
+    told: list[int] = []
+    real = packed_attention.varlen_attn
+
+    def attention(q, k, v, ends, _, longest, __, **named):  # type: ignore[no-untyped-def]
+        told.append(longest)
+        return real(q, k, v, ends, ends, longest, longest, **named)
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", attention)
+    Run(ENGINE, compiled=False)
+    packs = plan(DATA.lengths, BUDGET, seed=1, epoch=0, most=frame_of(DATA.lengths, BUDGET).max_sequences())[:4]
+    own = [max(DATA.lengths[row] for row in pack) for pack in packs]
+    assert told == [n for n in own for _ in range(3)] and len(set(own)) > 2 and min(own) < 0.6 * max(DATA.lengths)
+
+
+def grid(lengths: list[int], tokens: int, own: bool, heads: int = 32) -> int:
+    """Blocks of one call of FlashAttention-2, by the mean over packs."""
+    frame, counts = frame_of(lengths, tokens), []
+    for pack in plan(lengths, tokens, seed=1, epoch=0, most=frame.max_sequences()):
+        sizes = [lengths[row] for row in pack]
+        longest = max(sizes + frame.filling(sizes)) if own else frame.longest
+        counts.append(frame.sequences * -(-longest // 128) * heads)
+    return round(sum(counts) / len(counts))
+
+
+def test_one_long_row_does_not_have_all_packs_launch_blocks_for_it() -> None:
+    lengths = [min(400, max(16, int(70 * 2.7 ** random.Random(i).gauss(0, 0.5)))) for i in range(4000)] + [4096]
+    assert grid(lengths, 16_384, own=False) > 400_000 and grid(lengths, 16_384, own=True) < 80_000
 
 
 def test_a_pack_with_more_documents_than_places_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,39 @@ def test_every_failure_has_its_name(data_dir: Path, tiny_model: Path, error: Bas
     said = failed(error, order(put_model(tiny_model), put_dataset(chat_rows(3))), 7)
     assert said.kind == kind and said.step == 7 and said.message
     assert (said.suggestion is not None) == kind.endswith("out_of_memory"), "one click that mends it, where one can"
+
+
+def test_after_the_memory_ran_out_once_every_layer_is_recomputed(data_dir: Path, tiny_model: Path) -> None:
+    """The first such failure offers that, and leaves a mark by which the next attempt does it; the second one offers smaller passes."""
+    spec, first = order(put_model(tiny_model), put_dataset(chat_rows()), max_steps=2), data_dir / "runs" / "job" / "a1"
+    first.mkdir(parents=True)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert failed(error, spec, 7, first).suggestion == {"gradient_checkpointing": "all"}
+    said = list(train.train(spec, first.parent / "a2"))
+    assert of(said, events.Started)[0].details["recomputed_layers"] == spec.model.shape.layers
+    assert any("ran out of memory" in event.message for event in of(said, events.Log)) and isinstance(said[-1], events.Finished)
+    assert "gradient_checkpointing" not in failed(error, spec, 7, first.parent / "a2").suggestion
+
+
+def test_without_the_mark_no_attempt_follows_by_itself(data_dir: Path, tiny_model: Path) -> None:
+    """It would run out of memory again, and so would the next: what is offered instead is a setting that a person takes."""
+    spec = order(put_model(tiny_model), put_dataset(chat_rows(3)))
+    error, unwritable = torch.OutOfMemoryError("CUDA out of memory"), Path("/proc/self")  # no file can be created there, by root neither
+    with pytest.raises(OSError):
+        (unwritable / "file").touch()
+    assert failed(error, spec, 7, unwritable).suggestion == {"micro_batches": 2}
+
+
+def test_what_is_offered_makes_the_largest_pass_smaller(data_dir: Path, tiny_model: Path) -> None:
+    """More passes while a pass is more than one row; where the longest row is a pass of its own they would only take time."""
+
+    def offered(longest: int, **run: Any) -> dict[str, Any] | None:
+        return failed(MemoryError(), order(put_model(tiny_model), put_dataset(chat_rows(3)), **run), None, None, longest).suggestion
+
+    assert offered(256, max_tokens_per_step=2048) == {"micro_batches": 2} == offered(0, max_tokens_per_step=2048)
+    assert offered(256, max_tokens_per_step=2048, micro_batches=8) == {"max_length": 128}
+    assert offered(256, max_tokens_per_step=None, batch_size=8) == {"micro_batches": 2}
+    assert offered(256, max_tokens_per_step=None, batch_size=3) is None
 
 
 def test_the_split_follows_from_content() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,10 @@ class SharedProjection(ABC):
     def __init__(self, layers: Sequence[Any], device: torch.device) -> None:
         self.layers = layers
         self.widths = [layer.out_features for layer in layers]
-        self.kept: Any = place_for_notes(device)  # .source and .parts: the last input, and the outputs not taken yet
+        self.kept = cast("Any", place_for_notes(device))  # .source and .parts: the last input, and the outputs not taken yet
+        # Both exist from the start: torch.compile guards on a missing attribute, and would compile again once the first uncompiled pass,
+        # an evaluation, has set it.
+        self.kept.source, self.kept.parts = None, [None] * len(self.layers)
         for place, layer in enumerate(layers):
             layer.group, layer.place = self, place
 

@@ -11,12 +11,15 @@ from worker.kernels.cpu import jit, lora_products
 from worker.runtime import distributed
 from worker.runtime.device import Compute
 from worker.training.backends._base import PlainBackend, StepBackend
+from worker.training.backends.loss_scaled import LossScaledBackend
 from worker.training.backends.threaded_cpu import CpuPaths, ThreadedCpuBackend
 
 
 def choose(engine: Compute, strategy: Strategy, run: RunSettings) -> StepBackend:
     """The fastest way for these to take a step here; the plain one with `LUTHIER_KERNELS=plain`, and on a GPU, where the layers alone
-    are faster than torch's (`worker/modeling/fused_layers.py:patch_layers`)."""
+    are faster than torch's (`worker/modeling/fused_layers.py:patch_layers`). In fp16 the one that scales the loss, with and without kernels."""
+    if engine.precision == "fp16":
+        return LossScaledBackend(engine)
     if not kernels.allowed():
         return PlainBackend(engine)
     if distributed.spreads(strategy):

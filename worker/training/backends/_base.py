@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from worker.runtime.device import Compute
-from worker.runtime.distributed import ProcessGroup
+from worker.runtime.distributed import Laps, ProcessGroup
 from worker.training import checkpoint, optim
 from worker.training.objectives._base import LossOutput, Objective, trained_parameters
 
@@ -39,6 +39,7 @@ class StepBackend(ABC):
 
     name: ClassVar[str]
     in_parts: ClassVar[bool] = False  # whether it takes packs in parts, a thread each
+    max_not_finite: ClassVar[int] = 3  # steps in a row without a finite loss or norm, after which a job is given up
 
     lesson: Objective
     model: torch.nn.Module
@@ -48,6 +49,7 @@ class StepBackend(ABC):
 
     def __init__(self, engine: Compute) -> None:
         self.engine, self.world = engine, ProcessGroup()
+        self.laps = Laps(self.world, engine.device)
 
     @abstractmethod
     def prepare(
@@ -105,11 +107,15 @@ class PlainBackend(StepBackend):
         self.lesson, self.model, self.optimizer, self.parts = lesson, model, optimizer, parts
         self.trained = trained_parameters(model)
         if saved:
-            optim.load_state(optimizer, self.trained, checkpoint.read_optimizer(saved))
+            self.restore(checkpoint.read_optimizer(saved))
         return {"parts": parts}
 
+    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+        """Put back what `optimizer_state` gave."""
+        optim.load_state(self.optimizer, self.trained, saved)
+
     def start(self, world: ProcessGroup) -> None:
-        self.world = world
+        self.world, self.laps = world, Laps(world, self.engine.device)
         world.broadcast(self.trained.values())
 
     def backward(self, batch: StepBatch) -> StepSums:
@@ -117,12 +123,14 @@ class PlainBackend(StepBackend):
         self.loss = torch.zeros((), device=device)
         measured = [torch.zeros(measures, dtype=torch.float64, device=device)] if measures else []
         tokens, losses = 0, 0
+        began = self.laps.now()
         for pack in batch.batches:
             for found in self.passes(pack, batch.learnt):
                 self.loss += found.loss
                 tokens, losses = tokens + found.tokens, losses + found.losses
                 if measured and found.measured is not None:
                     measured[0] += found.measured
+        self.laps.note(began)
         self.sum_gradients()
         self.world.sum_([self.loss, *measured])
         return StepSums(self.loss, measured, *self.world.count(tokens, losses))
@@ -133,9 +141,13 @@ class PlainBackend(StepBackend):
         for part in pack:
             output = self.lesson.loss(self.model, part, self.engine)
             loss = output.loss / learnt
-            loss.backward()
+            self.differentiate(loss)
             found.append(output._replace(loss=loss.detach()))
         return found
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a part's share of the loss."""
+        loss.backward()
 
     def sum_gradients(self) -> None:
         """Add the gradients of all processes."""

@@ -53,7 +53,7 @@ class Objective(ABC):
     train: Tokenised
     held_out: Tokenised
     labels: list[str] | None = None
-    frame: PackShape | None = None  # the one shape of all packs, on a GPU
+    frames: Sequence[PackShape] = ()  # the shapes of packs on a GPU, the smallest first
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.spec, self.tokenizer = spec, tokenizer

@@ -98,7 +98,8 @@ class CausalLM(Objective):
         return batching.trained_in(self.train, window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        return make_batch(self.train, pack, engine.device, self.frame, not self.spec.run.packing)
+        frame = packed_attention.frame_for(self.frames, sum(self.train.lengths[row] for row in pack))
+        return make_batch(self.train, pack, engine.device, frame, not self.spec.run.packing)
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         hidden = held_out.hidden_states(model, batch, engine)
