@@ -34,20 +34,8 @@ from app.tables import ApiKey, BrowserSession, ProjectMember, ShareLink, SignInL
 from app.tables.projects import make_own
 from app.web import passwords, policy
 
-PUBLIC = frozenset(
-    {
-        "/healthz",
-        "/readyz",
-        "/metrics",
-        "/sign-in",
-        "/sign-in/code",
-        "/sign-in/{token}",
-        "/invitation/{token}",
-        "/shared/{token}",
-        "/oidc/begin",
-        "/oidc/callback",
-    }
-)
+PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/sign-in", "/sign-in/code", "/sign-in/{token}"})
+PUBLIC |= {"/invitation/{token}", "/shared/{token}", "/oidc/begin", "/oidc/callback"}
 """Routes that need no account. `/metrics` has its own check: signed in, or from this machine."""
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
