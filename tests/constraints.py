@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from app.settings import PROJECT
 
-EXTRAS = ("embedded", "gpu", "export", "onnx", "test")
+EXTRAS = ("embedded", "gpu", "export", "onnx", "oidc", "otel", "test")
 
 
 def required() -> list[Requirement]:
