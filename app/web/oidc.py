@@ -148,8 +148,9 @@ def _verified(document: dict[str, Any], token: str) -> dict[str, Any]:
     try:
         keys = KeySet.import_key_set(_fetch(document["jwks_uri"]))  # type: ignore[arg-type]  # as it came
         found = jwt.decode(token, keys, algorithms=ALGORITHMS)
-        must = {"essential": True}
-        registry = jwt.JWTClaimsRegistry(leeway=LEEWAY, iss={**must, "value": document["issuer"]}, exp=must, iat=must, aud=must, sub=must)
+        must: Any = {"essential": True}
+        issuer: Any = {"essential": True, "value": document["issuer"]}
+        registry = jwt.JWTClaimsRegistry(leeway=LEEWAY, iss=issuer, exp=must, iat=must, aud=must, sub=must)
         registry.validate(found.claims)
     except (JoseError, ValueError, TypeError, KeyError) as error:
         raise _refused(f"its token is not valid ({type(error).__name__})") from None

@@ -144,4 +144,4 @@ def _final_norm(model: Any, stack: str, inside: set[int]) -> tuple[str, torch.nn
         if is_norm(module) and not any(id(weight) in inside for weight in module.parameters())
     ]
     named = [pair for pair in found if not any(word in pair[0].rsplit(".", 1)[-1] for word in ("emb", "input", "first"))]
-    return (named or [None])[-1]
+    return named[-1] if named else None

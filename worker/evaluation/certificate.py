@@ -111,9 +111,10 @@ def _certificate(shape: Shape, checks: list[Check], packs: bool, strategies: dic
 
 
 def _load(folder: Path) -> tuple[Any, list[Check]]:
-    model, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    model, told = loaded
     lacking = sorted([*told["missing_keys"], *(name for name, *_ in told.get("mismatched_keys") or [])])
     if lacking:
         raise Unsupported(
