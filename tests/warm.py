@@ -88,12 +88,10 @@ def warm_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainers and evaluations that this process supervises are forked, and have no walls around them."""
     whole = child_process.start
 
-    def start(command: Any, *, env: Any, output: Any, cwd: Any = PROJECT, answers: bool = False) -> child_process.Child:
+    def start(command: Any, *, env: Any, output: Any, cwd: Any = PROJECT, **more: Any) -> child_process.Child:
         planned = command(-1) if callable(command) else []  # the number of its pipe is known when it runs
         found = [at for at, word in enumerate(planned) if word in FORKED and planned[at - 1] == "-m"]
-        return (
-            WarmChild(planned[found[0] :], dict(env), output) if found else whole(command, env=env, output=output, cwd=cwd, answers=answers)
-        )
+        return WarmChild(planned[found[0] :], dict(env), output) if found else whole(command, env=env, output=output, cwd=cwd, **more)
 
     monkeypatch.setattr(child_process, "start", start)
 

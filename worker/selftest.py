@@ -122,10 +122,12 @@ def fp8(device: torch.device) -> str:
 
 def several(device: torch.device) -> str:
     """A sum over two processes, one for each of two GPUs, as jobs with `LUTHIER_GPUS_PER_JOB` take it."""
+    from torch.multiprocessing.spawn import spawn
+
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         return "not tried: one GPU"
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_sum, (device.type, f"file://{folder}/meet"), nprocs=2)
+        spawn(_sum, (device.type, f"file://{folder}/meet"), nprocs=2)
     return f"two processes add up through {'NCCL' if device.type == 'cuda' else 'gloo'}"
 
 

@@ -73,7 +73,7 @@ def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
 def test_a_large_card_plays_a_small_one(gpu: FakeGpu) -> None:
     """The planner recomputes what it would on a card of 24 GB, and the allocator gives no more."""
     shape, run = shape_of("8b"), {"max_tokens_per_step": 4096, "max_length": 1024}
-    job: dict[str, Any] = {"strategy": "qlora", "shape": shape, "rows": 40, "words": 400, "run": run}
+    job: dict[str, Any] = {"strategy": "qlora", "precision": "auto", "shape": shape, "rows": 40, "words": 400, "run": run}
     large, small, plays = (
         gpu.run(**job, card={"memory": size * GIB}, **more) for size, more in ((80, {}), (24, {}), (80, {"gpu_memory": 24 * GIB}))
     )
