@@ -87,7 +87,7 @@ def create(session: Session, user: User, name: str) -> Project:
 def _may_make(user: User) -> None:
     if user.role not in ("member", "admin"):
         raise Forbidden(
-            f"Projects are managed by members of the studio; your role is {user.role}.",
+            f"Projects are managed by members of the studio, and you are a {user.role}.",
             hint="Ask an admin.",
             code="insufficient_permissions",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -104,6 +104,7 @@ def test_every_wrong_field_is_named_at_once():
     assert set(fill(STRATEGIES["lora"], {"s.rank": "0", "s.dropout": "2"}, "s").errors) == {"rank", "dropout"}
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(st.dictionaries(st.sampled_from([f"s.{n}" for n in Everything.model_fields]), st.text(max_size=20)))
 def test_no_text_makes_filling_a_form_fail(data):
     filled = fill(Everything, data, "s")
