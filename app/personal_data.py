@@ -1,7 +1,7 @@
 """Everything that one person has in the studio: as an archive, and removed.
 
-What belongs to a person is found in the tables: rows that refer to the person, and rows that go with such a row (`ON DELETE CASCADE`).
-A new table needs no edit here.
+What belongs to a person is found in the tables: the person's own project, rows that refer to the person, and rows that go with such a
+row (`ON DELETE CASCADE`). A new table needs no edit here.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def find(session: Session, name: str) -> User:
 
 def belonging(user: User) -> dict[Table, ColumnElement[bool]]:
     """For each table that has something of a person, the condition of those rows; parents before children."""
-    people = Base.metadata.tables["users"]
-    found: dict[Table, ColumnElement[bool]] = {people: people.c.id == user.id}
+    people, projects = Base.metadata.tables["users"], Base.metadata.tables["projects"]
+    found: dict[Table, ColumnElement[bool]] = {people: people.c.id == user.id, projects: projects.c.id == user.id}
     for table in Base.metadata.sorted_tables:
         ways: list[ColumnElement[bool]] = []
         for key in table.foreign_keys:
