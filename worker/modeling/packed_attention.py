@@ -158,7 +158,9 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
     return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
 
 
-IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"})
+IGNORED = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+)
 """Arguments that models pass to every attention and that do not change its result: positions are already in the rotated queries and
 keys, and nothing is cached."""
 
