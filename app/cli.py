@@ -13,9 +13,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from app import users_cli
 from app.errors import BadData, BadField, Unavailable
-from app.ops import keeping
+from app.ops import keeping, users
 from app.ops.console import DataDir, Run, as_owner, choose, err, here_address, out, owner_session, plainly, say
 from app.settings import get_settings
 
@@ -28,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="A 
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 models = typer.Typer(no_args_is_help=True, help="Models.")
 app.add_typer(keys, name="keys")
-app.add_typer(users_cli.users, name="users")
+app.add_typer(users.users, name="users")
 app.add_typer(models, name="models")
 app.add_typer(keeping.app)
 

@@ -20,14 +20,14 @@ WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 APP = """
 settings · errors · events · shapes · kit · metrics · tables · pg_connection, ownership · db · queue, migrate · leases · machines · objectives · formats, strategies, optimizers, chat_templates, export_formats ·
 run_settings · spec · storage · planning · models · datasets · naming · jobs · inference · evaluation · prompts · retention, personal_data · web · views · schemas · routes ·
-relay · ops · main · users_cli · cli
+relay · ops · main · cli
 """
 WORKER = """
 kernels.gpu · runtime · supervision · kernels.cpu · modeling · data · scoring · training · conversion · exporters · inference · evaluation · train ·
 run · tasks · main, selftest
 """
 """Which way the arrows point: what stands left may be imported by all to its right. Packages between two dots know nothing of each other."""
-WITH_HTTP = {"web", "routes", "schemas", "main", "console", "users_cli", "cli", "ops", "db"}
+WITH_HTTP = {"web", "routes", "schemas", "main", "cli", "ops", "db"}
 
 
 def sources(folder: str) -> list[Path]:

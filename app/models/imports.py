@@ -14,8 +14,7 @@ import shutil
 import tempfile
 import uuid
 from datetime import timedelta
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,10 @@ from app.tables import Model, ModelAlias, User
 log = logging.getLogger(__name__)
 
 REFUSED = "refused_by_rules"
-INSTALLED = version("transformers") if find_spec("transformers") else ""
+try:
+    INSTALLED = version("transformers")
+except PackageNotFoundError:
+    INSTALLED = ""
 """The version of transformers that models are tried with; a web process alone may have none, and examines nothing."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")

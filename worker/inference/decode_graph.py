@@ -20,7 +20,7 @@ from worker.inference.kv_cache import Blocks, Group, Segment, Selection, Step
 
 log = logging.getLogger(__name__)
 
-MOST_GRAPHS = 32
+MAX_GRAPHS = 32
 """Graphs kept per model; the least recently used is dropped first."""
 
 Forward = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -119,7 +119,7 @@ class DecodeGraphs:
         key = (stack, about, *((blocks.stamp, rows) for blocks, rows in groups))
         known = key in self.known
         captured = self.known[key] = self.known.pop(key, None)
-        while len(self.known) > MOST_GRAPHS:
+        while len(self.known) > MAX_GRAPHS:
             del self.known[next(iter(self.known))]
         if not known:
             return None
