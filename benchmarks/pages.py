@@ -33,6 +33,10 @@ NO_PAGES = re.compile(
 ELSEWHERE = {
     "/sign-in",
     "/sign-in/{token}",
+    "/invitation/{token}",
+    "/shared/{token}",
+    "/oidc/begin",
+    "/oidc/callback",
     "/models/terms/{name}",
     "/playground/predictions/{prediction_id}",
     "/datasets/{key}/findings.{kind}",
@@ -118,6 +122,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     from app.prompts import runs as prompt_runs
     from app.prompts import service as prompts
     from app.tables import Vote
+    from app.web import projects
     from tests import lives
 
     model = tiny_model(data_dir, session)
@@ -152,6 +157,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     said = [{"role": "user", "content": "Do you mend bows?"}]
     vote = Vote(owner_id=user.id, messages=said, left_model=model.name, right_model=model.name, left_text="Yes.", right_text="No.")
     session.add(vote)
+    project = projects.create(session, user, "Violins")
     session.commit()
     of_jobs = {name: ids.public(ids.JOB, life.job_id) for name, life in (("queued", queued), ("running", running), ("finished", done))}
     return {
@@ -166,6 +172,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/playground/prompts/runs/{run_id}": {"": ids.public(ids.RUN, run.id)},
         "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
+        "/settings/projects/{project_id}": {"": ids.public(ids.PROJECT, project.id)},
         "/guide/{strategy}": {"": "lora"},
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from app.inference import client
 from app.kit import ids, manifest
 from app.tables import User
 from app.web import auth, policy, projects
@@ -50,6 +51,12 @@ def world(session, user, team, data_dir, tiny_model) -> World:
     return World(session, User(id=user.id, name=user.name, role=user.role).work_in(team.id), data_dir, base, tiny_model)
 
 
+@pytest.fixture(autouse=True)
+def no_generate_worker(monkeypatch) -> None:
+    """None runs here, so nothing is gained by waiting for one."""
+    monkeypatch.setattr(client, "NO_WORKER_SECONDS", 0.5)
+
+
 def ways_in(web, session, person: User, project: Any = None) -> tuple[Headers, Headers]:
     """Headers of a program and of a browser of this person, which work in `project`."""
     _, text = auth.create_key(session, person, "a program")
@@ -65,12 +72,14 @@ def ways_in(web, session, person: User, project: Any = None) -> tuple[Headers, H
 
 
 def answers(fuzz: Fuzz) -> Iterator[tuple[Case, str, Answer]]:
-    """Each request with its scope and answer, but for those that end the session or open a door."""
-    for case in fuzz.cases:
-        method, _, path = case.name.partition(" ")
-        if path not in auth.PUBLIC and policy.scope_of(method, path) not in ("session", "account", "admin"):
-            parts = fuzz.parts(case)
-            yield case, policy.scope_of(method, path), asyncio.run(ask(fuzz.app, raw(parts, fuzz.door(case))))
+    """Each request with its scope and answer, but for those that end the session or open a door. One event loop serves all, as in
+    a server: streams share a listener that lives in it."""
+    with asyncio.Runner() as loop:
+        for case in fuzz.cases:
+            method, _, path = case.name.partition(" ")
+            if path not in auth.PUBLIC and policy.scope_of(method, path) not in ("session", "account", "admin"):
+                parts = fuzz.parts(case)
+                yield case, policy.scope_of(method, path), loop.run(ask(fuzz.app, raw(parts, fuzz.door(case))))
 
 
 def objects(case: Case) -> set[str]:
