@@ -15,7 +15,7 @@ from app.db import get_engine
 from app.kit import logs
 from app.kit.child_process import die_with_parent
 from app.machines import heartbeats
-from app.machines.hardware import CUDA_ORDER
+from app.machines.gpus import CUDA_ORDER
 from app.queue import celery, get_redis
 from app.settings import get_settings
 from worker import tasks

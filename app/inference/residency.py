@@ -21,7 +21,8 @@ import redis
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app.machines.hardware import this_machine, visible_gpus
+from app.machines.gpus import visible_gpus
+from app.machines.hardware import this_machine
 from app.models import service as models
 from app.queue import PREFIX, get_redis
 from app.settings import get_settings
@@ -74,7 +75,7 @@ def machine_id() -> str:
 
 
 def _gpus(count: int) -> list[str]:
-    """The GPUs that `count` processes of a job started here use: UUIDs, or where nvidia-smi is missing the names of CUDA_VISIBLE_DEVICES."""
+    """The GPUs that `count` processes of a job started here use: UUIDs, or where none are told the names of CUDA_VISIBLE_DEVICES."""
     if known := visible_gpus():
         return list(known[:count])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")

@@ -30,11 +30,13 @@ def usual_run(
     share = wanted.validation_fraction if "validation_fraction" in asked else held_out_share(dataset.good_rows or 0)
     rows = (dataset.good_rows or 0) * (1.0 if validated_elsewhere else 1 - share) * wanted.data_fraction
     each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[dataset.task].sequences_per_row
+    machine = heartbeats.training_machine().on(wanted.device)
     found = schedule(
         dataset.task,
         rows,
         each,
-        gpu_memory_bytes=heartbeats.training_machine().on(wanted.device).gpu_memory_bytes,
+        gpu_memory_bytes=machine.gpu_memory_bytes,
+        processes=machine.processes,
         max_tokens_per_step=max(1, round(wanted.step_tokens(each))) if {"max_tokens_per_step", "batch_size"} & asked.keys() else None,
         epochs=wanted.epochs if "epochs" in asked else None,
         preset=preset,

@@ -8,17 +8,14 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.machines import gpus
 from app.settings import get_settings
 
 MEASURED = "measured"
@@ -107,7 +104,7 @@ def this_machine() -> Machine:
 
 @functools.cache
 def _facts() -> Machine:
-    name, memory, capability = _gpu()
+    name, memory, capability = gpus.first()
     info = _read("/proc/cpuinfo")
     processor = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
     return Machine(
@@ -141,95 +138,6 @@ def usable_memory() -> int:
         with contextlib.suppress(ValueError):
             total = min(total, int(_read(name)))
     return total
-
-
-CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""The environment of every process that uses a GPU, whatever ours says: GPUs are numbered as nvidia-smi numbers them, from which estimates
-take the memory. By default CUDA begins with the fastest, in an order that nothing but CUDA knows."""
-
-
-class _Card(NamedTuple):
-    """A GPU as nvidia-smi reports it."""
-
-    uuid: str
-    capability: float | None
-    memory_bytes: int
-    name: str
-
-
-def _gpu() -> tuple[str | None, int | None, float | None]:
-    """Name, memory and compute capability of the GPU that a process started here uses: the first of CUDA_VISIBLE_DEVICES, or of all,
-    numbered by PCI bus (`CUDA_ORDER`). Of a GPU with MIG, the memory of the instance."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = _cards()
-    if visible == "" or not cards:
-        return None, None, None
-    wanted = (visible or "0").split(",")[0].strip()
-    instances = _mig_instances()
-    if wanted.startswith("MIG-"):
-        card, memory = next(((number, memory) for number, uuid, memory in instances if uuid.startswith(wanted)), (None, None))
-        found = cards[card] if card is not None else None
-    else:
-        place = next((i for i, card in enumerate(cards) if str(i) == wanted or (len(wanted) > 4 and card.uuid.startswith(wanted))), None)
-        memory = next((memory for number, _, memory in instances if number == place), None)
-        found = cards[place] if place is not None else None
-    if found is None:
-        return None, None, None
-    return found.name, min(memory or found.memory_bytes, get_settings().gpu_memory_bytes or sys.maxsize), found.capability
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """UUIDs of the GPUs that processes started here use, in their order, or of the MIG instances; none where nvidia-smi tells none."""
-    return _uuids(os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-@functools.cache
-def _uuids(visible: str | None) -> tuple[str, ...]:
-    cards, found = _cards(), []
-    cut = {number: uuid for number, uuid, _ in reversed(_mig_instances())}  # CUDA takes the first instance of a card
-    for wanted in visible.split(",") if visible is not None else map(str, range(len(cards))):
-        name = wanted.strip()
-        place = next((i for i, card in enumerate(cards) if str(i) == name or (len(name) > 4 and card.uuid.startswith(name))), None)
-        if place is None and not name.startswith("MIG-"):
-            break  # CUDA shows none of those behind an unknown name either
-        found.append(name if place is None else cut.get(place, cards[place].uuid))
-    return tuple(found)
-
-
-def _cards() -> list[_Card]:
-    """All GPUs by PCI bus; old drivers do not report the capability."""
-    for wanted in ("uuid,compute_cap,memory.total,name", "uuid,memory.total,name"):
-        try:
-            found = []
-            for line in _output_lines("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader,nounits"):
-                uuid, *capability, mebibytes, name = (part.strip() for part in line.split(",", wanted.count(",")))
-                found.append(_Card(uuid, float(capability[0]) if capability else None, int(mebibytes) * 2**20, name))
-            if found:
-                return found
-        except ValueError:
-            continue
-    return []
-
-
-_MIG = re.compile(r"\s+MIG\s+\S*?(\d+)gb\S*\s.*UUID:\s*(MIG-[^)\s]+)")
-
-
-def _mig_instances() -> list[tuple[int, str, int]]:
-    """(number of the GPU, UUID, bytes) of every MIG instance; none on most machines."""
-    found, card = [], -1
-    for line in _output_lines("nvidia-smi", "-L"):
-        card += line.startswith("GPU ")
-        if instance := _MIG.match(line):
-            found.append((card, instance[2], int(instance[1]) * 2**30))
-    return found
-
-
-def _output_lines(*command: str) -> list[str]:
-    """The lines of what a command prints; none where it fails or is not there."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.rstrip().splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
 
 
 def read_bf16() -> float | None:

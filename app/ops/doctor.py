@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 
 from app.errors import StudioError
 from app.kit import confinement
-from app.machines.hardware import CUDA_ORDER
+from app.machines import gpus
+from app.machines.gpus import CUDA_ORDER
 from app.settings import get_settings
 
 Verdict = Literal["good", "note", "bad"]
@@ -70,6 +71,8 @@ def installed() -> Iterator[str]:
 def gpu() -> Finding:
     program = shutil.which("nvidia-smi")
     if program is None:
+        if cards := gpus.all_cards():
+            return Finding("gpu", "good", "; ".join(f"{card.name}, {card.memory_bytes / 2**30:.0f} GiB, by torch" for card in cards))
         return Finding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
     done = subprocess.run(
         [program, "--query-gpu=index,name,memory.total,memory.free,driver_version", "--format=csv,noheader"],
@@ -108,7 +111,7 @@ PARTS = {
 
 def gpu_parts() -> list[Finding]:
     """Each package that only GPU training uses, tried with a small computation there. It imports torch, so in a child."""
-    if shutil.which("nvidia-smi") is None:
+    if not gpus.all_cards():
         there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
         return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
     environment = {**os.environ, **CUDA_ORDER}

@@ -70,7 +70,7 @@ def as_cuda() -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from app.machines import hardware
+    from app.machines import gpus
     from worker.modeling import cross_entropy
     from worker.runtime import transfer
 
@@ -106,7 +106,7 @@ def as_cuda() -> None:
     sys.modules[kernel.__name__] = kernel
     cross_entropy.kernel_works = lambda device: True  # type: ignore[assignment]
     torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    hardware._gpu = lambda: (CARD["name"], CARD["memory"], CARD["capability"][0] + CARD["capability"][1] / 10)  # type: ignore[assignment]
+    gpus.first = lambda: (CARD["name"], CARD["memory"], CARD["capability"][0] + CARD["capability"][1] / 10)  # type: ignore[assignment]
 
 
 def _refuse(*_: Any) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from app.machines import hardware
+from app.machines import gpus
 from app.ops import doctor
 from worker.supervision import exit_codes
 
@@ -38,7 +40,9 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        return hardware._gpu()
+        gpus.all_cards.cache_clear()
+        gpus._uuids.cache_clear()
+        return gpus.first()
 
     return has
 
@@ -69,6 +73,87 @@ def test_a_part_of_a_card_has_a_part_of_its_memory(driver, visible: str | None, 
 
 def test_an_old_driver_tells_no_capability(driver) -> None:
     assert driver("GPU-eeee, 15360, Tesla T4", "GPU 0: Tesla T4 (UUID: GPU-eeee)", None) == ("Tesla T4", 15360 * 2**20, None)
+
+
+TORCH = """
+import os
+class version:
+    hip = {hip}
+class Properties:
+    name, total_memory, major, minor, pci_domain_id, pci_device_id = "{name}", 192 * 2**30, 9, 4, 0, 0
+    def __init__(self, place):
+        self.pci_bus_id = 0xc1 + place
+        if not version.hip:
+            self.uuid = f"{{place}}ab-cd"
+class cuda:
+    def device_count():
+        return 0 if os.environ.get("HIP_VISIBLE_DEVICES") == "" or os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 2
+    get_device_properties = Properties
+"""
+"""What a build of torch for another kind of card says of two of them."""
+
+
+@pytest.fixture
+def torch_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A machine without nvidia-smi, whose torch knows two cards."""
+
+    def told(hip: str | None, name: str, **visible: str) -> tuple[str | None, int | None, float | None]:
+        (tmp_path / "torch.py").write_text(TORCH.format(hip=repr(hip), name=name))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+        monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+        monkeypatch.setattr(gpus, "DEVICE_FILES", (str(tmp_path / "torch.py"),))
+        for variable in gpus.NONE_VISIBLE:
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in visible.items():
+            monkeypatch.setenv(variable, value)
+        gpus.all_cards.cache_clear()
+        gpus._uuids.cache_clear()
+        return gpus.first()
+
+    yield told
+    gpus.all_cards.cache_clear()
+    gpus._uuids.cache_clear()
+
+
+def test_without_the_drivers_tool_torch_tells_amds_cards(torch_tells) -> None:
+    assert torch_tells("7.1", "AMD Instinct MI300X") == ("AMD Instinct MI300X", 192 * GIB, None)
+    assert gpus.visible_gpus() == ("PCI-00:c1:00", "PCI-00:c2:00")
+    assert gpus.selection(gpus.visible_gpus()[1:]) == {"HIP_VISIBLE_DEVICES": "1"}, "HIP takes numbers, and no names"
+    assert "MI300X, 192 GiB" in doctor.gpu().found and doctor.gpu().verdict == "good"
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        ({"HIP_VISIBLE_DEVICES": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, 1),
+        ({"HIP_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+    ],
+)
+def test_amds_cards_are_chosen_by_either_variable(torch_tells, visible: dict[str, str], seen: int) -> None:
+    torch_tells("7.1", "AMD Instinct MI300X", **visible)
+    assert gpus.visible_gpus() == ("PCI-00:c2:00",) * seen
+    assert (gpus.first()[0] is not None) == bool(seen)
+
+
+def test_torch_tells_nvidias_cards_by_their_own_names(torch_tells) -> None:
+    assert torch_tells(None, "NVIDIA H100")[2] == 9.4
+    assert gpus.selection(gpus.visible_gpus()) == {"CUDA_VISIBLE_DEVICES": "GPU-0ab-cd,GPU-1ab-cd"}
+
+
+def test_a_machine_without_a_device_file_does_not_ask_torch(torch_tells, monkeypatch) -> None:
+    torch_tells("7.1", "AMD Instinct MI300X")
+    monkeypatch.setattr(gpus, "DEVICE_FILES", ("/dev/no-such-card",))
+    gpus.all_cards.cache_clear()
+    assert gpus.all_cards() == [] and gpus.first() == (None, None, None)
+
+
+def test_a_trainer_gets_what_chooses_amds_cards_and_makes_them_work(data_dir) -> None:
+    ours = {"HIP_VISIBLE_DEVICES": "1", "ROCR_VISIBLE_DEVICES": "GPU-1", "HSA_OVERRIDE_GFX_VERSION": "11.0.0", "HF_TOKEN": "secret"}
+    kept = exit_codes.trainer_environment(ours)
+    assert {name: kept.get(name) for name in ours} == ours | {"HF_TOKEN": None}
+    assert exit_codes.trainer_environment(ours, device="cpu").items() >= gpus.NONE_VISIBLE.items()
 
 
 def test_a_trainer_counts_the_cards_as_the_driver_does(data_dir) -> None:

@@ -27,7 +27,11 @@ def test_thirty_seven_conversations_are_no_six_steps():
 
 def test_large_data_is_read_as_before():
     assert schedule("generation", 10_000, 200) == (2048, 3, 2.0)
-    assert schedule("generation", 100_000, 200, gpu_memory_bytes=80 * 2**30) == (16_384, 3, 2.0)
+    card = 80 * 2**30
+    assert schedule("generation", 100_000, 200, gpu_memory_bytes=card) == (16_384, 3, 2.0)
+    assert schedule("generation", 100_000, 200, gpu_memory_bytes=card, processes=8)[0] > 7 * 16_384, "eight cards, as much for each"
+    assert schedule("generation", 9000, 200, gpu_memory_bytes=card, processes=8)[0] < 6 * 16_384, "never less than 60 steps for it"
+    assert schedule("generation", 100_000, 200, processes=8)[0] == 2048, "processes on one CPU share a step"
     assert schedule("classification", 9000, 18)[0] == 576, "32 texts behind each step"
 
 

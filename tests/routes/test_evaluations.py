@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from sqlalchemy import func
 
 from app.evaluation import service as evaluations
 from app.kit import ids
@@ -64,6 +65,10 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
     assert "loss" in client.get("/evaluations").text
     wrong = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "rows": "0"})
     assert wrong.status_code == 400 and "rows" in wrong.text and 'value="0"' in wrong.text
+    tiny_registered.deleted_at = func.now()
+    session.commit()
+    gone = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "part": "-1"})
+    assert gone.status_code == 400 and "part" in gone.text, "the form is not shown without a model; what was wrong is"
 
 
 def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, user, data_dir, tiny_registered, data):

@@ -18,7 +18,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from app import events
 from app.errors import BadData, StudioError
 from app.kit import manifest, tracing
-from app.machines.hardware import CUDA_ORDER, this_machine
+from app.machines.gpus import CUDA_ORDER, NONE_VISIBLE
+from app.machines.hardware import this_machine
 from app.settings import get_settings
 from worker.runtime import failures
 from worker.supervision import confinement
@@ -47,7 +48,7 @@ _HANDED_ON = {
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
 _HANDED_ON_PREFIXES = (
-    "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "NUMBA_",
+    "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "MIOPEN_", "RCCL_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "NUMBA_",
 )
 # fmt: on
 
@@ -58,7 +59,7 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
     GPU, so that it takes no GPU memory either."""
     kept = {name: value for name, value in ours.items() if name in _HANDED_ON or name.startswith(_HANDED_ON_PREFIXES)}
     if device == "cpu":
-        kept["CUDA_VISIBLE_DEVICES"] = ""
+        kept |= NONE_VISIBLE
     cuda = CUDA_ALLOCATOR if this_machine().on(device).cuda and "PYTORCH_CUDA_ALLOC_CONF" not in kept else {}
     own = confinement.environment_in(folder) if folder else {name: ours[name] for name in ("HOME", "TMPDIR") if name in ours}
     return ALLOCATOR | THREADS | cuda | own | kept | tracing.environment() | CUDA_ORDER | {

@@ -11,19 +11,19 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.machines.hardware import visible_gpus
+from app.machines.gpus import selection, visible_gpus
 from app.settings import get_settings
 
 
 @dataclass
 class GpuLease:
-    """`gpus` are UUIDs, as CUDA_VISIBLE_DEVICES takes them; none where nothing is known of this machine's. `files` are open."""
+    """`gpus` are UUIDs; none where nothing is known of this machine's. `files` are open."""
 
     gpus: list[str] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+        return selection(self.gpus) if self.gpus else {}
 
     def release(self) -> None:
         while self.files:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from app.errors import BadField, Forbidden, Unavailable
 from app.kit.addresses import is_loopback
 from app.kit.child_process import launched
+from app.machines.gpus import selection, visible_gpus
 from app.ops.embedded import sweep
 from app.ops.embedded.places import Lock, make_data_dir, private_folder
 from app.ops.embedded.postgres import DATABASE, Postgres
@@ -131,21 +132,13 @@ def train_workers(settings: Settings) -> int:
 
 def train_worker(command: list[str], number: int, settings: Settings) -> Child:
     """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
-    env = {}
+    env: dict[str, str] = {}
     gpus = visible_gpus()
     each, workers = settings.gpus_per_job, train_workers(settings)
     if workers > 1 and len(gpus) >= workers * each:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(number - 1) * each : number * each])
+        env = selection(gpus[(number - 1) * each : number * each])
     named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
     return Child(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs this studio may use, in the notation of CUDA_VISIBLE_DEVICES."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def warden(data_dir: Path, run: str) -> Child:

@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 
 from app.kit import child_process
-from app.machines import hardware
+from app.machines import gpus, hardware
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import new_job, now_of, order_predictions, row_of  # noqa: F401  # a fixture
 from worker.evaluation import attempt
 from worker.supervision import gpu_lease, train_attempt
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
+
+
+def forget() -> None:
+    """Look for the GPUs again."""
+    for known in (gpus.all_cards, gpus._uuids, hardware._facts):
+        known.cache_clear()
 
 
 @pytest.fixture
@@ -28,11 +34,9 @@ def two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    hardware._uuids.cache_clear()
-    hardware._facts.cache_clear()
+    forget()
     yield
-    hardware._uuids.cache_clear()
-    hardware._facts.cache_clear()
+    forget()
 
 
 @pytest.mark.usefixtures("two_cards")
@@ -95,19 +99,19 @@ def test_an_evaluation_waits_for_a_card_too(session, user) -> None:
 
 
 def test_without_the_drivers_tool_nothing_is_leased(data_dir, monkeypatch, tmp_path) -> None:
-    hardware._uuids.cache_clear()
-    monkeypatch.setattr(hardware, "_output_lines", lambda *_: [])
+    forget()
+    monkeypatch.setattr(gpus, "_output_lines", lambda *_, **__: [])
     assert gpu_lease.take(4) == gpu_lease.GpuLease([], [])
-    hardware._uuids.cache_clear()
+    forget()
 
 
 def test_two_parts_of_a_card_are_two() -> None:
     """nvidia-smi's own words on a card that is cut."""
     program = (
-        "from app.machines import hardware\n"
-        "hardware._cards = lambda: [hardware._Card('GPU-cccc', 8.0, 1, 'A100')]\n"
-        "hardware._mig_instances = lambda: [(0, 'MIG-1', 1), (0, 'MIG-2', 1)]\n"
-        "print([hardware._uuids(seen) for seen in (None, '0', 'MIG-2', 'MIG-2,MIG-1', '0,7,0', '')])"
+        "from app.machines import gpus\n"
+        "gpus.all_cards = lambda: [gpus.Card('GPU-cccc', 8.0, 1, 'A100')]\n"
+        "gpus._mig_instances = lambda: [(0, 'MIG-1', 1), (0, 'MIG-2', 1)]\n"
+        "print([gpus._uuids(seen) for seen in (None, '0', 'MIG-2', 'MIG-2,MIG-1', '0,7,0', '')])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[('MIG-1',), ('MIG-1',), ('MIG-2',), ('MIG-2', 'MIG-1'), ('MIG-1',), ()]"

@@ -30,6 +30,8 @@ def why_not(device: torch.device) -> str | None:
     """Why a device has no fp8 products; None where it has."""
     if device.type != "cuda":
         return "Products in fp8 need an NVIDIA GPU."
+    if torch.version.hip:
+        return "Products in fp8 need an NVIDIA GPU: AMD's cards have other kinds of fp8."
     found = torch.cuda.get_device_capability(device)
     if found < MIN_CAPABILITY:
         return f"Products in fp8 need a GPU of capability 8.9 or later (Ada, Hopper, Blackwell); this one has {found[0]}.{found[1]}."
