@@ -1,6 +1,7 @@
 # make studio   set everything up and start the studio        make test    set everything up and run the tests
 # make test-all      the same and the long ones: deaths of every part, whole flows, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
+# make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
@@ -14,10 +15,10 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test test-all test-oldest test-faults bench lint clean
+.PHONY: help studio test test-all test-oldest test-clients test-faults bench lint clean
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,6p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
@@ -47,6 +48,15 @@ test-oldest: $(VENV)/.installed-test
 	@$(BIN)/python -m tests.constraints --oldest > $(OLDEST)/oldest.txt && cat $(OLDEST)/oldest.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/oldest.txt --editable '.[embedded,gpu,export,onnx,oidc,otel,test]'
 	@HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -m 'not fault and not long and not browser' -n 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+
+CLIENTS := .clients
+CLIENT_TESTS := tests/routes/test_files.py tests/routes/test_models.py tests/routes/test_model_aliases.py tests/routes/test_fine_tuning.py \
+  tests/routes/test_chat.py tests/routes/test_embeddings.py tests/inference/test_votes.py tests/jobs/test_main_job.py tests/web/test_projects.py
+test-clients: $(VENV)/.installed-test
+	@for version in 1 2 3; do \
+	  $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(CLIENTS)/$$version distro jiter sniffio tqdm "openai==$$version.*" && \
+	  PYTHONPATH=$(CLIENTS)/$$version HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not fault and not browser' $(CLIENT_TESTS) $(ARGS) || exit; \
+	done
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'

@@ -339,7 +339,7 @@ def csrf_token(html: str) -> str:
 
 @pytest.fixture
 def api(web, session: Session, user) -> Iterator:
-    """An httpx client with an API key. `openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api)` works on it too."""
+    """An httpx client with an API key."""
     from starlette.testclient import TestClient
 
     from app.web import auth
@@ -349,6 +349,15 @@ def api(web, session: Session, user) -> Iterator:
     program = TestClient(web.app, base_url=ORIGIN, headers={"authorization": f"Bearer {key}"})
     program.key = key
     yield program
+
+
+@pytest.fixture
+def openai_client(api, served: str) -> Iterator:
+    """OpenAI's own client with the key of `api`, of whatever version is installed (`make test-clients`), over a real connection."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{served}/v1", api_key=api.key, max_retries=0, timeout=60) as client:
+        yield client
 
 
 # Models ---------------------------------------------------------------------------------------------------------------

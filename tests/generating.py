@@ -146,15 +146,3 @@ def stored_answers(session, count: int = 1) -> list:
         time.sleep(0.05)
     assert len(rows) == count
     return list(rows)
-
-
-@pytest.fixture
-def openai_client(served, session, user):
-    import openai
-
-    from app.web import auth
-
-    _, key = auth.create_key(session, user, "tests")
-    session.commit()
-    with openai.OpenAI(base_url=f"{served}/v1", api_key=key, max_retries=0, timeout=60) as client:
-        yield client

@@ -17,7 +17,7 @@ from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, 
 from app.tables import Dataset, Job, Model, Project, ProjectMember, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in
-from app.web.policy import ALLOWED, scope_of
+from app.web.policy import ALLOWED, changes, scope_of
 
 Group = Literal["start", "training", "evaluation", "playground", "end"]
 HEADINGS: dict[Group, str] = {"start": "", "training": "Training", "evaluation": "Evaluation", "playground": "Playground", "end": ""}
@@ -68,7 +68,7 @@ def each_route(router: Any) -> Iterator[tuple[str, Any]]:
 
 
 def menu(request: Request, user: User) -> dict[str, Any]:
-    """`nav` (groups of title, path, note, current) and `foot` (lines of text) for the base template."""
+    """`nav` (groups of title, path, note, current), `foot` (lines of text) and `looks_only` for the base template."""
     told = state(request)
     groups: dict[Group, list[MenuPage]] = request.app.state.menu
     here = _longest(request.url.path, [page.path for pages in groups.values() for page in pages])
@@ -85,7 +85,8 @@ def menu(request: Request, user: User) -> dict[str, Any]:
         if pages
     ]
     notes: Notes = getattr(request.state, "notes", Notes())
-    return {"nav": nav, "foot": told["foot"], "projects": notes.projects}
+    settings = request.url.path.startswith("/settings")  # the person's own, whatever they may do in the project
+    return {"nav": nav, "foot": told["foot"], "projects": notes.projects, "looks_only": not (settings or changes(request, user))}
 
 
 def state(request: Request) -> dict[str, Any]:

@@ -166,6 +166,11 @@ def check(request: Request, user: User, project_role: str, key_scopes: Sequence[
         )
 
 
+def changes(request: Request, user: User) -> bool:
+    """Whether this person may change anything in the project that the request works in."""
+    return "write" in ALLOWED[user.role] and may_change(request.state.project_role)
+
+
 def granted(key_scopes: Iterable[str]) -> frozenset[Scope]:
     """What the scopes of a key allow together."""
     return frozenset().union(*(KEY_SCOPES[scope] for scope in key_scopes))

@@ -24,7 +24,7 @@ from app.models import service as models
 from app.settings import get_settings
 from app.tables import Answer
 from tests.conftest import PROJECT, free_port, studio_environment, wait_until
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 ASK = [{"role": "user", "content": "What wood is the belly made of?"}]
 KEY = "a-key/with:signs@it"
@@ -223,7 +223,7 @@ def test_the_playground_and_the_lab_use_it_too(client, session, user, far, gener
     assert seen.status_code == 200 and "engine_" not in seen.text  # looked up in the weights that are here
 
 
-def test_another_studio_is_an_engine(studio, session, openai_client, monkeypatch):  # noqa: F811
+def test_another_studio_is_an_engine(studio, session, openai_client, monkeypatch):
     """A whole studio of its own process, with its own database, answers conversations for a model of this one."""
     allow(monkeypatch, studio.url.replace("http://", f"http://:{studio.key}@") + "/v1")
     model = register_tiny(session, "borrowed")

@@ -11,7 +11,7 @@ from app.errors import BadField
 from app.inference import external_servers
 from app.models import service as models
 from app.settings import get_settings
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.inference.test_external_servers import said
 
 

@@ -14,7 +14,7 @@ from app import queue
 from app.inference import residency
 from app.settings import get_settings
 from tests.conftest import wait_until
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from worker.inference.model_pool import ModelPool
 
 ASK = {"messages": [{"role": "user", "content": "What wood is the belly made of?"}], "max_tokens": 2}
@@ -25,7 +25,7 @@ def loaded() -> dict[str, residency.LoadedModelInfo]:
 
 
 def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
-    openai_client,  # noqa: F811
+    openai_client,
     api,
     client,
     session,

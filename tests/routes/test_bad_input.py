@@ -15,7 +15,7 @@ from app.models import service as models
 from app.tables import Answer
 from app.web import streaming
 from tests.conftest import csrf_token, wait_until
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny, stop_worker  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny, stop_worker  # noqa: F401
 
 ASK = [{"role": "user", "content": "Go on"}]
 ENDLESS = {"max_tokens": 400, "logit_bias": {"70": 100}}

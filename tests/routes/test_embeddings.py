@@ -8,7 +8,7 @@ import shutil
 import openai
 import pytest
 
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 
 @pytest.fixture

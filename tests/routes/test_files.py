@@ -18,11 +18,6 @@ from app.tables import Dataset, File, Outbox, User
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-@pytest.fixture
-def openai_client(api):
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api, max_retries=0)
-
-
 def multipart(*parts, boundary=b"XX"):
     """A body from (headers, bytes) pairs."""
     body = b"".join(b"--" + boundary + b"\r\n" + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts)

@@ -27,17 +27,9 @@ from tests.jobs.test_lifecycle import FINISHED, STARTED, saved, step, take
 
 
 @pytest.fixture
-def server(session, user, served):
+def server(api, served):
     """The address of a live server, and a key."""
-    _, key = auth.create_key(session, user, "tests")
-    session.commit()
-    return served, key
-
-
-@pytest.fixture
-def ai(server):
-    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=server[1], max_retries=0) as client:
-        yield client
+    return served, api.key
 
 
 @pytest.fixture
@@ -49,8 +41,8 @@ def key_of(job) -> Any:
     return ids.parse(ids.JOB, job.id)
 
 
-def test_create_answers_with_openais_fields_and_ours(ai, file_id):
-    job = ai.fine_tuning.jobs.create(
+def test_create_answers_with_openais_fields_and_ours(openai_client, file_id):
+    job = openai_client.fine_tuning.jobs.create(
         model="tiny",
         training_file=file_id,
         suffix="my-own",
@@ -69,38 +61,41 @@ def test_create_answers_with_openais_fields_and_ours(ai, file_id):
     assert job.metadata == {"team": "a"} and job.error is None and job.finished_at is None and job.result_files == []
     assert job.strategy["rank"] == 4 and job.run["max_tokens_per_step"] == 512 and job.run["epochs"] == 2
     assert job.estimate["seconds"] > 0 and job.progress["step"] == 0
-    assert ai.fine_tuning.jobs.retrieve(job.id) == job
-    told = ai.fine_tuning.jobs.list_events(job.id).data[0]
+    assert openai_client.fine_tuning.jobs.retrieve(job.id) == job
+    told = openai_client.fine_tuning.jobs.list_events(job.id).data[0]
     assert told.level == "warn" and told.message.startswith("W&B logging is not supported, so nothing is sent to the project p.")
 
 
-def test_the_deprecated_form_and_auto_everywhere(ai, file_id):
+def test_the_deprecated_form_and_auto_everywhere(openai_client, file_id):
     auto = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, hyperparameters=auto)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, hyperparameters=auto)
     assert job.hyperparameters.n_epochs == "auto" and isinstance(job.seed, int) and job.run["epochs"] == 15
 
 
-def test_lists_turn_pages_and_filter_by_metadata(ai, file_id):
-    made = [ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, metadata={"n": str(n % 2)} if n else None) for n in range(5)]
-    assert [job.id for job in ai.fine_tuning.jobs.list(limit=2)] == [job.id for job in reversed(made)]
-    assert {job.id for job in ai.fine_tuning.jobs.list(metadata={"n": "1"})} == {made[1].id, made[3].id}
-    bare = ai.fine_tuning.jobs.list(extra_query={"metadata": "null"})
+def test_lists_turn_pages_and_filter_by_metadata(openai_client, file_id):
+    made = [
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, metadata={"n": str(n % 2)} if n else None)
+        for n in range(5)
+    ]
+    assert [job.id for job in openai_client.fine_tuning.jobs.list(limit=2)] == [job.id for job in reversed(made)]
+    assert {job.id for job in openai_client.fine_tuning.jobs.list(metadata={"n": "1"})} == {made[1].id, made[3].id}
+    bare = openai_client.fine_tuning.jobs.list(extra_query={"metadata": "null"})
     assert [job.id for job in bare] == [made[0].id]
 
 
-def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, suffix="x")
+def test_a_whole_job_as_the_client_sees_it(openai_client, file_id, user):
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, suffix="x")
     held = take(key_of(job))
     kept = saved(30, best=True).model_copy(update={"metrics": {"loss": 1.0, "token_accuracy": 0.5}})
     with transaction() as session:
         lifecycle.record(session, held, 0, [STARTED, *[step(n) for n in range(1, 31)], events.Evaluated(step=30, loss=1.25), kept])
-    running = ai.fine_tuning.jobs.retrieve(job.id)
+    running = openai_client.fine_tuning.jobs.retrieve(job.id)
     assert running.status == "running" and running.estimated_finish >= time.time() - 5 and running.progress["step"] == 30
-    said = list(ai.fine_tuning.jobs.list_events(job.id, limit=7))
+    said = list(openai_client.fine_tuning.jobs.list_events(job.id, limit=7))
     assert len(said) == 35 and said[-1].message.startswith("Created fine-tuning job: ftjob-")
     metrics = next(e for e in said if e.type == "metrics" and e.data.get("train_loss"))
     assert metrics.message == "Step 30/20: training loss=0.06667" and metrics.data["step"] == 30
-    (checkpoint,) = ai.fine_tuning.jobs.checkpoints.list(job.id)
+    (checkpoint,) = openai_client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.step_number == 30 and checkpoint.fine_tuned_model_checkpoint.endswith(":ckpt-step-30")
     assert checkpoint.metrics.to_dict() == {
         "step": 30, "train_loss": pytest.approx(2 / 30), "train_mean_token_accuracy": None, "valid_loss": 1.0,
@@ -109,19 +104,19 @@ def test_a_whole_job_as_the_client_sees_it(ai, file_id, user):
     assert checkpoint.scores == {"loss": 1.0, "token_accuracy": 0.5} and checkpoint.best is True
     with transaction() as session:
         lifecycle.finish(session, held, FINISHED)
-    done = ai.fine_tuning.jobs.retrieve(job.id)
+    done = openai_client.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:") and done.finished_at and done.trained_tokens == 777
     assert done.measured["peak_memory_bytes"] == 1
-    assert ai.files.content(done.result_files[0]).text.startswith("step,epoch,train_loss")
-    assert "successfully completed" in ai.fine_tuning.jobs.list_events(job.id, limit=1).data[0].message
+    assert openai_client.files.content(done.result_files[0]).text.startswith("step,epoch,train_loss")
+    assert "successfully completed" in openai_client.fine_tuning.jobs.list_events(job.id, limit=1).data[0].message
 
 
-def test_pause_resume_cancel_without_a_body(ai, file_id):
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
-    assert ai.fine_tuning.jobs.pause(job.id).status == "paused"
-    assert ai.fine_tuning.jobs.resume(job.id).status == "queued"
-    assert ai.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    for ask in (ai.fine_tuning.jobs.resume, ai.fine_tuning.jobs.cancel):
+def test_pause_resume_cancel_without_a_body(openai_client, file_id):
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    assert openai_client.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert openai_client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert openai_client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    for ask in (openai_client.fine_tuning.jobs.resume, openai_client.fine_tuning.jobs.cancel):
         with pytest.raises(openai.ConflictError) as caught:
             ask(job.id)
         assert caught.value.code == "wrong_state" and caught.value.response.headers["x-should-retry"] == "false"
@@ -136,7 +131,7 @@ PAIRS = [
 
 
 @pytest.fixture
-def pairs_id(ai, user):
+def pairs_id(openai_client, user):
     """A file in OpenAI's preference format, uploaded with the client and read."""
     lines = [
         {
@@ -147,17 +142,17 @@ def pairs_id(ai, user):
         for n in range(10)
         for prompt, better, worse in PAIRS
     ]
-    uploaded = ai.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
+    uploaded = openai_client.files.create(file=("pairs.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
     with transaction() as session:
         dataset = datasets.for_file(session, user, ids.parse(ids.FILE, uploaded.id))
     ingest_task.read(dataset.id)
     return uploaded.id
 
 
-def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data_dir):
+def test_the_method_dpo_tunes_on_preferences(openai_client, tiny_registered, pairs_id, data_dir):
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 4, "batch_size": 4}}}
     run = {"learning_rate": 1e-2, "samples": 1, "sample_tokens": 4}
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, method=method, seed=3, extra_body={"run": run})
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, method=method, seed=3, extra_body={"run": run})
     assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.3 and job.method.dpo.hyperparameters.n_epochs == 4
     assert job.task == "preference" and job.preference["beta"] == 0.3 and job.run["epochs"] == 4
     assert job.estimate["tokens"] > 0
@@ -170,22 +165,24 @@ def test_the_method_dpo_tunes_on_preferences(ai, tiny_registered, pairs_id, data
         lifecycle.record(session, held, 0, said[:-1])
     with transaction() as session:
         lifecycle.finish(session, held, said[-1])
-    done = ai.fine_tuning.jobs.retrieve(job.id)
+    done = openai_client.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded" and done.fine_tuned_model.startswith("ft:tiny:")
     assert done.evaluation["tuned"]["reward_accuracy"] > 0.9
-    metrics = [e.data for e in ai.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
+    metrics = [e.data for e in openai_client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
     margins = {data["step"]: data["metrics"]["reward_margin"] for data in metrics if data["event"] == "step"}
     assert margins[max(margins)] > margins[1] + 0.1
-    last = next(iter(ai.fine_tuning.jobs.checkpoints.list(job.id)))
+    last = next(iter(openai_client.fine_tuning.jobs.checkpoints.list(job.id)))
     assert last.scores["reward_margin"] > 0.1
-    header = ai.files.content(done.result_files[0]).text.splitlines()[0]
+    header = openai_client.files.content(done.result_files[0]).text.splitlines()[0]
     assert "train_reward_margin" in header and "valid_reward_accuracy" in header
 
 
-def test_preferences_are_learnt_without_being_asked_for_by_name(ai, tiny_registered, pairs_id):
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id)
+def test_preferences_are_learnt_without_being_asked_for_by_name(openai_client, tiny_registered, pairs_id):
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=pairs_id)
     assert job.task == "preference" and job.method.type == "dpo" and job.preference["beta"] == 0.1
-    ours = ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, extra_body={"preference": {"loss": "ipo", "beta": 0.5}})
+    ours = openai_client.fine_tuning.jobs.create(
+        model="tiny", training_file=pairs_id, extra_body={"preference": {"loss": "ipo", "beta": 0.5}}
+    )
     assert (ours.preference["loss"], ours.preference["beta"]) == ("ipo", 0.5)
 
 
@@ -201,64 +198,64 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(ai, tiny_registe
         ({"method": {"type": "reinforcement"}}, "method.type", "not offered"),
     ],
 )
-def test_what_preferences_cannot_be_combined_with(ai, tiny_registered, pairs_id, ask, param, says):
+def test_what_preferences_cannot_be_combined_with(openai_client, tiny_registered, pairs_id, ask, param, says):
     with pytest.raises(openai.BadRequestError) as caught:
-        ai.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, **ask)
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, **ask)
     assert caught.value.param == param and says in caught.value.message
 
 
-def test_settings_for_pairs_need_pairs(ai, file_id):
+def test_settings_for_pairs_need_pairs(openai_client, file_id):
     with pytest.raises(openai.BadRequestError) as caught:
-        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"preference": {"beta": 0.2}})
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"preference": {"beta": 0.2}})
     assert caught.value.param == "preference" and "generation" in caught.value.message
 
 
-def test_errors_have_openais_shape(ai, file_id):
+def test_errors_have_openais_shape(openai_client, file_id):
     with pytest.raises(openai.NotFoundError) as caught:
-        ai.fine_tuning.jobs.retrieve("missing")
+        openai_client.fine_tuning.jobs.retrieve("missing")
     assert caught.value.body == {
         "message": "No such fine-tuning job: missing. Look it up in its list: it may have been deleted.", "type": "invalid_request_error", "param": "fine_tuning_job_id", "code": "resource_missing",
     }  # fmt: skip
     assert caught.value.response.headers["x-request-id"]
     with pytest.raises(openai.BadRequestError) as caught:
-        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"strategy": {"name": "lora", "rank": 0}})
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"strategy": {"name": "lora", "rank": 0}})
     assert caught.value.param == "strategy.rank" and "strategy.rank cannot be 0. It should be at least 1." in caught.value.message
     for body, says in ((b"[]", "The body: It should be a JSON object, as {"), (b"", "The body is empty. Send a JSON object.")):
         answer = httpx.post(
-            f"{ai.base_url}fine_tuning/jobs",
+            f"{openai_client.base_url}fine_tuning/jobs",
             content=body,
-            headers={"authorization": f"Bearer {ai.api_key}"} | {"content-type": "application/json"},
+            headers={"authorization": f"Bearer {openai_client.api_key}"} | {"content-type": "application/json"},
         )
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(says)
     for wish, param in (({"type": "other"}, "type"), ({"type": "wandb", "wandb": {}}, "wandb.project")):
         with pytest.raises(openai.BadRequestError) as caught:
-            ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, integrations=[wish])
+            openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, integrations=[wish])
         assert caught.value.param == f"integrations.0.{param}"
     dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}
     with pytest.raises(openai.BadRequestError) as caught:
-        ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=dpo)
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=dpo)
     assert "preference" in caught.value.message
-    for ask in (ai.fine_tuning.jobs.list_events, ai.fine_tuning.jobs.checkpoints.list):
+    for ask in (openai_client.fine_tuning.jobs.list_events, openai_client.fine_tuning.jobs.checkpoints.list):
         with pytest.raises(openai.NotFoundError):
             list(ask("ftjob-missing"))
     with pytest.raises(openai.APIStatusError) as caught:
-        list(ai.fine_tuning.jobs.list(after="ftjob-" + "0" * 32))
+        list(openai_client.fine_tuning.jobs.list(after="ftjob-" + "0" * 32))
     assert caught.value.status_code in (400, 404) and caught.value.response.json()["error"]["param"] == "after"
 
 
-def test_an_idempotency_key_is_honoured(ai, file_id):
+def test_an_idempotency_key_is_honoured(openai_client, file_id):
     def submit(seed):
-        return ai.fine_tuning.jobs.create(model="tiny", training_file=file_id, seed=seed, extra_headers={"Idempotency-Key": "k"})
+        return openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, seed=seed, extra_headers={"Idempotency-Key": "k"})
 
     assert submit(1).id == submit(1).id
     with pytest.raises(openai.ConflictError):
         submit(2)
 
 
-def test_checkpoint_permissions(ai, file_id, data_dir):
+def test_checkpoint_permissions(openai_client, file_id, data_dir):
     from app.kit import manifest
 
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     folder = data_dir / "runs/x/a1/checkpoint-3"
     (folder / "adapter").mkdir(parents=True)
@@ -267,13 +264,13 @@ def test_checkpoint_permissions(ai, file_id, data_dir):
     with transaction() as session:
         lifecycle.record(session, held, 0, [STARTED, step(3), saved(3)])
         lifecycle.finish(session, held, FINISHED)
-    name = ai.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
-    made = ai.fine_tuning.checkpoints.permissions.create(name, project_ids=["p1", "p2"])
+    name = openai_client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    made = openai_client.fine_tuning.checkpoints.permissions.create(name, project_ids=["p1", "p2"])
     assert {p.project_id for p in made} == {"p1", "p2"}
-    found = ai.fine_tuning.checkpoints.permissions.list(name)
+    found = openai_client.fine_tuning.checkpoints.permissions.list(name)
     assert len(found.data) == 2
-    assert ai.fine_tuning.checkpoints.permissions.delete(found.data[0].id, fine_tuned_model_checkpoint=name).deleted
-    assert len(ai.fine_tuning.checkpoints.permissions.list(name).data) == 1
+    assert openai_client.fine_tuning.checkpoints.permissions.delete(found.data[0].id, fine_tuned_model_checkpoint=name).deleted
+    assert len(openai_client.fine_tuning.checkpoints.permissions.list(name).data) == 1
 
 
 def test_strategies_and_estimates(server, file_id):
@@ -317,8 +314,8 @@ def record(job, held, first, *said):
         lifecycle.record(session, held, first, list(said))
 
 
-def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server, ai, file_id):
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server, openai_client, file_id):
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     readers = [Reader(server, job.id, 22) for _ in range(20)]
     assert all(r.open.wait(10) for r in readers)
@@ -333,12 +330,12 @@ def test_watchers_hear_everything_once_in_order_and_from_where_they_left(server,
     assert [e["id"] for e in again.heard] == [e["id"] for e in readers[0].heard[-5:]]
 
 
-def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_id, monkeypatch):
+def test_more_history_than_the_ring_holds_comes_from_postgres(server, openai_client, file_id, monkeypatch):
     from app.web import event_stream
 
     monkeypatch.setattr(event_stream, "RING", 50)
     monkeypatch.setattr(event_stream, "PAGE", 40)
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     record(job, held, 0, *[step(n) for n in range(1, 301)])
     reader = Reader(server, job.id, 303)
@@ -348,9 +345,9 @@ def test_more_history_than_the_ring_holds_comes_from_postgres(server, ai, file_i
     assert [e["step"] for e in reader.heard if e["type"] == "step"] == list(range(1, 302))
 
 
-def test_without_redis_watchers_still_hear(server, ai, file_id, monkeypatch):
+def test_without_redis_watchers_still_hear(server, openai_client, file_id, monkeypatch):
     monkeypatch.setattr(queue, "notify", lambda *_: None)
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     held = take(key_of(job))
     reader = Reader(server, job.id, 3)
     assert reader.open.wait(5)
@@ -360,23 +357,23 @@ def test_without_redis_watchers_still_hear(server, ai, file_id, monkeypatch):
     assert len(reader.heard) == 3
 
 
-def test_a_stream_holds_no_connection_to_the_database(server, ai, file_id):
+def test_a_stream_holds_no_connection_to_the_database(server, openai_client, file_id):
     from app.db import get_engine
 
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     readers = [Reader(server, job.id, 99) for _ in range(40)]
     assert all(r.open.wait(15) for r in readers)
     time.sleep(0.5)
     assert get_engine().pool.checkedout() <= 1
 
 
-def test_another_persons_stream_is_not_there(server, ai, file_id, session):
+def test_another_persons_stream_is_not_there(server, openai_client, file_id, session):
     other = User(name="other")
     session.add(other)
     session.flush()
     _, key = auth.create_key(session, other, "k")
     session.commit()
-    job = ai.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     answer = httpx.get(f"{server[0]}/v1/fine_tuning/jobs/{job.id}/stream", headers={"authorization": f"Bearer {key}"})
     assert answer.status_code == 404
     assert jobs.list_(session, other) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import openai
 import pytest
 from sqlalchemy import text
 from starlette.testclient import TestClient
@@ -14,7 +13,7 @@ from app.models import imports as model_imports
 from app.tables import Answer, ModelAlias, User
 from app.web import auth
 from tests.conftest import ORIGIN
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny, stored_answers  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny, stored_answers  # noqa: F401
 
 ASK = [{"role": "user", "content": "What wood is the belly made of?"}]
 
@@ -25,26 +24,21 @@ def two(session):
     return register_tiny(session, "tiny"), register_tiny(session, "other")
 
 
-@pytest.fixture
-def models_of_openai(api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api, max_retries=0)
-
-
 def put(api, alias: str, model: str):
     return api.put(f"/v1/model_aliases/{alias}", json={"model": model})
 
 
-def test_an_alias_is_set_moved_listed_and_removed(api, models_of_openai, two) -> None:
+def test_an_alias_is_set_moved_listed_and_removed(api, openai_client, two) -> None:
     first = put(api, "support-bot", "tiny").json()
     assert (first["id"], first["object"], first["model"]) == ("support-bot", "model.alias", "tiny")
     assert put(api, "team/bot", ids.public(ids.MODEL, two[0].id)).json()["model"] == "tiny", "by its id, and with a slash"
-    found = {model.id: model.alias_of for model in models_of_openai.models.list()}
+    found = {model.id: model.alias_of for model in openai_client.models.list()}
     assert found == {"tiny": None, "support-bot": "tiny", "team/bot": "tiny", "other": None}
-    one = models_of_openai.models.retrieve("support-bot")
+    one = openai_client.models.retrieve("support-bot")
     assert (one.id, one.alias_of, one.key) == ("support-bot", "tiny", ids.public(ids.MODEL, two[0].id))
     moved = put(api, "support-bot", "other").json()
     assert moved["model"] == "other" and moved["created_at"] == first["created_at"] <= moved["moved_at"]
-    assert models_of_openai.models.retrieve("support-bot").alias_of == "other"
+    assert openai_client.models.retrieve("support-bot").alias_of == "other"
     assert put(api, "second", "support-bot").json()["model"] == "other", "an alias is taken wherever a model's name is"
     listed = api.get("/v1/model_aliases").json()
     assert [(one["id"], one["model"]) for one in listed["data"]] == [("second", "other"), ("support-bot", "other"), ("team/bot", "tiny")]

@@ -57,24 +57,19 @@ def tuned(session, user, tiny_registered, tiny_model, data_dir) -> Model:
     return model
 
 
-@pytest.fixture
-def client_of_openai(api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, http_client=api, max_retries=0)
-
-
-def test_the_client_lists_retrieves_and_deletes(client_of_openai, tuned) -> None:
-    found = {model.id: model for model in client_of_openai.models.list()}
+def test_the_client_lists_retrieves_and_deletes(openai_client, tuned) -> None:
+    found = {model.id: model for model in openai_client.models.list()}
     assert set(found) == {"lab/tiny", tuned.name}
-    one = client_of_openai.models.retrieve(tuned.name)
+    one = openai_client.models.retrieve(tuned.name)
     assert (one.object, one.owned_by, one.base, one.strategy, one.adapter_sha256) == ("model", "user", "lab/tiny", "lora", "cd" * 32)
     assert one.lineage == ["lab/tiny", tuned.name] and one.parameters == Shape.model_validate(tuned.shape).parameters()
     with pytest.raises(openai.ConflictError) as caught:
-        client_of_openai.models.delete("lab/tiny")
+        openai_client.models.delete("lab/tiny")
     assert caught.value.code == "model_in_use" and caught.value.response.headers["x-should-retry"] == "false"
-    gone = client_of_openai.models.delete(tuned.name)
+    gone = openai_client.models.delete(tuned.name)
     assert gone.deleted and gone.id == tuned.name
-    assert client_of_openai.models.delete("lab/tiny").deleted
-    assert client_of_openai.models.list().data == []
+    assert openai_client.models.delete("lab/tiny").deleted
+    assert openai_client.models.list().data == []
 
 
 def test_ids_with_slashes_work_raw_and_encoded(api, tuned) -> None:
@@ -84,9 +79,9 @@ def test_ids_with_slashes_work_raw_and_encoded(api, tuned) -> None:
     assert api.delete(f"/v1/models/{quote(tuned.name, safe='')}").json() == {"id": tuned.name, "object": "model", "deleted": True}
 
 
-def test_a_missing_model_is_openais_404(client_of_openai, tiny_registered) -> None:
+def test_a_missing_model_is_openais_404(openai_client, tiny_registered) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        client_of_openai.models.retrieve("gpt-4o")
+        openai_client.models.retrieve("gpt-4o")
     assert (caught.value.code, caught.value.param) == ("resource_missing", "model")
 
 

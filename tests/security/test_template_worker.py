@@ -11,7 +11,7 @@ import openai
 import psutil
 import pytest
 
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.security import bombs
 from tests.security.bombs import MAX_SECONDS
 

@@ -155,12 +155,8 @@ def test_a_key_of_one_project_reaches_no_other(web, session, user, ada, team):
     assert asker.get("/v1/files").status_code == 403
 
 
-def test_the_openai_client_names_the_project(api, session, user, team):
-    import openai
-
-    client = openai.OpenAI(
-        base_url=f"{ORIGIN}/v1", api_key=api.key, http_client=api, organization="org-luthier", project=ids.public(ids.PROJECT, team.id)
-    )
+def test_the_openai_client_names_the_project(openai_client, api, session, user, team):
+    client = openai_client.with_options(organization="org-luthier", project=ids.public(ids.PROJECT, team.id))
     client.files.create(file=("a.jsonl", b'{"prompt": "a", "completion": "b"}\n'), purpose="user_data")
     assert len(client.files.list().data) == 1 and api.get("/v1/files").json()["data"] == []
 
@@ -168,6 +164,10 @@ def test_the_openai_client_names_the_project(api, session, user, team):
 def test_a_viewer_of_a_project_looks_and_changes_nothing(web, session, user, ada, team):
     projects.set_member(session, team, ada, "viewer")
     session.commit()
+    page = signed_in(web, session, ada)
+    assert "looks-only" not in page.get("/datasets").text, "in a project of one's own"
+    page.post("/project", data={"project": ids.public(ids.PROJECT, team.id)})
+    assert '<body class="looks-only">' in page.get("/datasets").text and "looks-only" not in page.get("/settings/account").text
     asker = program(web, session, ada)
     refused = asker.post("/v1/files", headers=within(team), **FILE)
     assert refused.status_code == 403 and "your role in it is viewer" in refused.json()["error"]["message"]

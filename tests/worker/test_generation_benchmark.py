@@ -7,7 +7,7 @@ import os
 import pytest
 
 from benchmarks import generation
-from tests.generating import _workers, answering_dir, generate_worker, openai_client, register_tiny  # noqa: F401
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 
 def test_the_engine_beside_plain_generate(data_dir, tiny_model):
