@@ -49,7 +49,7 @@ class Structure(BaseModel):
     final_norm: str = ""  # of the norm after them; empty where there is none
     final_norm_parameters: int = 0
     embedding: int  # parameters before the first layer
-    head: int = 0  # of an output layer with weights of its own
+    head: int = 0  # of an output layer with weights of its own, or of an encoder's pooler
     parameters: int  # all, each once
     packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason

@@ -2,8 +2,9 @@
 
     python -m benchmarks.architectures [--only gpt2,phi3,…] [--steps 20] [--no-training] [--json FILE]
 
-For every architecture of the installed transformers that makes a language model, a random model of some 100,000 parameters is put into
-the import folder of a whole studio, added through the API and, where it is taken, tuned with LoRA for some steps. The table holds its
+For every architecture of the installed transformers that makes a language model or an encoder, a random model of some 100,000
+parameters is put into the import folder of a whole studio, added through the API and, where it is taken, tuned with LoRA for some
+steps: on conversations, or as a classifier. The table holds its
 tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused.
 """
 
@@ -23,12 +24,12 @@ from benchmarks.comparison import sent
 from benchmarks.servers import PROJECT, Studio, studio
 
 SMALL = {
-    64: "hidden_size n_embd d_model embedding_size word_embed_proj_dim lru_width",
+    64: "hidden_size dim emb_dim n_embd d_model embedding_size word_embed_proj_dim lru_width",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_key_value_heads n_head_kv num_kv_heads "
     "num_experts_per_tok moe_topk linear_num_key_heads",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts num_local_experts "
     "n_routed_experts moe_num_experts linear_num_value_heads",
-    96: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim",
+    96: "intermediate_size hidden_dim ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size attention_window_size",
     16: "head_dim kv_lora_rank qk_nope_head_dim v_head_dim state_size ssm_state_size mamba_d_state mamba_d_head linear_key_head_dim "
     "linear_value_head_dim sliding_window",
@@ -43,14 +44,15 @@ _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "q_lora_rank")
 """Keys that are left out where the architecture's own default is none."""
 SECONDS = 20
 """For making a config and a model: some architectures build large tables."""
-SAMPLE = PROJECT / "samples" / "plain-explanations.jsonl"
+SAMPLE, LABELED = PROJECT / "samples" / "plain-explanations.jsonl", PROJECT / "samples" / "shop-questions.csv"
 
 
 def kinds() -> list[str]:
-    """The architectures of the installed transformers that make a language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """The architectures of the installed transformers that make a language model or an encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*WRITERS, *MASKED})
 
 
 def small_config(kind: str) -> Any:
@@ -64,23 +66,33 @@ def small_config(kind: str) -> Any:
     given = {name: size for name, size in given.items() if name not in _OPTIONAL or known[name] is not None}
     if "qk_rope_head_dim" in known:  # its heads are as wide as their parts
         given.pop("head_dim", None)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name, value in {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}.items():
         if isinstance(known.get(name), int):
-            given[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}[name]
+            given[name] = value
     return type(text)(**given)
+
+
+def small_model(kind: str, dtype: Any = None) -> Any:
+    """A random small model: with its output layer, or an encoder without one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from worker.conversion.trial import is_encoder
+
+    config = small_config(kind)
+    auto = AutoModel if is_encoder(config.to_dict()) and not config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config, dtype=dtype)
 
 
 def write_small(kind: str, folder: Path) -> int:
     """A random small model with the tests' tokenizer in `folder`; its number of parameters. Raises what transformers raises."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from tests.tiny import build_tokenizer
 
-    tokenizer, config = build_tokenizer(), small_config(kind)
+    tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = small_model(kind, torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(weight.numel() for weight in model.parameters())
@@ -121,7 +133,7 @@ def tried(here: Studio, kind: str, steps: int) -> dict[str, Any]:
     began = time.monotonic()
     with OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
         try:
-            model: Any = client.post("/models", body={"folder": kind, "name": f"small-{kind}", "kind": "generic"}, cast_to=object)
+            model: Any = client.post("/models", body={"folder": kind, "name": f"small-{kind}"}, cast_to=object)
             while model["status"] == "fetching":
                 time.sleep(0.3)
                 model = client.get(f"/models/{model['id']}", cast_to=object)
@@ -132,12 +144,13 @@ def tried(here: Studio, kind: str, steps: int) -> dict[str, Any]:
             return told | {"tier": None, "reason": model["error"]["message"]}
         certificate = model["certificate"]
         told |= {"tier": certificate["tier"], "checks": certificate["checks"], "strategies": certificate["strategies"], "reason": ""}
-        return told | (_trained(client, model["id"], steps) if steps else {})
+        return told | (_trained(client, model, steps) if steps else {})
 
 
-def _trained(client: Any, model: str, steps: int) -> dict[str, Any]:
+def _trained(client: Any, model: dict[str, Any], steps: int) -> dict[str, Any]:
     run = {"max_steps": steps, "epochs": 50, "max_tokens_per_step": 512, "learning_rate": 5e-3, "forgetting": False, "samples": 0}
-    order = {"model": model, "strategy": {"name": "lora"}, "run": run, "training_file": sent(client, SAMPLE, None)}
+    data = sent(client, LABELED if model["kind"] == "encoder" else SAMPLE, None)
+    order = {"model": model["id"], "strategy": {"name": "lora"}, "run": run, "training_file": data}
     try:
         job: Any = client.post("/fine_tuning/jobs", body=order, cast_to=object)
         while job["status"] not in ("succeeded", "failed", "cancelled"):

@@ -283,13 +283,11 @@ def convert(made: Path, into: Path, kind: str | None, beat: Callable[[], None] =
 
 
 def certify(folder: Path, shape: dict[str, Any], work: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """`{"shape", "certificate"}` of a converted folder, tried in a child that writes below `work`: a decoder's packs, loss and answers,
-    and for one whose shape was read from the model each method. What failed is noted in the shape; an encoder gets no certificate.
+    """`{"shape", "certificate"}` of a converted folder, tried in a child that writes below `work`: packs, a decoder's loss and
+    answers, and for a model whose shape was read from it each method. What failed is noted in the shape.
 
     Raises BadData for a model that can be trained in no way.
     """
-    if shape["architecture"] != "decoder":
-        return {"shape": shape, "certificate": None}
     made = ask_child("worker.evaluation.certificate", [str(folder)], [], work / "certificate", beat)
     if found := shape.get("structure"):
         refused = [(name, told["message"]) for name, told in made["strategies"].items() if not told["works"]]

@@ -43,7 +43,8 @@ def peft_targets(shape: Shape, layers: LayerChoice) -> list[str] | str:
     """
     names = linear_names(shape, layers)
     if shape.architecture == "encoder" and layers == "feed-forward":
-        return rf".*layer\.\d+\.({'|'.join(re.escape(name) for name in names)})"
+        stack = rf"(.*\.)?{re.escape(shape.structure.stack)}" if shape.structure else ".*layer"
+        return rf"{stack}\.\d+\.({'|'.join(re.escape(name) for name in names)})"
     return names
 
 

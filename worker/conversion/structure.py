@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -15,19 +15,20 @@ from app.strategies._model import is_norm
 _EXPERTS = "experts"
 
 
-def shape_of_model(model: Any) -> Shape:
-    """The shape of a language model on the meta device. Raises Unsupported where it has no list of layers as long as its config
-    says, no output layer over its vocabulary, or a value that no config leaves out."""
+def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "decoder") -> Shape:
+    """The shape of a language model, or of an encoder without a head, on the meta device. Raises Unsupported where it has no list of
+    layers as long as its config says, no embedding of tokens, no output layer over its vocabulary, or a value that no config leaves
+    out."""
     config = model.config.get_text_config()
     stack, layers = _stack(model, config)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is None or head is None or getattr(head, "weight", None) is None:
+    embedding, head = model.get_input_embeddings(), _head(model, architecture)
+    if embedding is None or (architecture == "decoder" and getattr(head, "weight", None) is None):
         raise _strange(config, "no embedding of tokens and output layer over them")
     kinds, order = _kinds(layers, config)
     inside = {id(weight) for block in layers for weight in block.parameters()}
-    tied = head.weight is embedding.weight
+    tied = architecture == "decoder" and head.weight is embedding.weight
     last = _final_norm(model, stack, inside)
-    own_head = 0 if tied else sum(weight.numel() for weight in head.parameters())
+    own_head = 0 if tied or head is None else sum(weight.numel() for weight in head.parameters())
     every = {id(weight): weight.numel() for weight in model.parameters()}
     norm_parameters = sum(weight.numel() for weight in last[1].parameters()) if last else 0
     outside = sum(count for key, count in every.items() if key not in inside)
@@ -46,7 +47,7 @@ def shape_of_model(model: Any) -> Shape:
     wide = [linear.outputs for kind in kinds for linear in kind.linears]
     return Shape(
         model_type=config.model_type,
-        architecture="decoder",
+        architecture=architecture,
         layers=len(layers),
         hidden=width,
         intermediate=_number(config, "intermediate_size") or max(wide, default=width),
@@ -54,12 +55,23 @@ def shape_of_model(model: Any) -> Shape:
         kv_heads=_number(config, "num_key_value_heads") or (1 if getattr(config, "multi_query", False) else heads),
         head_dim=_number(config, "head_dim") or width // heads,
         vocabulary=int(embedding.weight.shape[0]),
-        positions=_number(config, "max_position_embeddings") or 2048,
+        positions=(_number(config, "max_position_embeddings") or 2048) - _reserved_positions(model),
         tied=tied,
         gated=any("gate" in linear.name for kind in kinds for linear in kind.linears),
         sliding_window=_number(config, "sliding_window"),
         structure=structure,
     )
+
+
+def _head(model: Any, architecture: str) -> Any:
+    """The output layer of a decoder; the pooler of an encoder, which classifiers here do without, where it has one."""
+    return getattr(model, "pooler", None) if architecture == "encoder" else model.get_output_embeddings()
+
+
+def _reserved_positions(model: Any) -> int:
+    """Rows of its table of positions that no text uses: RoBERTa and its relatives count from the padding index + 1."""
+    counted = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    return next((module.padding_idx + 1 for module in counted if isinstance(getattr(module, "padding_idx", None), int)), 0)
 
 
 def _number(config: Any, name: str) -> int | None:

@@ -38,9 +38,9 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
-    """The shape of a language model, from the model built without weights. Raises Unsupported or BadData."""
+    """The shape of a language model or an encoder, from the model built without weights. Raises Unsupported or BadData."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers import __version__ as transformers_version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -59,9 +59,13 @@ def read_shape(config: dict[str, Any]) -> Shape:
     try:
         made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != STRUCTURE})
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made)
-        model.tie_weights()
-        shape = shape_of_model(model)
+            encoder = is_encoder(config) and not made.is_encoder_decoder
+            model: Any = AutoModel.from_config(made) if encoder else AutoModelForCausalLM.from_config(made)
+        if encoder:
+            shape = shape_of_model(model, "encoder")
+        else:
+            model.tie_weights()
+            shape = shape_of_model(model)
     except (MemoryError, StudioError):
         raise
     except Exception as error:
@@ -72,6 +76,15 @@ def read_shape(config: dict[str, Any]) -> Shape:
         ) from error
     import_checks.check_widths(shape)
     return shape
+
+
+def is_encoder(config: dict[str, Any]) -> bool:
+    """Whether a config is that of an encoder: an architecture that fills in masked tokens, unless it was saved as one that writes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    writes = config.get("is_decoder") or any(str(name).endswith(("CausalLM", "LMHeadModel")) for name in config.get("architectures") or [])
+    return config["model_type"] in MASKED and not (config["model_type"] in WRITERS and writes)
 
 
 def load(folder: Path) -> Any:

@@ -8,7 +8,8 @@ shape was read from the model, each strategy is tried. Tier C is the same with p
 
 The model itself is loaded where its weights fit into memory twice; of a larger one nothing is tried, and the certificate says so.
 Texts are random token ids from a fixed seed. Values are the largest difference of a logit from those of transformers' own forward
-pass over the text alone, as a share of the largest logit.
+pass over the text alone, as a share of the largest logit; of an encoder, which has no logits, the largest difference of a state. Its
+strategies train a classifier on the mean of the states.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
@@ -38,6 +39,7 @@ from worker.conversion.convert import write_answer
 from worker.inference.kv_cache import ATTENTION, Cache, Segment, Step, running
 from worker.modeling import packed_attention as packed
 from worker.modeling import padded
+from worker.modeling.classifier import pool, without_pooler
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 
 LENGTHS = (7, 19, 12)
@@ -76,26 +78,28 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     if needed > 0.8 * free:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
         return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
-    model, checks = _load(folder)
+    model, checks = _load(folder, shape)
     texts = _texts(shape)
     with torch.no_grad():
-        alone = [model(text[None], use_cache=False).logits[0] for text in texts]
+        alone = [_read(model, input_ids=text[None]) for text in texts]
     scale = float(max(logits.abs().max() for logits in alone)) or 1.0
     checks.append(_packed(model, texts, alone, scale))
     packs = checks[-1].passed
     if not packs:
-        model = _load(folder)[0]
+        model = _load(folder, shape)[0]
         padded.pad_packs(model)
         checks.append(_padded(model, texts, alone, scale))
         if shape.structure is None or not checks[-1].passed:
             raise Unsupported(
                 f"This {shape.model_type} cannot be trained: {checks[-1].message}.",
-                hint="Choose another model, such as a Llama, Qwen, Gemma or GPT-NeoX.",
+                hint="Choose another model, such as a Llama, Qwen, Gemma or BERT.",
                 param="path",
             )
-    checks.append(_loss(model, texts, alone))
+    if not _is_encoder(model):
+        checks.append(_loss(model, texts, alone))
+        if packs:
+            checks.append(_cached(model, texts[1], alone[1], scale, shape))
     if packs:
-        checks.append(_cached(model, texts[1], alone[1], scale, shape))
         model.set_attn_implementation(packed.NAME)
     return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
 
@@ -110,12 +114,15 @@ def _certificate(shape: Shape, checks: list[Check], packs: bool, strategies: dic
     }
 
 
-def _load(folder: Path) -> tuple[Any, list[Check]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+def _load(folder: Path, shape: Shape) -> tuple[Any, list[Check]]:
+    auto = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
+    loaded: Any = auto.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     model, told = loaded
+    without_pooler(model)
     lacking = sorted([*told["missing_keys"], *(name for name, *_ in told.get("mismatched_keys") or [])])
+    lacking = [name for name in lacking if not (shape.architecture == "encoder" and name.startswith("pooler."))]
     if lacking:
         raise Unsupported(
             f"The weights lack {len(lacking)} of the model's tensors, or hold them in another size, the first {lacking[0][:80]}.",
@@ -157,21 +164,37 @@ def _pack(model: torch.nn.Module, texts: list[torch.Tensor]) -> dict[str, Any]:
 def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
     def measure() -> float:
         model.set_attn_implementation(packed.NAME)
-        with torch.no_grad():
-            logits = model(**_pack(model, texts), use_cache=False).logits[0]
-        return _apart(logits[: sum(map(len, texts))], torch.cat(alone), scale)
+        packed.count_from_padding(model)
+        return _apart(_outputs(model, texts)[: sum(map(len, texts))], torch.cat(alone), scale)
 
-    return _check("packed", BOUND, "a pack of texts gives the logits of the texts alone", measure)
+    return _check("packed", BOUND, f"a pack of texts gives the {_what(model)} of the texts alone", measure)
 
 
 def _padded(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
     def measure() -> float:
-        apart = _apart(_logits(model, texts)[: sum(map(len, texts))], torch.cat(alone), scale)
+        apart = _apart(_outputs(model, texts)[: sum(map(len, texts))], torch.cat(alone), scale)
+        if _is_encoder(model):
+            return apart
         with torch.no_grad():
             whole = torch.cat(padded.whole_texts(model, [text.tolist() for text in texts]))
         return max(apart, _apart(whole, torch.cat(alone), scale))
 
-    return _check("padded", BOUND, "a padded batch of texts gives the logits of the texts alone", measure)
+    return _check("padded", BOUND, f"a padded batch of texts gives the {_what(model)} of the texts alone", measure)
+
+
+def _is_encoder(model: Any) -> bool:
+    return model.get_output_embeddings() is None
+
+
+def _what(model: Any) -> str:
+    return "states" if _is_encoder(model) else "logits"
+
+
+def _read(model: Any, **arguments: Any) -> torch.Tensor:
+    """Logits (T, V), or of an encoder its states (T, H)."""
+    if _is_encoder(model):
+        return model(**arguments).last_hidden_state[0]
+    return model(**arguments, use_cache=False).logits[0]
 
 
 def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
@@ -179,7 +202,12 @@ def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
-    """Mean loss of the next token over a pack, by the trainer's own head."""
+    """Mean loss of the next token over a pack, by the trainer's own head; of an encoder, the loss of telling the texts apart by the mean
+    of their states."""
+    if _is_encoder(model):
+        vectors = pool(_read(model, **_pack(model, texts)), [len(text) for text in texts], "mean")
+        head = torch.randn(vectors.shape[1], len(texts), generator=torch.Generator().manual_seed(_SEED))
+        return F.cross_entropy(vectors @ head, torch.arange(len(texts)))
     whole = torch.cat(texts)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     sources = torch.tensor([i for i in range(len(whole)) if i not in set(ends.tolist())])
@@ -222,40 +250,44 @@ def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, s
 
 def _strategies(model: Any, texts: list[torch.Tensor], shape: Shape, scale: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each strategy that trains such a model by gradients: attached, one step, saved, and loaded onto the base again."""
-    base = _logits(model, texts)
+    base, task = _outputs(model, texts), "classification" if shape.architecture == "encoder" else "generation"
     for name, kind in STRATEGIES.items():
         strategy = kind()
-        if kind.recipe != "gradient" or kind.base_bits is not None or strategy.unavailable(shape, cuda=False):
+        if kind.recipe != "gradient" or kind.base_bits is not None or strategy.unavailable(shape, task=task, cuda=False):
             continue
         if shape.parameters() > MAX_STRATEGY_PARAMETERS and name != FIRST:
             continue
         try:
-            yield name, {"works": True, **_tried(strategy, model, texts, shape, base, scale)}
+            yield name, {"works": True, **_tried(strategy, task, model, texts, shape, base, scale)}
         except Exception as error:
             yield name, {"works": False, "message": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def _tried(
-    strategy: Strategy, base_model: Any, texts: list[torch.Tensor], shape: Shape, base: torch.Tensor, scale: float
+    strategy: Strategy, task: str, base_model: Any, texts: list[torch.Tensor], shape: Shape, base: torch.Tensor, scale: float
 ) -> dict[str, Any]:
     torch.manual_seed(_SEED)
     lead = torch.zeros(strategy.virtual_tokens(), dtype=torch.long)
     texts = [torch.cat([lead, text]) for text in texts]
-    model: Any = strategy.attach(copy.deepcopy(base_model)).train()
+    model: Any = strategy.attach(copy.deepcopy(base_model), task=task).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    count, expected = sum(weight.numel() for weight in trained), strategy.trainable(shape)
+    if not trained and task == "classification":
+        return {"parameters": 0}  # its layers are in the classifier's head
+    labels = len(texts)
+    expected = strategy.trainable_parameters(shape, task=task, labels=labels)
+    expected -= strategy.head_parameters(shape, labels) if task == "classification" else 0
+    count = sum(weight.numel() for weight in trained)
     if count != expected:
         raise ValueError(f"it trains {count:,} parameters where {expected:,} were expected")
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     strategy.begin(model, 10)
     model.eval()
-    started = _apart(_logits(model, texts), base, scale) if not len(lead) else None
+    started = _apart(_outputs(model, texts), base, scale) if not len(lead) else None
     if started is not None and started > STRATEGY_BOUND:
         raise ValueError(f"it starts {started:.2g} away from the base")
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
     for step in range(1, 4):
-        loss = _mean_loss(plain, texts)
+        loss = _mean_loss(_plain(model), texts)
         if (more := strategy.regulariser(model)) is not None:
             loss = loss + more
         loss.backward()
@@ -267,18 +299,23 @@ def _tried(
         raise ValueError(f"its loss does not move: {losses[0]:.4g} to {losses[-1]:.4g}")
     with tempfile.TemporaryDirectory() as folder:
         strategy.save(model, Path(folder))
-        ended = _logits(model, texts)
+        ended = _outputs(model, texts)
         if strategy.adapter:
-            again = _apart(_logits(strategy.load(copy.deepcopy(base_model), Path(folder)).eval(), texts), ended, scale)
+            again = _apart(_outputs(strategy.load(copy.deepcopy(base_model), Path(folder)).eval(), texts), ended, scale)
             if again > STRATEGY_BOUND:
                 raise ValueError(f"loaded again, its logits are {again:.2g} away from those that were saved")
     return {"parameters": count, "loss_before": losses[0], "loss_after": losses[-1]}
 
 
-def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # a wrapper of peft's may go past a model's hooks
+def _plain(model: Any) -> Any:
+    """The model inside a wrapper of peft's, which may go past a model's hooks."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _outputs(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    """What a pack of the texts gives, its padding with it."""
     with torch.no_grad():
-        return plain(**_pack(model, texts), use_cache=False).logits[0]
+        return _read(_plain(model), **_pack(model, texts))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,14 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BadModel(f"{ref.name} cannot be loaded: {error}", hint="Add the model again, or choose another.") from error
+    without_pooler(model)
     return made_ready(model, ref, attention, device)
+
+
+def without_pooler(model: PreTrainedModel) -> None:
+    """Drop an encoder's own pooler, which has weights of its own and pools nothing here."""
+    if getattr(model, "pooler", None) is not None and model.get_output_embeddings() is None:
+        model.pooler = None
 
 
 def load_stack(

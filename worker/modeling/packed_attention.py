@@ -159,10 +159,13 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
 
 
 IGNORED = frozenset(
-    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
-)
+    {
+        "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+        "deterministic",
+    }
+)  # fmt: skip
 """Arguments that models pass to every attention and that do not change its result: positions are already in the rotated queries and
-keys, and nothing is cached."""
+keys, nothing is cached, and `deterministic` chooses how flash attention adds up its gradients."""
 
 
 def _unsupported(module: torch.nn.Module, why: str) -> BadModel:

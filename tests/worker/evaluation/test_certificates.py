@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sqlalchemy import select
-from transformers import AutoModelForCausalLM
 
 from app import queue
 from app.db import transaction
@@ -18,21 +18,30 @@ from app.shapes import STRUCTURE, Shape, shape_of
 from app.spec import ModelRef
 from app.strategies import STRATEGIES
 from app.tables import Outbox
-from benchmarks.architectures import small_config, write_small
+from benchmarks.architectures import small_model, write_small
 from tests.factories import make_dataset, make_spec
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, request, run
+from tests.worker.training.test_classification import run as classify
+from tests.worker.training.test_classification import sorting, texts, tuned_ref
 from worker.conversion import trial
 from worker.conversion.structure import shape_of_model
+from worker.data.batching import Row
 from worker.evaluation.certificate import certify
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
+from worker.modeling.classifier import load_classifier
+from worker.modeling.loading import load_tokenizer
+from worker.modeling.packed_attention import NAME
+from worker.runtime.device import choose
 from worker.train import train
+from worker.training.objectives.classification import probabilities, tokenise_texts
 
 
 def meta_model(kind: str):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(small_config(kind))
-    model.tie_weights()
+        model = small_model(kind)
+    if model.get_output_embeddings() is not None:
+        model.tie_weights()
     return model
 
 
@@ -68,6 +77,20 @@ def test_a_shape_with_formulas_has_the_counts_of_one_that_was_read() -> None:
         assert getattr(read, name)() == getattr(known, name)(), name
     for strategy in (kind() for kind in STRATEGIES.values() if kind.any_architecture and kind.recipe == "gradient"):
         assert strategy.trainable(read) == strategy.trainable(known), strategy.name
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "modernbert", "deberta-v2", "electra", "camembert"])
+def test_an_encoders_parameters_are_counted_too(kind: str) -> None:
+    model = meta_model(kind)
+    shape = shape_of_model(model, "encoder")
+    found = shape.structure
+    assert found is not None and shape.architecture == "encoder" and shape.parameters() == sum(w.numel() for w in model.parameters())
+    assert (
+        sum(block.parameters for block in found.layers()) + found.embedding + found.final_norm_parameters + found.head == shape.parameters()
+    )
+    pooler = getattr(model, "pooler", None)
+    assert shape.body_parameters() == shape.parameters() - (sum(w.numel() for w in pooler.parameters()) if pooler else 0)
+    assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name, _ in shape.modules())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("mixtral", marks=pytest.mark.long), pytest.param("opt", marks=pytest.mark.long)])
@@ -152,6 +175,31 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
     assert [run(engine, one)[0] for one in requests] == expected
     assert crowd(engine, requests) == expected
     engine.close()
+
+
+@pytest.mark.parametrize(("kind", "tier"), [("distilbert", "B"), ("modernbert", "B"), ("deberta-v2", "C")])
+def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, session, user, data_dir: Path) -> None:
+    write_small(kind, data_dir / "import" / "small")
+    model = imports.add_folder(session, user, "small")
+    session.commit()
+    imports.fetch(model.id)
+    session.refresh(model)
+    assert (model.status, model.error, model.kind, model.certificate["tier"]) == ("ready", None, "encoder", tier)
+    assert not [name for name, told in model.certificate["strategies"].items() if not told["works"]], model.certificate["strategies"]
+    ref = ModelRef(id=model.id, name=model.name, kind=model.kind, path=model.path, revision=model.revision, shape=model.shape)
+    spec = sorting(ref, texts(), settings={"layers": "feed-forward"}, epochs=12)
+    said = classify(spec, data_dir)
+    losses = [event.loss for event in said if event.type == "step"]
+    assert losses[-1] < 0.5 * losses[0]
+    classifier, labels = load_classifier(tuned_ref(spec, said[-1]), attention=NAME)
+    engine = choose(spec.run, spec.strategy, {})
+    asked = [tokenise_texts(load_tokenizer(ref), [Row(i, row)], 64) for i, row in enumerate(texts(6))]
+    alone = [probabilities(classifier, one, 64, engine)[0] for one in asked]
+    together = probabilities(
+        classifier, tokenise_texts(load_tokenizer(ref), [Row(i, row) for i, row in enumerate(texts(6))], 64), 400, engine
+    )
+    assert together == pytest.approx(np.array(alone), abs=1e-4), "texts of a pack see nothing of each other"
+    assert [labels[at] for at in together.argmax(1)] == [row["label"] for row in texts(6)]
 
 
 def test_a_certificate_is_renewed_when_transformers_moves(session, user, data_dir: Path) -> None:
