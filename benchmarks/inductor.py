@@ -119,21 +119,25 @@ def written(case: dict[str, Any]) -> dict[str, Any]:
     target = int(case["target"])
     fake.begin(os.environ["FAKE_CUDA"])
     fake.CARD.update(name=f"sm_{target}", memory=CARDS[target][3] << 30, capability=divmod(target, 10))
+    import peft  # noqa: F401  # it and what it imports look for a real GPU
     import torch
     import torch._dynamo.utils
 
+    from worker import train  # noqa: F401
+
     fake.as_cuda()
     _act_as(target)
-    graphs: list[str] = []
+    graphs: dict[bool, list[str]] = {False: [], True: []}  # backward: code of each graph
     compiler = _compiler(graphs)
     _both_passes(case, compiler)
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-    # The middle block's are the last of each pass; the lowest block has graphs of its own where its input needs no gradient.
-    code = "\n".join(graphs[-2:])
+    # The lowest block has graphs of its own where its input needs no gradient; they are smaller than those of the others.
+    both = [max(made, key=len) for made in graphs.values()]
+    code = "\n".join(both)
     calls = re.findall(r"^\s+(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code, re.MULTILINE)
-    spills = _spills(graphs[-2:], target)
+    spills = _spills(both)
     return {
-        "graphs": len(graphs),
+        "graphs": sum(map(len, graphs.values())),
         "breaks": breaks,
         "kernels": sum("triton_" in call for call in calls),
         "products": sum("extern_kernels." in call for call in calls),
@@ -190,9 +194,9 @@ class _Kept(Exception):
     """The code is written and kept; it is not loaded."""
 
 
-def _compiler(graphs: list[str]) -> Any:
-    """A backend that keeps Inductor's code of each graph, the forward pass of a block before its backward pass. The graph itself goes
-    on with tensors that hold nothing."""
+def _compiler(graphs: dict[bool, list[str]]) -> Any:
+    """A backend that keeps Inductor's code of each graph, by whether it is of the backward pass. The graph itself goes on with tensors
+    that hold nothing."""
     import copy
 
     import torch._functorch.config
@@ -211,7 +215,7 @@ def _compiler(graphs: list[str]) -> Any:
 
     def keep(self: Any) -> Any:
         code, _ = self.codegen()
-        graphs.append(code.value if hasattr(code, "value") else str(code))
+        graphs[self.is_backward].append(code.value if hasattr(code, "value") else str(code))
         raise _Kept
 
     torch._inductor.graph.GraphLowering.compile_to_module = keep  # type: ignore[method-assign]
@@ -276,32 +280,36 @@ def _both_passes(case: dict[str, Any], compiler: Any) -> None:
         held_out.hidden_states(model, batch, engine).float().sum().backward()  # type: ignore[arg-type]
 
 
-def _spills(graphs: list[str], target: int) -> dict[str, int]:
+def _spills(graphs: list[str]) -> dict[str, int]:
     """Bytes of registers that each Triton kernel spills, as the assembler says when it makes machine code of it."""
+    import torch
     import triton
     from torch._inductor.codecache import PyCodeCache
-    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
 
     triton_helpers.set_driver_to_gpu = lambda: None
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if target >= 100 else "ptxas")
+    torch._inductor.config.use_static_triton_launcher = False
+    triton_heuristics.CachingAutotuner._make_launchers = lambda self: None  # type: ignore[method-assign]
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]  # the code imports it, and nothing is run
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"  # the newest; it knows older cards too
     found: dict[str, int] = {}
     for code in graphs:
         module = PyCodeCache.load(code)
         for name in re.findall(r"^(triton_\w+) = async_compile", code, re.MULTILINE):
-            tuner = getattr(module, name)
-            tuner.precompile(warm_cache_only=True)
-            for result in tuner.compile_results:
-                found[name] = max(found.get(name, 0), _spilled(result.kernel.asm["ptx"], assembler, target))
+            for result in getattr(module, name).compile_results:
+                found[name] = max(found.get(name, 0), _spilled(result.kernel.asm["ptx"], assembler))
     return found
 
 
-def _spilled(ptx: str, assembler: Path, target: int) -> int:
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        arch = f"sm_{target}{'a' if target >= 90 else ''}"
-        command = [str(assembler), "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+def _spilled(ptx: str, assembler: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx.rstrip("\0"))
+        arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+        assert arch is not None
+        command = [str(assembler), "-v", f"--gpu-name={arch[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", done.stdout + done.stderr))
 
 
