@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from app.errors import BadField
 from app.strategies import STRATEGIES
 from benchmarks.servers import PROJECT, STARTER
 
@@ -62,7 +63,11 @@ def main() -> None:
                 key = {"model": Path(given.model).name, "method": method, "rate": rate, "steps": given.steps, "data": given.data.name}
                 one = next((one for one in found if key.items() <= one.items()), None)
                 if one is None:
-                    one = key | tuned(given.model, given.data, method, rate, given.steps)
+                    try:
+                        one = key | tuned(given.model, given.data, method, rate, given.steps)
+                    except BadField as why:  # BitFit on a model without biases
+                        print(method, why.message, flush=True)
+                        break
                     found.append(one)
                     if given.json:
                         given.json.write_text(json.dumps(found, indent=1) + "\n")
