@@ -98,6 +98,10 @@ class Settings(BaseSettings):
         description="How a step is computed: auto takes the fastest way there is; plain takes none of Luthier's own kernels, fused layers, "
         "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
     )
+    fair_share_half_life_hours: float = Field(
+        24.0, gt=0, description="Half-life of what a person has used of the machine: who used least of it lately is next in the queue."
+    )
+    high_priority: Literal["admins", "members"] = Field("admins", description="Who may order a run of high priority.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     keep_playground_days: float | None = Field(
         None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from app import db, leases, ownership, queue
 from app import events as said
-from app.errors import Conflict, StudioError
+from app.errors import Conflict, Forbidden, StudioError
 from app.jobs import lifecycle, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
@@ -46,6 +46,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
         earlier = _by_key(session, user, idempotency_key, asked)
         if earlier is not None:
             return earlier
+    check_priority(user, order.priority)
     spec = build_spec(session, user, order)
     job_id = uuid.uuid4()
     inserted = session.scalar(
@@ -61,6 +62,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
             validation_dataset_id=spec.validation.id if spec.validation else None,
             comparison_id=order.comparison_id,
             order=asked,
+            priority=order.priority or "normal",
             user_metadata=order.metadata,
             idempotency_key=idempotency_key,
             estimate=estimate_of(session, spec),
@@ -76,6 +78,21 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     for wish in order.integrations or ():
         record_event(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
     return session.get_one(Job, job_id)
+
+
+def may_hurry(user: User) -> bool:
+    return user.role == "admin" or get_settings().high_priority == "members"
+
+
+def check_priority(user: User, priority: str | None) -> None:
+    """Raises Forbidden for a high one that this person may not order."""
+    if priority == "high" and not may_hurry(user):
+        raise Forbidden(
+            "Only admins order runs of high priority.",
+            hint="Use normal, or ask an admin.",
+            param="priority",
+            code="insufficient_permissions",
+        )
 
 
 def _not_sent(project: str) -> str:
@@ -190,7 +207,15 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     moved = session.execute(
         update(Job)
         .where(Job.id == job.id, Job.status.in_(("paused", "failed")) | ((Job.status == "cancelled") & saved))
-        .values(status="queued", deaths=0, error=None, finished_at=None, cancel_requested=False, pause_requested=False)
+        .values(
+            status="queued",
+            deaths=0,
+            error=None,
+            finished_at=None,
+            resumed_at=func.clock_timestamp(),
+            cancel_requested=False,
+            pause_requested=False,
+        )
         .returning(Job.attempt)
     ).one_or_none()
     if moved is not None:

@@ -17,7 +17,7 @@ from app.errors import BadField, NotFound
 from app.jobs import checkpoints
 from app.jobs import service as jobs
 from app.jobs.request import read_order
-from app.kit import ids
+from app.kit import ids, once
 from app.models import service as models
 from app.routes.models import to_json as model_json
 from app.schemas.openapi import answers, takes
@@ -72,7 +72,8 @@ def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = N
     wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[") and name.endswith("]")}
     if wanted:
         query = query.where(Job.user_metadata.contains(wanted))
-    return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
+    with once.remembered():
+        return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
 
 
 @api.get("/jobs/{job_id}", operation_id="retrieve_job", responses=answers(schemas.FineTuningJob))

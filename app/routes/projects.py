@@ -50,10 +50,13 @@ def retrieve_project(session: Db, user: CurrentUser, project_id: str) -> Json:
 
 
 @api.post("/{project_id}", operation_id="update_project", responses=answers(schemas.Project))
-def update_project(session: Db, user: CurrentUser, project_id: str, order: schemas.NameProject) -> Json:
-    """Rename a project."""
+def update_project(session: Db, user: CurrentUser, project_id: str, order: schemas.ChangeProject) -> Json:
+    """Rename a project, or give it another weight in the queue."""
     project = projects.get(session, ids.parse_project(project_id))
-    projects.rename(session, project, order.name)
+    if order.name is not None:
+        projects.rename(session, project, order.name)
+    if order.weight is not None:
+        projects.set_weight(session, project, order.weight)
     return projects.to_json(project)
 
 

@@ -13,6 +13,7 @@ from app import events
 from app.evaluation.forgetting import Forgetting, WithoutMeasuring
 from app.evaluation.verdict import Verdict
 from app.events import Measured
+from app.jobs.fair_share import Priority
 from app.jobs.request import JobRequest
 from app.objectives import SETTINGS, Task
 from app.planning.duration import Estimate
@@ -164,6 +165,9 @@ class FineTuningJob(Schema):
     user_provided_suffix: str | None
     name: str
     tags: list[str]
+    priority: Priority
+    position: int | None = Field(description="Place in the queue, from 1, while it is queued and its dataset is read.")
+    expected_start: int | None = Field(description="By the estimates of what runs and what is before it; null where no worker is online.")
     task: Task
     strategy: AnyStrategy
     run: RunSettings

@@ -18,6 +18,17 @@ class NameProject(Schema):
     name: str = Field(min_length=1, max_length=80)
 
 
+class ChangeProject(Schema):
+    """What is changed of a project; what is omitted stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(None, min_length=1, max_length=80)
+    weight: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="What its work uses of the machine counts divided by this; 1 is usual."
+    )
+
+
 class Project(Schema):
     """A room of things that its members see. Everything belongs to one."""
 
@@ -25,6 +36,7 @@ class Project(Schema):
     id: str
     name: str
     personal: bool = Field(description="Somebody's own: it has no further members.")
+    weight: float = Field(description="What its work uses of the machine counts divided by this.")
     created_at: int
 
 

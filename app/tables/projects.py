@@ -21,7 +21,9 @@ class Project(Base):
     id: Mapped[uuid.UUID] = new_key()
     name: Mapped[str]
     personal: Mapped[bool] = mapped_column(server_default=false(), comment="somebody's own; it has no further members")
+    weight: Mapped[float] = mapped_column(server_default="1", comment="how much of the machine its work may use beside others")
     created_at: Mapped[datetime] = now()
+    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
 
 
 class ProjectMember(Base):

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app import events, leases
 from app.errors import problem_json
-from app.evaluation import verdict
+from app.evaluation import train_queue, verdict
 from app.jobs import config_file
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
@@ -29,6 +29,7 @@ Json = dict[str, Any]
 def of(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and further fields."""
     order = JobRequest.model_validate(job.order)
+    place = train_queue.places(session).get(job.id) if job.status == "queued" else None
     tuned = jobs.tuned_model(session, job)
     return {
         "object": "fine_tuning.job",
@@ -54,6 +55,9 @@ def of(session: Session, job: Job) -> Json:
         # Ours.
         "name": job.name,
         "tags": job.tags,
+        "priority": job.priority,
+        "position": place.position if place else None,
+        "expected_start": _seconds(place.begins) if place else None,
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],

@@ -98,6 +98,17 @@ def rename(session: Session, project: Project, name: str) -> None:
     session.flush()
 
 
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+
+
+def set_weight(session: Session, project: Project, weight: float) -> None:
+    """How much of the machine the work of a project may use beside others. Only an admin of the studio sets it."""
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise BadField("A weight is 0.01 to 100.", param="weight", hint="1 is usual; 2 counts half of what is used.")
+    project.weight = weight
+    session.flush()
+
+
 def _name(name: str) -> str:
     clean = storable(name.strip())
     if not 1 <= len(clean) <= 80:
@@ -254,6 +265,7 @@ def to_json(project: Project) -> dict[str, Any]:
         "id": ids.public(ids.PROJECT, project.id),
         "name": project.name,
         "personal": project.personal,
+        "weight": project.weight,
         "created_at": int(project.created_at.timestamp()),
     }
 

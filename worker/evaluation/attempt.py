@@ -40,7 +40,7 @@ from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease
-from worker.supervision.train_attempt import LOG_LIMIT_BYTES
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES, Outcome
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
@@ -52,31 +52,32 @@ MAX_SILENT_SECONDS = 1800.0
 """A child that has reported nothing for this long is taken to hang; loading a large model takes minutes without a report."""
 
 
-def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """The body of the task EVALUATE. `going_down` says whether this worker was asked to leave."""
+def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Outcome:
+    """One attempt at this evaluation. `going_down` says whether this worker was asked to leave."""
     lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
     if lease is None:
         log.info("Evaluation %s waits for a GPU.", evaluation_id)
-        return  # the reaper redelivers it
+        return Outcome.NO_GPU  # the reaper redelivers it
     try:
-        _work(evaluation_id, going_down, lease)
+        return _work(evaluation_id, going_down, lease)
     finally:
         lease.release()
 
 
-def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
+def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> Outcome:
     if going_down():
-        return  # the reaper redelivers it
-    held = retry_until_database(lambda: _claim(evaluation_id))
+        return Outcome.LEFT  # the reaper redelivers it
+    held = retry_until_database(lambda: _claim(evaluation_id, len(lease.files)))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
-        return
+        return Outcome.GONE
     Run(held, going_down, lease).run()
+    return Outcome.DONE
 
 
-def _claim(evaluation_id: uuid.UUID) -> Claim | None:
+def _claim(evaluation_id: uuid.UUID, gpus: int) -> Claim | None:
     with transaction() as session:
-        return evaluations.claim(session, evaluation_id)
+        return evaluations.claim(session, evaluation_id, gpus)
 
 
 _turn = Turns(1, lasting=True)

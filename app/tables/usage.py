@@ -1,0 +1,33 @@
+"""The use of the machine: which attempt of whose work held a train worker, and how long."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+
+from sqlalchemy import ForeignKey, Index, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.tables._base import Base, new_key, now
+
+
+class MachineUse(Base):
+    """One attempt at a job or an evaluation. A trigger of those tables opens it with the claim and closes it where the lease ends, by
+    whatever way; it stays when the work is deleted."""
+
+    __tablename__ = "machine_uses"
+    id: Mapped[uuid.UUID] = new_key()
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), comment="whose work it was then")
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(comment="jobs or evaluations")
+    row_id: Mapped[uuid.UUID] = mapped_column(comment="of the job or evaluation")
+    fence: Mapped[int]
+    gpus: Mapped[int] = mapped_column(server_default="0", comment="GPUs that it held; 0 where it ran on the CPU")
+    started_at: Mapped[datetime] = now()
+    ended_at: Mapped[datetime | None]
+    __table_args__ = (
+        Index(None, "row_id", "fence"),
+        Index(None, "user_id", "started_at"),
+        Index(None, "project_id", "started_at"),
+        Index("ix_machine_uses_open", "row_id", postgresql_where=text("ended_at IS NULL")),
+    )
