@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session
 
-from app import leases, objectives, ownership, queue
+from app import leases, limits, objectives, ownership, queue
 from app.datasets import service as datasets
 from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
@@ -119,6 +119,7 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     same = mine(user).where(Evaluation.status.in_(OPEN), Evaluation.spec == frozen)
     if (earlier := session.scalar(same.limit(1))) is not None:
         return earlier
+    limits.check(session, user, "gpu_hours_per_month")
     evaluation = Evaluation(
         id=uuid.uuid4(),
         owner_id=user.id,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Float, Select, case, cast, exists, func, literal, select
 from sqlalchemy.orm import Session
 
-from app import leases
+from app import leases, limits
 from app.evaluation import service as evaluations
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
@@ -36,6 +36,8 @@ class Place(NamedTuple):
 
     position: int
     begins: datetime | None
+    waits_for: str | None = None
+    """The limit of running jobs that keeps it waiting now, in words."""
 
 
 def situation(session: Session, at: float | None = None) -> Situation:
@@ -43,7 +45,8 @@ def situation(session: Session, at: float | None = None) -> Situation:
     clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
     waiting = [Waiting(*row) for kind in WORK for row in session.execute(_waiting(kind))]
     running = [_running(clock, *row) for kind in WORK for row in session.execute(_held(kind))]
-    return Situation(clock, waiting, running, usage.recent(session, clock))
+    used = usage.recent(session, clock)
+    return Situation(clock, waiting, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
 
 
 def _seconds_of(kind: str) -> Any:
@@ -108,7 +111,17 @@ def _places(session: Session) -> dict[uuid.UUID, Place]:
     workers = sum(worker.queue == "train" for worker in heartbeats.alive())
     found: dict[uuid.UUID, Place] = {}
     for position, (one, begins) in enumerate(fair_share.order(at, max(workers, 1)), 1):
-        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if workers else None)
+        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if workers else None, _waits_for(at, one))
     for one in sorted(at.waiting, key=Waiting.arrival):
-        found.setdefault(one.key, Place(len(found) + 1, None))
+        found.setdefault(one.key, Place(len(found) + 1, None, _waits_for(at, one)))
     return found
+
+
+def _waits_for(at: Situation, one: Waiting) -> str | None:
+    for whose, most, count in (
+        ("its owner", at.people_limits.get(one.person), sum(r.person == one.person for r in at.running)),
+        ("its project", at.project_limits.get(one.project), sum(r.project == one.project for r in at.running)),
+    ):
+        if most is not None and count >= most:
+            return f"The limit of {whose} is reached: {count} running, {most} allowed."
+    return None

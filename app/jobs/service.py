@@ -17,7 +17,7 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, leases, ownership, queue
+from app import db, leases, limits, ownership, queue
 from app import events as said
 from app.errors import Conflict, Forbidden, StudioError
 from app.jobs import lifecycle, split_leakage
@@ -40,13 +40,16 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 def create(session: Session, user: User, order: JobRequest, idempotency_key: str | None = None) -> Job:
     """A queued job and its message, in this transaction. The same idempotency key with the same request returns the existing job;
-    with another request it raises Conflict. Raises BadField, NotFound."""
+    with another request it raises Conflict. Raises BadField, NotFound, Forbidden, LimitReached."""
     asked = order.model_dump(mode="json", exclude_none=True)
     if idempotency_key is not None:
         earlier = _by_key(session, user, idempotency_key, asked)
         if earlier is not None:
             return earlier
     check_priority(user, order.priority)
+    limits.check(session, user, "queued_jobs", more=1)
+    limits.check(session, user, "gpu_hours_per_month")
+    limits.check(session, user, "storage_bytes")
     spec = build_spec(session, user, order)
     job_id = uuid.uuid4()
     inserted = session.scalar(
@@ -203,6 +206,9 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     cancelled job without one is refused, since there is nothing to continue from. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     models.reference(session, session.get_one(Model, job.model_id))  # raises where it was deleted or refused meanwhile
+    if job.status in ("paused", "failed", "cancelled"):
+        limits.check(session, maker_of(session, job), "queued_jobs", more=1)
+        limits.check(session, maker_of(session, job), "gpu_hours_per_month")
     saved = select(Checkpoint.id).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)).exists()
     moved = session.execute(
         update(Job)

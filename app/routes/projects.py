@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 from sqlalchemy import func
 
-from app import schemas
+from app import limits, schemas
 from app.db import Db
 from app.errors import NotFound
 from app.kit import ids
@@ -45,18 +45,22 @@ def create_project(session: Db, user: CurrentUser, order: schemas.NameProject) -
 
 @api.get("/{project_id}", operation_id="retrieve_project", responses=answers(schemas.Project))
 def retrieve_project(session: Db, user: CurrentUser, project_id: str) -> Json:
-    """One project."""
-    return projects.to_json(projects.get(session, ids.parse_project(project_id)))
+    """One project, with what it uses of what is limited."""
+    project = projects.get(session, ids.parse_project(project_id))
+    return projects.to_json(project) | {"usage": limits.usage_json(session, "project", project.id)}
 
 
 @api.post("/{project_id}", operation_id="update_project", responses=answers(schemas.Project))
 def update_project(session: Db, user: CurrentUser, project_id: str, order: schemas.ChangeProject) -> Json:
-    """Rename a project, or give it another weight in the queue."""
+    """Rename a project, give it another weight in the queue, or limit what it uses."""
     project = projects.get(session, ids.parse_project(project_id))
     if order.name is not None:
         projects.rename(session, project, order.name)
     if order.weight is not None:
         projects.set_weight(session, project, order.weight)
+    if order.limits is not None:
+        limits.set_own(project, order.limits.model_dump(exclude_unset=True))
+        session.flush()
     return projects.to_json(project)
 
 

@@ -168,6 +168,7 @@ class FineTuningJob(Schema):
     priority: Priority
     position: int | None = Field(description="Place in the queue, from 1, while it is queued and its dataset is read.")
     expected_start: int | None = Field(description="By the estimates of what runs and what is before it; null where no worker is online.")
+    waits_for: str | None = Field(description="The limit of running jobs that keeps it waiting, where there is one.")
     task: Task
     strategy: AnyStrategy
     run: RunSettings

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from app.schemas.base import Schema
-from app.schemas.people import Role
+from app.schemas.people import ChangeLimits, ResourceLimits, ResourceUse, Role
 
 
 class NameProject(Schema):
@@ -27,6 +27,7 @@ class ChangeProject(Schema):
     weight: float | None = Field(
         None, ge=0.01, le=100, allow_inf_nan=False, description="What its work uses of the machine counts divided by this; 1 is usual."
     )
+    limits: ChangeLimits | None = Field(None, description="Those that are sent are changed.")
 
 
 class Project(Schema):
@@ -37,6 +38,8 @@ class Project(Schema):
     name: str
     personal: bool = Field(description="Somebody's own: it has no further members.")
     weight: float = Field(description="What its work uses of the machine counts divided by this.")
+    limits: ResourceLimits
+    usage: ResourceUse | None = Field(None, description="Of one project that is retrieved.")
     created_at: int
 
 

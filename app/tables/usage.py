@@ -1,11 +1,11 @@
-"""The use of the machine: which attempt of whose work held a train worker, and how long."""
+"""What was used: which attempt of whose work held a train worker and how long, and the tokens of answers."""
 
 from __future__ import annotations
 
 import uuid
-from datetime import datetime
+from datetime import date, datetime
 
-from sqlalchemy import ForeignKey, Index, text
+from sqlalchemy import Date, ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import Base, new_key, now
@@ -31,3 +31,15 @@ class MachineUse(Base):
         Index(None, "project_id", "started_at"),
         Index("ix_machine_uses_open", "row_id", postgresql_where=text("ended_at IS NULL")),
     )
+
+
+class TokenUse(Base):
+    """Tokens that models read and wrote for a person in a project on one day. It stays when the answers are removed."""
+
+    __tablename__ = "token_uses"
+    user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"), primary_key=True)
+    day: Mapped[date] = mapped_column(Date, primary_key=True, comment="of UTC")
+    read: Mapped[int] = mapped_column(server_default="0", comment="tokens of prompts")
+    written: Mapped[int] = mapped_column(server_default="0", comment="tokens of answers")
+    __table_args__ = (Index(None, "day"),)

@@ -235,6 +235,8 @@ def _waiting(session: Session, job: Job) -> str | Markup:
     if not any(worker.queue == "train" for worker in heartbeats.alive()):
         return Markup("No train worker is online. <code>luthier up</code> starts one on this machine; the run then starts by itself.")
     place = train_queue.places(session).get(job.id)
+    if place and place.waits_for:
+        return f"{place.waits_for} It starts by itself when another run has ended."
     if place is None or place.begins is None or (place.begins - datetime.now(UTC)).total_seconds() < SOON_SECONDS:
         return "A worker takes it in a moment."
     soon = human_seconds((place.begins - datetime.now(UTC)).total_seconds())

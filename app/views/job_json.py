@@ -58,6 +58,7 @@ def of(session: Session, job: Job) -> Json:
         "priority": job.priority,
         "position": place.position if place else None,
         "expected_start": _seconds(place.begins) if place else None,
+        "waits_for": place.waits_for if place else None,
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],

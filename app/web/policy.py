@@ -107,6 +107,8 @@ POST /settings/projects/{project_id}/links/{link_id}/revoke
 """,
     "admin": """
 POST /models/hub/token
+GET /admin/limits
+POST /admin/limits/people/{user_id} /admin/limits/projects/{project_id}
 GET /admin /admin/audit /admin/audit/export /v1/organization/audit_logs
 GET /settings/people /v1/engines /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
 POST /settings/people/invitations /settings/people/invitations/{invitation_id}/revoke /settings/people/{user_id}/disable

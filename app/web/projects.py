@@ -10,6 +10,7 @@ from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.db import touched
 from app.errors import BadField, Conflict, Forbidden, NotFound
 from app.kit import ids
@@ -266,6 +267,7 @@ def to_json(project: Project) -> dict[str, Any]:
         "name": project.name,
         "personal": project.personal,
         "weight": project.weight,
+        "limits": limits.own_json(project.limits),
         "created_at": int(project.created_at.timestamp()),
     }
 

@@ -83,6 +83,8 @@ UNSAFE: dict[str, Sample] = {
     "POST /v1/organization/users/{user_id}": Sample({"user_id": "$person"}, json={"role": "member", "disabled": False}),
     "POST /v1/organization/invites": Sample(json={"role": "viewer", "note": "Ada", "days": 2}),
     "DELETE /v1/organization/invites/{invite_id}": Sample({"invite_id": "+invitation"}),
+    "POST /admin/limits/people/{user_id}": Sample({"user_id": "$person"}, form=[("running_jobs", "3"), ("storage_bytes", "1.5")]),
+    "POST /admin/limits/projects/{project_id}": Sample({"project_id": "$project"}, form=[("queued_jobs", "99"), ("weight", "2")]),
     "POST /settings/people/{user_id}/hand-over": Sample({"user_id": "+person"}, form=[("to", "$person")]),
     "POST /shared/{token}": Sample({"token": "none"}, expect=(404,)),
     "POST /project": Sample(form=[("project", "$own_project"), ("next", "/")]),
