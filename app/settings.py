@@ -102,6 +102,11 @@ class Settings(BaseSettings):
         24.0, gt=0, description="Half-life of what a person has used of the machine: who used least of it lately is next in the queue."
     )
     high_priority: Literal["admins", "members"] = Field("admins", description="Who may order a run of high priority.")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="Price of a GPU-hour, shown as the cost of runs; a train worker without a GPU counts as one."
+    )
+    price_per_kwh: float | None = Field(None, ge=0, description="Price of a kilowatt-hour, where the GPU counts its energy.")
+    currency: str = Field("EUR", max_length=8, description="Currency of these prices.")
     limit_running_jobs: int | None = Field(None, ge=0, description="Most runs of one person that train at once; further ones wait.")
     limit_queued_jobs: int | None = Field(None, ge=0, description="Most runs of one person that wait in the queue.")
     limit_gpu_hours_per_month: float | None = Field(

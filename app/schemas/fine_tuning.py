@@ -140,6 +140,15 @@ class JobEvaluation(Schema):
     curve: list[tuple[int, float]] | None = Field(None, description="Validation loss by step.")
 
 
+class JobCost(Schema):
+    """What a job has used in all its attempts."""
+
+    gpu_hours: float = Field(description="A train worker without a GPU counts as one.")
+    kwh: float | None = Field(description="Null where the GPUs count no energy.")
+    amount: float | None = Field(description="By the prices of the studio; null where none is set.")
+    currency: str
+
+
 class FineTuningJob(Schema):
     """A `fine_tuning.job` as the OpenAI API has it; the fields after `user_provided_suffix` are additions."""
 
@@ -174,6 +183,7 @@ class FineTuningJob(Schema):
     run: RunSettings
     preference: SETTINGS | None
     dataset: str
+    cost: JobCost | None = Field(description="Null where neither a price nor the energy is known.")
     estimate: JobEstimate | None
     measured: Measured | None
     evaluation: JobEvaluation | None

@@ -23,6 +23,7 @@ class MachineUse(Base):
     row_id: Mapped[uuid.UUID] = mapped_column(comment="of the job or evaluation")
     fence: Mapped[int]
     gpus: Mapped[int] = mapped_column(server_default="0", comment="GPUs that it held; 0 where it ran on the CPU")
+    joules: Mapped[float | None] = mapped_column(comment="energy of those GPUs; null where they do not count it")
     started_at: Mapped[datetime] = now()
     ended_at: Mapped[datetime | None]
     __table_args__ = (

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app import events, leases
 from app.errors import problem_json
 from app.evaluation import train_queue, verdict
-from app.jobs import config_file
+from app.jobs import config_file, usage
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobRequest
@@ -30,7 +30,7 @@ def of(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and further fields."""
     order = JobRequest.model_validate(job.order)
     place = train_queue.places(session).get(job.id) if job.status == "queued" else None
-    tuned = jobs.tuned_model(session, job)
+    tuned, cost = jobs.tuned_model(session, job), usage.cost_of(session, job.id) if job.attempt else None
     return {
         "object": "fine_tuning.job",
         "id": ids.public(ids.JOB, job.id),
@@ -64,6 +64,7 @@ def of(session: Session, job: Job) -> Json:
         "run": job.spec["run"],
         "preference": job.spec.get("preference"),
         "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "cost": cost.as_json() if cost else None,
         "estimate": job.estimate,
         "measured": job.measured,
         "evaluation": job.evaluation,

@@ -39,6 +39,7 @@ def upgrade() -> None:
         sa.Column("row_id", sa.Uuid(), nullable=False, comment="of the job or evaluation"),
         sa.Column("fence", sa.BigInteger(), nullable=False),
         sa.Column("gpus", sa.BigInteger(), server_default="0", nullable=False, comment="GPUs that it held; 0 where it ran on the CPU"),
+        sa.Column("joules", sa.Float(), nullable=True, comment="energy of those GPUs; null where they do not count it"),
         sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("fk_machine_uses_user_id_users"), ondelete="CASCADE"),

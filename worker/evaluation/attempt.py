@@ -29,10 +29,12 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.service import Claim, EvaluationSpec
 from app.inference import residency
+from app.jobs import usage
 from app.kit import child_process
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
@@ -118,6 +120,7 @@ class Run:
 
     def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
         self.held, self.going_down, self.lease = held, going_down, lease
+        self.meter = energy.Meter(lease.gpus)
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
@@ -186,6 +189,7 @@ class Run:
     def _beat(self) -> bool:
         try:
             with transaction() as session:
+                usage.record_energy(session, self.held.id, self.held.fence, self.meter.joules())
                 return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
             log.warning("Evaluation %s: no heartbeat: %s", self.held.id, type(error).__name__)

@@ -31,12 +31,13 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from app import events
 from app.db import transaction
 from app.inference import residency
-from app.jobs import lifecycle
+from app.jobs import lifecycle, usage
 from app.jobs.lifecycle import Claim, FenceLost
 from app.kit import child_process, tracing
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
@@ -141,6 +142,7 @@ class Attempt:
         self.held = held
         self.going_down = going_down
         self.lease = lease or gpu_lease.GpuLease()
+        self.meter = energy.Meter(self.lease.gpus)
         self.folder: Path = get_settings().data_dir / held.folder
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
         self.recorded = 0  # number of the next event
@@ -163,6 +165,7 @@ class Attempt:
         try:
             memory = exit_codes.OomWatch()
             code = self._train()
+            self._renew()  # with the energy of the last seconds
             self._record_all()
             self._conclude(code, memory)
         except FenceLost:
@@ -293,6 +296,7 @@ class Attempt:
         try:
             with transaction() as session:
                 self.wishes = lifecycle.heartbeat(session, self.held)
+                usage.record_energy(session, self.held.job_id, self.held.fence, self.meter.joules())
         except FenceLost:
             if not self.over.is_set():
                 self.fence_lost.set()
