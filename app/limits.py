@@ -83,7 +83,7 @@ def _gpu_hours(by: By) -> Select[Any]:
     ended = func.coalesce(MachineUse.ended_at, leases.now())
     seconds = cast(func.extract("epoch", ended - func.greatest(MachineUse.started_at, _month())), Float)
     used = func.sum(seconds * func.greatest(MachineUse.gpus, 1)) / HOUR
-    return select(key.label("key"), used.label("amount")).where(ended > _month()).group_by(key)
+    return select(key.label("key"), used.label("amount")).where(ended > _month(), key.is_not(None)).group_by(key)
 
 
 def _storage(by: By) -> Select[Any]:
@@ -141,9 +141,9 @@ def own_json(own: Mapping[str, Any] | None) -> JSON:
     return {name: (own or {}).get(name) for name in LIMITS}
 
 
-def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int) -> None:
-    """Add the tokens of an answer to those of this day."""
-    row = insert(TokenUse).values(user_id=person, project_id=project, day=_today(), read=read, written=written)
+def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int, day: date | None = None) -> None:
+    """Add tokens to those of this day, or of another one."""
+    row = insert(TokenUse).values(user_id=person, project_id=project, day=day or _today(), read=read, written=written)
     more = {"read": TokenUse.read + read, "written": TokenUse.written + written}
     session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
 

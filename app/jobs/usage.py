@@ -65,8 +65,8 @@ def recent(session: Session, clock: float) -> dict[Hashable, Use]:
     began = cast(func.extract("epoch", MachineUse.started_at), Float)
     ended = func.coalesce(cast(func.extract("epoch", MachineUse.ended_at), Float), clock)
     left = (func.exp(-rate * (clock - ended)) - func.exp(-rate * (clock - began))) / rate
-    seconds = func.sum(left * func.greatest(MachineUse.gpus, 1) / Project.weight)
-    query = select(MachineUse.user_id, cast(seconds, Float), func.max(ended)).join(Project, Project.id == MachineUse.project_id)
+    seconds = func.sum(left * func.greatest(MachineUse.gpus, 1) / func.coalesce(Project.weight, 1.0))
+    query = select(MachineUse.user_id, cast(seconds, Float), func.max(ended)).outerjoin(Project, Project.id == MachineUse.project_id)
     since = datetime.fromtimestamp(clock, UTC) - timedelta(seconds=HALF_LIVES * half_life)
     query = query.where(MachineUse.ended_at.is_(None) | (MachineUse.ended_at > since)).group_by(MachineUse.user_id)
     return {person: Use(float(used), float(last)) for person, used, last in session.execute(query)}

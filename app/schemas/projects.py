@@ -43,6 +43,14 @@ class Project(Schema):
     created_at: int
 
 
+class ProjectContents(Schema):
+    """What is in a project, and would be moved or deleted with it."""
+
+    object: Literal["organization.project.contents"]
+    counts: dict[str, int] = Field(description="By kind, of what was not deleted before.")
+    bytes: int = Field(description="Of files, models and checkpoints.")
+
+
 class AddMember(Schema):
     """Who becomes a member of a project, and as what."""
 

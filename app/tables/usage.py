@@ -18,7 +18,7 @@ class MachineUse(Base):
     __tablename__ = "machine_uses"
     id: Mapped[uuid.UUID] = new_key()
     user_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), comment="whose work it was then")
-    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    project_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("projects.id", ondelete="SET NULL"), comment="null: it was deleted")
     kind: Mapped[str] = mapped_column(comment="jobs or evaluations")
     row_id: Mapped[uuid.UUID] = mapped_column(comment="of the job or evaluation")
     fence: Mapped[int]

@@ -34,7 +34,7 @@ def upgrade() -> None:
         "machine_uses",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("user_id", sa.Uuid(), nullable=False, comment="whose work it was then"),
-        sa.Column("project_id", sa.Uuid(), nullable=False),
+        sa.Column("project_id", sa.Uuid(), nullable=True, comment="null: it was deleted"),
         sa.Column("kind", sa.Text(), nullable=False, comment="jobs or evaluations"),
         sa.Column("row_id", sa.Uuid(), nullable=False, comment="of the job or evaluation"),
         sa.Column("fence", sa.BigInteger(), nullable=False),
@@ -43,7 +43,7 @@ def upgrade() -> None:
         sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("fk_machine_uses_user_id_users"), ondelete="CASCADE"),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_machine_uses_project_id_projects"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_machine_uses_project_id_projects"), ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_machine_uses")),
     )
     op.create_index(op.f("ix_machine_uses_row_id_fence"), "machine_uses", ["row_id", "fence"])
