@@ -130,7 +130,7 @@ class AnswerFold:
 
 def speaker(session: Session, user: User, name: str) -> ResolvedModel:
     """The model of a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that is not generative."""
-    resolved = models.resolve(session, user, name)
+    resolved = models.resolve(session, user, name, allowed=True)
     found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
     if found.ref.kind in ("classifier", "encoder"):
         raise BadField(

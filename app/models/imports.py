@@ -101,10 +101,8 @@ def add_folder(
 
 
 def add_hub(session: Session, user: User, repo: str, name: str | None = None, revision: str | None = None) -> Model:
-    """Request a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched.
-
-    Raises BadField for an invalid repository name, and Unavailable when the studio is configured to stay offline.
-    """
+    """Request a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched. Raises BadField for an
+    invalid repository name, LimitReached, and Unavailable when the studio is configured to stay offline."""
     hub.check_name(repo, revision)
     hub.must_be_allowed()
     limits.check(session, user, "storage_bytes")

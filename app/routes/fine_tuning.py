@@ -21,7 +21,7 @@ from app.kit import ids, once
 from app.models import service as models
 from app.routes.models import to_json as model_json
 from app.schemas.openapi import answers, takes
-from app.tables import CheckpointPermission, Event, Job, User
+from app.tables import CheckpointPermission, Event, Job, Project, User
 from app.views import job_json
 from app.web import event_stream
 from app.web.auth import CurrentUser
@@ -163,11 +163,14 @@ def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> 
     openapi_extra=takes(schemas.CreateCheckpointPermissions),
 )
 def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json, Body()]) -> Json:
-    """Record the projects that may use a checkpoint."""
+    """Let other projects generate text with a fine-tuned model or a checkpoint, under its name. They see nothing else of it."""
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
-        raise BadField("project_ids is not a list of project names.", hint="Send at least one.", param="project_ids")
+        raise BadField("project_ids is not a list of project ids.", hint="Send at least one.", param="project_ids")
+    for project in projects:
+        if session.get(Project, ids.parse(ids.PROJECT, project, param="project_ids")) is None:
+            raise NotFound(f"No such project: {project}", param="project_ids", hint="Settings, Projects shows the id of each of yours.")
     rows = [{"id": uuid.uuid4(), "job_id": job.id, "checkpoint": checkpoint, "project_id": project} for project in dict.fromkeys(projects)]
     session.execute(insert(CheckpointPermission).on_conflict_do_nothing(), rows)
     kept = select(CheckpointPermission).where(CheckpointPermission.checkpoint == checkpoint, CheckpointPermission.project_id.in_(projects))

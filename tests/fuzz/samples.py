@@ -179,7 +179,7 @@ UNSAFE: dict[str, Sample] = {
     "POST /v1/fine_tuning/jobs/{job_id}/cancel": Sample({"job_id": "+job"}),
     "POST /v1/fine_tuning/jobs/{job_id}/pause": Sample({"job_id": "+job"}),
     "POST /v1/fine_tuning/jobs/{job_id}/resume": Sample({"job_id": "+job"}, expect=(200, 409)),
-    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Sample({"checkpoint:path": "$tuned_name"}, json={"project_ids": ["a", "b"]}),
+    "POST /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions": Sample({"checkpoint:path": "$tuned_name"}, json={"project_ids": ["$project", "$own_project"]}),
     "DELETE /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{permission_id}": Sample({"checkpoint:path": "$tuned_name", "permission_id": "+permission"}),
     "POST /v1/estimates": Sample(json=JOB),
     "POST /v1/advice": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "measure": False, "run": {"epochs": 1}}),
