@@ -130,7 +130,7 @@ def remove(session: Session, user: User) -> dict[str, int]:
 
     Raises Conflict while something of the person's is being worked on, or is used by another person.
     """
-    return _remove(session, user.name, belonging(user), lambda table: table.owner_id == user.id)
+    return _remove(session, user.name, "person", belonging(user), lambda table: table.owner_id == user.id)
 
 
 def remove_project(session: Session, project: Project) -> dict[str, int]:
@@ -138,10 +138,10 @@ def remove_project(session: Session, project: Project) -> dict[str, int]:
 
     Raises Conflict while something in it is being worked on, or is used from another project.
     """
-    return _remove(session, project.name, inside(project), lambda table: table.project_id == project.id)
+    return _remove(session, project.name, "project", inside(project), lambda table: table.project_id == project.id)
 
 
-def _remove(session: Session, name: str, rows: dict[Table, ColumnElement[bool]], mine: Mine) -> dict[str, int]:
+def _remove(session: Session, name: str, kind: str, rows: dict[Table, ColumnElement[bool]], mine: Mine) -> dict[str, int]:
     for table, condition in rows.items():
         if "lease_until" in table.c and session.scalar(select(table.c.id).where(condition, table.c.lease_until.is_not(None)).limit(1)):
             raise Conflict(f"Something of {name} is running ({table.name}).", hint="Cancel it first, or wait for its end.")
@@ -159,7 +159,7 @@ def _remove(session: Session, name: str, rows: dict[Table, ColumnElement[bool]],
                 counts[table.name] = _delete(session, table, condition)
     except IntegrityError as error:
         detail = str(getattr(error.orig, "diag", None) and error.orig.diag.message_detail)  # type: ignore[union-attr]
-        raise Conflict(f"Something of {name} is used from elsewhere: {detail}", hint="Delete or hand over that first.") from None
+        raise Conflict(f"Something of {name} is used by another {kind}: {detail}", hint="Delete or hand over that first.") from None
     for folder in folders:
         on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
     for key in keys:

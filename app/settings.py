@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     fair_share_half_life_hours: float = Field(
         24.0, gt=0, description="Half-life of what a person has used of the machine: who used least of it lately is next in the queue."
     )
-    high_priority: Literal["admins", "members"] = Field("admins", description="Who may order a run of high priority.")
+    high_priority: Literal["admins", "members"] = Field("admins", description="Who may start a run of high priority.")
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="Price of a GPU-hour, shown as the cost of runs; a train worker without a GPU counts as one."
     )

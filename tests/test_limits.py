@@ -13,8 +13,6 @@ from app import limits
 from app.db import transaction
 from app.errors import BadField
 from app.evaluation import train_queue
-from app.inference import playground
-from app.inference.protocol import Sampling
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.jobs.request import read_order
@@ -23,11 +21,9 @@ from app.limits import LIMITS, LimitReached
 from app.machines import heartbeats
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Checkpoint, Job, MachineUse, Model, Project, TokenUse, User
+from app.tables import Checkpoint, Job, MachineUse, Model, Project, User
 from app.web import projects
 from tests.factories import make_dataset, make_job
-from tests.generating import _workers, answering_dir, generate_worker, openai_client  # noqa: F401  # fixtures
-from tests.routes.test_chat import answer  # a fixture
 from tests.web.test_people import made, signed_in
 from tests.web.test_projects import program, within
 
@@ -160,31 +156,6 @@ def test_running_jobs_wait_and_say_so(session, user, api, client, data, tiny_reg
     assert train_queue.next_one(session, set(), gpu=True).key == other.id
     limited(session, user, running_jobs=None)
     assert train_queue.next_one(session, set(), gpu=True) is not None
-
-
-# Answers -----------------------------------------------------------------------------------------------------------------
-
-
-def test_tokens_of_a_day(session, user, chatting):
-    """Counted where an answer is stored, refused by the next one, through the unmodified client."""
-    import openai
-
-    said = answer(chatting)
-    (row,) = session.scalars(select(TokenUse)).all()
-    assert (row.user_id, row.project_id, row.day) == (user.id, user.id, datetime.now(UTC).date())
-    assert (row.read, row.written) == (said.usage.prompt_tokens, said.usage.completion_tokens)
-    limited(session, user, tokens_per_day=row.written + 1)
-    answer(chatting)  # one token is left
-    with pytest.raises(openai.RateLimitError) as caught:
-        answer(chatting)
-    assert caught.value.code == "limit_reached" and "generated tokens today" in caught.value.message
-    assert chatting.completions.create(model="tiny", prompt="a", max_tokens=0, echo=True, logprobs=1).choices, "nothing is written by this"
-    row.day = row.day - timedelta(days=1)
-    session.commit()
-    assert answer(chatting).choices, "a day later"
-    with pytest.raises(LimitReached):
-        limited(session, user, tokens_per_day=0)
-        playground.ask(session, user, ["tiny"], "Hello", Sampling())
 
 
 # Projects, settings, and who sets them -------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Whose work is next: fair sharing of the train workers among people, as a pure function of what waits and what was used.
 
-The scheme is that of HTCondor's user priorities (https://htcondor.readthedocs.io/en/latest/admin-manual/cm-configuration.html): each
-person has used so many seconds of the machine, an average that decays with a half-life, and whoever has used least is next. It goes
-back to J. Kay and P. Lauder, "A Fair Share Scheduler", CACM 31(1), 1988. What a job uses counts 1/weight of its project.
+Two well-known schemes together. As in HTCondor (https://htcondor.readthedocs.io/en/latest/admin-manual/cm-configuration.html), and first
+in J. Kay and P. Lauder, "A Fair Share Scheduler", CACM 31(1), 1988, each person has used so many seconds of the machine, a sum that
+decays with a half-life; in a project of weight w each second counts 1/w. And as in weighted fair queueing (A. Demers, S. Keshav and
+S. Shenker, SIGCOMM 1989), next is the work after which its person will have used least: so short work does not wait for long, and
+nothing ends much later than if everybody had an equal part of the machine at every moment.
 
-Waiting ages it, at one second per second: with `use` and `waited` in seconds, the lowest `use - waited` is next. So nobody waits longer
-than they have recently used more than others, and where nobody has used anything it is first come, first served. `waited` counts from
-the person's last turn, so a hundred jobs queued at once age as one. A priority is worth a day of waiting.
+Waiting counts too. Where n people have something to do, each is due 1/n of the machine: every second of waiting, from one's last turn,
+takes 1/n of a second from what counts as used. So nobody is left behind, and a hundred runs queued at once age as one. Where nobody has
+used anything and all work is alike, it is first come, first served. A priority is worth a day of use.
 
 Whatever lost its worker goes on first: it has had its turn.
 """
@@ -24,7 +26,7 @@ from typing import Literal
 
 Priority = Literal["low", "normal", "high"]
 ADVANCE: dict[str, float] = {"low": -86_400.0, "normal": 0.0, "high": 86_400.0}
-"""Seconds of waiting that a priority is worth."""
+"""Seconds of use that a priority is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
         lane.sort(key=Waiting.arrival, reverse=True)
 
     number = itertools.count()
+    now, people = at.now, 1
 
     def begin(lane: tuple[Hashable, Hashable], ends: float, charge: float) -> None:
         used[lane[0]] += charge
@@ -115,17 +118,18 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
         count.update(enumerate(lane))
         heapq.heappush(busy, (ends, next(number), lane))
 
-    def rank(lane: tuple[Hashable, Hashable]) -> tuple[bool, float, str]:
+    def rank(lane: tuple[Hashable, Hashable]) -> tuple[bool, float, float, str]:
         one = lanes[lane][-1]
-        virtual = used[one.person] + max(one.since, ended[one.person]) - ADVANCE[one.priority]
-        return not one.interrupted, virtual, one.key.hex
+        due = max(0.0, now - max(one.since, ended[one.person])) / people
+        after = used[one.person] + one.seconds / one.weight - due - ADVANCE[one.priority]
+        return not one.interrupted, after, one.since, one.key.hex
 
     for running in at.running:
         begin((running.person, running.project), max(at.now + 1, running.ends), running.seconds_left / running.weight)
-    now = at.now
     while lanes:
         free = [lane for lane in lanes if all(count[part] < limits.get(part, math.inf) for part in enumerate(lane))]
         if len(busy) < workers and free:
+            people = len({lane[0] for lane in lanes} | {lane[0] for _, _, lane in busy})
             chosen = min(free, key=rank)
             one = lanes[chosen].pop()
             if not lanes[chosen]:

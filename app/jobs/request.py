@@ -88,7 +88,7 @@ class JobRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     priority: Priority | None = Field(
         None,
-        description="low, normal or high: worth a day of waiting less or more in the queue. high is for admins, unless a setting says else.",
+        description="low, normal or high: worth a day of use more or less in the queue. high is for admins, unless a setting says else.",
     )
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     method: Method | None = None

@@ -91,7 +91,7 @@ def check_priority(user: User, priority: str | None) -> None:
     """Raises Forbidden for a high one that this person may not order."""
     if priority == "high" and not may_hurry(user):
         raise Forbidden(
-            "Only admins order runs of high priority.",
+            "Only admins start runs of high priority.",
             hint="Use normal, or ask an admin.",
             param="priority",
             code="insufficient_permissions",

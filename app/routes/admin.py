@@ -65,7 +65,7 @@ def show_limits(request: Request, session: Db, user: CurrentUser) -> Response:
     used = limits.used(session, "project")
     every = session.scalars(projects.query().order_by(Project.personal, Project.name)).all()
     found = [(one, limits.lines(one.limits, used.get(one.id, {}), "project")) for one in every]
-    return render(request, "limits.html", people=_people(session), projects=found, limits=limits.LIMITS, giga=GIGA)
+    return render(request, "limits.html", people=_people(session), shown_projects=found, limits=limits.LIMITS, giga=GIGA)
 
 
 @pages.post(f"{LIMITS_PAGE}/people/{{user_id}}")

@@ -15,9 +15,11 @@ from app.evaluation import service as evaluations
 from app.evaluation import train_queue
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs import service as jobs
+from app.jobs.spec_builder import estimate_of
 from app.kit import ids
 from app.machines import heartbeats
 from app.relay import take_over
+from app.spec import JobSpec
 from app.tables import Evaluation, Job, MachineUse, Outbox, Project, User
 from tests.factories import make_dataset, make_job
 from tests.jobs.test_lifecycle import FINISHED
@@ -38,7 +40,8 @@ def ada(session) -> User:
 def new_job(session, user, data, tiny_registered):
     def make(person: User = user, seconds: float = 600.0, **values) -> Job:
         job = make_job(session, person, tiny_registered, data)
-        session.execute(update(Job).where(Job.id == job.id).values(estimate={"seconds": seconds}, **values))
+        estimate = estimate_of(session, JobSpec.model_validate(job.spec)) | {"seconds": seconds}
+        session.execute(update(Job).where(Job.id == job.id).values(estimate=estimate, **values))
         session.commit()
         return job
 

@@ -101,10 +101,10 @@ def test_the_cost_of_a_job_where_it_is_known(session, ran, api, client, monkeypa
     assert api.get(path).json()["cost"] is None and "Cost" not in client.get(page).text
 
 
-def test_metrics_have_tokens_and_energy(session, user, ran, web):
+def test_metrics_have_tokens_and_energy(session, user, ran, api):
 
     with transaction() as own:
         limits.count_tokens(own, user.id, user.id, read=11, written=7)
-    text = web.get("/metrics").text
+    text = api.get("/metrics").text
     assert "luthier_read_tokens_total 11" in text and "luthier_generated_tokens_total 7" in text
     assert "luthier_gpu_energy_joules_total 3.6e+06" in text

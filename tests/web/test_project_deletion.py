@@ -30,7 +30,9 @@ def full(session, user, ada, team, data_dir, tiny_registered) -> Project:  # noq
     lifecycle.fail(session, held, lifecycle.events.Failed(kind="bad_data", message="Row 3 is empty."))
     (data_dir / "runs" / str(job.id) / "a1").mkdir(parents=True)
     files.add_bytes(session, mine, b"of the team", "team.txt", "user_data")
-    session.add(Model(owner_id=user.id, project_id=team.id, name="ours", title="Ours", kind="generic", path=None))
+    session.add(
+        Model(owner_id=user.id, project_id=team.id, name="ours", title="Ours", kind="generic", path="models/x", shape=tiny_registered.shape)
+    )
     session.flush()
     aliases.set_(session, mine, "favorite", "ours")
     auth.create_key(session, user, "of the team", project_id=team.id)
@@ -110,7 +112,7 @@ def test_taken_names_refuse_the_move(api, session, user, full):
 
 def test_what_is_running_or_used_elsewhere_refuses(session, user, full, data_dir, tiny_registered):
     other = make_job(session, user, tiny_registered, session.scalars(select(Dataset).where(Dataset.project_id == full.id)).one())
-    for refused in ("used from elsewhere", "running"):
+    for refused in ("used by another project", "running"):
         with pytest.raises(Conflict, match=refused), transaction() as own:
             project_deletion.remove(own, own.get_one(Project, full.id), with_contents=True)
         session.delete(session.get_one(Job, other.id)) if refused.startswith("used") else None
