@@ -7,7 +7,7 @@ is, how much is used and when some of it is free again. An admin sets them; a pe
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -48,6 +48,7 @@ class Limit(NamedTuple):
 
 
 def _number(value: float) -> str:
+    value = round(value, 2)
     return human_number(value, 2) if value != int(value) else human_number(int(value))
 
 
@@ -214,7 +215,7 @@ def frees_at(window: str) -> datetime | None:
     return None
 
 
-def running_limits(session: Session, by: By) -> dict[uuid.UUID, int]:
+def running_limits(session: Session, by: By) -> dict[Hashable, int]:
     """The limit of running jobs of everybody who has one."""
     table = User if by == "person" else Project
     found = {key: allowed(own, by).get("running_jobs") for key, own in session.execute(select(table.id, table.limits))}

@@ -22,9 +22,10 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Priority = Literal["low", "normal", "high"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 ADVANCE: dict[str, float] = {"low": -86_400.0, "normal": 0.0, "high": 86_400.0}
 """Seconds of use that a priority is worth."""
 
@@ -106,8 +107,8 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
     lanes: dict[tuple[Hashable, Hashable], list[Waiting]] = defaultdict(list)
     for one in at.waiting:
         lanes[one.lane].append(one)
-    for lane in lanes.values():
-        lane.sort(key=Waiting.arrival, reverse=True)
+    for coming in lanes.values():
+        coming.sort(key=Waiting.arrival, reverse=True)
 
     number = itertools.count()
     now, people = at.now, 1

@@ -88,7 +88,7 @@ def limit_project(request: Request, user: CurrentUser, session: Db, project_id: 
 
 def _numbers(form: dict[str, str]) -> dict[str, float | None]:
     """The limits of a posted form; an empty field takes one away. Storage is typed in GB."""
-    found = {name: _number(name, form[name]) for name in limits.LIMITS if name in form}
+    found: dict[str, float | None] = {name: _number(name, form[name]) for name in limits.LIMITS if name in form}
     if found.get("storage_bytes") is not None:
         found["storage_bytes"] = round(float(found["storage_bytes"] or 0) * GIGA)
     return found

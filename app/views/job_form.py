@@ -18,7 +18,7 @@ from app.errors import StudioError
 from app.jobs import preselection, spec_builder
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step, usual_run
-from app.jobs.fair_share import ADVANCE, Priority
+from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
@@ -146,7 +146,7 @@ class OrderForm:
 
     @property
     def priority(self) -> Priority:
-        return next((name for name in ADVANCE if name == self.typed.get("priority")), "normal")  # type: ignore[return-value]
+        return next((name for name in PRIORITIES if name == self.typed.get("priority")), "normal")
 
     @property
     def method(self) -> str:

@@ -118,7 +118,7 @@ def _cost_tile(session: Session, job: Job) -> list[Tile]:
     found = usage.cost_of(session, job.id) if job.attempt else None
     if found is None:
         return []
-    hours = f"{human_number(found.gpu_hours)} GPU-hours"
+    hours = f"{human_seconds(found.gpu_hours * 3600)} of GPU time"
     kwh = None if found.kwh is None else f"{human_number(found.kwh)} kWh"
     if found.amount is None:
         return [Tile("Energy", kwh or "", hours)]

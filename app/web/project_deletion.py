@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app import limits, personal_data
 from app.errors import Conflict
-from app.kit.humanize import human_number
+from app.kit.humanize import plural
 from app.tables import (
     Comparison,
     Dataset,
@@ -33,6 +33,7 @@ SHOWN: dict[str, Any] = {
     "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "conversations": Exchange, "votes": Vote,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
+WORDS = {"jobs": "run", "aliases": "alias"}
 
 
 class Contents(NamedTuple):
@@ -45,7 +46,7 @@ class Contents(NamedTuple):
         return any(self.counts.values())
 
     def in_words(self) -> str:
-        return ", ".join(f"{human_number(count)} {name}" for name, count in self.counts.items() if count)
+        return ", ".join(plural(count, WORDS.get(name, name.removesuffix("s"))) for name, count in self.counts.items() if count)
 
 
 def contents(session: Session, project: Project) -> Contents:
@@ -94,11 +95,11 @@ def _move(session: Session, project: Project, to: Project) -> None:
 
 
 def _refuse_taken_names(session: Session, project: Project, to: Project) -> None:
-    taken = []
+    taken: list[str] = []
     for table in (Model, ModelAlias):
         live = [] if table is ModelAlias else [Model.deleted_at.is_(None)]
-        there = select(table.name).where(table.project_id == to.id, *live)  # type: ignore[arg-type]
-        taken += session.scalars(select(table.name).where(table.project_id == project.id, table.name.in_(there), *live))  # type: ignore[arg-type]
+        there = select(table.name).where(table.project_id == to.id, *live)
+        taken += session.scalars(select(table.name).where(table.project_id == project.id, table.name.in_(there), *live))
     if taken:
         raise Conflict(
             f"{to.name} has models or aliases with the same names: {', '.join(sorted(taken)[:5])}.", hint="Rename or delete them first."

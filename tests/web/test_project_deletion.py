@@ -65,7 +65,7 @@ def test_the_preview_says_what_is_in_it(api, client, session, full):
     }  # fmt: skip
     assert told["bytes"] == limits.used_by(session, "project", full.id, "storage_bytes") > 0
     page = client.get(f"/settings/projects/{ids.public(ids.PROJECT, full.id)}").text
-    assert "2 files, 1 datasets, 1 jobs" in page and "is deleted too" in page
+    assert "2 files, 1 dataset, 1 run" in page and "is deleted too" in page
 
 
 def test_without_a_word_about_its_contents_it_stays(api, session, full):
