@@ -1,7 +1,7 @@
-"""Everything that one person has in the studio: as an archive, and removed.
+"""Everything that one person has in the studio: as an archive, and removed; and everything in one project, removed.
 
 What belongs to a person is found in the tables: the person's own project, rows that refer to the person, and rows that go with such a
-row (`ON DELETE CASCADE`). A new table needs no edit here.
+row (`ON DELETE CASCADE`). What is in a project likewise. A new table needs no edit here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from app.errors import Conflict, NotFound
 from app.kit import ids
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, User
+from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, Project, User
 
+Mine = Callable[[Any], ColumnElement[bool]]
+"""The condition of the rows of a table that are meant."""
 SECRETS = ("password_hash", "token_sha256", "secret_sha256")
 """Columns that are no data about a person."""
 
@@ -40,16 +43,26 @@ def find(session: Session, name: str) -> User:
 def belonging(user: User) -> dict[Table, ColumnElement[bool]]:
     """For each table that has something of a person, the condition of those rows; parents before children."""
     people, projects = Base.metadata.tables["users"], Base.metadata.tables["projects"]
-    found: dict[Table, ColumnElement[bool]] = {people: people.c.id == user.id, projects: projects.c.id == user.id}
+    return _closure({people: people.c.id == user.id, projects: projects.c.id == user.id}, people, user.id)
+
+
+def inside(project: Project) -> dict[Table, ColumnElement[bool]]:
+    """For each table that has something of a project, the condition of those rows; parents before children."""
+    projects = Base.metadata.tables["projects"]
+    return _closure({projects: projects.c.id == project.id}, projects, project.id, but="SET NULL")
+
+
+def _closure(found: dict[Table, ColumnElement[bool]], root: Table, key: uuid.UUID, but: str = "") -> dict[Table, ColumnElement[bool]]:
+    """`found`, with what refers to this row of `root`, other than by references that are `but` emptied, and what goes with all that."""
     for table in Base.metadata.sorted_tables:
         ways: list[ColumnElement[bool]] = []
-        for key in table.foreign_keys:
-            target = key.column.table
-            if target is people:
-                ways.append(key.parent == user.id)
-            elif key.ondelete == "CASCADE" and target in found and target is not table:
-                ways.append(key.parent.in_(select(key.column).where(found[target])))
-        if ways and table is not people:
+        for reference in table.foreign_keys:
+            target = reference.column.table
+            if target is root and not (but and reference.ondelete == but):
+                ways.append(reference.parent == key)
+            elif reference.ondelete == "CASCADE" and target in found and target is not table:
+                ways.append(reference.parent.in_(select(reference.column).where(found[target])))
+        if ways and table is not root:
             found[table] = or_(*ways)
     return found
 
@@ -96,15 +109,15 @@ def _files_of(session: Session, user: User) -> Iterator[tuple[str, Path]]:
     for dataset in session.scalars(select(Dataset).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))):
         if dataset.rows_path and (root / dataset.rows_path).is_file():
             yield f"datasets/{ids.public(ids.DATASET, dataset.id)}.parquet", root / dataset.rows_path
-    for top, folder in _folders_of(session, user):
+    for top, folder in _folders_of(session, lambda table: table.owner_id == user.id):
         yield from ((f"{top}/{path.relative_to(folder.parent).as_posix()}", path) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _folders_of(session: Session, user: User) -> Iterator[tuple[str, Path]]:
+def _folders_of(session: Session, mine: Mine) -> Iterator[tuple[str, Path]]:
     """(kind, folder) of models, runs, evaluations and exports that are there."""
     root = get_settings().data_dir
     for table, top in ((Model, "models"), (Job, "runs"), (Evaluation, "evaluations"), (Export, "exports")):
-        for key in session.scalars(select(table.id).where(table.owner_id == user.id)):
+        for key in session.scalars(select(table.id).where(mine(table))):
             if (folder := root / top / str(key)).is_dir():
                 yield top, folder
 
@@ -117,24 +130,36 @@ def remove(session: Session, user: User) -> dict[str, int]:
 
     Raises Conflict while something of the person's is being worked on, or is used by another person.
     """
-    mine = belonging(user)
-    for table, condition in mine.items():
+    return _remove(session, user.name, "person", belonging(user), lambda table: table.owner_id == user.id)
+
+
+def remove_project(session: Session, project: Project) -> dict[str, int]:
+    """Delete a project with all that is in it, in the same way. What was used of the machine stays, without a project.
+
+    Raises Conflict while something in it is being worked on, or is used from another project.
+    """
+    return _remove(session, project.name, "project", inside(project), lambda table: table.project_id == project.id)
+
+
+def _remove(session: Session, name: str, kind: str, rows: dict[Table, ColumnElement[bool]], mine: Mine) -> dict[str, int]:
+    for table, condition in rows.items():
         if "lease_until" in table.c and session.scalar(select(table.c.id).where(condition, table.c.lease_until.is_not(None)).limit(1)):
-            raise Conflict(f"Something of {user.name} is running ({table.name}).", hint="Cancel it first, or wait for its end.")
+            raise Conflict(f"Something of {name} is running ({table.name}).", hint="Cancel it first, or wait for its end.")
     root = get_settings().data_dir
-    folders = [folder for _, folder in _folders_of(session, user)]
-    datasets = session.scalars(select(Dataset.id).where(Dataset.owner_id == user.id))
+    folders = [folder for _, folder in _folders_of(session, mine)]
+    datasets = session.scalars(select(Dataset.id).where(mine(Dataset)))
     folders += [root / "rows" / str(key) for key in datasets]
-    keys = session.scalars(select(Evaluation.id).where(Evaluation.owner_id == user.id)).all()
-    blobs = session.execute(select(File.sha256, File.bytes).where(File.owner_id == user.id).distinct()).all()
+    keys = session.scalars(select(Evaluation.id).where(mine(Evaluation))).all()
+    blobs = session.execute(select(File.sha256, File.bytes).where(mine(File)).distinct()).all()
     counts: dict[str, int] = {}
     try:
-        session.execute(update(Model).where(Model.owner_id == user.id).values(job_id=None))  # models and jobs refer to each other
-        for table, condition in reversed(mine.items()):
-            counts[table.name] = _delete(session, table, condition)
+        with session.begin_nested():
+            session.execute(update(Model).where(mine(Model)).values(job_id=None))  # models and jobs refer to each other
+            for table, condition in reversed(rows.items()):
+                counts[table.name] = _delete(session, table, condition)
     except IntegrityError as error:
         detail = str(getattr(error.orig, "diag", None) and error.orig.diag.message_detail)  # type: ignore[union-attr]
-        raise Conflict(f"Something of {user.name} is used by another person: {detail}", hint="Delete or hand over that first.") from None
+        raise Conflict(f"Something of {name} is used by another {kind}: {detail}", hint="Delete or hand over that first.") from None
     for folder in folders:
         on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
     for key in keys:
@@ -154,4 +179,4 @@ def _forget_blobs(blobs: list[files.Blob]) -> None:
             files.discard_if_unused(session, blob)
 
 
-__all__ = ["belonging", "export", "find", "remove"]
+__all__ = ["belonging", "export", "find", "inside", "remove", "remove_project"]

@@ -98,6 +98,24 @@ class Settings(BaseSettings):
         description="How a step is computed: auto takes the fastest way there is; plain takes none of Luthier's own kernels, fused layers, "
         "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
     )
+    fair_share_half_life_hours: float = Field(
+        24.0, gt=0, description="Half-life of what a person has used of the machine: who used least of it lately is next in the queue."
+    )
+    high_priority: Literal["admins", "members"] = Field("admins", description="Who may start a run of high priority.")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="Price of a GPU-hour, shown as the cost of runs; a train worker without a GPU counts as one."
+    )
+    price_per_kwh: float | None = Field(None, ge=0, description="Price of a kilowatt-hour, where the GPU counts its energy.")
+    currency: str = Field("EUR", max_length=8, description="Currency of these prices.")
+    limit_running_jobs: int | None = Field(None, ge=0, description="Most runs of one person that train at once; further ones wait.")
+    limit_queued_jobs: int | None = Field(None, ge=0, description="Most runs of one person that wait in the queue.")
+    limit_gpu_hours_per_month: float | None = Field(
+        None,
+        ge=0,
+        description="GPU-hours of one person in a month, after which no further run is taken; a train worker without a GPU counts as one.",
+    )
+    limit_storage_bytes: int | None = Field(None, ge=0, description="Files, models and checkpoints of one person, in bytes.")
+    limit_tokens_per_day: int | None = Field(None, ge=0, description="Tokens that models write for one person in a day (UTC).")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     keep_playground_days: float | None = Field(
         None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from app.kit import ids, tracing
+from app.kit import tracing
 from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRAIN, celery
 
 
@@ -26,8 +26,7 @@ def looks_at(name: str) -> Callable[[Callable[[str], None]], Any]:
         @functools.wraps(body)
         def run(task: Any, key: str) -> None:
             message = (task.request.headers or {}).get("luthier") or getattr(task.request, "luthier", None)
-            job = ids.public(ids.JOB, uuid.UUID(key)) if name == TRAIN else None
-            with tracing.work(name, message, job_id=job, key=None if job else key):
+            with tracing.work(name, message, key=key):
                 body(key)
 
         return celery.task(name=name, bind=True)(run)
@@ -35,18 +34,20 @@ def looks_at(name: str) -> Callable[[Callable[[str], None]], Any]:
     return register
 
 
-@looks_at(TRAIN)
-def train(key: str) -> None:
-    from worker.supervision.train_attempt import work
+def takes_a_turn(name: str) -> Any:
+    """A task whose message says that there is work for a train worker: what is next then is done, whatever the message names."""
 
-    work(uuid.UUID(key), lambda: going_down())
+    def run(task: Any, key: str) -> None:
+        from worker.evaluation import train_turn
+
+        message = (task.request.headers or {}).get("luthier") or getattr(task.request, "luthier", None)
+        train_turn.take(uuid.UUID(key), message, lambda: going_down())
+
+    return celery.task(name=name, bind=True)(run)
 
 
-@looks_at(EVALUATE)
-def evaluate(key: str) -> None:
-    from worker.evaluation.attempt import work
-
-    work(uuid.UUID(key), lambda: going_down())
+train = takes_a_turn(TRAIN)
+evaluate = takes_a_turn(EVALUATE)
 
 
 @looks_at(READ)

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import formats, leases
+from app import formats, leases, limits
 from app.datasets import readers
 from app.datasets import service as datasets
 from app.db import transaction
@@ -89,6 +89,7 @@ def begin(
     wishes = {name: value for name, value in (wishes or {}).items() if name in ("name", "format") and value}
     if "format" in wishes:
         formats.get(wishes["format"])
+    limits.check(session, user, "storage_bytes", more=length)
     open_ = session.scalar(select(func.count()).where(Upload.owner_id == user.id, Upload.file_id.is_(None)))
     if (open_ or 0) >= MAX_OPEN:
         raise Conflict(f"{open_} uploads are open already.", hint="Finish or stop some of them; each ends by itself after a day.")

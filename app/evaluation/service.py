@@ -22,10 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session
 
-from app import leases, objectives, ownership, queue
+from app import leases, limits, objectives, ownership, queue
 from app.datasets import service as datasets
 from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
+from app.jobs import usage
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.json_safe import storable
@@ -118,6 +119,7 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     same = mine(user).where(Evaluation.status.in_(OPEN), Evaluation.spec == frozen)
     if (earlier := session.scalar(same.limit(1))) is not None:
         return earlier
+    limits.check(session, user, "gpu_hours_per_month")
     evaluation = Evaluation(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -380,11 +382,14 @@ def waiting(session: Session, evaluation_id: uuid.UUID) -> EvaluationSpec | None
     return None if found is None else EvaluationSpec.model_validate(found)
 
 
-def claim(session: Session, evaluation_id: uuid.UUID) -> Claim | None:
+def claim(session: Session, evaluation_id: uuid.UUID, gpus: int = 0) -> Claim | None:
     """Claim a queued one, or one whose worker stopped sending heartbeats. None: there is nothing to do, drop the message."""
     kind = session.scalar(select(Evaluation.kind).where(Evaluation.id == evaluation_id))
     found = leases.claim(session, work_of(kind or ""), evaluation_id, progress=0.0, stage=None)
-    return None if found is None else Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
+    if found is None:
+        return None
+    usage.hold_gpus(session, found.id, found.fence, gpus)
+    return Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
 
 
 def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:

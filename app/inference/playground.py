@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.errors import BadField
 from app.inference import external_servers, llama_cpp, tryout
 from app.inference.protocol import (
@@ -129,7 +130,7 @@ class AnswerFold:
 
 def speaker(session: Session, user: User, name: str) -> ResolvedModel:
     """The model of a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that is not generative."""
-    resolved = models.resolve(session, user, name)
+    resolved = models.resolve(session, user, name, allowed=True)
     found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
     if found.ref.kind in ("classifier", "encoder"):
         raise BadField(
@@ -180,6 +181,7 @@ def ask(
         raise BadField("The prompt is empty.", hint="Write something for the models to answer.", param="prompt")
     if len(prompt) > MAX_PROMPT_LENGTH:
         raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", hint="Shorten it.", param="prompt")
+    limits.check(session, user, "tokens_per_day")
     prompt, system = readable(prompt), readable(system)
     taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
     before = thread(session, user, parent) if parent else []
@@ -263,6 +265,8 @@ def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard
         session.add(row)
         rows.append(row)
     session.flush()
+    exchange, told = session.get_one(Exchange, exchange_id), heard.usage()
+    limits.count_tokens(session, exchange.owner_id, exchange.project_id, read=told["prompt_tokens"], written=told["completion_tokens"])
     return rows
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats, ownership
+from app import formats, limits, ownership
 from app.datasets import service as datasets
 from app.datasets.row_store import row_at
 from app.errors import BadField, Conflict, NotFound
@@ -70,6 +70,7 @@ def begin(
     sides = list(names) if secrets.randbelow(2) else list(reversed(names))
     if sampling.seed is None:
         sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
+    limits.check(session, user, "tokens_per_day")
     asked = []
     for name in sides:
         who = playground.speaker(session, user, name)

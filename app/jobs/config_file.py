@@ -46,6 +46,7 @@ KEYS = frozenset(
         "preference",
         "seed",
         "task",
+        "priority",
     }
 )
 
@@ -130,6 +131,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
         "strategy": str(order.strategy.get("name", "lora")),
         **({"preset": order.preset} if order.preset else {}),
         **({"name": order.name} if order.name else {}),
+        **({"priority": order.priority} if order.priority else {}),
         **{
             f"{part}.{name}": as_text(value)
             for part, values in settings.items()
@@ -166,6 +168,7 @@ def typed_from(job: Job) -> dict[str, str]:
         **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
         "strategy": spec["strategy"]["name"],
         "name": job.name,
+        **({"priority": job.priority} if job.priority != "normal" else {}),
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
         **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
@@ -201,6 +204,7 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
         "preference": order.preference,
         "split": split,
         "name": order.name,
+        "priority": order.priority,
     }
     return {key: value for key, value in body.items() if value not in (None, {})}
 
@@ -210,7 +214,7 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     with the key of an account in `LUTHIER_API_KEY`."""
     ours = {
         key: body[key]
-        for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "name")
+        for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "name", "priority")
         if key in body
     }
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]

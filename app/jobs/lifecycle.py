@@ -29,7 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
-from app.jobs import mail
+from app.jobs import mail, usage
 from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
 from app.settings import get_settings
@@ -110,13 +110,14 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
 # One attempt --------------------------------------------------------------------------------------------------------
 
 
-def claim(session: Session, job_id: uuid.UUID, worker: str) -> Claim | None:
+def claim(session: Session, job_id: uuid.UUID, worker: str, gpus: int = 0) -> Claim | None:
     """Claim a queued job, or one whose holder stopped sending heartbeats. None: there is nothing to do, drop the message."""
     started = func.coalesce(Job.started_at, now())
     job = leases.claim(session, WORK, job_id, attempt=Job.attempt + 1, worker=worker, started_at=started, save_requested=False)
     if job is None:
         return None
     held = Claim(job_id, job.fence, job.attempt, JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0)))
+    usage.hold_gpus(session, job_id, job.fence, gpus)
     record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return held

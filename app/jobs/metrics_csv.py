@@ -53,6 +53,6 @@ def write_results(session: Session, job: Job) -> None:
         select(Event).where(Event.job_id == job.id, Event.type.in_(("started", "step", "evaluated"))).order_by(Event.id)
     ).all()
     owner = maker_of(session, job)
-    file = files.add_bytes(session, owner, results_csv(rows), f"step_metrics-{job.id.hex[:8]}.csv", "fine-tune-results")
+    file = files.add_bytes(session, owner, results_csv(rows), f"step_metrics-{job.id.hex[:8]}.csv", files.RESULTS)
     session.flush()
     session.execute(update(Job).where(Job.id == job.id).values(result_file_id=file.id))

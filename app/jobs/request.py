@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 
 from app.errors import BadField, field_path, plain
+from app.jobs.fair_share import Priority
 from app.kit import ids
 from app.objectives import METHODS, Task
 from app.planning.schedule import PresetName
@@ -85,6 +86,10 @@ class JobRequest(BaseModel):
     name: Annotated[str, StringConstraints(max_length=200)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    priority: Priority | None = Field(
+        None,
+        description="low, normal or high: worth a day of use more or less in the queue. high is for admins, unless a setting says else.",
+    )
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None

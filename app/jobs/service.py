@@ -17,9 +17,9 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, leases, ownership, queue
+from app import db, leases, limits, ownership, queue
 from app import events as said
-from app.errors import Conflict, StudioError
+from app.errors import Conflict, Forbidden, StudioError
 from app.jobs import lifecycle, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
@@ -40,12 +40,16 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 def create(session: Session, user: User, order: JobRequest, idempotency_key: str | None = None) -> Job:
     """A queued job and its message, in this transaction. The same idempotency key with the same request returns the existing job;
-    with another request it raises Conflict. Raises BadField, NotFound."""
+    with another request it raises Conflict. Raises BadField, NotFound, Forbidden, LimitReached."""
     asked = order.model_dump(mode="json", exclude_none=True)
     if idempotency_key is not None:
         earlier = _by_key(session, user, idempotency_key, asked)
         if earlier is not None:
             return earlier
+    check_priority(user, order.priority)
+    limits.check(session, user, "queued_jobs", more=1)
+    limits.check(session, user, "gpu_hours_per_month")
+    limits.check(session, user, "storage_bytes")
     spec = build_spec(session, user, order)
     job_id = uuid.uuid4()
     inserted = session.scalar(
@@ -61,6 +65,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
             validation_dataset_id=spec.validation.id if spec.validation else None,
             comparison_id=order.comparison_id,
             order=asked,
+            priority=order.priority or "normal",
             user_metadata=order.metadata,
             idempotency_key=idempotency_key,
             estimate=estimate_of(session, spec),
@@ -76,6 +81,21 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     for wish in order.integrations or ():
         record_event(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
     return session.get_one(Job, job_id)
+
+
+def may_hurry(user: User) -> bool:
+    return user.role == "admin" or get_settings().high_priority == "members"
+
+
+def check_priority(user: User, priority: str | None) -> None:
+    """Raises Forbidden for a high one that this person may not order."""
+    if priority == "high" and not may_hurry(user):
+        raise Forbidden(
+            "Only admins start runs of high priority.",
+            hint="Use normal, or ask an admin.",
+            param="priority",
+            code="insufficient_permissions",
+        )
 
 
 def _not_sent(project: str) -> str:
@@ -186,11 +206,22 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     cancelled job without one is refused, since there is nothing to continue from. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     models.reference(session, session.get_one(Model, job.model_id))  # raises where it was deleted or refused meanwhile
+    if job.status in ("paused", "failed", "cancelled"):
+        limits.check(session, maker_of(session, job), "queued_jobs", more=1)
+        limits.check(session, maker_of(session, job), "gpu_hours_per_month")
     saved = select(Checkpoint.id).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)).exists()
     moved = session.execute(
         update(Job)
         .where(Job.id == job.id, Job.status.in_(("paused", "failed")) | ((Job.status == "cancelled") & saved))
-        .values(status="queued", deaths=0, error=None, finished_at=None, cancel_requested=False, pause_requested=False)
+        .values(
+            status="queued",
+            deaths=0,
+            error=None,
+            finished_at=None,
+            resumed_at=func.clock_timestamp(),
+            cancel_requested=False,
+            pause_requested=False,
+        )
         .returning(Job.attempt)
     ).one_or_none()
     if moved is not None:

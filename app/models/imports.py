@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app import db, leases, queue
+from app import db, leases, limits, queue
 from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
 from app.kit import manifest
 from app.leases import now
@@ -82,6 +82,7 @@ def add_folder(
     A request may name a folder below one of the import folders only; `anywhere` is for the command line, whose user can read the
     disk anyway. Raises Forbidden, Unsupported, BadData, BadField, Conflict.
     """
+    limits.check(session, user, "storage_bytes")
     folder = import_folder(path, anywhere)
     shape, files = import_checks.check_head(folder)
     model = Model(
@@ -100,12 +101,11 @@ def add_folder(
 
 
 def add_hub(session: Session, user: User, repo: str, name: str | None = None, revision: str | None = None) -> Model:
-    """Request a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched.
-
-    Raises BadField for an invalid repository name, and Unavailable when the studio is configured to stay offline.
-    """
+    """Request a model from the Hugging Face hub. Its revision is pinned to a commit when it is fetched. Raises BadField for an
+    invalid repository name, LimitReached, and Unavailable when the studio is configured to stay offline."""
     hub.check_name(repo, revision)
     hub.must_be_allowed()
+    limits.check(session, user, "storage_bytes")
     model = Model(
         id=uuid.uuid4(),
         owner_id=user.id,

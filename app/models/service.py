@@ -23,7 +23,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Checkpoint, Evaluation, Export, Job, Model, ModelAlias, User
+from app.tables import Checkpoint, CheckpointPermission, Evaluation, Export, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
 """The part of a fine-tuned model's name where OpenAI has the organization."""
@@ -81,15 +81,15 @@ def list_(session: Session, user: User) -> list[Model]:
     return list(walk(None))
 
 
-def resolve(session: Session, user: User, name: str) -> Resolved:
+def resolve(session: Session, user: User, name: str, *, allowed: bool = False) -> Resolved:
     """Resolve `model=`: names, aliases, public ids, `ft:…` names, `ft:…:ckpt-step-N` and `ftckpt_…`, each with an optional blend,
-    as in `NAME@0.5`.
+    as in `NAME@0.5`. With `allowed` also those of another project that allows this one to use them, as OpenAI's checkpoint permissions do.
 
     Raises NotFound for an unknown name, Conflict while the model is still being fetched, BadData when a checkpoint's folder no
     longer verifies, and BadField for an impossible blend.
     """
     plain, share = interpolation.split_name(name)
-    found = _resolve(session, user, plain)
+    found = _resolve(session, user, plain, allowed)
     return found if share is None else found._replace(ref=_blended(session, found, share))
 
 
@@ -106,16 +106,33 @@ def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
     return interpolation.blended(found.ref, reference(session, session.get_one(Model, job.model_id)), strategy, share)
 
 
-def _resolve(session: Session, user: User, name: str) -> Resolved:
+def _resolve(session: Session, user: User, name: str, allowed: bool) -> Resolved:
     if name.startswith("ftckpt_") or _CHECKPOINT.fullmatch(name):
-        return _resolve_checkpoint(session, user, name)
-    model = get(session, user, name)
+        return _resolve_checkpoint(session, user, name, allowed)
+    model = (_allowed_model(session, user, name.replace("\0", "")) if allowed else None) or get(session, user, name)
     return Resolved(model, None, reference(session, model))
 
 
-def _resolve_checkpoint(session: Session, user: User, name: str) -> Resolved:
+def _permission(user: User, name: str) -> ColumnElement[bool]:
+    """That the project of a job allows this person's project to use the job's model or checkpoint of this name."""
+    mine = CheckpointPermission.project_id == ids.public(ids.PROJECT, user.project_id)
+    return (
+        select(CheckpointPermission.id).where(CheckpointPermission.job_id == Job.id, mine, CheckpointPermission.checkpoint == name).exists()
+    )
+
+
+def _allowed_model(session: Session, user: User, name: str) -> Model | None:
+    """A fine-tuned model of another project, unless one of the own project has the same name."""
+    query = select(Model).join(Job, Job.id == Model.job_id).where(Model.name == name, Model.deleted_at.is_(None), Model.step.is_(None))
+    own = select(Model.id).where(Model.name == name, visible(user)).exists()
+    return session.scalar(query.where(_permission(user, name), ~own).limit(1))
+
+
+def _resolve_checkpoint(session: Session, user: User, name: str, allowed: bool) -> Resolved:
     query = select(Checkpoint, Job).join(Job, Checkpoint.job_id == Job.id)
-    query = query.where(Checkpoint.deleted_at.is_(None), Job.deleted_at.is_(None), Job.project_id == user.project_id)
+    mine = Job.project_id == user.project_id
+    seen = mine | _permission(user, name) if allowed else mine
+    query = query.where(Checkpoint.deleted_at.is_(None), Job.deleted_at.is_(None), seen)
     if match := _CHECKPOINT.fullmatch(name):
         low = uuid.UUID(hex=match["job"] + "0" * 20)
         high = uuid.UUID(hex=match["job"] + "f" * 20)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 from starlette.concurrency import run_in_threadpool
 
+from app import limits
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
 from app.settings import get_settings
@@ -41,6 +42,8 @@ def _page(
         "setup_uri": two_step.setup_uri(setup, user) if setup and not setup.confirmed_at else "",
         "num_recovery": len(setup.recovery) if setup else 0,
         "from_setting": _from_setting(user),
+        "usage": limits.of_person(session, user.id),
+        "project_usage": limits.of_project(session, user.project_id),
         "sessions": [(one, sessions.browser_name(one.browser), sessions.is_this(request, one)) for one in sessions.list_(session, user)],
     }
     return render(request, "account.html", status_code=fault.status if fault else 200, **values)

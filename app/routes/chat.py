@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import limits, schemas
 from app.db import transaction
 from app.errors import BadField
 from app.inference import playground
@@ -220,6 +220,8 @@ class Call:
 
     def _resolve(self) -> None:
         with transaction() as session:
+            if self._writes:
+                limits.check(session, self.user, "tokens_per_day")
             who = playground.speaker(session, self.user, self.shape.model)
         self.asked = [PendingAnswer(who, playground.request_for(self.user, who, self.sampling, **prompt)) for prompt in self.prompts]
         self.heard = [AnswerFold() for _ in self.asked]

@@ -17,11 +17,11 @@ from app.errors import BadField, NotFound
 from app.jobs import checkpoints
 from app.jobs import service as jobs
 from app.jobs.request import read_order
-from app.kit import ids
+from app.kit import ids, once
 from app.models import service as models
 from app.routes.models import to_json as model_json
 from app.schemas.openapi import answers, takes
-from app.tables import CheckpointPermission, Event, Job, User
+from app.tables import CheckpointPermission, Event, Job, Project, User
 from app.views import job_json
 from app.web import event_stream
 from app.web.auth import CurrentUser
@@ -49,7 +49,9 @@ METADATA: Json = {
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
 
-@api.post("/jobs", operation_id="create_job", responses=answers(schemas.FineTuningJob, 404, 409), openapi_extra=takes(schemas.CreateJob))
+@api.post(
+    "/jobs", operation_id="create_job", responses=answers(schemas.FineTuningJob, 404, 409, 429), openapi_extra=takes(schemas.CreateJob)
+)
 def create(
     session: Db,
     user: CurrentUser,
@@ -72,7 +74,8 @@ def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = N
     wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[") and name.endswith("]")}
     if wanted:
         query = query.where(Job.user_metadata.contains(wanted))
-    return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
+    with once.remembered():
+        return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
 
 
 @api.get("/jobs/{job_id}", operation_id="retrieve_job", responses=answers(schemas.FineTuningJob))
@@ -96,7 +99,7 @@ def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
     return job_json.of(session, jobs.pause(session, user, ids.parse_job(job_id)))
 
 
-@api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
+@api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409, 429))
 def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob = ResumeJob()) -> Json:
     """Queue a paused, failed or cancelled job again, from its newest checkpoint or from the one of `step`, which deletes the
     later ones. A cancelled job without a checkpoint is refused."""
@@ -160,11 +163,14 @@ def keep_checkpoint(session: Db, user: CurrentUser, job_id: str, step: Step) -> 
     openapi_extra=takes(schemas.CreateCheckpointPermissions),
 )
 def allow(session: Db, user: CurrentUser, checkpoint: str, body: Annotated[Json, Body()]) -> Json:
-    """Record the projects that may use a checkpoint."""
+    """Let other projects generate text with a fine-tuned model or a checkpoint, under its name. They see nothing else of it."""
     job = _job_of_checkpoint(session, user, checkpoint)
     projects = body.get("project_ids")
     if not isinstance(projects, list) or not projects or not all(isinstance(p, str) and 0 < len(p) <= 200 for p in projects):
-        raise BadField("project_ids is not a list of project names.", hint="Send at least one.", param="project_ids")
+        raise BadField("project_ids is not a list of project ids.", hint="Send at least one.", param="project_ids")
+    for project in projects:
+        if session.get(Project, ids.parse(ids.PROJECT, project, param="project_ids")) is None:
+            raise NotFound(f"No such project: {project}", param="project_ids", hint="Settings, Projects shows the id of each of yours.")
     rows = [{"id": uuid.uuid4(), "job_id": job.id, "checkpoint": checkpoint, "project_id": project} for project in dict.fromkeys(projects)]
     session.execute(insert(CheckpointPermission).on_conflict_do_nothing(), rows)
     kept = select(CheckpointPermission).where(CheckpointPermission.checkpoint == checkpoint, CheckpointPermission.project_id.in_(projects))

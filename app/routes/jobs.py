@@ -55,7 +55,7 @@ def job_list(request: Request, user: CurrentUser, session: Db, wish: Annotated[l
         request,
         "jobs.html",
         bar=bar,
-        rows=view.rows(shown, progress_cache.best_losses(session, shown)),
+        rows=view.rows(session, shown, progress_cache.best_losses(session, shown)),
         summary=view.summary(shown),
         moving=any(job.status in ("queued", "running") for job in shown),
     )

@@ -119,7 +119,7 @@ def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
     return {"object": "list", "data": rows, "has_more": False}
 
 
-@api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415))
+@api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415, 429))
 def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
     """Add a model. The response comes at once, with the status `fetching`."""
     return to_json(session, add(session, user, order))

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import limits, schemas
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.kit import ids
@@ -38,13 +38,14 @@ def list_people(session: Db, user: CurrentUser, after: After = None, limit: Limi
 
 @api.get("/users/{user_id}", operation_id="retrieve_person", responses=answers(schemas.Person))
 def retrieve_person(session: Db, user: CurrentUser, user_id: str) -> Json:
-    """One person."""
-    return people.to_json(people.get(session, ids.parse_user(user_id)))
+    """One person, with what they use of what is limited."""
+    person = people.get(session, ids.parse_user(user_id))
+    return people.to_json(person) | {"usage": limits.usage_json(session, "person", person.id)}
 
 
 @api.post("/users/{user_id}", operation_id="update_person", responses=answers(schemas.Person, 409))
 def update_person(session: Db, user: CurrentUser, user_id: str, change: schemas.ChangePerson) -> Json:
-    """Change a person's role, or disable the account. The last admin stays one."""
+    """Change a person's role or limits, or disable the account. The last admin stays one."""
     person = people.get(session, ids.parse_user(user_id))
     if change.role is not None:
         people.set_role(session, person, change.role)
@@ -52,6 +53,8 @@ def update_person(session: Db, user: CurrentUser, user_id: str, change: schemas.
         people.disable(session, person) if change.disabled else projects.let_in_again(session, person)
     if change.hand_over_to is not None:
         projects.hand_over(session, person, people.get(session, ids.parse_user(change.hand_over_to)))
+    if change.limits is not None:
+        limits.set_own(person, change.limits.model_dump(exclude_unset=True))
     session.flush()
     session.refresh(person)
     return people.to_json(person)

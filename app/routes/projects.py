@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import RedirectResponse
 from sqlalchemy import func
 
-from app import schemas
+from app import limits, schemas
 from app.db import Db
-from app.errors import NotFound
+from app.errors import Forbidden, NotFound
 from app.kit import ids
 from app.routes.accounts import safe_next
 from app.schemas.openapi import answers
 from app.tables import User
-from app.web import auth, people, projects
+from app.web import auth, people, project_deletion, projects
 from app.web.auth import CurrentUser
 from app.web.pagination import After, Limit, page
 from app.web.policy import ROLES
@@ -45,16 +45,42 @@ def create_project(session: Db, user: CurrentUser, order: schemas.NameProject) -
 
 @api.get("/{project_id}", operation_id="retrieve_project", responses=answers(schemas.Project))
 def retrieve_project(session: Db, user: CurrentUser, project_id: str) -> Json:
-    """One project."""
-    return projects.to_json(projects.get(session, ids.parse_project(project_id)))
+    """One project, with what it uses of what is limited."""
+    project = projects.get(session, ids.parse_project(project_id))
+    return projects.to_json(project) | {"usage": limits.usage_json(session, "project", project.id)}
 
 
 @api.post("/{project_id}", operation_id="update_project", responses=answers(schemas.Project))
-def update_project(session: Db, user: CurrentUser, project_id: str, order: schemas.NameProject) -> Json:
-    """Rename a project."""
+def update_project(session: Db, user: CurrentUser, project_id: str, order: schemas.ChangeProject) -> Json:
+    """Rename a project, give it another weight in the queue, or limit what it uses."""
     project = projects.get(session, ids.parse_project(project_id))
-    projects.rename(session, project, order.name)
+    if order.name is not None:
+        projects.rename(session, project, order.name)
+    if order.weight is not None:
+        projects.set_weight(session, project, order.weight)
+    if order.limits is not None:
+        limits.set_own(project, order.limits.model_dump(exclude_unset=True))
+        session.flush()
     return projects.to_json(project)
+
+
+@api.get("/{project_id}/contents", operation_id="retrieve_project_contents", responses=answers(schemas.ProjectContents))
+def retrieve_contents(session: Db, user: CurrentUser, project_id: str) -> Json:
+    """What is in a project, as numbers: what its deletion would move or delete."""
+    found = project_deletion.contents(session, projects.get(session, ids.parse_project(project_id)))
+    return {"object": "organization.project.contents", "counts": found.counts, "bytes": found.bytes}
+
+
+@api.delete("/{project_id}", operation_id="delete_project", responses=answers(schemas.Deleted, 409))
+def delete_project(
+    session: Db, user: CurrentUser, project_id: str, move_to: str | None = None, contents: Literal["refuse", "delete"] = "refuse"
+) -> Json:
+    """Delete a project. What is in it goes to the project `move_to`, or is deleted too with `contents=delete`; without either only
+    an empty project is deleted. A person's own project stays."""
+    to = projects.get(session, ids.parse(ids.PROJECT, move_to, param="move_to")) if move_to else None
+    project = projects.get(session, ids.parse_project(project_id))
+    project_deletion.remove(session, project, move_to=to, with_contents=contents == "delete")
+    return {"id": project_id, "object": "organization.project", "deleted": True}
 
 
 @api.get("/{project_id}/users", operation_id="list_project_members", responses=answers(schemas.list_of(schemas.ProjectMember)))
@@ -142,6 +168,8 @@ def _page(request: Request, user: User, session: Db, project_id: str, link: str 
         "guest_links": projects.links(session, project) if role == "admin" else [],
         "link": link,
         "roles": ROLES,
+        "contents": project_deletion.contents(session, project) if role == "admin" else None,
+        "others": [one.project for one in projects.of_person(session, user.id) if one.project.id != project.id and one.role != "viewer"],
     }
     return render(request, "project.html", **values)
 
@@ -151,6 +179,21 @@ def rename(request: Request, user: CurrentUser, session: Db, project_id: str, na
     project = projects.managed(session, user, ids.parse_project(project_id))
     projects.rename(session, project, name)
     return RedirectResponse(_address(project.id), 303)
+
+
+@pages.post(f"{PAGE}/{{project_id}}/delete")
+def delete(
+    request: Request, user: CurrentUser, session: Db, project_id: str, contents: Annotated[str, Form(max_length=80)] = ""
+) -> Response:
+    """Delete a project. `contents` is the project that gets what is in it, or `delete`."""
+    project = projects.managed(session, user, ids.parse_project(project_id))
+    to = projects.membership(session, user, ids.parse_project(contents)) if contents not in ("", "delete") else None
+    if to is not None and to.role == "viewer":
+        raise Forbidden(f"You are a viewer of {to.project.name}.", hint="Choose a project that you work in.")
+    found = project_deletion.remove(session, project, move_to=to.project if to else None, with_contents=contents == "delete")
+    became = f" What was in it is in {to.project.name} now: {found.in_words()}." if to and found else ""
+    flash(request, f"The project {project.name} is deleted.{became}")
+    return RedirectResponse(PAGE, 303)
 
 
 @pages.post(f"{PAGE}/{{project_id}}/members")

@@ -45,7 +45,7 @@ from app.schemas.fine_tuning import (
 from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
-from app.schemas.projects import AddMember, ChangeMember, NameProject, Project, ProjectMember
+from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NameProject, Project, ProjectContents, ProjectMember
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
@@ -55,6 +55,7 @@ __all__ = [
     "AuditLog",
     "ChangeMember",
     "ChangePerson",
+    "ChangeProject",
     "ChatCompletion",
     "ChatCompletionChunk",
     "CheckpointPermission",
@@ -102,6 +103,7 @@ __all__ = [
     "Person",
     "Prediction",
     "Project",
+    "ProjectContents",
     "ProjectMember",
     "Prompt",
     "PromptRun",

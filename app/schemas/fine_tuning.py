@@ -13,6 +13,7 @@ from app import events
 from app.evaluation.forgetting import Forgetting, WithoutMeasuring
 from app.evaluation.verdict import Verdict
 from app.events import Measured
+from app.jobs.fair_share import Priority
 from app.jobs.request import JobRequest
 from app.objectives import SETTINGS, Task
 from app.planning.duration import Estimate
@@ -139,6 +140,15 @@ class JobEvaluation(Schema):
     curve: list[tuple[int, float]] | None = Field(None, description="Validation loss by step.")
 
 
+class JobCost(Schema):
+    """What a job has used in all its attempts."""
+
+    gpu_hours: float = Field(description="A train worker without a GPU counts as one.")
+    kwh: float | None = Field(description="Null where the GPUs count no energy.")
+    amount: float | None = Field(description="By the prices of the studio; null where none is set.")
+    currency: str
+
+
 class FineTuningJob(Schema):
     """A `fine_tuning.job` as the OpenAI API has it; the fields after `user_provided_suffix` are additions."""
 
@@ -164,11 +174,16 @@ class FineTuningJob(Schema):
     user_provided_suffix: str | None
     name: str
     tags: list[str]
+    priority: Priority
+    position: int | None = Field(description="Place in the queue, from 1, while it is queued and its dataset is read.")
+    expected_start: int | None = Field(description="By the estimates of what runs and what is before it; null where no worker is online.")
+    waits_for: str | None = Field(description="The limit of running jobs that keeps it waiting, where there is one.")
     task: Task
     strategy: AnyStrategy
     run: RunSettings
     preference: SETTINGS | None
     dataset: str
+    cost: JobCost | None = Field(description="Null where neither a price nor the energy is known.")
     estimate: JobEstimate | None
     measured: Measured | None
     evaluation: JobEvaluation | None

@@ -43,7 +43,7 @@ REFUSALS: dict[int, str] = {
     415: "The body is of another type than this address takes.",
     422: "The model's chat template had to be stopped for this conversation.",
     423: "Another request is sending bytes of the same upload.",
-    429: "Too many requests of this account are being answered, or too many passwords are being tried.",
+    429: "A limit is reached (`limit_reached`), too many requests of this account are being answered, or too many passwords are being tried.",
     500: "A fault of the studio. Its log has the request id.",
     503: "A part of the studio is away. Nothing is lost; ask again.",
     507: "A disk of the studio is full.",
@@ -54,7 +54,7 @@ UNSAFE = (413,)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 HEADERS: dict[int, Json] = {
     409: {"X-Should-Retry": {"description": "false: the client need not ask again.", "schema": {"type": "string"}}},
-    429: RETRY,
+    429: RETRY | {"X-Should-Retry": {"description": "false where a limit is reached.", "schema": {"type": "string"}}},
     503: RETRY,
 }
 

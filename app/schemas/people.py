@@ -11,6 +11,40 @@ from app.schemas.base import Schema
 Role = Literal["admin", "member", "viewer"]
 
 
+class ChangeLimits(Schema):
+    """Own limits of a person or a project that are changed; null takes one away, so that that of the settings is in force."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    running_jobs: int | None = Field(None, ge=0, le=10**9, description="Most jobs that train at once; further ones wait.")
+    queued_jobs: int | None = Field(None, ge=0, le=10**9, description="Most jobs that wait in the queue.")
+    gpu_hours_per_month: float | None = Field(
+        None, ge=0, le=10**9, allow_inf_nan=False, description="In a month of UTC; a train worker without a GPU counts as one."
+    )
+    storage_bytes: int | None = Field(None, ge=0, le=10**15, description="Files, models and checkpoints.")
+    tokens_per_day: int | None = Field(None, ge=0, le=10**15, description="Tokens that models write, in a day of UTC.")
+
+
+class ResourceLimits(Schema):
+    """Own limits of a person or a project; null: that of the settings."""
+
+    running_jobs: int | None
+    queued_jobs: int | None
+    gpu_hours_per_month: float | None
+    storage_bytes: int | None
+    tokens_per_day: int | None
+
+
+class ResourceUse(Schema):
+    """What is used of everything that is limited."""
+
+    running_jobs: int
+    queued_jobs: int
+    gpu_hours_per_month: float
+    storage_bytes: int
+    tokens_per_day: int
+
+
 class ChangePerson(Schema):
     """What is changed of a person; what is omitted stays."""
 
@@ -20,6 +54,7 @@ class ChangePerson(Schema):
     hand_over_to: str | None = Field(
         None, max_length=80, description="Id of the person who gets everything of this one, who leaves: the account is disabled for good."
     )
+    limits: ChangeLimits | None = Field(None, description="Those that are sent are changed.")
     disabled: bool | None = Field(
         None, description="True ends the person's sessions and revokes the keys; false lets the person sign in again."
     )
@@ -34,6 +69,8 @@ class Person(Schema):
     role: Role
     added_at: int
     disabled: bool
+    limits: ResourceLimits
+    usage: ResourceUse | None = Field(None, description="Of one person that is retrieved.")
 
 
 class CreateInvite(Schema):

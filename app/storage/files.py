@@ -23,6 +23,7 @@ from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app import limits
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.ownership import mine, owned
@@ -31,7 +32,8 @@ from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 """Purposes of uploads."""
-PURPOSES = (*UPLOAD_PURPOSES, "fine-tune-results", "batch_output", "assistants_output")
+RESULTS = "fine-tune-results"
+PURPOSES = (*UPLOAD_PURPOSES, RESULTS, "batch_output", "assistants_output")
 
 _WRITE_BYTES = 1 << 20
 _UNUSED_SECONDS = 600.0
@@ -186,13 +188,15 @@ def disk_errors() -> Iterator[None]:
 def create(session: Session, user: User, blob: Blob, filename: str, purpose: str, expires_after: int | None = None) -> File:
     """A File row for stored bytes. `expires_after` in seconds, 3,600 to 2,592,000 (OpenAI's range).
 
-    Raises BadField for a purpose or time that is not allowed, Unavailable when the blob was swept meanwhile.
+    Raises BadField for a purpose or time that is not allowed, LimitReached, Unavailable when the blob was swept meanwhile.
     """
     check_purpose(purpose)
     if expires_after is not None and not 3600 <= expires_after <= 2_592_000:
         raise BadField(
             f"“expires_after[seconds]” is {expires_after}.", hint="It must be from 3600 to 2592000.", param="expires_after[seconds]"
         )
+    if purpose != RESULTS:  # what the studio itself writes of a job that was allowed to run
+        limits.check(session, user, "storage_bytes", more=blob.bytes)
     _lock(session, blob.sha256)
     if not blob_path(blob.sha256).exists():
         raise Unavailable("The uploaded bytes are gone.", hint="Upload the file again.")

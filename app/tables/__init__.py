@@ -15,6 +15,7 @@ from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
 from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
+from app.tables.usage import MachineUse, TokenUse
 from app.tables.users import ApiKey, BrowserSession, Identity, Invitation, SignInLink, TwoStep, User
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Invitation",
     "Job",
     "Leased",
+    "MachineUse",
     "Model",
     "ModelAlias",
     "Outbox",
@@ -50,6 +52,7 @@ __all__ = [
     "PromptVersion",
     "ShareLink",
     "SignInLink",
+    "TokenUse",
     "TwoStep",
     "Upload",
     "User",

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Identity, Index, UniqueConstraint, false, text
+from sqlalchemy import CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import JSON, Base, Leased, new_key, now, of_project
@@ -29,6 +29,8 @@ class Job(Leased, Base):
     order: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="the request as it came: suffix, method, integrations")
     user_metadata: Mapped[JSON | None]
     idempotency_key: Mapped[str | None]
+    priority: Mapped[str] = mapped_column(server_default="normal", comment="low, normal or high")
+    resumed_at: Mapped[datetime | None] = mapped_column(comment="when a person queued it again, last")
     # The lease: who holds the job, and until when.
     attempt: Mapped[int] = mapped_column(server_default="0")
     worker: Mapped[str | None]
@@ -54,6 +56,7 @@ class Job(Leased, Base):
         UniqueConstraint("project_id", "owner_id", "idempotency_key"),
         Index(None, "project_id", "created_at"),
         Index(None, "status", "lease_until"),
+        CheckConstraint("priority IN ('low', 'normal', 'high')", name="priority"),
     )
 
 

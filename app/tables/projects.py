@@ -10,7 +10,7 @@ from sqlalchemy import CheckConstraint, Connection, ForeignKey, event, false
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from app.tables._base import Base, new_key, now
+from app.tables._base import JSON, Base, new_key, now
 from app.tables.users import User
 
 
@@ -21,7 +21,10 @@ class Project(Base):
     id: Mapped[uuid.UUID] = new_key()
     name: Mapped[str]
     personal: Mapped[bool] = mapped_column(server_default=false(), comment="somebody's own; it has no further members")
+    weight: Mapped[float] = mapped_column(server_default="1", comment="how much of the machine its work may use beside others")
+    limits: Mapped[JSON | None] = mapped_column(comment="app.limits.LIMITS, where an admin set one")
     created_at: Mapped[datetime] = now()
+    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
 
 
 class ProjectMember(Base):

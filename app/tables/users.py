@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sqlalchemy import CheckConstraint, ForeignKey, UniqueConstraint, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables._base import Base, new_key, now
+from app.tables._base import JSON, Base, new_key, now
 
 
 class User(Base):
@@ -18,6 +18,7 @@ class User(Base):
     name: Mapped[str] = mapped_column(unique=True)
     password_hash: Mapped[str | None]
     role: Mapped[str] = mapped_column(server_default="member", comment="admin, member or viewer")
+    limits: Mapped[JSON | None] = mapped_column(comment="app.limits.LIMITS, where an admin set one")
     created_at: Mapped[datetime] = now()
     disabled_at: Mapped[datetime | None] = mapped_column(comment="nobody signs in to it any more; its keys and sessions are gone")
     __table_args__ = (CheckConstraint("role IN ('admin', 'member', 'viewer')", name="role"),)

@@ -7,11 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from markupsafe import Markup
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app import formats, metrics
-from app.evaluation import comparisons, verdict
+from app.evaluation import comparisons, train_queue, verdict
 from app.jobs import progress_cache
 from app.jobs import service as jobs
 from app.jobs.progress import Progress
@@ -41,7 +40,8 @@ def dataset_url(dataset_id: Any) -> str:
 # The list -------------------------------------------------------------------------------------------------------------
 
 
-def rows(found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
+def rows(session: Session, found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
+    places = train_queue.places(session) if any(job.status == "queued" for job in found) else {}
     return [
         {
             "job": job,
@@ -51,6 +51,7 @@ def rows(found: list[Job], best: Mapping[Any, float]) -> list[dict[str, Any]]:
             "dataset": job.spec["dataset"]["name"],
             "strategy": _title(job.spec["strategy"]["name"]),
             "loss": best.get(job.id),
+            "place": places.get(job.id),
             "verdict": verdict.of_job(job),
             "forgetting": forgetting(job.forgetting)["figure"],
             "memory": (job.measured or {}).get("peak_memory_bytes"),
@@ -224,11 +225,21 @@ def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
     return []
 
 
+SOON_SECONDS = 10
+
+
 def _waiting(session: Session, job: Job) -> str | Markup:
     """Why a queued job does not run yet, and what helps."""
     if jobs.reading(session, job):
         return "The dataset is still being read. The run starts when that is done."
     if not any(worker.queue == "train" for worker in heartbeats.alive()):
         return Markup("No train worker is online. <code>luthier up</code> starts one on this machine; the run then starts by itself.")
-    ahead = session.scalar(select(func.count()).select_from(Job).where(Job.status == "running", Job.deleted_at.is_(None)))
-    return "A worker takes it as soon as it has finished another run." if ahead else "A worker takes it in a moment."
+    place = train_queue.places(session).get(job.id)
+    if place and place.waits_for:
+        return f"{place.waits_for} It starts by itself when another run has ended."
+    if place is None or place.begins is None or (place.begins - datetime.now(UTC)).total_seconds() < SOON_SECONDS:
+        return "A worker takes it in a moment."
+    soon = human_seconds((place.begins - datetime.now(UTC)).total_seconds())
+    first = "It is next in the queue" if place.position == 1 else f"It is number {human_number(place.position)} in the queue"
+    why = "" if job.priority == "normal" else f" Its priority is {job.priority}."
+    return f"{first}, and expected to start in about {soon}. Who has used less of the machine lately is served first.{why}"

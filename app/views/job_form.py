@@ -16,7 +16,9 @@ from sqlalchemy.orm import Session
 from app import objectives
 from app.errors import StudioError
 from app.jobs import preselection, spec_builder
+from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step, usual_run
+from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
@@ -39,7 +41,7 @@ FIELDS = {
     "strategy.name": "strategy",
 }
 """Fields of a request → inputs of the form, where they differ."""
-PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods"} | {
+PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods", "priority": "priority"} | {
     name: name for name in ("split.method", "split.column")
 }
 """Inputs that are no settings → the ids of their elements."""
@@ -94,6 +96,7 @@ class OrderForm:
     spec: JobSpec | None = None
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
+    may_hurry: bool = False  # order a high priority
     coming: list[str] = field(default_factory=list)  # titles of models that are being added
 
     @property
@@ -142,6 +145,10 @@ class OrderForm:
         return [Fault(text, places.get(name)) for name, text in self.errors.items()]
 
     @property
+    def priority(self) -> Priority:
+        return next((name for name in PRIORITIES if name == self.typed.get("priority")), "normal")
+
+    @property
     def method(self) -> str:
         return str(self.strategy.model_fields["name"].default)
 
@@ -172,6 +179,7 @@ class OrderForm:
             **{c.key: c.value for c in self.controls if c.changed},
             **self.kept,
             "name": self.typed.get("name"),
+            "priority": self.priority if self.priority != "normal" else "",
         }
         return f"/jobs/new?{urlencode({name: value for name, value in chosen.items() if value})}"
 
@@ -250,6 +258,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
+        may_hurry=jobs.may_hurry(user),
         coming=[m.title for m in known if m.status == "fetching"],
     )
     if model and dataset and not errors:
@@ -276,6 +285,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         dataset_id=form.dataset.id,
         validation_dataset_id=form.validation.id if form.validation else None,
         name=form.typed.get("name", "").strip()[:200] or None,
+        priority=form.priority if form.priority != "normal" else None,
         preset=form.preset if form.preset != "balanced" else None,
         strategy={"name": form.method, **filled.settings},
         run=run.settings,
@@ -283,6 +293,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         preference=(compared and compared.settings) or None,
     )
     try:
+        jobs.check_priority(user, form.order.priority)
         found = spec_builder.context_of(session, user, form.order)
         form.spec = spec_builder.spec_on(found, form.order)
         form.estimate = spec_builder.estimate_of(session, form.spec)

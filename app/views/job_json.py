@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from app import events, leases
 from app.errors import problem_json
-from app.evaluation import verdict
-from app.jobs import config_file
+from app.evaluation import train_queue, verdict
+from app.jobs import config_file, usage
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobRequest
@@ -29,7 +29,8 @@ Json = dict[str, Any]
 def of(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and further fields."""
     order = JobRequest.model_validate(job.order)
-    tuned = jobs.tuned_model(session, job)
+    place = train_queue.places(session).get(job.id) if job.status == "queued" else None
+    tuned, cost = jobs.tuned_model(session, job), usage.cost_of(session, job.id) if job.attempt else None
     return {
         "object": "fine_tuning.job",
         "id": ids.public(ids.JOB, job.id),
@@ -54,11 +55,16 @@ def of(session: Session, job: Job) -> Json:
         # Ours.
         "name": job.name,
         "tags": job.tags,
+        "priority": job.priority,
+        "position": place.position if place else None,
+        "expected_start": _seconds(place.begins) if place else None,
+        "waits_for": place.waits_for if place else None,
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],
         "preference": job.spec.get("preference"),
         "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "cost": cost.as_json() if cost else None,
         "estimate": job.estimate,
         "measured": job.measured,
         "evaluation": job.evaluation,

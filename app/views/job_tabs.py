@@ -16,7 +16,7 @@ from app.evaluation import service as evaluations
 from app.evaluation import verdict
 from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
-from app.jobs import checkpoints, config_file, progress_cache, row_losses
+from app.jobs import checkpoints, config_file, progress_cache, row_losses, usage
 from app.jobs import service as jobs
 from app.jobs.progress import Progress
 from app.kit import ids
@@ -77,7 +77,7 @@ def _overview(session: Session, user: User, job: Job, top: Part, wish: Wish) -> 
         "tuned": tuned,
         "compare_url": tryout.address(spec.model.name, tuned.name, tuned.kind, tryout.has_examples(job)) if tuned else "",
         "download_url": f"{model_url(tuned.id)}/download" if tuned else "",
-        "tiles": tiles(job, progress, spec),
+        "tiles": [*tiles(job, progress, spec), *_cost_tile(session, job)],
         "charts": charts.charts(progress)[:1],
         "trainable": {"share": trained / total if total else 0.0, "trained": human_count(trained), "all": human_count(total)},
         "settings": [
@@ -111,6 +111,18 @@ def tiles(job: Job, progress: Progress, spec: JobSpec) -> list[Tile]:
         Tile("Peak memory", human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
         Tile("Time" if measured else "Training time", human_seconds(seconds), _predicted(human_seconds(estimate.get("seconds")))),
     ]
+
+
+def _cost_tile(session: Session, job: Job) -> list[Tile]:
+    """What it cost, only where something of it is known."""
+    found = usage.cost_of(session, job.id) if job.attempt else None
+    if found is None:
+        return []
+    hours = f"{human_seconds(found.gpu_hours * 3600)} of GPU time"
+    kwh = None if found.kwh is None else f"{human_number(found.kwh)} kWh"
+    if found.amount is None:
+        return [Tile("Energy", kwh or "", hours)]
+    return [Tile("Cost", f"{found.amount:,.2f} {found.currency}", ", ".join(filter(None, (hours, kwh))))]
 
 
 def _predicted(text: str) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from app.db import transaction
 from app.machines.heartbeats import alive
 from app.settings import get_settings
-from app.tables import Job, Outbox
+from app.tables import Job, MachineUse, Outbox, TokenUse
 from app.views import operations
 from app.web.metrics import Family
 
@@ -22,7 +22,13 @@ def families() -> Iterator[Family]:
         unsent = session.scalar(select(func.count()).select_from(Outbox).where(Outbox.sent_at.is_(None))) or 0
         tokens = session.scalar(select(func.sum(Job.trained_tokens))) or 0
         work, running = operations.waiting(session), operations.running(session)
+        read, written = session.execute(select(func.sum(TokenUse.read), func.sum(TokenUse.written))).one()
+        joules = session.scalar(select(func.sum(MachineUse.joules)))
     yield "luthier_jobs", "gauge", "Runs by status.", [({"status": status}, count) for status, count in jobs]
+    yield "luthier_read_tokens_total", "counter", "Tokens of prompts that models read.", [({}, float(read or 0))]
+    yield "luthier_generated_tokens_total", "counter", "Tokens that models wrote.", [({}, float(written or 0))]
+    if joules is not None:
+        yield "luthier_gpu_energy_joules_total", "counter", "Energy of the GPUs while runs held them.", [({}, float(joules))]
     yield "luthier_outbox_unsent", "gauge", "Messages not sent yet.", [({}, unsent)]
     yield "luthier_trained_tokens_total", "counter", "Tokens that runs were trained on.", [({}, float(tokens))]
     queues = Counter(worker.queue for worker in alive())

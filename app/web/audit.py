@@ -42,6 +42,7 @@ QUIET = frozenset(
         "outbox",
         "prompt_results",
         "sign_in_links",
+        "token_uses",
         "uploads",
         "votes",
     ]

@@ -12,6 +12,7 @@ from sqlalchemy import Select, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.errors import BadField, Conflict, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
@@ -106,6 +107,7 @@ def to_json(user: User) -> dict[str, Any]:
         "role": user.role,
         "added_at": int(user.created_at.timestamp()),
         "disabled": user.disabled_at is not None,
+        "limits": limits.own_json(user.limits),
     }
 
 

@@ -103,10 +103,12 @@ POST /settings/keys/{key}/revoke
 GET /settings /settings/account /settings/projects /settings/projects/{project_id}
 POST /project /settings/projects /settings/projects/{project_id}/name /settings/projects/{project_id}/members
 POST /settings/projects/{project_id}/members/{user_id}/remove /settings/projects/{project_id}/links
-POST /settings/projects/{project_id}/links/{link_id}/revoke
+POST /settings/projects/{project_id}/links/{link_id}/revoke /settings/projects/{project_id}/delete
 """,
     "admin": """
 POST /models/hub/token
+GET /admin/limits
+POST /admin/limits/people/{user_id} /admin/limits/projects/{project_id}
 GET /admin /admin/audit /admin/audit/export /v1/organization/audit_logs
 GET /settings/people /v1/engines /v1/organization/invites /v1/organization/invites/{invite_id} /v1/organization/users /v1/organization/users/{user_id}
 POST /settings/people/invitations /settings/people/invitations/{invitation_id}/revoke /settings/people/{user_id}/disable
@@ -114,7 +116,8 @@ POST /settings/people/{user_id}/enable /settings/people/{user_id}/role /v1/organ
 DELETE /v1/organization/invites/{invite_id} /v1/organization/projects/{project_id}/users/{user_id}
 POST /settings/people/{user_id}/hand-over
 GET /v1/organization/projects /v1/organization/projects/{project_id} /v1/organization/projects/{project_id}/users
-GET /v1/organization/projects/{project_id}/users/{user_id}
+GET /v1/organization/projects/{project_id}/users/{user_id} /v1/organization/projects/{project_id}/contents
+DELETE /v1/organization/projects/{project_id}
 POST /v1/organization/projects /v1/organization/projects/{project_id} /v1/organization/projects/{project_id}/users
 POST /v1/organization/projects/{project_id}/users/{user_id}
 """,

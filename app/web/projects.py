@@ -10,6 +10,7 @@ from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.db import touched
 from app.errors import BadField, Conflict, Forbidden, NotFound
 from app.kit import ids
@@ -95,6 +96,17 @@ def _may_make(user: User) -> None:
 
 def rename(session: Session, project: Project, name: str) -> None:
     project.name = _name(name)
+    session.flush()
+
+
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+
+
+def set_weight(session: Session, project: Project, weight: float) -> None:
+    """How much of the machine the work of a project may use beside others. Only an admin of the studio sets it."""
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise BadField("A weight is 0.01 to 100.", param="weight", hint="1 is usual; 2 counts half of what is used.")
+    project.weight = weight
     session.flush()
 
 
@@ -254,6 +266,8 @@ def to_json(project: Project) -> dict[str, Any]:
         "id": ids.public(ids.PROJECT, project.id),
         "name": project.name,
         "personal": project.personal,
+        "weight": project.weight,
+        "limits": limits.own_json(project.limits),
         "created_at": int(project.created_at.timestamp()),
     }
 

@@ -247,6 +247,9 @@ class World:
         projects.set_member(self.session, self.project, people.get(self.session, ids.parse_user(key)), "member")
         return key
 
+    def _new_project(self) -> str:
+        return ids.public(ids.PROJECT, projects.create(self.session, self.user, self._new_name()).id)
+
     def _new_link(self) -> str:
         return str(projects.share(self.session, self.user, self.project)[0].id)
 

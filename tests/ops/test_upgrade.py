@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import NullPool, create_engine, func, select, text, update
 from sqlalchemy.orm import Session
 
-from app import migrate
+from app import limits, migrate
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
-from app.tables import AuditLog, Base, Evaluation, Event, Inspection, Job, Model, ModelAlias, Project, PromptRun, User
+from app.tables import AuditLog, Base, Evaluation, Event, Inspection, Job, MachineUse, Model, ModelAlias, Project, PromptRun, User
 from app.web import oidc, people, projects, two_step
 from tests.conftest import PROJECT, PostgresServer, wait_until
 from tests.data_worker import data_worker
@@ -202,6 +202,8 @@ def fill(session: Session, user: User) -> None:
     two_step.begin(session, user)
     oidc.connect(session, user, oidc.Claims("https://id.example", "1", "Ada", ""))
     session.add(AuditLog(type="job.cancelled", actor="console"))
+    session.add(MachineUse(user_id=user.id, project_id=user.id, kind="jobs", row_id=user.id, fence=1))
+    limits.count_tokens(session, user.id, user.id, read=3, written=4)
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
 
@@ -221,13 +223,15 @@ NEW = {
     "two_step": "0017",
     "audit_logs": "0021",
     "identities": "0023",
+    "machine_uses": "0024",
+    "token_uses": "0025",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
 @pytest.mark.parametrize(
-    "revision", ["0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"]
+    "revision", ["0025", "0024", "0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"]
 )
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
+from datetime import UTC, datetime, timedelta
 
 import openai
 import pytest
 from sqlalchemy import select
 
-from app.tables import Answer, Exchange
+from app import limits
+from app.inference import playground
+from app.inference.protocol import Sampling
+from app.tables import Answer, Exchange, TokenUse
 from tests.generating import (  # noqa: F401
     _workers,
     answering_dir,
@@ -229,3 +233,24 @@ def test_lone_surrogate_in_raw_json(client, served):
     headers = {"authorization": f"Bearer {client.api_key}", "content-type": "application/json"}
     said = httpx.post(f"{served}/v1/chat/completions", content=body, headers=headers)
     assert said.status_code in (200, 400) and ("choices" in said.json() or "error" in said.json())
+
+
+def test_tokens_of_a_day_are_counted_and_limited(client, session, user):
+    """Counted where an answer is stored, refused by the next one; what writes nothing is not."""
+    said = answer(client)
+    (row,) = session.scalars(select(TokenUse)).all()
+    assert (row.user_id, row.project_id, row.day) == (user.id, user.id, datetime.now(UTC).date())
+    assert (row.read, row.written) == (said.usage.prompt_tokens, said.usage.completion_tokens)
+    limits.set_own(user, {"tokens_per_day": row.written + 1})
+    session.commit()
+    answer(client)  # one token is left
+    with pytest.raises(openai.RateLimitError) as caught:
+        answer(client)
+    assert caught.value.code == "limit_reached" and "generated tokens today" in caught.value.message
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=0, echo=True, logprobs=1).choices
+    with pytest.raises(limits.LimitReached):
+        playground.ask(session, user, ["tiny"], "Hello", Sampling())
+    session.refresh(row)
+    row.day = row.day - timedelta(days=1)
+    session.commit()
+    assert answer(client).choices, "a day later"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 import time
+import uuid
 from typing import Any
 
 import httpx
@@ -16,12 +17,15 @@ from app import events, queue
 from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.db import transaction
+from app.errors import NotFound
+from app.inference import playground
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.kit import ids
+from app.models import service as models
 from app.spec import JobSpec
-from app.tables import User
-from app.web import auth
+from app.tables import Checkpoint, User
+from app.web import auth, projects
 from tests.factories import make_dataset
 from tests.jobs.test_lifecycle import FINISHED, STARTED, saved, step, take
 
@@ -265,12 +269,40 @@ def test_checkpoint_permissions(openai_client, file_id, data_dir):
         lifecycle.record(session, held, 0, [STARTED, step(3), saved(3)])
         lifecycle.finish(session, held, FINISHED)
     name = openai_client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
-    made = openai_client.fine_tuning.checkpoints.permissions.create(name, project_ids=["p1", "p2"])
-    assert {p.project_id for p in made} == {"p1", "p2"}
-    found = openai_client.fine_tuning.checkpoints.permissions.list(name)
-    assert len(found.data) == 2
-    assert openai_client.fine_tuning.checkpoints.permissions.delete(found.data[0].id, fine_tuned_model_checkpoint=name).deleted
-    assert len(openai_client.fine_tuning.checkpoints.permissions.list(name).data) == 1
+    checkpoint = f"{name}:ckpt-step-3"
+    with transaction() as session:
+        ada = User(name="Ada", role="member")
+        session.add(ada)
+        session.flush()
+        team = projects.create(session, ada, "Violins")
+        session.query(Checkpoint).update({"path": "runs/x/a1/checkpoint-3", "manifest_sha256": manifest.sha256_of(folder / manifest.NAME)})
+        theirs = [ids.public(ids.PROJECT, key) for key in (ada.id, team.id)]
+    permissions = openai_client.fine_tuning.checkpoints.permissions
+
+    def speaks(asked: str) -> bool:
+        """Whether the other project may generate text with it; it never sees anything else of it."""
+        with transaction() as session:
+            other = session.get_one(User, ada.id).work_in(team.id)
+            for look in (models.get, models.resolve):
+                with pytest.raises(NotFound):
+                    look(session, other, asked)
+            try:
+                return playground.speaker(session, other, asked).ref.name == asked
+            except NotFound:
+                return False
+
+    for asked in (name, checkpoint):
+        assert not speaks(asked)
+        made = permissions.create(asked, project_ids=theirs)
+        assert {p.project_id for p in made} == set(theirs) and speaks(asked)
+        found = permissions.list(asked)
+        assert len(found.data) == 2
+        mine = next(one for one in found.data if one.project_id == theirs[1])
+        assert permissions.delete(mine.id, fine_tuned_model_checkpoint=asked).deleted
+        assert len(permissions.list(asked).data) == 1 and not speaks(asked)
+    for wrong in ("p1", ids.public(ids.PROJECT, uuid.uuid4())):
+        with pytest.raises(openai.NotFoundError, match="No such project"):
+            permissions.create(name, project_ids=[wrong])
 
 
 def test_strategies_and_estimates(server, file_id):

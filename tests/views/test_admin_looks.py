@@ -28,7 +28,7 @@ def test_admin_and_audit_log(page: Page, served: str, session, user, tiny_regist
     session.commit()
     heartbeats.say_alive("train", 0.0)
     heartbeats.say_machine(name="gpu-1")
-    for name in ("admin", "admin/audit"):
+    for name in ("admin", "admin/limits", "admin/audit"):
         page.goto(f"{served}/{name}")
         look_at(page, name.replace("/", "-"), tmp_path)
     page.select_option("#type", "job.deleted")

@@ -29,10 +29,12 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.service import Claim, EvaluationSpec
 from app.inference import residency
+from app.jobs import usage
 from app.kit import child_process
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
@@ -40,7 +42,7 @@ from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease
-from worker.supervision.train_attempt import LOG_LIMIT_BYTES
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES, Outcome
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
@@ -52,31 +54,32 @@ MAX_SILENT_SECONDS = 1800.0
 """A child that has reported nothing for this long is taken to hang; loading a large model takes minutes without a report."""
 
 
-def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """The body of the task EVALUATE. `going_down` says whether this worker was asked to leave."""
+def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Outcome:
+    """One attempt at this evaluation. `going_down` says whether this worker was asked to leave."""
     lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
     if lease is None:
         log.info("Evaluation %s waits for a GPU.", evaluation_id)
-        return  # the reaper redelivers it
+        return Outcome.NO_GPU  # the reaper redelivers it
     try:
-        _work(evaluation_id, going_down, lease)
+        return _work(evaluation_id, going_down, lease)
     finally:
         lease.release()
 
 
-def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
+def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> Outcome:
     if going_down():
-        return  # the reaper redelivers it
-    held = retry_until_database(lambda: _claim(evaluation_id))
+        return Outcome.LEFT  # the reaper redelivers it
+    held = retry_until_database(lambda: _claim(evaluation_id, len(lease.files)))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
-        return
+        return Outcome.GONE
     Run(held, going_down, lease).run()
+    return Outcome.DONE
 
 
-def _claim(evaluation_id: uuid.UUID) -> Claim | None:
+def _claim(evaluation_id: uuid.UUID, gpus: int) -> Claim | None:
     with transaction() as session:
-        return evaluations.claim(session, evaluation_id)
+        return evaluations.claim(session, evaluation_id, gpus)
 
 
 _turn = Turns(1, lasting=True)
@@ -117,6 +120,7 @@ class Run:
 
     def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
         self.held, self.going_down, self.lease = held, going_down, lease
+        self.meter = energy.Meter(lease.gpus)
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
@@ -185,6 +189,7 @@ class Run:
     def _beat(self) -> bool:
         try:
             with transaction() as session:
+                usage.record_energy(session, self.held.id, self.held.fence, self.meter.joules())
                 return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
             log.warning("Evaluation %s: no heartbeat: %s", self.held.id, type(error).__name__)

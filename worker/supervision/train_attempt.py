@@ -12,6 +12,7 @@ the database is unreachable; one sends heartbeats, so that a slow transaction do
 from __future__ import annotations
 
 import collections
+import enum
 import logging
 import os
 import signal
@@ -30,12 +31,13 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from app import events
 from app.db import transaction
 from app.inference import residency
-from app.jobs import lifecycle
+from app.jobs import lifecycle, usage
 from app.jobs.lifecycle import Claim, FenceLost
 from app.kit import child_process, tracing
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
@@ -67,19 +69,28 @@ GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
 
 
-def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
-    """The body of the train task. `going_down` says whether this worker was asked to leave."""
+class Outcome(enum.Enum):
+    """What came of looking at something that waits for this worker."""
+
+    DONE = "it was claimed, and is over"
+    GONE = "it does not wait any more"
+    NO_GPU = "others use the GPUs that it needs"
+    LEFT = "the worker was asked to leave"
+
+
+def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Outcome:
+    """One attempt at this job. `going_down` says whether this worker was asked to leave."""
     if going_down():
-        return  # the reaper redelivers the job
+        return Outcome.LEFT  # the reaper redelivers the job
     lease = _lease(job_id)
     if lease is None:
         log.info("Job %s waits for a GPU.", job_id)
-        return  # the reaper redelivers it
+        return Outcome.NO_GPU  # the reaper redelivers it
     try:
-        held = _retry_until_database(lambda: _claim(job_id))
+        held = _retry_until_database(lambda: _claim(job_id, len(lease.files)))
         if held is None:
             log.info("Nothing to do for job %s.", job_id)
-            return
+            return Outcome.GONE
         log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
         with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
             attempt = Attempt(held, going_down, lease)
@@ -90,6 +101,7 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
         log.warning("Job %s: its fence was lost; nothing more is written.", job_id)
     finally:
         lease.release()
+    return Outcome.DONE
 
 
 def _lease(job_id: uuid.UUID) -> gpu_lease.GpuLease | None:
@@ -104,9 +116,9 @@ def _device(job_id: uuid.UUID) -> str | None:
         return lifecycle.device_of(session, job_id)
 
 
-def _claim(job_id: uuid.UUID) -> Claim | None:
+def _claim(job_id: uuid.UUID, gpus: int) -> Claim | None:
     with transaction() as session:
-        return lifecycle.claim(session, job_id, worker=f"{socket.gethostname()}:{os.getpid()}")
+        return lifecycle.claim(session, job_id, f"{socket.gethostname()}:{os.getpid()}", gpus)
 
 
 def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
@@ -130,6 +142,7 @@ class Attempt:
         self.held = held
         self.going_down = going_down
         self.lease = lease or gpu_lease.GpuLease()
+        self.meter = energy.Meter(self.lease.gpus)
         self.folder: Path = get_settings().data_dir / held.folder
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
         self.recorded = 0  # number of the next event
@@ -152,6 +165,7 @@ class Attempt:
         try:
             memory = exit_codes.OomWatch()
             code = self._train()
+            self._renew()  # with the energy of the last seconds
             self._record_all()
             self._conclude(code, memory)
         except FenceLost:
@@ -282,6 +296,7 @@ class Attempt:
         try:
             with transaction() as session:
                 self.wishes = lifecycle.heartbeat(session, self.held)
+                usage.record_energy(session, self.held.job_id, self.held.fence, self.meter.joules())
         except FenceLost:
             if not self.over.is_set():
                 self.fence_lost.set()

@@ -1,0 +1,127 @@
+"""What waits for a train worker, in the order of `app.jobs.fair_share`: jobs, and evaluations, which the same workers run.
+
+A message of the queue only says that there is work; a worker that is free takes what is next then. An evaluation takes part as a job of
+its person would, of normal priority; it is short, so it seldom waits for long, and it is charged like any other use.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Hashable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Float, Select, case, cast, exists, func, literal, select
+from sqlalchemy.orm import Session
+
+from app import leases, limits
+from app.evaluation import service as evaluations
+from app.jobs import fair_share, lifecycle, usage
+from app.jobs.fair_share import Running, Situation, Waiting
+from app.kit import once
+from app.machines import heartbeats
+from app.tables import Evaluation, Job, MachineUse, Outbox, Project
+
+UNKNOWN_SECONDS = 600.0
+"""A job's time where there is no estimate."""
+EVALUATION_SECONDS = 120.0
+
+WORK: dict[str, leases.Work[Any]] = {"jobs": lifecycle.WORK, "evaluations": evaluations.WORK}
+"""Every kind of work of the train workers, by its table."""
+
+
+class Place(NamedTuple):
+    """Where something stands in the queue. `begins` is None where no worker is online, or a limit keeps it from running at all."""
+
+    position: int
+    begins: datetime | None
+    waits_for: str | None = None
+    """The limit of running jobs that keeps it waiting now, in words."""
+
+
+def situation(session: Session, at: float | None = None) -> Situation:
+    """What waits, what runs and what was used, at this moment or at a time of a simulation."""
+    clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
+    waiting = [Waiting(*row) for kind in WORK for row in session.execute(_waiting(kind))]
+    running = [_running(clock, *row) for kind in WORK for row in session.execute(_held(kind))]
+    used = usage.recent(session, clock)
+    return Situation(clock, waiting, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
+
+
+def _seconds_of(kind: str) -> Any:
+    """The time that a row of this kind will take, from its estimate and the steps that are done."""
+    if kind == "evaluations":
+        return literal(EVALUATION_SECONDS)
+    estimate = func.coalesce(cast(Job.estimate["seconds"].astext, Float), UNKNOWN_SECONDS)
+    done = case((Job.total_steps > 0, func.least(1.0, cast(Job.step, Float) / Job.total_steps)), else_=0.0)
+    return estimate * (1.0 - done)
+
+
+def _waiting(kind: str) -> Select[Any]:
+    work = WORK[kind]
+    table = work.table
+    is_job = table is Job
+    since = func.coalesce(Job.resumed_at, Job.created_at) if is_job else Evaluation.created_at
+    interrupted = exists().where(MachineUse.row_id == table.id, MachineUse.started_at > since)
+    query = select(
+        table.id, literal(kind), table.owner_id, table.project_id, cast(func.extract("epoch", since), Float), _seconds_of(kind),
+        Project.weight, Job.priority if is_job else literal("normal"), interrupted,
+        func.coalesce(Job.spec["run"]["device"].astext, "auto") if is_job else literal("auto"),
+    )  # fmt: skip
+    return query.join(Project, Project.id == table.project_id).where(work.free())
+
+
+def _held(kind: str) -> Select[Any]:
+    work = WORK[kind]
+    table = work.table
+    left = func.coalesce(Job.seconds_left, _seconds_of(kind)) if table is Job else literal(EVALUATION_SECONDS)
+    return select(table.owner_id, table.project_id, left, Project.weight).join(Project, Project.id == table.project_id).where(work.taken())
+
+
+def _running(clock: float, person: Hashable, project: Hashable, left: float, weight: float) -> Running:
+    return Running(person, project, clock + left, left, weight)
+
+
+# The worker's part --------------------------------------------------------------------------------------------------------
+
+
+def next_one(session: Session, tried: set[uuid.UUID], *, gpu: bool, at: float | None = None) -> Waiting | None:
+    """What a worker that is free takes now: not what it has `tried` in vain, and only what trains on the CPU where no GPU is free."""
+    now = situation(session, at)
+    return fair_share.next_one(replace(now, waiting=fair_share.without(now.waiting, tried, gpu=gpu)))
+
+
+def message_of(session: Session, key: uuid.UUID) -> dict[str, Any] | None:
+    """The request that this row comes from, as its first message carried it."""
+    said = select(Outbox.context).where(Outbox.key == key, Outbox.context.is_not(None)).order_by(Outbox.id).limit(1)
+    return session.scalar(said)
+
+
+# What people see ------------------------------------------------------------------------------------------------------------
+
+
+def places(session: Session) -> dict[uuid.UUID, Place]:
+    """The place of everything that waits, by its id."""
+    return once.of("the train queue", lambda: _places(session))
+
+
+def _places(session: Session) -> dict[uuid.UUID, Place]:
+    at = situation(session)
+    workers = sum(worker.queue == "train" for worker in heartbeats.alive())
+    found: dict[uuid.UUID, Place] = {}
+    for position, (one, begins) in enumerate(fair_share.order(at, max(workers, 1)), 1):
+        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if workers else None, _waits_for(at, one))
+    for one in sorted(at.waiting, key=Waiting.arrival):
+        found.setdefault(one.key, Place(len(found) + 1, None, _waits_for(at, one)))
+    return found
+
+
+def _waits_for(at: Situation, one: Waiting) -> str | None:
+    for whose, most, count in (
+        ("its owner", at.people_limits.get(one.person), sum(r.person == one.person for r in at.running)),
+        ("its project", at.project_limits.get(one.project), sum(r.project == one.project for r in at.running)),
+    ):
+        if most is not None and count >= most:
+            return f"The limit of {whose} is reached: {count} running, {most} allowed."
+    return None

@@ -1,0 +1,254 @@
+"""Limits: what a person, and what a project, may use at most. Without one nothing is limited.
+
+A limit of running jobs lets a job wait (`app.jobs.fair_share`); every other refuses what would go beyond it, and says which limit it
+is, how much is used and when some of it is free again. An admin sets them; a person without an own one has that of the settings.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Hashable, Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnElement, Date, Float, Select, cast, func, select, union_all
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import leases
+from app.errors import BadField, TooMany
+from app.kit.humanize import human_bytes, human_number
+from app.settings import get_settings
+from app.tables import JSON, Checkpoint, File, Job, MachineUse, Model, Project, TokenUse, User
+
+By = Literal["person", "project"]
+Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]
+HOUR = 3600.0
+
+
+class LimitReached(TooMany):
+    """A request that would go beyond a limit. Asking again at once helps nothing, so clients are told not to."""
+
+    code = "limit_reached"
+
+    def __init__(self, message: str, *, hint: str, retry_after_seconds: float) -> None:
+        super().__init__(message, hint=hint, retry_after_seconds=retry_after_seconds)
+        self.headers = {"x-should-retry": "false"}
+
+
+class Limit(NamedTuple):
+    """One thing that is limited."""
+
+    title: str
+    unit: str
+    figure: Callable[[float], str]
+    hint: str
+    """What frees some of it."""
+    window: Literal["", "day", "month"] = ""
+
+
+def _number(value: float) -> str:
+    value = round(value, 2)
+    return human_number(value, 2) if value != int(value) else human_number(int(value))
+
+
+LIMITS: dict[Name, Limit] = {
+    "running_jobs": Limit("Running runs", "", _number, "It starts when another one has ended."),
+    "queued_jobs": Limit("Queued runs", "", _number, "Wait until one has started, or cancel one."),
+    "gpu_hours_per_month": Limit("GPU-hours this month", "GPU-hours", _number, "They begin anew with the next month (UTC).", "month"),
+    "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models or runs that are no longer needed."),
+    "tokens_per_day": Limit("Generated tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
+}
+"""In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour."""
+
+
+# What is used -----------------------------------------------------------------------------------------------------------
+
+
+def _owner(table: Any, by: By) -> Any:
+    person = table.user_id if hasattr(table, "user_id") else table.owner_id
+    return person if by == "person" else table.project_id
+
+
+def _month() -> ColumnElement[datetime]:
+    return func.date_trunc("month", leases.now(), "UTC")
+
+
+def _jobs(by: By, status: str) -> Select[Any]:
+    key = _owner(Job, by)
+    return select(key.label("key"), func.count().label("amount")).where(Job.status == status, Job.deleted_at.is_(None)).group_by(key)
+
+
+def _gpu_hours(by: By) -> Select[Any]:
+    key = _owner(MachineUse, by)
+    ended = func.coalesce(MachineUse.ended_at, leases.now())
+    seconds = cast(func.extract("epoch", ended - func.greatest(MachineUse.started_at, _month())), Float)
+    used = func.sum(seconds * func.greatest(MachineUse.gpus, 1)) / HOUR
+    return select(key.label("key"), used.label("amount")).where(ended > _month(), key.is_not(None)).group_by(key)
+
+
+def _storage(by: By) -> Select[Any]:
+    """Uploaded files, models, and the checkpoints of jobs."""
+    parts = union_all(
+        select(_owner(File, by).label("key"), File.bytes.label("size")).where(File.deleted_at.is_(None)),
+        select(_owner(Model, by), Model.bytes).where(Model.deleted_at.is_(None), Model.owner_id.is_not(None)),
+        select(_owner(Job, by), Checkpoint.bytes)
+        .select_from(Checkpoint)
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(Checkpoint.deleted_at.is_(None)),
+    ).subquery()
+    return select(parts.c.key, func.coalesce(func.sum(parts.c.size), 0).label("amount")).group_by(parts.c.key)
+
+
+def _tokens(by: By) -> Select[Any]:
+    key = _owner(TokenUse, by)
+    return select(key.label("key"), func.sum(TokenUse.written).label("amount")).where(TokenUse.day == _today()).group_by(key)
+
+
+def _today() -> ColumnElement[date]:
+    return cast(func.timezone("UTC", leases.now()), Date)
+
+
+_USED: dict[Name, Callable[[By], Select[Any]]] = {
+    "running_jobs": lambda by: _jobs(by, "running"),
+    "queued_jobs": lambda by: _jobs(by, "queued"),
+    "gpu_hours_per_month": _gpu_hours,
+    "storage_bytes": _storage,
+    "tokens_per_day": _tokens,
+}
+
+
+def used(session: Session, by: By) -> dict[uuid.UUID, dict[Name, float]]:
+    """What each person, or what each project, uses of everything that is limited."""
+    found: dict[uuid.UUID, dict[Name, float]] = {}
+    for name, query in _USED.items():
+        for key, amount in session.execute(query(by)):
+            found.setdefault(key, {})[name] = float(amount or 0)
+    return found
+
+
+def used_by(session: Session, by: By, key: uuid.UUID, name: Name) -> float:
+    every = _USED[name](by).subquery()
+    return float(session.scalar(select(every.c.amount).where(every.c.key == key)) or 0)
+
+
+def usage_json(session: Session, by: By, key: uuid.UUID) -> JSON:
+    """All that one person or project uses, as the API says it."""
+    have: JSON = {name: used_by(session, by, key, name) for name in LIMITS}
+    return {name: round(value, 4) if name == "gpu_hours_per_month" else int(value) for name, value in have.items()}
+
+
+def own_json(own: Mapping[str, Any] | None) -> JSON:
+    return {name: (own or {}).get(name) for name in LIMITS}
+
+
+def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int, day: date | None = None) -> None:
+    """Add tokens to those of this day, or of another one."""
+    row = insert(TokenUse).values(user_id=person, project_id=project, day=day or _today(), read=read, written=written)
+    more = {"read": TokenUse.read + read, "written": TokenUse.written + written}
+    session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
+
+
+# What is allowed --------------------------------------------------------------------------------------------------------
+
+
+def allowed(own: Mapping[str, Any] | None, by: By) -> dict[Name, float]:
+    """The limits in force, of a person's or a project's own ones and of the settings, which are for people."""
+    settings = get_settings()
+    found: dict[Name, float] = {}
+    for name in LIMITS:
+        usual = getattr(settings, f"limit_{name}") if by == "person" else None
+        value = (own or {}).get(name, usual)
+        if value is not None:
+            found[name] = float(value)
+    return found
+
+
+def set_own(of: User | Project, changes: Mapping[str, float | None]) -> None:
+    """Change the own limits of a person or a project; None takes one away, so that that of the settings is in force."""
+    for name, value in changes.items():
+        if name not in LIMITS:
+            raise BadField(f"There is no limit {name[:60]!r}.", hint=f"There are {', '.join(LIMITS)}.", param="limits")
+        if value is not None and not 0 <= value <= 1e15:
+            raise BadField(f"{LIMITS[name].title} cannot be limited to {value}.", hint="Send 0 or more, or null.", param=f"limits.{name}")
+    kept: JSON = {name: value for name, value in ((of.limits or {}) | dict(changes)).items() if value is not None}
+    of.limits = kept or None
+
+
+def check(session: Session, user: User, name: Name, more: float = 0) -> None:
+    """Refuse what would take `more` than is allowed, or anything once all is used. Raises LimitReached."""
+    row = session.execute(select(User.limits, Project.limits).join(Project, Project.id == user.project_id).where(User.id == user.id))
+    own, projects = row.one()
+    for by, key, limits in (("person", user.id, own), ("project", user.project_id, projects)):
+        most = allowed(limits, by).get(name)  # type: ignore[arg-type]
+        if most is None:
+            continue
+        if more:  # two requests at once do not pass both
+            table = User if by == "person" else Project
+            session.execute(select(table.id).where(table.id == key).with_for_update(key_share=True))
+        have = used_by(session, by, key, name)  # type: ignore[arg-type]
+        if have + more > most or (not more and have >= most):
+            raise _reached(name, by, have, most)  # type: ignore[arg-type]
+
+
+def _reached(name: Name, by: By, have: float, most: float) -> LimitReached:
+    limit = LIMITS[name]
+    whose = "Your limit" if by == "person" else "The limit of this project"
+    unit = f" {limit.unit}" if limit.unit else ""
+    free = frees_at(limit.window)
+    when = f" at {free:%Y-%m-%d %H:%M} UTC" if free else ""
+    wait = (free - datetime.now(UTC)).total_seconds() if free else 60.0
+    return LimitReached(
+        f"{whose} is reached: {limit.title.lower()}, {limit.figure(have)} used of {limit.figure(most)}{unit}.",
+        hint=f"{limit.hint.rstrip('.')}{when}. An admin can raise it.",
+        retry_after_seconds=wait,
+    )
+
+
+def frees_at(window: str) -> datetime | None:
+    """When a window of time ends; None for what is free once something is deleted or ends."""
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if window == "day":
+        return today + timedelta(days=1)
+    if window == "month":
+        return (today.replace(day=1) + timedelta(days=32)).replace(day=1)
+    return None
+
+
+def running_limits(session: Session, by: By) -> dict[Hashable, int]:
+    """The limit of running jobs of everybody who has one."""
+    table = User if by == "person" else Project
+    found = {key: allowed(own, by).get("running_jobs") for key, own in session.execute(select(table.id, table.limits))}
+    return {key: int(most) for key, most in found.items() if most is not None}
+
+
+class Line(NamedTuple):
+    """One limit next to its use, for pages."""
+
+    name: Name
+    title: str
+    used: str
+    allowed: str
+    share: float | None
+    own: float | None
+
+
+def of_person(session: Session, key: uuid.UUID) -> list[Line]:
+    own = session.scalar(select(User.limits).where(User.id == key))
+    return lines(own, {name: used_by(session, "person", key, name) for name in LIMITS}, "person")
+
+
+def of_project(session: Session, key: uuid.UUID) -> list[Line]:
+    """Of a project that has a limit; of any other nothing."""
+    own = session.scalar(select(Project.limits).where(Project.id == key))
+    return lines(own, {name: used_by(session, "project", key, name) for name in LIMITS}, "project") if own else []
+
+
+def lines(own: Mapping[str, Any] | None, have: Mapping[Name, float], by: By) -> list[Line]:
+    most = allowed(own, by)
+    told = []
+    for name, limit in LIMITS.items():
+        value, top = have.get(name, 0.0), most.get(name)
+        share = None if top is None else min(1.0, value / top) if top else 1.0
+        told.append(Line(name, limit.title, limit.figure(value), "" if top is None else limit.figure(top), share, (own or {}).get(name)))
+    return told

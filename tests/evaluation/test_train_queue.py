@@ -1,0 +1,325 @@
+"""The queue of the train workers in a real database: what was used, what is next, and where everything stands."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import select, text, update
+
+from app import events, leases
+from app.db import transaction
+from app.evaluation import service as evaluations
+from app.evaluation import train_queue
+from app.jobs import fair_share, lifecycle, usage
+from app.jobs import service as jobs
+from app.jobs.spec_builder import estimate_of
+from app.kit import ids
+from app.machines import heartbeats
+from app.relay import take_over
+from app.spec import JobSpec
+from app.tables import Evaluation, Job, MachineUse, Outbox, Project, User
+from tests.factories import make_dataset, make_job
+from tests.jobs.test_lifecycle import FINISHED
+from tests.web.test_people import made
+
+
+@pytest.fixture
+def data(session, user, data_dir, tiny_registered):
+    return make_dataset(session, user, data_dir)
+
+
+@pytest.fixture
+def ada(session) -> User:
+    return made(session, "Ada", "member")
+
+
+@pytest.fixture
+def new_job(session, user, data, tiny_registered):
+    def make(person: User = user, seconds: float = 600.0, **values) -> Job:
+        job = make_job(session, person, tiny_registered, data)
+        estimate = estimate_of(session, JobSpec.model_validate(job.spec)) | {"seconds": seconds}
+        session.execute(update(Job).where(Job.id == job.id).values(estimate=estimate, **values))
+        session.commit()
+        return job
+
+    return make
+
+
+def used(session, person: User, hours: float, ago: float = 0.0, gpus: int = 0) -> None:
+    """So many hours of the machine, the last of them some hours ago."""
+    end = datetime.now(UTC) - timedelta(hours=ago)
+    session.add(
+        MachineUse(
+            user_id=person.id, project_id=person.id, kind="jobs", row_id=uuid.uuid4(), fence=1, gpus=gpus,
+            started_at=end - timedelta(hours=hours), ended_at=end,
+        )
+    )  # fmt: skip
+    session.commit()
+
+
+def next_key(session) -> uuid.UUID | None:
+    one = train_queue.next_one(session, set(), gpu=True)
+    return None if one is None else one.key
+
+
+def an_evaluation(session, user, data) -> Evaluation:
+    found = evaluations.create(session, user, evaluations.read_order({"model": "tiny", "dataset_id": ids.public(ids.DATASET, data.id)}))
+    session.commit()
+    return found
+
+
+# What was used --------------------------------------------------------------------------------------------------------
+
+
+def the_use(session) -> MachineUse:
+    session.expire_all()
+    return session.scalars(select(MachineUse)).one()
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped", "died", "studio"])
+def test_an_attempt_is_recorded_by_whatever_way_it_ends(session, user, new_job, end):
+    job = new_job()
+    held = lifecycle.claim(session, job.id, "w", gpus=2)
+    session.commit()
+    use = the_use(session)
+    assert (use.user_id, use.project_id, use.kind, use.row_id, use.fence, use.gpus) == (user.id, user.id, "jobs", job.id, 1, 2)
+    assert use.ended_at is None
+    lifecycle.heartbeat(session, held)
+    session.commit()
+    assert the_use(session).ended_at is None, "a heartbeat ends nothing"
+    if end == "finished":
+        lifecycle.finish(session, held, FINISHED)
+    elif end == "stopped":
+        lifecycle.stopped(session, held, 3)
+    elif end == "died":
+        lifecycle.lost(session, held, events.Failed(kind="worker_lost", message="It died."))
+    else:
+        take_over(session)
+    session.commit()
+    use = the_use(session)
+    assert use.ended_at is not None and timedelta(0) <= use.ended_at - use.started_at < timedelta(minutes=1)
+    session.refresh(job)
+    if job.status == "queued":
+        again = lifecycle.claim(session, job.id, "w")
+        session.commit()
+        assert [use.fence for use in session.scalars(select(MachineUse).order_by(MachineUse.fence))] == [1, again.fence]
+        jobs.cancel(session, user, job.id)
+
+
+def test_evaluations_are_recorded_and_what_runs_beside_training_is_not(session, user, data):
+    found = an_evaluation(session, user, data)
+    evaluations.claim(session, found.id)
+    session.commit()
+    assert the_use(session).kind == "evaluations"
+    evaluations.cancel(session, user, found.id)
+    session.commit()
+    assert the_use(session).ended_at is not None
+    other = an_evaluation(session, user, data)
+    session.execute(update(Evaluation).where(Evaluation.id == other.id).values(kind="predictions"))
+    assert evaluations.claim(session, other.id) is not None
+    session.commit()
+    assert the_use(session).row_id == found.id
+
+
+def test_recent_use_is_what_the_formula_says(session, user, ada):
+    used(session, user, 3, ago=5)
+    used(session, user, 1, ago=30, gpus=4)
+    used(session, ada, 2)
+    used(session, ada, 99, ago=24 * 20)  # long forgotten
+    session.get_one(Project, ada.id).weight = 2.0
+    session.commit()
+    clock = session.scalar(select(leases.now())).timestamp()
+    found, day, hour = usage.recent(session, clock), 86_400.0, 3600.0
+    expected = fair_share.decayed(clock - 8 * hour, clock - 5 * hour, clock, day)
+    expected += 4 * fair_share.decayed(clock - 31 * hour, clock - 30 * hour, clock, day)
+    assert found[user.id].seconds == pytest.approx(expected, rel=1e-3)
+    assert found[ada.id].seconds == pytest.approx(fair_share.decayed(clock - 2 * hour, clock, clock, day) / 2, rel=1e-3)
+    assert found[user.id].ended == pytest.approx(clock - 5 * hour, abs=60)
+
+
+# What is next ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_light_user_is_next_and_then_the_turns_change(session, user, ada, new_job):
+    heavy = [new_job(user) for _ in range(3)]
+    used(session, user, 2)
+    light = new_job(ada)
+    assert next_key(session) == light.id
+    lifecycle.claim(session, light.id, "w")
+    session.commit()
+    assert next_key(session) == heavy[0].id, "what runs is charged"
+
+
+def test_evaluations_take_part(session, user, ada, new_job, data):
+    used(session, user, 2)
+    own = an_evaluation(session, user, data)
+    light = new_job(ada)
+    assert next_key(session) == light.id, "an evaluation of who has used more waits"
+    lifecycle.claim(session, light.id, "w")
+    session.commit()
+    assert next_key(session) == own.id and train_queue.places(session)[own.id].position == 1
+
+
+def test_what_is_not_due_is_not_next(session, user, new_job, data):
+    job = new_job()
+    session.execute(update(Job).values(spec=text("jsonb_set(spec, '{dataset,path}', '\"\"')")))
+    session.commit()
+    assert next_key(session) is None
+    jobs.cancel(session, user, job.id)
+    assert next_key(session) is None and train_queue.places(session) == {}
+
+
+def test_one_that_lost_its_worker_goes_on_first_and_a_resumed_one_waits_its_turn(session, user, ada, new_job):
+    used(session, user, 5)
+    lost, other = new_job(user), new_job(ada)
+    held = lifecycle.claim(session, lost.id, "w")
+    lifecycle.stopped(session, held, 1)  # its worker leaves
+    session.commit()
+    assert next_key(session) == lost.id
+    jobs.pause(session, user, lost.id)
+    jobs.resume(session, user, lost.id)
+    session.commit()
+    assert next_key(session) == other.id
+
+
+def test_two_workers_never_take_the_same(session, user, ada, new_job):
+    """The second choice waits for the first claim, finds it gone, and takes the next one."""
+    first, second = new_job(user), new_job(ada)
+    with transaction() as one:
+        chosen = train_queue.next_one(one, set(), gpu=True)
+        assert lifecycle.claim(one, chosen.key, "w1") is not None
+        taken: list = []
+
+        def another() -> None:
+            with transaction() as two:
+                found = train_queue.next_one(two, set(), gpu=True)
+                taken.append((found.key, lifecycle.claim(two, found.key, "w2")))
+            with transaction() as two:
+                found = train_queue.next_one(two, {found.key}, gpu=True)
+                taken.append((found.key, lifecycle.claim(two, found.key, "w2")))
+
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join(0.5)
+    thread.join(20)
+    assert taken[0] == (first.id, None) and taken[1][0] == second.id and taken[1][1] is not None
+
+
+# The worker ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_job, monkeypatch):
+    """The message of the heavy user's job trains the light user's, with that one's ids; and the other way round."""
+    from worker.evaluation import train_turn
+    from worker.supervision.train_attempt import Outcome
+
+    heavy, light = new_job(user), new_job(ada)
+    used(session, user, 2)
+    session.execute(update(Outbox).where(Outbox.key == light.id).values(context={"request_id": "r-light"}))
+    session.commit()
+    seen: list[tuple[uuid.UUID, dict]] = []
+
+    def claimed(key, going_down):
+        import structlog
+
+        seen.append((key, structlog.contextvars.get_contextvars()))
+        with transaction() as own:
+            held = lifecycle.claim(own, key, "w")
+            return Outcome.GONE if held is None else Outcome.DONE
+
+    monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", claimed)
+    train_turn.take(heavy.id, {"request_id": "r-heavy"}, lambda: False)
+    train_turn.take(light.id, {"request_id": "r-light"}, lambda: False)
+    train_turn.take(light.id, None, lambda: False)  # a third message, and nothing waits
+    assert [key for key, _ in seen] == [light.id, heavy.id]
+    assert seen[0][1]["request_id"] == "r-light" and seen[0][1]["job_id"] == ids.public(ids.JOB, light.id)
+
+
+def test_while_no_gpu_is_free_what_trains_on_the_cpu_is_taken(session, user, new_job, monkeypatch):
+    from worker.evaluation import train_turn
+    from worker.supervision.train_attempt import Outcome
+
+    jobs_ = [new_job() for _ in range(3)]
+    cpu = new_job()
+    session.execute(update(Job).where(Job.id == cpu.id).values(spec=text("jsonb_set(spec, '{run,device}', '\"cpu\"')")))
+    session.commit()
+    tried = []
+
+    def attempt(key, going_down):
+        tried.append(key)
+        return Outcome.DONE if key == cpu.id else Outcome.NO_GPU
+
+    monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", attempt)
+    train_turn.take(jobs_[2].id, None, lambda: False)
+    assert tried == [jobs_[0].id, cpu.id]
+
+
+# What people see ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_queued_job_has_a_place_and_a_time(session, user, client, api, new_job):
+    running = new_job(seconds=120)
+    lifecycle.claim(session, running.id, "w")
+    first, second = new_job(seconds=600), new_job(seconds=60, priority="low")
+    session.commit()
+    asked = api.get(f"/v1/fine_tuning/jobs/{ids.public(ids.JOB, first.id)}").json()
+    assert asked["position"] == 1 and asked["expected_start"] is None, "no worker is online"
+    heartbeats.say_alive("train", 0.0)
+    listed = {one["id"]: one for one in api.get("/v1/fine_tuning/jobs").json()["data"]}
+    told = [listed[ids.public(ids.JOB, job.id)] for job in (running, first, second)]
+    assert [one["position"] for one in told] == [None, 1, 2] and told[0]["expected_start"] is None
+    now = datetime.now(UTC).timestamp()
+    assert told[1]["expected_start"] == pytest.approx(now + 120, abs=30)
+    assert told[2]["expected_start"] == pytest.approx(now + 720, abs=30)
+    assert [one["priority"] for one in told] == ["normal", "normal", "low"]
+    page = client.get(f"/jobs/{ids.public(ids.JOB, second.id)}").text
+    assert "number 2 in the queue" in page and "Its priority is low." in page
+    assert "next in the queue" in client.get(f"/jobs/{ids.public(ids.JOB, first.id)}").text
+    assert "number 2" in client.get("/jobs").text
+
+
+def test_a_high_priority_is_for_admins_unless_the_setting_says_else(session, user, ada, web, api, data, monkeypatch):
+    from app.settings import get_settings
+    from tests.web.test_projects import program
+
+    order = {"model": "tiny", "training_file": ids.public(ids.FILE, data.file_id), "priority": "high"}
+    assert api.post("/v1/fine_tuning/jobs", json=order).json()["priority"] == "high"
+    asker = program(web, session, ada)
+    upload = {"files": {"file": ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n')}, "data": {"purpose": "fine-tune"}}
+    own = order | {"training_file": asker.post("/v1/files", **upload).json()["id"]}
+    refused = asker.post("/v1/fine_tuning/jobs", json=own)
+    assert refused.status_code == 403 and refused.json()["error"]["param"] == "priority"
+    assert asker.post("/v1/fine_tuning/jobs", json=own | {"priority": "low"}).json()["priority"] == "low"
+    assert api.post("/v1/fine_tuning/jobs", json=order | {"priority": "urgent"}).status_code == 400
+    monkeypatch.setattr(get_settings(), "high_priority", "members")
+    assert asker.post("/v1/fine_tuning/jobs", json=own).json()["priority"] == "high"
+
+
+def test_the_form_orders_with_a_priority(session, client, data):
+    typed = {"model": "tiny", "dataset": ids.public(ids.DATASET, data.id), "strategy": "lora", "priority": "low"}
+    assert '<option value="low" selected>' in client.get("/jobs/new", params=typed).text
+    assert client.post("/jobs", data=typed, follow_redirects=False).status_code == 303
+    assert session.scalars(select(Job.priority)).one() == "low"
+
+
+def test_an_admin_weighs_a_project(api, session, user):
+    path = f"/v1/organization/projects/{ids.public(ids.PROJECT, user.id)}"
+    assert api.get(path).json()["weight"] == 1.0
+    assert api.post(path, json={"weight": 2.5}).json()["weight"] == 2.5 == api.get(path).json()["weight"]
+    for wrong in (0, -1, 1000, "much"):
+        assert api.post(path, json={"weight": wrong}).status_code == 400
+
+
+# A day -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_day_of_eight_people_is_fair_and_first_come_is_not(session, user):
+    """The short form of `benchmarks/fair_share.py`."""
+    from benchmarks import fair_share as benchmark
+
+    found = benchmark.measure(session, people=8, seed=2)
+    assert found["worst"] <= benchmark.GOAL, benchmark.as_text(found)
+    assert found["worst_fifo"] > benchmark.GOAL, "the goal is one that can be missed"
