@@ -6,6 +6,7 @@ its person would, of normal priority; it is short, so it seldom waits for long, 
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Hashable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
 from app.kit import once
 from app.machines import heartbeats
+from app.settings import get_settings
 from app.tables import Evaluation, Job, MachineUse, Outbox, Project
 
 UNKNOWN_SECONDS = 600.0
@@ -98,12 +100,37 @@ def message_of(session: Session, key: uuid.UUID) -> dict[str, Any] | None:
     return session.scalar(said)
 
 
+SLOW_SECONDS, SHARE = 0.3, 20
+"""Places that took longer than this to compute are shown for so many times as long."""
+
+
+class _Last(NamedTuple):
+    database: str | None
+    good_until: float
+    places: dict[uuid.UUID, Place]
+
+
+_last = _Last(None, 0.0, {})
+
+
 # What people see ------------------------------------------------------------------------------------------------------------
 
 
 def places(session: Session) -> dict[uuid.UUID, Place]:
     """The place of everything that waits, by its id."""
-    return once.of("the train queue", lambda: _places(session))
+    return once.of("the train queue", lambda: _recent_places(session))
+
+
+def _recent_places(session: Session) -> dict[uuid.UUID, Place]:
+    """Computed anew each time, unless that is slow: those of thousands of jobs are shown for a while."""
+    global _last
+    database, now = get_settings().database_url, time.monotonic()
+    if _last.database == database and now < _last.good_until:
+        return _last.places
+    found = _places(session)
+    took = time.monotonic() - now
+    _last = _Last(database, now + took * SHARE if took > SLOW_SECONDS else now, found)
+    return found
 
 
 def _places(session: Session) -> dict[uuid.UUID, Place]:

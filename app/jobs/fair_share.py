@@ -20,7 +20,7 @@ import itertools
 import math
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -110,6 +110,7 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
     for coming in lanes.values():
         coming.sort(key=Waiting.arrival, reverse=True)
 
+    present = Counter(lane[0] for lane in lanes)  # who has something to do: lanes that wait, and work that runs
     number = itertools.count()
     now, people = at.now, 1
 
@@ -117,6 +118,7 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
         used[lane[0]] += charge
         ended[lane[0]] = max(ended[lane[0]], ends)
         count.update(enumerate(lane))
+        present[lane[0]] += 1
         heapq.heappush(busy, (ends, next(number), lane))
 
     def rank(lane: tuple[Hashable, Hashable]) -> tuple[bool, float, float, str]:
@@ -128,18 +130,22 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
     for running in at.running:
         begin((running.person, running.project), max(at.now + 1, running.ends), running.seconds_left / running.weight)
     while lanes:
-        free = [lane for lane in lanes if all(count[part] < limits.get(part, math.inf) for part in enumerate(lane))]
-        if len(busy) < workers and free:
-            people = len({lane[0] for lane in lanes} | {lane[0] for _, _, lane in busy})
+        free: Collection[tuple[Hashable, Hashable]] = lanes if len(busy) < workers else ()
+        if limits and free:
+            free = [lane for lane in lanes if all(count[part] < limits.get(part, math.inf) for part in enumerate(lane))]
+        if free:
+            people = len(+present)
             chosen = min(free, key=rank)
             one = lanes[chosen].pop()
             if not lanes[chosen]:
                 del lanes[chosen]
+                present[chosen[0]] -= 1
             yield one, now
             begin(chosen, now + one.seconds, one.seconds / one.weight)
         elif busy:
             now, _, lane = heapq.heappop(busy)
             count.subtract(enumerate(lane))
+            present[lane[0]] -= 1
         else:
             return
 

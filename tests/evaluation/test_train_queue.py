@@ -281,6 +281,20 @@ def test_every_queued_job_has_a_place_and_a_time(session, user, client, api, new
     assert "number 2" in client.get("/jobs").text
 
 
+def test_places_that_are_slow_to_compute_are_shown_for_a_while(session, user, new_job, monkeypatch):
+    first = new_job()
+    assert set(train_queue.places(session)) == {first.id}
+    second = new_job()
+    assert set(train_queue.places(session)) == {first.id, second.id}, "those of a short queue are computed anew"
+    monkeypatch.setattr(train_queue, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(train_queue, "SHARE", 10_000)
+    train_queue.places(session)
+    new_job()
+    assert set(train_queue.places(session)) == {first.id, second.id}
+    monkeypatch.setattr(train_queue, "_last", train_queue._Last("another database", 1e12, {}))
+    assert len(train_queue.places(session)) == 3
+
+
 def test_a_high_priority_is_for_admins_unless_the_setting_says_else(session, user, ada, web, api, data, monkeypatch):
     from app.settings import get_settings
     from tests.web.test_projects import program
