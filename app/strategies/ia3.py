@@ -32,7 +32,7 @@ class Ia3(PeftStrategy):
     blends: ClassVar = True
     scaled: ClassVar = (".ia3_l.",)
     neutral: ClassVar = 1.0
-    default_learning_rate: ClassVar = 5e-3
+    default_learning_rate: ClassVar = 1.5e-2
     any_architecture: ClassVar = False
 
     def trainable(self, shape: Shape) -> int:

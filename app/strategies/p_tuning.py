@@ -21,7 +21,7 @@ class PTuning(SoftPrompt):
     when_to_use: ClassVar = "Where prompt tuning trains too slowly. The network is discarded afterwards; only the vectors are kept."
     paper: ClassVar = ("Liu et al. 2021, GPT Understands, Too", "https://arxiv.org/abs/2103.10385")
     place: ClassVar = 61
-    default_learning_rate: ClassVar = 1e-3
+    default_learning_rate: ClassVar = 2e-2
 
     width: int = Field(128, ge=1, le=8192, description="Hidden size of the encoder network.")
 

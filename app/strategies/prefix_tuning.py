@@ -26,7 +26,7 @@ class PrefixTuning(SoftPrompt):
     paper: ClassVar = ("Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation", "https://arxiv.org/abs/2101.00190")
     place: ClassVar = 21
     suits: ClassVar = ("close data",)
-    default_learning_rate: ClassVar = 1e-2
+    default_learning_rate: ClassVar = 3e-2
     any_architecture: ClassVar = False
 
     def trainable(self, shape: Shape) -> int:

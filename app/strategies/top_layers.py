@@ -32,7 +32,7 @@ class TopLayers(Selected):
     )
     place: ClassVar = 30
     suits: ClassVar = ("far data",)
-    default_learning_rate: ClassVar = 1e-4
+    default_learning_rate: ClassVar = 3e-4
     preference_share: ClassVar = 1 / 30
 
     layers: int = Field(
