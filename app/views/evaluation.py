@@ -67,7 +67,16 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         "worst": result.get("worst") or [],
         "best": result.get("best") or [],
         "seconds": result.get("seconds"),
+        "graders": [_grader(one) for one in result.get("graders") or []],
+        "graded": result.get("graded") or [],
     }
+
+
+def _grader(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A grader's line: better or worse is said only where the interval of the difference excludes zero."""
+    low_high = one.get("difference")
+    clear = bool(low_high) and not low_high[0] <= 0 <= low_high[1]
+    return {**one, "better": low_high[0] > 0 if clear and low_high else None}
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, func, select, text, update
 from sqlalchemy.orm import Session
 
-from app import migrate
+from app import graders, migrate, saved_graders
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
@@ -201,6 +201,7 @@ def fill(session: Session, user: User) -> None:
     projects.share(session, user, session.get_one(Project, user.id))
     two_step.begin(session, user)
     oidc.connect(session, user, oidc.Claims("https://id.example", "1", "Ada", ""))
+    saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
     session.add(AuditLog(type="job.cancelled", actor="console"))
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
@@ -221,13 +222,14 @@ NEW = {
     "two_step": "0017",
     "audit_logs": "0021",
     "identities": "0023",
+    "graders": "0024",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
 @pytest.mark.parametrize(
-    "revision", ["0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"]
+    "revision", ["0024", "0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"]
 )
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)
