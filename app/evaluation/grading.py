@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -80,7 +80,8 @@ def measure(
     `going` is told the share that is done about five times a second; None as soon as it says no.
     """
     tasks = [(grader, row, side) for grader in given for row in rows for side in SIDES if row.get(side) is not None]
-    asked, found, waiting = PatientJudges(answer), {}, {}
+    asked, found = PatientJudges(answer), dict[int, Graded]()
+    waiting = dict[Future[Graded], int]()
     rest = iter(range(len(tasks)))
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grading") as pool:
         while len(found) < len(tasks):
@@ -136,9 +137,8 @@ def _row(given: Sequence[Grader], row: JSON, found: Found) -> JSON:
     scores = {}
     for grader in given:
         sides = {side: found.get((grader.name, row["line"], side)) for side in SIDES}
-        scores[grader.name] = {side: one.score if one else None for side, one in sides.items()} | {
-            "error": next((one.why for one in sides.values() if one and one.error), None)
-        }
+        error = next((one.why for one in sides.values() if one and one.error), None)
+        scores[grader.name] = {**{side: one.score if one else None for side, one in sides.items()}, "error": error}
     item = row["item"]
     return {
         "line": row["line"],

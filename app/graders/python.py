@@ -79,8 +79,8 @@ def _needs(source: str) -> Iterator[tuple[str, str]]:
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    for node in ast.walk(tree):
-        for code, what in _of(node, stored):
+    for any_node in ast.walk(tree):
+        for code, what in _of(any_node, stored):
             if code not in seen:
                 seen.add(code)
                 yield code, what

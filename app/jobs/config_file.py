@@ -10,7 +10,7 @@ import json
 import pprint
 import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -44,6 +44,7 @@ KEYS = frozenset(
         "strategy",
         "run",
         "preference",
+        "graders",
         "seed",
         "task",
     }
@@ -74,6 +75,8 @@ def as_file(spec: JobSpec) -> str:
     ]
     if spec.preference is not None:
         parts.append("preference:\n" + _settings(spec.preference))
+    if spec.graders:
+        parts.append(_yaml({"graders": list(spec.graders)}))
     return "# Run this job again: luthier train job.yaml\n" + "".join(parts)
 
 
@@ -130,6 +133,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
         "strategy": str(order.strategy.get("name", "lora")),
         **({"preset": order.preset} if order.preset else {}),
         **({"name": order.name} if order.name else {}),
+        **_graders(order.graders or []),
         **{
             f"{part}.{name}": as_text(value)
             for part, values in settings.items()
@@ -137,6 +141,13 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
             if value is not None and (part, name) != ("strategy", "name")
         },
     }
+
+
+def _graders(given: Sequence[str | dict[str, Any]]) -> dict[str, str]:
+    """The inputs of graders: one for each saved one, and one for all that are written out."""
+    written = [one for one in given if isinstance(one, dict)]
+    saved = {f"grader.{one}": "on" for one in given if isinstance(one, str)}
+    return saved | ({"graders": json.dumps(written, ensure_ascii=False)} if written else {})
 
 
 def _dataset(session: Session, user: User, dataset_id: Any, file: str | None) -> Dataset | None:
@@ -166,6 +177,7 @@ def typed_from(job: Job) -> dict[str, str]:
         **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
         "strategy": spec["strategy"]["name"],
         "name": job.name,
+        **_graders(spec.get("graders") or []),
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
         **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
@@ -200,6 +212,7 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
         "run": order.run,
         "preference": order.preference,
         "split": split,
+        "graders": order.graders,
         "name": order.name,
     }
     return {key: value for key, value in body.items() if value not in (None, {})}
@@ -210,7 +223,7 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     with the key of an account in `LUTHIER_API_KEY`."""
     ours = {
         key: body[key]
-        for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "name")
+        for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "graders", "name")
         if key in body
     }
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]

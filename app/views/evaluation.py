@@ -74,9 +74,8 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
 
 def _grader(one: Mapping[str, Any]) -> dict[str, Any]:
     """A grader's line: better or worse is said only where the interval of the difference excludes zero."""
-    low_high = one.get("difference")
-    clear = bool(low_high) and not low_high[0] <= 0 <= low_high[1]
-    return {**one, "better": low_high[0] > 0 if clear and low_high else None}
+    low, high = one.get("difference") or (0.0, 0.0)
+    return {**one, "better": None if low <= 0 <= high else low > 0}
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:

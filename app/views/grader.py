@@ -33,7 +33,8 @@ def controls(cls: type[Grader], typed: Mapping[str, str], fault: StudioError | N
     words = (fault.param or "").split(".") if fault else []
     at = words[1] if len(words) > 1 and words[0] == PREFIX else ""
     errors = {name: f"{fault.message} {fault.hint}" for name, info in cls.model_fields.items() if fault and at == (info.alias or name)}
-    found = [one for one in forms.controls(cls, PREFIX, typed=typed, errors=errors) if one.name != "type"]
+    hidden = {"type"} if typed.get("image_tag") else {"type", "image_tag"}  # kept where a grader came with it
+    found = [one for one in forms.controls(cls, PREFIX, typed=typed, errors=errors) if one.name not in hidden]
     return [_as_area(one, cls.model_fields[one.name]) for one in found]
 
 

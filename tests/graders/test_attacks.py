@@ -1,6 +1,8 @@
 """What somebody might try with a grader: each ends within seconds, as an error, and leaves nothing behind."""
 
 import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from app import graders
 from app.errors import BadField
 from app.graders import Sample
+from app.kit.confinement import Confinement, confined
+from app.settings import PROJECT
 
 SECONDS = 4.0
 """Of one attack: the limit of the code, the grace of its process, and a slow machine."""
@@ -242,3 +246,20 @@ def test_the_similarities_end_on_the_longest_texts():
         assert graders.grade(grader, Sample(one), {"r": other}).error is None
         assert time.monotonic() - began < 2 * SECONDS, metric
         assert graders.grade(grader, Sample(one * 2), {"r": other}).error[0] == "truncated_observation_error"
+
+
+BEHIND_WALLS = """
+from app import graders
+from app.graders import Sample
+grader = graders.read({"type": "python", "name": "g", "source": "def grade(sample, item):\\n    return 0.5"})
+print(graders.grade(grader, Sample("x"), {}).reward)
+"""
+
+
+def test_code_runs_behind_the_walls_of_a_trainer(data_dir):
+    room = Confinement(write=[data_dir], sockets="none", memory_bytes=8 << 30)
+    command = confined([sys.executable, "-c", BEHIND_WALLS], room)
+    done = subprocess.run(
+        command, cwd=PROJECT, env={"PATH": "/usr/bin:/bin", "HOME": str(data_dir)}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "0.5", done.stderr
