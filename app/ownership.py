@@ -23,12 +23,15 @@ from app.tables import (
     ProjectMember,
     Prompt,
     PromptRun,
+    SavedGrader,
     Upload,
     User,
     Vote,
 )
 
-T = TypeVar("T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | Vote | Exchange | Upload)
+T = TypeVar(
+    "T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | SavedGrader | Vote | Exchange | Upload
+)
 
 
 class _Shown(NamedTuple):
@@ -49,6 +52,7 @@ _SHOWN: dict[type[Any], _Shown] = {
     Export: _Shown("export", ids.EXPORT, "export_id"),
     Prompt: _Shown("prompt", ids.PROMPT, "prompt_id"),
     PromptRun: _Shown("run", ids.RUN, "run_id"),
+    SavedGrader: _Shown("grader", ids.GRADER, "grader_id"),
     Vote: _Shown("vote", ids.VOTE, "vote_id"),
     Exchange: _Shown("conversation", None, None, "The playground's history lists those that are stored."),
     Upload: _Shown("upload", None, None, "Begin again."),

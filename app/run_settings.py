@@ -270,13 +270,22 @@ class RunSettings(BaseModel):
         json_schema_extra={"group": "Evaluation"},
         exclude_if=unset,
     )
-    metric_for_best: Literal["loss", "accuracy"] = Field(
+    metric_for_best: Literal["loss", "accuracy", "grader"] = Field(
         "loss",
         title="Metric for best",
-        description="What the best checkpoint and early stopping go by: validation loss, or the share of held-out tokens, texts or pairs "
-        "that the model gets right.",
+        description="What the best checkpoint and early stopping go by: validation loss, the share of held-out tokens, texts or pairs "
+        "that the model gets right, or the first of the job's graders: then a checkpoint is better only where the 95% interval of its "
+        "difference over the same rows is above zero.",
         json_schema_extra={"group": "Evaluation"},
         exclude_if=lambda metric: metric == "loss",
+    )
+    graded_rows: int = Field(
+        32,
+        ge=5,
+        le=2000,
+        description="Validation rows that are answered and graded at each evaluation, where the job has graders.",
+        json_schema_extra={"group": "Evaluation", "unit": "rows"},
+        exclude_if=lambda rows: rows == 32,
     )
     load_best: bool = Field(
         True,

@@ -86,6 +86,7 @@ class JobSpec(_Frozen):
     run: RunSettings
     strategy: AnyStrategy
     preference: SETTINGS | None = Field(None, exclude_if=lambda settings: settings is None)
+    graders: tuple[dict[str, Any], ...] = Field((), exclude_if=lambda graders: not graders)  # as app.graders.to_json writes them
 
     @model_validator(mode="before")
     @classmethod

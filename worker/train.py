@@ -33,6 +33,7 @@ from worker.training import backends, checkpoint, final_evaluation, neftune, opt
 from worker.training.backends._base import StepBackend
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
+from worker.training.graded import clearly_better
 from worker.training.objectives import objective_of
 from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
 from worker.training.schedule import Schedule, course_of, seconds_expected
@@ -244,7 +245,7 @@ def _log(level: str, message: str) -> events.Log:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated | events.Sampled]:
+def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated | events.Sampled | events.Log]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     state.evaluated_at = state.step
@@ -255,6 +256,8 @@ def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
         yield events.Evaluated(step=state.step, loss=scored.metrics["loss"], metrics=rest, best=best, seconds=seconds)
+        if scored.faults:
+            yield _log("warn", f"{len(scored.faults)} answers at step {state.step} have no grade. {scored.faults[0]}")
     samples = lesson.samples(job.model, state, job.engine)
     if samples:
         yield events.Sampled(step=state.step, samples=samples)
@@ -263,18 +266,25 @@ def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated
 def _remember(job: TrainState, scored: EvalResult) -> bool:
     state, loss = job.state, scored.metrics["loss"]
     metric = job.spec.run.metric_for_best
-    value = loss if metric == "loss" else -scored.metrics[job.lesson.accuracy]
+    value = loss if metric == "loss" else -(_mean(scored.graded) if metric == "grader" else scored.metrics[job.lesson.accuracy])
     state.curve = [*state.curve, (state.step, loss)]
     state.last, state.last_rows = scored.metrics, scored.rows
     if state.step == 0:
         state.before, state.base_rows = scored.metrics, scored.rows
         return False
-    if state.best_loss is not None and not value < state.best_loss:
+    better = clearly_better(state.best_graded, scored.graded) if metric == "grader" else state.best_loss is None or value < state.best_loss
+    if state.best_loss is not None and not better:
         state.without_better += 1
         return False
     state.best, state.best_rows, state.best_loss, state.best_step, state.without_better = scored.metrics, scored.rows, value, state.step, 0
+    state.best_graded = scored.graded
     state.best_path = relative(job.attempt / f"checkpoint-{state.step}")
     return True
+
+
+def _mean(scores: list[float | None]) -> float:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def save(job: TrainState) -> events.Saved:

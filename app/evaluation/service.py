@@ -26,6 +26,8 @@ from app import leases, limits, objectives, ownership, queue
 from app.datasets import service as datasets
 from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
+from app.evaluation import grading
+from app.inference.judges import Judge
 from app.jobs import usage
 from app.jobs.request import bad_field
 from app.kit import ids
@@ -64,9 +66,12 @@ class EvaluationRequest(BaseModel):
     )
     validation_fraction: float | None = Field(None, gt=0, lt=1, description="Validation fraction; empty takes that of the model's job.")
     max_length: int = Field(1024, ge=8, le=131_072, description="Longer examples are truncated to this many tokens.")
-    answers: int = Field(8, ge=0, le=64, description="Rows that are answered in full and compared with their references.")
+    answers: int = Field(
+        8, ge=0, le=2000, description="Rows that are answered in full and compared with their references; 100 where graders are named."
+    )
     answer_tokens: int = Field(64, ge=1, le=1024, description="Max new tokens of such an answer.")
     forgetting: bool = Field(True, description="Score general texts too, to see what a fine-tuned model forgot.")
+    graders: list[str | dict[str, Any]] = Field([], description="Graders of the answers: ids of saved graders, or graders as they are.")
     seed: int | None = Field(
         None, ge=0, le=2**31 - 1, description="Random seed of the split and the draw; empty takes that of the model's job."
     )
@@ -93,6 +98,8 @@ class EvaluationSpec(BaseModel):
     forgetting: bool = True
     seed: int = 42
     note: str = ""
+    graders: tuple[dict[str, Any], ...] = ()
+    judges: tuple[Judge, ...] = ()  # the models that they ask
     column: str | None = None  # of predictions
     system: str = ""
 
@@ -115,6 +122,9 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     resolved = models.resolve(session, user, order.model)
     dataset = find_dataset(session, user, order.dataset_id, order.file)
     spec = _spec(session, order, resolved, dataset)
+    if order.graders:
+        asked = order.answers if "answers" in order.model_fields_set else None
+        spec = spec.model_copy(update=grading.ordered(session, user, order.graders, spec.kind, spec.task, spec.rows, asked))
     frozen = spec.model_dump(mode="json")
     same = mine(user).where(Evaluation.status.in_(OPEN), Evaluation.spec == frozen)
     if (earlier := session.scalar(same.limit(1))) is not None:
@@ -354,6 +364,7 @@ class Claim:
     fence: int
     deaths: int
     spec: EvaluationSpec
+    owner: uuid.UUID
 
 
 def _died(session: Session, evaluation: Evaluation, how: str) -> None:
@@ -389,7 +400,7 @@ def claim(session: Session, evaluation_id: uuid.UUID, gpus: int = 0) -> Claim | 
     if found is None:
         return None
     usage.hold_gpus(session, found.id, found.fence, gpus)
-    return Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec))
+    return Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec), found.owner_id)
 
 
 def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:

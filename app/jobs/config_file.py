@@ -10,7 +10,7 @@ import json
 import pprint
 import shlex
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -44,6 +44,7 @@ KEYS = frozenset(
         "strategy",
         "run",
         "preference",
+        "graders",
         "seed",
         "task",
         "priority",
@@ -75,6 +76,8 @@ def as_file(spec: JobSpec) -> str:
     ]
     if spec.preference is not None:
         parts.append("preference:\n" + _settings(spec.preference))
+    if spec.graders:
+        parts.append(_yaml({"graders": list(spec.graders)}))
     return "# Run this job again: luthier train job.yaml\n" + "".join(parts)
 
 
@@ -132,6 +135,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
         **({"preset": order.preset} if order.preset else {}),
         **({"name": order.name} if order.name else {}),
         **({"priority": order.priority} if order.priority else {}),
+        **_graders(order.graders or []),
         **{
             f"{part}.{name}": as_text(value)
             for part, values in settings.items()
@@ -139,6 +143,13 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
             if value is not None and (part, name) != ("strategy", "name")
         },
     }
+
+
+def _graders(given: Sequence[str | dict[str, Any]]) -> dict[str, str]:
+    """The inputs of graders: one for each saved one, and one for all that are written out."""
+    written = [one for one in given if isinstance(one, dict)]
+    saved = {f"grader.{one}": "on" for one in given if isinstance(one, str)}
+    return saved | ({"graders": json.dumps(written, ensure_ascii=False)} if written else {})
 
 
 def _dataset(session: Session, user: User, dataset_id: Any, file: str | None) -> Dataset | None:
@@ -169,6 +180,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "strategy": spec["strategy"]["name"],
         "name": job.name,
         **({"priority": job.priority} if job.priority != "normal" else {}),
+        **_graders(spec.get("graders") or []),
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
         **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
@@ -203,6 +215,7 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
         "run": order.run,
         "preference": order.preference,
         "split": split,
+        "graders": order.graders,
         "name": order.name,
         "priority": order.priority,
     }
@@ -214,7 +227,18 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     with the key of an account in `LUTHIER_API_KEY`."""
     ours = {
         key: body[key]
-        for key in ("dataset_id", "validation_dataset_id", "preset", "strategy", "run", "preference", "split", "name", "priority")
+        for key in (
+            "dataset_id",
+            "validation_dataset_id",
+            "preset",
+            "strategy",
+            "run",
+            "preference",
+            "split",
+            "graders",
+            "name",
+            "priority",
+        )
         if key in body
     }
     arguments = [f"    {key}={body[key]!r}," for key in ("model", "training_file") if key in body]

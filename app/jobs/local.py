@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app import events
+from app import events, graders
 from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
 from app.jobs import request as job_request
@@ -32,7 +32,9 @@ from app.settings import get_settings
 from app.shapes import Shape, shape_of
 from app.spec import DatasetRef, JobSpec, Kind, ModelRef
 
-KNOWN = frozenset({"model", "training_file", "validation_file", "task", "strategy", "run", "preference", "split", "name", "seed"})
+KNOWN = frozenset(
+    {"model", "training_file", "validation_file", "task", "strategy", "run", "preference", "split", "graders", "name", "seed"}
+)
 
 
 def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
@@ -67,6 +69,10 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         raise BadField(reason, hint="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
     rest = {name: order[name] for name in ("split", "preference") if order.get(name)}
+    if task in OBJECTIVES:
+        graded = spec_builder.trainable_graders([graders.read(one) for one in order.get("graders") or []], task)
+        spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None)
+        rest["graders"] = graded
     if task in OBJECTIVES and OBJECTIVES[task].settings:
         rest.setdefault("preference", {})
     try:

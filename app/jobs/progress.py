@@ -116,7 +116,10 @@ class Progress:
 
     @property
     def best_evaluation(self) -> Evaluated | None:
-        """The evaluation with the lowest validation loss; NaN is never the best."""
+        """The evaluation that the trainer called the best last; of older events the one with the lowest validation loss, where NaN is
+        never the best."""
+        if chosen := [e for e in self.evaluations if e.best]:
+            return chosen[-1]
         real = [e for e in self.evaluations if e.loss == e.loss]
         return min(real, key=lambda e: e.loss, default=None)
 
@@ -340,7 +343,7 @@ def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "war
         case Failed():
             return "error", f"{event.message} {event.hint}".strip()
         case Finished():
-            early = " Validation loss had stopped improving." if event.reason == "early_stopped" else ""
+            early = " The validation score had stopped improving." if event.reason == "early_stopped" else ""
             return "info", f"Succeeded at step {event.step}.{early}"
         case _:
             return None

@@ -83,6 +83,9 @@ class JobRequest(BaseModel):
     run: dict[str, Any] = Field(default_factory=dict)
     strategy: dict[str, Any] = Field(default_factory=lambda: {"name": UNNAMED})
     preference: dict[str, Any] | None = None
+    graders: list[str | dict[str, Any]] | None = Field(
+        None, description="Graders of validation answers at each evaluation: ids of saved graders, or graders as they are."
+    )
     name: Annotated[str, StringConstraints(max_length=200)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

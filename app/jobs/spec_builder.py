@@ -7,13 +7,15 @@ setting out of range, a strategy the model cannot run.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 
-from app import objectives
+from app import graders, objectives, saved_graders
 from app.errors import BadField, StudioError
+from app.graders import Grader
 from app.jobs.defaults import mean_tokens, usual_run
 from app.jobs.request import JobRequest, bad_field, read_strategy
 from app.kit import ids
@@ -35,6 +37,7 @@ class OrderContext(NamedTuple):
     dataset: Dataset
     validation: Dataset | None
     task: Task
+    graders: tuple[JSON, ...] = ()
 
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
@@ -71,14 +74,14 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
             _check_dataset(named, task, where)
     feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     feasibility.refuse_labels(task, dataset, validation, param, validation_param)
-    return OrderContext(resolved.ref, dataset, validation, task)
+    return OrderContext(resolved.ref, dataset, validation, task, _graders(session, user, order, task))
 
 
 def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
-    model, dataset, validation, task = found
+    model, dataset, validation, task, graded = found
     strategy = read_strategy(order.strategy)
     feasibility.refuse_modules(strategy, model.shape, task)
     run = _run_settings(order, strategy, dataset, task)
@@ -89,6 +92,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
+    check_graded(run, graded, validated_elsewhere=validation is not None)
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_template(run, task, model.kind, dataset.format)
     feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())
@@ -102,7 +106,36 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         run=run,
         strategy=strategy,
         preference=_objective_settings(order, task, dataset),
+        graders=graded,
     )
+
+
+def _graders(session: Session, user: User, order: JobRequest, task: Task) -> tuple[JSON, ...]:
+    """The graders of a request. Raises NotFound, and BadField for what a trainer cannot grade."""
+    return trainable_graders(saved_graders.named(session, user, order.graders or []), task)
+
+
+def trainable_graders(found: Sequence[Grader], task: Task) -> tuple[JSON, ...]:
+    """Graders as a spec has them. Raises BadField for what a trainer cannot grade."""
+    if found and not OBJECTIVES[task].graded:
+        raise BadField(f"Graders score written answers; a job for {task} writes none.", hint="Remove graders.", param="graders")
+    if asking := next((one for one in found if any(True for _ in one.models())), None):
+        raise BadField(
+            f"The grader {asking.name} asks a model, which a trainer cannot do.",
+            hint="Use it in an evaluation of the result, and a grader without a model here.",
+            param="graders",
+        )
+    return tuple(map(graders.to_json, found))
+
+
+def check_graded(run: RunSettings, graded: tuple[JSON, ...], *, validated_elsewhere: bool) -> None:
+    """Raises BadField for settings and graders that need each other."""
+    if run.graded_rows != RunSettings.model_fields["graded_rows"].default and not graded:
+        raise BadField("graded_rows means nothing without graders.", hint="Omit it, or send graders.", param="run.graded_rows")
+    if run.metric_for_best == "grader" and not graded:
+        raise BadField("No grader was named to choose the best checkpoint by.", hint="Send graders.", param="run.metric_for_best")
+    if graded and not validated_elsewhere and run.validation_fraction == 0:
+        raise BadField("Graders need validation rows, and none are held out.", hint="Set validation_fraction.", param="graders")
 
 
 def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto") -> str | None:

@@ -9,7 +9,7 @@ from app.errors import NotFound
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
-PREDICTION, RUN, EXPORT = "pred", "run", "export"
+PREDICTION, RUN, EXPORT, GRADER = "pred", "run", "export", "grader"
 USER, INVITATION, PROJECT = "user", "invite", "proj"
 
 _NAMES = {
@@ -22,6 +22,7 @@ _NAMES = {
     EVALUATION: "evaluation",
     PREDICTION: "prediction",
     EXPORT: "export",
+    GRADER: "grader",
     USER: "person",
     INVITATION: "invitation",
     PROJECT: "project",
@@ -51,6 +52,7 @@ def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
 parse_job = partial(parse, JOB, param="fine_tuning_job_id")
 parse_comparison = partial(parse, COMPARISON, param="comparison_id")
 parse_evaluation = partial(parse, EVALUATION, param="evaluation_id")
+parse_grader = partial(parse, GRADER, param="grader_id")
 parse_export = partial(parse, EXPORT, param="export_id")
 parse_prediction = partial(parse, PREDICTION, param="prediction_id")
 parse_prompt = partial(parse, PROMPT, param="prompt_id")

@@ -47,4 +47,5 @@ class Objective:
     base_title: ClassVar[str] = "Base"  # what a finished job is compared with
     evaluation_base_title: ClassVar[str] = "Base"  # the same for an evaluation
     unfair: ClassVar[tuple[str, ...]] = ()  # metrics that cannot be better than that base's
+    graded: ClassVar[bool] = False  # the model writes answers, which graders score at each evaluation
     few_shot: ClassVar[bool] = False  # at the end the base answers validation rows with few-shot examples

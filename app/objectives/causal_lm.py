@@ -18,4 +18,5 @@ class CausalLM(Objective):
     fp8: ClassVar = True
     uniform: ClassVar = True
     larger_on_gpu: ClassVar = True
+    graded: ClassVar = True
     few_shot: ClassVar = True

@@ -263,7 +263,10 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     if OBJECTIVES[spec.task].reads_base:
         scored += (course.train + course.held_out) * forward
     # Generation is bound by reading the weights, about ten times slower per token than training.
-    written = 0 if classes else run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
+    graded = run.graded_rows * run.sample_tokens * (judged + 1) if spec.graders else 0
+    written = (
+        0 if classes else graded + run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
+    )
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
 

@@ -35,7 +35,7 @@ MIN_FP8_CAPABILITY = 8.9
 
 GRADIENT_ONLY = (
     "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha",
-    "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best",
+    "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best", "graded_rows",
 )  # fmt: skip
 """Settings without effect where frozen features are computed once and a classifier is fitted to them."""
 STEPS_ONLY = ("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "num_cycles", "decay_fraction", "min_lr_fraction")

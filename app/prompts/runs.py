@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats, leases, objectives, ownership, queue
+from app import formats, graders, leases, objectives, ownership, queue, saved_graders
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, problem_json
-from app.inference import playground
+from app.inference import judges, playground
+from app.inference.judges import Judge
 from app.inference.protocol import ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
@@ -61,6 +62,8 @@ class RunSpec(BaseModel):
     split_seed: int
     split: Split | None = None
     learnt: tuple[TrainedRows, ...] = ()
+    grader: dict[str, Any] | None = None  # where the metric is a grader
+    judges: tuple[Judge, ...] = ()
     trial: bool = False  # a trial of the form, which is in no list
 
 
@@ -109,9 +112,10 @@ def create(
             hint="Run on the validation set, or use fixed rows as examples.",
             param="part",
         )
+    graded = saved_graders.named(session, user, [body.grader], "grader") if body.grader else []
     spec = RunSpec(
         owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=entry.name, part=order.part,
-        rows=order.rows, trial=trial, **held,
+        rows=order.rows, grader=graders.to_json(graded[0]) if graded else None, judges=judges.resolve(session, user, graded), trial=trial, **held,
     )  # fmt: skip
     run = PromptRun(
         id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, version_id=version.id, model_id=who.resolved.model.id, dataset_id=dataset.id,

@@ -22,6 +22,7 @@ from app import formats, ownership
 from app.errors import BadField, NotFound
 from app.jobs.request import bad_field
 from app.kit import ids
+from app.kit.answers import NUMBER, label_in, number_in, plain
 from app.kit.json_safe import storable
 from app.ownership import owned
 from app.tables import JSON, Prompt, PromptVersion, User
@@ -29,11 +30,10 @@ from app.tables import JSON, Prompt, PromptVersion, User
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z_]\w{0,63})\s*\}\}")
 OF_ROW = ("input", "examples", "instruction", "labels")
 OF_EXAMPLE = ("input", "output", "answer", "instruction", "labels")
-NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 Text = Annotated[str, StringConstraints(max_length=20_000)]
 Rule = Literal["all", "first_line", "last_line", "after", "last_number"]
-Score = Literal["exact", "numeric", "contains", "rouge_l", "label"]
+Score = Literal["exact", "numeric", "contains", "rouge_l", "label", "grader"]
 BUILDERS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "chain_of_thought": "chain-of-thought"}
 _RULES = {
     "all": "whole text",
@@ -42,7 +42,14 @@ _RULES = {
     "after": "after the marker",
     "last_number": "last number",
 }
-SCORES = {"exact": "exact match", "numeric": "same number", "contains": "contains", "rouge_l": "ROUGE-L", "label": "label"}
+SCORES = {
+    "exact": "exact match",
+    "numeric": "same number",
+    "contains": "contains",
+    "rouge_l": "ROUGE-L",
+    "label": "label",
+    "grader": "saved grader",
+}
 
 
 class PromptBody(BaseModel):
@@ -93,6 +100,7 @@ class PromptBody(BaseModel):
         description="How the parsed answer is compared with the reference.",
         json_schema_extra={"words": {**SCORES}},
     )
+    grader: str = Field("", max_length=60, description="Id of a saved grader, where that is the metric.")
     samples: int = Field(1, ge=1, le=16, description="Answers per question; the most frequent one counts (self-consistency).")
     temperature: float = Field(0.0, ge=0, le=2, description="0 = deterministic. Several samples need more than 0.")
     max_tokens: int = Field(64, ge=1, le=4096, description="Longest answer.", json_schema_extra={"unit": "tokens"})
@@ -112,6 +120,8 @@ class PromptBody(BaseModel):
             raise ValueError("a few-shot prompt needs at least one example")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples at temperature 0 would all be the same; raise the temperature")
+        if (self.score == "grader") != bool(self.grader):
+            raise ValueError("the metric “saved grader” and a grader belong together; choose both or neither")
         if self.choose == "chosen" and self.shots and not self.lines:
             raise ValueError("fixed examples need their row numbers")
         return self
@@ -195,22 +205,6 @@ def take(text: str, rule: Rule, marker: str) -> str:
     return lines[-1]
 
 
-def number_in(text: str) -> float | None:
-    """The last number of a text; thousands separators and a currency sign are ignored."""
-    found = NUMBER.findall(text)
-    if not found:
-        return None
-    try:
-        return float(found[-1].replace(",", "").replace("$", ""))
-    except ValueError:
-        return None
-
-
-def plain(text: str) -> str:
-    """Normalized for comparison: case, spaces and a final period do not make an answer wrong."""
-    return " ".join(text.casefold().split()).strip(" .!\"'")
-
-
 def majority(answers: Sequence[str], score: Score) -> str:
     """The most frequent answer of several samples (self-consistency, Wang et al. 2023, https://arxiv.org/abs/2203.11171); the
     first of equally frequent ones."""
@@ -225,7 +219,7 @@ def majority(answers: Sequence[str], score: Score) -> str:
 
 
 def right(answer: str, expected: str, score: Score, labels: Sequence[str] = ()) -> float:
-    """1 or 0 by every rule except `rouge_l`, which is computed where the rows are run."""
+    """1 or 0 by every rule except `rouge_l` and `grader`, which are computed where the rows are run."""
     if score == "numeric":
         said, wanted = number_in(answer), number_in(expected)
         return float(said is not None and wanted is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
@@ -234,13 +228,6 @@ def right(answer: str, expected: str, score: Score, labels: Sequence[str] = ()) 
     if score == "label":
         return float(plain(label_in(answer, labels)) == plain(expected))
     return float(plain(answer) == plain(expected))
-
-
-def label_in(answer: str, labels: Sequence[str]) -> str:
-    """The label that an answer names first; the longer of two at one position. The answer itself when it names none."""
-    text = plain(answer)
-    found = [(m.start(), -len(label), label) for label in labels if (m := re.search(rf"(?<!\w){re.escape(plain(label))}(?!\w)", text))]
-    return min(found)[2] if found else answer
 
 
 # Storing -------------------------------------------------------------------------------------------------------------

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Form, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from app import objectives, schemas
+from app import objectives, saved_graders, schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
 from app.evaluation import service as evaluations
+from app.graders import GRADERS
 from app.kit import forms, ids
 from app.models import first_model, interpolation
 from app.models import service as models
@@ -93,7 +95,13 @@ def list_page(
 
 
 def _list_page(
-    request: Request, session: Db, user: CurrentUser, typed: dict[str, str], shown: int = SHOWN, fault: StudioError | None = None
+    request: Request,
+    session: Db,
+    user: CurrentUser,
+    typed: dict[str, str],
+    shown: int = SHOWN,
+    fault: StudioError | None = None,
+    graders: Sequence[str] = (),
 ) -> Response:
     found = evaluations.list_(session, user, limit=shown + 1)
     usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere and m.kind != "encoder"]
@@ -120,6 +128,8 @@ def _list_page(
         fault=fault,
         errors=dict.fromkeys(FIELDS.values()) | ({FIELDS[param]: f"{fault.message} {fault.hint}"} if fault and param in FIELDS else {}),
         ids=ids,
+        graders=[(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)],
+        chosen=graders,
         offer=None if usable else first_model.offer(session, user),
     )
 
@@ -134,17 +144,19 @@ def order(
     kind: Annotated[str, Form()] = "scores",
     rows: Annotated[str, Form()] = "",
     part: Annotated[str, Form()] = "",
+    graders: Annotated[list[str] | None, Form(alias="grader")] = None,
     then: Annotated[str, Form(alias="next")] = "",
 ) -> Response:
     """Start an evaluation, then redirect to its page, or back to the page that sent the form."""
-    body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None}
+    body = {"model": model, "dataset_id": dataset, "kind": kind, "rows": _number(rows), "part": part or None, "graders": graders}
     try:
         with session.begin_nested():
             made = evaluations.create(session, user, evaluations.read_order(body))
     except StudioError as fault:
         if then:
             raise
-        return _list_page(request, session, user, {"model": model, "dataset": dataset, "rows": rows, "part": part}, fault=fault)
+        typed = {"model": model, "dataset": dataset, "rows": rows, "part": part}
+        return _list_page(request, session, user, typed, fault=fault, graders=graders or [])
     return RedirectResponse(_local(then) or url(made), status_code=303)
 
 
@@ -175,6 +187,7 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
         model_url=f"/models/{ids.public(ids.MODEL, found.model_id)}",
         dataset_url=f"/datasets/{ids.public(ids.DATASET, found.dataset_id)}",
         view=evaluation_view.view(found) if scored else None,
+        grader_titles={name: cls.title for name, cls in GRADERS.items()},
         classes=score_view.view({"tuned": scored.get("scores")}, found.spec["task"]) if scored else None,
         forgot=score_view.forgot(scored.get("forgetting")) if scored else None,
         curve=interpolation.curve(found.result) if found.kind == "blend" else None,

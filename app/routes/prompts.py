@@ -9,7 +9,7 @@ from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import objectives, schemas
+from app import objectives, saved_graders, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
@@ -209,6 +209,7 @@ def _form(
     return {
         "controls": {c.name: c for c in controls}, "name": data.get("name", ""), "prompt": prompt, "error": None, "public": ids.public,
         "versions": prompts.versions(session, prompt) if prompt else [], "presets": prompts.BUILDERS, "choices": choices,
+        "graders": [(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)],
         "datasets": prompt_lab.usable(session, user), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
         "try_rows": prompt_lab.TRY_ROWS, "preview": prompt_lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
     }  # fmt: skip

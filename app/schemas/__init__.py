@@ -42,6 +42,7 @@ from app.schemas.fine_tuning import (
     JobEstimate,
     StreamedJobEvent,
 )
+from app.schemas.graders import ChangeGrader, CreateGrader, GraderRun, RunGrader, SavedGrader, ValidateGrader, ValidGrader
 from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
@@ -53,6 +54,7 @@ from app.schemas.votes import Vote, VoteScores
 __all__ = [
     "AddMember",
     "AuditLog",
+    "ChangeGrader",
     "ChangeMember",
     "ChangePerson",
     "ChangeProject",
@@ -68,6 +70,7 @@ __all__ = [
     "CreateComparison",
     "CreateExport",
     "CreateFile",
+    "CreateGrader",
     "CreateInvite",
     "CreateJob",
     "CreatePrompt",
@@ -91,6 +94,7 @@ __all__ = [
     "FineTuningJob",
     "FineTuningJobEvent",
     "FixedDataset",
+    "GraderRun",
     "HubModel",
     "Invite",
     "JobEstimate",
@@ -110,11 +114,15 @@ __all__ = [
     "PromptRunRows",
     "PushExport",
     "RevisePrompt",
+    "RunGrader",
+    "SavedGrader",
     "Strategy",
     "StrategyAdvice",
     "StreamedJobEvent",
     "Studio",
     "UploadedFile",
+    "ValidGrader",
+    "ValidateGrader",
     "Vote",
     "VoteDataset",
     "VoteScores",

@@ -20,6 +20,50 @@ class _Measured(Schema):
     seconds: float | None = None
 
 
+class GraderProblem(Schema):
+    """Why answers could not be graded, and how many."""
+
+    message: str
+    count: int
+
+
+class GraderScore(Schema):
+    """The mean score of one grader over the rows that both models were graded on. `difference` is the 95% interval of fine-tuned less
+    base; null for fewer than 5 rows."""
+
+    name: str
+    type: str
+    rows: int
+    failed: int = Field(description="Rows without a score of every model; they do not count.")
+    score: float | None
+    interval: tuple[float, float] | None
+    base: float | None
+    base_interval: tuple[float, float] | None
+    difference: tuple[float, float] | None
+    errors: list[GraderProblem]
+    seconds: float = Field(description="Of all grades together.")
+    tokens: int = Field(description="Of judges and encoders.")
+
+
+class RowScore(Schema):
+    """One grader's scores of one row, and why one is missing."""
+
+    base: float | None
+    tuned: float | None
+    error: str | None
+
+
+class GradedRow(Schema):
+    """The answers to one row, and each grader's scores of them, by the grader's name."""
+
+    line: int
+    prompt: str
+    reference: str
+    base_answer: str | None
+    tuned_answer: str
+    scores: dict[str, RowScore]
+
+
 class EvaluationScores(_Measured):
     """Result of the kind scores: scores of the model and of its base by name, and the rows that differ most."""
 
@@ -32,6 +76,8 @@ class EvaluationScores(_Measured):
     worst: list[ListedRow] | None = None
     best: list[ListedRow] | None = None
     forgetting: Forgetting | None = None
+    graders: list[GraderScore] | None = None
+    graded: list[GradedRow] | None = None
 
 
 class BlendPoint(Schema):

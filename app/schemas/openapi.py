@@ -198,6 +198,7 @@ TAGS = {
     "exports": "Models written in formats for other programs.",
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
+    "graders": "What scores an answer, saved under a name.",
     "hub": "Models of the Hugging Face hub.",
     "fine_tuning": "Jobs, their events and checkpoints.",
     "model_aliases": "Names of your own for models, which can be moved from one to another.",

@@ -9,6 +9,7 @@ from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
 from app.tables.evaluations import Evaluation
+from app.tables.graders import SavedGrader
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
 from app.tables.models import Export, Model, ModelAlias
 from app.tables.outbox import Outbox
@@ -50,6 +51,7 @@ __all__ = [
     "PromptResult",
     "PromptRun",
     "PromptVersion",
+    "SavedGrader",
     "ShareLink",
     "SignInLink",
     "TokenUse",

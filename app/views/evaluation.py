@@ -67,7 +67,15 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         "worst": result.get("worst") or [],
         "best": result.get("best") or [],
         "seconds": result.get("seconds"),
+        "graders": [_grader(one) for one in result.get("graders") or []],
+        "graded": result.get("graded") or [],
     }
+
+
+def _grader(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A grader's line: better or worse is said only where the interval of the difference excludes zero."""
+    low, high = one.get("difference") or (0.0, 0.0)
+    return {**one, "better": None if low <= 0 <= high else low > 0}
 
 
 def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:

@@ -6,6 +6,7 @@ Input values are texts by the name of their input: `model`, `dataset`, `validati
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
 
-from app import objectives
+from app import objectives, saved_graders
 from app.errors import StudioError
 from app.jobs import preselection, spec_builder
 from app.jobs import service as jobs
@@ -41,8 +42,15 @@ FIELDS = {
     "strategy.name": "strategy",
 }
 """Fields of a request → inputs of the form, where they differ."""
-PLACES = {"model": "model", "dataset": "dataset", "validation": "validation", "strategy": "methods", "priority": "priority"} | {
-    name: name for name in ("split.method", "split.column")
+PLACES = {
+    "model": "model",
+    "dataset": "dataset",
+    "validation": "validation",
+    "strategy": "methods",
+    "priority": "priority",
+    "graders": "graders",
+    "split.method": "split.method",
+    "split.column": "split.column",
 }
 """Inputs that are no settings → the ids of their elements."""
 
@@ -97,6 +105,7 @@ class OrderForm:
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
     may_hurry: bool = False  # order a high priority
+    saved: list[tuple[str, str]] = field(default_factory=list)  # public ids and names of the saved graders
     coming: list[str] = field(default_factory=list)  # titles of models that are being added
 
     @property
@@ -115,12 +124,17 @@ class OrderForm:
     @property
     def touched(self) -> bool:
         """Whether a setting was changed or is wrong, so that it must be visible."""
-        places = {c.key for c in self.controls} | {"validation", "split.method", "split.column"}
+        places = {c.key for c in self.controls} | {"validation", "split.method", "split.column", "graders"}
         return (
             any(c.changed for c in self.controls)
-            or any(self.typed.get(n) for n in ("validation", "split.column"))
+            or any(self.typed.get(n) for n in ("validation", "split.column", *self.chosen))
             or bool(places & set(self.errors))
         )
+
+    @property
+    def chosen(self) -> list[str]:
+        """Inputs of the graders that are chosen."""
+        return [name for name, value in self.typed.items() if value and (name == "graders" or name.startswith("grader."))]
 
     @property
     def overruled(self) -> list[FormField]:
@@ -176,6 +190,7 @@ class OrderForm:
             "strategy": self.method,
             "preset": self.preset if self.preset != "balanced" else "",
             **{name: self.typed.get(name) for name in ("split.method", "split.column")},
+            **{name: self.typed[name] for name in self.chosen},
             **{c.key: c.value for c in self.controls if c.changed},
             **self.kept,
             "name": self.typed.get("name"),
@@ -259,6 +274,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors=errors,
         machine_bytes=_memory(device),
         may_hurry=jobs.may_hurry(user),
+        saved=[(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)] if OBJECTIVES[task].graded else [],
         coming=[m.title for m in known if m.status == "fetching"],
     )
     if model and dataset and not errors:
@@ -291,6 +307,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         run=run.settings,
         split=None if form.validation else _split_asked(form.typed),
         preference=(compared and compared.settings) or None,
+        graders=_graders_asked(form.typed) if OBJECTIVES[form.task].graded else None,
     )
     try:
         jobs.check_priority(user, form.order.priority)
@@ -301,7 +318,20 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
             spec = spec_builder.spec_on(found, form.order.model_copy(update={"preset": card.name}))
             form.presets[place] = replace(card, estimate=spec_builder.figures_of(session, spec))
     except StudioError as error:
-        form.errors[FIELDS.get(error.param or "", error.param or "")] = str(error)
+        param = "graders" if (error.param or "").startswith("graders") else error.param or ""
+        form.errors[FIELDS.get(param, param)] = str(error)
+
+
+def _graders_asked(typed: Mapping[str, str]) -> list[str | dict[str, Any]] | None:
+    """Saved graders that are ticked, and those of a cloned job or a file, which the form carries as JSON."""
+    saved: list[str | dict[str, Any]] = [
+        name.removeprefix("grader.") for name, value in typed.items() if name.startswith("grader.") and value
+    ]
+    try:
+        carried = json.loads(typed.get("graders") or "[]")
+    except (ValueError, RecursionError):
+        carried = []
+    return [*saved, *(one for one in carried if isinstance(one, dict))] or None
 
 
 def _split_asked(typed: Mapping[str, str]) -> Split | None:

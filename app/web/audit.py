@@ -58,6 +58,7 @@ SHOWN = {
     "exports": ("export", ids.EXPORT),
     "evaluations": ("evaluation", ids.EVALUATION),
     "prompts": ("prompt", ids.PROMPT),
+    "graders": ("grader", ids.GRADER),
     "prompt_runs": ("prompt_run", ids.RUN),
     "checkpoint_permissions": ("checkpoint.permission", "cp"),
     "api_keys": ("api_key", "key"),

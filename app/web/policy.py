@@ -51,7 +51,7 @@ GET /playground/prompts/runs/{run_id} /playground/prompts/{prompt_id} /playgroun
 GET /playground/vectors/{key} /playground/{exchange_id:uuid} /playground/{exchange_id:uuid}/export /shell /standby /v1/comparisons
 GET /v1/comparisons/{comparison_id} /v1/datasets /v1/datasets/{key} /v1/datasets/{key}/changes /v1/datasets/{key}/lines/{line}
 GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /v1/evaluations /v1/evaluations/{evaluation_id}
-GET /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
+GET /graders /graders/new /graders/{grader_id} /v1/graders /v1/graders/{grader_id} /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
 GET /v1/files/{file_id}/content /v1/files/{file_id}/report /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions /v1/fine_tuning/jobs
 GET /v1/fine_tuning/jobs/{job_id} /v1/fine_tuning/jobs/{job_id}/checkpoints /v1/fine_tuning/jobs/{job_id}/events
 GET /v1/fine_tuning/jobs/{job_id}/stream /v1/model_aliases /v1/models /v1/models/loaded /v1/models/{model:path} /v1/openapi.json
@@ -63,6 +63,7 @@ HEAD /v1/tus/{key}
 """,
     "generate": """
 POST /v1/chat/completions /v1/classify /v1/completions /v1/embeddings /v1/next_tokens
+POST /v1/fine_tuning/alpha/graders/run /v1/fine_tuning/alpha/graders/validate
 """,
     "write": """
 POST /compare /compare/{comparison_id}/cancel /compare/{comparison_id}/delete /compare/{comparison_id}/keep /datasets /datasets/combine
@@ -86,7 +87,9 @@ POST /v1/fine_tuning/jobs /v1/fine_tuning/jobs/{job_id}/cancel /v1/fine_tuning/j
 POST /v1/fine_tuning/jobs/{job_id}/pause /v1/fine_tuning/jobs/{job_id}/resume /v1/models /v1/models/{model:path}/exports /v1/predictions
 POST /v1/predictions/{prediction_id}/cancel /v1/prompts /v1/prompts/runs/{run_id}/cancel /v1/prompts/{prompt_id}
 POST /v1/prompts/{prompt_id}/runs /v1/tus /v1/votes /v1/votes/dataset /{place}/bulk /{place}/{key}/name
-DELETE /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}
+POST /v1/graders /graders /graders/try /graders/{grader_id}/delete
+PATCH /v1/graders/{grader_id}
+DELETE /v1/graders/{grader_id} /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}
 DELETE /v1/files/{file_id} /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions/{permission_id} /v1/model_aliases/{alias:path}
 DELETE /v1/models/{model:path} /v1/predictions/{prediction_id} /v1/prompts/{prompt_id} /v1/tus/{key}
 PATCH /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/fine_tuning/jobs/{job_id} /v1/models/{model:path} /v1/tus/{key}

@@ -63,6 +63,16 @@ COMPARE = {
     "model": "$model_name", "dataset_id": "$dataset", "strategies": ["lora", {"name": "ia3"}], "kind": "strategies", "run": {"epochs": 1}, "name": "+name", "seed": 1,
     "split": {"method": "random"}, "task": "generation",
 }  # fmt: skip
+GRADER = {
+    "type": "multi", "name": "both", "calculate_output": "0.5 * same + 0.5 * min(1, valid)",
+    "graders": {
+        "same": {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "operation": "ilike", "reference": "{{item.reference}}"},
+        "valid": {"type": "json_schema", "name": "valid", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+    },
+}  # fmt: skip
+GRADER_FORM = [
+    ("type", "string_check"), ("name", "Same"), ("grader.input", "{{sample.output_text}}"), ("grader.operation", "eq"), ("grader.reference", "{{item.reference}}"),
+]  # fmt: skip
 
 UNSAFE: dict[str, Sample] = {
     # accounts and settings
@@ -199,10 +209,10 @@ UNSAFE: dict[str, Sample] = {
     "POST /compare/{comparison_id}/keep": Sample({"comparison_id": "$comparison"}, form=[("job", "ftjob-" + "0" * 32)], expect=(404,)),
     "POST /compare/{comparison_id}/cancel": Sample({"comparison_id": "+comparison"}),
     "POST /compare/{comparison_id}/delete": Sample({"comparison_id": "+ended_comparison"}),
-    "POST /v1/evaluations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "kind": "scores", "rows": 5, "part": "all", "validation_fraction": 0.2, "max_length": 64, "answers": 1, "answer_tokens": 2, "forgetting": False, "seed": 1}),
+    "POST /v1/evaluations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "kind": "scores", "rows": 5, "part": "all", "validation_fraction": 0.2, "max_length": 64, "answers": 1, "answer_tokens": 2, "forgetting": False, "seed": 1, "graders": ["$grader", GRADER]}),
     "POST /v1/evaluations/{evaluation_id}/cancel": Sample({"evaluation_id": "+evaluation"}),
     "DELETE /v1/evaluations/{evaluation_id}": Sample({"evaluation_id": "+ended_evaluation"}),
-    "POST /evaluations": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("kind", "scores"), ("rows", "5"), ("part", "all"), ("next", "")]),
+    "POST /evaluations": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("kind", "scores"), ("rows", "5"), ("part", "all"), ("grader", "$grader"), ("next", "")]),
     "POST /evaluations/{evaluation_id}/cancel": Sample({"evaluation_id": "+evaluation"}, form=[("next", "/jobs/ftjob-a")]),
     "POST /evaluations/{evaluation_id}/delete": Sample({"evaluation_id": "+ended_evaluation"}),
     "POST /v1/models/{model:path}/exports": Sample({"model:path": "$model_name"}, json={"format": "gguf", "types": ["F16"], "system": ""}),
@@ -213,6 +223,15 @@ UNSAFE: dict[str, Sample] = {
     "POST /exports/{export_id}/cancel": Sample({"export_id": "+export"}),
     "POST /exports/{export_id}/push": Sample({"export_id": "$export"}, form=[("repo", "lab/tiny"), ("token", "hf_token"), ("public", "")], expect=(409, 503)),
     "POST /exports/{export_id}/delete": Sample({"export_id": "+ended_export"}),
+    # graders
+    "POST /v1/fine_tuning/alpha/graders/run": Sample(json={"grader": GRADER, "model_sample": "{\"a\": 1}", "item": {"reference": "b", "n": 2}}),
+    "POST /v1/fine_tuning/alpha/graders/validate": Sample(json={"grader": GRADER}),
+    "POST /v1/graders": Sample(json={"grader": GRADER}),
+    "POST /graders": Sample(form=GRADER_FORM),
+    "POST /graders/try": Sample(form=[*GRADER_FORM, ("dataset", "$dataset"), ("do", "grade"), ("answer.1", "Spruce."), ("label.1", "good")]),
+    "POST /graders/{grader_id}/delete": Sample({"grader_id": "+grader"}),
+    "PATCH /v1/graders/{grader_id}": Sample({"grader_id": "$grader"}, json={"grader": GRADER}),
+    "DELETE /v1/graders/{grader_id}": Sample({"grader_id": "+grader"}),
     # the playground
     "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "text"}, "tool_choice": "auto", "stream_options": {"include_usage": True}, **SAMPLING}),
     "POST /v1/completions": Sample(json={"model": "$model_name", "prompt": "What wood?", "logprobs": 1, "echo": True, "best_of": 1, "suffix": None, **SAMPLING}),
@@ -292,7 +311,7 @@ SAFE: dict[str, Sample] = {
 
 NAMES = {
     "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
-    "exchange_id:uuid": "$exchange", "model:path": "$model_name",
+    "grader_id": "$grader", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
 }  # fmt: skip
 """What a parameter of a path names, wherever it stands."""
 

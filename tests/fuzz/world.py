@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from app import graders, saved_graders
 from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
 from app.evaluation import comparisons
@@ -96,7 +97,7 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation"):
+        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation", "grader"):
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -180,6 +181,10 @@ class World:
 
     def _new_prompt(self) -> str:
         return ids.public(ids.PROMPT, prompts.create(self.session, self.user, "A prompt", prompts.read_body({}))[0].id)
+
+    def _new_grader(self) -> str:
+        grader = graders.read({"type": "length", "name": "short", "max": 9})
+        return ids.public(ids.GRADER, saved_graders.create(self.session, self.user, grader).id)
 
     def _new_run(self) -> str:
         earlier = self.session.scalars(select(PromptRun).limit(1)).one()

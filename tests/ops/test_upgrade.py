@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, func, select, text, update
 from sqlalchemy.orm import Session
 
-from app import limits, migrate
+from app import graders, limits, migrate, saved_graders
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
@@ -201,6 +201,7 @@ def fill(session: Session, user: User) -> None:
     projects.share(session, user, session.get_one(Project, user.id))
     two_step.begin(session, user)
     oidc.connect(session, user, oidc.Claims("https://id.example", "1", "Ada", ""))
+    saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
     session.add(AuditLog(type="job.cancelled", actor="console"))
     session.add(MachineUse(user_id=user.id, project_id=user.id, kind="jobs", row_id=user.id, fence=1))
     limits.count_tokens(session, user.id, user.id, read=3, written=4)
@@ -225,13 +226,15 @@ NEW = {
     "identities": "0023",
     "machine_uses": "0024",
     "token_uses": "0025",
+    "graders": "0026",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
 
 
 @pytest.mark.parametrize(
-    "revision", ["0025", "0024", "0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"]
+    "revision",
+    ["0026", "0025", "0024", "0023", "0022", "0021", "0020", "0019", "0018", "0017", "0016", "0015", "0014", "0013", "0012", "0011"],
 )
 def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision):
     fill(upgraded, user)

@@ -48,9 +48,11 @@ VERBS = set(
         "retrieve",
         "retry",
         "revise",
+        "run",
         "set",
         "stream",
         "update",
+        "validate",
     ]
 )
 """What an operation's name begins with: a client made from the document calls it so."""

@@ -22,13 +22,13 @@ import redis
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app import events
+from app import events, graders
 from app.db import transaction
 from app.errors import StudioError
-from app.evaluation import predictions
+from app.evaluation import grading, predictions
 from app.evaluation import service as evaluations
 from app.evaluation.service import Claim, EvaluationSpec
-from app.inference import residency
+from app.inference import judges, residency
 from app.jobs import usage
 from app.kit import child_process
 from app.kit.child_process import Child
@@ -208,7 +208,7 @@ class Run:
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
         if self.result is not None and code == 0:
-            return self._hand_over()
+            return self._hand_over() if self._graded() else None
         if self.error is not None:
             return self._finish(error=self.error)
         if self.leaving:
@@ -221,6 +221,26 @@ class Run:
         if failed.kind in events.TRANSIENT or (failed.kind == "out_of_memory" and held.deaths == 0):
             return self._record(lambda session: evaluations.release(session, held, message))
         return self._finish(error=_error(failed, message))
+
+    def _graded(self) -> bool:
+        """Grade the answers where that was ordered. False: the lease was lost, or this worker leaves and another one starts again."""
+        assert self.result is not None
+        rows, spec = self.result.pop("to_grade", []), self.held.spec
+        if not spec.graders:
+            return True
+        answer = judges.answers(self.held.owner, spec.judges, judges.send_and_wait)
+        found = grading.measure([graders.parse(one) for one in spec.graders], rows, answer, self._going)
+        if found is not None:
+            self.result |= found
+        elif not self.lost:
+            self._record(lambda session: evaluations.release(session, self.held))
+        return found is not None
+
+    def _going(self, share: float) -> bool:
+        self.progress, self.stage = share, "Grading the answers"
+        self._beat_when_due()
+        self.leaving = self.going_down()
+        return not (self.lost or self.leaving)
 
     def _hand_over(self) -> None:
         """Move predictions to their place before they are announced, and delete them when the evaluation is gone."""

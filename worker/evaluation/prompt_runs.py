@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-from app import formats
+from app import formats, graders
 from app.datasets.splits import split_hash
 from app.db import transaction
 from app.errors import BadData, StudioError
-from app.inference.protocol import ChoiceFinished, Done, GenerateRequest, Sampling, Started, TextPart
+from app.graders import Sample
+from app.inference import judges
+from app.inference.protocol import ChoiceFinished, Done, Entry, GenerateRequest, Sampling, Started, TextPart
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec, TrainedRows
@@ -133,7 +135,7 @@ class Run:
         shots = Shots(self.spec.body, training, everything)
         self.store()
         beaten = time.monotonic()
-        pending: dict[Future[RowAnswer], Any] = {}
+        pending: dict[Future[tuple[RowAnswer, dict[str, Any]]], Any] = {}
         rest = iter([row for row in held if row[0].line not in self.done])
         leave = [False]
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
@@ -141,12 +143,12 @@ class Run:
                 while True:
                     for row, before in _some(rest, AT_ONCE - len(pending)):
                         text = prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
-                        pending[pool.submit(_ask, self.spec, text, before, row.line, leave)] = row
+                        pending[pool.submit(_ask_and_score, self.spec, text, before, row, labels, leave)] = row
                     if not pending:
                         break
                     finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        self.take(pending.pop(future), future, labels)
+                        self.take(pending.pop(future), future)
                     if going_down():
                         raise Stopped  # stored rows are not repeated by whoever takes over the run
                     if time.monotonic() - beaten > BEAT_SECONDS:
@@ -160,14 +162,14 @@ class Run:
             message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
             raise StudioError(message, hint=fault.hint, code=fault.code)
 
-    def take(self, row: Any, future: Future[RowAnswer], labels: list[str]) -> None:
+    def take(self, row: Any, future: Future[tuple[RowAnswer, dict[str, Any]]]) -> None:
         try:
-            said = future.result()
+            said, scored = future.result()
         except StudioError as fault:
             self.totals.failed(row.line, fault)
             return
         self.totals.answered(said)
-        self.scored.append(_scored(self.spec, row, said, labels))
+        self.scored.append(scored)
 
     def store(self) -> None:
         """Renew the lease and store what was scored. Raises Stopped when the lease is lost."""
@@ -185,6 +187,13 @@ def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
         if row is None:
             return
         yield row
+
+
+def _ask_and_score(
+    spec: RunSpec, text: str, before: list[dict[str, Any]], row: Any, labels: list[str], leave: list[bool]
+) -> tuple[RowAnswer, dict[str, Any]]:
+    said = _ask(spec, text, before, row.line, leave)
+    return said, _scored(spec, row, said, labels)
 
 
 def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> RowAnswer:
@@ -242,7 +251,9 @@ def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict
     body = spec.body
     expected = prompts.take(row.answer, body.reference, body.marker)
     answer = prompts.majority([prompts.take(text, body.extract, body.marker) for text in said.texts], body.score)
-    if body.score == "rouge_l":
+    if spec.grader is not None:
+        score = _graded(spec, row, answer)
+    elif body.score == "rouge_l":
         from worker.scoring.metrics import rouge_l
 
         score = rouge_l(answer, expected)
@@ -252,6 +263,29 @@ def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict
         "line": row.line, "input": row.question, "rendered_prompt": said.prompt, "expected": expected, "said": said.texts,
         "answer": answer, "score": score,
     }  # fmt: skip
+
+
+def _graded(spec: RunSpec, row: Any, answer: str) -> float:
+    """The grader's score of an answer. Raises StudioError for one that it cannot score, which excludes the row."""
+    grader = graders.parse(spec.grader)
+    item = graders.item_of({}, row.question, row.answer)
+    found = graders.scored(grader, graders.grade(grader, Sample(answer), item, judges.answers(spec.owner, spec.judges, _send)))
+    if found.score is None:
+        fault = StudioError(f"The grader gave no score: {found.why}", hint="Try the grader on some rows first.", code="not_graded")
+        fault.status = 503 if found.error and found.error[0] == "model_grader_server_error" else 400
+        raise fault
+    return found.score
+
+
+def _send(request: GenerateRequest) -> list[Entry]:
+    """What a grader asks a model, answered by this process."""
+    from worker.inference.embeddings import embed
+    from worker.inference.task import answer as answer_of
+
+    if request.embed is not None:
+        return [embed(request.model, request.embed)]
+    with contextlib.closing(answer_of(request)) as answer:
+        return [entry for entries in answer for entry in entries]
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from app.errors import BadData
 from app.evaluation.forgetting import TextScore, compare
 from app.evaluation.service import EvaluationSpec
+from app.graders import item_of
 from app.objectives import OBJECTIVES
 from app.run_settings import RunSettings
 from app.spec import ModelRef
@@ -153,9 +154,13 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     answered = answer_scores(answers, {place: asked[place].reference for place in first if place in asked})
     for one, scores in zip(found, answered.scores, strict=True):
         one.scores |= scores
+    graded = []
+    if spec.graders:  # graded by the supervisor, which can ask judges
+        graded = [_answered(place, rows[place], asked[place], answers) for place in first if all(place in told for told in answers)]
     listed = [_listed(place, rows, asked, found, answers) for place in (*worst, *best)]
     general = [one.general for one in found]
     return {
+        "to_grade": graded,
         "rows": len(rows),
         "skipped": skipped,
         "answers": answered.rows,
@@ -237,6 +242,12 @@ def _listed(
         "base_answer": answers[0].get(place) if two else None,
         "tuned_answer": answers[-1].get(place),
     }
+
+
+def _answered(place: int, row: Row, asked: held_out.Question, answers: Sequence[dict[int, str]]) -> dict[str, Any]:
+    """A row's answers as graders take them (`app.evaluation.grading.measure`)."""
+    base = answers[0][place] if len(answers) == 2 else None
+    return {"line": row.line, "item": item_of(row.row, asked.text, asked.reference), "base": base, "tuned": answers[-1][place]}
 
 
 # Classes ----------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from app.kit import stats
+from app.kit import similarity, stats
 from app.metrics import METRICS
 
 CALIBRATION_BINS = 10
@@ -179,14 +178,4 @@ def resampled(values: np.ndarray) -> tuple[float, float]:
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of lower-case words, 0 to 1."""
-    a, r = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
-    if not a or not r:
-        return float(a == r)
-    above = [0] * (len(r) + 1)  # lengths of the longest common subsequence of the words so far and each prefix of `r`
-    for word in a:
-        row = [0]
-        for place, other in enumerate(r):
-            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
-        above = row
-    common = above[-1]
-    return 2 * common / (len(a) + len(r))
+    return similarity.rouge_l(similarity.words_of(answer), similarity.words_of(reference))

@@ -67,6 +67,7 @@ class State:
     base_rows: list[float] = field(default_factory=list)  # the untuned model's loss on each validation row
     last_rows: list[float] = field(default_factory=list)  # at the newest evaluation
     best_rows: list[float] = field(default_factory=list)  # the best checkpoint's
+    best_graded: list[float | None] = field(default_factory=list)  # the first grader's scores of the best checkpoint, by row
     facts: dict[str, Any] = field(default_factory=dict)  # of the engine and the order; equal means bit-exact
 
 

@@ -38,6 +38,8 @@ class EvalResult(NamedTuple):
 
     metrics: dict[str, float]
     rows: list[float]
+    graded: list[float | None] = []  # noqa: RUF012  # never changed; the first grader's score of each graded row, where the job has graders
+    faults: list[str] = []  # noqa: RUF012  # why answers had no score
 
 
 Loader = Callable[[], torch.nn.Module]

@@ -25,6 +25,7 @@ from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import Question
 from worker.scoring.metrics import answer_scores, contest, paired_losses
 from worker.training.checkpoint import State
+from worker.training.graded import GradedRows
 from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
 
 ANSWERED = 8
@@ -74,6 +75,7 @@ class CausalLM(Objective):
         self.held_bytes = sum(_learnt_bytes(tokenizer, self.held_out, i) for i in range(len(self.held_out)))
         self.tryout = solved_examples.of_rows(train_rows, self.held_rows)
         self.room = spec.model.shape.positions - run.sample_tokens - len(self.lead)
+        self.graded = GradedRows(spec, tokenizer, self.held_rows, self.room) if spec.graders else None
         self.questions = held_out.questions(tokenizer, held_rows, kind, run.samples, self.room)
 
     def remarks(self) -> Iterator[str]:
@@ -108,7 +110,11 @@ class CausalLM(Objective):
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         scored = yield from held_out.scoring(model, self.held_out, budget, engine)
-        return EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MAX_REMEMBERED])
+        found = EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MAX_REMEMBERED])
+        if self.graded is None:
+            return found
+        means, graded, faults = self.graded.measure(model, engine, self.lead)
+        return found._replace(metrics=found.metrics | means, graded=graded, faults=faults)
 
     def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
         return held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)

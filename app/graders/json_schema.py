@@ -1,0 +1,43 @@
+"""Whether the answer is JSON that a schema allows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from app.errors import BadField
+from app.graders._base import JSON, MAX_TEXT, GradeError, Grader, Result, Sample, Steps
+from app.graders._schema import MAX_BYTES, MAX_STEPS, Check, TooLong, fault_in
+from app.graders._templates import Template, fill
+
+
+class JsonSchemaGrader(Grader):
+    place: ClassVar = 50
+    title: ClassVar = "JSON schema"
+    summary: ClassVar = "The answer is JSON that the schema allows."
+    example: ClassVar = {"schema": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}}
+    ours: ClassVar = True
+
+    type: Literal["json_schema"]
+    input: Template = Field("{{sample.output_text}}", description="The text that is graded.")
+    schema_: dict[str, Any] = Field(alias="schema", description="A JSON Schema; `pattern` is in RE2's syntax.")
+
+    def prove(self) -> None:
+        size = len(json.dumps(self.schema_))
+        fault = f"schema has {size:,} bytes; {MAX_BYTES:,} is the most" if size > MAX_BYTES else fault_in(self.schema_)
+        if fault:
+            raise BadField(f"The schema cannot be used: {fault}.", hint="Simplify it.", param="grader.schema")
+
+    def steps(self, sample: Sample, item: JSON) -> Steps:
+        yield from ()
+        text = fill(self.input, sample, item)
+        try:
+            value = Sample(text[: MAX_TEXT + 1]).output_json
+        except GradeError:
+            return Result(0.0, {"json": 0.0})
+        try:
+            return Result(float(Check(self.schema_).fits(value)), {"json": 1.0})
+        except TooLong:
+            raise GradeError("other_error", f"To check the answer takes more than {MAX_STEPS:,} steps.") from None

@@ -1,0 +1,33 @@
+"""Compares two texts, exactly or by whether one contains the other."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from app.graders._base import JSON, Grader, Result, Sample, Steps
+from app.graders._templates import Template, fill
+
+
+class StringCheckGrader(Grader):
+    place: ClassVar = 10
+    title: ClassVar = "String check"
+    summary: ClassVar = "The answer equals the reference, or contains it."
+    example: ClassVar = {"input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}"}
+
+    type: Literal["string_check"]
+    input: Template = Field(description="The text that is graded.")
+    operation: Literal["eq", "ne", "like", "ilike"] = Field(
+        description="eq: equal; ne: not equal; like: contains the reference; ilike: the same without regard to case."
+    )
+    reference: Template = Field(description="The text that it is compared with.")
+
+    def steps(self, sample: Sample, item: JSON) -> Steps:
+        yield from ()
+        text, reference = fill(self.input, sample, item), fill(self.reference, sample, item)
+        if self.operation == "like":
+            return Result(float(reference in text))
+        if self.operation == "ilike":
+            return Result(float(reference.casefold() in text.casefold()))
+        return Result(float((text == reference) == (self.operation == "eq")))

@@ -1,0 +1,137 @@
+"""The models that graders ask: judges, and encoders for embeddings. They are resolved once, in the project of whoever grades, and asked
+by the path that every answer takes: a worker of this studio, or a registered external server."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.orm import Session
+
+from app.errors import BadField
+from app.graders import Ask, EmbedAsk, GradeError, Grader, JudgeAsk, Reply
+from app.inference import playground
+from app.inference.client import raise_broke, stream
+from app.inference.protocol import Done, Embedded, Entry, ExternalEngine, GenerateRequest, Sampling, StreamError
+from app.models import service as models
+from app.spec import ModelRef
+from app.tables import User
+
+SECONDS = 120.0
+"""Time limit of one question to a judge."""
+MAX_TEXT = 200_000  # characters that an encoder is given
+
+
+class Judge(BaseModel):
+    """A model that a grader asks, as it was when it was resolved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # in the grader; empty is the encoder of the project
+    model: ModelRef
+    engine: ExternalEngine | None = None
+
+
+def resolve(session: Session, user: User, graders: Iterable[Grader]) -> tuple[Judge, ...]:
+    """The models that these graders ask. Raises NotFound, Conflict and BadField, as asking them would."""
+    found: dict[str, Judge] = {}
+    for grader in graders:
+        encodes = _encodes(grader)
+        for name in grader.models():
+            if (key := name or "") not in found:
+                found[key] = _encoder(session, user, name) if name in encodes else _judge(session, user, key)
+    return tuple(found.values())
+
+
+def _encodes(grader: Grader) -> set[str | None]:
+    """Names of the models that it asks for embeddings."""
+    parts = [grader, *grader.children().values()]
+    return {name for part in parts if part.type == "text_similarity" for name in part.models()}
+
+
+def _judge(session: Session, user: User, name: str) -> Judge:
+    try:
+        return writer(session, user, name)
+    except BadField as error:
+        raise BadField(error.message, hint=error.hint, param="grader.model") from None
+
+
+def writer(session: Session, user: User, name: str) -> Judge:
+    """A model that answers in a trial. Raises as `resolve` does, naming the field `model`."""
+    who = playground.speaker(session, user, name)
+    return Judge(name=name, model=who.ref, engine=who.engine)
+
+
+def _encoder(session: Session, user: User, name: str | None) -> Judge:
+    if name is None:
+        ready = [m for m in models.list_(session, user) if m.kind == "encoder" and m.status == "ready"]
+        if not ready:
+            raise BadField(
+                "The metric cosine needs an embedding model, and this project has none.",
+                hint="Add the starter all-minilm-l6-v2, or compare words: rouge_l.",
+                param="grader.evaluation_metric",
+            )
+        return Judge(name="", model=models.resolve(session, user, ready[-1].name).ref)
+    ref = models.resolve(session, user, name).ref
+    if ref.kind != "encoder":
+        raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="grader.model")
+    return Judge(name=name, model=ref)
+
+
+Send = Callable[[GenerateRequest], Sequence[Entry]]
+
+
+def answers(owner: uuid.UUID, judges: Sequence[Judge], send: Send) -> Callable[[Ask], Reply]:
+    """What `graders.grade` asks models through. `send` runs one request to its end."""
+    known = {judge.name: judge for judge in judges}
+
+    def answer(ask: Ask) -> Reply:
+        judge = known.get(ask.model or "")
+        if judge is None:
+            raise GradeError("model_grader_server_error", f"The model {ask.model} was not resolved.")
+        request = _embedding(owner, judge, ask) if isinstance(ask, EmbedAsk) else _question(owner, judge, ask)
+        entries = send(request)
+        for entry in entries:
+            if isinstance(entry, StreamError):
+                raise_broke(entry)
+        return _reply(judge, entries)
+
+    return answer
+
+
+def _embedding(owner: uuid.UUID, judge: Judge, ask: EmbedAsk) -> GenerateRequest:
+    texts = [playground.readable(text[:MAX_TEXT]) for text in ask.texts]
+    return GenerateRequest(id=uuid.uuid4(), owner=owner, model=judge.model, embed=texts, sampling=Sampling(), seed=0, seconds=SECONDS)
+
+
+def _question(owner: uuid.UUID, judge: Judge, ask: JudgeAsk) -> GenerateRequest:
+    sampling = Sampling(temperature=ask.temperature, top_p=ask.top_p, max_tokens=ask.max_tokens, seed=ask.seed)
+    said = [{"role": one["role"], "content": playground.readable(one["content"])} for one in ask.messages]
+    prompt: dict[str, Any] = {"messages": said}
+    if judge.model.kind == "generic" and judge.engine is None:  # it has no turns
+        prompt = {"prompt": "\n\n".join(one["content"] for one in said) + "\n\n"}
+    return GenerateRequest(
+        id=uuid.uuid4(), owner=owner, model=judge.model, engine=judge.engine, bulk=True, sampling=sampling, seed=ask.seed, seconds=SECONDS, **prompt
+    )  # fmt: skip
+
+
+def _reply(judge: Judge, entries: Sequence[Entry]) -> Reply:
+    embedded = next((entry for entry in entries if isinstance(entry, Embedded)), None)
+    if embedded is not None:
+        return Reply(vectors=tuple(map(tuple, embedded.vectors)), tokens=embedded.tokens, model=judge.model.name)
+    fold = playground.AnswerFold.of(entries)
+    done = next((entry for entry in entries if isinstance(entry, Done)), None)
+    text = fold.choices[0].text if 0 in fold.choices else ""
+    return Reply(text=text, tokens=done.prompt_tokens + done.completion_tokens if done else 0, model=judge.model.name)
+
+
+def send_and_wait(request: GenerateRequest) -> list[Entry]:
+    """Run one request to its end from a process without an event loop."""
+
+    async def gather() -> list[Entry]:
+        return [entry async for entries in stream(request) for entry in entries]
+
+    return asyncio.run(gather())

@@ -1,0 +1,271 @@
+"""`/v1/fine_tuning/alpha/graders`, as OpenAI's clients call it, and `/v1/graders`: graders that are saved under a name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from anyio import from_thread
+from fastapi import APIRouter, Body, Query, Request
+from fastapi.responses import RedirectResponse, Response
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app import graders, saved_graders, schemas
+from app.db import Db, transaction
+from app.errors import BadField, StudioError
+from app.graders import GRADERS, Ask, Graded, GradeError, Grader, JudgeAsk, Reply, Sample
+from app.inference import judges, playground
+from app.inference.client import stream
+from app.inference.protocol import Entry, GenerateRequest
+from app.kit import ids
+from app.kit.json_safe import too_deep
+from app.schemas.graders import MAX_ITEM_BYTES
+from app.schemas.openapi import answers, takes
+from app.tables import User
+from app.views import grader as grader_view
+from app.views import prompt_lab
+from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
+from app.web.pagination import After, Limit, page
+from app.web.streaming import collect
+from app.web.templates import flash, render
+
+pages = APIRouter()
+MENU = (MenuPage("Graders", "/graders", "evaluation", 15),)
+api = APIRouter(prefix="/v1")
+Json = dict[str, Any]
+ALPHA = "/fine_tuning/alpha/graders"
+Given = Annotated[Json, Body()]
+ANSWER_TOKENS = 128
+"""Of a model's answer in a trial."""
+
+
+@api.post(
+    f"{ALPHA}/run", operation_id="run_grader", responses=answers(schemas.GraderRun, 404, 409, 429), openapi_extra=takes(schemas.RunGrader)
+)
+async def run(request: Request, user: CurrentUser, body: Given) -> Json:
+    """Grade one answer. What goes wrong with the answer is in `metadata.errors`; a grader that does not work is refused."""
+    given = _only(body, "grader", "model_sample", "item")
+    sample, item = given.get("model_sample"), given.get("item")
+    if not isinstance(sample, str):
+        raise BadField("model_sample is missing or no text.", hint="Send the answer to be graded.", param="model_sample")
+    if not isinstance(item, dict | None) or too_deep(item) or len(json.dumps(item)) > MAX_ITEM_BYTES:
+        raise BadField(
+            "item is no JSON object, or is too large.", hint=f"Send an object of at most {MAX_ITEM_BYTES >> 20} MiB.", param="item"
+        )
+    grader = await run_in_threadpool(graders.read, given.get("grader"))
+    found = await run_in_threadpool(grade_here, request, user, grader, [(Sample(sample), item or {})])
+    return graders.as_openai(grader, found[0])
+
+
+@api.post(
+    f"{ALPHA}/validate",
+    operation_id="validate_grader",
+    responses=answers(schemas.ValidGrader, 404, 409),
+    openapi_extra=takes(schemas.ValidateGrader),
+)
+def validate(session: Db, user: CurrentUser, body: Given) -> Json:
+    """Check a grader: its fields, its code, its formula, and that the models it asks are there. The grader comes back as it was sent."""
+    given = _only(body, "grader").get("grader")
+    judges.resolve(session, user, [graders.read(given)])
+    return {"grader": given}
+
+
+def _only(body: Json, *names: str) -> Json:
+    """The body, which may hold these fields and no others."""
+    if unknown := next((name for name in body if name not in names), None):
+        raise BadField(f"There is no field {unknown[:60]!r} here.", hint=f"Send {', '.join(names)}.", param=unknown[:60])
+    return body
+
+
+def grade_here(request: Request, user: User, grader: Grader, given: list[tuple[Sample, Json]]) -> list[Graded]:
+    """Grade answers in a thread of a request. Questions to models end when its client leaves; no transaction is open meanwhile."""
+    answer: Callable[[Ask], Reply] = graders.no_models
+    if any(True for _ in grader.models()):
+        with transaction() as session:
+            known = judges.resolve(session, user, [grader])
+        answer = judges.answers(user.id, known, lambda asked: from_thread.run(_send, request, asked))
+    return [graders.grade(grader, sample, item, answer) for sample, item in given]
+
+
+async def _send(request: Request, asked: GenerateRequest) -> list[Entry]:
+    heard = await collect(request, [stream(asked)])
+    if heard is None:
+        raise GradeError("model_grader_server_error", "The client left.")
+    return heard[0]
+
+
+# Saved graders --------------------------------------------------------------------------------------------------------
+
+
+@api.post(
+    "/graders", operation_id="create_grader", responses=answers(schemas.SavedGrader, 404, 409), openapi_extra=takes(schemas.CreateGrader)
+)
+def create(session: Db, user: CurrentUser, body: Given) -> Json:
+    """Save a grader under its name, so that evaluations, jobs and prompts can name it by its id."""
+    return saved_graders.to_json(saved_graders.create(session, user, _working(session, user, body)))
+
+
+@api.get("/graders", operation_id="list_graders", responses=answers(schemas.page_of(schemas.SavedGrader)))
+def list_graders(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Saved graders, newest first."""
+    return page(saved_graders.mine(user), after, limit, "desc", saved_graders.to_json, session=session, key=ids.parse_grader)
+
+
+@api.get("/graders/{grader_id}", operation_id="retrieve_grader", responses=answers(schemas.SavedGrader))
+def retrieve(session: Db, user: CurrentUser, grader_id: str) -> Json:
+    """One saved grader."""
+    return saved_graders.to_json(saved_graders.get(session, user, ids.parse_grader(grader_id)))
+
+
+@api.patch(
+    "/graders/{grader_id}",
+    operation_id="update_grader",
+    responses=answers(schemas.SavedGrader, 404, 409),
+    openapi_extra=takes(schemas.ChangeGrader),
+)
+def update(session: Db, user: CurrentUser, grader_id: str, body: Given) -> Json:
+    """Change a saved grader. What was ordered with it before keeps it as it was."""
+    saved = saved_graders.get(session, user, ids.parse_grader(grader_id))
+    return saved_graders.to_json(saved_graders.change(session, saved, _working(session, user, body)))
+
+
+@api.delete("/graders/{grader_id}", operation_id="delete_grader", responses=answers(schemas.Deleted))
+def delete(session: Db, user: CurrentUser, grader_id: str) -> Json:
+    """Delete a saved grader. What was ordered with it keeps it."""
+    saved_graders.delete(session, saved_graders.get(session, user, ids.parse_grader(grader_id)))
+    return {"id": grader_id, "object": "grader", "deleted": True}
+
+
+def _working(session: Session, user: User, body: Json) -> Grader:
+    """The grader of a body, which works and whose models are there."""
+    grader = graders.read(_only(body, "grader").get("grader"))
+    judges.resolve(session, user, [grader])
+    return grader
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+@pages.get("/graders")
+def list_page(request: Request, session: Db, user: CurrentUser) -> Response:
+    found = [(ids.public(ids.GRADER, one.id), one) for one in saved_graders.list_(session, user)]
+    return render(request, "graders.html", graders=found, types=GRADERS)
+
+
+@pages.get("/graders/new")
+def new_page(request: Request, session: Db, user: CurrentUser, kind: Annotated[str, Query(alias="type")] = "string_check") -> Response:
+    """The form of a type, with its example."""
+    cls = GRADERS.get(kind, GRADERS["string_check"])
+    kind = next(name for name, one in GRADERS.items() if one is cls)
+    return render(request, "grader.html", **_form(session, user, kind, "", grader_view.typed_of(kind, cls.example), {}))
+
+
+@pages.get("/graders/{grader_id}")
+def grader_page(request: Request, session: Db, user: CurrentUser, grader_id: str) -> Response:
+    saved = saved_graders.get(session, user, ids.parse_grader(grader_id))
+    kind = saved.body["type"]
+    return render(request, "grader.html", **_form(session, user, kind, saved.name, grader_view.typed_of(kind, saved.body), {}, grader_id))
+
+
+@pages.post("/graders")
+async def save_page(request: Request, user: CurrentUser) -> Response:
+    """Save a new grader, or with `grader_id` change one."""
+    return await run_in_threadpool(_save, request, user, await _posted(request))
+
+
+@pages.post("/graders/try")
+async def try_page(request: Request, user: CurrentUser) -> Response:
+    """Grade answers to the first rows of a dataset; with `do=answer` a model writes them first. Nothing is saved."""
+    return await run_in_threadpool(_try, request, user, await _posted(request))
+
+
+@pages.post("/graders/{grader_id}/delete")
+def delete_page(request: Request, session: Db, user: CurrentUser, grader_id: str) -> Response:
+    saved = saved_graders.get(session, user, ids.parse_grader(grader_id))
+    saved_graders.delete(session, saved)
+    flash(request, f"Deleted “{saved.name}”. What was ordered with it keeps it.")
+    return RedirectResponse("/graders", status_code=303)
+
+
+Typed = dict[str, str]
+
+
+async def _posted(request: Request) -> Typed:
+    form = await request.form(max_fields=128, max_files=0)
+    return {key: str(value).replace("\r\n", "\n") for key, value in form.items()}
+
+
+def _form(
+    session: Session, user: User, kind: str, name: str, typed: Typed, data: Typed, grader_id: str = "", fault: StudioError | None = None
+) -> Json:
+    """The context of the form, with the rows of the chosen dataset."""
+    usable = prompt_lab.usable(session, user)
+    dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == data.get("dataset")), usable[0] if usable else None)
+    return {
+        "kind": kind, "type": GRADERS[kind], "types": GRADERS, "name": name, "grader_id": grader_id, "fault": fault, "data": data,
+        "controls": grader_view.controls(GRADERS[kind], typed, fault), "datasets": usable, "dataset": dataset, "ids": ids,
+        "rows": grader_view.rows_of(dataset, data) if dataset else [], "labels": grader_view.LABELS, "agreement": None,
+        "choices": playground.choices(session, user),
+    }  # fmt: skip
+
+
+def _of_form(session: Session, user: User, data: Typed, fault: StudioError | None = None) -> Json:
+    """The context of a form that was sent, as it was filled."""
+    kind = data.get("type", "")
+    kind = kind if kind in GRADERS else "string_check"
+    return _form(session, user, kind, data.get("name", ""), _typed(data), data, data.get("grader_id", ""), fault)
+
+
+def _typed(data: Typed) -> Typed:
+    start = f"{grader_view.PREFIX}."
+    return {key.removeprefix(start): value for key, value in data.items() if key.startswith(start)}
+
+
+def _read(data: Typed) -> Grader:
+    return graders.read(grader_view.body_of(data.get("type", ""), data.get("name", "").strip(), _typed(data)))
+
+
+def _save(request: Request, user: User, data: Typed) -> Response:
+    try:
+        grader = _read(data)
+        with transaction() as session:
+            judges.resolve(session, user, [grader])
+            if data.get("grader_id"):
+                saved = saved_graders.get(session, user, ids.parse_grader(data["grader_id"]))
+                saved_graders.change(session, saved, grader)
+            else:
+                saved = saved_graders.create(session, user, grader)
+            place = ids.public(ids.GRADER, saved.id)
+    except StudioError as fault:
+        with transaction() as session:
+            return render(request, "grader.html", status_code=fault.status, **_of_form(session, user, data, fault))
+    flash(request, f"Saved “{grader.name}”.")
+    return RedirectResponse(f"/graders/{place}", status_code=303)
+
+
+def _try(request: Request, user: User, data: Typed) -> Response:
+    fault, rows, tried = None, [], None
+    try:
+        grader = _read(data | {"name": data.get("name", "").strip() or "trial"})
+        with transaction() as session:
+            rows = _of_form(session, user, data)["rows"]
+            writer = judges.writer(session, user, data.get("model", "")) if data.get("do") == "answer" else None
+        if writer is not None:
+            rows = [row._replace(answer=_answer(request, user, writer, row.prompt)) for row in rows]
+            data |= {f"answer.{row.line}": row.answer for row in rows}
+        tried = grader_view.with_grades(grader, rows, grade_here(request, user, grader, grader_view.samples_of(rows)))
+    except (StudioError, GradeError) as error:
+        fault = error if isinstance(error, StudioError) else BadField(error.message, hint="Try again.", param="model")
+    with transaction() as session:
+        context = _of_form(session, user, data, fault)
+        if tried is not None:
+            context |= {"rows": tried, "agreement": grader_view.agreement(tried)}
+        return render(request, "grader.html", status_code=fault.status if fault else 200, **context)
+
+
+def _answer(request: Request, user: User, writer: judges.Judge, prompt: str) -> str:
+    ask = JudgeAsk(writer.name, ({"role": "user", "content": prompt},), max_tokens=ANSWER_TOKENS)
+    return judges.answers(user.id, [writer], lambda asked: from_thread.run(_send, request, asked))(ask).text.strip()
