@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import graders, saved_graders, schemas
+from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.graders import GRADERS, Ask, Graded, GradeError, Grader, JudgeAsk, Reply, Sample
@@ -251,6 +252,8 @@ def _try(request: Request, user: User, data: Typed) -> Response:
     try:
         grader = _read(data | {"name": data.get("name", "").strip() or "trial"})
         with transaction() as session:
+            if data.get("dataset"):
+                datasets.get(session, user, ids.parse(ids.DATASET, data["dataset"], param="dataset"))
             rows = _of_form(session, user, data)["rows"]
             writer = judges.writer(session, user, data.get("model", "")) if data.get("do") == "answer" else None
         if writer is not None:

@@ -209,7 +209,7 @@ UNSAFE: dict[str, Sample] = {
     "POST /compare/{comparison_id}/keep": Sample({"comparison_id": "$comparison"}, form=[("job", "ftjob-" + "0" * 32)], expect=(404,)),
     "POST /compare/{comparison_id}/cancel": Sample({"comparison_id": "+comparison"}),
     "POST /compare/{comparison_id}/delete": Sample({"comparison_id": "+ended_comparison"}),
-    "POST /v1/evaluations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "kind": "scores", "rows": 5, "part": "all", "validation_fraction": 0.2, "max_length": 64, "answers": 1, "answer_tokens": 2, "forgetting": False, "seed": 1, "graders": ["$grader", GRADER]}),
+    "POST /v1/evaluations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "kind": "scores", "rows": 5, "part": "all", "validation_fraction": 0.2, "max_length": 64, "answers": 1, "answer_tokens": 2, "forgetting": False, "seed": 1, "graders": ["$grader", {"type": "length", "name": "Of this request", "max": 9}]}),
     "POST /v1/evaluations/{evaluation_id}/cancel": Sample({"evaluation_id": "+evaluation"}),
     "DELETE /v1/evaluations/{evaluation_id}": Sample({"evaluation_id": "+ended_evaluation"}),
     "POST /evaluations": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("kind", "scores"), ("rows", "5"), ("part", "all"), ("grader", "$grader"), ("next", "")]),
