@@ -83,8 +83,8 @@ def gpu() -> Finding:
     )
     if done.returncode != 0:
         return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
-    cards = (line.split(", ") for line in done.stdout.strip().splitlines())
-    found = "; ".join(f"{number}: {name}, {free} of {total} free, driver {version}" for number, name, total, free, version in cards)
+    shown = (line.split(", ") for line in done.stdout.strip().splitlines())
+    found = "; ".join(f"{number}: {name}, {free} of {total} free, driver {version}" for number, name, total, free, version in shown)
     if os.environ.get("CUDA_DEVICE_ORDER", order := CUDA_ORDER["CUDA_DEVICE_ORDER"]) != order:
         hint = f"CUDA_DEVICE_ORDER is {os.environ['CUDA_DEVICE_ORDER']} and is not used: GPUs are numbered as nvidia-smi numbers them. Unset it."
         return Finding("gpu", "note", found, hint)

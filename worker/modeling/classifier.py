@@ -57,7 +57,7 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
 def without_pooler(model: PreTrainedModel) -> None:
     """Drop an encoder's own pooler, which has weights of its own and pools nothing here."""
     if getattr(model, "pooler", None) is not None and model.get_output_embeddings() is None:
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]  # a module of torch takes it
 
 
 def load_stack(
