@@ -9,7 +9,7 @@ import torch
 
 from app.errors import DoesNotFit
 from app.evaluation.service import EvaluationSpec
-from app.machines import hardware
+from app.machines import gpus, hardware
 from app.machines.hardware import Machine, Pace, this_machine
 from app.ops.embedded import up
 from app.settings import get_settings
@@ -103,20 +103,31 @@ def test_a_kernel_that_cannot_be_built_is_done_without(caplog):
     assert len(caplog.records) == 1 and "plain torch" in caplog.text
 
 
-def test_each_worker_gets_as_many_cards_as_a_job_takes(data_dir, monkeypatch):
+@pytest.fixture
+def four_cards(monkeypatch):
+    monkeypatch.setattr(gpus, "all_cards", lambda: [gpus.Card(f"GPU-{place}", 9.0, 80 * 2**30, "H100") for place in "abcd"])
+    gpus._uuids.cache_clear()
+    yield
+    gpus._uuids.cache_clear()
+
+
+def test_each_worker_gets_as_many_cards_as_a_job_takes(data_dir, monkeypatch, four_cards):
     settings = get_settings().model_copy(update={"train_workers": 2, "gpus_per_job": 2})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     seen = [up.train_worker(["train@%h"], number, settings).env["CUDA_VISIBLE_DEVICES"] for number in (1, 2)]
-    assert seen == ["0,1", "2,3"]
+    assert seen == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")  # too few to share out: both see all
     assert "CUDA_VISIBLE_DEVICES" not in up.train_worker(["train@%h"], 1, settings).env
 
 
-def test_a_studio_trains_on_all_cards_by_default(data_dir, monkeypatch):
+def test_a_studio_trains_on_all_cards_by_default(data_dir, monkeypatch, four_cards):
     """A worker for each, or for as many as a job takes; seven of eight idled."""
     settings = get_settings()
-    for visible, each, workers, first in (("0,1,2,3", 1, 4, "0"), ("0,1,2,3", 2, 2, "0,1"), ("0", 1, 1, None), ("", 1, 1, None)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cases = (("0,1,2,3", 1, 4, "GPU-a"), ("0,1,2,3", 2, 2, "GPU-a,GPU-b"), (None, 1, 4, "GPU-a"), ("0", 1, 1, None), ("", 1, 1, None))
+    for visible, each, workers, first in cases:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         one = settings.model_copy(update={"gpus_per_job": each})
         assert up.train_workers(one) == workers
         assert up.train_worker(["train@%h"], 1, one).env.get("CUDA_VISIBLE_DEVICES") == first
