@@ -20,7 +20,6 @@ from tests.generating import (  # noqa: F401
     answering_dir,
     generate_worker,
     leave_while_it_speaks,
-    openai_client,
     register_long,
     register_tiny,
     stop_worker,

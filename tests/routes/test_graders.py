@@ -13,7 +13,6 @@ from tests.generating import (  # noqa: F401
     _workers,
     answering_dir,
     generate_worker,
-    openai_client,
     register_tiny,
     stop_worker,
 )
@@ -44,7 +43,7 @@ MULTI = {"type": "multi", "name": "both", "graders": {"same": STRING, "close": S
 
 
 @pytest.fixture
-def graders(openai_client):  # noqa: F811
+def graders(openai_client):
     return openai_client.fine_tuning.alpha.graders
 
 
