@@ -111,7 +111,7 @@ PARTS = {
 
 def gpu_parts() -> list[Finding]:
     """Each package that only GPU training uses, tried with a small computation there. It imports torch, so in a child."""
-    if not gpus.all_cards():
+    if shutil.which("nvidia-smi") is None and not gpus.all_cards():
         there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
         return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
     environment = {**os.environ, **CUDA_ORDER}

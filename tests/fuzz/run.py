@@ -174,7 +174,8 @@ class Fuzz:
             return
         if answer.status >= 500 and case.path != "/readyz":
             code = self.faults[-1].code if self.faults else None
-            if answer.status == 503 and code in UNAVAILABLE:
+            shown = "The studio is set to stay offline" in answer.text  # on a page that shows the error itself
+            if answer.status == 503 and (code in UNAVAILABLE or shown):
                 self.meant += 1
             else:
                 yield f"{answer.status} {code}"
