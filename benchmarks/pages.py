@@ -111,6 +111,7 @@ def studio() -> Iterator[tuple[str, Any, list[Page]]]:
 
 def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
+    from app import graders, saved_graders
     from app.datasets import ingest_task, samples
     from app.evaluation import comparisons, predictions
     from app.evaluation import service as evaluations
@@ -158,6 +159,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     vote = Vote(owner_id=user.id, messages=said, left_model=model.name, right_model=model.name, left_text="Yes.", right_text="No.")
     session.add(vote)
     project = projects.create(session, user, "Violins")
+    grader = saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
     session.commit()
     of_jobs = {name: ids.public(ids.JOB, life.job_id) for name, life in (("queued", queued), ("running", running), ("finished", done))}
     return {
@@ -173,6 +175,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/settings/projects/{project_id}": {"": ids.public(ids.PROJECT, project.id)},
+        "/graders/{grader_id}": {"": ids.public(ids.GRADER, grader.id)},
         "/guide/{strategy}": {"": "lora"},
     }
 
