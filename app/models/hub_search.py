@@ -17,7 +17,6 @@ SECONDS = 8.0
 BYTES_PER_PARAMETER = 2.6
 """Memory of LoRA on a model in 16 bits: the weights, and a third of them for all else with short rows."""
 _EXPANDED = ("safetensors", "downloads", "likes", "gated", "cardData", "config", "lastModified")
-_ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 
 class Found(NamedTuple):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import func, select
 
-from app import limits
+from app import graders, limits, saved_graders
 from app.db import transaction
 from app.errors import Conflict
 from app.jobs import lifecycle, usage
 from app.kit import ids
 from app.models import aliases
 from app.storage import files
-from app.tables import Base, BrowserSession, Dataset, File, Job, MachineUse, Model, Project, User
+from app.tables import Base, BrowserSession, Dataset, File, Job, MachineUse, Model, Project, Upload, User
 from app.web import auth, project_deletion, projects
 from tests.factories import make_dataset, make_job
 from tests.web.test_people import made, signed_in
@@ -66,6 +66,15 @@ def test_the_preview_says_what_is_in_it(api, client, session, full):
     assert told["bytes"] == limits.used_by(session, "project", full.id, "storage_bytes") > 0
     page = client.get(f"/settings/projects/{ids.public(ids.PROJECT, full.id)}").text
     assert "2 files, 1 dataset, 1 run" in page and "is deleted too" in page
+
+
+def test_everything_that_belongs_to_a_project_is_in_the_preview(session, user, full, data_dir):
+    unfinished = {Upload}  # parts of a file that is not there yet
+    assert set(project_deletion.SHOWN.values()) == set(projects.owned_tables()) - unfinished
+    alone = projects.create(session, user, "Bows")
+    saved_graders.create(session, user.work_in(alone.id), graders.read({"type": "length", "name": "short", "max": 9}))
+    with pytest.raises(Conflict, match="not empty: 1 grader"):
+        project_deletion.remove(session, alone)
 
 
 def test_without_a_word_about_its_contents_it_stays(api, session, full):
