@@ -65,6 +65,11 @@ def configure() -> None:
     )
 
 
+def turned_over(path: Path) -> Path:
+    """The file that holds what a rotated log held before: `train-1.log.1` of `train-1.log`."""
+    return path.with_suffix(".log.1")
+
+
 def turn_over(path: Path, limit_bytes: int) -> None:
     """Rotate a log that exceeds the limit: copy its end to a file next to it (`train-1.log.1`) and truncate it.
 
@@ -74,14 +79,17 @@ def turn_over(path: Path, limit_bytes: int) -> None:
     """
     try:
         with path.open("r+b") as log:
-            size = os.fstat(log.fileno()).st_size
-            if size <= limit_bytes:
+            if os.fstat(log.fileno()).st_size <= limit_bytes:
                 return
-            log.seek(size - limit_bytes)
-            with path.with_suffix(".log.1").open("wb", buffering=0) as kept:
-                # To the end, which moves on meanwhile; if the log grows faster than this reads, the rest is lost.
-                while kept.tell() < 2 * limit_bytes and (piece := log.read(2**20)):
-                    kept.write(piece)
+            with turned_over(path).open("wb", buffering=0) as kept:
+                for _ in range(10):  # a log that grows faster than it is copied: its end again, which is what matters of it
+                    log.seek(os.fstat(log.fileno()).st_size - limit_bytes)
+                    kept.seek(0)
+                    kept.truncate()
+                    while kept.tell() < 2 * limit_bytes and (piece := log.read(min(limit_bytes, 2**20))):
+                        kept.write(piece)
+                    if log.tell() == os.fstat(log.fileno()).st_size:
+                        break
                 log.truncate(0)
     except OSError:
         return

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from app import events
 from app.errors import BadData, StudioError
 from app.kit import manifest, tracing
+from app.kit.logs import turned_over
 from app.machines.gpus import CUDA_ORDER, NONE_VISIBLE
 from app.machines.hardware import this_machine
 from app.settings import get_settings
@@ -166,15 +167,24 @@ def _read(path: str | Path) -> str:
 
 
 def tail(path: Path, most: int = 4000) -> str:
-    """The end of a log, in whole lines."""
+    """The end of a log, in whole lines: at most so many bytes. What a rotation has just moved aside is read before it."""
+    size, text = _end(path, most)
+    if size < most:
+        before, end = _end(turned_over(path), most - size)
+        size, text = size + before, end + text
+    said = text.decode(errors="replace")
+    return said if size <= most else said.partition("\n")[2]
+
+
+def _end(path: Path, most: int) -> tuple[int, bytes]:
+    """Size of a file and its last bytes; nothing of a file that cannot be read."""
     try:  # no link and no pipe: whoever writes the log could have put one there
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most))
-            text = file.read().decode(errors="replace")
+            return size, file.read(most)
     except OSError:
-        return ""
-    return text if size <= most else text.partition("\n")[2]
+        return 0, b""
 
 
 def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
