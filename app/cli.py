@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from app.errors import BadData, BadField, Unavailable
 from app.ops import keeping, users
-from app.ops.console import DataDir, Run, as_owner, choose, err, here_address, out, owner_session, plainly, say
+from app.ops.console import ConsoleRun, DataDir, as_owner, choose, err, here_address, out, owner_session, plainly, say
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def openapi(markdown: Annotated[bool, typer.Option(help="As a page to read, whic
 # Under the commands -----------------------------------------------------------------------------------------------------
 
 
-def bring(run: Run, model_id: Any) -> None:
+def bring(run: ConsoleRun, model_id: Any) -> None:
     """Fetch a requested model here and now, or wait for the studio's own worker if that was quicker to claim it."""
     from rich.progress import Progress
 
@@ -294,7 +294,7 @@ def submit(session: Session, user: User, order: dict[str, Any], folder: Path) ->
     return ids.public(ids.JOB, jobs.create(session, user, read_order(order)).id)
 
 
-def run_to_end(run: Run, job_id: str) -> str:
+def run_to_end(run: ConsoleRun, job_id: str) -> str:
     """Print a job's events until it ends; returns its last status."""
     from app.jobs import service as jobs
     from app.kit import ids

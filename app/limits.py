@@ -222,7 +222,7 @@ def running_limits(session: Session, by: By) -> dict[Hashable, int]:
     return {key: int(most) for key, most in found.items() if most is not None}
 
 
-class Line(NamedTuple):
+class LimitUse(NamedTuple):
     """One limit next to its use, for pages."""
 
     name: Name
@@ -233,22 +233,24 @@ class Line(NamedTuple):
     own: float | None
 
 
-def of_person(session: Session, key: uuid.UUID) -> list[Line]:
+def of_person(session: Session, key: uuid.UUID) -> list[LimitUse]:
     own = session.scalar(select(User.limits).where(User.id == key))
     return lines(own, {name: used_by(session, "person", key, name) for name in LIMITS}, "person")
 
 
-def of_project(session: Session, key: uuid.UUID) -> list[Line]:
+def of_project(session: Session, key: uuid.UUID) -> list[LimitUse]:
     """Of a project that has a limit; of any other nothing."""
     own = session.scalar(select(Project.limits).where(Project.id == key))
     return lines(own, {name: used_by(session, "project", key, name) for name in LIMITS}, "project") if own else []
 
 
-def lines(own: Mapping[str, Any] | None, have: Mapping[Name, float], by: By) -> list[Line]:
+def lines(own: Mapping[str, Any] | None, have: Mapping[Name, float], by: By) -> list[LimitUse]:
     most = allowed(own, by)
     told = []
     for name, limit in LIMITS.items():
         value, top = have.get(name, 0.0), most.get(name)
         share = None if top is None else min(1.0, value / top) if top else 1.0
-        told.append(Line(name, limit.title, limit.figure(value), "" if top is None else limit.figure(top), share, (own or {}).get(name)))
+        told.append(
+            LimitUse(name, limit.title, limit.figure(value), "" if top is None else limit.figure(top), share, (own or {}).get(name))
+        )
     return told

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "muon", "adafactor"]
 
 
-class Kind(NamedTuple):
+class OptimizerKind(NamedTuple):
     """`bytes` is its state per trained parameter, and `rate` its suitable learning rate relative to AdamW's."""
 
     bytes: int
@@ -18,16 +18,16 @@ class Kind(NamedTuple):
     rate: float = 1.0
 
 
-OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(bytes=8),
-    "adamw_8bit": Kind(bytes=2, needs_gpu=True),
-    "paged_adamw_8bit": Kind(bytes=2, needs_gpu=True, spreads=False),
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(bytes=8),
+    "adamw_8bit": OptimizerKind(bytes=2, needs_gpu=True),
+    "paged_adamw_8bit": OptimizerKind(bytes=2, needs_gpu=True, spreads=False),
     # A sign update changes every weight by the whole rate: 3 to 10 times less than AdamW's (Chen et al. 2023, Lion,
     # https://arxiv.org/abs/2302.06675, section 5).
-    "lion": Kind(bytes=4, betas=(0.9, 0.99), eps=None, rate=0.2),
-    "muon": Kind(bytes=4, spreads=False),  # for matrices; its AdamW keeps 8 bytes for the rest
+    "lion": OptimizerKind(bytes=4, betas=(0.9, 0.99), eps=None, rate=0.2),
+    "muon": OptimizerKind(bytes=4, spreads=False),  # for matrices; its AdamW keeps 8 bytes for the rest
     # One value per row and one per column: half a byte for LoRA of rank 8, hardly anything for whole weights.
-    "adafactor": Kind(bytes=1, betas=None, eps=None, spreads=False),
+    "adafactor": OptimizerKind(bytes=1, betas=None, eps=None, spreads=False),
 }
 
 

@@ -38,7 +38,7 @@ class Due(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class RetentionRule:
     name: str
     title: str
     setting: str
@@ -53,20 +53,20 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Preview:
+class RetentionPreview:
     """What a rule would remove now."""
 
-    rule: Rule
+    rule: RetentionRule
     count: int
     bytes: int
 
 
-def preview(session: Session) -> list[Preview]:
+def preview(session: Session) -> list[RetentionPreview]:
     """All rules; 0 for one that has no setting."""
     found = []
     for rule in RULES:
         due = rule.due(session, _before(rule.days), None) if rule.days is not None else []
-        found.append(Preview(rule, len(due), sum(one.bytes for one in due)))
+        found.append(RetentionPreview(rule, len(due), sum(one.bytes for one in due)))
     return found
 
 
@@ -169,9 +169,11 @@ def _remove_deleted(session: Session, due: Sequence[Due]) -> None:
 
 
 RULES = (
-    Rule("playground", "Conversations of the playground and answers of the API", "keep_playground_days", _exchanges, _remove_exchanges),
-    Rule("logs", "Logs of runs and evaluations that ended", "keep_log_days", _logs, _remove_files),
-    Rule("checkpoints", "Checkpoints of runs that ended", "keep_checkpoint_days", _checkpoints, _remove_checkpoints),
-    Rule("exports", "Exports", "keep_export_days", _exports, _remove_exports),
-    Rule("deleted", "Records of what was deleted", "keep_deleted_days", _deleted, _remove_deleted),
+    RetentionRule(
+        "playground", "Conversations of the playground and answers of the API", "keep_playground_days", _exchanges, _remove_exchanges
+    ),
+    RetentionRule("logs", "Logs of runs and evaluations that ended", "keep_log_days", _logs, _remove_files),
+    RetentionRule("checkpoints", "Checkpoints of runs that ended", "keep_checkpoint_days", _checkpoints, _remove_checkpoints),
+    RetentionRule("exports", "Exports", "keep_export_days", _exports, _remove_exports),
+    RetentionRule("deleted", "Records of what was deleted", "keep_deleted_days", _deleted, _remove_deleted),
 )

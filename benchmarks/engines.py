@@ -159,12 +159,12 @@ def order_of(plan: dict[str, Any], rows: int) -> Any:
 
 def given(spec: Any, tokenizer: Any, samples: list[list[int]]) -> Any:
     """The lesson of a job that writes, with the samples where it would read a dataset."""
-    from worker.training.objectives._base import Objective
+    from worker.training.objectives._base import TrainingObjective
     from worker.training.objectives.causal_lm import CausalLM
 
     class Given(CausalLM):
         def __init__(self) -> None:
-            Objective.__init__(self, spec, tokenizer)
+            TrainingObjective.__init__(self, spec, tokenizer)
             self.train, self.held_out = tokenised(samples, self.lead)
             self.questions, self.plain_template = [], False
 

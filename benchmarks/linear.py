@@ -206,7 +206,7 @@ def _report(text: str) -> Run:
 
 
 def _overlap(text: str) -> Run:
-    rows = [splits.Line(line, row) for line, row in enumerate(_normalised(text), 1)]
+    rows = [splits.NumberedRow(line, row) for line, row in enumerate(_normalised(text), 1)]
     return lambda: (splits.overlap(rows, rows), [splits.split_hash(row.row, "0") for row in rows])
 
 

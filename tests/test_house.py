@@ -151,6 +151,54 @@ def test_wrong_arrows_and_cycles_are_seen():
     assert any({"app.kit.ids", "app.jobs.service"} <= set(group) for group in cycles(arrows))
 
 
+REGISTRIES = (
+    "app.formats",
+    "app.objectives",
+    "app.strategies",
+    "app.graders",
+    "app.export_formats",
+    "worker.training.objectives",
+    "app.datasets.rules",
+)
+"""A kind is called the same in each of them: the format, the objective and the computation of one name."""
+
+
+def names_used_twice(classes: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Public classes of one name in several modules. What the API sends (`app.schemas`) is called as what it describes, and a kind
+    in one registry as its counterpart in another."""
+    found: dict[str, list[str]] = {}
+    for module, name in classes:
+        kind = module.startswith(REGISTRIES) and not module.rpartition(".")[2].startswith("_")
+        if not (name.startswith("_") or module.startswith("app.schemas.") or kind):
+            found.setdefault(name, []).append(module)
+    return {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def test_a_class_has_a_name_of_its_own():
+    classes = [
+        (module, node.name)
+        for module, path in module_files().items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 500
+    assert names_used_twice(classes) == {}
+
+
+def test_a_name_that_is_used_twice_is_seen():
+    classes = [
+        ("app.views.rows", "Line"),
+        ("app.limits", "Line"),
+        ("app.schemas.rows", "Line"),
+        ("app.formats.chat", "Chat"),
+        ("app.chat", "Chat"),
+    ]
+    assert names_used_twice(classes) == {"Line": ["app.views.rows", "app.limits"]}
+    assert names_used_twice([("app.formats._base", "Finding"), ("app.tables", "Finding")]) == {
+        "Finding": ["app.formats._base", "app.tables"]
+    }
+
+
 def test_services_know_no_http():
     services = [path for path in sources("app") if path.relative_to(PROJECT / "app").with_suffix("").parts[0] not in WITH_HTTP]
     found = [

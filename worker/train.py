@@ -35,8 +35,8 @@ from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
 from worker.training.graded import clearly_better
 from worker.training.objectives import objective_of
-from worker.training.objectives._base import EvalResult, Objective, body_of, trained_parameters
-from worker.training.schedule import Schedule, course_of, seconds_expected
+from worker.training.objectives._base import EvalResult, TrainingObjective, body_of, trained_parameters
+from worker.training.schedule import StepPlan, course_of, seconds_expected
 from worker.training.step import next_batch, parts_of, take_step
 from worker.training.step_report import report, step_event
 
@@ -59,8 +59,8 @@ class TrainState:
     spec: JobSpec
     attempt: Path
     engine: Compute
-    lesson: Objective
-    course: Schedule
+    lesson: TrainingObjective
+    course: StepPlan
     state: State
     backend: StepBackend  # holds the model, what is trained of it, and the optimizer
     began: float  # monotonic, for the seconds of everything

@@ -25,7 +25,7 @@ Operation = Literal["concatenate", "mix", "sample", "deduplicate", "convert"]
 MAX_SOURCES, MAX_ROWS = 20, 5_000_000
 
 
-class Part(BaseModel):
+class MixturePart(BaseModel):
     """One dataset of a combination, and its weight in a mixture."""
 
     model_config = ConfigDict(extra="forbid")
@@ -39,7 +39,7 @@ def _bare_id(value: Any) -> Any:
     return {"dataset": value} if isinstance(value, str) else value
 
 
-Source = Annotated[Part, BeforeValidator(_bare_id, json_schema_input_type=str | Part)]
+Source = Annotated[MixturePart, BeforeValidator(_bare_id, json_schema_input_type=str | MixturePart)]
 """A dataset and its weight, or its id alone."""
 
 

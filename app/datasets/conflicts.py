@@ -22,7 +22,7 @@ MAX_OF_A_GROUP = 20
 """Rows of one group that are shown; the rest is shown once these are decided."""
 
 
-class Group(NamedTuple):
+class ConflictGroup(NamedTuple):
     """Rows with one input: the rule they violate, and their lines in the order of the file."""
 
     rule: str
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 _FIRST = Finding.fix["arguments"]["line"].astext.cast(BigInteger)
 
 
-def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None = None) -> tuple[list[Group], bool]:
+def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None = None) -> tuple[list[ConflictGroup], bool]:
     """One page of groups, or the one that contains `line`; and whether there are more."""
     found = (
         select(Finding.rule, _FIRST, func.array_agg(aggregate_order_by(Finding.line, Finding.line)))
@@ -45,10 +45,10 @@ def groups(session: Session, dataset: Dataset, page: int = 1, line: int | None =
     if line is not None:
         found = found.having((line == _FIRST) | func.bool_or(Finding.line == line))
     rows = session.execute(found.offset((page - 1) * PER_PAGE).limit(PER_PAGE + 1)).all()
-    return [Group(rule, [first, *lines][:MAX_OF_A_GROUP]) for rule, first, lines in rows[:PER_PAGE]], len(rows) > PER_PAGE
+    return [ConflictGroup(rule, [first, *lines][:MAX_OF_A_GROUP]) for rule, first, lines in rows[:PER_PAGE]], len(rows) > PER_PAGE
 
 
-def ask(session: Session, dataset: Dataset, shown: Sequence[Group]) -> Inspection:
+def ask(session: Session, dataset: Dataset, shown: Sequence[ConflictGroup]) -> Inspection:
     """Request the rows of these groups from the data worker."""
     lines = [line for group in shown for line in group.lines]
     return inspections.ask(session, dataset, "rows", {"count": len(lines), "cutoff": 0, "lines": lines})

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from app import formats
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import Row, parsed
 from app.formats._messages import recast
 from app.formats.classification import label_of
@@ -120,7 +120,7 @@ def mend(row: Row, rule: str, entry: Format, mapping: Mapping[str, str]) -> Row 
     return row
 
 
-def _mended(row: Row, found: Finding, mapping: Mapping[str, str]) -> Row | None:
+def _mended(row: Row, found: RowFinding, mapping: Mapping[str, str]) -> Row | None:
     assert found.fix is not None
     operation, arguments = found.fix["operation"], found.fix["arguments"]
     if operation == "role":
@@ -207,14 +207,14 @@ TEXT_EDITS: dict[str, Callable[[str], str]] = {
 # Rows as a person types them ------------------------------------------------------------------------------------------
 
 
-def check_normalised(row: Any, shape: str) -> list[Finding]:
+def check_normalised(row: Any, shape: str) -> list[RowFinding]:
     """Findings about a normalized row of a shape, as a person typed it; an error means that it cannot be kept."""
     if not isinstance(row, dict):
-        return [Finding("wrong_shape", "A row must be an object.")]
+        return [RowFinding("wrong_shape", "A row must be an object.")]
     owner = formats.get(shape)
     entry = formats.get(owner.checked_as or owner.name)
     mapping = entry.identity(row)
     missing = [field.name for field in entry.fields if field.required and field.name not in mapping]
     if missing:
-        return [Finding("missing_field", f"The row has no “{missing[0]}”.", missing[0])]
+        return [RowFinding("missing_field", f"The row has no “{missing[0]}”.", missing[0])]
     return entry.check(row, mapping)

@@ -22,7 +22,7 @@ from app.datasets.readers import Raw
 from app.datasets.report import Report
 from app.datasets.row_store import RowsFile
 from app.errors import BadData
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import MAX_NAME_LENGTH, Row, columns_of, shown
 
 VERSION = 6
@@ -35,7 +35,7 @@ MAPPED_COLUMNS = 500
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARACTERS = 5, 60, 160
 """Preview of the file as it is, for a person who maps its columns."""
 Say = Any
-CounterOf = Callable[[str, Callable[[int, Finding], None]], Any]
+CounterOf = Callable[[str, Callable[[int, RowFinding], None]], Any]
 
 
 def read(payload: dict[str, Any], say: Say, counter_of: CounterOf | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from app.datasets.edits import check_normalised
 from app.datasets.readers import Raw
 from app.datasets.rules._base import seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import MAX_NAME_LENGTH, Row, fingerprint, shown
 from app.formats._messages import named
 from app.kit.json_safe import shortened, storable
@@ -81,7 +81,7 @@ class Report:
         self.good += good
         return good
 
-    def add(self, line: int | None, finding: Finding) -> None:
+    def add(self, line: int | None, finding: RowFinding) -> None:
         """Report a finding, once per row and rule: counts are numbers of rows, and a fix reaches all places of its row."""
         role = named(finding.value) if finding.rule == "wrong_role" else None
         if role and (role in self.unknown_roles or len(self.unknown_roles) < MAX_ROLES):

@@ -11,7 +11,7 @@ from app.errors import BadField
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class Part(NamedTuple):
+class RowText(NamedTuple):
     """One text of a row: where it stands, what it is called, and its role where it is a message."""
 
     path: str
@@ -20,16 +20,16 @@ class Part(NamedTuple):
     role: str | None = None
 
 
-def parts(row: dict[str, Any]) -> list[Part]:
+def parts(row: dict[str, Any]) -> list[RowText]:
     """The texts of a normalized row in reading order."""
-    found: list[Part] = []
+    found: list[RowText] = []
     for key in ("text", "prompt", "completion", "label"):
         if isinstance(row.get(key), str):
-            found.append(Part(key, key.capitalize(), row[key]))
+            found.append(RowText(key, key.capitalize(), row[key]))
     for key, title in (("messages", "Message"), ("chosen", "Chosen answer"), ("rejected", "Rejected answer"), ("answer", "Answer")):
         for place, message in enumerate(row.get(key) or ()):
             if isinstance(message, dict):
-                found.append(Part(f"{key}[{place}]", f"{title} {place + 1}", message.get("content") or "", message.get("role")))
+                found.append(RowText(f"{key}[{place}]", f"{title} {place + 1}", message.get("content") or "", message.get("role")))
     return found
 
 

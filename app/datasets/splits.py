@@ -29,7 +29,7 @@ MAX_ROUNDS = 20
 SHOWN_ROW_BYTES = 8 << 10
 
 
-class Line(NamedTuple):
+class NumberedRow(NamedTuple):
     """A normalized row and its line."""
 
     line: int
@@ -156,14 +156,16 @@ def side(payload: dict[str, Any], say: Any) -> dict[str, Any]:
     return {"rows": rows_, "matches": len(ours)}
 
 
-def _sides(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> tuple[Sequence[Line], Sequence[Line]]:
+def _sides(
+    rows: Sequence[NumberedRow], others: Sequence[NumberedRow] | None, payload: dict[str, Any]
+) -> tuple[Sequence[NumberedRow], Sequence[NumberedRow]]:
     if others is not None:
         return rows, others
     sides = divide(rows, payload["fraction"], payload["seed"], payload["method"], payload.get("column"))
     return [row for row, out in zip(rows, sides, strict=True) if not out], [row for row, out in zip(rows, sides, strict=True) if out]
 
 
-def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[str, Any]) -> list[int]:
+def _to_drop(rows: Sequence[NumberedRow], others: Sequence[NumberedRow] | None, payload: dict[str, Any]) -> list[int]:
     """Training lines that overlap with the validation set. Fewer rows may be split a little differently, so the split is repeated
     until nothing is on both sides."""
     dropped: set[int] = set()
@@ -182,7 +184,7 @@ def _to_drop(rows: Sequence[Line], others: Sequence[Line] | None, payload: dict[
     return sorted(dropped)
 
 
-def _shares(row: Line, wholes: set[bytes], prompts: set[bytes]) -> bool:
+def _shares(row: NumberedRow, wholes: set[bytes], prompts: set[bytes]) -> bool:
     prompt, text = formats.of(row.row).given_and_all(row.row)
     return _print(text) in wholes or bool(prompt and _print(prompt) in prompts)
 
@@ -232,5 +234,5 @@ def _labels(train: Sequence[Any], held: Sequence[Any]) -> list[list[Any]]:
     return [[label, left[label], right[label]] for label, _ in (left + right).most_common(100)]
 
 
-def _read(path: Path) -> Iterable[Line]:
-    return (Line(line, json.loads(text)) for line, text in read_rows(path))
+def _read(path: Path) -> Iterable[NumberedRow]:
+    return (NumberedRow(line, json.loads(text)) for line, text in read_rows(path))

@@ -17,14 +17,14 @@ from app.datasets import inspections
 from app.datasets import service as datasets
 from app.errors import Conflict
 from app.evaluation import service as evaluations
-from app.evaluation.advice_cards import Card, Step, cards, steps
+from app.evaluation.advice_cards import AdviceStep, Card, cards, steps
 from app.jobs.defaults import usual_run
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_count, human_number
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
-from app.planning.advisor import Advice, Cost, Rule
+from app.planning.advisor import Advice, AdviceRule, CostEstimate
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec, ModelRef
@@ -33,7 +33,7 @@ from app.strategies._advice import Facts
 from app.tables import JSON, Dataset, Evaluation, User
 
 
-class Shown(BaseModel):
+class ShownFact(BaseModel):
     """One fact as the page shows it."""
 
     name: str
@@ -65,12 +65,12 @@ class Advised(BaseModel):
     dataset: str
     dataset_id: str
     facts: Facts
-    shown: list[Shown]
+    shown: list[ShownFact]
     tune: Tune
     cards: list[Card]
-    steps: list[Step]
+    steps: list[AdviceStep]
     ranking: list[Advice]
-    rules: list[Rule]
+    rules: list[AdviceRule]
     evaluation: JSON | None = None
     how_to_measure: str | None = None
 
@@ -163,7 +163,7 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: 
     )
 
 
-def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, Cost]:
+def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, run: RunSettings) -> dict[str, CostEstimate]:
     """The estimate of each strategy with these run settings, without those that cannot run here."""
     here, reference = heartbeats.training_machine(), datasets.reference(dataset)
     stats = inspections.stats_for(session, dataset, ref)
@@ -174,7 +174,7 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
             continue
         spec = JobSpec(name="advice", task=facts.task, model=ref, dataset=reference, run=run, strategy=strategy)
         cost = duration.estimate(spec, stats, here)
-        found[name] = Cost(
+        found[name] = CostEstimate(
             memory_bytes=cost.memory_bytes,
             seconds=cost.seconds,
             trainable_parameters=cost.trainable_parameters,
@@ -185,31 +185,31 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
     return found
 
 
-def show(facts: Facts, shape: Shape) -> list[Shown]:
+def show(facts: Facts, shape: Shape) -> list[ShownFact]:
     """The facts in words, in the order of their importance."""
-    found = [Shown(name="Rows", value=human_number(facts.rows), note=facts.task)]
+    found = [ShownFact(name="Rows", value=human_number(facts.rows), note=facts.task)]
     if facts.tokens is not None:
         each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
-        found.append(Shown(name="Tokens", value=human_number(facts.tokens), note=each))
+        found.append(ShownFact(name="Tokens", value=human_number(facts.tokens), note=each))
     if facts.classes:
         note = (
             "" if facts.smallest_class is None else f"{human_number(facts.smallest_class)} to {human_number(facts.largest_class)} rows each"
         )
-        found.append(Shown(name="Classes", value=human_number(facts.classes), note=note))
+        found.append(ShownFact(name="Classes", value=human_number(facts.classes), note=note))
         if facts.smallest_class is not None:
             uneven = _advice.balance(facts)
             even = "imbalanced: judge by macro F1, not accuracy" if uneven >= _advice.UNEVEN else "largest class to smallest"
-            found.append(Shown(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
-    found.append(Shown(name="Model", value=human_count(shape.parameters()), note=f"parameters, {shape.architecture}"))
-    found.append(Shown(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
+            found.append(ShownFact(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
+    found.append(ShownFact(name="Model", value=human_count(shape.parameters()), note=f"parameters, {shape.architecture}"))
+    found.append(ShownFact(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
     found.append(_domain(facts))
     return found
 
 
-def _domain(facts: Facts) -> Shown:
+def _domain(facts: Facts) -> ShownFact:
     if facts.distance is None:
-        return Shown(name="Domain distance", value="–", note="not applicable to encoders" if facts.how == "vectors" else "not measured")
-    return Shown(name="Domain distance", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
+        return ShownFact(name="Domain distance", value="–", note="not applicable to encoders" if facts.how == "vectors" else "not measured")
+    return ShownFact(name="Domain distance", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
 
 
 def closeness(distance: float) -> str:

@@ -13,7 +13,7 @@ from app.kit import ids
 from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds
 from app.metrics import in_text
 from app.objectives import OBJECTIVES
-from app.planning.advisor import Advice, Cost
+from app.planning.advisor import Advice, CostEstimate
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.strategies import _advice
@@ -40,7 +40,7 @@ class Card(BaseModel):
     url: str
 
 
-class Step(BaseModel):
+class AdviceStep(BaseModel):
     """One thing to do about the data or the model before a job is started, and the page where it is done."""
 
     about: Literal["model", "rows", "length", "classes"]
@@ -93,14 +93,14 @@ def _lower(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
-def _is_cheaper(cost: Cost | None, best: Cost | None) -> bool:
+def _is_cheaper(cost: CostEstimate | None, best: CostEstimate | None) -> bool:
     if cost is None or best is None or cost.seconds is None or best.seconds is None:
         return False
     memory, seconds = cost.memory_bytes / best.memory_bytes, cost.seconds / max(best.seconds, 1e-9)
     return min(memory, seconds) <= CHEAPER and max(memory, seconds) <= 1
 
 
-def _is_stronger(cost: Cost | None, best: Cost | None) -> bool:
+def _is_stronger(cost: CostEstimate | None, best: CostEstimate | None) -> bool:
     return cost is not None and best is not None and cost.trainable_parameters > STRONGER * max(best.trainable_parameters, 1)
 
 
@@ -125,16 +125,16 @@ def _more(a: Advice, best: Advice) -> str:
 # What to do about the data and the model ------------------------------------------------------------------------------
 
 
-def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSettings, others: Sequence[Model]) -> list[Step]:
+def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSettings, others: Sequence[Model]) -> list[AdviceStep]:
     """What would help more than another method: a model for the task, more rows, a larger max sequence length, balanced classes."""
     found = [_other_model(model, shape, dataset, facts, others), _more_rows(dataset, facts), _length(model, shape, dataset, run)]
     if _advice.balance(facts) >= _advice.UNEVEN:
         text = f"Balance the classes: the largest has {_advice.balance(facts):,.0f} times the rows of the smallest."
-        found.append(Step(about="classes", text=text, label="Combine & transform", url="/datasets/combine"))
+        found.append(AdviceStep(about="classes", text=text, label="Combine & transform", url="/datasets/combine"))
     return [step for step in found if step is not None]
 
 
-def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> Step | None:
+def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, others: Sequence[Model]) -> AdviceStep | None:
     """An encoder for labels, where the model is a larger generative one; a generative one, where an encoder was chosen for text."""
     ready = [m for m in others if m.status == "ready" and not m.answered_elsewhere and m.shape]
     classifies = OBJECTIVES[facts.task].classifies
@@ -142,7 +142,7 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
         encoder = next((m for m in ready if m.kind == "encoder"), None)
         if encoder is None:
             text = f"Use an encoder for labels: {ENCODER[1]} is small, and its vectors are made to be compared."
-            return Step(about="model", text=text, label="Add a model", url="/models#add")
+            return AdviceStep(about="model", text=text, label="Add a model", url="/models#add")
         small, large = Shape.model_validate(encoder.shape).parameters(), shape.parameters()
         if small < large:
             text = f"Use the encoder {encoder.title} for labels: {human_count(small)} parameters instead of {human_count(large)}."
@@ -150,26 +150,26 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
     if not classifies and model.kind in ("encoder", "classifier"):
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)
         text = f"Use a model that generates text: {model.title} is {'an encoder' if model.kind == 'encoder' else 'a classifier'}."
-        return _take(writer, dataset, text) if writer else Step(about="model", text=text, label="Add a model", url="/models#add")
+        return _take(writer, dataset, text) if writer else AdviceStep(about="model", text=text, label="Add a model", url="/models#add")
     return None
 
 
-def _take(model: Model, dataset: Dataset, text: str) -> Step:
+def _take(model: Model, dataset: Dataset, text: str) -> AdviceStep:
     asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id)})
-    return Step(about="model", text=text, label=f"Advice for {model.title}", url=f"/jobs/advice?{asked}")
+    return AdviceStep(about="model", text=text, label=f"Advice for {model.title}", url=f"/jobs/advice?{asked}")
 
 
-def _more_rows(dataset: Dataset, facts: Facts) -> Step | None:
+def _more_rows(dataset: Dataset, facts: Facts) -> AdviceStep | None:
     if facts.smallest_class is not None and facts.smallest_class < _advice.FEW_PER_CLASS:
         text = f"Add rows: the smallest class has {facts.smallest_class:,}; {_advice.FEW_PER_CLASS} or more per class train more reliably."
     elif facts.rows < _advice.FEW_ROWS:
         text = f"Add rows: {facts.rows:,} are few; a few hundred train more reliably."
     else:
         return None
-    return Step(about="rows", text=text, label="Add a dataset", url="/datasets")
+    return AdviceStep(about="rows", text=text, label="Add a dataset", url="/datasets")
 
 
-def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> Step | None:
+def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> AdviceStep | None:
     """The smallest power of two that truncates hardly any row. Lengths are counted in buckets that begin at a power of two, and
     by one tokenizer, so shares are rounded."""
     buckets = (dataset.report or {}).get("token_lengths", [])
@@ -187,7 +187,7 @@ def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> S
         longer *= 2
     if longer == limit:
         text = f"Split long texts: {model.title} reads {limit:,} tokens at once, which truncates {human_percent(1 - kept(limit), 0)} of the rows."
-        return Step(about="length", text=text, label="Browse rows", url=f"/datasets/{ids.public(ids.DATASET, dataset.id)}/rows")
+        return AdviceStep(about="length", text=text, label="Browse rows", url=f"/datasets/{ids.public(ids.DATASET, dataset.id)}/rows")
     asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id), "run.max_length": longer})
     text = f"Raise max length to {longer:,}: it keeps {human_percent(kept(longer), 0)} of the rows whole instead of {human_percent(kept(limit), 0)}."
-    return Step(about="length", text=text, label="Use this length", url=f"/jobs/new?{asked}")
+    return AdviceStep(about="length", text=text, label="Use this length", url=f"/jobs/new?{asked}")

@@ -31,7 +31,7 @@ WORTH_MORE = 0.02
 """A loss that fell by at least this share with the last doubling of the data is likely to fall with the next."""
 
 
-class Column(NamedTuple):
+class ScoreColumn(NamedTuple):
     """One column: the key of its value in a row, that of the predicted value, the format, and whether less is better."""
 
     key: str
@@ -42,25 +42,25 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    columns: list[Column]  # the first is the score
+    columns: list[ScoreColumn]  # the first is the score
     rows: list[JSON]
     winners: dict[str, list[str]]  # column → id of the job that is best in it, beyond chance
     base: JSON  # the scores before fine-tuning, by column
 
 
-def score_columns(task: str) -> list[Column]:
+def score_columns(task: str) -> list[ScoreColumn]:
     """The scores of a job, the deciding one first."""
     found = [(name, METRICS[name]) for name in OBJECTIVES[task].metrics]
-    return [Column(name, metric.column or metric.title, metric.unit, metric.lower_is_better) for name, metric in found]
+    return [ScoreColumn(name, metric.column or metric.title, metric.unit, metric.lower_is_better) for name, metric in found]
 
 
 SCORED = tuple(dict.fromkeys(name for entry in OBJECTIVES.values() for name in entry.metrics))
 COSTS = [
-    Column("forgetting", "General ability", "change", True),
-    Column("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
-    Column("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
-    Column("seconds", "Time", "seconds", True, "predicted_seconds"),
-    Column("bytes", "On disk", "bytes", True),
+    ScoreColumn("forgetting", "General ability", "change", True),
+    ScoreColumn("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
+    ScoreColumn("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
+    ScoreColumn("seconds", "Time", "seconds", True, "predicted_seconds"),
+    ScoreColumn("bytes", "On disk", "bytes", True),
 ]
 
 
@@ -192,7 +192,7 @@ def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
     return found
 
 
-def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) -> list[str]:
+def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: ScoreColumn) -> list[str]:
     """The finished job with the best value. A measured one must be significantly better than every other: where intervals
     overlap, nobody wins. Costs are exact, and a tie has no winner."""
     known: list[tuple[Interval, str]] = []
@@ -211,14 +211,14 @@ def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: Column) 
 # The learning curve ---------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
+class MoreDataVerdict(NamedTuple):
     """Whether more data would help, and the reason."""
 
     answer: Literal["more", "enough", "unclear"]
     sentence: str
 
 
-def more_data(session: Session, found: Table) -> Outcome | None:
+def more_data(session: Session, found: Table) -> MoreDataVerdict | None:
     """The conclusion of a learning curve, by what the last part of the data still brought; None before all of it was trained on.
 
     A loss is compared on the same validation rows of both jobs, where their row losses have them: a change within chance is no
@@ -242,16 +242,18 @@ def more_data(session: Session, found: Table) -> Outcome | None:
     return _by_loss(moved, before, now, low, high)
 
 
-def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> Outcome:
+def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> MoreDataVerdict:
     """`low` to `high` is the interval of the change of the loss."""
     gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
     if gain >= WORTH_MORE and high < 0:
-        return Outcome("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
+        return MoreDataVerdict("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
     if low > 0 and gain <= -WORTH_MORE:
-        return Outcome("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
+        return MoreDataVerdict("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
     if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
-        return Outcome("enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might.")
-    return Outcome("unclear", f"Inconclusive. {moved}: too few validation rows.")
+        return MoreDataVerdict(
+            "enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might."
+        )
+    return MoreDataVerdict("unclear", f"Inconclusive. {moved}: too few validation rows.")
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
@@ -267,18 +269,20 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
     return stats.spread([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
 
 
-def _by_share(moved: str, before: float, now: float, rows: int | None) -> Outcome:
+def _by_share(moved: str, before: float, now: float, rows: int | None) -> MoreDataVerdict:
     """The same for an accuracy, whose uncertainty follows from the number of validation rows."""
     noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95%, were the two measured on different rows
     gain = now - before
     held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:
-        return Outcome("more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off.")
+        return MoreDataVerdict(
+            "more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off."
+        )
     if abs(gain) <= noise and (gain >= LEVEL or noise >= 2 * LEVEL):
-        return Outcome("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
+        return MoreDataVerdict("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
     if gain > -noise:
-        return Outcome("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
-    return Outcome("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
+        return MoreDataVerdict("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
+    return MoreDataVerdict("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------

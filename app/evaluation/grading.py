@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import graders, objectives, saved_graders
 from app.errors import BadField
-from app.graders import Ask, Graded, GradeError, Grader, Reply, Sample
+from app.graders import Ask, Graded, GradedSample, GradeError, Grader, Reply
 from app.inference import judges
 from app.kit import stats
 from app.tables import User
@@ -99,7 +99,7 @@ def measure(
 
 
 def _grade(grader: Grader, row: JSON, side: str, answer: Callable[[Ask], Reply]) -> Graded:
-    return graders.scored(grader, graders.grade(grader, Sample(row[side]), row["item"], answer))
+    return graders.scored(grader, graders.grade(grader, GradedSample(row[side]), row["item"], answer))
 
 
 Found = Mapping[tuple[str, int, str], Graded]

@@ -27,7 +27,7 @@ from app.datasets import service as datasets
 from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
 from app.evaluation import grading
-from app.inference.judges import Judge
+from app.inference.judges import ResolvedJudge
 from app.jobs import usage
 from app.jobs.request import bad_field
 from app.kit import ids
@@ -99,7 +99,7 @@ class EvaluationSpec(BaseModel):
     seed: int = 42
     note: str = ""
     graders: tuple[dict[str, Any], ...] = ()
-    judges: tuple[Judge, ...] = ()  # the models that they ask
+    judges: tuple[ResolvedJudge, ...] = ()  # the models that they ask
     column: str | None = None  # of predictions
     system: str = ""
 
@@ -357,7 +357,7 @@ def to_json(evaluation: Evaluation) -> JSON:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class EvaluationClaim:
     """The right to run an evaluation, for as long as nobody holds a higher fence."""
 
     id: uuid.UUID
@@ -393,22 +393,22 @@ def waiting(session: Session, evaluation_id: uuid.UUID) -> EvaluationSpec | None
     return None if found is None else EvaluationSpec.model_validate(found)
 
 
-def claim(session: Session, evaluation_id: uuid.UUID, gpus: int = 0) -> Claim | None:
+def claim(session: Session, evaluation_id: uuid.UUID, gpus: int = 0) -> EvaluationClaim | None:
     """Claim a queued one, or one whose worker stopped sending heartbeats. None: there is nothing to do, drop the message."""
     kind = session.scalar(select(Evaluation.kind).where(Evaluation.id == evaluation_id))
     found = leases.claim(session, work_of(kind or ""), evaluation_id, progress=0.0, stage=None)
     if found is None:
         return None
     usage.hold_gpus(session, found.id, found.fence, gpus)
-    return Claim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec), found.owner_id)
+    return EvaluationClaim(found.id, found.fence, found.deaths, EvaluationSpec.model_validate(found.spec), found.owner_id)
 
 
-def heartbeat(session: Session, held: Claim, progress: float, stage: str | None) -> bool:
+def heartbeat(session: Session, held: EvaluationClaim, progress: float, stage: str | None) -> bool:
     """Renew the lease; False when it is lost: taken over, cancelled or deleted."""
     return leases.heartbeat(session, WORK, held.id, held.fence, progress=progress, stage=storable(stage))
 
 
-def finish(session: Session, held: Claim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
+def finish(session: Session, held: EvaluationClaim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
     """Record how it ended; False when the lease is lost."""
     values = {
         "status": "failed" if error else "succeeded",
@@ -421,7 +421,7 @@ def finish(session: Session, held: Claim, *, result: JSON | None = None, error: 
     return leases.finish_if_held(session, WORK, held.id, held.fence, **values)
 
 
-def release(session: Session, held: Claim, reason: str = "") -> None:
+def release(session: Session, held: EvaluationClaim, reason: str = "") -> None:
     """Requeue it: with a `reason` its process died, without one its worker is shutting down."""
     found = leases.lock_if_held(session, WORK, held.id, held.fence)
     if found is not None:

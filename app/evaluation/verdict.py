@@ -63,7 +63,7 @@ class Verdict(BaseModel):
         return self.outcome == "better"
 
 
-class Side(NamedTuple):
+class VerdictSide(NamedTuple):
     """The fine-tuned model against another on the same rows. `gain` is the interval of the improvement, whatever the metric's direction."""
 
     rows: int
@@ -152,7 +152,9 @@ class _Judged(NamedTuple):
     suggestions: list[Suggestion]
 
 
-def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], base: Side, few_shot: Side | None, metric: str) -> _Judged:
+def _judge(
+    spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], base: VerdictSide, few_shot: VerdictSide | None, metric: str
+) -> _Judged:
     curve = [(int(step), float(loss)) for step, loss in found.get("curve") or [] if loss is not None and math.isfinite(float(loss))]
     steps, against = int(found.get("steps") or 0), _against(base, metric, spec, contest)
     more = _more_epochs(spec, found) if still_falling(curve) else []
@@ -186,16 +188,16 @@ def _judge(spec: JobSpec, found: Mapping[str, Any], contest: Mapping[str, Any], 
     return _Judged("better", words, more)
 
 
-def _side(side: Mapping[str, Any] | None, metric: str) -> Side | None:
+def _side(side: Mapping[str, Any] | None, metric: str) -> VerdictSide | None:
     if not side or not side.get("rows"):
         return None
     low_high = side.get("interval")
     interval = (float(low_high[0]), float(low_high[1])) if low_high else None
     gain = interval and ((-interval[1], -interval[0]) if METRICS[metric].lower_is_better else interval)
-    return Side(int(side["rows"]), float(side["score"]), float(side["tuned"]), interval, gain)
+    return VerdictSide(int(side["rows"]), float(side["score"]), float(side["tuned"]), interval, gain)
 
 
-def _against(base: Side, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
+def _against(base: VerdictSide, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
     """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95% confidence, 40 held-out rows).`"""
     name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
     between = ""
@@ -218,7 +220,7 @@ def _forgot(spec: JobSpec, measured: Mapping[str, Any] | None) -> list[str]:
     return [lost.replace("-", "−")]
 
 
-def _beside_prompt(few_shot: Side | None, contest: Mapping[str, Any], metric: str) -> list[str]:
+def _beside_prompt(few_shot: VerdictSide | None, contest: Mapping[str, Any], metric: str) -> list[str]:
     if few_shot is None:
         return []
     if few_shot.better:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from app.export_formats._base import ExportFormat, ModelFacts
 
 
-class Adapter(ExportFormat):
+class PeftAdapter(ExportFormat):
     name, title, place, merged = "adapter", "Adapter", 35, False
     summary = "The adapter alone, in the layout of the peft library, with its tokenizer and the public name of its base."
     types = ("PEFT",)
@@ -25,4 +25,4 @@ class Adapter(ExportFormat):
         return facts.shape.parameters() // 2 + 200 * facts.shape.vocabulary
 
 
-FORMAT = Adapter()
+FORMAT = PeftAdapter()

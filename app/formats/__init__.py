@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 from app.errors import BadField
 from app.formats import _base, _content
-from app.formats._base import Field, Finding, Format, Guess, Row
+from app.formats._base import Field, Format, Guess, Row, RowFinding
 from app.formats.rated import verdict
 from app.kit.registry import classes_in
 from app.objectives import OBJECTIVES, Objective
@@ -29,10 +29,10 @@ from app.objectives import OBJECTIVES, Objective
 __all__ = [
     "FORMATS",
     "Field",
-    "Finding",
     "Format",
     "Guess",
     "Row",
+    "RowFinding",
     "asks",
     "conversations",
     "get",

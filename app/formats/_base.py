@@ -40,7 +40,7 @@ class Field(NamedTuple):
     holds: Literal["", "text", "label", "question", "answer", "rating", "turns"] = ""
 
 
-class Finding(NamedTuple):
+class RowFinding(NamedTuple):
     """One issue of one row. An `error` excludes the row; a `warning` or `note` does not. `column` is a path into the row, as
     `messages[2].content`. `fix` is `{label, operation, arguments}`."""
 
@@ -128,7 +128,7 @@ class Format(RowShape, ABC):
         return Guess(0.2 + 0.6 * good + 0.2 * claimed, mapping, reason, good)
 
     @abstractmethod
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         """All issues of one raw row, in reading order; empty when it is valid."""
 
     @abstractmethod
@@ -184,17 +184,19 @@ def text_of(row: Row, column: str | None) -> str | None:
     return None
 
 
-def check_text(row: Row, column: str | None, field: str, *, empty: Severity | None = "error", rule: str = "empty") -> list[Finding]:
+def check_text(row: Row, column: str | None, field: str, *, empty: Severity | None = "error", rule: str = "empty") -> list[RowFinding]:
     """Check a column that must hold text. `empty` is the severity of an empty one; None allows it."""
     at = column or field
     value = row.get(at)
     if value is None or (isinstance(value, str) and not value.strip()):
         if empty is None:
             return []
-        return [Finding(rule, f"“{at}” is empty.", at, "", empty, fix("Remove row", "drop_row"))]
+        return [RowFinding(rule, f"“{at}” is empty.", at, "", empty, fix("Remove row", "drop_row"))]
     if text_of(row, at) is None:
         kind = "a list" if isinstance(value, list) else "an object"
-        return [Finding("wrong_shape", f"“{at}” must be text, but holds {kind}.", at, shown(value), "error", fix("Remove row", "drop_row"))]
+        return [
+            RowFinding("wrong_shape", f"“{at}” must be text, but holds {kind}.", at, shown(value), "error", fix("Remove row", "drop_row"))
+        ]
     return []
 
 

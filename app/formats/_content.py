@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W\d_]{2}")
 _NO_PROSE = re.compile(r"https?://\S+|\S+@\S+\.\w+|[0-9a-fA-F-]{16,}|\d[\d.:/T -]*")
 
 
-class Column(NamedTuple):
+class ColumnStatistics(NamedTuple):
     """Statistics of a column's values. `place` is its position in the file."""
 
     name: str
@@ -48,7 +48,7 @@ def suggest(formats: Mapping[str, Format], rows: Sequence[Row]) -> tuple[str | N
     return _format_of(columns), {name: _mapping(entry, columns) for name, entry in formats.items()}
 
 
-def _measure(name: str, place: int, rows: Sequence[Row]) -> Column:
+def _measure(name: str, place: int, rows: Sequence[Row]) -> ColumnStatistics:
     from app.formats.rated import verdict
 
     values = [row.get(name) for row in rows]
@@ -57,7 +57,7 @@ def _measure(name: str, place: int, rows: Sequence[Row]) -> Column:
     wordy = sum(_WORD.search(text) is not None and not _NO_PROSE.fullmatch(text) for text in texts)
     kinds, count = len(set(texts)), max(1, len(texts))
     short = bool(texts) and max(map(len, texts)) <= MAX_LABEL_LENGTH
-    column = Column(
+    column = ColumnStatistics(
         name=name,
         place=place,
         text=wordy * 2 > len(texts) and not talks,
@@ -71,7 +71,7 @@ def _measure(name: str, place: int, rows: Sequence[Row]) -> Column:
     return column._replace(label=short and (repeats or (kinds > 1 and column.hinted("label"))))
 
 
-def _format_of(columns: Sequence[Column]) -> str | None:
+def _format_of(columns: Sequence[ColumnStatistics]) -> str | None:
     turns = next((column.turns for column in columns if column.turns), None)
     if turns:
         return turns
@@ -86,7 +86,7 @@ def _format_of(columns: Sequence[Column]) -> str | None:
     return "plain_text" if any(column.text for column in columns) else None
 
 
-def _mapping(entry: Format, columns: Sequence[Column]) -> dict[str, str]:
+def _mapping(entry: Format, columns: Sequence[ColumnStatistics]) -> dict[str, str]:
     """By name first, the rest by content; each column is used once."""
     mapping = entry.guess_mapping([column.name for column in columns])
     for field in entry.fields:
@@ -97,7 +97,7 @@ def _mapping(entry: Format, columns: Sequence[Column]) -> dict[str, str]:
     return {field.name: mapping[field.name] for field in entry.fields if field.name in mapping}
 
 
-def _best(holds: str, free: Sequence[Column]) -> Column | None:
+def _best(holds: str, free: Sequence[ColumnStatistics]) -> ColumnStatistics | None:
     """The column whose values fit a field best."""
     if holds == "turns":
         return next((column for column in free if column.turns), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from app.formats._base import Finding, Row, Severity, fix, parsed, shown
+from app.formats._base import Row, RowFinding, Severity, fix, parsed, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SPEAKERS = {
@@ -80,15 +80,15 @@ def _spelled(turn: Any) -> list[Any]:
     return [{**turn, "role": SPEAKERS[speaker]}] if isinstance(speaker, str) and speaker in SPEAKERS else [turn]
 
 
-def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Finding]:
+def check_messages(value: Any, column: str, *, answer: bool = True) -> list[RowFinding]:
     """Findings about one conversation. `answer` requires an assistant's answer at its end."""
     messages = parsed(value)
     if not isinstance(messages, list):
-        return [Finding("wrong_shape", f"“{column}” must be a list of messages.", column, shown(value), "error", DROP)]
+        return [RowFinding("wrong_shape", f"“{column}” must be a list of messages.", column, shown(value), "error", DROP)]
     if not messages:
-        return [Finding("wrong_shape", f"“{column}” holds no message.", column, "[]", "error", DROP)]
+        return [RowFinding("wrong_shape", f"“{column}” holds no message.", column, "[]", "error", DROP)]
     messages = as_messages(messages)
-    findings: list[Finding] = []
+    findings: list[RowFinding] = []
     for index, message in enumerate(messages):
         findings += _check_message(message, f"{column}[{index}]")
     if any(finding.severity == "error" for finding in findings):
@@ -96,9 +96,9 @@ def check_messages(value: Any, column: str, *, answer: bool = True) -> list[Find
     return findings + _check_order(messages, column, answer)
 
 
-def _check_message(message: Any, at: str) -> list[Finding]:
+def _check_message(message: Any, at: str) -> list[RowFinding]:
     if not isinstance(message, dict):
-        return [Finding("wrong_shape", "A message must be an object with “role” and “content”.", at, shown(message), "error", DROP)]
+        return [RowFinding("wrong_shape", "A message must be an object with “role” and “content”.", at, shown(message), "error", DROP)]
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         return [_wrong_role(role, at)]
@@ -106,7 +106,7 @@ def _check_message(message: Any, at: str) -> list[Finding]:
     weight = message.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         findings.append(
-            Finding(
+            RowFinding(
                 "wrong_weight",
                 "“weight” must be 0 or 1.",
                 f"{at}.weight",
@@ -117,14 +117,14 @@ def _check_message(message: Any, at: str) -> list[Finding]:
         )
     elif weight is not None and role != "assistant":
         findings.append(
-            Finding(
+            RowFinding(
                 "wrong_weight", "Only an assistant's message has a weight; this one is ignored.", f"{at}.weight", shown(weight), "warning"
             )
         )
     unknown = [key for key in message if key not in KEYS]
     if unknown:
         named = ", ".join(f"“{key}”" for key in unknown[:5])
-        findings.append(Finding("unknown_key", f"The keys {named} of a message have no meaning here and are ignored.", at, None, "note"))
+        findings.append(RowFinding("unknown_key", f"The keys {named} of a message have no meaning here and are ignored.", at, None, "note"))
     return findings
 
 
@@ -165,26 +165,26 @@ def _speaker(turn: Any) -> str | None:
     return named(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else None
 
 
-def _wrong_role(role: Any, at: str) -> Finding:
+def _wrong_role(role: Any, at: str) -> RowFinding:
     """An unknown name has no fix of its own: a person decides once, for all rows, which role it means."""
     name = named(role)
     better = known_role(name) if name else None
     if name is None:
         what = "has no role" if role is None else f"has {shown(role, 40)} for a role"
-        return Finding("wrong_role", f"This message {what}. It must be one of {', '.join(ROLES[:5])}.", f"{at}.role", None)
+        return RowFinding("wrong_role", f"This message {what}. It must be one of {', '.join(ROLES[:5])}.", f"{at}.role", None)
     advice = f"Suggested: “{better}”." if better else "Choose under “Unknown roles” which role it means."
     repair = fix(f"Change to “{better}”", "role", name=name, role=better) if better else None
-    return Finding("wrong_role", f"This message has the role “{shown(role, 40)}”. {advice}", f"{at}.role", shown(role), "error", repair)
+    return RowFinding("wrong_role", f"This message has the role “{shown(role, 40)}”. {advice}", f"{at}.role", shown(role), "error", repair)
 
 
-def _check_content(message: Row, role: str, at: str) -> list[Finding]:
+def _check_content(message: Row, role: str, at: str) -> list[RowFinding]:
     content, calls = message.get("content"), message.get("tool_calls") or message.get("function_call")
     if isinstance(content, list):
         other = [part.get("type", "?") if isinstance(part, dict) else "?" for part in content if not _is_text_part(part)]
         if other:
             kinds = ", ".join(sorted({str(kind) for kind in other}))
             return [
-                Finding(
+                RowFinding(
                     "not_text",
                     f"Only text parts can be trained on here, and this message has: {kinds}.",
                     f"{at}.content",
@@ -194,20 +194,22 @@ def _check_content(message: Row, role: str, at: str) -> list[Finding]:
                 )
             ]
     elif content is not None and not isinstance(content, str):
-        return [Finding("wrong_shape", "“content” must be text.", f"{at}.content", shown(content), "error", DROP)]
+        return [RowFinding("wrong_shape", "“content” must be text.", f"{at}.content", shown(content), "error", DROP)]
     if not flat(content).strip() and not calls:
         if role == "assistant":
             if message.get("weight") == 0:
                 return []
-            return [Finding("empty_answer", "The answer is empty, so the row has no trainable tokens.", f"{at}.content", "", "error", DROP)]
+            return [
+                RowFinding("empty_answer", "The answer is empty, so the row has no trainable tokens.", f"{at}.content", "", "error", DROP)
+            ]
         severity: Severity = "warning" if role in ("system", "developer", "tool", "function") else "error"
-        return [Finding("empty", f"The {role}'s message is empty.", f"{at}.content", "", severity, DROP)]
+        return [RowFinding("empty", f"The {role}'s message is empty.", f"{at}.content", "", severity, DROP)]
     if calls is not None and role != "assistant":
-        return [Finding("wrong_role_order", "Only the assistant calls tools.", f"{at}.tool_calls", shown(calls), "error", DROP)]
+        return [RowFinding("wrong_role_order", "Only the assistant calls tools.", f"{at}.tool_calls", shown(calls), "error", DROP)]
     return _check_calls(message.get("tool_calls"), at)
 
 
-def _check_calls(calls: Any, at: str) -> list[Finding]:
+def _check_calls(calls: Any, at: str) -> list[RowFinding]:
     if calls is None:
         return []
     good = isinstance(calls, list) and all(
@@ -217,55 +219,61 @@ def _check_calls(calls: Any, at: str) -> list[Finding]:
     if good:
         return []
     message = "“tool_calls” must be a list of {id, type, function: {name, arguments}}."
-    return [Finding("wrong_shape", message, f"{at}.tool_calls", shown(calls), "error", DROP)]
+    return [RowFinding("wrong_shape", message, f"{at}.tool_calls", shown(calls), "error", DROP)]
 
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
-def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[Finding]:
-    findings: list[Finding] = []
+def _check_order(messages: Sequence[Row], column: str, answer: bool) -> list[RowFinding]:
+    findings: list[RowFinding] = []
     previous, speaker, open_calls = "", None, set[str]()
     for index, message in enumerate(messages):
         role, at = message["role"], f"{column}[{index}]"
         if role in ("system", "developer"):
             if previous and previous not in ("system", "developer"):
                 text = "The system's message must stand first; many chat templates refuse it later."
-                findings.append(Finding("wrong_role_order", text, at, role, "error", fix("Move it to the front", "system_first")))
+                findings.append(RowFinding("wrong_role_order", text, at, role, "error", fix("Move it to the front", "system_first")))
                 return findings
         elif role in ("tool", "function"):
             if previous not in ("tool", "function") and not open_calls and previous != "assistant":
                 text = "A tool's answer must follow the assistant's call."
-                return [*findings, Finding("wrong_role_order", text, at, role, "error", DROP)]
+                return [*findings, RowFinding("wrong_role_order", text, at, role, "error", DROP)]
             call = message.get("tool_call_id")
             if open_calls and isinstance(call, str) and call not in open_calls:
                 text = f"No call before this answer has the id “{shown(call, 40)}”."
-                findings.append(Finding("wrong_role_order", text, f"{at}.tool_call_id", shown(call), "warning"))
+                findings.append(RowFinding("wrong_role_order", text, f"{at}.tool_call_id", shown(call), "warning"))
         elif role == previous and not (role == "user" and speaker and message.get("name") not in (None, speaker)):
             text = f"Two messages of the {role} follow each other."
-            findings.append(Finding("wrong_role_order", text, at, role, "error", fix("Join the two", "join_messages", index=index)))
+            findings.append(RowFinding("wrong_role_order", text, at, role, "error", fix("Join the two", "join_messages", index=index)))
             return findings
         elif role == "assistant" and previous in ("", "system", "developer") and answer:
             text = "The assistant speaks before the user has said anything."
-            findings.append(Finding("wrong_role_order", text, at, role, "warning", fix("Drop this message", "drop_message", index=index)))
+            findings.append(
+                RowFinding("wrong_role_order", text, at, role, "warning", fix("Drop this message", "drop_message", index=index))
+            )
         if role == "assistant":
             open_calls = {call["id"] for call in message.get("tool_calls") or [] if isinstance(call.get("id"), str)}
         previous, speaker = role, message.get("name")
     return findings + (_check_answer(messages, column) if answer else [])
 
 
-def _check_answer(messages: Sequence[Row], column: str) -> list[Finding]:
+def _check_answer(messages: Sequence[Row], column: str) -> list[RowFinding]:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        return [Finding("no_answer", "No message is from the assistant, so the row has no trainable tokens.", column, None, "error", DROP)]
+        return [
+            RowFinding("no_answer", "No message is from the assistant, so the row has no trainable tokens.", column, None, "error", DROP)
+        ]
     if all(message.get("weight") == 0 for message in answers):
-        return [Finding("nothing_to_learn", "Every answer has weight 0, so the row has no trainable tokens.", column, None, "error", DROP)]
+        return [
+            RowFinding("nothing_to_learn", "Every answer has weight 0, so the row has no trainable tokens.", column, None, "error", DROP)
+        ]
     last = len(messages) - 1
     if messages[last]["role"] != "assistant":
         text = "The conversation must end with the assistant's answer."
         repair = fix("Drop the last message", "drop_message", index=last)
-        return [Finding("wrong_role_order", text, f"{column}[{last}]", messages[last]["role"], "error", repair)]
+        return [RowFinding("wrong_role_order", text, f"{column}[{last}]", messages[last]["role"], "error", repair)]
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown, text_of
+from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, fix, parsed, shown, text_of
 from app.formats._conversions import Conversion, prompt_and_completion, single
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
@@ -55,17 +55,17 @@ class Chat(Messages, Format):
         other = sum(isinstance(said, list) and bool(said) and is_sharegpt(said[0]) for said in turns)
         return None if other * 2 > len(rows) else guess  # the same conversations with ShareGPT's keys are that format's
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         column = mapping.get("messages", "messages")
         if column not in row:
             known = ", ".join(f"“{key}”" for key in list(row)[:6]) or "nothing"
             text = f"The row has no “{column}”; it has {known}."
-            return [Finding("missing_field", text, column, shown(row), "error", fix("Remove row", "drop_row"))]
+            return [RowFinding("missing_field", text, column, shown(row), "error", fix("Remove row", "drop_row"))]
         findings = check_messages(row[column], column)
         tools = parsed(row.get(mapping.get("tools", "tools")))
         if tools is not None and not isinstance(tools, list):
             findings.append(
-                Finding("wrong_shape", "“tools” must be a list.", "tools", shown(tools), "error", fix("Remove row", "drop_row"))
+                RowFinding("wrong_shape", "“tools” must be a list.", "tools", shown(tools), "error", fix("Remove row", "drop_row"))
             )
         return findings
 

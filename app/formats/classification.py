@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, check_text, fix, shown, text_of
+from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, check_text, fix, shown, text_of
 from app.formats._conversions import Conversion
 from app.formats._rows import with_rest
 
@@ -50,20 +50,20 @@ class Classification(Format):
         # A label is short. A column of long texts named “target” holds answers, not classes; a few may be mistakes.
         return None if long > 0.1 * len(labels) else guess
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         findings = check_text(row, mapping.get("text"), "text")
         column = mapping.get("label", "label")
         label: Any = row.get(column)
         if isinstance(label, float) and not label.is_integer():
             text = "A label must be a name or a whole number; numbers to predict are not supported."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
+            return [*findings, RowFinding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         findings += check_text(row, column, "label", rule="no_label")
         if isinstance(label, str) and "\0" in label:
             text = "The label holds a NUL character, which no database can store. Remove it."
-            return [*findings, Finding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
+            return [*findings, RowFinding("wrong_label", text, column, shown(label), "error", fix("Remove row", "drop_row"))]
         if isinstance(label, str) and len(label) > 200:
             findings.append(
-                Finding("wrong_label", "A label of more than 200 characters is hardly a class.", column, shown(label), "warning")
+                RowFinding("wrong_label", "A label of more than 200 characters is hardly a class.", column, shown(label), "warning")
             )
         return findings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._conversions import Conversion, single, turns
 from app.formats._rows import PromptAndCompletion
 
@@ -34,7 +34,7 @@ class Completion(PromptAndCompletion, Format):
         ),
     }
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         findings = check_text(row, mapping.get("prompt"), "prompt", empty="note")
         return findings + check_text(row, mapping.get("completion"), "completion", rule="empty_answer")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Row, check_text, fix, parsed, shown, text_of
+from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, fix, parsed, shown, text_of
 from app.formats._conversions import Conversion, as_it_is, prompt_and_completion
 from app.formats._prompt import is_history, joined
 from app.formats._rows import Messages
@@ -53,7 +53,7 @@ class Instruction(Messages, Format):
         made = {"instruction": asked["content"], "output": answer["content"], "system": system, "history": history}
         return {key: value for key, value in made.items() if value}
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         findings = check_text(row, mapping.get("instruction"), "instruction")
         findings += check_text(row, mapping.get("output"), "output", rule="empty_answer")
         for name in ("input", "system"):
@@ -62,7 +62,7 @@ class Instruction(Messages, Format):
         history = parsed(row.get(mapping["history"])) if "history" in mapping else None
         if history and not is_history(history):
             text = "“history” must be a list of pairs of question and answer."
-            findings.append(Finding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Remove row", "drop_row")))
+            findings.append(RowFinding("wrong_shape", text, mapping["history"], shown(history), "error", fix("Remove row", "drop_row")))
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Row, check_text, text_of
+from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._rows import Text
 
 
@@ -18,7 +18,7 @@ class PlainText(Text, Format):
     place: ClassVar = 60
     model_kinds: ClassVar = ("generic", "instruction", "dialogue")
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         return check_text(row, mapping.get("text"), "text")
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, shown
+from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, fix, shown
 from app.formats._conversions import Conversion, answer_of
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
@@ -65,8 +65,8 @@ class Preference(Format):
         # No other format has a chosen and a rejected column, so their presence outweighs any other similarity.
         return guess and guess._replace(score=min(1.0, guess.score + 0.2))
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
-        findings: list[Finding] = []
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
+        findings: list[RowFinding] = []
         for name in ("chosen", "rejected"):
             findings += _check_answer(row, mapping.get(name, name))
         if any(finding.severity == "error" for finding in findings):
@@ -77,14 +77,14 @@ class Preference(Format):
             at = mapping.get("prompt", "prompt")
             return [
                 *findings,
-                Finding("wrong_shape", "The prompt must be text or a list of messages.", at, shown(row.get(at)), "error", DROP),
+                RowFinding("wrong_shape", "The prompt must be text or a list of messages.", at, shown(row.get(at)), "error", DROP),
             ]
         if not result["messages"]:
-            return [Finding("empty", "There is no prompt before the two answers.", mapping.get("prompt", "prompt"), "", "error", DROP)]
+            return [RowFinding("empty", "There is no prompt before the two answers.", mapping.get("prompt", "prompt"), "", "error", DROP)]
         findings += check_messages(result["messages"], mapping.get("prompt", "prompt"), answer=False)
         if result["chosen"] == result["rejected"]:
             text = "The two answers are equal, so there is nothing to prefer."
-            findings.append(Finding("same_answers", text, mapping.get("rejected"), shown(row[mapping["rejected"]]), "error", DROP))
+            findings.append(RowFinding("same_answers", text, mapping.get("rejected"), shown(row[mapping["rejected"]]), "error", DROP))
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:
@@ -163,18 +163,18 @@ def _words(messages: Sequence[Row]) -> str:
     return "".join(message.get("content") or "" for message in messages)
 
 
-def _check_answer(row: Row, column: str) -> list[Finding]:
+def _check_answer(row: Row, column: str) -> list[RowFinding]:
     value = row.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
-        return [Finding("empty_answer", f"“{column}” is empty.", column, "", "error", DROP)]
+        return [RowFinding("empty_answer", f"“{column}” is empty.", column, "", "error", DROP)]
     try:
         messages = as_messages(value, "assistant")
     except TypeError:
-        return [Finding("wrong_shape", f"“{column}” must be text or a list of messages.", column, shown(value), "error", DROP)]
+        return [RowFinding("wrong_shape", f"“{column}” must be text or a list of messages.", column, shown(value), "error", DROP)]
     findings = check_messages(messages, column, answer=False)
     if not findings and messages[-1]["role"] != "assistant":
         text = "An answer must end with the assistant's message."
-        findings = [Finding("wrong_role_order", text, column, shown(messages[-1]["role"]), "error", DROP)]
+        findings = [RowFinding("wrong_role_order", text, column, shown(messages[-1]["role"]), "error", DROP)]
     return findings
 
 

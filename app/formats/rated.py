@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Guess, Row, fix, parsed, shown
+from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, fix, parsed, shown
 from app.formats._conversions import Conversion, answer_of, as_it_is
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
@@ -67,26 +67,28 @@ class Rated(Format):
         exchange = "completion" in guess.mapping or any(isinstance(parsed(row.get(prompt)), list) for row in rows)
         return guess._replace(score=min(1.0, guess.score + 0.2)) if exchange and rated > 0.5 * len(rows) else None
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         at, column = mapping.get("label", "label"), mapping.get("prompt", "prompt")
         if row.get(at) is None:
-            return [Finding("no_label", f"“{at}” is empty.", at, "", "error", DROP)]
+            return [RowFinding("no_label", f"“{at}” is empty.", at, "", "error", DROP)]
         if verdict(row[at]) is None:
-            return [Finding("wrong_label", f"“{at}” must be true or false.", at, shown(row[at]), "error", DROP)]
+            return [RowFinding("wrong_label", f"“{at}” must be true or false.", at, shown(row[at]), "error", DROP)]
         try:
             result = self.normalise(row, mapping)
         except (KeyError, TypeError, IndexError, AttributeError):
             text = "The prompt and the answer must be text or lists of messages."
-            return [Finding("wrong_shape", text, column, shown(row.get(column)), "error", DROP)]
+            return [RowFinding("wrong_shape", text, column, shown(row.get(column)), "error", DROP)]
         answer = mapping.get("completion", column)
         if not any(message["content"].strip() or message.get("tool_calls") for message in result["answer"]):
-            return [Finding("empty_answer", f"“{answer}” holds no answer to rate.", answer, "", "error", DROP)]
+            return [RowFinding("empty_answer", f"“{answer}” holds no answer to rate.", answer, "", "error", DROP)]
         if not result["messages"]:
-            return [Finding("empty", "There is no prompt before the answer.", column, "", "error", DROP)]
+            return [RowFinding("empty", "There is no prompt before the answer.", column, "", "error", DROP)]
         findings = check_messages(result["messages"], column, answer=False) + check_messages(result["answer"], answer, answer=False)
         if not any(finding.severity == "error" for finding in findings) and result["answer"][-1]["role"] != "assistant":
             role = shown(result["answer"][-1]["role"])
-            findings.append(Finding("wrong_role_order", "The answer must end with the assistant's message.", answer, role, "error", DROP))
+            findings.append(
+                RowFinding("wrong_role_order", "The answer must end with the assistant's message.", answer, role, "error", DROP)
+            )
         return findings
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.formats._base import Columns, Field, Finding, Format, Row, fix, parsed, shown, text_of
+from app.formats._base import Columns, Field, Format, Row, RowFinding, fix, parsed, shown, text_of
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
 
@@ -27,14 +27,14 @@ class ShareGpt(Messages, Format):
     )
     place: ClassVar = 15
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         column = mapping.get("conversations", "conversations")
         if column not in row:
-            return [Finding("missing_field", f"The row has no “{column}”.", column, shown(row), "error", fix("Remove row", "drop_row"))]
+            return [RowFinding("missing_field", f"The row has no “{column}”.", column, shown(row), "error", fix("Remove row", "drop_row"))]
         turns = parsed(row[column])
         if not isinstance(turns, list) or not all(map(is_sharegpt, turns)):
             text = f"“{column}” must be a list of {{from, value}}, or of {{human, assistant}}."
-            return [Finding("wrong_shape", text, column, shown(row[column]), "error", fix("Remove row", "drop_row"))]
+            return [RowFinding("wrong_shape", text, column, shown(row[column]), "error", fix("Remove row", "drop_row"))]
         return check_messages(turns, column)
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

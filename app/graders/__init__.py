@@ -19,12 +19,27 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from app.errors import BadField, StudioError, field_path, plain
-from app.graders._base import Ask, EmbedAsk, ErrorKind, GradeError, Grader, JudgeAsk, Reply, Sample
+from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply
 from app.kit.json_safe import too_deep
 from app.kit.registry import classes_in
 
 __all__ = [
-    "GRADERS", "Ask", "EmbedAsk", "GradeError", "Graded", "Grader", "JudgeAsk", "Reply", "Sample", "as_openai", "grade", "item_of", "parse", "read", "scored", "to_json",
+    "GRADERS",
+    "Ask",
+    "EmbedAsk",
+    "GradeError",
+    "Graded",
+    "GradedSample",
+    "Grader",
+    "JudgeAsk",
+    "Reply",
+    "as_openai",
+    "grade",
+    "item_of",
+    "parse",
+    "read",
+    "scored",
+    "to_json",
 ]  # fmt: skip
 
 GRADERS: dict[str, type[Grader]] = {
@@ -110,7 +125,7 @@ def no_models(ask: Ask) -> Reply:
     raise GradeError("model_grader_server_error", "No model can be asked here.")
 
 
-def grade(grader: Grader, sample: Sample, item: Mapping[str, Any], answer: Callable[[Ask], Reply] = no_models) -> Graded:
+def grade(grader: Grader, sample: GradedSample, item: Mapping[str, Any], answer: Callable[[Ask], Reply] = no_models) -> Graded:
     """Grade one answer; `answer` asks a model. What goes wrong with this answer is in the result and is not raised."""
     began, found = time.monotonic(), Graded()
     try:

@@ -47,7 +47,7 @@ class GradeError(Exception):
 
 
 @dataclass(frozen=True)
-class Sample:
+class GradedSample:
     """A model's answer, which is the namespace `sample` of templates and of Python graders."""
 
     output_text: str
@@ -160,7 +160,7 @@ class Grader(BaseModel):
     name: str = Field(min_length=1, max_length=200, description="Name of the grader.")
 
     @abstractmethod
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         """Grade one answer: yields questions to models, and returns the result. Raises GradeError."""
 
     def prove(self) -> None:

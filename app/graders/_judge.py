@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from app.graders._base import JSON, Grader, Sample
+from app.graders._base import JSON, GradedSample, Grader
 from app.graders._templates import Template, fill
 
 _TEXTS = ("input_text", "output_text", "text")
@@ -44,7 +44,7 @@ class Judge(Grader):
     def models(self) -> Iterator[str | None]:
         yield self.model
 
-    def messages(self, sample: Sample, item: JSON, instruction: str) -> tuple[JSON, ...]:
+    def messages(self, sample: GradedSample, item: JSON, instruction: str) -> tuple[JSON, ...]:
         """The filled messages, the last of which ends with how to answer."""
         found = [
             {"role": "system" if one.role == "developer" else one.role, "content": fill(one.content, sample, item)} for one in self.input

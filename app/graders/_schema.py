@@ -125,11 +125,11 @@ def target(root: Any, ref: str) -> Any:
     return found if isinstance(found, dict | bool) else None
 
 
-class TooLong(Exception):
+class OutOfSteps(Exception):
     """The budget of steps is spent."""
 
 
-class Check:
+class SchemaCheck:
     """One check of a value against a schema that `fault_in` has found nothing wrong with."""
 
     def __init__(self, schema: Any) -> None:
@@ -140,7 +140,7 @@ class Check:
         schema = self.root if schema is None else schema
         self.steps += 1
         if self.steps > MAX_STEPS or depth > 2 * MAX_DEPTH:
-            raise TooLong
+            raise OutOfSteps
         if isinstance(schema, bool):
             return schema
         return all(self._holds(key, rule, value, schema, depth + 1) for key, rule in schema.items() if key not in SILENT)

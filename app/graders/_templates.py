@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, StringConstraints
 
-from app.graders._base import MAX_TEXT, SAMPLE_NAMES, GradeError, Sample
+from app.graders._base import MAX_TEXT, SAMPLE_NAMES, GradedSample, GradeError
 
 MAX_TEMPLATE = 20_000
 _PLACE = re.compile(r"\{\{([^{}]*)\}\}")
@@ -41,7 +41,7 @@ def steps_of(path: str) -> list[str | int]:
     ]
 
 
-def fill(template: str, sample: Sample, item: dict[str, Any]) -> str:
+def fill(template: str, sample: GradedSample, item: dict[str, Any]) -> str:
     """The template with the values of its names. Raises GradeError for a name that is absent, and for a text too long."""
     parts: list[str] = []
     end = total = 0
@@ -54,7 +54,7 @@ def fill(template: str, sample: Sample, item: dict[str, Any]) -> str:
     return "".join([*parts, template[end:]])
 
 
-def _value(name: str, sample: Sample, item: dict[str, Any]) -> Any:
+def _value(name: str, sample: GradedSample, item: dict[str, Any]) -> Any:
     path = _PATH.fullmatch(name)
     if path is None:
         raise GradeError("invalid_variable_error", f"{name.strip()[:60]!r} is no name.")

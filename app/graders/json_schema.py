@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from app.errors import BadField
-from app.graders._base import JSON, MAX_TEXT, GradeError, Grader, Result, Sample, Steps
-from app.graders._schema import MAX_BYTES, MAX_STEPS, Check, TooLong, fault_in
+from app.graders._base import JSON, MAX_TEXT, GradedSample, GradeError, Grader, Result, Steps
+from app.graders._schema import MAX_BYTES, MAX_STEPS, OutOfSteps, SchemaCheck, fault_in
 from app.graders._templates import Template, fill
 
 
@@ -30,14 +30,14 @@ class JsonSchemaGrader(Grader):
         if fault:
             raise BadField(f"The schema cannot be used: {fault}.", hint="Simplify it.", param="grader.schema")
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         text = fill(self.input, sample, item)
         try:
-            value = Sample(text[: MAX_TEXT + 1]).output_json
+            value = GradedSample(text[: MAX_TEXT + 1]).output_json
         except GradeError:
             return Result(0.0, {"json": 0.0})
         try:
-            return Result(float(Check(self.schema_).fits(value)), {"json": 1.0})
-        except TooLong:
+            return Result(float(SchemaCheck(self.schema_).fits(value)), {"json": 1.0})
+        except OutOfSteps:
             raise GradeError("other_error", f"To check the answer takes more than {MAX_STEPS:,} steps.") from None

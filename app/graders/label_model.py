@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from app.graders._base import JSON, GradeError, JudgeAsk, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, JudgeAsk, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import label_in
 
@@ -36,7 +36,7 @@ class LabelModelGrader(Judge):
             raise ValueError(f"the passing label {unknown[0]!r} is none of the labels")
         return self
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         instruction = f"Answer with one of these labels and nothing else: {', '.join(self.labels)}."
         reply = yield JudgeAsk(self.model, self.messages(sample, item, instruction), max_tokens=64)
         found = result_in(reply.text)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.graders._base import JSON, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._templates import Template, fill
 
 
@@ -31,7 +31,7 @@ class LengthGrader(Grader):
             raise ValueError("min is larger than max")
         return self
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         text = fill(self.input, sample, item)
         count = len(text) if self.unit == "characters" else len(text.split() if self.unit == "words" else text.splitlines())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
 
-from app.graders._base import JSON, GradeError, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._formula import FUNCTIONS, FormulaError, compute, parse
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class MultiGrader(Grader):
     def children(self) -> Mapping[str, Grader]:
         return self.graders
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         found: dict[str, Result] = {}
         for name, grader in self.graders.items():
             found[name] = yield from grader.steps(sample, item)

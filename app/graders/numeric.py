@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from app.graders._base import JSON, GradeError, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.kit.answers import number_in
 
@@ -25,7 +25,7 @@ class NumericGrader(Grader):
     tolerance: float = Field(0.0, ge=0, allow_inf_nan=False, description="How far off it may be.")
     relative: float = Field(1e-6, ge=0, le=1, description="How far off it may be as a share of the right number.")
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         wanted = number_in(fill(self.reference, sample, item))
         if wanted is None:

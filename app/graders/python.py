@@ -11,7 +11,7 @@ from pydantic import Field
 
 from app.errors import BadField, Unavailable
 from app.graders import _sandbox
-from app.graders._base import JSON, GradeError, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 
 MAX_SOURCE = 64 << 10
 HINT = (
@@ -49,7 +49,7 @@ class PythonGrader(Grader):
         if "function" not in str(kind):
             raise BadField("grade is no function.", hint="Define grade(sample, item).", param="grader.source")
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         return Result(_sandbox.run(self.source, sample.namespace(), item))
 

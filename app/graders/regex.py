@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from app.errors import BadField
-from app.graders._base import JSON, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._re2 import fault_of, matches
 from app.graders._templates import Template, fill
 
@@ -33,6 +33,6 @@ class RegexGrader(Grader):
                 f"The expression is not valid: {reason}.", hint="RE2 knows no look-around and no backreferences.", param="grader.pattern"
             )
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         return Result(float(matches(self.pattern, fill(self.input, sample, item), ignore_case=self.ignore_case)))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.graders._base import JSON, GradeError, JudgeAsk, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, JudgeAsk, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import number_in
 
@@ -50,7 +50,7 @@ class ScoreModelGrader(Judge):
     def bounds(self) -> tuple[float, float]:
         return self.range
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         low, high = self.range
         instruction = f'Answer with a JSON object {{"result": NUMBER}}, NUMBER from {low:g} to {high:g}, and nothing else.'
         given = self.sampling_params

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from app.graders._base import JSON, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._templates import Template, fill
 
 
@@ -23,7 +23,7 @@ class StringCheckGrader(Grader):
     )
     reference: Template = Field(description="The text that it is compared with.")
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         text, reference = fill(self.input, sample, item), fill(self.reference, sample, item)
         if self.operation == "like":

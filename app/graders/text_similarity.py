@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from app.graders._base import JSON, EmbedAsk, GradeError, Grader, Result, Sample, Steps
+from app.graders._base import JSON, EmbedAsk, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.kit.similarity import BY_WORDS, MAX_COMPARED, cosine, fuzzy_match, words_of
 
@@ -30,7 +30,7 @@ class TextSimilarityGrader(Grader):
         if self.evaluation_metric == "cosine":
             yield self.model
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         text, reference = fill(self.input, sample, item), fill(self.reference, sample, item)
         if self.evaluation_metric == "cosine":
             return (yield from self._cosine(text, reference))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.graders._base import JSON, GradeError, Grader, Result, Sample, Steps
+from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 
 
@@ -24,7 +24,7 @@ class ToolCallGrader(Grader):
     arguments: Template | None = Field(None, description="The right arguments, a JSON object; empty grades the tool alone.")
     match: Literal["exact", "subset"] = Field("exact", description="exact: no other arguments; subset: others are allowed.")
 
-    def steps(self, sample: Sample, item: JSON) -> Steps:
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
         wanted, calls = fill(self.tool, sample, item).strip(), sample.output_tools
         if not wanted:

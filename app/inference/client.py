@@ -26,7 +26,7 @@ from app.inference.protocol import (
     Done,
     Entry,
     GenerateRequest,
-    Rendered,
+    RenderedPrompt,
     StreamError,
     claim_key,
     reader_key,
@@ -85,7 +85,7 @@ async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
     rendered = None
     if request.messages is None or request.engine is None or request.engine.via == "tokens":
         async for entries in _own(request.model_copy(update={"id": uuid.uuid4(), "engine": None, "render": True})):
-            rendered = next((e for e in entries if isinstance(e, Rendered)), rendered)
+            rendered = next((e for e in entries if isinstance(e, RenderedPrompt)), rendered)
     async with contextlib.aclosing(external_server.answer(request, rendered)) as answer:
         async for entries in answer:
             yield entries

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from app.errors import BadField, StudioError, Unavailable
-from app.inference.protocol import ChoiceFinished, Done, Entry, ExternalEngine, GenerateRequest, Logprob, Rendered, Started, TextPart
+from app.inference.protocol import (
+    AnswerStarted,
+    ChoiceFinished,
+    Done,
+    Entry,
+    ExternalEngine,
+    GenerateRequest,
+    Logprob,
+    RenderedPrompt,
+    TextPart,
+)
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -118,7 +128,7 @@ def names(address: Address) -> list[str]:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-async def answer(request: GenerateRequest, rendered: Rendered | None) -> AsyncGenerator[list[Entry]]:
+async def answer(request: GenerateRequest, rendered: RenderedPrompt | None) -> AsyncGenerator[list[Entry]]:
     """Entries of one request from the server, in the order of our own engine. Closing it closes the connection, by which the
     server notices that nobody reads. Raises StudioError."""
     import httpx
@@ -202,7 +212,7 @@ _loaded: set[tuple[str, str]] = set()
 class Fold:
     """Converts one request to the server's API, and the server's response to our entries."""
 
-    def __init__(self, request: GenerateRequest, rendered: Rendered | None, address: Address) -> None:
+    def __init__(self, request: GenerateRequest, rendered: RenderedPrompt | None, address: Address) -> None:
         self.request, self.rendered, self.address = request, rendered, address
         assert request.engine is not None
         self.engine = request.engine
@@ -235,14 +245,16 @@ class Fold:
         body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias.items()}} if s.logit_bias else {}
         return body
 
-    def started(self) -> Started:
+    def started(self) -> AnswerStarted:
         if self.rendered is not None:
             text, tokens = self.rendered.text, len(self.rendered.tokens)
         else:
             asked = [f"{m['role']}: {m.get('content') or ''}" for m in self.request.messages or []]
             text, tokens = "\n".join(asked) or self.request.prompt or "", 0
         most = self.request.sampling.max_tokens or (self.rendered.max_tokens if self.rendered else NO_LIMIT_TOKENS)
-        return Started(rendered_prompt=text, prompt_tokens=tokens, max_tokens=most, context=self.rendered.context if self.rendered else 0)
+        return AnswerStarted(
+            rendered_prompt=text, prompt_tokens=tokens, max_tokens=most, context=self.rendered.context if self.rendered else 0
+        )
 
     def take(self, data: str) -> list[Entry]:
         """The entries of one event. Raises the server's own error, and Unavailable for an unexpected event."""

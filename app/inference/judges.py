@@ -25,7 +25,7 @@ SECONDS = 120.0
 MAX_TEXT = 200_000  # characters that an encoder is given
 
 
-class Judge(BaseModel):
+class ResolvedJudge(BaseModel):
     """A model that a grader asks, as it was when it was resolved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,9 +35,9 @@ class Judge(BaseModel):
     engine: ExternalEngine | None = None
 
 
-def resolve(session: Session, user: User, graders: Iterable[Grader]) -> tuple[Judge, ...]:
+def resolve(session: Session, user: User, graders: Iterable[Grader]) -> tuple[ResolvedJudge, ...]:
     """The models that these graders ask. Raises NotFound, Conflict and BadField, as asking them would."""
-    found: dict[str, Judge] = {}
+    found: dict[str, ResolvedJudge] = {}
     for grader in graders:
         encodes = _encodes(grader)
         for name in grader.models():
@@ -52,20 +52,20 @@ def _encodes(grader: Grader) -> set[str | None]:
     return {name for part in parts if part.type == "text_similarity" for name in part.models()}
 
 
-def _judge(session: Session, user: User, name: str) -> Judge:
+def _judge(session: Session, user: User, name: str) -> ResolvedJudge:
     try:
         return writer(session, user, name)
     except BadField as error:
         raise BadField(error.message, hint=error.hint, param="grader.model") from None
 
 
-def writer(session: Session, user: User, name: str) -> Judge:
+def writer(session: Session, user: User, name: str) -> ResolvedJudge:
     """A model that answers in a trial. Raises as `resolve` does, naming the field `model`."""
     who = playground.speaker(session, user, name)
-    return Judge(name=name, model=who.ref, engine=who.engine)
+    return ResolvedJudge(name=name, model=who.ref, engine=who.engine)
 
 
-def _encoder(session: Session, user: User, name: str | None) -> Judge:
+def _encoder(session: Session, user: User, name: str | None) -> ResolvedJudge:
     if name is None:
         ready = [m for m in models.list_(session, user) if m.kind == "encoder" and m.status == "ready"]
         if not ready:
@@ -74,17 +74,17 @@ def _encoder(session: Session, user: User, name: str | None) -> Judge:
                 hint="Add the starter all-minilm-l6-v2, or compare words: rouge_l.",
                 param="grader.evaluation_metric",
             )
-        return Judge(name="", model=models.resolve(session, user, ready[-1].name).ref)
+        return ResolvedJudge(name="", model=models.resolve(session, user, ready[-1].name).ref)
     ref = models.resolve(session, user, name).ref
     if ref.kind != "encoder":
         raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="grader.model")
-    return Judge(name=name, model=ref)
+    return ResolvedJudge(name=name, model=ref)
 
 
 Send = Callable[[GenerateRequest], Sequence[Entry]]
 
 
-def answers(owner: uuid.UUID, judges: Sequence[Judge], send: Send) -> Callable[[Ask], Reply]:
+def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send) -> Callable[[Ask], Reply]:
     """What `graders.grade` asks models through. `send` runs one request to its end."""
     known = {judge.name: judge for judge in judges}
 
@@ -102,12 +102,12 @@ def answers(owner: uuid.UUID, judges: Sequence[Judge], send: Send) -> Callable[[
     return answer
 
 
-def _embedding(owner: uuid.UUID, judge: Judge, ask: EmbedAsk) -> GenerateRequest:
+def _embedding(owner: uuid.UUID, judge: ResolvedJudge, ask: EmbedAsk) -> GenerateRequest:
     texts = [playground.readable(text[:MAX_TEXT]) for text in ask.texts]
     return GenerateRequest(id=uuid.uuid4(), owner=owner, model=judge.model, embed=texts, sampling=Sampling(), seed=0, seconds=SECONDS)
 
 
-def _question(owner: uuid.UUID, judge: Judge, ask: JudgeAsk) -> GenerateRequest:
+def _question(owner: uuid.UUID, judge: ResolvedJudge, ask: JudgeAsk) -> GenerateRequest:
     sampling = Sampling(temperature=ask.temperature, top_p=ask.top_p, max_tokens=ask.max_tokens, seed=ask.seed)
     said = [{"role": one["role"], "content": playground.readable(one["content"])} for one in ask.messages]
     prompt: dict[str, Any] = {"messages": said}
@@ -118,7 +118,7 @@ def _question(owner: uuid.UUID, judge: Judge, ask: JudgeAsk) -> GenerateRequest:
     )  # fmt: skip
 
 
-def _reply(judge: Judge, entries: Sequence[Entry]) -> Reply:
+def _reply(judge: ResolvedJudge, entries: Sequence[Entry]) -> Reply:
     embedded = next((entry for entry in entries if isinstance(entry, Embedded)), None)
     if embedded is not None:
         return Reply(vectors=tuple(map(tuple, embedded.vectors)), tokens=embedded.tokens, model=judge.model.name)

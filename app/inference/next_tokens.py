@@ -38,7 +38,7 @@ def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: in
     return asked
 
 
-class View(NamedTuple):
+class ModelTokens(NamedTuple):
     """One model's result. `tokens` are those of the text, `following` the likeliest next ones."""
 
     speaker: ResolvedModel
@@ -53,14 +53,14 @@ class View(NamedTuple):
         return -sum(known) / len(known) / math.log(2) if known else None
 
 
-def view(asked: PendingAnswer, entries: Sequence[Entry]) -> View:
+def view(asked: PendingAnswer, entries: Sequence[Entry]) -> ModelTokens:
     seen = next((e for e in entries if isinstance(e, PromptLogprobs)), None)
     broke = next((e for e in entries if isinstance(e, StreamError)), None)
     error = {"message": broke.message, "hint": broke.hint} if broke else None
-    return View(asked.speaker, seen.tokens if seen else [], seen.following if seen else [], error)
+    return ModelTokens(asked.speaker, seen.tokens if seen else [], seen.following if seen else [], error)
 
 
-def to_json(found: View, tokens: bool) -> dict[str, Any]:
+def to_json(found: ModelTokens, tokens: bool) -> dict[str, Any]:
     """The API's response; with `tokens` also each token of the text."""
     said: dict[str, Any] = {
         "model": found.speaker.name,
@@ -85,10 +85,10 @@ def shade(t: SeenToken) -> int:
     return 0 if p is None else next((i for i, low in enumerate((0.5, 0.2, 0.05, 0.01, 0.001)) if p >= low), 5)
 
 
-def side_by_side(views: Sequence[View]) -> list[list[SeenToken | None]]:
+def side_by_side(views: Sequence[ModelTokens]) -> list[list[SeenToken | None]]:
     """Tokens in rows, one column for each model: where all tokenize the text in the same way, a row is one token."""
     return [list(row) for row in zip_longest(*(v.tokens for v in views))]
 
 
-def same_tokens(views: Sequence[View]) -> bool:
+def same_tokens(views: Sequence[ModelTokens]) -> bool:
     return len({tuple(t.id for t in v.tokens) for v in views}) == 1

@@ -21,6 +21,7 @@ from app import limits
 from app.errors import BadField
 from app.inference import external_servers, llama_cpp, tryout
 from app.inference.protocol import (
+    AnswerStarted,
     ChoiceFinished,
     Done,
     Entry,
@@ -28,7 +29,6 @@ from app.inference.protocol import (
     GenerateRequest,
     Logprob,
     Sampling,
-    Started,
     StreamError,
     TextPart,
 )
@@ -52,7 +52,7 @@ class ResolvedModel(NamedTuple):
     name: str
     resolved: Resolved
     engine: ExternalEngine | None = None
-    examples: tuple[solved_examples.Asked, ...] = ()
+    examples: tuple[solved_examples.SolvedExample, ...] = ()
 
     @property
     def ref(self) -> ModelRef:
@@ -83,7 +83,7 @@ class AnswerFold:
     """One model's answer so far, folded from the entries of its stream."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
-    started: Started | None = None
+    started: AnswerStarted | None = None
     done: Done | None = None
     error: dict[str, Any] | None = None
 
@@ -96,7 +96,7 @@ class AnswerFold:
     def take(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             match entry:
-                case Started():
+                case AnswerStarted():
                     self.started = entry
                 case TextPart():
                     choice = self.choices.setdefault(entry.index, Choice())

@@ -138,7 +138,7 @@ class Offsets:
 # Entries of the stream, in the order they come: started, then text and finished for each choice, then done. -------------
 
 
-class Started(BaseModel):
+class AnswerStarted(BaseModel):
     type: Literal["started"] = "started"
     rendered_prompt: str
     prompt_tokens: int
@@ -146,7 +146,7 @@ class Started(BaseModel):
     context: int
 
 
-class Rendered(BaseModel):
+class RenderedPrompt(BaseModel):
     """A prompt as a model reads it, and the tokens that end its answer. `max_tokens` is what the context leaves room for."""
 
     type: Literal["rendered"] = "rendered"
@@ -236,7 +236,7 @@ class StreamError(BaseModel):
 
 
 Entry = Annotated[
-    Started | Rendered | TextPart | ChoiceFinished | PromptLogprobs | Embedded | Classified | Done | StreamError,
+    AnswerStarted | RenderedPrompt | TextPart | ChoiceFinished | PromptLogprobs | Embedded | Classified | Done | StreamError,
     Field(discriminator="type"),
 ]
 _entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])

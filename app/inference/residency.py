@@ -53,7 +53,7 @@ class WorkerResidency(BaseModel):
     models: list[LoadedModelInfo]
 
 
-class Shown(NamedTuple):
+class ShownModel(NamedTuple):
     """A loaded model with its name on the page; `model` is None for one of another person."""
 
     model: Model | None
@@ -138,7 +138,7 @@ def everyone() -> list[WorkerResidency]:
         return []
 
 
-def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown]:
+def shown(session: Session, user: User, standing: WorkerResidency) -> list[ShownModel]:
     """The models of one worker with the names that this person may see, last used first."""
     by_path: dict[str, list[Model]] = {}
     for model in models.list_(session, user):
@@ -148,7 +148,7 @@ def shown(session: Session, user: User, standing: WorkerResidency) -> list[Shown
     for ready in sorted(standing.models, key=lambda r: r.idle_seconds):
         named = by_path.get(ready.path, [])
         tuned = [model for path in dict.fromkeys(ready.adapters) for model in by_path.get(path, [])]  # a blend shares its path
-        found.append(Shown(named[0] if named else None, tuned, ready))
+        found.append(ShownModel(named[0] if named else None, tuned, ready))
     return found
 
 

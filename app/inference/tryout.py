@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import StudioError
 from app.inference.protocol import Sampling
-from app.jobs.solved_examples import Asked
+from app.jobs.solved_examples import SolvedExample
 from app.models import interpolation
 from app.models import service as models
 from app.settings import get_settings
@@ -26,17 +26,17 @@ FEW_SHOT = "few-shot:"
 _OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class Look(NamedTuple):
+class FirstLook(NamedTuple):
     """What one job saved for the first look at its model."""
 
     job: Job
     base: Model
     system: str
     questions: list[JSON]  # line, system, prompt, reference
-    examples: list[Asked]
+    examples: list[SolvedExample]
 
 
-def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
+def look_at(session: Session, user: User, names: Sequence[str]) -> FirstLook | None:
     """What the first of these columns with a model fine-tuned here has saved; None where there is none, or it is gone."""
     for name in names:
         with contextlib.suppress(StudioError):
@@ -45,14 +45,14 @@ def look_at(session: Session, user: User, names: Sequence[str]) -> Look | None:
     return None
 
 
-def of_name(session: Session, user: User, name: str) -> Look | None:
+def of_name(session: Session, user: User, name: str) -> FirstLook | None:
     """By the name of a column: a fine-tuned model, one in another form of it, or its few-shot base. Raises as `models.resolve` does."""
     plain = interpolation.split_name(name.removeprefix(FEW_SHOT))[0]
     job, base = models.origin(session, models.resolve(session, user, plain))
     left = (job.evaluation or {}).get("tryout") if job else None
     if job is None or base is None or not left:
         return None
-    return Look(job, base, left["system"], left["questions"], [Asked(**example) for example in left["examples"]])
+    return FirstLook(job, base, left["system"], left["questions"], [SolvedExample(**example) for example in left["examples"]])
 
 
 def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.events import from_row
 from app.jobs import service as jobs
-from app.jobs.progress import Progress, fold
+from app.jobs.progress import JobProgress, fold
 from app.settings import get_settings
 from app.tables import Job
 
@@ -45,7 +45,7 @@ def log(session: Session, job: Job) -> Iterator[bytes]:
 
 def _said(session: Session, job: Job) -> Iterator[bytes]:
     """Every line, including those that the page has dropped."""
-    seen = Progress()
+    seen = JobProgress()
     for row in jobs.events(session, job):
         last = seen.log[-1] if seen.log else None
         fold(seen, from_row(row.type, row.data), at=row.created_at)

@@ -58,7 +58,7 @@ class LogLine:
 
 
 @dataclass(slots=True)
-class Progress:
+class JobProgress:
     """The state of a job page. Mutable, so that folding one more event costs the same after a thousand as after one."""
 
     last_event_id: int = 0
@@ -92,7 +92,7 @@ class Progress:
     failure: Failed | None = None
     finished: Finished | None = None
 
-    def snapshot(self) -> Progress:
+    def snapshot(self) -> JobProgress:
         """A copy that later folds do not change. Events are immutable, so only the lists are copied."""
         return replace(
             self,
@@ -183,15 +183,15 @@ class Progress:
         return f"resumed at step {self.resumed_from} {self.resume_reason}".strip() + exact
 
 
-def progress(events: Iterable[JobEvent]) -> Progress:
+def progress(events: Iterable[JobEvent]) -> JobProgress:
     """The fold of a whole list of events."""
-    folded = Progress()
+    folded = JobProgress()
     for event in events:
         fold(folded, event)
     return folded
 
 
-def fold(progress: Progress, event: JobEvent, *, at: datetime | None = None, event_id: int | None = None) -> Progress:
+def fold(progress: JobProgress, event: JobEvent, *, at: datetime | None = None, event_id: int | None = None) -> JobProgress:
     """Fold one more event into `progress`, which is changed and returned. `at` and `event_id` are the row's time and id."""
     if event_id is not None:
         progress.last_event_id = event_id
@@ -221,21 +221,21 @@ _REASONS = {
 _AFTER = {"cancelled": "after it was cancelled", "failed": "after it failed"}
 
 
-def _queued(progress: Progress, event: Queued) -> None:
+def _queued(progress: JobProgress, event: Queued) -> None:
     progress.status = "queued"
     progress.failure = None
     ended = progress.status if progress.status in ("cancelled", "failed") else ""
     progress.resume_reason = _AFTER[ended] if event.reason == "resumed" and ended else _REASONS[event.reason]
 
 
-def _claimed(progress: Progress, event: Claimed) -> None:
+def _claimed(progress: JobProgress, event: Claimed) -> None:
     progress.status, progress.attempt, progress.worker = "running", event.attempt, event.worker
     progress.failure = None
     progress.loading = True
     progress.times.clear()  # this worker's speed is unknown yet
 
 
-def _started(progress: Progress, event: Started) -> None:
+def _started(progress: JobProgress, event: Started) -> None:
     progress.status, progress.loading = "running", False
     progress.started = event
     progress.total_steps = event.total_steps
@@ -244,7 +244,7 @@ def _started(progress: Progress, event: Started) -> None:
     _forget_after(progress, event.resumed_from or 0)
 
 
-def _step(progress: Progress, event: Step) -> None:
+def _step(progress: JobProgress, event: Step) -> None:
     progress.latest, progress.step, progress.epoch = event, event.step, event.epoch
     for name in CURVES:
         _put(progress.curves[name], event.step, float(getattr(event, name)))
@@ -254,43 +254,43 @@ def _step(progress: Progress, event: Step) -> None:
     del progress.times[: -RECENT_STEPS - 1]
 
 
-def _evaluated(progress: Progress, event: Evaluated) -> None:
+def _evaluated(progress: JobProgress, event: Evaluated) -> None:
     _put(progress.curves["validation"], event.step, event.loss)
     for name, value in event.metrics.items():
         _put(progress.metrics.setdefault(name, []), event.step, value)
     progress.evaluations = [*(e for e in progress.evaluations if e.step < event.step), event]
 
 
-def _sampled(progress: Progress, event: Sampled) -> None:
+def _sampled(progress: JobProgress, event: Sampled) -> None:
     progress.samples = [*(s for s in progress.samples if s.step < event.step), event]
 
 
-def _saved(progress: Progress, event: Saved) -> None:
+def _saved(progress: JobProgress, event: Saved) -> None:
     progress.checkpoints = [*(c for c in progress.checkpoints if c.step < event.step), event]
 
 
-def _finished(progress: Progress, event: Finished) -> None:
+def _finished(progress: JobProgress, event: Finished) -> None:
     progress.status, progress.finished, progress.step = "succeeded", event, event.step
 
 
-def _failed(progress: Progress, event: Failed) -> None:
+def _failed(progress: JobProgress, event: Failed) -> None:
     progress.status, progress.failure = "failed", event
 
 
-def _stopped(progress: Progress, event: Stopped) -> None:
+def _stopped(progress: JobProgress, event: Stopped) -> None:
     progress.status = event.status
 
 
-def _lost(progress: Progress, event: Lost) -> None:
+def _lost(progress: JobProgress, event: Lost) -> None:
     progress.status = "queued"
     progress.resume_reason = "after the worker was lost"
 
 
-def _nothing(progress: Progress, event: Log | TaskProgress) -> None:
+def _nothing(progress: JobProgress, event: Log | TaskProgress) -> None:
     pass
 
 
-_FOLDS: dict[type[JobEvent], Callable[[Progress, Any], None]] = {
+_FOLDS: dict[type[JobEvent], Callable[[JobProgress, Any], None]] = {
     Queued: _queued, Claimed: _claimed, Started: _started, Step: _step, Evaluated: _evaluated, Sampled: _sampled, Saved: _saved,
     Finished: _finished, Failed: _failed, Stopped: _stopped, Lost: _lost, TaskProgress: _nothing, Log: _nothing,
 }  # fmt: skip
@@ -303,7 +303,7 @@ def _put(points: list[Point], step: int, value: float) -> None:
     points.append((step, value))
 
 
-def _forget_after(progress: Progress, step: int) -> None:
+def _forget_after(progress: JobProgress, step: int) -> None:
     """Drop everything recorded about later steps: the attempt that did is gone and the next one repeats them."""
     for points in (*progress.curves.values(), *progress.metrics.values(), *progress.step_metrics.values()):
         while points and points[-1][0] > step:
@@ -316,7 +316,7 @@ def _forget_after(progress: Progress, step: int) -> None:
     progress.step = step
 
 
-def _log_line(progress: Progress, event: JobEvent) -> tuple[Literal["info", "warn", "error"], str] | None:
+def _log_line(progress: JobProgress, event: JobEvent) -> tuple[Literal["info", "warn", "error"], str] | None:
     """The log line of an event; steps have none, they are the curves."""
     match event:
         case Log():

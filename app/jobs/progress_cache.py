@@ -15,7 +15,7 @@ from sqlalchemy import Float, cast, func, select
 from sqlalchemy.orm import Session
 
 from app.events import from_row
-from app.jobs.progress import Progress, fold
+from app.jobs.progress import JobProgress, fold
 from app.tables import Event, Job
 
 KEPT_JOBS = 64
@@ -25,14 +25,14 @@ KEPT_JOBS = 64
 class _Kept:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.progress = Progress()
+        self.progress = JobProgress()
 
 
 _kept: OrderedDict[uuid.UUID, _Kept] = OrderedDict()
 _lock = threading.Lock()
 
 
-def progress_of(session: Session, job: Job) -> Progress:
+def progress_of(session: Session, job: Job) -> JobProgress:
     """The progress of a job. The result is the caller's own and does not change later."""
     kept = _of(job.id)
     with kept.lock:

@@ -17,14 +17,14 @@ MAX_QUESTIONS = 8
 MAX_QUESTION_LENGTH, MAX_EXAMPLES_LENGTH = 4000, 20_000  # characters
 
 
-class Asked(NamedTuple):
+class SolvedExample(NamedTuple):
     """A prompt as the model gets it, and the reference answer."""
 
     prompt: str | list[dict[str, Any]]
     reference: str
 
 
-def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[Asked]) -> str | list[dict[str, Any]]:
+def with_examples(prompt: str | list[dict[str, Any]], examples: Sequence[SolvedExample]) -> str | list[dict[str, Any]]:
     """The prompt after few-shot examples: as earlier turns of a conversation, or as text."""
     if isinstance(prompt, str):
         return "".join(f"{e.prompt}{e.reference}\n\n" for e in examples) + prompt
@@ -44,7 +44,7 @@ def of_rows(training: Iterable[Any], held: Iterable[Any]) -> dict[str, Any]:
     return {"system": systems.most_common(1)[0][0] if systems else "", "questions": brief[:MAX_QUESTIONS], "examples": []}
 
 
-def kept(examples: Sequence[Asked]) -> dict[str, Any]:
+def kept(examples: Sequence[SolvedExample]) -> dict[str, Any]:
     """The few-shot examples of a base; none where they are too long to keep."""
     shown = [example._asdict() for example in examples]
     return {"examples": shown if len(json.dumps(shown)) <= MAX_EXAMPLES_LENGTH else []}

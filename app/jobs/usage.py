@@ -31,7 +31,7 @@ def record_energy(session: Session, key: uuid.UUID, fence: int, joules: float | 
         session.execute(update(MachineUse).where(MachineUse.row_id == key, MachineUse.fence == fence).values(joules=joules))
 
 
-class Cost(NamedTuple):
+class JobCost(NamedTuple):
     """What a job has used in all its attempts. `kwh` is None where the GPUs count no energy, `amount` where no price is set."""
 
     gpu_hours: float
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
         return self._asdict()
 
 
-def cost_of(session: Session, key: uuid.UUID) -> Cost | None:
+def cost_of(session: Session, key: uuid.UUID) -> JobCost | None:
     """None while nothing is known but the time."""
     ended = func.coalesce(MachineUse.ended_at, now())
     seconds = cast(func.extract("epoch", ended - MachineUse.started_at), Float) * func.greatest(MachineUse.gpus, 1)
@@ -55,7 +55,7 @@ def cost_of(session: Session, key: uuid.UUID) -> Cost | None:
         return None
     hours, kwh = float(total) / 3600, None if joules is None else float(joules) / 3.6e6
     known = [price * amount for price, amount in ((per_hour, hours), (per_kwh, kwh)) if price is not None and amount is not None]
-    return Cost(hours, kwh, sum(known) if known else None, settings.currency)
+    return JobCost(hours, kwh, sum(known) if known else None, settings.currency)
 
 
 def recent(session: Session, clock: float) -> dict[Hashable, Use]:

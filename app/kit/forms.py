@@ -55,7 +55,7 @@ class FormField:
         return self.value != self.default
 
 
-class Fault(NamedTuple):
+class FormError(NamedTuple):
     """An error of a form, and the id of the element where it can be fixed."""
 
     text: str

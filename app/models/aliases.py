@@ -20,17 +20,17 @@ from app.models import service as models
 from app.tables import JSON, Model, ModelAlias, User
 
 
-class Named(NamedTuple):
+class AliasTarget(NamedTuple):
     """An alias, and the model that it points to."""
 
     alias: ModelAlias
     model: Model
 
 
-def list_(session: Session, user: User) -> list[Named]:
+def list_(session: Session, user: User) -> list[AliasTarget]:
     """A person's aliases, by name."""
     query = select(ModelAlias, Model).join(Model, ModelAlias.model_id == Model.id).where(ModelAlias.project_id == user.project_id)
-    return [Named(alias, model) for alias, model in session.execute(query.order_by(ModelAlias.name))]
+    return [AliasTarget(alias, model) for alias, model in session.execute(query.order_by(ModelAlias.name))]
 
 
 def of_models(session: Session, user: User) -> dict[uuid.UUID, list[str]]:
@@ -41,7 +41,7 @@ def of_models(session: Session, user: User) -> dict[uuid.UUID, list[str]]:
     return found
 
 
-def set_(session: Session, user: User, name: str, model_name: str) -> Named:
+def set_(session: Session, user: User, name: str, model_name: str) -> AliasTarget:
     """Point an alias to a model, whether it is new or pointed to another one.
 
     Raises BadField for a name that no model could have, Conflict for the name of a model and for a model that is not ready, and
@@ -56,7 +56,7 @@ def set_(session: Session, user: User, name: str, model_name: str) -> Named:
     order = insert(ModelAlias).values(owner_id=user.id, project_id=user.project_id, name=name, model_id=model.id)
     moved = {"model_id": model.id, "moved_at": func.clock_timestamp()}
     session.execute(order.on_conflict_do_update(index_elements=["project_id", "name"], set_=moved))
-    return Named(session.get_one(ModelAlias, (user.project_id, name), populate_existing=True), model)
+    return AliasTarget(session.get_one(ModelAlias, (user.project_id, name), populate_existing=True), model)
 
 
 def remove(session: Session, user: User, name: str) -> None:
@@ -66,7 +66,7 @@ def remove(session: Session, user: User, name: str) -> None:
         raise NotFound(f"No such alias: {name[:120]!r}.", hint="GET /v1/model_aliases lists yours.", param="alias")
 
 
-def to_json(named: Named) -> JSON:
+def to_json(named: AliasTarget) -> JSON:
     alias, model = named
     return {
         "id": alias.name,

@@ -19,7 +19,7 @@ BYTES_PER_PARAMETER = 2.6
 _EXPANDED = ("safetensors", "downloads", "likes", "gated", "cardData", "config", "lastModified")
 
 
-class Found(NamedTuple):
+class HubModel(NamedTuple):
     """One model of the hub. `parameters` is None where it has no safetensors, which cannot be added."""
 
     repo: str
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     updated: str | None
 
 
-def search(query: str, machine: Machine, limit: int = LIMIT) -> list[Found]:
+def search(query: str, machine: Machine, limit: int = LIMIT) -> list[HubModel]:
     """The models that the hub finds, most downloaded first. Raises BadField, and Unavailable where the hub is not to be asked or
     cannot be reached or does not accept the token, TooMany where it asks for patience."""
     import httpx
@@ -69,13 +69,13 @@ def search(query: str, machine: Machine, limit: int = LIMIT) -> list[Found]:
     return [_found(row, machine) for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
 
 
-def _found(row: dict[str, Any], machine: Machine) -> Found:
+def _found(row: dict[str, Any], machine: Machine) -> HubModel:
     config, card = row.get("config") or {}, row.get("cardData") or {}
     total = (row.get("safetensors") or {}).get("total")
     parameters = total if isinstance(total, int) and total > 0 else None
     kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
     license_name = card.get("license")
-    return Found(
+    return HubModel(
         repo=row["id"][:200],
         parameters=parameters,
         license=str(license_name)[:40] if isinstance(license_name, str) else None,
@@ -89,5 +89,5 @@ def _found(row: dict[str, Any], machine: Machine) -> Found:
     )
 
 
-def to_json(found: Found) -> dict[str, Any]:
+def to_json(found: HubModel) -> dict[str, Any]:
     return {"object": "hub_model", **found._asdict()}

@@ -78,14 +78,14 @@ def here_address() -> str:
     return holder.get("url") or studio_url(get_settings())
 
 
-class Run(Protocol):
+class ConsoleRun(Protocol):
     def __call__(self, action: Callable[[Session, User], T], /) -> T: ...
 
 
 class owner_session:
     """The studio's database for one command; yields `run`, which runs one function as the studio's owner in one transaction."""
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> ConsoleRun:
         from app.ops.embedded.up import beside
         from app.web import audit
 

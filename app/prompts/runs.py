@@ -21,7 +21,7 @@ from app import formats, graders, leases, objectives, ownership, queue, saved_gr
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, problem_json
 from app.inference import judges, playground
-from app.inference.judges import Judge
+from app.inference.judges import ResolvedJudge
 from app.inference.protocol import ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
@@ -63,7 +63,7 @@ class RunSpec(BaseModel):
     split: Split | None = None
     learnt: tuple[TrainedRows, ...] = ()
     grader: dict[str, Any] | None = None  # where the metric is a grader
-    judges: tuple[Judge, ...] = ()
+    judges: tuple[ResolvedJudge, ...] = ()
     trial: bool = False  # a trial of the form, which is in no list
 
 

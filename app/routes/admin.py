@@ -54,7 +54,7 @@ async def _form(request: Request) -> dict[str, str]:
 Form = Annotated[dict[str, str], Depends(_form)]
 
 
-def _people(session: Db) -> list[tuple[User, list[limits.Line]]]:
+def _people(session: Db) -> list[tuple[User, list[limits.LimitUse]]]:
     """Everybody who may sign in, with what they use."""
     used = limits.used(session, "person")
     return [(one, limits.lines(one.limits, used.get(one.id, {}), "person")) for one in people.list_(session) if one.disabled_at is None]

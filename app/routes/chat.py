@@ -22,6 +22,7 @@ from app.inference import playground
 from app.inference.client import stream
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import (
+    AnswerStarted,
     ChoiceFinished,
     Done,
     Entry,
@@ -30,7 +31,6 @@ from app.inference.protocol import (
     PromptLogprobs,
     Sampling,
     SeenToken,
-    Started,
     TextPart,
 )
 from app.schemas.chat import ChatBody, CompletionBody, GenerationBody
@@ -58,7 +58,7 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
         max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0
     )
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
-    call = Call(Chat(body.model), user, sampling, [{"messages": messages, "tools": body.tools}], {"messages": messages})
+    call = Call(ChatWire(body.model), user, sampling, [{"messages": messages, "tools": body.tools}], {"messages": messages})
     return await call.respond(request, body)
 
 
@@ -75,7 +75,7 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
     sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, max_tokens=body.max_tokens or 1)
     sampling = sampling.model_copy(update={"max_tokens": body.max_tokens})
     stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
-    call = Call(Completion(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored})
+    call = Call(CompletionWire(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored})
     return await call.respond(request, body)
 
 
@@ -90,7 +90,7 @@ def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
 # The two shapes of an answer ------------------------------------------------------------------------------------------
 
 
-class Chat:
+class ChatWire:
     """chat.completion and chat.completion.chunk."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -121,7 +121,7 @@ def _token(x: Logprob) -> dict[str, Any]:
     return {"token": x.token, "bytes": x.bytes, "logprob": x.logprob}
 
 
-class Completion:
+class CompletionWire:
     """text_completion, whole and in chunks.
 
     With `echo` the prompt precedes the answer, and so do its tokens where logprobs are requested; `text_offset` counts the
@@ -188,7 +188,7 @@ class Call:
     """One API call: several prompts with `n` answers each, returned whole or as a stream."""
 
     def __init__(
-        self, shape: Chat | Completion, user: User, sampling: Sampling, prompts: list[dict[str, Any]], stored: dict[str, Any]
+        self, shape: ChatWire | CompletionWire, user: User, sampling: Sampling, prompts: list[dict[str, Any]], stored: dict[str, Any]
     ) -> None:
         self.shape, self.user, self.sampling, self.prompts, self.stored = shape, user, sampling, prompts, stored
         self.head: dict[str, Any] = {}
@@ -200,7 +200,7 @@ class Call:
 
     async def respond(self, request: Request, body: GenerationBody) -> Response:
         await run_in_threadpool(self._resolve)
-        looks = isinstance(self.shape, Completion) and self.shape.echo and (self.sampling.logprobs or not self._writes)
+        looks = isinstance(self.shape, CompletionWire) and self.shape.echo and (self.sampling.logprobs or not self._writes)
         if looks and not await self._look(request):
             return left()
         streams = [stream(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
@@ -251,7 +251,7 @@ class Call:
         text = self.prompts[place].get("prompt") or b"".join(bytes(t.bytes) for t in seen).decode("utf-8", "replace")
         ends = [ChoiceFinished(index=i, reason="length", tokens=0) for i in range(self.sampling.n)]
         done = Done(prompt_tokens=len(seen), completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
-        yield [Started(rendered_prompt=text, prompt_tokens=len(seen), max_tokens=0, context=0), *ends, done]
+        yield [AnswerStarted(rendered_prompt=text, prompt_tokens=len(seen), max_tokens=0, context=0), *ends, done]
 
     async def _whole(self, request: Request, streams: list[AsyncIterator[list[Entry]]]) -> Response:
         if not await while_connected(request, self._hear_all(streams)):

@@ -16,7 +16,7 @@ from app import graders, saved_graders, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.graders import GRADERS, Ask, Graded, GradeError, Grader, JudgeAsk, Reply, Sample
+from app.graders import GRADERS, Ask, Graded, GradedSample, GradeError, Grader, JudgeAsk, Reply
 from app.inference import judges, playground
 from app.inference.client import stream
 from app.inference.protocol import Entry, GenerateRequest
@@ -57,7 +57,7 @@ async def run(request: Request, user: CurrentUser, body: Given) -> Json:
             "item is no JSON object, or is too large.", hint=f"Send an object of at most {MAX_ITEM_BYTES >> 20} MiB.", param="item"
         )
     grader = await run_in_threadpool(graders.read, given.get("grader"))
-    found = await run_in_threadpool(grade_here, request, user, grader, [(Sample(sample), item or {})])
+    found = await run_in_threadpool(grade_here, request, user, grader, [(GradedSample(sample), item or {})])
     return graders.as_openai(grader, found[0])
 
 
@@ -81,7 +81,7 @@ def _only(body: Json, *names: str) -> Json:
     return body
 
 
-def grade_here(request: Request, user: User, grader: Grader, given: list[tuple[Sample, Json]]) -> list[Graded]:
+def grade_here(request: Request, user: User, grader: Grader, given: list[tuple[GradedSample, Json]]) -> list[Graded]:
     """Grade answers in a thread of a request. Questions to models end when its client leaves; no transaction is open meanwhile."""
     answer: Callable[[Ask], Reply] = graders.no_models
     if any(True for _ in grader.models()):
@@ -269,6 +269,6 @@ def _try(request: Request, user: User, data: Typed) -> Response:
         return render(request, "grader.html", status_code=fault.status if fault else 200, **context)
 
 
-def _answer(request: Request, user: User, writer: judges.Judge, prompt: str) -> str:
+def _answer(request: Request, user: User, writer: judges.ResolvedJudge, prompt: str) -> str:
     ask = JudgeAsk(writer.name, ({"role": "user", "content": prompt},), max_tokens=ANSWER_TOKENS)
     return judges.answers(user.id, [writer], lambda asked: from_thread.run(_send, request, asked))(ask).text.strip()

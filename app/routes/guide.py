@@ -52,13 +52,13 @@ EXAMPLES = ("1.5", "175")
 """Numbers of parameters, in billions, that the calculator offers."""
 
 
-class Wanted(NamedTuple):
+class CalculatorQuery(NamedTuple):
     """The calculator's input, and its table or the error."""
 
     parameters: str
     tokens: str
     shape: Shape | None = None
-    rows: Sequence[calculator.Row] = ()
+    rows: Sequence[calculator.MemoryRow] = ()
     fault: str = ""
 
 
@@ -76,9 +76,9 @@ def guide(request: Request, user: CurrentUser, parameters: str = EXAMPLES[0], to
     )  # fmt: skip
 
 
-def calculate(parameters: str, tokens: str) -> Wanted:
+def calculate(parameters: str, tokens: str) -> CalculatorQuery:
     """Memory for a model of so many billion parameters and so many tokens per batch."""
-    asked = Wanted(parameters[:20], tokens[:20])
+    asked = CalculatorQuery(parameters[:20], tokens[:20])
     try:
         billions = float(parameters.strip().removesuffix("B").strip())
     except ValueError:

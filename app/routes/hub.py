@@ -34,7 +34,7 @@ def hub_page(request: Request, user: CurrentUser, search: str = "") -> Response:
 
 
 def _page(request: Request, user: CurrentUser, search: str = "", fault: StudioError | None = None) -> Response:
-    found: list[hub_search.Found] | None = None
+    found: list[hub_search.HubModel] | None = None
     offline = get_settings().offline
     if search and not offline and fault is None:
         try:

@@ -36,7 +36,7 @@ MAX_TOLD = 5
 """Maximum number of refusals that are reported one by one."""
 
 
-class Kind(NamedTuple):
+class NamedKind(NamedTuple):
     """The kind of object that a list holds: its name, and functions that find one, check the permission to change it, and delete
     it."""
 
@@ -52,11 +52,11 @@ def _model(session: Session, user: User, key: str) -> Any:
     return found
 
 
-KINDS: dict[Place, Kind] = {
-    "jobs": Kind("run", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
-    "models": Kind("model", _model, models.delete),
-    "datasets": Kind("dataset", lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line),
-    "compare": Kind(
+KINDS: dict[Place, NamedKind] = {
+    "jobs": NamedKind("run", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
+    "models": NamedKind("model", _model, models.delete),
+    "datasets": NamedKind("dataset", lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line),
+    "compare": NamedKind(
         "comparison",
         lambda s, u, key: comparisons.get(s, u, ids.parse(ids.COMPARISON, key)),
         lambda s, u, found: comparisons.delete(s, u, found.id),
@@ -194,7 +194,7 @@ def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
     return None
 
 
-def _each(session: Session, user: User, kind: Kind, picked: list[str], act: Callable[[Any], None]) -> tuple[int, list[str]]:
+def _each(session: Session, user: User, kind: NamedKind, picked: list[str], act: Callable[[Any], None]) -> tuple[int, list[str]]:
     """(number of rows processed, reasons of the others), each row in a savepoint of its own."""
     done, refused = 0, []
     for key in picked:

@@ -15,7 +15,7 @@ from app.db import transaction
 from app.errors import StudioError
 from app.inference import next_tokens, playground
 from app.inference.client import stream
-from app.inference.next_tokens import View
+from app.inference.next_tokens import ModelTokens
 from app.inference.playground import MAX_PANES, PendingAnswer
 from app.inference.protocol import MAX_NEXT
 from app.schemas.openapi import answers
@@ -73,7 +73,7 @@ async def next_tokens_page(
 ) -> Response:
     """The query string holds the whole state, so a view can be linked; each likely token links to the text continued by it."""
     names = list(dict.fromkeys(name for name in models or [] if name))
-    views: list[View] = []
+    views: list[ModelTokens] = []
     error: StudioError | None = None
     text = text.replace("\r\n", "\n")
     if text:
@@ -88,7 +88,9 @@ async def next_tokens_page(
     return await run_in_threadpool(_page, request, user, names, text, top_k, views, error)
 
 
-def _page(request: Request, user: User, names: list[str], text: str, top_k: int, views: list[View], error: StudioError | None) -> Response:
+def _page(
+    request: Request, user: User, names: list[str], text: str, top_k: int, views: list[ModelTokens], error: StudioError | None
+) -> Response:
     with transaction() as session:
         choices = playground.choices(session, user)
     if not names:

@@ -28,7 +28,7 @@ pages = APIRouter()
 api = APIRouter(prefix="/v1")
 
 
-class Asked(NamedTuple):
+class RowsQuery(NamedTuple):
     """Query parameters of the page and of its JSON: filter, order, and the model whose tokenizer is used."""
 
     model: str
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
     train_on: TrainOn | None
 
 
-class Found(NamedTuple):
+class RowsResult(NamedTuple):
     """The result of a query."""
 
     dataset: Dataset
@@ -49,7 +49,7 @@ class Found(NamedTuple):
     cutoff: int
     judged: Job | None
     entries: list[row_losses.Entry]
-    shown: row_view.Shown
+    shown: row_view.RowsShown
     more: bool
     train_on: TrainOn
 
@@ -74,17 +74,17 @@ def asked(
     train_on: Annotated[
         TrainOn | None, Query(description="Turns that carry a loss; without it, those of the job named, else assistant.")
     ] = None,
-) -> Asked:
+) -> RowsQuery:
     if sort and sort not in row_view.SORTS:
         raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", hint=f"Use {', '.join(row_view.SORTS)}.", param="sort")
-    return Asked(model, cutoff, search, page, line, sort, job, train_on)
+    return RowsQuery(model, cutoff, search, page, line, sort, job, train_on)
 
 
 Line = Annotated[int, Path(ge=1, le=MAX_NUMBER)]
-Wanted = Annotated[Asked, Depends(asked)]
+Wanted = Annotated[RowsQuery, Depends(asked)]
 
 
-def _find(user: User, key: str, want: Asked) -> Found:
+def _find(user: User, key: str, want: RowsQuery) -> RowsResult:
     """Find the rows. No database connection is held while a child of the data worker tokenizes them."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
@@ -105,7 +105,7 @@ def _find(user: User, key: str, want: Asked) -> Found:
     shown = row_view.look(rows, lengths, cutoff)
     if more is None:
         more = lines is None and want.page * row_view.ROWS_PER_PAGE < (shown.rows.result or {}).get("matches", 0)
-    return Found(dataset, chosen, cutoff, judged, entries, shown, more, turns)
+    return RowsResult(dataset, chosen, cutoff, judged, entries, shown, more, turns)
 
 
 @pages.get("/datasets/{key}/rows")

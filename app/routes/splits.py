@@ -34,7 +34,7 @@ SIDES = ("validation", "train")
 DEFAULTS = RunSettings()
 
 
-class Look(NamedTuple):
+class SplitView(NamedTuple):
     """A dataset, the requested split, the rows of one side, and other datasets that could be the validation set."""
 
     dataset: Dataset
@@ -46,11 +46,11 @@ class Look(NamedTuple):
 
 def _ask(
     user: CurrentUser, key: str, method: str, column: str, fraction: float | None, seed: int, validation: str, side: str = "", page: int = 1
-) -> Look:
+) -> SplitView:
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
-            return Look(dataset, None, None, [], fraction or 0)
+            return SplitView(dataset, None, None, [], fraction or 0)
         if fraction is None:
             fraction = held_out_share(dataset.good_rows or 0)
         mine = [found for found in datasets.list_(session, user) if found.status == "ready" and found.task == dataset.task]
@@ -65,7 +65,7 @@ def _ask(
         if side in SIDES:
             wanted = {"side": side, "skip": (page - 1) * ROWS_PER_PAGE, "count": ROWS_PER_PAGE}
             rows = inspections.ask(session, dataset, "side", arguments | wanted)
-        return Look(dataset, asked, rows, [found for found in mine if found.id != dataset.id], fraction)
+        return SplitView(dataset, asked, rows, [found for found in mine if found.id != dataset.id], fraction)
 
 
 @pages.get("/datasets/{key}/split")

@@ -187,7 +187,7 @@ class Edit(BaseModel):
         return self
 
 
-class Reading(BaseModel):
+class ParseRequest(BaseModel):
     """How to parse the file again. An empty column name means that a field has no column."""
 
     model_config = ConfigDict(extra="forbid")
@@ -265,7 +265,7 @@ def retrieve_changes(user: CurrentUser, key: Key) -> dict[str, Any]:
 
 
 @api.post("/datasets/{key}/reparse", operation_id="reparse_dataset", responses=answers(schemas.Dataset, 409))
-def reparse_dataset(user: CurrentUser, session: Db, key: Key, order: Reading) -> dict[str, Any]:
+def reparse_dataset(user: CurrentUser, session: Db, key: Key, order: ParseRequest) -> dict[str, Any]:
     """Create the next version: the same file, parsed as another format or with another column mapping."""
     return to_json(datasets.read_as(session, user, dataset_of(session, user, key), order.format, order.mapping))
 

@@ -7,21 +7,21 @@ from typing import Any, Literal
 from pydantic import Field
 
 from app.evaluation.advice import Tune
-from app.evaluation.advice_cards import Card, Step
+from app.evaluation.advice_cards import AdviceStep, Card
 from app.objectives import Task
-from app.planning.advisor import Advice, Cost, Rule
+from app.planning.advisor import Advice, AdviceRule, CostEstimate
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
 from app.strategies._advice import Facts
 from app.strategies._base import Family
-from app.views.overview import Check, WorkerRole
+from app.views.overview import HealthCheck, WorkerRole
 
 
 class Studio(Schema):
     """The health of every component."""
 
     object: Literal["studio"]
-    checks: list[Check]
+    checks: list[HealthCheck]
     workers: list[WorkerRole]
     versions: dict[str, str]
 
@@ -54,7 +54,7 @@ class Strategy(Schema):
     available: bool
     reason: str | None
     advised: bool = False
-    cost: Cost | None = None
+    cost: CostEstimate | None = None
 
 
 class StrategyAdvice(Schema):
@@ -67,9 +67,9 @@ class StrategyAdvice(Schema):
     facts: Facts
     tune: Tune
     cards: list[Card]
-    steps: list[Step]
+    steps: list[AdviceStep]
     ranking: list[Advice]
-    rules: list[Rule]
+    rules: list[AdviceRule]
     evaluation: Evaluation | None
     how_to_measure: str | None
 

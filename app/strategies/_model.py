@@ -81,7 +81,7 @@ def final_norm(model: torch.nn.Module) -> torch.nn.Module | None:
     return getattr(backbone(model), "norm", None)
 
 
-class Notes:
+class LayerNotes:
     """Attributes that one layer of a model leaves for another during a pass."""
 
     positions: torch.Tensor
@@ -102,9 +102,9 @@ class NotesOfThreads(threading.local):
         return type(self), ()
 
 
-def place_for_notes(device: torch.device) -> Notes | NotesOfThreads:
+def place_for_notes(device: torch.device) -> LayerNotes | NotesOfThreads:
     """On a GPU one thread at a time runs the model, but recomputation in the backward pass is on a thread of autograd's own."""
-    return NotesOfThreads() if device.type == "cpu" else Notes()
+    return NotesOfThreads() if device.type == "cpu" else LayerNotes()
 
 
 def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:

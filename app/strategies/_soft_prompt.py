@@ -18,7 +18,7 @@ from pydantic import Field
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter
-from app.strategies._model import Notes, NotesOfThreads, attention, backbone, blocks, place_for_notes, transformer
+from app.strategies._model import LayerNotes, NotesOfThreads, attention, backbone, blocks, place_for_notes, transformer
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ def _into_cache(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 class _Noted(Protocol):
     """A table with what the hooks leave for each other."""
 
-    notes: Notes | NotesOfThreads
+    notes: LayerNotes | NotesOfThreads
 
 
 class _PrefixedCache:

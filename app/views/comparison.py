@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.evaluation import comparison_table, comparisons
-from app.evaluation.comparison_table import Column, Table, is_number
+from app.evaluation.comparison_table import ScoreColumn, Table, is_number
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
 from app.metrics import ABILITY, ability
@@ -103,7 +103,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
     }
 
 
-def _axes(table: Table, x: str, y: str) -> tuple[Column, Column]:
+def _axes(table: Table, x: str, y: str) -> tuple[ScoreColumn, ScoreColumn]:
     by_key = {column.key: column for column in table.columns}
     return by_key.get(x, by_key["seconds"]), by_key.get(y, table.columns[0])
 
@@ -152,7 +152,7 @@ def ability_interval(row: dict[str, Any]) -> str:
     return f"95%: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
 
 
-def _scatter(table: Table, x: Column, y: Column) -> Picture | None:
+def _scatter(table: Table, x: ScoreColumn, y: ScoreColumn) -> Picture | None:
     dots = [
         Dot(row[x.key], row[y.key], number, f"{row['title']}: {write(row[y.key], y.unit)}, {write(row[x.key], x.unit)}", _best(table, row))
         for number, row in enumerate(table.rows, 1)
@@ -173,7 +173,7 @@ def _curve(table: Table) -> Picture | None:
     return charts.picture(dots, share, _scale(score), joined=True, base=base if is_number(base) else None)
 
 
-def _scale(column: Column) -> Scale:
+def _scale(column: ScoreColumn) -> Scale:
     return Scale(column.title, lambda v: write(v, column.unit) if v else "0", amount=column.unit in ("bytes", "seconds", "count"))
 
 

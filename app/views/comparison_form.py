@@ -18,7 +18,7 @@ from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids, once
-from app.kit.forms import Fault, FormField, as_text, controls, fill
+from app.kit.forms import FormError, FormField, as_text, controls, fill
 from app.machines import heartbeats
 from app.models import service as models
 from app.planning.schedule import DERIVED
@@ -106,10 +106,10 @@ class CompareForm:
         return self.order is not None and not self.errors
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[FormError]:
         """The errors, each with the id of the element where it can be fixed."""
         places = {"model": "model", "dataset": "dataset", "strategy": "methods"} | {c.key: c.id for c in self.run_controls}
-        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+        return [FormError(text, places.get(name)) for name, text in self.errors.items()]
 
     @property
     def unseen(self) -> str | None:

@@ -116,7 +116,7 @@ def with_answer(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"result": answer.result, "error": answer.error, "words": changes.words(answer.result) if answer.result else ""}
 
 
-class Line(NamedTuple):
+class HealthLine(NamedTuple):
     """One line of a dataset's health: severity, text, and link."""
 
     severity: str
@@ -125,7 +125,7 @@ class Line(NamedTuple):
     link: str = ""
 
 
-def health(dataset: Dataset) -> list[Line]:
+def health(dataset: Dataset) -> list[HealthLine]:
     """At most MAX_LINES lines: the usable rows, and the most serious issues."""
     if dataset.status != "ready":
         return []
@@ -133,7 +133,7 @@ def health(dataset: Dataset) -> list[Line]:
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
     worst = "ready" if good == rows else "warning" if good else "error"
     why = (f"{path}?tab=issues&severity=error", "See why") if good < rows else ()
-    lines = [Line(worst, f"{human_number(good)} of {plural(rows, 'row')} usable", *why)]
+    lines = [HealthLine(worst, f"{human_number(good)} of {plural(rows, 'row')} usable", *why)]
     if cut := longer(dataset):
         lines.append(cut)
     for rule in datasets.rules(dataset):
@@ -143,13 +143,13 @@ def health(dataset: Dataset) -> list[Line]:
             rule["message"] if rule["rule"] in issue_names.WHOLE else f"{plural(rule['count'], 'row')}: {issue_names.title(rule['rule'])}"
         )
         if rule["rule"] in issue_names.CONFLICTS:
-            lines.append(Line(rule["severity"], text, f"{path}/conflicts", "Resolve"))
+            lines.append(HealthLine(rule["severity"], text, f"{path}/conflicts", "Resolve"))
         else:
-            lines.append(Line(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", "See rows"))
+            lines.append(HealthLine(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", "See rows"))
     return lines[:MAX_LINES]
 
 
-def longer(dataset: Dataset) -> Line | None:
+def longer(dataset: Dataset) -> HealthLine | None:
     """Rows that the default max sequence length truncates, and the smallest length that spares nearly all of them. None is
     offered where the context window of the counting model truncates them."""
     report, rows = dataset.report or {}, dataset.good_rows or 0
@@ -160,10 +160,10 @@ def longer(dataset: Dataset) -> Line | None:
     text = f"{plural(cut[usual], 'row')} longer than {human_number(usual)} tokens: truncated"
     others = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]
     if usual < RunSettings().max_length or not others:
-        return Line("note", text, f"/datasets/{key}/rows?sort=longest#rows", "See rows")
+        return HealthLine("note", text, f"/datasets/{key}/rows?sort=longest#rows", "See rows")
     better = next((cutoff for cutoff in others if cut[cutoff] <= 0.05 * rows), others[-1])
     kept = math.floor(100 * (rows - cut[better]) / rows)
-    return Line(
+    return HealthLine(
         "note",
         text,
         f"/jobs/new?dataset={key}&run.max_length={better}",

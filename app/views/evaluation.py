@@ -13,7 +13,7 @@ from app.tables import Evaluation
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
 
 
-class Line(NamedTuple):
+class EvaluationLine(NamedTuple):
     title: str
     meaning: str
     base: float | None
@@ -78,12 +78,12 @@ def _grader(one: Mapping[str, Any]) -> dict[str, Any]:
     return {**one, "better": None if low <= 0 <= high else low > 0}
 
 
-def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> Line:
+def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, Any]) -> EvaluationLine:
     (title, meaning, less), value = METRICS[name][:3], scores[name]
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
     better = (value < before) == less if told and before is not None else None
-    return Line(title, meaning, before, value, better, between(scores, name), name)
+    return EvaluationLine(title, meaning, before, value, better, between(scores, name), name)
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:

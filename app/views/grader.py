@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from app import graders
 from app.errors import BadField, StudioError
-from app.graders import GRADERS, Graded, Grader, Sample
+from app.graders import GRADERS, Graded, GradedSample, Grader
 from app.kit import forms, stats
 from app.prompts import service as prompts
 from app.tables import Dataset
@@ -121,8 +121,8 @@ def rows_of(dataset: Dataset, typed: Mapping[str, str]) -> list[TrialRow]:
     return found
 
 
-def samples_of(rows: Sequence[TrialRow]) -> list[tuple[Sample, JSON]]:
-    return [(Sample(row.answer), row.item) for row in rows]
+def samples_of(rows: Sequence[TrialRow]) -> list[tuple[GradedSample, JSON]]:
+    return [(GradedSample(row.answer), row.item) for row in rows]
 
 
 def with_grades(grader: Grader, rows: Sequence[TrialRow], found: Sequence[Graded]) -> list[TrialRow]:

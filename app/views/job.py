@@ -13,7 +13,7 @@ from app import formats, metrics
 from app.evaluation import comparisons, train_queue, verdict
 from app.jobs import progress_cache
 from app.jobs import service as jobs
-from app.jobs.progress import Progress
+from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_count, human_number, human_percent, human_seconds, plural
 from app.machines import heartbeats
@@ -148,14 +148,14 @@ def head(session: Session, job: Job) -> dict[str, Any]:
     }
 
 
-def page_title(job: Job, progress: Progress) -> str:
+def page_title(job: Job, progress: JobProgress) -> str:
     """`42% · chats` while it runs, `✓ chats` at its end, so that a browser tab shows the progress."""
     if job.status == "running":
         return f"{human_percent(progress.share, 0)} · {job.name}"
     return f"{MARKS.get(job.status, '')}{job.name}"
 
 
-def status_line(progress: Progress, job: Job, spec: JobSpec) -> Markup:
+def status_line(progress: JobProgress, job: Job, spec: JobSpec) -> Markup:
     """`Step 74 of 120, epoch 2 of 3, attempt 2 (resumed at step 40 after the worker was lost)`."""
     doing = f"{progress.task.what}, {human_percent(progress.task.share, 0)}" if progress.task and job.status == "running" else ""
     if not progress.total_steps:
@@ -185,12 +185,12 @@ STARTING_SECONDS = 60
 """A normal start takes up to this long; after it the page shows how long it has taken."""
 
 
-def _starting(progress: Progress) -> str:
+def _starting(progress: JobProgress) -> str:
     seconds = (datetime.now(UTC) - progress.claimed_at).total_seconds() if progress.claimed_at else 0.0
     return "Starting up" if seconds < STARTING_SECONDS else f"Still starting, after {human_seconds(seconds)}"
 
 
-def time_line(progress: Progress, job: Job) -> str:
+def time_line(progress: JobProgress, job: Job) -> str:
     """Text in place of the remaining time while there is none."""
     predicted = (job.estimate or {}).get("seconds")
     if job.status == "paused":

@@ -22,7 +22,7 @@ from app.jobs.defaults import rows_per_step, usual_run
 from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
 from app.kit import ids
-from app.kit.forms import Fault, Filled, FormField, as_text, controls, fill
+from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.planning import feasibility
@@ -153,10 +153,10 @@ class OrderForm:
         return next(card.name for card in self.presets if card.chosen)
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[FormError]:
         """The errors, each with the id of the element where it can be fixed; none for errors without an element."""
         places = PLACES | {c.key: c.id for c in self.controls}
-        return [Fault(text, places.get(name)) for name, text in self.errors.items()]
+        return [FormError(text, places.get(name)) for name, text in self.errors.items()]
 
     @property
     def priority(self) -> Priority:

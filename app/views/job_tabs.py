@@ -18,7 +18,7 @@ from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, progress_cache, row_losses, usage
 from app.jobs import service as jobs
-from app.jobs.progress import Progress
+from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
@@ -98,7 +98,7 @@ class Tile(NamedTuple):
     good: bool | None = None
 
 
-def tiles(job: Job, progress: Progress, spec: JobSpec) -> list[Tile]:
+def tiles(job: Job, progress: JobProgress, spec: JobSpec) -> list[Tile]:
     """The five most informative metrics: loss, score and general ability with their change, and the cost compared with the estimate."""
     estimate, measured = job.estimate or {}, job.measured or {}
     ability = forgetting(_told(job, progress, "forgetting"))
@@ -129,7 +129,7 @@ def _predicted(text: str) -> str:
     return f"predicted {text}" if text != NOTHING else ""
 
 
-def _loss_tile(progress: Progress) -> Tile:
+def _loss_tile(progress: JobProgress) -> Tile:
     """The best validation loss against the one before fine-tuning; the training loss without a validation set."""
     best = progress.best_evaluation
     if best is None:
@@ -146,7 +146,7 @@ def _loss_tile(progress: Progress) -> Tile:
     return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
 
 
-def _score_tile(job: Job, progress: Progress) -> Tile:
+def _score_tile(job: Job, progress: JobProgress) -> Tile:
     """The task's score at the end against the base's; while training the newest one of an evaluation."""
     evaluation = _told(job, progress, "evaluation") or {}
     tuned, base = evaluation.get("tuned"), evaluation.get("base")
@@ -167,16 +167,16 @@ def _score_tile(job: Job, progress: Progress) -> Tile:
     return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
 
 
-def _told(job: Job, progress: Progress, name: str) -> Mapping[str, Any] | None:
+def _told(job: Job, progress: JobProgress, name: str) -> Mapping[str, Any] | None:
     """Measurements of a finished job: from its row, or from its last event."""
     return getattr(job, name) or (getattr(progress.finished, name) if progress.finished else None)
 
 
-def _forgot(job: Job, progress: Progress) -> score_view.Forgot | None:
+def _forgot(job: Job, progress: JobProgress) -> score_view.Forgot | None:
     return score_view.forgot(_told(job, progress, "forgetting"))
 
 
-def failure(job: Job, progress: Progress) -> Part | None:
+def failure(job: Job, progress: JobProgress) -> Part | None:
     """The failure and its hint: from the trainer's last event, else from the job's row."""
     if job.status == "paused" and job.error:  # a full disk pauses a job without a request
         return {"message": job.error["message"], "hint": job.error.get("hint", ""), "line": None}
@@ -200,7 +200,7 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
     return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": changed})]
 
 
-def _checkpoints(session: Session, job: Job, progress: Progress) -> list[Part]:
+def _checkpoints(session: Session, job: Job, progress: JobProgress) -> list[Part]:
     """The checkpoints on disk, newest first, each with its validation loss and the link to try it."""
     losses = dict(progress.curves["validation"])
     again = job.status in ("paused", "failed", "cancelled")

@@ -39,7 +39,7 @@ WORK: dict[str, Work[Any]] = {
 RECENT_ERRORS = 20
 
 
-class Waiting(NamedTuple):
+class QueueState(NamedTuple):
     """One kind of work: what waits for a worker, what is held, and how old the oldest of each is."""
 
     name: str
@@ -51,7 +51,7 @@ class Waiting(NamedTuple):
     """Since the last heartbeat of the quietest holder."""
 
 
-def waiting(session: Session) -> list[Waiting]:
+def waiting(session: Session) -> list[QueueState]:
     """All kinds of work, by one query."""
     parts = []
     for name, work in WORK.items():
@@ -66,7 +66,7 @@ def waiting(session: Session) -> list[Waiting]:
         (free, since), (held, until) = found[name, "free"], found[name, "held"]
         age = get_settings().lease_seconds - (until - clock).total_seconds() if until else 0.0
         wait = (clock - since).total_seconds() if since else 0.0
-        told.append(Waiting(name, ROUTES[work.task], free, max(0.0, wait), held, max(0.0, age)))
+        told.append(QueueState(name, ROUTES[work.task], free, max(0.0, wait), held, max(0.0, age)))
     return told
 
 
@@ -79,7 +79,7 @@ def messages() -> dict[str, int]:
         return {}
 
 
-class Running(NamedTuple):
+class RunningJob(NamedTuple):
     """A job that trains, by its newest step."""
 
     id: str
@@ -92,7 +92,7 @@ class Running(NamedTuple):
     worker: str | None
 
 
-def running(session: Session, at_most: int = 50) -> list[Running]:
+def running(session: Session, at_most: int = 50) -> list[RunningJob]:
     """Jobs that hold a lease, oldest first."""
     jobs = session.scalars(select(Job).where(lifecycle.WORK.taken()).order_by(Job.started_at).limit(at_most)).all()
     told = []
@@ -101,7 +101,7 @@ def running(session: Session, at_most: int = 50) -> list[Running]:
         seconds = last["seconds"] - before["seconds"] if last and before and last["step"] == before["step"] + 1 else None
         facts = last or {}
         told.append(
-            Running(
+            RunningJob(
                 ids.public(ids.JOB, job.id), job.name, job.step, job.total_steps, seconds if seconds and seconds > 0 else None,
                 facts.get("tokens_per_second"), facts.get("memory_bytes"), job.worker,
             )

@@ -32,7 +32,7 @@ T = TypeVar("T")
 # Health ---------------------------------------------------------------------------------------------------------------
 
 
-class Check(BaseModel):
+class HealthCheck(BaseModel):
     """One part of the studio, and what to do when it is not well."""
 
     name: str
@@ -46,13 +46,13 @@ class Check(BaseModel):
         return self.hint
 
 
-def checks(session: Session | None = None) -> list[Check]:
+def checks(session: Session | None = None) -> list[HealthCheck]:
     """The essential components: database, its schema, broker. Checked over `session` where there is one."""
     return [*_database(session), _broker()]
 
 
-def _away(name: str) -> Check:
-    return Check(name=name, good=False, message="does not respond", hint="It comes back by itself when `luthier up` runs it.")
+def _away(name: str) -> HealthCheck:
+    return HealthCheck(name=name, good=False, message="does not respond", hint="It comes back by itself when `luthier up` runs it.")
 
 
 CHECK_SECONDS = 2.0
@@ -60,7 +60,7 @@ _checkers = ThreadPoolExecutor(3, thread_name_prefix="check")
 _checking: dict[str, Future[Any]] = {}
 
 
-async def checks_in_time() -> tuple[list[Check], list[Worker]]:
+async def checks_in_time() -> tuple[list[HealthCheck], list[Worker]]:
     """`checks` and the living workers, each in a dedicated thread with a timeout of two seconds."""
     database, broker, workers = await asyncio.gather(
         _in_time("database", lambda: _database(None), [_away("database")]),
@@ -82,7 +82,7 @@ async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
         return otherwise
 
 
-def _database(session: Session | None) -> list[Check]:
+def _database(session: Session | None) -> list[HealthCheck]:
     try:
         if session is not None:
             current = is_current(session.connection())
@@ -93,21 +93,21 @@ def _database(session: Session | None) -> list[Check]:
         return [_away("database")]
     schema = "up to date" if current else "of another version"
     return [
-        Check(name="database", good=True, message="online"),
-        Check(name="migrations", good=current, message=schema, hint="" if current else "`luthier up` brings it up to date."),
+        HealthCheck(name="database", good=True, message="online"),
+        HealthCheck(name="migrations", good=current, message=schema, hint="" if current else "`luthier up` brings it up to date."),
     ]
 
 
-def _broker() -> Check:
+def _broker() -> HealthCheck:
     try:
         get_redis().ping()
     except redis.RedisError as error:
         if cannot_write(error):
-            return Check(name="redis", good=False, message="is read-only: its disk is full", hint=MAKE_ROOM)
+            return HealthCheck(name="redis", good=False, message="is read-only: its disk is full", hint=MAKE_ROOM)
         return _away("redis")
     except RuntimeError:
         return _away("redis")
-    return Check(name="redis", good=True, message="online")
+    return HealthCheck(name="redis", good=True, message="online")
 
 
 MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."
@@ -265,23 +265,23 @@ _FOLDERS = (
 )
 
 
-class Space(NamedTuple):
+class DiskSpace(NamedTuple):
     folders: list[tuple[str, int]]
     free_bytes: int
     total_bytes: int
     data_dir: Path
 
 
-def space() -> Space:
+def space() -> DiskSpace:
     """Bytes of the data folder. Measured at most once a minute, since it looks at every file."""
     return _space(get_settings().data_dir, int(time.monotonic() // 60))
 
 
 @lru_cache(maxsize=2)
-def _space(folder: Path, _minute: int) -> Space:
+def _space(folder: Path, _minute: int) -> DiskSpace:
     disk = os.statvfs(folder)
     sizes = [(title, size_of(folder / name)) for name, title in _FOLDERS]
-    return Space(sizes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize, folder)
+    return DiskSpace(sizes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize, folder)
 
 
 def size_of(folder: Path) -> int:

@@ -28,7 +28,7 @@ QUESTION = Solved(
 # The preview ----------------------------------------------------------------------------------------------------------
 
 
-class Preview(NamedTuple):
+class PromptPreview(NamedTuple):
     """The messages of one row as (role, text), its reference answer, and its line."""
 
     messages: list[tuple[str, str]]
@@ -37,7 +37,7 @@ class Preview(NamedTuple):
     examples: int
 
 
-def preview(body: PromptBody, dataset: Dataset | None) -> Preview:
+def preview(body: PromptBody, dataset: Dataset | None) -> PromptPreview:
     """The prompt for the dataset's first row. The rows after it serve as examples; a run selects its own from the training set."""
     rows = [prompts.solved(item["line"], item["row"]) for item in (dataset.report or {}).get("preview", [])] if dataset else []
     rows = [(row, before) for row, before in rows if row.question] or [(QUESTION, [])]
@@ -47,7 +47,7 @@ def preview(body: PromptBody, dataset: Dataset | None) -> Preview:
     text = prompts.text_of(body, row.question, examples, sorted(report.get("labels", {})))
     system = [("system", body.system)] if body.system else []
     messages = [*system, *((turn["role"], turn["content"]) for turn in before), ("user", text)]
-    return Preview(messages, prompts.take(row.answer, body.reference, body.marker), row.line or None, len(examples))
+    return PromptPreview(messages, prompts.take(row.answer, body.reference, body.marker), row.line or None, len(examples))
 
 
 # A try ----------------------------------------------------------------------------------------------------------------
@@ -95,21 +95,23 @@ def run_matrix(
     return [prompt_runs.create(session, user, version, model, dataset, ordered) for version in versions for model in models]
 
 
-class Matrix(NamedTuple):
+class RunMatrix(NamedTuple):
     """Newest run of each prompt version on each model: `rows` are (prompt, version, a run or None for each model)."""
 
     models: list[str]
     rows: list[tuple[Prompt, PromptVersion, list[PromptRun | None]]]
 
 
-def matrix(runs: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> Matrix:
+def matrix(runs: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> RunMatrix:
     """`runs` come best first, and so do the rows; models in the order of their best score."""
     models = list(dict.fromkeys(run.spec["model"]["name"] for run, _, _ in runs))
     newest: dict[tuple[object, str], PromptRun] = {}
     for run, _, version in sorted(runs, key=lambda row: row[0].created_at):
         newest[version.id, run.spec["model"]["name"]] = run
     lines = {version.id: (prompt, version) for _, prompt, version in runs}
-    return Matrix(models, [(prompt, version, [newest.get((key, model)) for model in models]) for key, (prompt, version) in lines.items()])
+    return RunMatrix(
+        models, [(prompt, version, [newest.get((key, model)) for model in models]) for key, (prompt, version) in lines.items()]
+    )
 
 
 def usable(session: Session, user: User) -> list[Dataset]:

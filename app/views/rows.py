@@ -36,7 +36,7 @@ class RowQuery:
 
 
 @dataclass(slots=True)
-class Shown:
+class RowsShown:
     rows: Inspection
     lengths: Inspection | None
     at: dict[str, Any] = field(default_factory=dict)
@@ -98,11 +98,11 @@ def ask_rows(session: Session, dataset: Dataset, wish: RowQuery) -> Inspection:
     return inspections.ask(session, dataset, "rows", arguments, wish.model)
 
 
-def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> Shown:
+def look(rows: Inspection, lengths: Inspection | None, cutoff: int) -> RowsShown:
     """The answers, after a short wait for them."""
     rows = inspections.wait(rows.id, WAIT_SECONDS)
     lengths = inspections.wait(lengths.id, 0.3) if lengths else None
-    shown = Shown(rows, lengths)
+    shown = RowsShown(rows, lengths)
     if lengths is not None and lengths.result:
         shown.at = next((entry for entry in lengths.result["cutoffs"] if entry["cutoff"] == cutoff), {})
     return shown

@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.evaluation import comparison_table, verdict
-from app.evaluation.comparison_table import SCORED, Column, Table, is_number
+from app.evaluation.comparison_table import SCORED, ScoreColumn, Table, is_number
 from app.jobs import progress_cache
 from app.jobs import service as jobs
-from app.jobs.progress import Progress
+from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text, label_of
 from app.kit.humanize import NOTHING, human_number
@@ -29,15 +29,15 @@ MOST = 8
 """Runs whose lines can still be distinguished."""
 
 
-class Cell(NamedTuple):
+class ComparedValue(NamedTuple):
     text: str
     note: str = ""
     best: bool = False
 
 
-class Line(NamedTuple):
+class ComparedLine(NamedTuple):
     title: str
-    cells: list[Cell]
+    cells: list[ComparedValue]
 
 
 def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
@@ -67,31 +67,31 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _figures(table: Table, found: list[Job]) -> list[Line]:
+def _figures(table: Table, found: list[Job]) -> list[ComparedLine]:
     """A line for each column of a comparison's table in which any of the runs has a value."""
     return [
-        Line(column.title, [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
+        ComparedLine(column.title, [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
         for column in table.columns
         if any(is_number(row[column.key]) for row in table.rows)
     ]
 
 
-def _cell(table: Table, column: Column, row: dict[str, Any], job: Job) -> Cell:
+def _cell(table: Table, column: ScoreColumn, row: dict[str, Any], job: Job) -> ComparedValue:
     between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
     note = ability_interval(row) if column.key == "forgetting" else ""
     if column.key in SCORED and between:
         note = f"95%: {figure(between[0], column.key, 3)} to {figure(between[1], column.key, 3)}"
-    return Cell(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
+    return ComparedValue(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
 
 
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
-def _settings(specs: list[JobSpec]) -> list[Line]:
+def _settings(specs: list[JobSpec]) -> list[ComparedLine]:
     """Every setting of any of the runs; a dash where a run's method has no such setting."""
     each = [_of(spec) for spec in specs]
     titles = dict.fromkeys(title for one in each for title in one)
-    return [Line(title, [Cell(one.get(title, NOTHING)) for one in each]) for title in titles]
+    return [ComparedLine(title, [ComparedValue(one.get(title, NOTHING)) for one in each]) for title in titles]
 
 
 def _of(spec: JobSpec) -> dict[str, str]:
@@ -117,7 +117,7 @@ def _fields(settings: BaseModel) -> dict[str, str]:
 # Curves -------------------------------------------------------------------------------------------------------------
 
 
-def _charts(found: list[Job], told: list[Progress]) -> list[Chart]:
+def _charts(found: list[Job], told: list[JobProgress]) -> list[Chart]:
     """One chart of each loss, with a line for every run that has points of it, or may get them."""
     charts, names = [], _short([job.name for job in found])
     for curve, title in (("validation", "Validation loss"), ("loss", "Training loss")):

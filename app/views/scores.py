@@ -20,7 +20,7 @@ MAX_NAMED_CLASSES = 14
 SKILLS = {"instructions": "following instructions"}
 
 
-class Line(NamedTuple):
+class ScoreLine(NamedTuple):
     """One score of both models. `better` is whether the fine-tuned one is better; None where that is unclear. `between` is its 95
     % interval in words, where it was measured."""
 
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class ConfusionCell:
     """A cell of the confusion matrix: the rows of class `truth` that were predicted as `answer`, and their share of its rows."""
 
     row: int
@@ -45,13 +45,13 @@ class Cell:
     share: float
 
 
-class Matrix(NamedTuple):
+class ConfusionMatrix(NamedTuple):
     labels: list[str]
-    cells: list[Cell]
+    cells: list[ConfusionCell]
     named: bool
 
 
-class Reading(NamedTuple):
+class ExampleAnswers(NamedTuple):
     """One example row. `base` and `tuned` are answers, None where nothing was generated."""
 
     line: int | None
@@ -64,22 +64,22 @@ class Reading(NamedTuple):
     probability: float | None
 
 
-class View(NamedTuple):
+class ScoresView(NamedTuple):
     rows: int | None
     answers: int | None
     unanswered: int | None
     base_title: str
-    lines: list[Line]
+    lines: list[ScoreLine]
     classes: list[dict[str, Any]]
     mistakes: list[dict[str, Any]]
-    matrix: Matrix | None
+    matrix: ConfusionMatrix | None
     reliability: list[Mapping[str, Any]]
-    worst: list[Reading]
-    best: list[Reading]
+    worst: list[ExampleAnswers]
+    best: list[ExampleAnswers]
     base_answered: bool
 
 
-def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
+def view(evaluation: Mapping[str, Any] | None, task: str) -> ScoresView | None:
     """Base and fine-tuned model in two columns; None where nothing was evaluated."""
     whole = evaluation or {}
     tuned = _mapping(whole.get("tuned"))
@@ -88,7 +88,7 @@ def view(evaluation: Mapping[str, Any] | None, task: str) -> View | None:
     base, labels, counts = _mapping(whole.get("base")), _texts(tuned.get("labels")), tuned.get("confusion")
     square = isinstance(counts, list) and len(counts) == len(labels) and all(isinstance(r, list) and len(r) == len(labels) for r in counts)
     worst, best = _readings(whole.get("worst")), _readings(whole.get("best"))
-    return View(
+    return ScoresView(
         rows=_whole(whole.get("rows")) or _whole(tuned.get("rows")),
         answers=_whole(whole.get("answers")),
         unanswered=_whole(whole.get("unanswered")),
@@ -129,13 +129,13 @@ def _said_twice(name: str, scores: Mapping[str, Any]) -> bool:
     return name == "loss" and scores.get("log_loss") == scores.get("loss")
 
 
-def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> Line:
+def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, chance: bool) -> ScoreLine:
     title, meaning, less = METRICS[name][:3]
     meaning = (OBJECTIVES[task].loss_unit or meaning) if name == "loss" else meaning
     before, after = number(base.get(name)), number(tuned.get(name))
     unfair = name in OBJECTIVES[task].unfair
     better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
-    return Line(title, meaning, before, after, better, between(tuned, name), name)
+    return ScoreLine(title, meaning, before, after, better, between(tuned, name), name)
 
 
 def _classes(per_class: Any) -> list[dict[str, Any]]:
@@ -145,22 +145,22 @@ def _classes(per_class: Any) -> list[dict[str, Any]]:
     return sorted(found, key=lambda c: (c["f1"], c["label"]))
 
 
-def matrix(labels: list[str], counts: list[list[int]]) -> Matrix | None:
+def matrix(labels: list[str], counts: list[list[int]]) -> ConfusionMatrix | None:
     """The matrix with rows for true labels and columns for predictions; None where it would be too large to show."""
     if not 2 <= len(labels) <= MAX_DRAWN_CLASSES:
         return None
     cells = []
     for i, row in enumerate(counts):
         total = sum(row) or 1
-        cells += [Cell(i, j, labels[i], labels[j], n, n / total) for j, n in enumerate(row) if n]
-    return Matrix(labels, cells, len(labels) <= MAX_NAMED_CLASSES)
+        cells += [ConfusionCell(i, j, labels[i], labels[j], n, n / total) for j, n in enumerate(row) if n]
+    return ConfusionMatrix(labels, cells, len(labels) <= MAX_NAMED_CLASSES)
 
 
-def _readings(found: Any) -> list[Reading]:
+def _readings(found: Any) -> list[ExampleAnswers]:
     if not isinstance(found, list):
         return []
     return [
-        Reading(
+        ExampleAnswers(
             line=_whole(row.get("line")),
             prompt=str(row.get("prompt") or ""),
             reference=str(row.get("reference") or ""),

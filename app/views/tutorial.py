@@ -36,7 +36,7 @@ class Action(NamedTuple):
 
 
 @dataclass
-class Step:
+class TutorialStep:
     """One kind of model: what it is, the model that shows it, its current state, and the next action."""
 
     title: str
@@ -58,7 +58,7 @@ class Step:
         return (done.finished_at - done.started_at).total_seconds() if done and done.finished_at and done.started_at else None
 
 
-def steps(session: Session, user: User) -> list[Step]:
+def steps(session: Session, user: User) -> list[TutorialStep]:
     """The three steps in their current state."""
     every = models.list_(session, user)
     ready = [m for m in every if m.status == "ready"]
@@ -67,7 +67,7 @@ def steps(session: Session, user: User) -> list[Step]:
     dialogue = _of_kind(ready, "dialogue", DIALOGUE)
     return [
         _starter(
-            Step(
+            TutorialStep(
                 "Base (generic): it continues a text",
                 "Pretrained on much text for one task: predict the next token. A question may be answered, or followed by three more "
                 "questions. Its prompt is the text itself.",
@@ -81,7 +81,7 @@ def steps(session: Session, user: User) -> list[Step]:
         ),
         _instruction(session, user, ready, generic),
         _starter(
-            Step(
+            TutorialStep(
                 "Chat (dialogue-tuned): it holds a conversation",
                 "Another model, fine-tuned on whole conversations: turns, roles and when to stop. Every earlier turn is part of its prompt.",
                 f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
@@ -95,7 +95,7 @@ def steps(session: Session, user: User) -> list[Step]:
     ]
 
 
-def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
+def _starter(step: TutorialStep, coming: set[str], name: str, add: Action) -> TutorialStep:
     if step.model:
         step.actions = [_ask(step.model)]
     elif name in coming:
@@ -105,10 +105,10 @@ def _starter(step: Step, coming: set[str], name: str, add: Action) -> Step:
     return step
 
 
-def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> Step:
+def _instruction(session: Session, user: User, ready: list[Model], generic: Model | None) -> TutorialStep:
     """The second step: tried when its model is ready, followed while it trains, otherwise one button away."""
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
-    step = Step(
+    step = TutorialStep(
         "Instruct (instruction-tuned): it follows instructions",
         "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short explanations” and "
         "starts a LoRA run on it: a few minutes are enough to see it change.",

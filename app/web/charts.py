@@ -1,6 +1,6 @@
 """Charts as plain data: points for the browser to draw, with an equivalent table; and static drawings.
 
-Those of a job page come from `app.jobs.progress.Progress`; their points are downsampled to what a screen can show, and the table
+Those of a job page come from `app.jobs.progress.JobProgress`; their points are downsampled to what a screen can show, and the table
 has fewer rows still. Drawings of a few points (scatter plots, learning curves) have all coordinates computed here, so that they
 need no script. Pure.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.jobs.progress import Point, Progress, downsample
+from app.jobs.progress import JobProgress, Point, downsample
 from app.metrics import METRICS
 
 POINTS = 600
@@ -62,7 +62,7 @@ class Chart:
         return lines
 
 
-def charts(progress: Progress) -> list[Chart]:
+def charts(progress: JobProgress) -> list[Chart]:
     """Loss first, then the recipe's other metrics of steps, then what explains them, then the metrics of evaluations."""
     c = progress.curves
     loss = Chart(
@@ -94,7 +94,7 @@ def _title(name: str) -> str:
     return METRICS[name].title if name in METRICS else name.replace("_", " ").capitalize()
 
 
-def data(found: list[Chart], progress: Progress) -> dict[str, Any]:
+def data(found: list[Chart], progress: JobProgress) -> dict[str, Any]:
     """All charts' points as one JSON value for the page."""
     return {"total": progress.total_steps, "last_event_id": progress.last_event_id, "charts": {chart.name: chart.data() for chart in found}}
 

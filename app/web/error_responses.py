@@ -158,6 +158,6 @@ def _find_user(request: Request) -> None:
     if not hasattr(request.state, "user"):
         try:
             request.state.user = user = identify(request)
-            request.state.notes = navigation.notes(user) if user else navigation.Notes()
+            request.state.notes = navigation.notes(user) if user else navigation.MenuState()
         except Exception:  # the page must be shown whatever is broken
             request.state.user = None

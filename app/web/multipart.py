@@ -26,7 +26,7 @@ MAX_FIELD_BYTES = 64 * 1024
 _FLUSH_BYTES = 1 << 20
 
 
-class Upload(NamedTuple):
+class UploadedPart(NamedTuple):
     filename: str
     blob: Blob
 
@@ -35,7 +35,7 @@ class Form(NamedTuple):
     """The fields by name, and the file if there was one."""
 
     fields: dict[str, str]
-    upload: Upload | None
+    upload: UploadedPart | None
 
 
 async def read_form(request: Request, limit: int, file_field: str = "file") -> Form:
@@ -148,7 +148,7 @@ class _Reader:
         if self.writer is None:
             return Form(self.fields, None)
         self.flush()
-        return Form(self.fields, Upload(self.filename, self.writer.finish()))
+        return Form(self.fields, UploadedPart(self.filename, self.writer.finish()))
 
     def discard(self) -> None:
         if self.writer is not None:

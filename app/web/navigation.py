@@ -39,7 +39,7 @@ def menu_of(modules: Iterable[Any]) -> dict[Group, list[MenuPage]]:
     return {group: [page for page in pages if page.group == group] for group in HEADINGS}
 
 
-class Notes(NamedTuple):
+class MenuState(NamedTuple):
     """The counts of the menu, this person's running jobs, and whether anything is running."""
 
     counts: dict[str, str] = {}  # noqa: RUF012  never changed
@@ -84,14 +84,14 @@ def menu(request: Request, user: User) -> dict[str, Any]:
         for group, pages in groups.items()
         if pages
     ]
-    notes: Notes = getattr(request.state, "notes", Notes())
+    notes: MenuState = getattr(request.state, "notes", MenuState())
     settings = request.url.path.startswith("/settings")  # the person's own, whatever they may do in the project
     return {"nav": nav, "foot": told["foot"], "projects": notes.projects, "looks_only": not (settings or changes(request, user))}
 
 
 def state(request: Request) -> dict[str, Any]:
     """The parts of the frame that change while a page is open: the counts of the menu and the footer."""
-    notes: Notes = getattr(request.state, "notes", Notes())
+    notes: MenuState = getattr(request.state, "notes", MenuState())
     return {"counts": notes.counts, "foot": foot(notes)}
 
 
@@ -110,7 +110,7 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
         request.state.notes = await run_in_threadpool(notes, user)
 
 
-def notes(user: User) -> Notes:
+def notes(user: User) -> MenuState:
     """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
     mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
     files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
@@ -133,11 +133,11 @@ def notes(user: User) -> Notes:
             projects = tuple((ids.public(ids.PROJECT, key), name, key == user.project_id) for key, name in session.execute(rooms))
             running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MAX_NAMED + 1))]
     except DBAPIError:
-        return Notes()
+        return MenuState()
     beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
     counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
     shown = {path: text for path, text in counts.items() if text != NOTHING}
-    return Notes(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy), projects)
+    return MenuState(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy), projects)
 
 
 MAX_NAMED = 9
@@ -151,7 +151,7 @@ def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
     return select(func.count()).select_from(table).where(table.deleted_at.is_(None), *conditions).scalar_subquery()
 
 
-def foot(notes: Notes) -> list[str]:
+def foot(notes: MenuState) -> list[str]:
     """Two or three lines: the machine, the number of workers online, and what they train."""
     from app.machines.heartbeats import alive
 

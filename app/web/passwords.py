@@ -33,17 +33,17 @@ COUNTED_SECONDS = 86_400
 FIRST_WAIT_SECONDS = 30
 
 
-class Limit(NamedTuple):
+class AttemptLimit(NamedTuple):
     """Free attempts; each further one doubles the wait, from half a minute to `max_wait_seconds`."""
 
     free: int
     max_wait_seconds: int
 
 
-PAIR = Limit(5, 900)
+PAIR = AttemptLimit(5, 900)
 """One account from one network, or from one known browser."""
-NETWORK = Limit(30, 900)
-ACCOUNT = Limit(30, 60)
+NETWORK = AttemptLimit(30, 900)
+ACCOUNT = AttemptLimit(30, 60)
 """One account from everywhere. Its wait stays short: it also affects an owner with a new browser, who has the sign-in link."""
 
 

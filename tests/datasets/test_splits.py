@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 
 from app.datasets import splits
-from app.datasets.splits import Line, divide, overlap
+from app.datasets.splits import NumberedRow, divide, overlap
 from app.errors import BadData
 
 
 def labelled(counts):
     names = [name for name, count in counts.items() for _ in range(count)]
-    return [Line(n, {"text": f"text {n}", "label": name, "metadata": {"who": f"p{n % 7}"}}) for n, name in enumerate(names)]
+    return [NumberedRow(n, {"text": f"text {n}", "label": name, "metadata": {"who": f"p{n % 7}"}}) for n, name in enumerate(names)]
 
 
 def test_the_seed_decides_and_order_does_not():
@@ -38,11 +38,11 @@ def test_groups_are_never_torn():
     with pytest.raises(BadData, match="no column"):
         divide(rows, 0.3, 5, "grouped", "nobody")
     with pytest.raises(BadData, match="one group"):
-        divide([Line(1, {"metadata": {"a": 1}}), Line(2, {"metadata": {"a": 1}})], 0.5, 1, "grouped", "a")
+        divide([NumberedRow(1, {"metadata": {"a": 1}}), NumberedRow(2, {"metadata": {"a": 1}})], 0.5, 1, "grouped", "a")
 
 
 def test_equal_rows_stay_together_in_every_way_of_splitting():
-    rows = [Line(n, {"text": f"t{n % 20}", "label": "ab"[n % 2]}) for n in range(200)]
+    rows = [NumberedRow(n, {"text": f"t{n % 20}", "label": "ab"[n % 2]}) for n in range(200)]
     for method in ("random", "stratified"):
         sides = {}
         for row, out in zip(rows, divide(rows, 0.2, 1, method), strict=True):
@@ -52,7 +52,9 @@ def test_equal_rows_stay_together_in_every_way_of_splitting():
 
 def test_what_a_model_does_not_see_makes_no_row_different():
     """Every row of a joined dataset says its own source line; of equal texts all are learnt or all are held out."""
-    rows = [Line(n, {"text": f"t{n % 20}", "label": "ab"[n % 2], "metadata": {"source_line": n, "who": f"p{n}"}}) for n in range(200)]
+    rows = [
+        NumberedRow(n, {"text": f"t{n % 20}", "label": "ab"[n % 2], "metadata": {"source_line": n, "who": f"p{n}"}}) for n in range(200)
+    ]
     for method, column in (("random", None), ("stratified", None), ("stratified", "source_line"), ("grouped", "who")):
         sides = {}
         for row, out in zip(rows, divide(rows, 0.2, 1, method, column), strict=True):
@@ -65,12 +67,12 @@ def test_overlap_is_found_whatever_the_spelling():
     def chat(question, answer):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
-    train = [Line(1, chat("Where is it?", "Here")), Line(2, chat("Why?", "So")), Line(3, {"text": "Café  bleu"})]
+    train = [NumberedRow(1, chat("Where is it?", "Here")), NumberedRow(2, chat("Why?", "So")), NumberedRow(3, {"text": "Café  bleu"})]
     held = [
-        Line(9, chat("where is  IT?", "here")),
-        Line(8, chat("Why?", "Because")),
-        Line(7, {"text": "cafe\u0301 bleu"}),
-        Line(6, chat("x", "y")),
+        NumberedRow(9, chat("where is  IT?", "here")),
+        NumberedRow(8, chat("Why?", "Because")),
+        NumberedRow(7, {"text": "cafe\u0301 bleu"}),
+        NumberedRow(6, chat("x", "y")),
     ]
     assert overlap(train, held) == [(9, 1, "row"), (8, 2, "prompt"), (7, 3, "row")]
 

@@ -214,7 +214,7 @@ def test_two_workers_never_take_the_same(session, user, ada, new_job):
 def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_job, monkeypatch):
     """The message of the heavy user's job trains the light user's, with that one's ids; and the other way round."""
     from worker.evaluation import train_turn
-    from worker.supervision.train_attempt import Outcome
+    from worker.supervision.train_attempt import ClaimOutcome
 
     heavy, light = new_job(user), new_job(ada)
     used(session, user, 2)
@@ -228,7 +228,7 @@ def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_jo
         seen.append((key, structlog.contextvars.get_contextvars()))
         with transaction() as own:
             held = lifecycle.claim(own, key, "w")
-            return Outcome.GONE if held is None else Outcome.DONE
+            return ClaimOutcome.GONE if held is None else ClaimOutcome.DONE
 
     monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", claimed)
     train_turn.take(heavy.id, {"request_id": "r-heavy"}, lambda: False)
@@ -240,7 +240,7 @@ def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_jo
 
 def test_while_no_gpu_is_free_what_trains_on_the_cpu_is_taken(session, user, new_job, monkeypatch):
     from worker.evaluation import train_turn
-    from worker.supervision.train_attempt import Outcome
+    from worker.supervision.train_attempt import ClaimOutcome
 
     jobs_ = [new_job() for _ in range(3)]
     cpu = new_job()
@@ -250,7 +250,7 @@ def test_while_no_gpu_is_free_what_trains_on_the_cpu_is_taken(session, user, new
 
     def attempt(key, going_down):
         tried.append(key)
-        return Outcome.DONE if key == cpu.id else Outcome.NO_GPU
+        return ClaimOutcome.DONE if key == cpu.id else ClaimOutcome.NO_GPU
 
     monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", attempt)
     train_turn.take(jobs_[2].id, None, lambda: False)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from app import formats
-from app.formats import FORMATS, Finding, Format
+from app.formats import FORMATS, Format, RowFinding
 from app.formats._base import Columns, Field, Row, check_text
 
 
@@ -26,7 +26,7 @@ class Quiz(Format):
     )
     keys: ClassVar = ("asks", "options", "right")
 
-    def check(self, row: Row, mapping: Columns) -> list[Finding]:
+    def check(self, row: Row, mapping: Columns) -> list[RowFinding]:
         return check_text(row, mapping["asks"], "asks")
 
     def normalise(self, row: Row, mapping: Columns) -> Row:

@@ -21,7 +21,7 @@ from app.evaluation import comparisons
 from app.evaluation import service as evaluations
 from app.inference import playground, votes
 from app.inference.playground import AnswerFold
-from app.inference.protocol import Done, Sampling, Started, TextPart
+from app.inference.protocol import AnswerStarted, Done, Sampling, TextPart
 from app.kit import ids, manifest
 from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
@@ -116,7 +116,7 @@ class World:
         exchange, asked = playground.ask(self.session, self.user, [self.base.name], "What wood?", Sampling())
         heard = AnswerFold()
         said = [
-            Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
+            AnswerStarted(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
             TextPart(index=0, text="Spruce.", tokens=3),
         ]
         heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])

@@ -9,7 +9,7 @@ import pytest
 
 from app import graders
 from app.errors import BadField
-from app.graders import Sample
+from app.graders import GradedSample
 from app.kit.confinement import Confinement, confined
 from app.settings import PROJECT
 
@@ -76,13 +76,13 @@ def test_code_is_held(name, tmp_path):
     except BadField:
         grader = None  # refused when it is saved
     if grader is not None:
-        found = graders.scored(grader, graders.grade(grader, Sample("x"), {}))
+        found = graders.scored(grader, graders.grade(grader, GradedSample("x"), {}))
         assert found.error is not None and found.score is None, found
         assert "root:" not in str(found)
     assert time.monotonic() - began < SECONDS and not mark.exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
     harmless = graders.read({"type": "python", "name": "g", "source": "def grade(sample, item):\n    return 1.0"})
-    assert graders.grade(harmless, Sample("x"), {}).reward == 1
+    assert graders.grade(harmless, GradedSample("x"), {}).reward == 1
 
 
 @pytest.mark.parametrize("module", ABSENT)
@@ -112,11 +112,11 @@ def test_a_process_that_is_killed_is_replaced():
     import psutil
 
     grader = graders.read({"type": "python", "name": "g", "source": "def grade(sample, item):\n    return 1.0"})
-    assert graders.grade(grader, Sample("x"), {}).reward == 1
+    assert graders.grade(grader, GradedSample("x"), {}).reward == 1
     for child in psutil.Process().children():
         if child.name() == "monty":
             child.kill()
-    found = [graders.grade(grader, Sample("x"), {}) for _ in range(6)]
+    found = [graders.grade(grader, GradedSample("x"), {}) for _ in range(6)]
     assert found[-1].reward == 1 and found[-1].error is None
     assert all(one.error is None or one.error[0] == "python_grader_server_error" for one in found)
 
@@ -139,18 +139,18 @@ def test_what_a_template_is_filled_with_is_data(text):
     same = graders.read(
         {"type": "string_check", "name": "g", "input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.same}}"}
     )
-    assert graders.grade(same, Sample(text), {"same": text, "secret": "hunter2"}).reward == 1
+    assert graders.grade(same, GradedSample(text), {"same": text, "secret": "hunter2"}).reward == 1
 
 
 def test_a_template_has_no_attributes():
     for name in ("__class__", "keys", "__len__"):
         grader = graders.read({"type": "string_check", "name": "g", "input": f"{{{{item.{name}}}}}", "operation": "ne", "reference": "x"})
-        assert graders.grade(grader, Sample("x"), {"a": 1}).error[0] == "invalid_variable_error"
+        assert graders.grade(grader, GradedSample("x"), {"a": 1}).error[0] == "invalid_variable_error"
 
 
 def test_a_template_cannot_grow_without_bound():
     grader = graders.read({"type": "string_check", "name": "g", "input": "{{item.a}}" * 1900, "operation": "ne", "reference": "x"})
-    assert graders.grade(grader, Sample("x"), {"a": "a" * 100_000}).error[0] == "truncated_observation_error"
+    assert graders.grade(grader, GradedSample("x"), {"a": "a" * 100_000}).error[0] == "truncated_observation_error"
     began = time.monotonic()
     graders.read({"type": "string_check", "name": "g", "input": "{{" * 9_999, "operation": "ne", "reference": "x"})
     assert time.monotonic() - began < 1
@@ -162,7 +162,7 @@ PATTERNS = ("(a+)+$", "(a|aa)+$", "(.*)*x", "(a?){50}a{50}", "^(([a-z])+.)+[A-Z]
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_no_expression_takes_longer_than_its_text(pattern):
     grader, began = graders.read({"type": "regex", "name": "g", "pattern": pattern}), time.monotonic()
-    assert graders.grade(grader, Sample("a" * 200_000 + "!"), {}).error is None
+    assert graders.grade(grader, GradedSample("a" * 200_000 + "!"), {}).error is None
     assert time.monotonic() - began < SECONDS
 
 
@@ -180,7 +180,7 @@ def test_a_formula_is_bounded(formula):
     except BadField:
         pass
     else:
-        assert graders.grade(grader, Sample("x"), {}).error[0] == "formula_parse_error"
+        assert graders.grade(grader, GradedSample("x"), {}).error[0] == "formula_parse_error"
     assert time.monotonic() - began < 1
 
 
@@ -194,7 +194,7 @@ LOOP = {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
 @pytest.mark.parametrize("schema", [BOMB, LOOP, {"$ref": "#"}])
 def test_a_schema_ends(schema):
     grader, began = graders.read({"type": "json_schema", "name": "g", "schema": schema}), time.monotonic()
-    assert graders.grade(grader, Sample("1"), {}).error[0] == "other_error"
+    assert graders.grade(grader, GradedSample("1"), {}).error[0] == "other_error"
     assert time.monotonic() - began < SECONDS
 
 
@@ -223,7 +223,7 @@ def test_hostile_answers_end(kind, text):
     known = {info.alias or name for name, info in graders.GRADERS[kind].model_fields.items()}
     grader = graders.read({"type": kind, "name": "g", **{name: value for name, value in fields.items() if name in known}})
     began = time.monotonic()
-    found = graders.grade(grader, Sample(text), {})
+    found = graders.grade(grader, GradedSample(text), {})
     assert found.error is not None or 0 <= found.reward <= 1
     assert time.monotonic() - began < SECONDS
 
@@ -243,16 +243,16 @@ def test_the_similarities_end_on_the_longest_texts():
             }
         )
         began = time.monotonic()
-        assert graders.grade(grader, Sample(one), {"r": other}).error is None
+        assert graders.grade(grader, GradedSample(one), {"r": other}).error is None
         assert time.monotonic() - began < 2 * SECONDS, metric
-        assert graders.grade(grader, Sample(one * 2), {"r": other}).error[0] == "truncated_observation_error"
+        assert graders.grade(grader, GradedSample(one * 2), {"r": other}).error[0] == "truncated_observation_error"
 
 
 BEHIND_WALLS = """
 from app import graders
-from app.graders import Sample
+from app.graders import GradedSample
 grader = graders.read({"type": "python", "name": "g", "source": "def grade(sample, item):\\n    return 0.5"})
-print(graders.grade(grader, Sample("x"), {}).reward)
+print(graders.grade(grader, GradedSample("x"), {}).reward)
 """
 
 

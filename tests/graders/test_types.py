@@ -6,7 +6,7 @@ import pytest
 
 from app import graders
 from app.errors import BadField
-from app.graders import GRADERS, GradeError, Reply, Sample
+from app.graders import GRADERS, GradedSample, GradeError, Reply
 from app.kit import similarity
 
 ITEM = {"reference": "The cat sat on the mat.", "number": 12, "deep": {"list": [{"name": "a b"}]}, "call": {"city": "Oslo"}}
@@ -18,13 +18,13 @@ def made(kind: str, **fields):
 
 
 def score(grader, text: str, item=None, answer=graders.no_models) -> float:
-    found = graders.scored(grader, graders.grade(grader, Sample(text), ITEM if item is None else item, answer))
+    found = graders.scored(grader, graders.grade(grader, GradedSample(text), ITEM if item is None else item, answer))
     assert found.error is None, found.error
     return found.score
 
 
 def fault(grader, text: str, item=None, answer=graders.no_models) -> tuple[str, str]:
-    found = graders.scored(grader, graders.grade(grader, Sample(text), ITEM if item is None else item, answer))
+    found = graders.scored(grader, graders.grade(grader, GradedSample(text), ITEM if item is None else item, answer))
     assert found.error is not None, found
     assert found.score is None
     return found.error
@@ -193,7 +193,7 @@ def test_a_judge_gives_a_number(said, expected):
         return Reply(text=said, tokens=9, model="judge")
 
     grader = made("score_model", **JUDGE, range=[1, 5], sampling_params={"temperature": 0.3, "seed": 4, "max_completions_tokens": 20})
-    found = graders.scored(grader, graders.grade(grader, Sample("{{item.reference}}"), ITEM, answer))
+    found = graders.scored(grader, graders.grade(grader, GradedSample("{{item.reference}}"), ITEM, answer))
     assert found.score == pytest.approx(expected) and found.tokens == {"judge": 9}
     (ask,) = asked
     assert [message["role"] for message in ask.messages] == ["system", "user"]
@@ -228,7 +228,7 @@ def test_a_combination():
         "short": {"type": "length", "name": "short", "unit": "words", "max": 3},
     }
     grader = made("multi", graders=parts, calculate_output="0.75 * same + (0.5 ^ 2) * min(short, 1)")
-    found = graders.scored(grader, graders.grade(grader, Sample("one two"), ITEM))
+    found = graders.scored(grader, graders.grade(grader, GradedSample("one two"), ITEM))
     assert found.score == 0.25 and found.parts == {"same": 0, "short": 1}
     assert score(grader, ITEM["reference"]) == 0.75
     assert (
@@ -280,7 +280,7 @@ def test_our_schema_check_agrees_with_jsonschema():
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from app.graders._schema import Check, fault_in
+    from app.graders._schema import SchemaCheck, fault_in
 
     leaf = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([0.5, 1.0, "a", "bb", ""]))
     values = st.recursive(
@@ -307,7 +307,7 @@ def test_our_schema_check_agrees_with_jsonschema():
     @given(schemas.filter(lambda s: isinstance(s, dict)), values)
     def agrees(schema, value):
         assert fault_in(schema) == ""
-        assert Check(schema).fits(value) == jsonschema.Draft202012Validator(schema).is_valid(value)
+        assert SchemaCheck(schema).fits(value) == jsonschema.Draft202012Validator(schema).is_valid(value)
 
     agrees()
 
@@ -393,7 +393,7 @@ def test_refusals_name_the_field():
 
 def test_the_answer_in_the_form_of_the_api():
     grader = made("string_check", input="{{item.none}}", operation="eq", reference="x")
-    found = graders.as_openai(grader, graders.grade(grader, Sample("x"), {}))
+    found = graders.as_openai(grader, graders.grade(grader, GradedSample("x"), {}))
     assert found["reward"] == 0 and found["metadata"]["errors"]["invalid_variable_error"] is True
     assert sum(value is True for value in found["metadata"]["errors"].values()) == 1
     broken = made("score_model", **JUDGE)
@@ -401,5 +401,5 @@ def test_the_answer_in_the_form_of_the_api():
     def away(ask):
         raise GradeError("model_grader_server_error", "It is away.")
 
-    errors = graders.as_openai(broken, graders.grade(broken, Sample("x"), {}, away))["metadata"]["errors"]
+    errors = graders.as_openai(broken, graders.grade(broken, GradedSample("x"), {}, away))["metadata"]["errors"]
     assert errors["model_grader_server_error"] is True and errors["model_grader_server_error_details"] == "It is away."

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from app.errors import BadField, NotFound
 from app.inference import playground
 from app.inference.playground import AnswerFold
-from app.inference.protocol import ChoiceFinished, Done, Sampling, Started, TextPart
+from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, Sampling, TextPart
 from app.tables import Answer, Exchange, User
 from tests.conftest import csrf_token
 from tests.generating import (  # noqa: F401
@@ -41,7 +41,7 @@ def answered(session, user, names, prompt, text, parent=None):
     """An exchange with its answers, as if the worker had given them."""
     exchange, asked = playground.ask(session, user, names, prompt, Sampling(), parent=parent)
     heard = AnswerFold()
-    heard.take([Started(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text, tokens=1)])
+    heard.take([AnswerStarted(rendered_prompt="x", prompt_tokens=1, max_tokens=5, context=512), TextPart(index=0, text=text, tokens=1)])
     heard.take(
         [
             ChoiceFinished(index=0, reason="stop", tokens=2),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import events
-from app.jobs.progress import Progress, downsample, fold, progress
+from app.jobs.progress import JobProgress, downsample, fold, progress
 from app.web.charts import charts
 
 
@@ -231,5 +231,5 @@ def test_downsampling_leaves_out_what_has_no_place_on_an_axis():
 
 
 def test_a_new_progress_is_empty_and_asks_nothing_of_anyone():
-    seen = Progress()
+    seen = JobProgress()
     assert (seen.loss, seen.first_loss, seen.peak_memory_bytes, seen.tokens_per_second, seen.share) == (None, None, None, None, 0.0)

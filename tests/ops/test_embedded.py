@@ -24,7 +24,7 @@ from app.kit.child_process import launched
 from app.ops.embedded import sweep
 from app.ops.embedded.places import MAX_SOCKET_PATH_BYTES, Lock, secret, socket_folder
 from app.ops.embedded.postgres import Postgres, give
-from app.ops.embedded.supervisor import Child, Supervisor
+from app.ops.embedded.supervisor import ServiceProcess, Supervisor
 from app.settings import PROJECT
 from tests.conftest import Studio, start_studio, studio_environment, wait_until
 
@@ -341,7 +341,7 @@ def test_a_parent_that_is_gone_already_starts_nothing():
 def test_pauses_between_starts_grow_and_the_log_is_quoted(tmp_path):
     said: list[str] = []
     supervisor = Supervisor(tmp_path, said.append)
-    child = supervisor.start(Child("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"]))
+    child = supervisor.start(ServiceProcess("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"]))
     with pytest.raises(Unavailable, match="no such thing"):
         supervisor.wait_for(lambda: False, what=child, seconds=30)
     assert [line.split("again in ")[1].split(" s")[0] for line in said] == ["0.25", "0.5", "1"]
@@ -354,7 +354,7 @@ def test_a_child_that_cannot_be_started_again_is_put_off(tmp_path):
     said: list[str] = []
     (tmp_path / "logs").mkdir()
     supervisor = Supervisor(tmp_path / "logs", said.append)
-    child = supervisor.start(Child("one", ["sleep", "600"]))
+    child = supervisor.start(ServiceProcess("one", ["sleep", "600"]))
     shutil.rmtree(tmp_path / "logs")
     child.process.kill()
     wait_until(lambda: supervisor.turn(0.03) or len(said) == 2, what="the second try", seconds=10)
@@ -369,7 +369,7 @@ def test_the_log_of_a_child_that_never_ends_stays_within_its_limit(tmp_path, mon
     monkeypatch.setattr("app.ops.embedded.supervisor.LOG_LIMIT_BYTES", 200_000)
     supervisor = Supervisor(tmp_path, lambda _: None)
     script = "import time\nn = 0\nwhile True:\n    print(f'{n:099}', flush=True)\n    n += 1\n    time.sleep(0.0001)"
-    child = supervisor.start(Child("endless", [sys.executable, "-c", script]))
+    child = supervisor.start(ServiceProcess("endless", [sys.executable, "-c", script]))
     log, kept = tmp_path / "endless.log", tmp_path / "endless.log.1"
     try:
         wait_until(lambda: supervisor.turn(0.03) or kept.exists(), what="a turn of the log", seconds=60)
@@ -398,7 +398,7 @@ def test_a_child_that_will_not_stop_is_killed_with_its_helpers(tmp_path):
     said: list[str] = []
     supervisor = Supervisor(tmp_path, said.append)
     script = "trap '' TERM; sleep 600 & echo $! > helper; touch ready; wait; sleep 600"
-    supervisor.start(Child("stubborn", ["/bin/sh", "-c", script], grace_seconds=0.3, cwd=tmp_path))
+    supervisor.start(ServiceProcess("stubborn", ["/bin/sh", "-c", script], grace_seconds=0.3, cwd=tmp_path))
     wait_until((tmp_path / "ready").exists, what="the child", seconds=10)
     helper = int((tmp_path / "helper").read_text())
     supervisor.stopping = 1

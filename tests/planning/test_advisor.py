@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.evaluation.advice_cards import cards
-from app.planning.advisor import Cost, advise, rules
+from app.planning.advisor import CostEstimate, advise, rules
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
 from app.strategies._advice import Facts, worth_tuning
@@ -56,7 +56,9 @@ def test_far_data_with_room_gets_full_and_is_warned_of_forgetting():
 
 
 def test_no_sentence_is_said_of_two_methods_and_every_point_is_accounted_for():
-    costs = {name: Cost(memory_bytes=(n + 1) * GB // 10, seconds=60 + n, trainable_parameters=n) for n, name in enumerate(STRATEGIES)}
+    costs = {
+        name: CostEstimate(memory_bytes=(n + 1) * GB // 10, seconds=60 + n, trainable_parameters=n) for n, name in enumerate(STRATEGIES)
+    }
     for facts, shape in (
         (Facts(task="generation", rows=60, distance=1.0, memory_bytes=24 * GB), DECODER),
         (Facts(task="generation", rows=9000, distance=2.5, memory_bytes=24 * GB, metric="rouge_l", prompted=0.9), DECODER),
@@ -73,8 +75,8 @@ def test_no_sentence_is_said_of_two_methods_and_every_point_is_accounted_for():
 
 
 def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
-    def cost(memory: float, trained: int) -> Cost:
-        return Cost(memory_bytes=int(memory * GB), seconds=60 * memory, trainable_parameters=trained)
+    def cost(memory: float, trained: int) -> CostEstimate:
+        return CostEstimate(memory_bytes=int(memory * GB), seconds=60 * memory, trainable_parameters=trained)
 
     costs = {name: cost(3, 1000) for name in STRATEGIES} | {"full": cost(8, 135_000_000), "prompt_tuning": cost(2, 100)}
     facts = Facts(task="generation", rows=1200, memory_bytes=24 * GB)
@@ -82,7 +84,7 @@ def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
     assert [(c.kind, c.strategy) for c in found] == [("recommended", "lora"), ("cheaper", "prompt_tuning"), ("stronger", "full")]
     assert "2 GB instead of 3 GB and 2 min instead of 3 min" in found[1].sentence
     assert all(c.label == "Use this method" and f"strategy={c.strategy}" in c.url for c in found)
-    slow = costs | {"prompt_tuning": Cost(memory_bytes=2 * GB, seconds=179, trainable_parameters=100)}
+    slow = costs | {"prompt_tuning": CostEstimate(memory_bytes=2 * GB, seconds=179, trainable_parameters=100)}
     said = cards(ranked(facts, costs=slow), facts, "m", "ds-1")[1].sentence
     assert said == "Takes 2 GB instead of 3 GB, for somewhat less capacity than LoRA.", "a second less is no reason"
     enough = facts.model_copy(update={"metric": "rouge_l", "prompted": 0.9, "how": "answers"})
@@ -91,7 +93,7 @@ def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():
 
 
 def test_what_does_not_fit_cannot_be_advised():
-    costs = {name: Cost(memory_bytes=9 * GB, trainable_parameters=1) for name in STRATEGIES}
+    costs = {name: CostEstimate(memory_bytes=9 * GB, trainable_parameters=1) for name in STRATEGIES}
     found = advise(Facts(task="generation", rows=1000, memory_bytes=8 * GB), DECODER, costs)
     assert not any(a.available for a in found)
     assert all("8.0 GB" in a.reason for a in found if STRATEGIES[a.strategy]().unavailable(DECODER) is None)
@@ -144,8 +146,8 @@ def test_the_smallest_class_decides_what_is_enough():
 def test_short_memory_gets_the_parameter_efficient_strategy_that_needs_least():
     """Full re-training has no room, LoRA fits by computing layers twice, and prompt tuning as it is."""
 
-    def cost(memory: float, recomputed: int = 0) -> Cost:
-        return Cost(memory_bytes=int(memory * GB), trainable_parameters=1, learning_bytes=GB, recomputed_layers=recomputed)
+    def cost(memory: float, recomputed: int = 0) -> CostEstimate:
+        return CostEstimate(memory_bytes=int(memory * GB), trainable_parameters=1, learning_bytes=GB, recomputed_layers=recomputed)
 
     names = ("lora", "rslora", "ia3", "prompt_tuning", "dense_head")
     short = {

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from app.inference import playground
 from app.inference.playground import AnswerFold
-from app.inference.protocol import Done, Sampling, Started, TextPart
+from app.inference.protocol import AnswerStarted, Done, Sampling, TextPart
 from app.jobs import checkpoints
 from app.kit import ids, manifest
 from app.prompts import service as prompts
@@ -66,7 +66,10 @@ def full(session, user, tiny_registered, data_dir) -> None:
     record(session, user, tuned, dataset, result=scores(), progress=1.0)
     prompts.create(session, user, "Say it", prompts.read_body({}))
     exchange, asked = playground.ask(session, user, [tuned.name], "What wood?", Sampling())
-    said = [Started(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64), TextPart(index=0, text="Spruce.", tokens=3)]
+    said = [
+        AnswerStarted(rendered_prompt="What wood?", prompt_tokens=3, max_tokens=8, context=64),
+        TextPart(index=0, text="Spruce.", tokens=3),
+    ]
     heard = AnswerFold()
     heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])
     playground.record(session, exchange.id, asked[0], heard)

@@ -17,7 +17,7 @@ from tests.tiny import build_tokenizer
 from worker.data import template_pool
 from worker.data.batch_rendering import render_rows
 from worker.data.chat_template import prepare_tokenizer, render_prompt, render_row
-from worker.data.template_pool import Chat, write
+from worker.data.template_pool import TemplateInput, write
 
 GOOD, BOOM = ([{"role": "user", "content": text}] for text in ("What wood is it?", "BOOM"))
 ROW = {"messages": [*GOOD, {"role": "assistant", "content": "Spruce."}]}
@@ -50,7 +50,7 @@ def ended(tokenizer, template: str, messages=BOOM) -> BadData:
     """The error that a template ends in, in time and without this process growing."""
     before, began = peak_bytes(), time.monotonic()
     with pytest.raises(BadData) as caught:
-        write(tokenizer, template, Chat(messages, generate=True))
+        write(tokenizer, template, TemplateInput(messages, generate=True))
     assert time.monotonic() - began < MAX_SECONDS
     assert peak_bytes() - before < 64 << 20
     assert len(caught.value.message) < 1000 and caught.value.hint
@@ -60,9 +60,9 @@ def ended(tokenizer, template: str, messages=BOOM) -> BadData:
 @pytest.mark.parametrize("name", bombs.GUARDED)
 def test_a_bomb_behind_a_word_ends_with_an_error(tokenizer, shorter, name: str) -> None:
     template = bombs.guarded(bombs.GUARDED[name])
-    assert write(tokenizer, template, Chat(GOOD)).text == "<|im_start|>user\nWhat wood is it?<|im_end|>\n"
+    assert write(tokenizer, template, TemplateInput(GOOD)).text == "<|im_start|>user\nWhat wood is it?<|im_end|>\n"
     ended(tokenizer, template)
-    assert write(tokenizer, template, Chat(GOOD)).text, "and the next conversation is written"
+    assert write(tokenizer, template, TemplateInput(GOOD)).text, "and the next conversation is written"
 
 
 @pytest.mark.parametrize("name", bombs.WHOLE)
@@ -73,7 +73,7 @@ def test_a_template_that_is_a_bomb_as_a_whole(tokenizer, shorter, name: str) -> 
 @pytest.mark.parametrize("template", bombs.ESCAPES)
 def test_nothing_of_python_is_reached(tokenizer, template: str) -> None:
     try:
-        text = write(tokenizer, template, Chat(GOOD)).text
+        text = write(tokenizer, template, TemplateInput(GOOD)).text
     except BadData as error:
         text = error.message
     assert not any(word in text for word in ("<class", "root:", "uid=", "<module", "built-in", "0x")), text
@@ -81,7 +81,7 @@ def test_nothing_of_python_is_reached(tokenizer, template: str) -> None:
 
 def test_the_limits_are_those_that_are_promised(tokenizer) -> None:
     assert template_pool.CPU_SECONDS <= 1 and template_pool.SECONDS <= 2
-    write(tokenizer, bombs.PLAIN, Chat(GOOD))
+    write(tokenizer, bombs.PLAIN, TemplateInput(GOOD))
     child = next(one for one in template_pool._pool()._idle if one.kind.template == bombs.PLAIN)
     limits = dict(
         (line[:26].strip(), line[26:].split()[0]) for line in Path(f"/proc/{child.process.pid}/limits").read_text().splitlines()[1:]
@@ -97,13 +97,13 @@ def test_the_limits_are_those_that_are_promised(tokenizer) -> None:
 
 def test_others_are_not_waited_for_while_bombs_go_off(tokenizer) -> None:
     bad = [bombs.guarded(bombs.GUARDED["late loops"]) + " " * n for n in range(3)]
-    write(tokenizer, bombs.PLAIN, Chat(GOOD))
+    write(tokenizer, bombs.PLAIN, TemplateInput(GOOD))
     outcomes: list[type] = []
 
     def boom(template: str) -> None:
         began = time.monotonic()
         with pytest.raises((BadTemplate, template_pool.Unavailable)) as caught:
-            write(tokenizer, template, Chat(BOOM))
+            write(tokenizer, template, TemplateInput(BOOM))
         assert time.monotonic() - began < MAX_SECONDS + template_pool.SECONDS / 2
         outcomes.append(caught.type)
 
@@ -113,7 +113,7 @@ def test_others_are_not_waited_for_while_bombs_go_off(tokenizer) -> None:
     times = []
     while any(thread.is_alive() for thread in threads):
         began = time.monotonic()
-        write(tokenizer, bombs.PLAIN, Chat(GOOD))
+        write(tokenizer, bombs.PLAIN, TemplateInput(GOOD))
         times.append(time.monotonic() - began)
         time.sleep(0.01)
     assert len(outcomes) == len(threads) and BadTemplate in outcomes
@@ -127,9 +127,9 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
     script = (
         "import os, threading, time\nfrom tests.security import bombs\nfrom tests.tiny import build_tokenizer\n"
         "from worker.data import template_pool\ntokenizer = build_tokenizer()\n"
-        "template_pool.write(tokenizer, bombs.PLAIN, template_pool.Chat([{'role': 'user', 'content': 'a'}]))\n"
+        "template_pool.write(tokenizer, bombs.PLAIN, template_pool.TemplateInput([{'role': 'user', 'content': 'a'}]))\n"
         "bomb = bombs.guarded(bombs.GUARDED['late loops'])\n"
-        "chat = template_pool.Chat([{'role': 'user', 'content': 'BOOM'}])\n"
+        "chat = template_pool.TemplateInput([{'role': 'user', 'content': 'BOOM'}])\n"
         "threading.Thread(target=lambda: template_pool.write(tokenizer, bomb, chat), daemon=True).start()\n"
         "time.sleep(0.6)\n"
         "print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\nos.kill(os.getpid(), 9)\n"

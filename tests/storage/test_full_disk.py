@@ -119,7 +119,7 @@ def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
     feature_cache.keep("before", ["a", "b"], np.ones((2, 2), np.float32))
     small_disk.fill()
     with pytest.raises(OSError) as full:
-        row_losses.write(small_disk.folder / "runs", [row_losses.Part(data, [1.0] * len(data), [1.0] * len(data))])
+        row_losses.write(small_disk.folder / "runs", [row_losses.LossPart(data, [1.0] * len(data), [1.0] * len(data))])
     said = run.failed(full.value, spec, 7)
     assert (said.kind, said.step) == ("disk_full", 7) and "resume" in said.hint
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from app.errors import BadData
 from worker.data import template_pool
-from worker.data.chat_template import Asked, Rendered, as_trained, characters, chat_of, lay_out, template_of
+from worker.data.chat_template import RenderedRow, TemplateChat, as_trained, characters, chat_of, lay_out, template_of
 
 if TYPE_CHECKING:
     from app.run_settings import TrainOn
@@ -65,7 +65,7 @@ class Renderer(Generic[T, Product]):
         tokenizer: Any,
         kind: str,
         encode: Callable[[Any, list[str]], list[T]],
-        make: Callable[[Rendered, Sequence[T]], Product],
+        make: Callable[[RenderedRow, Sequence[T]], Product],
         done: Callable[[Any, Product | BadData], None],
         train_on: TrainOn = "assistant",
     ) -> None:
@@ -73,7 +73,7 @@ class Renderer(Generic[T, Product]):
         self.tokenizer, self.kind, self.encode, self.make, self.done = tokenizer, kind, encode, make, done
         self._rows: list[tuple[Any, dict[str, Any]]] = []
         self._characters = 0
-        self._waiting: deque[Future[tuple[list[tuple[Any, Rendered | BadData]], list[T]]]] = deque()
+        self._waiting: deque[Future[tuple[list[tuple[Any, RenderedRow | BadData]], list[T]]]] = deque()
         self._writing, self._encoding = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "encode")
 
     def add(self, tag: Any, row: dict[str, Any]) -> None:
@@ -90,18 +90,18 @@ class Renderer(Generic[T, Product]):
         while len(self._waiting) > WAITING_BATCHES:
             self._finish_one()
 
-    def _write(self, rows: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Asked | None, Any]]:
+    def _write(self, rows: list[tuple[Any, dict[str, Any]]]) -> list[tuple[TemplateChat | None, Any]]:
         """For each row its request to the chat template, and the rendered text or the error."""
         asked = [_or_error(chat_of, self.tokenizer, row, self.kind) for _, row in rows]
-        chats = [one.chat for one in asked if isinstance(one, Asked)]
+        chats = [one.chat for one in asked if isinstance(one, TemplateChat)]
         written = iter(template_pool.write_many(self.tokenizer, template_of(self.tokenizer), chats))
-        return [(one, next(written)) if isinstance(one, Asked) else (None, one) for one in asked]
+        return [(one, next(written)) if isinstance(one, TemplateChat) else (None, one) for one in asked]
 
     def _encode(
-        self, rows: list[tuple[Any, dict[str, Any]]], written: Future[list[tuple[Asked | None, Any]]]
-    ) -> tuple[list[tuple[Any, Rendered | BadData]], list[T]]:
+        self, rows: list[tuple[Any, dict[str, Any]]], written: Future[list[tuple[TemplateChat | None, Any]]]
+    ) -> tuple[list[tuple[Any, RenderedRow | BadData]], list[T]]:
         """The rows as drafts, and the encoded values of their texts."""
-        later, drafts = _Later(self.tokenizer), list[tuple[Any, Rendered | BadData]]()
+        later, drafts = _Later(self.tokenizer), list[tuple[Any, RenderedRow | BadData]]()
         for (tag, row), (asked, text) in zip(rows, written.result(), strict=True):
             drafts.append((tag, text if isinstance(text, BadData) else _or_error(lay_out, later, row, 1 << 30, text, asked, self.train_on)))
         return drafts, self.encode(self.tokenizer, later.texts)
@@ -127,9 +127,9 @@ def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def render_rows(tokenizer: Any, rows: Iterable[dict[str, Any]], kind: str, max_length: int) -> list[Rendered | BadData]:
+def render_rows(tokenizer: Any, rows: Iterable[dict[str, Any]], kind: str, max_length: int) -> list[RenderedRow | BadData]:
     """`render_row` of each row, or the BadData it raises."""
-    found: list[Rendered | BadData] = []
+    found: list[RenderedRow | BadData] = []
     renderer = Renderer(
         tokenizer, kind, ids_of, lambda draft, ids: filled(draft, ids, max_length), lambda tag, outcome: found.append(outcome)
     )
@@ -153,7 +153,7 @@ def counts_of(tokenizer: Any, texts: list[str]) -> list[int]:
     return many(texts) if many else [len(ids) for ids in ids_of(tokenizer, texts)]
 
 
-def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
+def length_of(draft: RenderedRow, counts: Sequence[int]) -> Length:
     """The length of a rendered row, without building its ids."""
     tokens, learnt, first = 0, 0, None
     for number, taught in zip(draft.ids, draft.trained, strict=True):
@@ -166,7 +166,7 @@ def length_of(draft: Rendered, counts: Sequence[int]) -> Length:
     return Length(tokens, learnt, first)
 
 
-def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Rendered:
+def filled(draft: RenderedRow, encoded: Sequence[list[int]], max_length: int) -> RenderedRow:
     """A draft with its placeholders replaced by the ids of its texts."""
     ids: list[int] = []
     trained: list[bool] = []
@@ -180,4 +180,4 @@ def filled(draft: Rendered, encoded: Sequence[list[int]], max_length: int) -> Re
             trained += [learnt] * len(piece)
     if trained:
         trained[0] = False  # the first token has no predecessor that could predict it
-    return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
+    return RenderedRow(ids[:max_length], trained[:max_length], len(ids) > max_length)

@@ -19,7 +19,7 @@ from app.run_settings import TrainOn
 from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
 from worker.data.batch_rendering import Renderer, filled, ids_of
-from worker.data.chat_template import Rendered
+from worker.data.chat_template import RenderedRow
 from worker.modeling.packed_attention import PackShape, filling, packed_arguments
 from worker.runtime.transfer import sent
 
@@ -139,7 +139,7 @@ def tokenise(
     the line of the first row that cannot be rendered."""
     ids, trained, starts, lines, skipped, cut = [], [], [0], [], [], 0
 
-    def done(line: int, rendered: Rendered | BadData) -> None:
+    def done(line: int, rendered: RenderedRow | BadData) -> None:
         nonlocal cut
         if isinstance(rendered, BadData):
             raise BadRow(line, rendered)

@@ -22,7 +22,7 @@ from app import formats
 from app.chat_templates import source
 from app.errors import BadData, BadRequest
 from worker.data import special_tokens, template_pool
-from worker.data.template_pool import Chat, Span, Written
+from worker.data.template_pool import RenderedConversation, Span, TemplateInput
 
 if TYPE_CHECKING:
     from app.run_settings import RunSettings, TrainOn
@@ -32,7 +32,7 @@ MAX_ROW_CHARACTERS = 4 << 20
 """Maximum characters of one conversation of a dataset: a million tokens, more than any max sequence length."""
 
 
-class Rendered(NamedTuple):
+class RenderedRow(NamedTuple):
     """Token ids of a row and, for each, whether it has a loss. `cut` is true when the row was truncated."""
 
     ids: list[int]
@@ -62,7 +62,7 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
     return True
 
 
-def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> Rendered:
+def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> RenderedRow:
     """Token ids of a normalized row (shapes in `app/formats`), truncated to `max_length`, and the loss mask, by `train_on`.
 
     Raises BadData when the row has none of these shapes or the chat template refuses or rewrites it.
@@ -80,14 +80,14 @@ def as_trained(row: dict[str, Any]) -> dict[str, Any]:
     return formats.of(row).render(row)
 
 
-class Asked(NamedTuple):
+class TemplateChat(NamedTuple):
     """A row's conversation for the chat template, with placeholders for the special tokens `kept` in its contents."""
 
-    chat: Chat
+    chat: TemplateInput
     kept: list[str]
 
 
-def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
+def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> TemplateChat | None:
     """The conversation that the chat template renders for a row; None for a row without one. Raises BadData."""
     if "text" in row or not ("messages" in row or kind in CHAT_KINDS):
         return None
@@ -97,17 +97,17 @@ def chat_of(tokenizer: Any, row: dict[str, Any], kind: str) -> Asked | None:
             f"The row's conversation has {size:,} characters, and one may have {MAX_ROW_CHARACTERS:,}.", hint="Split the conversation."
         )
     veiled, kept = special_tokens.veil(tokenizer, messages)
-    return Asked(Chat(veiled, tools or None), kept)
+    return TemplateChat(TemplateInput(veiled, tools or None), kept)
 
 
 def lay_out(
     tokenizer: Any,
     row: dict[str, Any],
     max_length: int,
-    written: Written | None,
-    chat: Asked | None,
+    written: RenderedConversation | None,
+    chat: TemplateChat | None,
     train_on: TrainOn = "assistant",
-) -> Rendered:
+) -> RenderedRow:
     """`render_row` of a row whose conversation has been rendered; `written` and `chat` are None where it has none."""
     if "text" in row:
         ids = _lead(tokenizer) + _encode(tokenizer, row["text"]) + [tokenizer.eos_token_id]
@@ -123,10 +123,10 @@ def lay_out(
         ids, trained = prompt + answer, [train_on == "all_turns"] * len(prompt) + [True] * len(answer)
     if trained:
         trained[0] = False  # the first token has no predecessor that could predict it
-    return Rendered(ids[:max_length], trained[:max_length], len(ids) > max_length)
+    return RenderedRow(ids[:max_length], trained[:max_length], len(ids) > max_length)
 
 
-def _trained_spans(written: Written, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
+def _trained_spans(written: RenderedConversation, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
     """The spans of a rendered conversation that have a loss; `weighed` says for each turn whether it may."""
     answers = [span for i, span in sorted(written.answers.items()) if weighed[i]]
     if train_on != "all_turns":
@@ -157,9 +157,9 @@ def render_prompt(
     messages, kept = special_tokens.veil(tokenizer, [_plain(m) for m in prompt])
     try:
         # A placeholder is three characters long, and a special token at least two.
-        chat = Chat(messages, tools or None, generate=True)
+        chat = TemplateInput(messages, tools or None, generate=True)
         text, answers = template_pool.write(tokenizer, template_of(tokenizer), chat, 2 * most, seconds)
-    except template_pool.Refused as error:
+    except template_pool.TemplateFailed as error:
         raise BadRequest(error.message, hint=error.hint, param="messages") from None
     if len(shown := special_tokens.unveil(text, kept)) > most:
         raise template_pool.TooLong(len(shown))

@@ -21,7 +21,7 @@ from typing import Any
 from app import formats, objectives
 from app.datasets.row_store import read_rows
 from app.errors import BadData
-from app.formats import Finding
+from app.formats import RowFinding
 from app.formats._base import Severity, fix
 from app.kit.json_safe import shortened
 from app.objectives import OBJECTIVES
@@ -38,7 +38,7 @@ MAX_FINDINGS = 2000
 MAX_ROWS = 1000
 """Rows listed as the longest: those that any max sequence length truncates, unless it truncates more of them."""
 Say = Callable[[dict[str, Any]], None]
-AddFinding = Callable[[int, Finding], None]
+AddFinding = Callable[[int, RowFinding], None]
 
 
 def open_tokenizer(folder: Path, task: str | None = None) -> Any:
@@ -86,7 +86,7 @@ def lengths(payload: dict[str, Any], say: Say) -> dict[str, Any]:
     Reports rows that are truncated, have no trained token left, or are refused by the model's template.
     """
 
-    def add(line: int, finding: Finding) -> None:
+    def add(line: int, finding: RowFinding) -> None:
         if counter.counts[finding.rule] <= MAX_FINDINGS:
             say({"finding": {"line": line, **finding._asdict()}})
 
@@ -161,7 +161,7 @@ class TokenCounter:
         self._told[rule] = line
         self.counts[rule] += 1
         value = None if tokens is None else f"{tokens:,} tokens"
-        self._add(line, Finding(rule, message[:600], None, value, severity, fix("Remove row", "drop_row")))
+        self._add(line, RowFinding(rule, message[:600], None, value, severity, fix("Remove row", "drop_row")))
 
     def result(self) -> dict[str, Any]:
         """`report`: the columns of a dataset's report; `lengths`: what the page of rows shows."""

@@ -11,7 +11,7 @@ import numpy as np
 from app.errors import BadData
 from app.formats.preference import conversation_with
 from worker.data.batching import BadRow, Row, Tokenised
-from worker.data.chat_template import Rendered, render_row
+from worker.data.chat_template import RenderedRow, render_row
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: i
     return _join(pieces, lines, cut, skipped, len(lead))
 
 
-def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[Rendered, Rendered]:
+def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[RenderedRow, RenderedRow]:
     if not all(isinstance(row.get(key), list) and row[key] for key in ("messages", "chosen", "rejected")):
         found = ", ".join(sorted(row))
         raise BadRow(line, BadData(f"The row has the keys {found}.", hint="Use rows with messages, chosen and rejected."))
@@ -79,7 +79,7 @@ def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: 
     return better, worse
 
 
-def _with_lead(rendered: Rendered, lead: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _with_lead(rendered: RenderedRow, lead: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray([*lead, *rendered.ids], np.int32), np.asarray([False] * len(lead) + rendered.trained, bool)
 
 

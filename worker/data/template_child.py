@@ -30,7 +30,7 @@ from jinja2.utils import Namespace
 _ALIASES = ("reasoning_content", "thinking", "reasoning")
 
 
-class NotFound(Exception):
+class TurnNotFound(Exception):
     """Turn `turn` cannot be located in the text, because the template rewrites it."""
 
     def __init__(self, turn: int) -> None:
@@ -38,7 +38,7 @@ class NotFound(Exception):
         self.turn = turn
 
 
-class Writer:
+class TemplateWriter:
     """One template with the tokenizer's special tokens by name, and all tokens that may end a turn (`endings`)."""
 
     def __init__(self, template: str, variables: dict[str, str], endings: list[str]) -> None:
@@ -57,7 +57,7 @@ class Writer:
                 return {"long": len(text)}
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             return {"text": text, "spans": [[i, *self._answer(messages, tools, text, i)] for i in turns]}
-        except NotFound as missing:
+        except TurnNotFound as missing:
             return {"text": text, "spans": []} if generate else {"rewritten": missing.turn}
         except MemoryError:
             raise
@@ -100,7 +100,7 @@ class Writer:
         content = messages[i].get("content") or ""
         found = self._by_marker(messages, tools, text, i) if content.strip() else None
         if found is None:
-            raise NotFound(i)
+            raise TurnNotFound(i)
         start = len(before) if before is not None and len(before) <= found[0] else found[0]
         return start, self._turn_end(text, found[1])
 
@@ -243,7 +243,7 @@ def main() -> None:
 
     setting = json.loads(lines.readline())
     _limit(setting.pop("memory_bytes"))
-    writer = Writer(**setting)
+    writer = TemplateWriter(**setting)
     say("ready")
     for line in lines:
         seconds, _, chats = line.partition(b" ")

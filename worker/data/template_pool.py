@@ -50,7 +50,7 @@ MAX_TEMPLATE, MAX_WRITTEN = 1 << 20, 8 << 20
 """Maximum characters of a template, and of a rendered conversation."""
 
 
-class Chat(NamedTuple):
+class TemplateInput(NamedTuple):
     """Messages in the shape templates expect. With `generate` the generation prompt follows, and earlier answers need not be located."""
 
     messages: list[dict[str, Any]]
@@ -65,14 +65,14 @@ class Span(NamedTuple):
     end: int
 
 
-class Written(NamedTuple):
+class RenderedConversation(NamedTuple):
     """A rendered conversation, and the spans of its answers by the number of their message."""
 
     text: str
     answers: dict[int, Span]
 
 
-class Refused(BadData):
+class TemplateFailed(BadData):
     """The template raises an error for this conversation."""
 
 
@@ -84,24 +84,24 @@ class TooLong(BadData):
         self.characters = characters
 
 
-def write(tokenizer: Any, template: str, chat: Chat, most: int = MAX_WRITTEN, seconds: float = SECONDS) -> Written:
+def write(tokenizer: Any, template: str, chat: TemplateInput, most: int = MAX_WRITTEN, seconds: float = SECONDS) -> RenderedConversation:
     """Render one conversation. Raises Refused, TooLong, BadTemplate, or Unavailable when no process is free for all of these `seconds`."""
     return _read(_pool().ask(_kind(tokenizer, template), [chat], most, seconds, CPU_SECONDS)[0], most)
 
 
-def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Written | BadData]:
+def write_many(tokenizer: Any, template: str, chats: Sequence[TemplateInput]) -> list[RenderedConversation | BadData]:
     """Render each conversation; a BadData in place of one that fails. Where the template does not finish, they are rendered one
     by one, and when that has taken TROUBLE_SECONDS in all, the rest are refused."""
     pool, kind = _pool(), _kind(tokenizer, template)
 
-    def ask(some: Sequence[Chat]) -> list[Written | BadData]:
+    def ask(some: Sequence[TemplateInput]) -> list[RenderedConversation | BadData]:
         answers = pool.ask(kind, some, MAX_WRITTEN, PATIENT_SECONDS, CPU_SECONDS + 0.002 * len(some))
         return [_read_or_error(answer) for answer in answers]
 
     if len(chats) > 1 and pool.trouble[kind] <= TROUBLE_SECONDS:
         with contextlib.suppress(BadTemplate):
             return ask(chats)
-    found: list[Written | BadData] = []
+    found: list[RenderedConversation | BadData] = []
     for chat in chats:
         began = time.monotonic()
         try:
@@ -115,25 +115,25 @@ def write_many(tokenizer: Any, template: str, chats: Sequence[Chat]) -> list[Wri
     return found
 
 
-def _read_or_error(answer: Any) -> Written | BadData:
+def _read_or_error(answer: Any) -> RenderedConversation | BadData:
     try:
         return _read(answer, MAX_WRITTEN)
     except BadData as error:
         return error
 
 
-def _read(answer: Any, most: int) -> Written:
+def _read(answer: Any, most: int) -> RenderedConversation:
     """Validate an answer: a template may have taken over the process, so nothing in it is trusted."""
     match answer:
         case {"text": str(text), "spans": list(spans)} if len(text) <= most:
             with contextlib.suppress(TypeError, ValueError):
                 found = {int(i): Span(int(start), int(end)) for i, start, end in spans}
                 if all(0 <= span.start <= span.end <= len(text) for span in found.values()):
-                    return Written(text, found)
+                    return RenderedConversation(text, found)
         case {"long": int(size)}:
             raise TooLong(size)
         case {"refused": str(why)}:
-            raise Refused(
+            raise TemplateFailed(
                 f"The model's chat template refuses this conversation: {why[:500]}",
                 hint="Check the order of the roles; some models take no system message.",
             )
@@ -303,7 +303,7 @@ class _Pool:
         self._busy: Counter[_Kind] = Counter()
         self._stopped: dict[_Kind, float] = {}
 
-    def ask(self, kind: _Kind, chats: Sequence[Chat], most: int, seconds: float, cpu_seconds: float) -> list[Any]:
+    def ask(self, kind: _Kind, chats: Sequence[TemplateInput], most: int, seconds: float, cpu_seconds: float) -> list[Any]:
         """One answer for each conversation. Raises BadTemplate or Unavailable."""
         line = f"{cpu_seconds} {json.dumps([chat._asdict() | {'most': most} for chat in chats])}\n".encode()
         deadline = time.monotonic() + seconds

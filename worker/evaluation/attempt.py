@@ -27,7 +27,7 @@ from app.db import transaction
 from app.errors import StudioError
 from app.evaluation import grading, predictions
 from app.evaluation import service as evaluations
-from app.evaluation.service import Claim, EvaluationSpec
+from app.evaluation.service import EvaluationClaim, EvaluationSpec
 from app.inference import judges, residency
 from app.jobs import usage
 from app.kit import child_process
@@ -42,7 +42,7 @@ from app.settings import get_settings
 from app.storage.files import write_atomically
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease
-from worker.supervision.train_attempt import LOG_LIMIT_BYTES, Outcome
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
@@ -54,30 +54,30 @@ MAX_SILENT_SECONDS = 1800.0
 """A child that has reported nothing for this long is taken to hang; loading a large model takes minutes without a report."""
 
 
-def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Outcome:
+def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
     """One attempt at this evaluation. `going_down` says whether this worker was asked to leave."""
     lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
     if lease is None:
         log.info("Evaluation %s waits for a GPU.", evaluation_id)
-        return Outcome.NO_GPU  # the reaper redelivers it
+        return ClaimOutcome.NO_GPU  # the reaper redelivers it
     try:
         return _work(evaluation_id, going_down, lease)
     finally:
         lease.release()
 
 
-def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> Outcome:
+def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> ClaimOutcome:
     if going_down():
-        return Outcome.LEFT  # the reaper redelivers it
+        return ClaimOutcome.LEFT  # the reaper redelivers it
     held = retry_until_database(lambda: _claim(evaluation_id, len(lease.files)))
     if held is None:
         log.info("Nothing to do for evaluation %s.", evaluation_id)
-        return Outcome.GONE
-    Run(held, going_down, lease).run()
-    return Outcome.DONE
+        return ClaimOutcome.GONE
+    EvaluationAttempt(held, going_down, lease).run()
+    return ClaimOutcome.DONE
 
 
-def _claim(evaluation_id: uuid.UUID, gpus: int) -> Claim | None:
+def _claim(evaluation_id: uuid.UUID, gpus: int) -> EvaluationClaim | None:
     with transaction() as session:
         return evaluations.claim(session, evaluation_id, gpus)
 
@@ -114,18 +114,18 @@ def weight_bytes(spec: EvaluationSpec) -> int:
     return 4 * spec.model.shape.parameters()
 
 
-class Run:
+class EvaluationAttempt:
     """One try of an evaluation, from the start of its process to the record of its end. While it runs beside jobs that train, idle
     models make room for it."""
 
-    def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
+    def __init__(self, held: EvaluationClaim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
         self.held, self.going_down, self.lease = held, going_down, lease
         self.meter = energy.Meter(lease.gpus)
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
-        self.space = confinement.Space()  # the child's mount namespace
+        self.space = confinement.MountSpace()  # the child's mount namespace
         self.heard_at, self.next_beat = time.monotonic(), 0.0
         self.lost = self.leaving = self.hung = self.ended = False
 

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from app.evaluation.service import EvaluationSpec
-from app.jobs.solved_examples import Asked, with_examples
+from app.jobs.solved_examples import SolvedExample, with_examples
 from app.objectives import OBJECTIVES
 from app.planning.duration import EXAMPLES_A_CLASS
 from worker.data import batching
@@ -40,7 +40,7 @@ from worker.scoring.metrics import text_scores
 from worker.scoring.prompt_baseline import asked_of, class_means, examples_of, last_answer
 
 if TYPE_CHECKING:
-    from worker.training.feature_cache import Progress  # it imports scikit-learn, which most advice does not need
+    from worker.training.feature_cache import FeatureProgress  # it imports scikit-learn, which most advice does not need
 
 ANSWERED = 16
 """Validation rows that are answered: each is generated twice, which takes most of the time."""
@@ -166,7 +166,7 @@ def _by_answers(spec: EvaluationSpec, reader: Reader, say: Say, training: Sequen
     return {**found, "prompted_rows": len(asked), "shots": len(examples), "chance": None, "how": "answers", "reason": None}
 
 
-def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], examples: Sequence[Asked]) -> dict[str, float]:
+def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[SolvedExample], examples: Sequence[SolvedExample]) -> dict[str, float]:
     """Scores of generated answers, and the bits per byte of the references."""
     room = reader.ref.shape.positions - spec.answer_tokens - len(reader.lead)
     questions, rows = [], []
@@ -178,7 +178,7 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[Asked], exam
             if len(ids) <= room or not shown:
                 break
             shown.pop()
-        questions.append(held_out.Question("", ids[-room:], one.reference))
+        questions.append(held_out.HeldOutPrompt("", ids[-room:], one.reference))
         rows.append(Row(line, last_answer(prompt, one.reference)))
     told = held_out.answers_in_batches(
         reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead, ANSWER_SECONDS
@@ -347,7 +347,7 @@ def _by_vectors(spec: EvaluationSpec, engine: Compute, say: Say, training: Seque
     }  # fmt: skip
 
 
-def _told(making: Generator[Progress, None, np.ndarray], say: Callable[[int, int], None]) -> np.ndarray:
+def _told(making: Generator[FeatureProgress, None, np.ndarray], say: Callable[[int, int], None]) -> np.ndarray:
     """Exhaust the generator and return its result; after each step `say` gets the number of texts done and of all."""
     while True:
         try:

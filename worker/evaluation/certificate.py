@@ -36,7 +36,7 @@ from app.errors import Unsupported
 from app.shapes import Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
 from worker.conversion.convert import write_answer
-from worker.inference.kv_cache import ATTENTION, Cache, Segment, Step, running
+from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
 from worker.modeling import packed_attention as packed
 from worker.modeling import padded
 from worker.modeling.classifier import pool, without_pooler
@@ -50,7 +50,7 @@ FIRST = "lora"
 _SEED = 20
 
 
-class Check(NamedTuple):
+class CertificateCheck(NamedTuple):
     """One thing that was tried. `value` is at most `bound` where it passed; both are None where nothing was measured."""
 
     name: str
@@ -77,7 +77,7 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
-        return _certificate(shape, [Check("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
+        return _certificate(shape, [CertificateCheck("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
     model, checks = _load(folder, shape)
     texts = _texts(shape)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
 
 
-def _certificate(shape: Shape, checks: list[Check], packs: bool, strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _certificate(shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "tier": "A" if shape.structure is None else "B" if packs else "C",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,7 +114,7 @@ def _certificate(shape: Shape, checks: list[Check], packs: bool, strategies: dic
     }
 
 
-def _load(folder: Path, shape: Shape) -> tuple[Any, list[Check]]:
+def _load(folder: Path, shape: Shape) -> tuple[Any, list[CertificateCheck]]:
     auto = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
     loaded: Any = auto.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -132,7 +132,7 @@ def _load(folder: Path, shape: Shape) -> tuple[Any, list[Check]]:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise Unsupported(f"The weights hold a value that is not a number, in {name[:80]}.", hint="Copy the model again.", param="path")
-    return model.eval(), [Check("weights", True, 0.0, 0.0, "every tensor of the model is in the files, in its size, and finite")]
+    return model.eval(), [CertificateCheck("weights", True, 0.0, 0.0, "every tensor of the model is in the files, in its size, and finite")]
 
 
 def _texts(shape: Shape) -> list[torch.Tensor]:
@@ -146,14 +146,16 @@ def _apart(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float:
     return apart if math.isfinite(apart) else 1e9
 
 
-def _check(name: str, bound: float, message: str, measure: Callable[[], float]) -> Check:
+def _check(name: str, bound: float, message: str, measure: Callable[[], float]) -> CertificateCheck:
     """A check whose failure is a value above its bound, or an error, in words."""
     try:
         value = measure()
     except Exception as error:
-        return Check(name, False, None, bound, f"{type(error).__name__}: {str(error)[:200]}")
+        return CertificateCheck(name, False, None, bound, f"{type(error).__name__}: {str(error)[:200]}")
     passed = value <= bound
-    return Check(name, passed, value, bound, message if passed else f"{message}: they differ by {value:.2g}, more than {bound:g}")
+    return CertificateCheck(
+        name, passed, value, bound, message if passed else f"{message}: they differ by {value:.2g}, more than {bound:g}"
+    )
 
 
 def _pack(model: torch.nn.Module, texts: list[torch.Tensor]) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _pack(model: torch.nn.Module, texts: list[torch.Tensor]) -> dict[str, Any]:
     return packed.packed(torch.cat(texts).numpy(), [len(text) for text in texts], device)
 
 
-def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
+def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> CertificateCheck:
     def measure() -> float:
         model.set_attn_implementation(packed.NAME)
         packed.count_from_padding(model)
@@ -170,7 +172,7 @@ def _packed(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], sc
     return _check("packed", BOUND, f"a pack of texts gives the {_what(model)} of the texts alone", measure)
 
 
-def _padded(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> Check:
+def _padded(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor], scale: float) -> CertificateCheck:
     def measure() -> float:
         apart = _apart(_outputs(model, texts)[: sum(map(len, texts))], torch.cat(alone), scale)
         if _is_encoder(model):
@@ -215,7 +217,7 @@ def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     return linear_cross_entropy(hidden, head_of(model), whole[sources + 1], torch.float32) / len(sources)
 
 
-def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> Check:
+def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> CertificateCheck:
     def measure() -> float:
         own = [F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum") for text, logits in zip(texts, alone, strict=True)]
         count = sum(len(text) - 1 for text in texts)
@@ -225,7 +227,7 @@ def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> C
     return _check("loss", LOSS_BOUND, "the loss is that of the model's own logits", measure)
 
 
-def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> Check:
+def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:
     """The engine's cache: all but the last three tokens as a prompt, then one at a time."""
 
     def measure() -> float:
@@ -234,8 +236,8 @@ def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, s
         cache.grow(size := cache.size_for(len(text)), 1)
         slot, device = cache.blocks[size].slots[0], torch.device("cpu")
         prompt = len(text) - 3
-        steps = [Step([], [Segment(slot, 0, prompt, 0)], device)]
-        steps += [Step([Segment(slot, 0, 1, past)], [], device) for past in range(prompt, len(text))]
+        steps = [ForwardPass([], [Segment(slot, 0, prompt, 0)], device)]
+        steps += [ForwardPass([Segment(slot, 0, 1, past)], [], device) for past in range(prompt, len(text))]
         worst, past = 0.0, 0
         for step, count in zip(steps, [prompt, 1, 1, 1], strict=True):
             ids = text[past : past + count]

@@ -180,7 +180,7 @@ def _answers(spec: EvaluationSpec, engine: Compute) -> Predictor:
     room = spec.model.shape.positions - spec.answer_tokens - len(reader.lead)
 
     def predict(given: Sequence[Any]) -> list[Predicted]:
-        asked = [held_out.Question("", render_prompt(reader.tokenizer, spec.model.kind, _prompt(spec, one))[1], "") for one in given]
+        asked = [held_out.HeldOutPrompt("", render_prompt(reader.tokenizer, spec.model.kind, _prompt(spec, one))[1], "") for one in given]
         fit = [question for question in asked if 0 < len(question.ids) <= room]
         told = iter(held_out.answers(model, reader.tokenizer, fit, spec.answer_tokens, engine, reader.lead))
         return [{"answer": next(told)} if 0 < len(q.ids) <= room else {"note": "longer than the model reads"} for q in asked]

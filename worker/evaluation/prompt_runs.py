@@ -20,9 +20,9 @@ from app import formats, graders
 from app.datasets.splits import split_hash
 from app.db import transaction
 from app.errors import BadData, StudioError
-from app.graders import Sample
+from app.graders import GradedSample
 from app.inference import judges
-from app.inference.protocol import ChoiceFinished, Done, Entry, GenerateRequest, Sampling, Started, TextPart
+from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, Entry, GenerateRequest, Sampling, TextPart
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec, TrainedRows
@@ -44,7 +44,7 @@ class RowAnswer(NamedTuple):
     tokens: int
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """The run was cancelled, deleted or taken over."""
 
 
@@ -104,10 +104,10 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     if claimed is None:
         return
     fence, spec, done, before = claimed
-    run, error = Run(run_id, fence, spec, done, RunTotals(before)), None
+    run, error = PromptRunAttempt(run_id, fence, spec, done, RunTotals(before)), None
     try:
         run.through(going_down)
-    except Stopped:
+    except RunStopped:
         return
     except StudioError as fault:
         error = fault.as_problem()
@@ -118,7 +118,7 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
         prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
 
 
-class Run:
+class PromptRunAttempt:
     """One attempt at a run: the remaining rows, several at a time, stored every few seconds."""
 
     def __init__(self, run_id: uuid.UUID, fence: int, spec: RunSpec, done: set[int], totals: RunTotals) -> None:
@@ -150,7 +150,7 @@ class Run:
                     for future in finished:
                         self.take(pending.pop(future), future)
                     if going_down():
-                        raise Stopped  # stored rows are not repeated by whoever takes over the run
+                        raise RunStopped  # stored rows are not repeated by whoever takes over the run
                     if time.monotonic() - beaten > BEAT_SECONDS:
                         beaten = time.monotonic()
                         self.store()
@@ -177,7 +177,7 @@ class Run:
         share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
         with transaction() as session:
             if not prompt_runs.heartbeat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
-                raise Stopped
+                raise RunStopped
         self.scored.clear()
 
 
@@ -223,10 +223,10 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
     with contextlib.closing(answer_of(request)) as answer:
         for entries in answer:
             if leave[0]:
-                raise Stopped
+                raise RunStopped
             for entry in entries:
                 match entry:
-                    case Started():
+                    case AnswerStarted():
                         rendered, read = entry.rendered_prompt, entry.prompt_tokens
                     case TextPart():
                         texts[entry.index] += entry.text
@@ -269,7 +269,7 @@ def _graded(spec: RunSpec, row: Any, answer: str) -> float:
     """The grader's score of an answer. Raises StudioError for one that it cannot score, which excludes the row."""
     grader = graders.parse(spec.grader)
     item = graders.item_of({}, row.question, row.answer)
-    found = graders.scored(grader, graders.grade(grader, Sample(answer), item, judges.answers(spec.owner, spec.judges, _send)))
+    found = graders.scored(grader, graders.grade(grader, GradedSample(answer), item, judges.answers(spec.owner, spec.judges, _send)))
     if found.score is None:
         fault = StudioError(f"The grader gave no score: {found.why}", hint="Try the grader on some rows first.", code="not_graded")
         fault.status = 503 if found.error and found.error[0] == "model_grader_server_error" else 400

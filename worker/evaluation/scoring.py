@@ -92,7 +92,7 @@ class Reader:
 
 
 @dataclass
-class RowScores:
+class ModelScores:
     """One model on the rows: its scores, and the loss of each row in nats per token."""
 
     scores: dict[str, Any]
@@ -134,7 +134,7 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     readers = [Reader(spec.base, engine), own] if spec.base else [own]
     rows, skipped = same_rows(readers, rows, spec.max_length)
     asked = questions(own, rows, range(min(spec.answers, len(rows))), spec.answer_tokens)
-    found: list[RowScores] = []
+    found: list[ModelScores] = []
     answers: list[dict[int, str]] = []
     for place, reader in enumerate(readers):
         say(place / len(readers), f"Reading {len(rows)} rows with {reader.ref.name}")
@@ -186,7 +186,7 @@ def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple
     return left, len(rows) - len(left)
 
 
-def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> RowScores:
+def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -> ModelScores:
     """Score the loaded model on every row, and on the general probe where forgetting is measured."""
     data = reader.tokenise(rows, spec.max_length)
     stage = f"Reading {len(rows)} rows with {reader.ref.name}"
@@ -196,7 +196,7 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
     if spec.forgetting:
         say(0.6, f"Reading general texts with {reader.ref.name}")
         general = reader.probe()
-    return RowScores(held_out.measures(scored, reader.trained_bytes(data)), losses, general)
+    return ModelScores(held_out.measures(scored, reader.trained_bytes(data)), losses, general)
 
 
 def part(say: Say, place: int, of: int) -> Say:
@@ -204,7 +204,7 @@ def part(say: Say, place: int, of: int) -> Say:
     return lambda share, stage: say((place + share) / of, stage)
 
 
-def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range, most: int) -> dict[int, held_out.Question]:
+def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range, most: int) -> dict[int, held_out.HeldOutPrompt]:
     """Rows at some indexes as prompts; those that leave no room for an answer are skipped."""
     room = reader.ref.shape.positions - most - len(reader.lead)
     found = {place: held_out.questions(reader.tokenizer, [rows[place]], reader.ref.kind, 1, room) for place in places}
@@ -220,7 +220,7 @@ def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int
     return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 
-def ends(found: Sequence[RowScores]) -> tuple[list[int], list[int]]:
+def ends(found: Sequence[ModelScores]) -> tuple[list[int], list[int]]:
     """(worst, best) rows: by the increase of their loss over the base's, or by the loss itself where there is no base."""
     last = found[-1].losses
     change = [t - b for b, t in zip(found[0].losses, last, strict=True)] if len(found) == 2 else last
@@ -230,7 +230,11 @@ def ends(found: Sequence[RowScores]) -> tuple[list[int], list[int]]:
 
 
 def _listed(
-    place: int, rows: Sequence[Row], asked: dict[int, held_out.Question], found: Sequence[RowScores], answers: Sequence[dict[int, str]]
+    place: int,
+    rows: Sequence[Row],
+    asked: dict[int, held_out.HeldOutPrompt],
+    found: Sequence[ModelScores],
+    answers: Sequence[dict[int, str]],
 ) -> dict[str, Any]:
     one, two = asked.get(place), len(found) == 2
     return {
@@ -244,7 +248,7 @@ def _listed(
     }
 
 
-def _answered(place: int, row: Row, asked: held_out.Question, answers: Sequence[dict[int, str]]) -> dict[str, Any]:
+def _answered(place: int, row: Row, asked: held_out.HeldOutPrompt, answers: Sequence[dict[int, str]]) -> dict[str, Any]:
     """A row's answers as graders take them (`app.evaluation.grading.measure`)."""
     base = answers[0][place] if len(answers) == 2 else None
     return {"line": row.line, "item": item_of(row.row, asked.text, asked.reference), "base": base, "tuned": answers[-1][place]}

@@ -13,10 +13,10 @@ from app.jobs.fair_share import Waiting
 from app.kit import ids, tracing
 from worker.evaluation import attempt
 from worker.supervision import train_attempt
-from worker.supervision.train_attempt import Outcome
+from worker.supervision.train_attempt import ClaimOutcome
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
-ATTEMPTS: dict[str, Callable[[uuid.UUID, Callable[[], bool]], Outcome]] = {"jobs": train_attempt.work, "evaluations": attempt.work}
+ATTEMPTS: dict[str, Callable[[uuid.UUID, Callable[[], bool]], ClaimOutcome]] = {"jobs": train_attempt.work, "evaluations": attempt.work}
 
 
 def take(key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable[[], bool]) -> None:
@@ -28,8 +28,8 @@ def take(key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable
         one, context = found
         tried.add(one.key)
         outcome = _attempt(one, message if one.key == key else context, going_down)
-        gpu = gpu and outcome is not Outcome.NO_GPU
-        if outcome is Outcome.DONE:
+        gpu = gpu and outcome is not ClaimOutcome.NO_GPU
+        if outcome is ClaimOutcome.DONE:
             return
 
 
@@ -39,7 +39,7 @@ def _next(tried: set[uuid.UUID], *, gpu: bool) -> tuple[Waiting, Mapping[str, An
         return None if one is None else (one, train_queue.message_of(session, one.key))
 
 
-def _attempt(one: Waiting, message: Mapping[str, Any] | None, going_down: Callable[[], bool]) -> Outcome:
+def _attempt(one: Waiting, message: Mapping[str, Any] | None, going_down: Callable[[], bool]) -> ClaimOutcome:
     """With the ids of the request that this work comes from in every log line."""
     work = train_queue.WORK[one.kind]
     job = ids.public(ids.JOB, one.key) if one.kind == "jobs" else None

@@ -32,7 +32,7 @@ NEAR = 20
 """Tokens at each place of which it is known how much less likely they are than the first."""
 
 
-class Prompt(NamedTuple):
+class GreedyPrompt(NamedTuple):
     """What is asked, as a person reads it and as the model does, and the most tokens of the answer."""
 
     shown: str
@@ -40,7 +40,7 @@ class Prompt(NamedTuple):
     most: int = TOKENS
 
 
-class Answer(NamedTuple):
+class GreedyAnswer(NamedTuple):
     """A greedy answer: its tokens, with `END` last where it ended, and its text."""
 
     tokens: list[int]
@@ -51,23 +51,23 @@ class Answer(NamedTuple):
     """Whether tokens of half a character follow, which llama.cpp does not give away."""
 
 
-def prompts(tokenizer: Any, kind: str, asked: Sequence[str | list[dict[str, Any]]], longest: int) -> list[Prompt]:
+def prompts(tokenizer: Any, kind: str, asked: Sequence[str | list[dict[str, Any]]], longest: int) -> list[GreedyPrompt]:
     """The first of `asked` that can be rendered to at most `longest` tokens."""
     from app.errors import StudioError
     from worker.data.chat_template import render_prompt
 
-    found: list[Prompt] = []
+    found: list[GreedyPrompt] = []
     for one in asked:
         try:
             _, ids = render_prompt(tokenizer, kind, one)
         except StudioError:
             continue
         if 0 < len(ids) <= longest and len(found) < PROMPTS:
-            found.append(Prompt(one if isinstance(one, str) else str(one[-1].get("content") or ""), ids))
+            found.append(GreedyPrompt(one if isinstance(one, str) else str(one[-1].get("content") or ""), ids))
     return found
 
 
-def greedy(model: Any, tokenizer: Any, asked: Sequence[Prompt], ends: Container[int]) -> list[Answer]:
+def greedy(model: Any, tokenizer: Any, asked: Sequence[GreedyPrompt], ends: Container[int]) -> list[GreedyAnswer]:
     """The likeliest token after each other, all prompts in one batch; no sampling setting of the model's own counts."""
     import torch
 
@@ -99,28 +99,28 @@ def _behind(tokens: Sequence[int], logits: Sequence[float], ends: Container[int]
     return found
 
 
-def answer(tokenizer: Any, tokens: Sequence[int], ends: Container[int]) -> Answer:
+def answer(tokenizer: Any, tokens: Sequence[int], ends: Container[int]) -> GreedyAnswer:
     kept = list(takewhile(lambda token: token not in ends, tokens))
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Answer([*kept, END] if len(kept) < len(tokens) else kept, text)
+    return GreedyAnswer([*kept, END] if len(kept) < len(tokens) else kept, text)
 
 
-def heard(said: dict[str, Any], ends: Container[int]) -> Answer:
+def heard(said: dict[str, Any], ends: Container[int]) -> GreedyAnswer:
     """An answer as llama.cpp gives it, whose tokens may hold the one that ended it."""
     kept = list(takewhile(lambda token: token not in ends, said["tokens"]))
-    return Answer([*kept, END] if said["ended"] else kept, said["text"], withheld=said["withheld"])
+    return GreedyAnswer([*kept, END] if said["ended"] else kept, said["text"], withheld=said["withheld"])
 
 
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-def beside(here: Sequence[Answer], there: Sequence[Answer]) -> list[dict[str, Any]]:
+def beside(here: Sequence[GreedyAnswer], there: Sequence[GreedyAnswer]) -> list[dict[str, Any]]:
     """For each prompt the place of the first token that differs, from 0, the file's answer, and how much less likely its token was in the
     studio than the studio's own, in nats; all None where the answers are one."""
     return [_apart(*both) for both in zip(here, there, strict=True)]
 
 
-def _apart(here: Answer, there: Answer) -> dict[str, Any]:
+def _apart(here: GreedyAnswer, there: GreedyAnswer) -> dict[str, Any]:
     mine = here.tokens[: len(there.tokens)] if there.withheld else here.tokens
     at = first_difference(mine, there.tokens)
     if at is None:

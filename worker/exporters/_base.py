@@ -47,7 +47,7 @@ class ExportOptions(BaseModel):
     """Whether it writes text: an encoder and a classifier do not."""
 
 
-class Written(NamedTuple):
+class WrittenFile(NamedTuple):
     """One file that was written. `notes` say where it differs from what its type promises."""
 
     name: str
@@ -55,7 +55,7 @@ class Written(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Run(NamedTuple):
+class ExportedModel(NamedTuple):
     """What is run to compare an export with its model: a GGUF file with an adapter on it, or a folder for transformers."""
 
     file: Path
@@ -86,10 +86,10 @@ class Exporter(ABC):
         return self.format.accepts(facts)
 
     @abstractmethod
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """Write the model in the folder `source` to files in the existing folder `into`. Files that are there are of an attempt that was
         interrupted, and complete. Raises StudioError where it cannot be done."""
 
-    def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run | None:
+    def run(self, into: Path, one: WrittenFile, work: Path, options: ExportOptions) -> ExportedModel | None:
         """What is run to compare a written file with the model; None for a file that nothing can be compared with."""
-        return Run(into / one.name) if one.name.endswith(".gguf") else None
+        return ExportedModel(into / one.name) if one.name.endswith(".gguf") else None

@@ -66,7 +66,7 @@ def write_weights(source: Path, into: Path, kind: str, share: Callable[[float], 
     (into / "config.json").write_text(json.dumps({**config, "dtype": DTYPES[kind]}, indent=2, sort_keys=True) + "\n")
 
 
-class Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor, the file it is in, and its bytes in the dtype that is written."""
 
     name: str
@@ -74,11 +74,11 @@ class Tensor(NamedTuple):
     bytes: int
 
 
-def _shards(source: Path, itemsize: int) -> list[list[Tensor]]:
+def _shards(source: Path, itemsize: int) -> list[list[StoredTensor]]:
     """The tensors in groups of at most SHARD_BYTES at `itemsize` bytes per weight."""
     from safetensors import safe_open
 
-    shards: list[list[Tensor]] = []
+    shards: list[list[StoredTensor]] = []
     room = 0
     for path in sorted(p for p in source.glob("model*.safetensors") if WEIGHTS.fullmatch(p.name)):
         with safe_open(path, framework="pt") as opened:
@@ -87,7 +87,7 @@ def _shards(source: Path, itemsize: int) -> list[list[Tensor]]:
                 if not shards or size > room:
                     shards.append([])
                     room = SHARD_BYTES
-                shards[-1].append(Tensor(name, path, size))
+                shards[-1].append(StoredTensor(name, path, size))
                 room -= size
     if not shards:
         raise BadData("The folder holds no weights.", hint="Add the model again.")

@@ -49,7 +49,7 @@ SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 CONVERSATIONS = (ONE, LATER, [SYSTEM, *ONE], [SYSTEM, *LATER])
 
 
-class Found(NamedTuple):
+class GoTemplate(NamedTuple):
     """The Go template of a model. `system` is what its own template says where nobody says anything."""
 
     family: str
@@ -58,10 +58,10 @@ class Found(NamedTuple):
     system: str = ""
 
 
-def find(tokenizer: Any) -> Found:
+def find(tokenizer: Any) -> GoTemplate:
     """The family whose every sample is rendered as this model's. Raises Unsupported naming where the nearest one differs."""
     if not tokenizer.chat_template:
-        return Found("", "{{ .Prompt }}", ())
+        return GoTemplate("", "{{ .Prompt }}", ())
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     differences = []
     for family, (template, end, begins) in FAMILIES.items():
@@ -69,7 +69,7 @@ def find(tokenizer: Any) -> Found:
         written = end if end in special else str(tokenizer.eos_token)
         system, differs = _compare(tokenizer, jinja)
         if differs is None:
-            return Found(family, template.replace("END", written), (written, *begins), system)
+            return GoTemplate(family, template.replace("END", written), (written, *begins), system)
         differences.append((differs, family))
     at, nearest = max(differences)
     raise Unsupported(

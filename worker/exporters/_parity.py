@@ -45,7 +45,7 @@ SPEED_TOKENS = 32
 EXACT = ("F32", "F16", "BF16", "Q8_0")
 
 
-class Question(NamedTuple):
+class HeldOutRow(NamedTuple):
     """One held-out row: what is asked, as text and ids by the studio's own code, and the ids and places of its answer."""
 
     asked: str | list[dict[str, Any]]
@@ -64,16 +64,16 @@ class Question(NamedTuple):
 class Reference(NamedTuple):
     """The studio's side. `logprobs` of each question is (probes, V); `base` is the same of the model without its last adapter."""
 
-    questions: list[Question]
+    questions: list[HeldOutRow]
     logprobs: list[np.ndarray]
     base: list[np.ndarray] | None
     ends: dict[int, str]
     """Tokens that end an answer, and how they are written."""
     bos: str | None
-    prompts: Sequence[_answers.Prompt] = ()
-    answers: Sequence[_answers.Answer] = ()
+    prompts: Sequence[_answers.GreedyPrompt] = ()
+    answers: Sequence[_answers.GreedyAnswer] = ()
     task: _score.Task = _score.Task([], [], [])
-    scored: _score.Side = _score.Side([], [])
+    scored: _score.TaskScores = _score.TaskScores([], [])
     slides: bool = False
     """Whether layers see a sliding window: with its cache of prompts llama.cpp continues a prompt of such a model wrongly."""
 
@@ -83,7 +83,7 @@ class Reference(NamedTuple):
         return [{"prompt": one.shown, "answer": said.text} for one, said in zip(self.prompts, self.answers, strict=True)]
 
 
-class Fault(NamedTuple):
+class ParityFault(NamedTuple):
     cause: str
     """template, tokens, bos, end, positions, adapter or weights."""
     message: str
@@ -92,7 +92,7 @@ class Fault(NamedTuple):
 # The studio's side ----------------------------------------------------------------------------------------------------
 
 
-def ask(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]]) -> list[Question]:
+def ask(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]]) -> list[HeldOutRow]:
     """Normalized rows as questions; rows that cannot be rendered or have no answer are left away."""
     from app.errors import StudioError
     from worker.data.chat_template import render_prompt, render_row, sample_of
@@ -110,11 +110,11 @@ def ask(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]]) -> list[Quest
         here = [place for place, learned in enumerate(trained) if learned and place > 0]
         if here and prompt and len(ids) > 1 and len(prompt) <= MAX_TOKENS:
             step = max(1, len(here) // PLACES)
-            found.append(Question(asked, text, prompt, ids, here[::step][:PLACES]))
+            found.append(HeldOutRow(asked, text, prompt, ids, here[::step][:PLACES]))
     return found
 
 
-def logprobs(model: Any, questions: Sequence[Question]) -> list[np.ndarray]:
+def logprobs(model: Any, questions: Sequence[HeldOutRow]) -> list[np.ndarray]:
     """Log probabilities of the next token at every probe: for each question (probes, V) float32."""
     import torch
 
@@ -147,7 +147,7 @@ def reference(
     prompts = _answers.prompts(tokenizer, kind, questions or [one.asked for one in compared], MAX_TOKENS)
     task = _score.task(tokenizer, kind, rows, MAX_TOKENS)
     tuned, answers = logprobs(model, compared), _answers.greedy(model, tokenizer, prompts, ends)
-    scored = _score.Side(_score.nats(model, task.rows), [one.text for one in _answers.greedy(model, tokenizer, task.prompts, ends)])
+    scored = _score.TaskScores(_score.nats(model, task.rows), [one.text for one in _answers.greedy(model, tokenizer, task.prompts, ends)])
     slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     del model
     base = logprobs(load_base(), compared) if load_base else None
@@ -231,7 +231,7 @@ def _limit() -> None:
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-class Compared(NamedTuple):
+class Divergence(NamedTuple):
     """The distributions of one side against a file's: KL at each place, at a single token, and agreement of the first choice."""
 
     kl: float
@@ -239,7 +239,7 @@ class Compared(NamedTuple):
     top1: float
 
 
-def compare(ours: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> Compared:
+def compare(ours: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> Divergence:
     """KL(ours ‖ file) averaged over the places, and what goes with it."""
     kl, first, same = [], [], []
     for expected, row in zip(ours, rows, strict=True):
@@ -251,7 +251,7 @@ def compare(ours: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> Compa
             kl.append(found)
             if math.isfinite(found):
                 same.append(pairs[0][0] == int(logp.argmax()))
-    return Compared(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same)))
+    return Divergence(*(float(np.mean(values)) if values else float("nan") for values in (kl, first, same)))
 
 
 def divergence(logp: np.ndarray, pairs: Sequence[Sequence[float]]) -> float:
@@ -281,7 +281,7 @@ def report(kind: str, file: Path, ours: Reference, heard: dict[str, Any]) -> dic
     found = compare(ours.logprobs, heard["rows"]) if whole else None
     same = sum(row["tokens"] == q.prompt for q, row in zip(ours.questions, heard["rows"], strict=True))
     answers = _answers.beside(ours.answers, heard["answers"][: len(ours.answers)])
-    there = _score.Side(heard["scored"], [said.text for said in heard["answers"][len(ours.answers) :]])
+    there = _score.TaskScores(heard["scored"], [said.text for said in heard["answers"][len(ours.answers) :]])
     wrong = faults(kind, ours, heard)
     return {
         "type": kind,
@@ -314,7 +314,7 @@ def smallest(lines: Sequence[dict[str, Any]]) -> str | None:
 # Causes ---------------------------------------------------------------------------------------------------------------
 
 
-def faults(kind: str, ours: Reference, heard: dict[str, Any]) -> list[Fault]:
+def faults(kind: str, ours: Reference, heard: dict[str, Any]) -> list[ParityFault]:
     """What is wrong with a file, the cause in words; empty for a good one."""
     found = [fault for q, row in zip(ours.questions, heard["rows"], strict=True) if (fault := _prompt_fault(q, row, ours.bos))][:1]
     for token, written in ours.ends.items():
@@ -322,51 +322,53 @@ def faults(kind: str, ours: Reference, heard: dict[str, Any]) -> list[Fault]:
             words = (
                 f"The token {written} (id {token}) ends an answer in the studio, and the file does not name it as an end: answers run on."
             )
-            found.append(Fault("end", words))
+            found.append(ParityFault("end", words))
     if all(row["text"] is not None for row in heard["rows"]):
         found += _weights_fault(kind, ours, heard["rows"])
     return found
 
 
-def _prompt_fault(question: Question, row: dict[str, Any], bos: str | None) -> Fault | None:
+def _prompt_fault(question: HeldOutRow, row: dict[str, Any], bos: str | None) -> ParityFault | None:
     """Why the ids of a prompt are others than the studio's."""
     heard, ids = row["tokens"], question.prompt
     if row["text"] is None:
-        return Fault("template", f"The file's chat template cannot be rendered: {row['error']}")
+        return ParityFault("template", f"The file's chat template cannot be rendered: {row['error']}")
     if heard == ids:
         return None
     if heard[1:] == ids:
-        return Fault("bos", f"The file puts the token {heard[0]} (BOS) before every text, and the studio does not.")
+        return ParityFault("bos", f"The file puts the token {heard[0]} (BOS) before every text, and the studio does not.")
     if heard == ids[1:]:
-        return Fault("bos", f"The studio puts the token {ids[0]} (BOS) before every text, and the file does not.")
+        return ParityFault("bos", f"The studio puts the token {ids[0]} (BOS) before every text, and the file does not.")
     if heard[1:] == ids[1:]:
-        return Fault("bos", f"The file begins every text with the token {heard[0]} (BOS), and the studio with {ids[0]}.")
+        return ParityFault("bos", f"The file begins every text with the token {heard[0]} (BOS), and the studio with {ids[0]}.")
     theirs, text = (t.removeprefix(bos) if bos else t for t in (row["text"], question.text))
     if theirs != text:
         at = _answers.first_difference(theirs, text) or 0
         where = f"from character {at} on: {theirs[at : at + 30]!r} in the file, {text[at : at + 30]!r} in the studio"
-        return Fault("template", f"The chat template writes another prompt {where}.")
+        return ParityFault("template", f"The chat template writes another prompt {where}.")
     at = _answers.first_difference(heard, ids) or 0
     differ = f"token {at} of a prompt is {heard[at : at + 1]} in the file and {ids[at : at + 1]} in the studio"
-    return Fault("tokens", f"The same text becomes other tokens, so the tokenizer's rule or vocabulary differs: {differ}.")
+    return ParityFault("tokens", f"The same text becomes other tokens, so the tokenizer's rule or vocabulary differs: {differ}.")
 
 
-def _weights_fault(kind: str, ours: Reference, rows: Sequence[dict[str, Any]]) -> list[Fault]:
+def _weights_fault(kind: str, ours: Reference, rows: Sequence[dict[str, Any]]) -> list[ParityFault]:
     """Why the answers differ more than rounding explains."""
     tuned = compare(ours.logprobs, rows)
     if ours.base is not None:
         base = compare(ours.base, rows)
         if math.isfinite(tuned.kl) and base.kl < 0.5 * tuned.kl and tuned.kl > LIMITS["Q8_0"] / 10:
             words = f"The file answers as the base does (KL {base.kl:.2g} nats) and not as the fine-tuned model (KL {tuned.kl:.2g})"
-            return [Fault("adapter", f"{words}: the adapter was not applied.")]
+            return [ParityFault("adapter", f"{words}: the adapter was not applied.")]
     if not math.isfinite(tuned.kl):
-        return [Fault("weights", "The file computes no numbers for some texts: its weights are damaged, or too large for its type.")]
+        return [ParityFault("weights", "The file computes no numbers for some texts: its weights are damaged, or too large for its type.")]
     if not tuned.kl > LIMITS[kind]:
         return []
     if tuned.first_kl <= max(LIMITS[kind] / 10, 0.02 * tuned.kl):
         words = f"A single token is answered as in the studio (KL {tuned.first_kl:.2g} nats) and longer texts are not (KL {tuned.kl:.2g})"
-        return [Fault("positions", f"{words}: query and key rows are in another order than the rotary embedding, or its base differs.")]
+        return [
+            ParityFault("positions", f"{words}: query and key rows are in another order than the rotary embedding, or its base differs.")
+        ]
     limit = f"KL {tuned.kl:.2g} nats, and rounding to {kind} explains {LIMITS[kind]:g}"
     if kind in EXACT:
-        return [Fault("weights", f"The weights of the file are not those of the model: {limit}.")]
-    return [Fault("weights", f"{kind} is too coarse for this model, or its weights differ: {limit}.")]
+        return [ParityFault("weights", f"The weights of the file are not those of the model: {limit}.")]
+    return [ParityFault("weights", f"{kind} is too coarse for this model, or its weights differ: {limit}.")]

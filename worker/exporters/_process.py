@@ -24,7 +24,7 @@ from app.models.exports import LINES, ExportSpec
 from app.models.model_card import export_card
 from app.spec import JobSpec, ModelRef
 from worker import exporters
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile
 from worker.runtime.fast_import import importing
 
 ROWS, CARD = 256, "README.md"
@@ -106,7 +106,7 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
     if fault := fault_of(parity):
         return {"files": [], "parity": parity, "fault": fault}
     (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
-    return {"files": [*files, _about(into, Written(CARD, ""))], "parity": parity, "fault": None}
+    return {"files": [*files, _about(into, WrittenFile(CARD, ""))], "parity": parity, "fault": None}
 
 
 def importance(spec: ExportSpec, exporter: Exporter, source: Path, path: Path, report: Reporter) -> str:
@@ -124,7 +124,7 @@ def importance(spec: ExportSpec, exporter: Exporter, source: Path, path: Path, r
     return str(path) if found else ""
 
 
-def _about(into: Path, one: Written) -> dict[str, Any]:
+def _about(into: Path, one: WrittenFile) -> dict[str, Any]:
     path = into / one.name
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -135,7 +135,7 @@ def _about(into: Path, one: Written) -> dict[str, Any]:
 
 
 def prove(
-    spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[Written], options: ExportOptions, progress: Progress
+    spec: ExportSpec, exporter: Exporter, into: Path, written: Sequence[WrittenFile], options: ExportOptions, progress: Progress
 ) -> dict[str, Any]:
     """Run each file in the program that it is for, on held-out rows."""
     from worker.exporters import _parity

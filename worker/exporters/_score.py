@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from worker.exporters._answers import Prompt
+from worker.exporters._answers import GreedyPrompt
 
 ROWS, PLACES = 24, 8
 """Rows whose loss is measured, and tokens of each answer: all of a short one, evenly spread over a longer one."""
@@ -34,11 +34,11 @@ class Task(NamedTuple):
     """What is measured on both sides: losses on rows, or answers to prompts of which each has one right label."""
 
     rows: list[Scored]
-    prompts: list[Prompt]
+    prompts: list[GreedyPrompt]
     labels: list[str]
 
 
-class Side(NamedTuple):
+class TaskScores(NamedTuple):
     """What one side made of a task: the losses at the places of each row, the answers to the prompts."""
 
     losses: Sequence[Sequence[float]]
@@ -51,7 +51,7 @@ def task(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]], longest: int
     from worker.data.chat_template import render_prompt, render_row, sample_of
 
     scored: list[Scored] = []
-    named: list[tuple[Prompt, str]] = []
+    named: list[tuple[GreedyPrompt, str]] = []
     labels = labels_of(rows, kind)
     for row in spread(rows, LABELED_ROWS if labels else ROWS):
         try:
@@ -60,7 +60,7 @@ def task(tokenizer: Any, kind: str, rows: Sequence[dict[str, Any]], longest: int
                 _, ids = render_prompt(tokenizer, kind, asked)
                 if 0 < len(ids) <= longest:
                     most = len(tokenizer(label, add_special_tokens=False).input_ids) + 2
-                    named.append((Prompt("", ids, most), label.strip()))
+                    named.append((GreedyPrompt("", ids, most), label.strip()))
                 continue
             ids, trained, _ = render_row(tokenizer, row, kind, longest)
         except StudioError:
@@ -104,7 +104,7 @@ def nats(model: Any, rows: Sequence[Scored]) -> list[list[float]]:
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-def compared(task: Task, here: Side, there: Side) -> dict[str, Any] | None:
+def compared(task: Task, here: TaskScores, there: TaskScores) -> dict[str, Any] | None:
     """The score on both sides; None where nothing was measured, or a file computes no numbers."""
     from worker.scoring import metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.errors import BadData
 from app.export_formats import FORMATS
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile
 from worker.exporters._folder import copy_others
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -17,7 +17,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class AdapterExporter(Exporter):
     format = FORMATS["adapter"]
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """Copy the folder. Raises BadData where it is not in peft's layout."""
         progress(0.0, "Copying the adapter")
         if missing := [name for name in (CONFIG, WEIGHTS) if not (source / name).is_file()]:
@@ -25,7 +25,7 @@ class AdapterExporter(Exporter):
         copy_others(source, into)
         config = json.loads((source / CONFIG).read_text())
         (into / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": options.base or None}, indent=2, sort_keys=True) + "\n")
-        return [Written(path.name, "PEFT") for path in sorted(into.iterdir())]
+        return [WrittenFile(path.name, "PEFT") for path in sorted(into.iterdir())]
 
 
 EXPORTER = AdapterExporter()

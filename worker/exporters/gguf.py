@@ -22,7 +22,7 @@ from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from worker.conversion.rotary import rope_factors, rope_of
 from worker.exporters import _gguf_tokenizer as tokenizers
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written, completed
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile, completed
 from worker.exporters._gguf_types import FILE_TYPES, PLAIN, Recipe, encode, fallback_notes, nbytes, pieces
 
 LAYER = {
@@ -40,10 +40,10 @@ WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": 
 class GgufExporter(Exporter):
     format = FORMATS["gguf"]
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """One file per type. Raises Unsupported for a model that llama.cpp would compute otherwise, BadData for a folder that lacks weights."""
         progress(0.0, "Reading the tokenizer")
-        model = Source(source)
+        model = MergedFolder(source)
         written = []
         for place, name in enumerate(options.types):
 
@@ -54,7 +54,7 @@ class GgufExporter(Exporter):
             if not path.is_file():
                 with completed(path) as part:
                     model.write(part, name, options, share)
-            written.append(Written(path.name, name, model.notes(name, options)))
+            written.append(WrittenFile(path.name, name, model.notes(name, options)))
         return written
 
 
@@ -66,7 +66,7 @@ def file_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """One tensor of the file: its name there, its name in the folder, and its shape (rows, width) or (width,)."""
 
     name: str
@@ -74,7 +74,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Source:
+class MergedFolder:
     """A folder of merged weights, read as llama.cpp will see it."""
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class Source:
 
     # What is written --------------------------------------------------------------------------------------------------
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> list[GgufTensor]:
         """Every tensor of the file, in the order of the layers. Raises Unsupported for one that llama.cpp has no place for, and
         BadData where one is missing."""
         from safetensors import safe_open
@@ -100,7 +100,7 @@ class Source:
             if name == "lm_head.weight" and self.tied:
                 continue
             with safe_open(path, framework="pt") as opened:
-                found.append(Tensor(self._name(name), name, tuple(opened.get_slice(name).get_shape())))
+                found.append(GgufTensor(self._name(name), name, tuple(opened.get_slice(name).get_shape())))
         here = {tensor.name for tensor in found}
         if missing := sorted(self._needed() - here):
             raise BadData(f"The weights lack {len(missing)} tensors, the first {missing[0]}.", hint="Add the model again.")
@@ -173,7 +173,7 @@ class Source:
     def _is_weighted(kind: str, options: ExportOptions) -> bool:
         return bool(options.importance) and kind in FORMATS["gguf"].weighted
 
-    def _rows(self, tensor: Tensor) -> Iterator[np.ndarray]:
+    def _rows(self, tensor: GgufTensor) -> Iterator[np.ndarray]:
         """The tensor in pieces of whole rows, float32, as llama.cpp wants its numbers."""
         import torch
         from safetensors import safe_open
@@ -189,7 +189,7 @@ class Source:
             for rows in pieces(*tensor.shape):
                 yield stored[rows].to(torch.float32).numpy()
 
-    def _heads(self, tensor: Tensor) -> int:
+    def _heads(self, tensor: GgufTensor) -> int:
         """Heads whose rows change places; 0 for a tensor that is written in its own order."""
         part = tensor.name.split(".")[-2]
         if self.architecture != "llama" or part not in ("attn_q", "attn_k"):

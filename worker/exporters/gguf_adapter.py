@@ -19,7 +19,7 @@ from app.errors import BadData, Unsupported
 from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from worker import exporters
-from worker.exporters._base import Exporter, ExportOptions, Progress, Run, Written, completed
+from worker.exporters._base import ExportedModel, Exporter, ExportOptions, Progress, WrittenFile, completed
 from worker.exporters._gguf_types import FILE_TYPES
 from worker.exporters.gguf import LAYER, file_name, permuted
 
@@ -30,7 +30,7 @@ PARTS = {name: part for name, part in LAYER.items() if name.startswith(("self_at
 class GgufAdapterExporter(Exporter):
     format = FORMATS["gguf_adapter"]
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """One file per type. Raises Unsupported for an adapter that is more than two matrices a layer."""
         written = []
         for place, kind in enumerate(options.types):
@@ -39,17 +39,17 @@ class GgufAdapterExporter(Exporter):
             if not path.is_file():
                 with completed(path) as part:
                     self._write(source, part, kind, options)
-            written.append(Written(path.name, kind))
+            written.append(WrittenFile(path.name, kind))
         return written
 
-    def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run:
+    def run(self, into: Path, one: WrittenFile, work: Path, options: ExportOptions) -> ExportedModel:
         """On a GGUF file of the base, which is written for that and not kept."""
         base = work / "base"
         base.mkdir(exist_ok=True)
         (made,) = exporters.get("gguf").write(
             Path(options.base_folder), base, options.model_copy(update={"types": ("F16",)}), lambda *_: None
         )
-        return Run(base / made.name, into / one.name)
+        return ExportedModel(base / made.name, into / one.name)
 
     def _write(self, source: Path, path: Path, kind: str, options: ExportOptions) -> None:
         base = json.loads((Path(options.base_folder) / "config.json").read_text())

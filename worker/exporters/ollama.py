@@ -11,7 +11,7 @@ from app.errors import Unsupported
 from app.export_formats import FORMATS
 from worker import exporters
 from worker.exporters import _go_template
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile
 
 CONTEXT = 8192
 """Tokens that Ollama holds in memory; a larger context is the reader's to choose."""
@@ -21,7 +21,7 @@ SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "r
 class OllamaExporter(Exporter):
     format = FORMATS["ollama"]
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """The template is settled first: a model whose template has no known equal in Go is refused before its weights are written."""
         from transformers import AutoTokenizer
 
@@ -31,14 +31,14 @@ class OllamaExporter(Exporter):
         for one in tuple(written):
             name = "Modelfile" if len(options.types) == 1 else f"Modelfile-{one.type}"
             (into / name).write_text(modelfile(one.name, found, source, options))
-            written.append(Written(name, one.type, (f"The template is the family {found.family}.",) if found.family else ()))
+            written.append(WrittenFile(name, one.type, (f"The template is the family {found.family}.",) if found.family else ()))
         return written
 
 
 EXPORTER = OllamaExporter()
 
 
-def modelfile(weights: str, found: _go_template.Found, source: Path, options: ExportOptions) -> str:
+def modelfile(weights: str, found: _go_template.GoTemplate, source: Path, options: ExportOptions) -> str:
     """The text of a Modelfile (https://github.com/ollama/ollama/blob/main/docs/modelfile.md)."""
     lines = [f"FROM ./{weights}", f"TEMPLATE {quoted(found.template)}"]
     if system := options.system or found.system:

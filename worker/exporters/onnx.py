@@ -16,7 +16,7 @@ from typing import Any
 
 from app.errors import BadData, Unsupported
 from app.export_formats import FORMATS
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written, completed
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile, completed
 from worker.exporters._folder import WEIGHTS, copy_others
 
 FILE = "model.onnx"
@@ -36,7 +36,7 @@ class OnnxExporter(Exporter):
     format = FORMATS["onnx"]
     program = "onnxruntime"
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """Raises Unsupported for a model that torch cannot trace, BadData when the file computes something else."""
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise Unsupported(f"{', '.join(missing)} is not installed with this worker.", hint="Install `luthier[onnx]` there.")
@@ -64,7 +64,7 @@ class OnnxExporter(Exporter):
             raise BadData(f"The file computes something else: {far:.2g} away from the model.", hint="Report this.")
         note = f"Compared in onnxruntime on {len(TEXTS)} texts: no value is farther than {far:.1g} from the model's."
         names = sorted(path.name for path in into.iterdir() if path.is_file())
-        return [Written(name, "F32", (note,) if name == FILE else ()) for name in names]
+        return [WrittenFile(name, "F32", (note,) if name == FILE else ()) for name in names]
 
 
 EXPORTER = OnnxExporter()

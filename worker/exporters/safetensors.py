@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.export_formats import FORMATS
-from worker.exporters._base import Exporter, ExportOptions, Progress, Run, Written
+from worker.exporters._base import ExportedModel, Exporter, ExportOptions, Progress, WrittenFile
 from worker.exporters._folder import WEIGHTS, copy_others, write_weights
 from worker.exporters._gguf_tokenizer import ends_of
 
@@ -17,7 +17,7 @@ class SafetensorsExporter(Exporter):
     format = FORMATS["safetensors"]
     program = "transformers"
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """Raises Unsupported for a weight that exceeds a type's range."""
         written = []
         for place, kind in enumerate(options.types):
@@ -31,13 +31,13 @@ class SafetensorsExporter(Exporter):
             write_weights(source, folder, kind, share)
             if options.generates:
                 name_ends(source, folder)
-            written += [Written(path.relative_to(into).as_posix(), kind) for path in sorted(folder.iterdir()) if path.is_file()]
+            written += [WrittenFile(path.relative_to(into).as_posix(), kind) for path in sorted(folder.iterdir()) if path.is_file()]
         return written
 
-    def run(self, into: Path, one: Written, work: Path, options: ExportOptions) -> Run | None:
+    def run(self, into: Path, one: WrittenFile, work: Path, options: ExportOptions) -> ExportedModel | None:
         """Once per folder."""
         path = into / one.name
-        return Run(path.parent) if path.name == "config.json" else None
+        return ExportedModel(path.parent) if path.name == "config.json" else None
 
 
 EXPORTER = SafetensorsExporter()

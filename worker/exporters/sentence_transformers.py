@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.export_formats import FORMATS
-from worker.exporters._base import Exporter, ExportOptions, Progress, Written
+from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile
 from worker.exporters._folder import WEIGHTS, copy_others, write_weights
 
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
@@ -18,7 +18,7 @@ REPLACED = ("modules.json", "sentence_bert_config.json", "config_sentence_transf
 class SentenceTransformersExporter(Exporter):
     format = FORMATS["sentence_transformers"]
 
-    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[Written]:
+    def write(self, source: Path, into: Path, options: ExportOptions, progress: Progress) -> Sequence[WrittenFile]:
         """The model's own files, its weights in float32, and what the layout adds."""
         progress(0.0, "Writing the weights")
         config = json.loads((source / "config.json").read_text())
@@ -36,7 +36,7 @@ class SentenceTransformersExporter(Exporter):
         _json(into / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
         (into / "2_Normalize").mkdir()
         (into / "2_Normalize" / ".gitkeep").touch()
-        return [Written(p.relative_to(into).as_posix(), "F32") for p in sorted(into.rglob("*")) if p.is_file()]
+        return [WrittenFile(p.relative_to(into).as_posix(), "F32") for p in sorted(into.rglob("*")) if p.is_file()]
 
 
 EXPORTER = SentenceTransformersExporter()

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-from worker.inference.kv_cache import Blocks, Group, Segment, Selection, Step
+from worker.inference.kv_cache import Blocks, DecodeGroup, ForwardPass, Segment, Selection
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 32
 """Graphs kept per model; the least recently used is dropped first."""
 
-Forward = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[[ForwardPass, torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (N, V) of a step for ids (1, N) and positions (1, N)."""
 
 
@@ -79,7 +79,7 @@ class _Captured:
         parts = [out[begin : begin + len(some)] for begin, some in zip(self.begins, segments, strict=False)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def fill(self, step: Step, segments: list[list[Segment]], ids: list[int], positions: list[int]) -> None:
+    def fill(self, step: ForwardPass, segments: list[list[Segment]], ids: list[int], positions: list[int]) -> None:
         padded = [s for some, rows in zip(segments, self.rows, strict=True) for s in (some + [some[-1]] * (rows - len(some)))]
         at = [s.start for s in padded]
         host = torch.tensor([[ids[i] for i in at], [positions[i] for i in at], [s.slot.index for s in padded], at])
@@ -93,8 +93,8 @@ class _Captured:
     def _run(self, forward: Forward) -> torch.Tensor:
         ids, positions, slots, _ = self.numbers
         spans = zip(self.groups, itertools.pairwise(self.begins), strict=True)
-        groups = [Group.of_whole_slots(blocks, begin, slots[begin:end], positions[begin:end]) for (blocks, _), (begin, end) in spans]
-        return forward(Step.of(groups, self.device, self.selection), ids[None], positions[None])
+        groups = [DecodeGroup.of_whole_slots(blocks, begin, slots[begin:end], positions[begin:end]) for (blocks, _), (begin, end) in spans]
+        return forward(ForwardPass.of(groups, self.device, self.selection), ids[None], positions[None])
 
 
 class DecodeGraphs:
@@ -106,7 +106,7 @@ class DecodeGraphs:
         self.known: dict[tuple[Any, ...], _Captured | None] = {}  # in order of last use; None: computed once as it is
         self.failed = False
 
-    def logits(self, forward: Forward, step: Step, ids: list[int], positions: list[int], stack: int) -> torch.Tensor | None:
+    def logits(self, forward: Forward, step: ForwardPass, ids: list[int], positions: list[int], stack: int) -> torch.Tensor | None:
         """Logits (N, V) of a step that only decodes, as `forward` would compute them; None where the caller has to. `stack` changes with
         the adapters that are loaded."""
         if self.failed or step.prefill or not step.decode:

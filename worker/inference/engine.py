@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from app.errors import TooMany, Unavailable
-from app.inference.protocol import Done, Entry, GenerateRequest, Started, StreamError
+from app.inference.protocol import AnswerStarted, Done, Entry, GenerateRequest, StreamError
 from app.spec import ModelRef
 from worker.inference import emission, next_token, prompt_logprobs, scheduler
 from worker.inference.errors import broke
-from worker.inference.kv_cache import Segment, Slot, Step
+from worker.inference.kv_cache import ForwardPass, Segment, Slot
 from worker.inference.memory_budget import MemoryBudget
 from worker.inference.model_pool import LoadedModel, ModelHandle, ModelPool
-from worker.inference.next_token import Wanted
+from worker.inference.next_token import NextTokenQuery
 from worker.inference.request import render, room_for
 from worker.inference.sampling import Detokenizer, Sampler, one_thread
 from worker.inference.scheduler import Request, TokenSequence
@@ -117,7 +117,7 @@ class Engine:
                 hint="Wait for some of them, or put several rows into one run.",
             )
 
-    def _prepare(self, request: GenerateRequest, place: ModelHandle, began: float) -> tuple[Request, Started]:
+    def _prepare(self, request: GenerateRequest, place: ModelHandle, began: float) -> tuple[Request, AnswerStarted]:
         lead = [0] * place.lane.lead
         context = place.lane.context - len(lead)
         text, ids = render(request, place.tokenizer, context)
@@ -129,7 +129,7 @@ class Engine:
             for i in range(sampling.n)
         ]
         running = Request(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
-        return running, Started(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
+        return running, AnswerStarted(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
 
     def _entries(self, running: Request, poll_seconds: float) -> Iterator[list[Entry]]:
         while True:
@@ -335,7 +335,7 @@ class Engine:
         if not ids:
             return
         runs = [(1, r.adapters) for _, r in writing] + [(s.count, r.adapters) for r, s in prefill]
-        step = Step(decode, [s for _, s in prefill], lane.device, lane.stack.select(runs) if lane.stack else None)
+        step = ForwardPass(decode, [s for _, s in prefill], lane.device, lane.stack.select(runs) if lane.stack else None)
         logits = lane.forward(step, ids, positions, last or [0])
         self.steps += 1
         for row, _ in writing:
@@ -359,7 +359,7 @@ class Engine:
             return
         said: dict[int, tuple[Request, list[Entry]]] = {}
         broken: dict[int, Request] = {}
-        wanted = [Wanted(i, None if r.is_greedy else row.chooser, r.top_logprobs) for row, r, i in writing]
+        wanted = [NextTokenQuery(i, None if r.is_greedy else row.chooser, r.top_logprobs) for row, r, i in writing]
         for (row, r, _), options in zip(writing, next_token.options(logits, wanted), strict=True):
             if id(r) in broken:
                 continue

@@ -2,7 +2,7 @@
 
 A step feeds the model one flat row of tokens, (1, N), taken from many requests: one token of each sequence that is decoding, and
 a chunk of each prompt that is in prefill. Everything but attention treats tokens independently, so a flat row is exact; attention
-finds in the `Step` which token belongs to which slot of the cache. So requests of any length join and leave at every step,
+finds in the `ForwardPass` which token belongs to which slot of the cache. So requests of any length join and leave at every step,
 nothing is padded, and no request sees another.
 
 A slot is a block of one of a few sizes. A sequence begins in a small one and moves to one four times as large when it is full, so
@@ -160,7 +160,7 @@ class Selection:
 
 
 @dataclass
-class Step:
+class ForwardPass:
     """One forward pass. `decode` are the segments of one token, first in the flat row, ordered by slot size and index."""
 
     decode: list[Segment]
@@ -170,17 +170,17 @@ class Step:
     _made: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, groups: list[Group], device: torch.device, selection: Selection | None) -> Step:
+    def of(cls, groups: list[DecodeGroup], device: torch.device, selection: Selection | None) -> ForwardPass:
         """A step that only decodes, with its groups given."""
         step = cls([], [], device, selection)
         step._made["groups"] = groups
         return step
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[DecodeGroup]:
         """The decoding segments, grouped by the size of their slots."""
         if "groups" not in self._made:
             found = groupby(self.decode, key=lambda segment: segment.slot.blocks)
-            self._made["groups"] = [Group.of(blocks, list(segments), self.device) for blocks, segments in found]
+            self._made["groups"] = [DecodeGroup.of(blocks, list(segments), self.device) for blocks, segments in found]
         return self._made["groups"]
 
     def prefill_mask(self, segment: Segment, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -197,7 +197,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Group:
+class DecodeGroup:
     """Decoding sequences whose slots have the same size: one product reads the span of slots from `low` to `high`."""
 
     blocks: Blocks
@@ -213,7 +213,7 @@ class Group:
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, blocks: Blocks, segments: list[Segment], device: torch.device) -> Group:
+    def of(cls, blocks: Blocks, segments: list[Segment], device: torch.device) -> DecodeGroup:
         begin, end = segments[0].start, segments[-1].start + 1
         low, high = segments[0].slot.index, segments[-1].slot.index + 1
         slots = sent(torch.tensor([s.slot.index for s in segments]), device)
@@ -222,7 +222,7 @@ class Group:
         return cls(blocks, begin, end, low, high, max(s.past for s in segments) + 1, slots, positions, rows)
 
     @classmethod
-    def of_whole_slots(cls, blocks: Blocks, begin: int, slots: torch.Tensor, positions: torch.Tensor) -> Group:
+    def of_whole_slots(cls, blocks: Blocks, begin: int, slots: torch.Tensor, positions: torch.Tensor) -> DecodeGroup:
         """A group whose sequences are known to the device alone, (R,) slots and positions."""
         count = len(slots)
         return cls(blocks, begin, begin + count, 0, count, blocks.size, slots, positions, None, True)
@@ -242,7 +242,7 @@ class Group:
 
 
 @contextmanager
-def running(step: Step) -> Iterator[None]:
+def running(step: ForwardPass) -> Iterator[None]:
     """Set the step that attention and adapters see. It is no argument, because models differ in which arguments they pass on."""
     _current.step = step
     try:
@@ -251,7 +251,7 @@ def running(step: Step) -> Iterator[None]:
         _current.step = None
 
 
-def current_step() -> Step | None:
+def current_step() -> ForwardPass | None:
     return getattr(_current, "step", None)
 
 

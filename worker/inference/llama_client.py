@@ -17,7 +17,7 @@ import h11
 
 from app.inference.external_server import Address, away, refused, strange
 from app.inference.llama_cpp import LlamaFold
-from app.inference.protocol import Entry, GenerateRequest, Rendered
+from app.inference.protocol import Entry, GenerateRequest, RenderedPrompt
 
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 0.25
@@ -25,7 +25,7 @@ SILENT_SECONDS = 0.25
 MAX_BYTES = 64 * 2**20
 
 
-def answer(request: GenerateRequest, prompt: Rendered, address: Address) -> Generator[list[Entry], None, None]:
+def answer(request: GenerateRequest, prompt: RenderedPrompt, address: Address) -> Generator[list[Entry], None, None]:
     """Entries of one request, in the order of our own engine. Closing it closes the connection, by which the server notices that nobody
     reads. Raises StudioError."""
     fold, parts = LlamaFold(request, prompt, address), urlsplit(address.url)

@@ -23,7 +23,7 @@ from typing import Any
 from app.errors import StudioError, Unavailable
 from app.export_formats import FORMATS
 from app.inference.external_server import Address
-from app.inference.protocol import Entry, GenerateRequest, Rendered
+from app.inference.protocol import Entry, GenerateRequest, RenderedPrompt
 from app.inference.residency import LoadedModelInfo
 from app.kit import child_process
 from app.models.integrity import check
@@ -63,7 +63,7 @@ class LlamaServers:
         self._starting: dict[tuple[str, ...], threading.Lock] = {}
         model_cache.ALL.append(self)
 
-    def answer(self, request: GenerateRequest, prompt: Rendered) -> Generator[list[Entry], None, None]:
+    def answer(self, request: GenerateRequest, prompt: RenderedPrompt) -> Generator[list[Entry], None, None]:
         """Entries of one request. Raises StudioError when no server can be started for it."""
         key, server = self._take(request)
         try:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from app.models.integrity import BadModel
 from worker.inference.kv_cache import Selection, current_step
-from worker.kernels.cpu.small_batch_linear import FewRows
+from worker.kernels.cpu.small_batch_linear import SmallBatchLinear
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), and B (r, out) with the scaling factor applied
 
@@ -121,7 +121,9 @@ class AdapterStack:
     def __init__(self, model: torch.nn.Module, most_columns: int = 512) -> None:
         self.most_columns = most_columns
         self.model = model
-        self.linears: dict[str, torch.nn.Linear] = {n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, FewRows)}
+        self.linears: dict[str, torch.nn.Linear] = {
+            n: m for n, m in model.named_modules() if type(m) in (torch.nn.Linear, SmallBatchLinear)
+        }
         self.wrapped: dict[str, StackedLinear] = {}
         self.loaded: dict[str, LoraWeights] = {}  # in order of last use
         self.columns: dict[str, tuple[int, int]] = {}

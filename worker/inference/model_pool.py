@@ -29,7 +29,7 @@ from worker import kernels
 from worker.data import chat_template
 from worker.inference import model_cache
 from worker.inference.decode_graph import DecodeGraphs
-from worker.inference.kv_cache import ATTENTION, Cache, Step, running
+from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling import padded
@@ -69,7 +69,7 @@ class LoadedModel:
         return self.weight_bytes + self.cache.nbytes() + (self.stack.nbytes() if self.stack else 0)
 
     @torch.inference_mode()
-    def forward(self, step: Step, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
+    def forward(self, step: ForwardPass, ids: list[int], positions: list[int], last: list[int]) -> torch.Tensor:
         """Logits (len(last), V) in float32 at the positions `last` of the flat row."""
         if self.padded:
             return self._whole(step, ids, last)
@@ -80,13 +80,13 @@ class LoadedModel:
         at = [sent(torch.tensor(numbers), self.device) for numbers in ([ids], [positions], last)]
         return self._logits(step, *at)
 
-    def _logits(self, step: Step, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | int = 0) -> torch.Tensor:
+    def _logits(self, step: ForwardPass, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | int = 0) -> torch.Tensor:
         """For ids and positions (1, N); `last` is 0 for all of them."""
         with running(step):
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last)
         return out.logits[0].float()
 
-    def _whole(self, step: Step, ids: list[int], last: list[int]) -> torch.Tensor:
+    def _whole(self, step: ForwardPass, ids: list[int], last: list[int]) -> torch.Tensor:
         """The same for a model that is given whole texts: those in the slots, and what each segment adds."""
         segments = [*step.decode, *step.prefill]
         texts = [[*s.slot.tokens[: s.past], *ids[s.start : s.start + s.count]] for s in segments]

@@ -18,7 +18,7 @@ from worker.inference.sampling import CANDIDATES, Sampler, pick_each, say
 from worker.runtime.transfer import AsyncScalars, sent
 
 
-class Wanted(NamedTuple):
+class NextTokenQuery(NamedTuple):
     """One sequence: its row of the logits, its sampler (None: the likeliest token is enough), and how many likeliest tokens are told
     beside the chosen one (None: no log-probabilities)."""
 
@@ -49,7 +49,7 @@ class _OwnRow:
         return sampling.logprob(tokenizer, self.logits, token, top)
 
 
-def options(logits: torch.Tensor, wanted: Sequence[Wanted]) -> Sequence[Options]:
+def options(logits: torch.Tensor, wanted: Sequence[NextTokenQuery]) -> Sequence[Options]:
     """For logits (N, V) in float32, the options of each sequence."""
     if logits.is_cuda:
         return read_ahead(logits, wanted)
@@ -103,7 +103,7 @@ class _Computed(NamedTuple):
     numbers: list[float]
 
 
-def read_ahead(logits: torch.Tensor, wanted: Sequence[Wanted]) -> list[_Read]:
+def read_ahead(logits: torch.Tensor, wanted: Sequence[NextTokenQuery]) -> list[_Read]:
     """The same with one copy to the host, for which alone the host waits."""
     parts, logits, scaled, numbers = computed(logits, wanted)
     flat = AsyncScalars(list(parts.values())).read()
@@ -118,7 +118,7 @@ def read_ahead(logits: torch.Tensor, wanted: Sequence[Wanted]) -> list[_Read]:
     return found
 
 
-def computed(logits: torch.Tensor, wanted: Sequence[Wanted]) -> _Computed:
+def computed(logits: torch.Tensor, wanted: Sequence[NextTokenQuery]) -> _Computed:
     rows, size = [w.row for w in wanted], logits.shape[1]
     if rows != list(range(len(logits))):
         logits = logits[sent(torch.tensor(rows), logits.device)]
@@ -143,7 +143,7 @@ def computed(logits: torch.Tensor, wanted: Sequence[Wanted]) -> _Computed:
     return _Computed(parts, logits, scaled, numbers)
 
 
-def _scaled(logits: torch.Tensor, wanted: Sequence[Wanted]) -> torch.Tensor:
+def _scaled(logits: torch.Tensor, wanted: Sequence[NextTokenQuery]) -> torch.Tensor:
     """Logits (N, V) with each sequence's penalties and temperature, the highest of a row at 0."""
     own = torch.stack([w.sampler.adjusted(row) if w.sampler is not None else row for w, row in zip(wanted, logits, strict=True)])
     heat = [w.sampler.heat if w.sampler is not None else 1.0 for w in wanted]

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from app.errors import BadRequest
-from app.inference.protocol import GenerateRequest, Rendered
+from app.inference.protocol import GenerateRequest, RenderedPrompt
 from app.settings import get_settings
 from worker.data import chat_template
 from worker.data.template_pool import SECONDS, TooLong
@@ -37,14 +37,14 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
     return text, ids
 
 
-def rendered(request: GenerateRequest, shelf: ModelPool) -> Rendered:
+def rendered(request: GenerateRequest, shelf: ModelPool) -> RenderedPrompt:
     """The rendered prompt of a request that an external server answers; no weights are loaded for it. Raises BadRequest."""
     ref = request.model
     tokenizer, stops = shelf.tokenizer(ref)
     context = min(ref.shape.positions, get_settings().generate_context)
     text, ids = render(request, tokenizer, context)
     room = room_for(request, len(ids), context)
-    return Rendered(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
+    return RenderedPrompt(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
 
 
 def room_for(request: GenerateRequest, size: int, context: int) -> int:

@@ -140,7 +140,7 @@ def render_text(tokenizer: Any, text: str, max_length: int) -> tuple[list[int], 
     return tokenizer(text, add_special_tokens=True, truncation=True, max_length=max_length)["input_ids"], True
 
 
-class Writer(nn.Module):
+class ScoredBackbone(nn.Module):
     """A backbone with a language-model head, so that it can be scored on texts; it generates nothing."""
 
     def __init__(self, body: nn.Module, output: nn.Linear) -> None:

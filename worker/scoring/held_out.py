@@ -22,7 +22,7 @@ from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 
 
-class Question(NamedTuple):
+class HeldOutPrompt(NamedTuple):
     """A prompt from a validation row: the text, its token ids, and the reference answer."""
 
     text: str
@@ -112,9 +112,9 @@ def validate(model: torch.nn.Module, data: Tokenised, budget: int, engine: Compu
     return measures(score_rows(model, data, budget, engine))
 
 
-def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longest: int) -> list[Question]:
+def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longest: int) -> list[HeldOutPrompt]:
     """The first `count` validation rows as prompts. Prompts that leave no room for an answer are skipped."""
-    found: list[Question] = []
+    found: list[HeldOutPrompt] = []
     for row in rows:
         if len(found) == count:
             break
@@ -123,7 +123,7 @@ def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longes
             continue
         _, ids = render_prompt(tokenizer, kind, prompt, row.row.get("tools"))
         if 0 < len(ids) <= longest:
-            found.append(Question(_as_asked(prompt), ids, reference))
+            found.append(HeldOutPrompt(_as_asked(prompt), ids, reference))
     return found
 
 
@@ -138,7 +138,7 @@ def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
 def answers(
     model: torch.nn.Module,
     tokenizer: Any,
-    asked: Sequence[Question],
+    asked: Sequence[HeldOutPrompt],
     most: int,
     engine: Compute,
     lead: Sequence[int] = (),
@@ -193,7 +193,7 @@ ANSWER_SECONDS = 60.0
 def answers_in_batches(
     model: torch.nn.Module,
     tokenizer: Any,
-    asked: Sequence[Question],
+    asked: Sequence[HeldOutPrompt],
     most: int,
     engine: Compute,
     lead: Sequence[int] = (),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from app.jobs.solved_examples import Asked
+from app.jobs.solved_examples import SolvedExample
 from app.planning.duration import EXAMPLES_A_CLASS, SHOTS
 from worker.data.batching import Row
 from worker.data.chat_template import as_trained, sample_of
@@ -22,13 +22,13 @@ from worker.data.chat_template import as_trained, sample_of
 MAX_VECTOR_ROWS, MAX_VECTOR_EXAMPLES = 400, 800
 
 
-def asked_of(rows: Sequence[Row], kind: str) -> list[tuple[int, Asked]]:
+def asked_of(rows: Sequence[Row], kind: str) -> list[tuple[int, SolvedExample]]:
     """(line, prompt with its answer) of every row that has both; plain texts have none."""
-    found = [(row.line, Asked(*sample_of(row.row, kind))) for row in rows if "text" not in as_trained(row.row)]
+    found = [(row.line, SolvedExample(*sample_of(row.row, kind))) for row in rows if "text" not in as_trained(row.row)]
     return [(line, one) for line, one in found if one.prompt and one.reference.strip()]
 
 
-def examples_of(training: Sequence[Row], kind: str, seed: int, count: int = SHOTS) -> list[Asked]:
+def examples_of(training: Sequence[Row], kind: str, seed: int, count: int = SHOTS) -> list[SolvedExample]:
     """The shortest of some drawn training rows, so that they leave room for the question."""
     rows = [row for row in training if "text" not in as_trained(row.row)]
     drawn = rows if len(rows) <= 8 * count else random.Random(seed).sample(rows, 8 * count)

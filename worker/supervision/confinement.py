@@ -77,7 +77,7 @@ def clean(folder: Path) -> None:
 # Its end ------------------------------------------------------------------------------------------------------------------
 
 
-class Space:
+class MountSpace:
     """The mount namespace of a confined process, by which everything it started is found: a child can leave its parent's process
     group and session, but not its mount namespace. Held open, so that its number cannot be reused."""
 

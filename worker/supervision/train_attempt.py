@@ -69,7 +69,7 @@ GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
 
 
-class Outcome(enum.Enum):
+class ClaimOutcome(enum.Enum):
     """What came of looking at something that waits for this worker."""
 
     DONE = "it was claimed, and is over"
@@ -78,19 +78,19 @@ class Outcome(enum.Enum):
     LEFT = "the worker was asked to leave"
 
 
-def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Outcome:
+def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
     """One attempt at this job. `going_down` says whether this worker was asked to leave."""
     if going_down():
-        return Outcome.LEFT  # the reaper redelivers the job
+        return ClaimOutcome.LEFT  # the reaper redelivers the job
     lease = _lease(job_id)
     if lease is None:
         log.info("Job %s waits for a GPU.", job_id)
-        return Outcome.NO_GPU  # the reaper redelivers it
+        return ClaimOutcome.NO_GPU  # the reaper redelivers it
     try:
         held = _retry_until_database(lambda: _claim(job_id, len(lease.files)))
         if held is None:
             log.info("Nothing to do for job %s.", job_id)
-            return Outcome.GONE
+            return ClaimOutcome.GONE
         log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
         with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
             attempt = Attempt(held, going_down, lease)
@@ -101,7 +101,7 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> O
         log.warning("Job %s: its fence was lost; nothing more is written.", job_id)
     finally:
         lease.release()
-    return Outcome.DONE
+    return ClaimOutcome.DONE
 
 
 def _lease(job_id: uuid.UUID) -> gpu_lease.GpuLease | None:
@@ -150,7 +150,7 @@ class Attempt:
         self.woken = threading.Event()  # an event, a request or a lost lease
         self.fence_lost = threading.Event()
         self.over = threading.Event()  # the trainer has exited: heartbeats continue until the end is recorded
-        self.space = confinement.Space()  # the trainer's mount namespace
+        self.space = confinement.MountSpace()  # the trainer's mount namespace
         self.wishes = lifecycle.ControlFlags(False, False, False)
         self.beaten_at = time.monotonic()
         self.stop_at: float | None = None  # when the trainer was asked to stop

@@ -72,7 +72,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenCheckpoint:
     path: Path
     bytes: int
     manifest_sha256: str
@@ -83,7 +83,7 @@ def relative(path: Path) -> str:
     return path.resolve().relative_to(get_settings().data_dir.resolve()).as_posix()
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], **facts: Any) -> Written:
+def write_folder(target: Path, fill: Callable[[Path], None], **facts: Any) -> WrittenCheckpoint:
     """Fill a folder under a temporary name and rename it to `target` once it is on disk with its manifest."""
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -101,7 +101,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], **facts: Any) -> Wr
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return Written(target, made["bytes"], digest)
+    return WrittenCheckpoint(target, made["bytes"], digest)
 
 
 def _sync(path: Path) -> None:
@@ -132,7 +132,7 @@ def save(
     trained: Named,
     optimizer: dict[str, torch.Tensor] | list[Path],
     rng: dict[str, torch.Tensor],
-) -> Written:
+) -> WrittenCheckpoint:
     """Write `checkpoint-<step>` in the attempt's folder; the optimizer's state may be files on the same disk, which are taken."""
     body = model.backbone if isinstance(model, Classifier) else model
 

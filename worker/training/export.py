@@ -15,12 +15,12 @@ from app.run_settings import RunSettings
 from app.spec import JobSpec
 from worker.modeling.classifier import Classifier
 from worker.modeling.loading import folder_of, load_strategy
-from worker.training.checkpoint import State, Written, write_folder, write_weights
+from worker.training.checkpoint import State, WrittenCheckpoint, write_folder, write_weights
 
 FINAL = "final"
 
 
-def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any, state: State) -> tuple[Written, str, str | None]:
+def export(attempt: Path, spec: JobSpec, model: torch.nn.Module, tokenizer: Any, state: State) -> tuple[WrittenCheckpoint, str, str | None]:
     """Write `final/` in the attempt's folder. Returns it with its revision and, for an adapter, the SHA-256 of its weights
     (over the SHA-256 of each file, in the order of their names, where there are several)."""
 

@@ -36,7 +36,7 @@ FOLD_ROWS = 3000
 """Cross-validation looks at this many rows at most: choosing C needs no more, and its time grows with each."""
 
 
-class Progress(NamedTuple):
+class FeatureProgress(NamedTuple):
     """Different texts done, of how many, and their tokens."""
 
     done: int
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 def embed(
     classifier: Classifier, tokenizer: Any, texts: Sequence[str], engine: Compute, *, max_length: int
-) -> Generator[Progress, None, np.ndarray]:
+) -> Generator[FeatureProgress, None, np.ndarray]:
     """One float32 vector per text, (texts, H), in their order. Texts of like length share a batch, packed without padding; on a CPU
     several batches are computed side by side.
 
@@ -70,7 +70,7 @@ def embed(
                 vectors = np.empty((len(unique), found.shape[1]), np.float32)
             vectors[batch] = found
             done, tokens = done + len(batch), tokens + sum(len(ids[i]) for i in batch)
-        yield Progress(done, len(unique), tokens)
+        yield FeatureProgress(done, len(unique), tokens)
     assert vectors is not None, "there is a text"
     place = {text: i for i, text in enumerate(unique)}
     return vectors[[place[text] for text in texts]]

@@ -19,12 +19,12 @@ from worker.training import row_losses
 from worker.training.objectives._base import Loader
 
 
-class Compared(NamedTuple):
+class FinalScores(NamedTuple):
     forgetting: dict[str, Any] | None
     evaluation: dict[str, Any]
 
 
-def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Compared]:
+def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, FinalScores]:
     """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its backend is
     gone afterwards, and the model with it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
@@ -44,9 +44,9 @@ def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Compa
     yield events.TaskProgress(what=telling.what, share=0.5)
     if losses:
         before_tuning = yield from telling(lesson.row_losses_before(base, budget, engine), 0.5, 0.9)
-        parts = [row_losses.Part(lesson.train, before_tuning, losses)]
+        parts = [row_losses.LossPart(lesson.train, before_tuning, losses)]
         if job.spec.validation is None:  # else they are rows of another dataset
-            parts.append(row_losses.Part(lesson.held_out, state.base_rows, state.best_rows or state.last_rows, held_out=True))
+            parts.append(row_losses.LossPart(lesson.held_out, state.base_rows, state.best_rows or state.last_rows, held_out=True))
         row_losses.write(job.attempt, parts)
     lost = known
     if texts:
@@ -59,7 +59,7 @@ def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Compa
     if evaluation:
         evaluation["steps"] = state.step
         evaluation["curve"] = [[step, loss] for step, loss in state.curve]
-    return Compared(lost, evaluation)
+    return FinalScores(lost, evaluation)
 
 
 def _loader(job: Any) -> Loader:

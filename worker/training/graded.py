@@ -10,7 +10,7 @@ import torch
 
 from app import graders
 from app.errors import BadData
-from app.graders import Sample, item_of
+from app.graders import GradedSample, item_of
 from app.kit import stats
 from app.spec import JobSpec
 from worker.data.batching import Row
@@ -48,7 +48,7 @@ class GradedRows:
                     scores.append(None)
                     continue
                 item = item_of(row.row, question.text, question.reference)
-                found = graders.scored(grader, graders.grade(grader, Sample(text), item))
+                found = graders.scored(grader, graders.grade(grader, GradedSample(text), item))
                 scores.append(found.score)
                 faults += [f"{grader.name}: {found.why}"] if found.why else []
             if known := [score for score in scores if score is not None]:

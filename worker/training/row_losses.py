@@ -17,7 +17,7 @@ FILE = "ledger.json"
 """As `app/jobs/row_losses.py` looks for it; this process does without the database that stands behind that file."""
 
 
-class Part(NamedTuple):
+class LossPart(NamedTuple):
     """Rows and both sides of each, in nats per learnt token (or per text, or per pair). Of held-out rows the first may be all."""
 
     rows: Tokenised
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     held_out: bool = False
 
 
-def write(attempt: Path, parts: Sequence[Part]) -> None:
+def write(attempt: Path, parts: Sequence[LossPart]) -> None:
     """Nothing is written where a loss is not finite."""
     if not all(math.isfinite(loss) for part in parts for loss in (*part.before, *part.after)):
         return

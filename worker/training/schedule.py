@@ -14,11 +14,11 @@ from app.spec import JobSpec
 from worker.data.packing import plan, stream
 from worker.modeling import packed_attention
 from worker.runtime.device import Compute
-from worker.training.objectives._base import Objective
+from worker.training.objectives._base import TrainingObjective
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StepPlan:
     """How a lesson's rows become steps."""
 
     budget: int  # tokens of a pass, at most where it has so many rows
@@ -42,7 +42,7 @@ class Schedule:
         return self.due(step) if self.save_every is None else step == self.total_steps or step % self.save_every == 0
 
 
-def course_of(lesson: Objective, engine: Compute) -> Schedule:
+def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
     """The lesson's packs and steps, counted."""
     run, lengths = lesson.spec.run, lesson.train.lengths
     rows = run.batch_size and run.batch_size // run.micro_batches
@@ -54,10 +54,10 @@ def course_of(lesson: Objective, engine: Compute) -> Schedule:
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
-    return Schedule(budget, packs, total, every, run.save_steps, most, rows)
+    return StepPlan(budget, packs, total, every, run.save_steps, most, rows)
 
 
-def seconds_expected(spec: JobSpec, course: Schedule) -> float:
+def seconds_expected(spec: JobSpec, course: StepPlan) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
     work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
     return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine().on(spec.run.device))

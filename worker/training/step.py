@@ -12,8 +12,8 @@ from worker.data.packing import divide
 from worker.runtime.device import Compute
 from worker.training import optim
 from worker.training.backends._base import StepBackend, StepBatch
-from worker.training.objectives._base import Objective, body_of
-from worker.training.schedule import Schedule
+from worker.training.objectives._base import TrainingObjective, body_of
+from worker.training.schedule import StepPlan
 
 
 def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
@@ -40,7 +40,7 @@ def next_batch(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> StepBat
     return StepBatch(job.lesson.learnt(rows), batches)
 
 
-def parts_of(backend: StepBackend, lesson: Objective, model: torch.nn.Module, engine: Compute, course: Schedule) -> int:
+def parts_of(backend: StepBackend, lesson: TrainingObjective, model: torch.nn.Module, engine: Compute, course: StepPlan) -> int:
     """How many parts of a pack are computed by a thread each. One where a pass draws random numbers, as dropout does: parts would draw
     them in whatever order they happen to run in."""
     parts = engine.parts(course.budget) if backend.in_parts else 1

@@ -136,7 +136,7 @@ def train_on_features(spec: JobSpec, folder: Path, control: Any, began: float) -
         training_row_losses.write(
             folder,
             [
-                training_row_losses.Part(
+                training_row_losses.LossPart(
                     tokenise_texts(tokenizer, rows, longest),
                     (-np.log(shares[labels])).tolist(),
                     row_losses(_probabilities(classifier.head, vectors), labels),

@@ -22,7 +22,7 @@ from app.datasets.readers._passages import read_txt
 from app.datasets.readers._sheets import read_xlsx
 from app.datasets.readers._tables import read_csv, read_parquet, read_tsv
 from app.errors import BadData, Unsupported
-from app.formats._base import Finding, shown
+from app.formats._base import RowFinding, shown
 
 __all__ = ["ACCEPTED", "Raw", "kind_of", "parse_json", "read"]
 
@@ -111,7 +111,7 @@ def read_zip(path: Path) -> Iterator[Raw]:
             for member in members:
                 if len(members) > 1:
                     text = f"“{shown(member.filename, 80)}” begins here: the {len(members)} files of the archive are read as one."
-                    yield Raw(last + 1, None, Finding("several_files", text, severity="note"))
+                    yield Raw(last + 1, None, RowFinding("several_files", text, severity="note"))
                 before = last
                 with archive.open(member) as opened:
                     stream = Unpacked(opened, path.stat().st_size, archive.fp)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from app.formats._base import Finding, Row
+from app.formats._base import Row, RowFinding
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line, field or element is reported and skipped without being held in memory."""
@@ -24,6 +24,6 @@ class Raw(NamedTuple):
 
     line: int
     row: Row | None
-    problem: Finding | None = None
+    problem: RowFinding | None = None
     repaired: Row | None = None
     text: str | None = None

@@ -11,7 +11,7 @@ from typing import IO, BinaryIO
 from app.datasets.readers import _base
 from app.datasets.readers._base import CHUNK_BYTES, MAX_RATIO, MAX_UNPACKED_BYTES, Raw
 from app.errors import BadData
-from app.formats._base import Finding, shown
+from app.formats._base import RowFinding, shown
 
 
 class Unpacked(io.RawIOBase):
@@ -44,12 +44,12 @@ def decode_marks(stream: BinaryIO) -> tuple[Iterator[bytes], list[Raw]]:
     notes: list[Raw] = []
     if head.startswith(codecs.BOM_UTF8):
         head = head[3:]
-        notes.append(Raw(1, None, Finding("bom", "The file begins with a byte order mark, which was skipped.", severity="note")))
+        notes.append(Raw(1, None, RowFinding("bom", "The file begins with a byte order mark, which was skipped.", severity="note")))
     else:
         encoding = _utf_16_or_32(head)
         if encoding:
             text = f"The file is {encoding.upper()}, not UTF-8; it was converted."
-            notes.append(Raw(1, None, Finding("utf_16", text, severity="note")))
+            notes.append(Raw(1, None, RowFinding("utf_16", text, severity="note")))
             return _converted(head, stream, encoding), notes
     return _chunks(head, stream), notes
 
@@ -113,20 +113,20 @@ def lines_of(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
         yield number, None if too_long else rest
 
 
-def text_of_line(line: bytes) -> str | Finding:
+def text_of_line(line: bytes) -> str | RowFinding:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         before = line[max(0, error.start - 20) : error.start + 20].decode("cp1252", "replace")
-        return Finding(
+        return RowFinding(
             "not_utf8",
             f"Byte {error.start + 1} of this line is not UTF-8. If the file is from Windows, its encoding may be cp1252. Save it as UTF-8.",
             value=shown(before),
         )
 
 
-def too_long(what: str = "line") -> Finding:
-    return Finding(
+def too_long(what: str = "line") -> RowFinding:
+    return RowFinding(
         "line_too_long",
         f"This {what} is longer than {_base.MAX_LINE_BYTES >> 20} MiB and was skipped. Write one row per line, or split this row.",
     )

@@ -13,14 +13,14 @@ from app.datasets.readers._base import Raw
 from app.datasets.readers._bytes import chain, lines_of, text_of_line, too_long
 from app.datasets.readers._repair import LABELS, offer, repaired, windows_text
 from app.errors import BadData
-from app.formats._base import Finding, Row, shown
+from app.formats._base import Row, RowFinding, shown
 from app.kit.json_safe import DEEPEST, too_deep
 
 
 class _Odd(ValueError):
     """JSON that Python's parser accepts and that must be refused."""
 
-    def __init__(self, finding: Finding) -> None:
+    def __init__(self, finding: RowFinding) -> None:
         super().__init__(finding.message)
         self.finding = finding
 
@@ -32,21 +32,21 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, _ in pairs:
             if key in seen:
                 raise _Odd(
-                    Finding("duplicate_key", f"The key “{shown(key, 60)}” stands twice in one object. Keep one of them.", shown(key, 60))
+                    RowFinding("duplicate_key", f"The key “{shown(key, 60)}” stands twice in one object. Keep one of them.", shown(key, 60))
                 )
             seen.add(key)
     return result
 
 
 def _constant(name: str) -> Any:
-    raise _Odd(Finding("not_a_number", f"{name} is not JSON. Write null or a number.", value=name))
+    raise _Odd(RowFinding("not_a_number", f"{name} is not JSON. Write null or a number.", value=name))
 
 
 def _float(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
         text = f"{shown(digits, 40)} is larger than a number can be here. Write null, a smaller number, or a text."
-        raise _Odd(Finding("not_a_number", text, value=shown(digits, 60)))
+        raise _Odd(RowFinding("not_a_number", text, value=shown(digits, 60)))
     return number
 
 
@@ -54,7 +54,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, 
 _surrogates = re.compile("[\ud800-\udfff]")
 
 
-def parse_json(text: str) -> Row | Finding:
+def parse_json(text: str) -> Row | RowFinding:
     """One row from its JSON text, or the problem."""
     try:
         value = _decoder.decode(text)
@@ -63,18 +63,18 @@ def parse_json(text: str) -> Row | Finding:
     except RecursionError:
         return _too_deep(text)
     except json.JSONDecodeError as error:
-        return Finding(
+        return RowFinding(
             "invalid_json",
             f"Not valid JSON: {error.msg} at character {error.pos + 1}. {_hint(text, error)}".strip(),
             value=shown(text, 120),
         )
     except ValueError:
         message = "A number here has more than 4,300 digits. Write it as a text, in double quotes."
-        return Finding("invalid_json", message, value=shown(text, 60))
+        return RowFinding("invalid_json", message, value=shown(text, 60))
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}.get(type(value), "a number")
         message = f"A row must be an object, and this is {kind}. Name its columns, as in {{“prompt”: …, “completion”: …}}."
-        return Finding("wrong_shape", message, value=shown(value, 120))
+        return RowFinding("wrong_shape", message, value=shown(value, 120))
     if text.count("[") + text.count("{") > DEEPEST and too_deep(value):
         return _too_deep(text)
     if "\\u" in text and (found := _unwritable(value)):
@@ -82,8 +82,8 @@ def parse_json(text: str) -> Row | Finding:
     return value
 
 
-def _too_deep(text: str) -> Finding:
-    return Finding("too_deep", f"This JSON is nested deeper than {DEEPEST} levels. Flatten it.", value=shown(text, 60))
+def _too_deep(text: str) -> RowFinding:
+    return RowFinding("too_deep", f"This JSON is nested deeper than {DEEPEST} levels. Flatten it.", value=shown(text, 60))
 
 
 def _hint(text: str, error: json.JSONDecodeError) -> str:
@@ -113,12 +113,12 @@ def _hint(text: str, error: json.JSONDecodeError) -> str:
     return "Each line must be one object in braces, as Python's json.dumps writes it."
 
 
-def _unwritable(value: Any) -> Finding | None:
+def _unwritable(value: Any) -> RowFinding | None:
     """A lone surrogate anywhere, or a NUL in a key. A NUL in a text is a finding of the report, which can remove it. The path is
     built while the recursion returns: a path for every member of a deep row would take far more memory than the row."""
     if isinstance(value, str):
         half = _surrogates.search(value)
-        return half and Finding(
+        return half and RowFinding(
             "lone_surrogate",
             f"The text holds half of a character (\\u{ord(half.group()):04x}), as is left when an emoji is cut in two. Write the whole character.",
             None,
@@ -130,12 +130,12 @@ def _unwritable(value: Any) -> Finding | None:
         return None
     if nul := next((key for key in value if "\0" in key), None):
         text = f"The key “{shown(nul, 60)}” holds a NUL character, which no database can store. Remove it."
-        return Finding("nul", text, None, shown(nul, 60))
+        return RowFinding("nul", text, None, shown(nul, 60))
     inner = next((_inside(shown(key, 60), found) for key, item in value.items() if (found := _unwritable(item))), None)
     return inner or next((found for key in value if (found := _unwritable(key))), None)
 
 
-def _inside(step: str, found: Finding) -> Finding:
+def _inside(step: str, found: RowFinding) -> RowFinding:
     """A finding inside a key, or inside an index in brackets."""
     rest = found.column or ""
     return found._replace(column=f"{step}.{rest}" if rest and not rest.startswith("[") else f"{step}{rest}")
@@ -143,10 +143,10 @@ def _inside(step: str, found: Finding) -> Finding:
 
 def _row(line: int, data: bytes) -> Raw:
     text = text_of_line(data)
-    row = text if isinstance(text, Finding) else parse_json(text)
-    if not isinstance(row, Finding):
+    row = text if isinstance(text, RowFinding) else parse_json(text)
+    if not isinstance(row, RowFinding):
         return Raw(line, row)
-    meant = windows_text(data) if isinstance(text, Finding) else text
+    meant = windows_text(data) if isinstance(text, RowFinding) else text
     whole = repaired(meant) if meant is not None and row.rule in LABELS else None
     return Raw(line, None, offer(row, whole), whole, data.decode("utf-8", "backslashreplace"))
 
@@ -172,7 +172,7 @@ def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
 def read_jsonl(chunks: Iterator[bytes]) -> Iterator[Raw]:
     first, chunks = _peek(chunks)
     if first == b"[":
-        yield Raw(1, None, Finding("json_array", "The file holds one JSON list, so it was read as .json.", severity="note"))
+        yield Raw(1, None, RowFinding("json_array", "The file holds one JSON list, so it was read as .json.", severity="note"))
         yield from _elements(chunks)
         return
     for number, line in lines_of(chunks):
@@ -212,7 +212,7 @@ def _elements(chunks: Iterator[bytes]) -> Iterator[Raw]:
             return
     yield from (_cut_row(*item) for item in cutter.emit())
     text = "The list does not end with “]”: the file may have been cut off. The rows before this line were read."
-    yield Raw(cutter.line, None, Finding("invalid_json", text))
+    yield Raw(cutter.line, None, RowFinding("invalid_json", text))
 
 
 def _cut_row(line: int, data: bytes | None) -> Raw:

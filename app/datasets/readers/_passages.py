@@ -9,7 +9,7 @@ from app.datasets.readers import _base
 from app.datasets.readers._base import Raw
 from app.datasets.readers._bytes import chain, lines_of, text_of_line, too_long
 from app.datasets.readers._repair import offer, windows_text
-from app.formats._base import Finding, shown
+from app.formats._base import RowFinding, shown
 
 
 def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
@@ -20,8 +20,8 @@ def read_txt(chunks: Iterator[bytes]) -> Iterator[Raw]:
     for number, line in lines_of(chain(head, chunks)):
         text = text_of_line(line) if line is not None else too_long()
         if isinstance(text, str) and "\0" in text:
-            text = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
-        if isinstance(text, Finding):
+            text = RowFinding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
+        if isinstance(text, RowFinding):
             meant = windows_text(line) if line is not None and text.rule == "not_utf8" else None
             row = {"text": meant.strip()} if meant and meant.strip() else None
             yield Raw(number, None, offer(text, row), row)

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from app.formats._base import Finding, Row, fix
+from app.formats._base import Row, RowFinding, fix
 from app.kit.json_safe import finite, storable, too_deep
 
 LABELS = {
@@ -23,7 +23,7 @@ _COMMA = re.compile(r",(\s*[}\]])")
 _lenient = json.JSONDecoder(strict=False, parse_constant=lambda name: None, parse_float=finite)
 
 
-def offer(problem: Finding, row: Row | None) -> Finding:
+def offer(problem: RowFinding, row: Row | None) -> RowFinding:
     """The finding with a fix, where there is a row that the line can become."""
     if row is None or problem.rule not in LABELS:
         return problem

@@ -15,7 +15,7 @@ from app.datasets.readers import _base
 from app.datasets.readers._base import Raw
 from app.datasets.readers._tables import as_json, check_names
 from app.errors import BadData
-from app.formats._base import Finding, shown
+from app.formats._base import RowFinding, shown
 from app.kit.json_safe import storable
 
 MAX_ROWS = 1 << 20
@@ -78,10 +78,10 @@ def _check_archive(path: Path) -> None:
         raise _broken(text, "This looks like a file made to fill a machine. Upload the rows as .csv.")
 
 
-def _other_sheets(titles: list[str]) -> Finding:
+def _other_sheets(titles: list[str]) -> RowFinding:
     others = ", ".join(f"“{shown(title, 40)}”" for title in titles[1:6]) + (", …" if len(titles) > 6 else "")
     text = f"Only the sheet “{shown(titles[0], 40)}” was read, not {others}. To use another, move it to the front or save it as a file."
-    return Finding("other_sheets", text, severity="note")
+    return RowFinding("other_sheets", text, severity="note")
 
 
 def _rows(sheet: Any) -> Iterator[Filled]:
@@ -118,13 +118,13 @@ def _table(rows: Iterator[Filled]) -> Iterator[Raw]:
     start = _header_of(head)
     if start:
         text = f"The rows above the column names in row {head[start][0]} were skipped."
-        yield Raw(head[0][0], None, Finding("title_rows", text, severity="note"))
+        yield Raw(head[0][0], None, RowFinding("title_rows", text, severity="note"))
     names = [str(name).strip() if name is not None else f"column_{n}" for n, name in enumerate(head[start][1], 1)]
     check_names(names)
     for number, values in chain(head[start + 1 :], rows):
         if len(values) > len(names):
             text = f"This row has {len(values)} cells and the header has {len(names)}. Name the other columns, or clear their cells."
-            problem = Finding("ragged", text, value=shown(values[-1], 120))
+            problem = RowFinding("ragged", text, value=shown(values[-1], 120))
             yield Raw(number, None, problem, None, as_json(["" if value is None else value for value in values], names))
         else:
             yield Raw(number, dict(zip(names, values + [None] * (len(names) - len(values)), strict=True)))

@@ -15,7 +15,7 @@ from app.datasets.readers._base import Raw
 from app.datasets.readers._bytes import lines_of, text_of_line, too_long
 from app.datasets.readers._repair import offer, windows_text
 from app.errors import BadData
-from app.formats._base import Finding, shown
+from app.formats._base import RowFinding, shown
 from app.kit.json_safe import storable
 
 _MAX_COLUMNS = 10_000
@@ -34,7 +34,7 @@ class _TextLines:
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._lines = lines_of(chunks)
-        self.problem: Finding | None = None
+        self.problem: RowFinding | None = None
         self.first = self.last = 1  # of the last row read
         self.whole = True  # whether the lines can be decoded all the same, as Windows-1252
 
@@ -46,12 +46,12 @@ class _TextLines:
                 yield "\n"
                 continue
             text = text_of_line(line)
-            if isinstance(text, Finding):
+            if isinstance(text, RowFinding):
                 meant = windows_text(line)
                 self.problem, self.whole = text, self.whole and meant is not None
                 text = meant if meant is not None else line.decode("utf-8", "replace")
             if "\0" in text:
-                self.problem = Finding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
+                self.problem = RowFinding("nul", "This line holds a NUL character. Remove it.", value=shown(text, 80))
                 text, self.whole = text.replace("\0", ""), False
             yield text + "\n"
 
@@ -119,27 +119,29 @@ def as_json(cells: Sequence[Any], header: list[str]) -> str | None:
     return json.dumps({name: cells[n] if n < len(cells) else "" for n, name in enumerate(names)}, ensure_ascii=False, indent=2)
 
 
-def _of_header(problem: Finding, whole: bool) -> Finding:
+def _of_header(problem: RowFinding, whole: bool) -> RowFinding:
     """A problem up to the header; the rows below it are valid all the same."""
     read = " The names were read as Windows-1252 writes them." if problem.rule == "not_utf8" and whole else ""
     return problem._replace(message=f"The line of column names: {problem.message}{read}", severity="warning")
 
 
-def _csv_problem(error: csv.Error, first: int, last: int) -> Finding:
+def _csv_problem(error: csv.Error, first: int, last: int) -> RowFinding:
     if "unexpected end" in str(error):
-        return Finding("open_quote", f"A quote that opens in the row of line {first} is never closed. Double every quote inside a field.")
+        return RowFinding(
+            "open_quote", f"A quote that opens in the row of line {first} is never closed. Double every quote inside a field."
+        )
     if "field limit" in str(error) or "larger than field" in str(error):
-        return Finding(
+        return RowFinding(
             "line_too_long",
             f"A field here is larger than {_base.MAX_LINE_BYTES >> 20} MiB; a quote may never be closed. Double every quote inside a field.",
         )
-    return Finding("bad_quotes", f"The quotes of line {last} cannot be read: {error}. Double every quote inside a field.")
+    return RowFinding("bad_quotes", f"The quotes of line {last} cannot be read: {error}. Double every quote inside a field.")
 
 
-def _ragged(cells: list[str], header: list[str], delimiter: str) -> Finding:
+def _ragged(cells: list[str], header: list[str], delimiter: str) -> RowFinding:
     mark = {"\t": "tab", ";": "semicolon", "|": "bar"}.get(delimiter, "comma")
     advice = f"Put quotes around a field that holds a {mark}." if len(cells) > len(header) else "A field is missing."
-    return Finding(
+    return RowFinding(
         "ragged", f"This row has {len(cells)} fields and the header has {len(header)}. {advice}", value=shown(delimiter.join(cells), 120)
     )
 

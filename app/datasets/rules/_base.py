@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from app import formats
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import Row
 from app.objectives import OBJECTIVES
 
@@ -17,7 +17,7 @@ WORD = re.compile(r"\w+")
 MAX_ROWS = 400_000
 """Maximum rows that a rule stores something of; those beyond are not compared. 480 bytes of signature each: about 200 MB."""
 
-Say = Callable[[int | None, Finding], None]
+Say = Callable[[int | None, RowFinding], None]
 
 
 MAX_WORDS = 20_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.datasets.edits import CONTROL
 from app.datasets.rules._base import Rule, Seen
-from app.formats import Finding
+from app.formats import RowFinding
 from app.formats._base import around, fix
 
 
@@ -14,4 +14,4 @@ class ControlCharacters(Rule):
             if found := CONTROL.search(part):
                 message = f"The text holds the control character {found.group()!r}."
                 value = around(part, found)
-                self.say(seen.line, Finding("control_character", message, column, value, "warning", fix("Remove it", "strip_control")))
+                self.say(seen.line, RowFinding("control_character", message, column, value, "warning", fix("Remove it", "strip_control")))

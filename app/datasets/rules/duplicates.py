@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from app.datasets.issue_names import choice
 from app.datasets.rules._base import Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import fingerprint, fix, shown
 
 MAX_REMEMBERED = 3_000_000
@@ -29,7 +29,7 @@ class Duplicates(Rule):
         first = self._seen.setdefault(fingerprint(whole), line)
         if first != line:
             message = f"This row is the same as line {first}."
-            self.say(line, Finding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
+            self.say(line, RowFinding("duplicate", message, None, None, "warning", fix("Remove row", "drop_row")))
             return
         asked, said = seen.shape.compared(row)
         if not asked:
@@ -39,4 +39,4 @@ class Duplicates(Rule):
         if told_before != told:
             rule, message, wrong = seen.shape.contradiction(row, before)
             question = shown(seen.shape.question(row), 120)
-            self.say(line, Finding(rule, message, None, question, "warning" if wrong else "note", choice(before)))
+            self.say(line, RowFinding(rule, message, None, question, "warning" if wrong else "note", choice(before)))

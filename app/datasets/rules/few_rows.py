@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.datasets.rules._base import Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 
 MIN_ROWS = 10
 
@@ -22,4 +22,4 @@ class FewRows(Rule):
         if not self.classifies and self._rows < MIN_ROWS:
             rows = f"{self._rows} valid row{'s' if self._rows != 1 else ''}"
             message = f"Only {rows}: enough to try things out, too few to train on. A few dozen valid rows already show an effect."
-            self.say(None, Finding("few_rows", message, severity="warning"))
+            self.say(None, RowFinding("few_rows", message, severity="warning"))

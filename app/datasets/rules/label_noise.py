@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import fix, shown
 
 if TYPE_CHECKING:
@@ -86,4 +86,4 @@ class LabelNoise(Rule):
 
     def _tell(self, row: int, own: str, other: str) -> None:
         message = f"Its words are typical of “{shown(other, 60)}”, not of “{shown(own, 60)}”. The label may be wrong."
-        self.say(self._lines[row], Finding("label_noise", message, None, shown(own, 60), "warning", fix("Remove row", "drop_row")))
+        self.say(self._lines[row], RowFinding("label_noise", message, None, shown(own, 60), "warning", fix("Remove row", "drop_row")))

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from app.datasets.rules._base import Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import fix, shown
 
 MAX_COUNTED = 20_000
@@ -37,7 +37,7 @@ class Labels(Rule):
         if len(self._counts) == 1:
             (only,) = self._counts
             message = f"Every row has the label “{shown(only, 60)}”. A classifier needs at least two."
-            self.say(None, Finding("one_class", message, None, shown(only), "warning"))
+            self.say(None, RowFinding("one_class", message, None, shown(only), "warning"))
             return
         spelled = self._variants()
         often = [label for label, count in self._counts.items() if count > 1]
@@ -74,7 +74,7 @@ class Labels(Rule):
         return f"{self._counts[label]:,} row{'s' if self._counts[label] != 1 else ''}"
 
     def _warn(self, label: str, rule: str, message: str, repair: dict[str, object] | None = None) -> None:
-        self.say(self._first[label], Finding(rule, message, None, shown(label), "warning", repair))
+        self.say(self._first[label], RowFinding(rule, message, None, shown(label), "warning", repair))
 
 
 def _merge(title: str, labels: list[str], into: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from app.datasets.rules._base import MAX_ROWS, WORD, Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import fix, shown
 
 MIN_LETTERS, MIN_COMMON = 20, 4
@@ -97,7 +97,7 @@ class Languages(Rule):
             names = list(self._names)
             said = ", ".join(f"{names[key]} {number / len(self._of):.0%}" for key, number in counts.most_common(4))
             self.say(
-                1, Finding("mixed_languages", f"The rows are in several languages, none of them the main one: {said}.", severity="note")
+                1, RowFinding("mixed_languages", f"The rows are in several languages, none of them the main one: {said}.", severity="note")
             )
             return
         names = list(self._names)
@@ -105,4 +105,4 @@ class Languages(Rule):
             if number != main:
                 message = f"This row looks like {names[number]}, and most rows are {names[main]}."
                 repair = fix("Remove row", "drop_row")
-                self.say(line, Finding("other_language", message, None, shown(names[number], 60), "note", repair))
+                self.say(line, RowFinding("other_language", message, None, shown(names[number], 60), "note", repair))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from app.datasets.rules._base import MAX_ROWS, Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 from app.formats._base import fix
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class NearDuplicates(Rule):
                         best[row] = (share, first)
         for row, (share, first) in sorted(best.items()):
             message = f"This row is nearly the same as line {self._lines[first]} (about {share:.0%} alike)."
-            self.say(self._lines[row], Finding("near_duplicate", message, severity="warning", fix=fix("Remove row", "drop_row")))
+            self.say(self._lines[row], RowFinding("near_duplicate", message, severity="warning", fix=fix("Remove row", "drop_row")))
 
     def _ends_alike(self, one: int, other: int) -> bool:
         """Whether two prompts begin and end with nearly the same words."""

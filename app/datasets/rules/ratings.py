@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.datasets.rules._base import Rule, Say, Seen
-from app.formats import Finding, Format
+from app.formats import Format, RowFinding
 
 
 class Ratings(Rule):
@@ -21,4 +21,4 @@ class Ratings(Rule):
         if len(self._given) == 1:
             (only,) = self._given
             message = f"Every answer is rated {only}; training needs both kinds."
-            self.say(None, Finding("one_class", message, self.mapping.get("label"), only, "warning"))
+            self.say(None, RowFinding("one_class", message, self.mapping.get("label"), only, "warning"))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from app.datasets.rules._base import Rule, Seen
-from app.formats import Finding
+from app.formats import RowFinding
 from app.formats._base import fix
 
 # Checks: (match, the text that is hidden) → whether it is real --------------------------------------------------------
@@ -110,7 +110,7 @@ def _phone(found: re.Match[str], text: str) -> bool:
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
+class SecretKind(NamedTuple):
     """One kind of secret or personal data: a text must contain one of `needs`, or seven digits close to each other, for the
     pattern to be tried; most texts do not, and that is cheap to check. Where the pattern has a group `v`, only that is hidden."""
 
@@ -124,30 +124,30 @@ class Kind(NamedTuple):
 _SEVEN_DIGITS = re.compile(r"\d(?:[ .()/-]{0,2}\d){6}")
 _HOLDS = r"""["']?\s*[:=]\s*(?:Bearer\s+)?["'`]?"""
 KINDS = (
-    Kind("a private key", "secret", ("PRIVATE KEY",), re.compile(
+    SecretKind("a private key", "secret", ("PRIVATE KEY",), re.compile(
         r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY(?: BLOCK)?-----(?:(?:(?!-----)[\s\S]){0,20000}-----END (?:[A-Z]+ )?PRIVATE KEY(?: BLOCK)?-----|[A-Za-z0-9+/=\s\\]+)"
     ), _key_block),
-    Kind("an API key", "secret", ("sk-", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "hf_", "glpat-", "sk_", "rk_", "npm_", "pypi-", "SG.", "ya29.", "gsk_", "dop_v1_"), re.compile(
+    SecretKind("an API key", "secret", ("sk-", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "hf_", "glpat-", "sk_", "rk_", "npm_", "pypi-", "SG.", "ya29.", "gsk_", "dop_v1_"), re.compile(
         r"(?<![A-Za-z0-9_-])(?:sk-(?:[a-z]+-)?[\w-]{20,}|AIza[\w-]{35}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|xox[abeprs]-[\w-]{10,}|hf_[A-Za-z0-9]{30,}"
         r"|glpat-[\w-]{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}|SG\.[\w-]{16,32}\.[\w-]{16,64}|ya29\.[\w-]{20,}"
         r"|gsk_[A-Za-z0-9]{40,}|dop_v1_[a-f0-9]{64})", re.ASCII
     ), lambda found, text: text.startswith(("AIza", "xox", "SG.", "ya29.")) or _drawn(found, text)),
-    Kind("an AWS key", "secret", ("AKIA", "ASIA"), re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), lambda found, text: True),
-    Kind("a signed token", "secret", ("eyJ",), re.compile(  # looked at from the start of a run of such letters alone, once it is seen to end well
+    SecretKind("an AWS key", "secret", ("AKIA", "ASIA"), re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), lambda found, text: True),
+    SecretKind("a signed token", "secret", ("eyJ",), re.compile(  # looked at from the start of a run of such letters alone, once it is seen to end well
         r"(?<![\w-])(?=[\w-]++\.eyJ[\w-]{10,}+\.[\w-]{10})[\w-]*?\b(?P<v>eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
     ), lambda found, text: True),
-    Kind("a key or token", "secret", ("key", "KEY", "Key", "ecret", "ECRET", "oken", "OKEN", "uthorization"), re.compile(
+    SecretKind("a key or token", "secret", ("key", "KEY", "Key", "ecret", "ECRET", "oken", "OKEN", "uthorization"), re.compile(
         rf"(?i)(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|secret(?:[_-]?key)?|(?:access|auth|api|refresh)[_-]?token|authorization){_HOLDS}(?P<v>[A-Za-z0-9_/+=-]{{16,}}+)"
     ), _token),
-    Kind("a password", "secret", ("://",), re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<v>[^\s/:@]{4,100})@"), _password),
-    Kind("a password", "secret", ("assword", "ASSWORD", "asswort", "asswd", "ASSWD", "assphrase", "ASSPHRASE", "pwd", "PWD"), re.compile(
+    SecretKind("a password", "secret", ("://",), re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{0,64}:(?P<v>[^\s/:@]{4,100})@"), _password),
+    SecretKind("a password", "secret", ("assword", "ASSWORD", "asswort", "asswd", "ASSWD", "assphrase", "ASSPHRASE", "pwd", "PWD"), re.compile(
         rf"""(?i)(?<![a-z])(?:\w{1,30}_)?(?:pass(?:wor[dt]|wd|phrase)|pwd){_HOLDS}(?P<v>[^\s"'`,;()<>\[\]{{}}]{{6,100}}+)(?![\w(\[{{<])"""
     ), _password),
-    Kind("an e-mail address", "personal_data", ("@",), re.compile(r"\b[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,12}[A-Za-z]{2,18}\b"), _mail),
-    Kind("a card number", "personal_data", None, re.compile(r"(?<![\w.-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?:\1?\d{3})?|\d{4}([ -]?)\d{6}\2\d{4,5})(?![\w-]|\.\d)"), _card),
-    Kind("a bank account", "personal_data", None, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
-    Kind("a social security number", "personal_data", None, re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])"), lambda found, text: True),
-    Kind("a phone number", "personal_data", None, re.compile(
+    SecretKind("an e-mail address", "personal_data", ("@",), re.compile(r"\b[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,12}[A-Za-z]{2,18}\b"), _mail),
+    SecretKind("a card number", "personal_data", None, re.compile(r"(?<![\w.-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?:\1?\d{3})?|\d{4}([ -]?)\d{6}\2\d{4,5})(?![\w-]|\.\d)"), _card),
+    SecretKind("a bank account", "personal_data", None, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban),
+    SecretKind("a social security number", "personal_data", None, re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])"), lambda found, text: True),
+    SecretKind("a phone number", "personal_data", None, re.compile(
         r"(?<![\w.])(?:\+[1-9]\d{0,2}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}|\+[1-9]\d{9,14}|(?:\((?:[2-9]\d\d|123)\) ?|(?<!-)(?:[2-9]\d\d|123)-)\d{3}-\d{4}"
         r"|(?<!\d[ .])0[1-9](?:[ .]\d\d){4}(?![ .]?\d)|07\d{3} \d{3} ?\d{3}|01[5-7]\d{1,2}[ /-]\d{6,8}|00[1-9]\d{0,2}(?:[ /-]\d{2,12}){2,7}"
         r"|(?i:(?:tel|phone|telephone|call|mobile|cell|fax|telefon|handy|mobil|tél)(?:\.|:|\.:| number| no\.)?:? {0,2})(?P<v>\(?0\d{1,4}\)?[ /-]?\d[\d /-]{4,12}\d))(?![\w-])"
@@ -199,7 +199,7 @@ class Secrets(Rule):
             if len(text) > MAX_LOOKED_AT:
                 beyond = f"Only the first {MAX_LOOKED_AT:,} of its {len(text):,} characters were looked at for secrets and personal data."
                 self.say(
-                    seen.line, Finding("not_looked_at", f"{beyond} Split the text to have all of it looked at.", column, severity="note")
+                    seen.line, RowFinding("not_looked_at", f"{beyond} Split the text to have all of it looked at.", column, severity="note")
                 )
             told: set[str] = set()
             for rule, name, start, end in find(text[:MAX_LOOKED_AT]):
@@ -208,4 +208,4 @@ class Secrets(Rule):
                 told.add(name)
                 message = f"The text holds what looks like {name}; a model may repeat it to anyone."
                 hidden = text[start : start + 3] + "…" if rule == "secret" else text[start:end]
-                self.say(seen.line, Finding(rule, message, column, hidden, "warning", fix("Redact", "mask")))
+                self.say(seen.line, RowFinding(rule, message, column, hidden, "warning", fix("Redact", "mask")))

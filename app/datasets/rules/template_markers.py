@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.datasets.edits import markers
 from app.datasets.rules._base import Rule, Seen
-from app.formats import Finding
+from app.formats import RowFinding
 from app.formats._base import around, fix
 
 
@@ -16,4 +16,4 @@ class TemplateMarkers(Rule):
                     f"The text holds “{found.group()}”, which chat templates use to mark turns; the model would be trained to write it."
                 )
                 value = around(part, found)
-                self.say(seen.line, Finding("template_marker", message, column, value, "warning", fix("Remove it", "strip_markers")))
+                self.say(seen.line, RowFinding("template_marker", message, column, value, "warning", fix("Remove it", "strip_markers")))

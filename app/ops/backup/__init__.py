@@ -11,6 +11,6 @@ studio never change under their final name, so nothing has to stop; what was del
 from __future__ import annotations
 
 from app.ops.backup.restoring import check, restore
-from app.ops.backup.taking import Report, take
+from app.ops.backup.taking import BackupReport, take
 
-__all__ = ["Report", "check", "restore", "take"]
+__all__ = ["BackupReport", "check", "restore", "take"]

@@ -27,7 +27,7 @@ _LIVE = (("jobs", "runs/{}"), ("exports", "exports/{}"), ("evaluations", "evalua
 
 
 @dataclass
-class Named:
+class BackupContents:
     """What to copy, in paths relative to the data folder. `files` has the SHA-256 where the rows or a manifest know it."""
 
     files: dict[str, str | None] = field(default_factory=dict)
@@ -38,9 +38,9 @@ class Named:
     checkpoints: set[str] = field(default_factory=set)
 
 
-def named(connection: psycopg.Connection, root: Path) -> Named:
+def named(connection: psycopg.Connection, root: Path) -> BackupContents:
     """Read what the rows of this snapshot name. What is removed soonest, the checkpoints, comes first in `files`."""
-    found, present = Named(), set(rows.tables(connection))
+    found, present = BackupContents(), set(rows.tables(connection))
     for (path,) in connection.execute(_CHECKPOINTS):
         found.checkpoints.add(path)
         _add_folder(found, root, path)
@@ -59,7 +59,7 @@ def named(connection: psycopg.Connection, root: Path) -> Named:
     return found
 
 
-def _add_folder(found: Named, root: Path, path: str) -> None:
+def _add_folder(found: BackupContents, root: Path, path: str) -> None:
     """A folder with a manifest, which gives the SHA-256 of each file."""
     made = manifest.read(root / path)
     if made is None:
@@ -69,7 +69,7 @@ def _add_folder(found: Named, root: Path, path: str) -> None:
     found.files |= {f"{path}/{name}": entry["sha256"] for name, entry in made["files"].items()}
 
 
-def walk(found: Named, root: Path) -> Iterator[str]:
+def walk(found: BackupContents, root: Path) -> Iterator[str]:
     """Everything to copy: what is named, then what lies next to it, as the log and the curves of an attempt do."""
     yield from found.files
     for top in KEPT:
@@ -87,7 +87,7 @@ def _passing(name: str) -> bool:
     return name.startswith(".") or name.endswith((".tmp", ".partial"))
 
 
-def _enters(found: Named, path: str) -> bool:
+def _enters(found: BackupContents, path: str) -> bool:
     if _passing(path.rpartition("/")[2]):
         return False
     _, _, last = path.rpartition("/")
@@ -96,7 +96,7 @@ def _enters(found: Named, path: str) -> bool:
     return True
 
 
-def _is_live(found: Named, path: str) -> bool:
+def _is_live(found: BackupContents, path: str) -> bool:
     top, *parts = path.split("/")
     if top == "import":
         return True

@@ -57,11 +57,11 @@ class Store:
         return target.stored
 
     @contextmanager
-    def writer(self) -> Iterator[Writer]:
+    def writer(self) -> Iterator[ObjectWriter]:
         """Write a new object; its name is known at the end, in `stored`."""
         making = self.folder / "making"
         making.mkdir(mode=0o700, exist_ok=True)
-        writer = Writer(making / secrets.token_hex(8))
+        writer = ObjectWriter(making / secrets.token_hex(8))
         try:
             yield writer
             writer.flush()
@@ -179,7 +179,7 @@ class Store:
             os.close(descriptor)
 
 
-class Writer:
+class ObjectWriter:
     """A file to write a new object to."""
 
     stored: Stored

@@ -16,7 +16,7 @@ import psycopg
 
 from app.errors import Unavailable
 from app.ops.backup import rows
-from app.ops.backup.named import Named, named, walk
+from app.ops.backup.named import BackupContents, named, walk
 from app.ops.backup.store import VERSION, Store
 from app.settings import get_settings
 
@@ -25,7 +25,7 @@ TRIES = 5
 
 
 @dataclass
-class Report:
+class BackupReport:
     """What a backup holds, and what it cost."""
 
     name: str
@@ -42,7 +42,7 @@ class Report:
     """Files that differ from what the studio once wrote; they are stored as they are."""
 
 
-def take(folder: Path, *, secrets: bool = True, keep: int = 7, say: Callable[[str], None] = lambda text: None) -> Report:
+def take(folder: Path, *, secrets: bool = True, keep: int = 7, say: Callable[[str], None] = lambda text: None) -> BackupReport:
     """Back up the studio that the settings name, while it runs. Raises Conflict, DiskFull, Unavailable."""
     store = Store(folder)
     with store.lock():
@@ -55,13 +55,13 @@ def take(folder: Path, *, secrets: bool = True, keep: int = 7, say: Callable[[st
     return report
 
 
-def _taken(store: Store, say: Callable[[str], None]) -> tuple[Report, dict[str, Any]]:
+def _taken(store: Store, say: Callable[[str], None]) -> tuple[BackupReport, dict[str, Any]]:
     root, lost = get_settings().data_dir, None
     known = store.manifest()["files"] if store.snapshots() else {}
     written = 0
     for turn in range(TRIES):
         with rows.snapshot() as connection:
-            report = Report(_name(store))
+            report = BackupReport(_name(store))
             told = _rows(store, connection, report)
             found = named(connection, root)
         told["files"] = known = _files(store, root, found, report, known)
@@ -83,7 +83,7 @@ def _name(store: Store) -> str:
     return name if name not in store.snapshots() else f"{name}-{time.time_ns() % 10**9:09}"
 
 
-def _rows(store: Store, connection: psycopg.Connection, report: Report) -> dict[str, Any]:
+def _rows(store: Store, connection: psycopg.Connection, report: BackupReport) -> dict[str, Any]:
     """The rows of every table as one object each, and what a restored database must look like."""
     told: dict[str, Any] = {
         "version": VERSION,
@@ -105,7 +105,7 @@ def _rows(store: Store, connection: psycopg.Connection, report: Report) -> dict[
     return told
 
 
-def _files(store: Store, root: Path, found: Named, report: Report, known: dict[str, Any]) -> dict[str, Any]:
+def _files(store: Store, root: Path, found: BackupContents, report: BackupReport, known: dict[str, Any]) -> dict[str, Any]:
     """Store every file of this snapshot. One with the size and the time it had at the last backup is not read again."""
     kept: dict[str, Any] = {}
     missing = set(found.missing)

@@ -28,7 +28,7 @@ LOG_LIMIT_BYTES = 10 * 2**20
 
 
 @dataclass
-class Child:
+class ServiceProcess:
     """One process: its command, the signal that stops it, and its grace period."""
 
     name: str
@@ -52,7 +52,7 @@ class Supervisor:
     def __init__(self, logs: Path, say: Callable[[str], None]) -> None:
         self.logs = logs
         self.say = say
-        self.children: list[Child] = []
+        self.children: list[ServiceProcess] = []
         self.selector = selectors.DefaultSelector()
         self.stopping = 0
         self.bounded_at = 0.0
@@ -74,7 +74,7 @@ class Supervisor:
 
     # Starting
 
-    def start(self, child: Child) -> Child:
+    def start(self, child: ServiceProcess) -> ServiceProcess:
         """Start it now and keep it alive from here on."""
         if child not in self.children:
             self.children.append(child)
@@ -114,7 +114,7 @@ class Supervisor:
 
     # Watching
 
-    def wait_for(self, ready: Callable[[], bool], *, what: Child, seconds: float) -> None:
+    def wait_for(self, ready: Callable[[], bool], *, what: ServiceProcess, seconds: float) -> None:
         """Supervise the children until `ready()`; raises Unavailable when it never is, or the child dies too often before that."""
         deadline = time.monotonic() + seconds
         while not ready():
@@ -148,14 +148,14 @@ class Supervisor:
             if child.start_at is not None and child.start_at <= time.monotonic():
                 self.start_again(child)
 
-    def start_again(self, child: Child) -> None:
+    def start_again(self, child: ServiceProcess) -> None:
         """Start it, or postpone that where there is no room for its log, for example, or no memory for a process."""
         try:
             self.start(child)
         except OSError as error:
             self.put_off(child, f"could not be started: {error}")
 
-    def ended(self, child: Child) -> None:
+    def ended(self, child: ServiceProcess) -> None:
         """Handle a child that exited; it restarts at once at first, then after longer and longer pauses."""
         code = self.collect(child)
         if self.stopping:
@@ -164,14 +164,14 @@ class Supervisor:
             child.deaths = 0
         self.put_off(child, f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
 
-    def put_off(self, child: Child, why: str) -> None:
+    def put_off(self, child: ServiceProcess, why: str) -> None:
         """Report what happened to a child, and set when it restarts."""
         pause = min(MAX_PAUSE_SECONDS, 0.25 * 2 ** min(child.deaths, 10))
         child.deaths += 1
         child.start_at = time.monotonic() + pause
         self.say(f"{child.name} {why}; starting it again in {pause:g} s. Its log: {self.log_path(child.name)}\n{self.log_tail(child.name)}")
 
-    def collect(self, child: Child) -> int:
+    def collect(self, child: ServiceProcess) -> int:
         """The exit code of a child that exited."""
         assert child.process is not None
         self.kill_group(child)  # before it is reaped, while its number cannot belong to anything else
@@ -205,7 +205,7 @@ class Supervisor:
                     running.remove(child)
 
     @staticmethod
-    def kill_group(child: Child) -> None:
+    def kill_group(child: ServiceProcess) -> None:
         """Kill the child and whatever is left of its process group."""
         assert child.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -22,7 +22,7 @@ from app.machines.gpus import selection, visible_gpus
 from app.ops.embedded import sweep
 from app.ops.embedded.places import Lock, make_data_dir, private_folder
 from app.ops.embedded.postgres import DATABASE, Postgres
-from app.ops.embedded.supervisor import Child, Supervisor
+from app.ops.embedded.supervisor import ServiceProcess, Supervisor
 from app.ops.embedded.valkey import Valkey
 from app.settings import Settings, get_settings
 
@@ -111,7 +111,7 @@ def commands(settings: Settings) -> dict[str, list[str]]:
     }
 
 
-def processes(settings: Settings) -> list[Child]:
+def processes(settings: Settings) -> list[ServiceProcess]:
     """The children that run our own code; one train worker per GPU, each seeing its own."""
     children = []
     for name, arguments in commands(settings).items():
@@ -119,7 +119,7 @@ def processes(settings: Settings) -> list[Child]:
         if name == "train":
             children += [train_worker(command, number, settings) for number in range(1, train_workers(settings) + 1)]
         else:
-            children.append(Child(name, command))
+            children.append(ServiceProcess(name, command))
     return children
 
 
@@ -130,7 +130,7 @@ def train_workers(settings: Settings) -> int:
     return max(1, len(visible_gpus()) // settings.gpus_per_job)
 
 
-def train_worker(command: list[str], number: int, settings: Settings) -> Child:
+def train_worker(command: list[str], number: int, settings: Settings) -> ServiceProcess:
     """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
     env: dict[str, str] = {}
     gpus = visible_gpus()
@@ -138,13 +138,13 @@ def train_worker(command: list[str], number: int, settings: Settings) -> Child:
     if workers > 1 and len(gpus) >= workers * each:
         env = selection(gpus[(number - 1) * each : number * each])
     named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
-    return Child(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
+    return ServiceProcess(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
 
 
-def warden(data_dir: Path, run: str) -> Child:
+def warden(data_dir: Path, run: str) -> ServiceProcess:
     """It has no mark of its own, because it ends what is marked and must not die with the supervisor it watches."""
     command = [sys.executable, "-m", "app.ops.embedded.sweep", str(data_dir), run, str(os.getpid())]
-    return Child("warden", command, env={sweep.MARK: f"warden:{run}"}, stop_signal=signal.SIGKILL)
+    return ServiceProcess("warden", command, env={sweep.MARK: f"warden:{run}"}, stop_signal=signal.SIGKILL)
 
 
 # The servers -----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def start_servers(supervisor: Supervisor, settings: Settings, *, migrates: bool 
     """Valkey and PostgreSQL, unless URLs of others are configured; then the newest schema, unless the rows are to stay as they are."""
     if not settings.redis_url:
         valkey = Valkey(settings.data_dir)
-        server = supervisor.start(Child("valkey", valkey.command(), cwd=valkey.folder, grace_seconds=15))
+        server = supervisor.start(ServiceProcess("valkey", valkey.command(), cwd=valkey.folder, grace_seconds=15))
         os.environ["LUTHIER_REDIS_URL"] = valkey.url
         supervisor.wait_for(lambda: listens(valkey.socket), what=server, seconds=20)
     if not settings.database_url:
@@ -162,7 +162,9 @@ def start_servers(supervisor: Supervisor, settings: Settings, *, migrates: bool 
         if not (postgres.folder / "PG_VERSION").exists():
             supervisor.say("Making the database. This happens once.")
         postgres.prepare()
-        server = supervisor.start(Child("postgres", postgres.command(), stop_signal=signal.SIGINT, grace_seconds=60, cwd=Path("/")))
+        server = supervisor.start(
+            ServiceProcess("postgres", postgres.command(), stop_signal=signal.SIGINT, grace_seconds=60, cwd=Path("/"))
+        )
         supervisor.wait_for(lambda: is_open(postgres), what=server, seconds=120)
         os.environ["LUTHIER_DATABASE_URL"] = postgres.url
     get_settings.cache_clear()

@@ -18,7 +18,7 @@ from tests.worker.inference.test_engine import request
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from tests.worker.training.test_settings import TEN, of, run
 from worker.data.chat_template import prepare_tokenizer
-from worker.data.template_child import Writer
+from worker.data.template_child import TemplateWriter
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import load_tokenizer
@@ -46,7 +46,7 @@ def test_a_named_template_writes_what_its_models_read(name: str) -> None:
     own = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>"}
     text = chat_templates.source(name, None, own, begins=name in ("llama3", "gemma"))
     assert text and chat_templates.fault(text) is None
-    writer = Writer(text, {"bos_token": "<s>", "eos_token": "</s>"}, ["</s>", *own])
+    writer = TemplateWriter(text, {"bos_token": "<s>", "eos_token": "</s>"}, ["</s>", *own])
     written = writer.chat(TOLD, None, True, 10_000)
     assert written["text"] == WRITTEN[name]
     [[place, start, end]] = written["spans"]

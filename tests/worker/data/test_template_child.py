@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from app.chat_templates import PLAIN
 from tests.tiny import CHAT_TEMPLATE, build_tokenizer
 from worker.data import template_pool
-from worker.data.template_child import Writer
+from worker.data.template_child import TemplateWriter
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # The well-known forms, in words of our own.
@@ -123,7 +123,7 @@ def outcome(render) -> str:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_text_is_that_of_transformers(name: str) -> None:
-    writer = Writer(TEMPLATES[name], SPECIAL, [])
+    writer = TemplateWriter(TEMPLATES[name], SPECIAL, [])
     written = 0
     for talk in TALKS:
         for tools in (None, TOOLS):
@@ -140,6 +140,6 @@ def test_it_is_also_the_text_that_comes_out_of_the_process_and_has_the_same_toke
     tokenizer = build_tokenizer()
     for template in (TEMPLATES["chatml"], TEMPLATES["qwen 3"], TEMPLATES["zephyr"]):
         for talk in TALKS[:5]:
-            text = template_pool.write(tokenizer, template, template_pool.Chat(talk, TOOLS, generate=True)).text
+            text = template_pool.write(tokenizer, template, template_pool.TemplateInput(talk, TOOLS, generate=True)).text
             ids = tokenizer.apply_chat_template(talk, TOOLS, chat_template=template, add_generation_prompt=True, return_dict=False)
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids

@@ -18,10 +18,10 @@ from tests.worker.exporters.models import build
 from tests.worker.exporters.test_parity import causes, ours
 from worker import exporters
 from worker.exporters import _folder, _parity
-from worker.exporters._base import ExportOptions, Written
+from worker.exporters._base import ExportOptions, WrittenFile
 
 
-def write(folder: Path, into: Path, *types: str) -> list[Written]:
+def write(folder: Path, into: Path, *types: str) -> list[WrittenFile]:
     into.mkdir()
     steps: list[float] = []
     made = exporters.get("safetensors").write(folder, into, ExportOptions(name="t", types=types), lambda share, _: steps.append(share))

@@ -91,4 +91,4 @@ def test_three_quotation_marks_are_refused(tmp_path: Path):
 def test_a_model_without_a_template_continues_text():
     tokenizer = gemma_tokenizer()
     tokenizer.chat_template = None
-    assert _go_template.find(tokenizer) == _go_template.Found("", "{{ .Prompt }}", ())
+    assert _go_template.find(tokenizer) == _go_template.GoTemplate("", "{{ .Prompt }}", ())

@@ -248,7 +248,7 @@ def test_divergence_counts_what_is_not_listed_as_one():
 def test_what_is_no_number_is_no_agreement():
     """llama.cpp writes null for the logarithm of what is no probability."""
     logp = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32))
-    question = _parity.Question("a", "a", [0], [0, 1, 2], [2])
+    question = _parity.HeldOutRow("a", "a", [0], [0, 1, 2], [2])
     broken = {"text": "a", "tokens": [0], "probes": [[[0, -0.7]], [[0, None], [1, None]]]}
     assert _parity.divergence(logp, broken["probes"][1]) == np.inf
     expected = _parity.Reference([question], [np.stack([logp, logp])], None, {}, None)
@@ -257,16 +257,16 @@ def test_what_is_no_number_is_no_agreement():
     assert fault.cause == "weights" and "computes no numbers" in fault.message
     assert _parity.compare(expected.logprobs, [broken]).kl == np.inf
     task = _score.Task([_score.Scored([0, 1], [1])], [], [])
-    assert _score.compared(task, _score.Side([[1.0]], []), _score.Side([[None]], [])) is None
+    assert _score.compared(task, _score.TaskScores([[1.0]], []), _score.TaskScores([[None]], [])) is None
     assert _parity.smallest([{"type": "F16", "bytes": 1, "faults": [], "score": None}]) is None
 
 
 def test_the_smallest_that_keeps_the_score():
     task = _score.Task([_score.Scored([0, 1], [1])] * 4, [], [])
-    here = _score.Side([[2.0], [1.0], [3.0], [2.0]], [])
+    here = _score.TaskScores([[2.0], [1.0], [3.0], [2.0]], [])
 
     def one(name: str, size: int, changes: list[float], faults: tuple[str, ...] = ()) -> dict[str, Any]:
-        there = _score.Side([[row[0] + change] for row, change in zip(here.losses, changes, strict=True)], [])
+        there = _score.TaskScores([[row[0] + change] for row, change in zip(here.losses, changes, strict=True)], [])
         return {"type": name, "bytes": size, "faults": list(faults), "score": _score.compared(task, here, there)}
 
     lines = [
@@ -284,9 +284,9 @@ def test_the_smallest_that_keeps_the_score():
 
 
 def test_the_score_of_a_few_labels_is_accuracy():
-    task = _score.Task([], [_answers.Prompt("", [1])] * 6, ["a", "b", "a", "b", "a", "b"])
-    here = _score.Side([], ["a", " b", "a", "b", "a", "a"])
-    worse = _score.compared(task, here, _score.Side([], ["b", "a", "b", "a", "b", "a"]))
+    task = _score.Task([], [_answers.GreedyPrompt("", [1])] * 6, ["a", "b", "a", "b", "a", "b"])
+    here = _score.TaskScores([], ["a", " b", "a", "b", "a", "a"])
+    worse = _score.compared(task, here, _score.TaskScores([], ["b", "a", "b", "a", "b", "a"]))
     same = _score.compared(task, here, here)
     assert same["metric"] == "accuracy" and same["here"] == same["there"] == pytest.approx(5 / 6) and same["kept"]
     assert worse["there"] == 0 and worse["interval"][1] < 0 and not worse["kept"]
@@ -333,7 +333,7 @@ def test_the_verdict_counts_the_answers_that_part():
     same, apart = {"parts_at": None, "answer": None}, {"parts_at": 4, "answer": "x"}
     assert _answers.verdict([same, same]) == "as the model"
     assert _answers.verdict([same, apart, {"parts_at": 9, "answer": "y"}]) == "answers part on 2 of 3 prompts, in the median at token 5"
-    one = _answers.Answer
+    one = _answers.GreedyAnswer
     here = [one([1, 2, _answers.END], "a", [{1: 0.0}, {2: 0.0, 5: 0.1}, {_answers.END: 0.0, 3: 0.25}])]
     assert _answers.beside(here, [one([1, 2, 3], "b")]) == [{"parts_at": 2, "answer": "b", "behind": 0.25}]
     assert _answers.beside(here, [one([1, 2], "c")]) == [{"parts_at": 2, "answer": "c", "behind": None}]

@@ -18,7 +18,7 @@ from worker.inference import next_token
 from worker.inference.decode_graph import DecodeGraphs
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
-from worker.inference.next_token import Wanted
+from worker.inference.next_token import NextTokenQuery
 from worker.inference.sampling import Sampler
 
 
@@ -146,7 +146,9 @@ def test_sampling_read_in_one_copy_chooses_the_same_tokens(spread):
     for _ in range(20):
         logits = torch.randn(len(SETTINGS) + 1, 3000) * spread
         logits[-1, 5] = torch.nan
-        read = next_token.read_ahead(logits, [Wanted(i, s, 3) for i, s in enumerate(ahead)] + [Wanted(len(SETTINGS), None, None)])
+        read = next_token.read_ahead(
+            logits, [NextTokenQuery(i, s, 3) for i, s in enumerate(ahead)] + [NextTokenQuery(len(SETTINGS), None, None)]
+        )
         assert read[-1].likeliest is None and read[0].likeliest == int(logits[0].argmax())
         for i, (mine, theirs) in enumerate(zip(plain, ahead, strict=True)):
             token = mine.choose(logits[i])

@@ -22,7 +22,7 @@ from app.shapes import shape_of
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 from worker.inference.engine import Engine
-from worker.inference.kv_cache import Segment, Step, current_step
+from worker.inference.kv_cache import ForwardPass, Segment, current_step
 from worker.inference.model_pool import ModelPool
 from worker.modeling.loading import BadModel, load_model
 
@@ -168,7 +168,7 @@ def test_logits_equal_peft(home, tmp_path, tiny_model):
     keys = tuple(place.adapters)
     lane.cache.grow(256, 2)
     one, two = lane.cache.slots()
-    step = Step([], [Segment(one, 0, 30, 0), Segment(two, 30, 30, 0)], lane.device, lane.stack.select([(30, keys), (30, ())]))
+    step = ForwardPass([], [Segment(one, 0, 30, 0), Segment(two, 30, 30, 0)], lane.device, lane.stack.select([(30, keys), (30, ())]))
     ours = lane.forward(step, ids * 2, [*range(30)] * 2, [29, 59])
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from worker.inference.model_pool import share_weights
 from worker.inference.sampling import one_thread
 from worker.kernels.cpu import small_batch_linear
-from worker.kernels.cpu.small_batch_linear import FEW, FewRows, patch_small_batch
+from worker.kernels.cpu.small_batch_linear import FEW, SmallBatchLinear, patch_small_batch
 
 WIDTHS = {
     "hidden_size": 64,
@@ -56,7 +56,7 @@ def test_any_number_of_rows_gives_what_the_layers_gave(family: str, join: bool, 
             assert torch.allclose(model(input_ids=x, use_cache=False).logits, logits, atol=1e-5)
             assert torch.allclose(source(input_ids=x, use_cache=False).logits, logits, atol=1e-5)
     assert set(asked) == {FEW[0], 11, FEW[-1]} and len(asked) == 3 * ((2 * 4 if join else 2 * 7) + 1)
-    assert not any(isinstance(m, FewRows) for m in source.modules())
+    assert not any(isinstance(m, SmallBatchLinear) for m in source.modules())
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == before, "joined weights are views of one another's matrix"
     for ours, theirs in zip(model.parameters(), source.parameters(), strict=True):
@@ -65,7 +65,7 @@ def test_any_number_of_rows_gives_what_the_layers_gave(family: str, join: bool, 
 
 def test_other_types_and_other_layers_are_left_alone() -> None:
     assert patch_small_batch(built("no biases").to(torch.bfloat16), join=True) == 0
-    layer = FewRows(8, 4)
+    layer = SmallBatchLinear(8, 4)
     x = torch.randn(5, 8, requires_grad=True)
     layer(x).sum().backward()  # with gradients: torch's own product
     assert x.grad is not None and layer.weight.grad is not None

@@ -155,6 +155,6 @@ def test_answers_that_time_did_not_suffice_for_are_none(monkeypatch) -> None:
     clock = iter([0.0, 0.0, 1.0, 1.0, 70.0])
     monkeypatch.setattr(held_out.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(held_out, "answers", lambda model, tokenizer, asked, *rest: ["told"] * len(asked))
-    asked = [held_out.Question("q", [1] * n, "") for n in range(1, 20)]
+    asked = [held_out.HeldOutPrompt("q", [1] * n, "") for n in range(1, 20)]
     told = held_out.answers_in_batches(None, None, asked, 4, None, seconds=60)
     assert told == ["told"] * 16 + [None] * 3

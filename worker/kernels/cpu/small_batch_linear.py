@@ -27,7 +27,7 @@ WORTHWHILE = 1.05
 class _Group(SharedProjection):
     """Layers that read the same input; their weights become views of one matrix, so that the shared product takes no extra memory."""
 
-    def __init__(self, layers: list[FewRows]) -> None:
+    def __init__(self, layers: list[SmallBatchLinear]) -> None:
         super().__init__(layers, layers[0].weight.device)
         self.joined = torch.cat([layer.weight.detach() for layer in layers])
         for layer, part in zip(layers, self.joined.split(self.widths), strict=True):
@@ -39,7 +39,7 @@ class _Group(SharedProjection):
         return product(x, self.joined, self.bias)
 
 
-class FewRows(torch.nn.Linear):
+class SmallBatchLinear(torch.nn.Linear):
     """An existing nn.Linear is converted by changing its class."""
 
     group: _Group | None = None
@@ -69,8 +69,8 @@ def patch_small_batch(model: torch.nn.Module, join: bool) -> int:
     if not found or not kernels.allowed() or not pays_here():
         return 0
     for layer in found:
-        layer.__class__ = FewRows
-    for layers in siblings(model, FewRows) if join else ():
+        layer.__class__ = SmallBatchLinear
+    for layers in siblings(model, SmallBatchLinear) if join else ():
         _Group(layers)
     return len(found)
 

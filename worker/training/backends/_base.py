@@ -13,7 +13,7 @@ import torch
 from worker.runtime.device import Compute
 from worker.runtime.distributed import Laps, ProcessGroup
 from worker.training import checkpoint, optim
-from worker.training.objectives._base import LossOutput, Objective, trained_parameters
+from worker.training.objectives._base import LossOutput, TrainingObjective, trained_parameters
 
 
 class StepBatch(NamedTuple):
@@ -41,7 +41,7 @@ class StepBackend(ABC):
     in_parts: ClassVar[bool] = False  # whether it takes packs in parts, a thread each
     max_not_finite: ClassVar[int] = 3  # steps in a row without a finite loss or norm, after which a job is given up
 
-    lesson: Objective
+    lesson: TrainingObjective
     model: torch.nn.Module
     trained: optim.Named
     optimizer: torch.optim.Optimizer
@@ -53,7 +53,7 @@ class StepBackend(ABC):
 
     @abstractmethod
     def prepare(
-        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+        self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
         """Take over a model that is ready to train and its optimizer, whose state is read from the checkpoint `saved`. Returns facts
         that have to be equal for a resumed job to be bit-exact."""
@@ -102,7 +102,7 @@ class PlainBackend(StepBackend):
     name = "plain"
 
     def prepare(
-        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+        self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
         self.lesson, self.model, self.optimizer, self.parts = lesson, model, optimizer, parts
         self.trained = trained_parameters(model)

@@ -31,7 +31,7 @@ from worker.runtime.distributed import ProcessGroup
 from worker.runtime.failures import disk_is_full
 from worker.training import checkpoint, optim
 from worker.training.backends._base import PlainBackend
-from worker.training.objectives._base import Objective, body_of, trained_parameters
+from worker.training.objectives._base import TrainingObjective, body_of, trained_parameters
 
 
 class Shards:
@@ -123,7 +123,7 @@ class FsdpBackend(PlainBackend):
     pieces: list[Path] | None = None  # what each process wrote of the optimizer's state
 
     def prepare(
-        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+        self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
         self.saved = saved  # its optimizer's state is read when the rows are known
         return super().prepare(lesson, model, optimizer, parts)

@@ -11,7 +11,7 @@ import torch
 
 from worker.training import optim
 from worker.training.backends._base import PlainBackend
-from worker.training.objectives._base import Objective
+from worker.training.objectives._base import TrainingObjective
 
 START, GROWTH, BACKOFF, PATIENCE = 2.0**14, 2.0, 0.5, 500
 """The factor grows after `PATIENCE` steps without an overflow and is halved after each with one, whose optimizer step is skipped."""
@@ -56,7 +56,7 @@ class LossScaledBackend(PlainBackend):
     scale: LossScale
 
     def prepare(
-        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+        self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
         self.scale = LossScale(self.engine.device)
         return super().prepare(lesson, model, optimizer, parts, saved)

@@ -22,7 +22,7 @@ from worker.kernels.cpu.lora_step import LoraOptimizer
 from worker.runtime.device import Compute
 from worker.training import optim
 from worker.training.backends._base import PlainBackend
-from worker.training.objectives._base import LossOutput, Objective, body_of
+from worker.training.objectives._base import LossOutput, TrainingObjective, body_of
 
 
 class CpuPaths(NamedTuple):
@@ -47,7 +47,7 @@ class ThreadedCpuBackend(PlainBackend):
         self.hooks = contextlib.ExitStack()
 
     def prepare(
-        self, lesson: Objective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
+        self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
         facts = super().prepare(lesson, model, optimizer, parts, saved)
         self.apart = parts > 1 and self.paths.own_gradients

@@ -46,7 +46,7 @@ Loader = Callable[[], torch.nn.Module]
 """Gives the model as it was before tuning; loads it when it is first asked for."""
 
 
-class Objective(ABC):
+class TrainingObjective(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
@@ -155,7 +155,7 @@ def trained_parameters(model: torch.nn.Module) -> optim.Named:
     return found | {f"{optim.HEAD}{name}": p for name, p in model.head.named_parameters()}
 
 
-def remarks_on(lesson: Objective) -> Iterator[str]:
+def remarks_on(lesson: TrainingObjective) -> Iterator[str]:
     """What is said of the data of any task."""
     for name, part in (("training", lesson.train), ("validation", lesson.held_out)):
         if part.cut:

@@ -22,11 +22,11 @@ from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
 from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
-from worker.scoring.held_out import Question
+from worker.scoring.held_out import HeldOutPrompt
 from worker.scoring.metrics import answer_scores, contest, paired_losses
 from worker.training.checkpoint import State
 from worker.training.graded import GradedRows
-from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
@@ -39,7 +39,7 @@ class Examined(NamedTuple):
     worst: list[int]
     best: list[int]
     asked: list[int]
-    questions: dict[int, Question]
+    questions: dict[int, HeldOutPrompt]
     answers: dict[int, str]
     contest: FewShotRows | None
     losses: list[float]
@@ -50,10 +50,10 @@ class FewShotRows(NamedTuple):
 
     bare: batching.Tokenised
     shown: batching.Tokenised
-    examples: list[solved_examples.Asked]
+    examples: list[solved_examples.SolvedExample]
 
 
-class CausalLM(Objective):
+class CausalLM(TrainingObjective):
     unit: ClassVar = "token"
     accuracy: ClassVar = "token_accuracy"
 
@@ -224,7 +224,7 @@ class CausalLM(Objective):
         """The first rows of the held-out ones, which were drawn by the seed."""
         return list(range(min(most, len(self.held_rows), MAX_REMEMBERED)))
 
-    def _questions(self, places: Sequence[int]) -> dict[int, Question]:
+    def _questions(self, places: Sequence[int]) -> dict[int, HeldOutPrompt]:
         found = {}
         for place in places:
             one = held_out.questions(self.tokenizer, [self.held_rows[place]], self.spec.model.kind, 1, self.room)
@@ -232,7 +232,7 @@ class CausalLM(Objective):
                 found[place] = one[0]
         return found
 
-    def _answers(self, model: torch.nn.Module, asked: dict[int, Question], engine: Compute, lead: list[int]) -> dict[int, str]:
+    def _answers(self, model: torch.nn.Module, asked: dict[int, HeldOutPrompt], engine: Compute, lead: list[int]) -> dict[int, str]:
         most = self.spec.run.sample_tokens
         told = held_out.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead)
         return {place: text for place, text in zip(asked, told, strict=True) if text is not None}

@@ -17,7 +17,7 @@ from app.spec import MAX_CLASSES, JobSpec
 from worker.data import batching
 from worker.data.batching import BadRow, Row, Tokenised
 from worker.modeling import packed_attention
-from worker.modeling.classifier import Classifier, Writer, load_stack, output_layer, pooling_of, render_text
+from worker.modeling.classifier import Classifier, ScoredBackbone, load_stack, output_layer, pooling_of, render_text
 from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 from worker.runtime.transfer import sent
@@ -25,7 +25,16 @@ from worker.scoring import prompt_baseline
 from worker.scoring.held_out import reading
 from worker.scoring.metrics import classification_scores, contest, label_metrics, paired_hits, prior_scores
 from worker.training.checkpoint import State
-from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, body_of, remarks_on
+from worker.training.objectives._base import (
+    MAX_LISTED,
+    MAX_REMEMBERED,
+    EvalResult,
+    Loader,
+    LossOutput,
+    TrainingObjective,
+    body_of,
+    remarks_on,
+)
 
 
 class Labelled(NamedTuple):
@@ -139,7 +148,7 @@ def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Compu
     return drained(sorting(model, data, budget, engine))
 
 
-class SequenceClassification(Objective):
+class SequenceClassification(TrainingObjective):
     unit: ClassVar = "text"
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
@@ -210,7 +219,7 @@ class SequenceClassification(Objective):
 
     def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
         """A decoder's stack under the output layer that the model came with."""
-        return Writer(body_of(model), output_layer(self.spec.model, model))
+        return ScoredBackbone(body_of(model), output_layer(self.spec.model, model))
 
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, np.ndarray]:
         return (yield from sorting(cast("Classifier", model), self.held_out, budget, engine))

@@ -35,7 +35,7 @@ from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest, share_interval
 from worker.training.checkpoint import State, write_folder
-from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
+from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
 from worker.training.objectives.causal_lm import CausalLM
 
 REFERENCE = "reference"
@@ -108,7 +108,7 @@ class DPO(CausalLM):
         self.plain_template = prepare_tokenizer(tokenizer, spec.run)
         if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
             tokenizer.chat_template, self.plain_template = None, False
-        Objective.__init__(self, spec, tokenizer)
+        TrainingObjective.__init__(self, spec, tokenizer)
         self.settings = spec.preference or PreferenceSettings()
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batching.sides(spec)
