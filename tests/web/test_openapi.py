@@ -251,7 +251,7 @@ def test_the_hint_of_a_stored_error_is_also_sent_by_its_old_name(contract, docum
     told = {
         name for name, one in document["components"]["schemas"].items() if one.get("properties", {}).get("way_out", {}).get("deprecated")
     }
-    assert told == {"Check", "FailedEvent", "Problem", "ReadingProblem"}
+    assert told == {"HealthCheck", "FailedEvent", "Problem", "ReadingProblem"}
     error = {"code": "bad_data", "message": "Line 3 is broken.", "hint": "Mend line 3."}
     dataset = Dataset(owner_id=user.id, name="a", status="error", mapping={}, error=error)
     session.add(dataset)
