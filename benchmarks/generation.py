@@ -77,11 +77,13 @@ def references(model_folder: Path, adapters: list[Path]) -> list[Any]:
     ]
 
 
-def run_engine(engine: Any, ref: Any, i: int, tokens: int, bias: dict[int, float]) -> dict[str, float]:
+def run_engine(
+    engine: Any, ref: Any, i: int, tokens: int, bias: dict[int, float], schema: dict[str, Any] | None = None
+) -> dict[str, float]:
     from app.inference.protocol import Sampling
     from worker.inference.engine import quick_request
 
-    sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=tokens, logit_bias=bias)
+    sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=tokens, logit_bias=bias, json_schema=schema)
     began, first, done = time.perf_counter(), None, None
     for entries in engine.answer(quick_request(ref, sampling, messages=prompt(i), seed=i)):
         for entry in entries:

@@ -223,6 +223,7 @@ class Fold:
         self.usage: dict[str, Any] = {}
         self.parts = [0] * request.sampling.n
         self.reasons: dict[int, str] = {}
+        self.texts = [""] * request.sampling.n if request.sampling.json_schema is not None else []
 
     def body(self) -> JSON:
         s, most = self.request.sampling, self.request.sampling.max_tokens
@@ -242,6 +243,8 @@ class Fold:
         plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
         body |= {name: getattr(s, name) for name, usual in plain.items() if getattr(s, name) != usual}
         body |= {"stop": list(s.stop)} if s.stop else {}
+        if s.json_schema is not None:
+            body |= {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": s.json_schema, "strict": True}}}
         body |= {"logit_bias": {str(token): bias for token, bias in s.logit_bias.items()}} if s.logit_bias else {}
         return body
 
@@ -282,10 +285,20 @@ class Fold:
             return []
         self.first = self.first or time.monotonic()
         self.parts[index] += len(logs) or 1
+        if self.texts:
+            self.texts[index] += text
         return [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)]
 
     def end(self) -> list[Entry]:
-        """The end of every choice, then Done. Without usage from the server, the parts it sent are counted."""
+        """The end of every choice, then Done. Without usage from the server, the parts it sent are counted. Raises Unavailable for
+        a server that took a schema and wrote something that is no JSON."""
+        for index, text in enumerate(self.texts):
+            if self.reasons.get(index) == "stop" and not is_json(text):
+                raise Unavailable(
+                    f"The engine at {self.address.host} did not follow the schema.",
+                    hint="Take a server that honors response_format, or the built-in engine.",
+                    code="engine_failed",
+                )
         now, n = time.monotonic(), len(self.parts)
         written = int(self.usage.get("completion_tokens") or sum(self.parts))
         read = int(self.usage.get("prompt_tokens") or (len(self.rendered.tokens) if self.rendered else 0))
@@ -301,6 +314,14 @@ class Fold:
             tokens_per_second=speed,
         )
         return [*ends, done]
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _logprobs(said: JSON, top: int) -> list[Logprob]:

@@ -43,8 +43,9 @@ def by_setting() -> str | None:
 
 
 def answers(sampling: Sampling) -> bool:
-    """Whether it samples as the built-in engine does: its penalties of frequency and presence count the prompt too."""
-    return not (sampling.frequency_penalty or sampling.presence_penalty) and sampling.n == 1
+    """Whether it samples as the built-in engine does: its penalties of frequency and presence count the prompt too, and it reads
+    JSON schemas in a way of its own."""
+    return not (sampling.frequency_penalty or sampling.presence_penalty) and sampling.n == 1 and sampling.json_schema is None
 
 
 class LlamaFold(Fold):

@@ -60,6 +60,7 @@ class Sampling(_Frozen):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
+    json_schema: dict[str, Any] | None = Field(None, description="The answer is JSON of this schema: no other token can follow.")
 
 
 LLAMA_CPP = "llama.cpp"

@@ -55,8 +55,9 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     if body.top_logprobs and not body.logprobs:
         raise BadField("top_logprobs needs logprobs to be true.", param="top_logprobs")
     sampling = body.sampling(
-        max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0
-    )
+        max_tokens=body.max_completion_tokens or body.max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0,
+        json_schema=body.response_format.schema_of() if body.response_format else None,
+    )  # fmt: skip
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
     call = Call(ChatWire(body.model), user, sampling, [{"messages": messages, "tools": body.tools}], {"messages": messages})
     return await call.respond(request, body)

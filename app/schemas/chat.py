@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ from app.errors import BadField
 from app.inference import playground
 from app.inference.protocol import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, Sampling
 
+MAX_SCHEMA_LENGTH = 65_536
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -92,15 +93,52 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
 
 
+class JsonSchema(BaseModel):
+    """Every answer follows the schema, whether `strict` asks for it or not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    strict: bool | None = None
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """The form of the answer: any text, any JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for text. Raises BadField for one that is too large, missing or out of place."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise BadField(
+                "response_format.json_schema belongs to the type json_schema, and to no other.",
+                hint='Send {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}.',
+                param="response_format",
+            )
+        if self.json_schema is None:
+            return {"type": "object"} if self.type == "json_object" else None
+        schema = self.json_schema.json_schema
+        if len(json.dumps(schema)) > MAX_SCHEMA_LENGTH:
+            raise BadField(
+                "The schema is too large.", hint=f"Send one of at most {MAX_SCHEMA_LENGTH:,} characters.", param="response_format"
+            )
+        return schema
+
+
 class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
+    response_format: ResponseFormat | None = None
 
     refused = {
-        "response_format": ({"type": "text"},),
         "tool_choice": ("auto", "none"),  # tools are passed to the template, and the answer is text: no tool call is ever parsed from it
         "functions": (),
         "function_call": ("auto", "none"),

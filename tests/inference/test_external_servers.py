@@ -366,6 +366,25 @@ def test_a_wrong_answer_ends_in_an_error_of_our_own_form(
     assert openai_client.chat.completions.create(model="own", messages=ASK, max_tokens=2).choices[0].finish_reason
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(("text", "follows"), [('{"a": 1}', True), ("Hm", False), ('{"a": ', False)])
+def test_a_server_that_ignores_a_schema_is_found_out(openai_client, generate_worker, session, wrong, monkeypatch, text, follows):  # noqa: F811
+    allow(monkeypatch, f"http://127.0.0.1:{wrong.server_port}/v1")
+    part = json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": "stop"}]})
+    wrong.said = (200, {}, f"data: {part}\n\ndata: [DONE]\n\n".encode())
+    model = register_tiny(session)
+    model.engine = {"url": f"http://127.0.0.1:{wrong.server_port}/v1", "model": "x", "via": "tokens"}
+    session.commit()
+    if follows:
+        assert openai_client.chat.completions.create(model="tiny", messages=ASK, response_format=FORM).choices[0].message.content == text
+        return
+    with pytest.raises(openai.APIError, match="did not follow the schema") as caught:
+        openai_client.chat.completions.create(model="tiny", messages=ASK, response_format=FORM)
+    assert caught.value.code == "engine_failed"
+
+
 def test_a_server_that_is_away_is_said_to_be_away(session, url, far, monkeypatch):
     port = free_port()
     allow(monkeypatch, f"http://127.0.0.1:{port}/v1")

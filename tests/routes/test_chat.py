@@ -6,9 +6,11 @@ import json
 import math
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from app import limits
@@ -91,6 +93,27 @@ def test_seed_n_and_logprobs(client):
     assert b"".join(bytes(t.bytes) for t in content).decode("utf-8", "ignore").startswith(one.choices[0].message.content[:3])
     best = content[0].top_logprobs
     assert best[0].logprob >= best[1].logprob and sum(math.exp(t.logprob) for t in best) <= 1.0001
+
+
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=12)]
+    mood: Literal["calm", "loud"]
+    ages: Annotated[list[Annotated[int, Field(ge=0, le=99)]], Field(min_length=1, max_length=3)]
+
+
+def test_an_answer_follows_the_schema_of_a_class_whole_and_streamed(client):
+    parsed = client.chat.completions.parse(model="tiny", messages=ASK, response_format=Person, max_tokens=200, temperature=1.2, seed=4)
+    person = parsed.choices[0].message.parsed
+    assert isinstance(person, Person) and parsed.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(
+        model="tiny", messages=ASK, response_format=Person, max_tokens=200, temperature=1.2, seed=4
+    ) as events:
+        assert events.get_final_completion().choices[0].message.parsed == person
+    said = answer(client, response_format={"type": "json_object"}, max_tokens=40, logprobs=True)
+    assert said.choices[0].message.content.lstrip().startswith("{") and said.choices[0].logprobs.content
+    with pytest.raises(openai.BadRequestError, match="The schema cannot be followed") as refused:
+        answer(client, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}})
+    assert refused.value.param == "response_format"
 
 
 def test_stop_strings_are_not_shown(client):

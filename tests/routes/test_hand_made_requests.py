@@ -65,8 +65,6 @@ def test_a_folder_that_cannot_be_followed(api, data_dir):
 @pytest.mark.parametrize(
     ("path", "change"),
     [
-        ("chat/completions", {"response_format": {"type": "json_object"}}),
-        ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}),
         ("chat/completions", {"tool_choice": "required"}),
         ("chat/completions", {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
         ("chat/completions", {"functions": [{"name": "f"}]}),
@@ -81,6 +79,24 @@ def test_what_cannot_be_honored_is_refused(api, tiny_registered, path, change):
     answer = api.post(f"/v1/{path}", json=order | change)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == next(iter(change)) and error["code"] == "unsupported_parameter", answer.text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_object", "json_schema": {"name": "a", "schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x" * 70_000]}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "wide": True}},
+    ],
+)
+def test_a_form_of_answer_that_says_too_much_or_too_little(api, tiny_registered, form):
+    answer = api.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    )
+    assert answer.status_code in (400, 422) and "response_format" in str(answer.json()["error"]["param"]), answer.text
 
 
 @pytest.mark.parametrize(

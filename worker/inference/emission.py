@@ -39,7 +39,9 @@ def _accept(running: Request, row: TokenSequence, token: int, entries: list[Entr
         return finish(running, row, "stop", entries)
     if text:
         _show(row, text, entries)
-    if len(row.written) >= running.max_tokens:
+    if row.chooser.constraint is not None and row.chooser.constraint.is_complete():
+        finish(running, row, "stop", entries)  # nothing but its end may follow
+    elif len(row.written) >= running.max_tokens:
         finish(running, row, "length", entries)
     return None
 

@@ -24,7 +24,7 @@ import torch
 from app.errors import TooMany, Unavailable
 from app.inference.protocol import AnswerStarted, Done, Entry, GenerateRequest, StreamError
 from app.spec import ModelRef
-from worker.inference import emission, next_token, prompt_logprobs, scheduler
+from worker.inference import constraint, emission, next_token, prompt_logprobs, scheduler
 from worker.inference.errors import broke
 from worker.inference.kv_cache import ForwardPass, Segment, Slot
 from worker.inference.memory_budget import MemoryBudget
@@ -125,7 +125,11 @@ class Engine:
         sampling = request.sampling
         most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
         rows = [
-            TokenSequence(i, Sampler(sampling, request.seed + i, ids), Detokenizer(place.tokenizer, ids, sampling.stop))
+            TokenSequence(
+                i,
+                Sampler(sampling, request.seed + i, ids, constraint.of(sampling.json_schema, place.tokenizer, place.stop_ids)),
+                Detokenizer(place.tokenizer, ids, sampling.stop),
+            )
             for i in range(sampling.n)
         ]
         running = Request(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from app.inference.protocol import Logprob, Sampling
+from worker.inference.constraint import Constraint
 from worker.runtime.transfer import sent
 
 CANDIDATES = 256
@@ -43,8 +44,8 @@ def one_thread(device: torch.device) -> Iterator[None]:
 class Sampler:
     """Samples the tokens of one sequence, and counts them for the penalties."""
 
-    def __init__(self, sampling: Sampling, seed: int, prompt: list[int]) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, seed: int, prompt: list[int], constraint: Constraint | None = None) -> None:
+        self.sampling, self.constraint = sampling, constraint
         self.generator = torch.Generator().manual_seed(seed % 2**63)
         self.counts: Counter[int] = Counter()
         self.seen: set[int] = set(prompt) if sampling.repetition_penalty != 1 else set()
@@ -61,18 +62,20 @@ class Sampler:
         return max(self.sampling.temperature, COLDEST)
 
     def count(self, token: int) -> int:
-        """Count a token that was chosen, for the penalties."""
+        """Count a token that was chosen, for the penalties, and go on in the grammar of the answer."""
         self.counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.take(token)
         if self.sampling.repetition_penalty != 1:
             self.seen.add(token)
         return token
 
     def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits after penalties and bias; the repetition penalty is that of Keskar et al. 2019, CTRL,
+        """Logits after penalties, bias and the constraint; the repetition penalty is that of Keskar et al. 2019, CTRL,
         https://arxiv.org/abs/1909.05858, section 4.1."""
         s = self.sampling
         if s.repetition_penalty == 1 and not s.frequency_penalty and not s.presence_penalty and not s.logit_bias:
-            return logits
+            return logits if self.constraint is None else self.constraint.masked(logits)
         logits = logits.clone()
         if self.seen:
             at = sent(torch.tensor(sorted(self.seen)), logits.device)
@@ -85,7 +88,7 @@ class Sampler:
         if biased := {token: bias for token, bias in s.logit_bias.items() if 0 <= token < len(logits)}:
             at = sent(torch.tensor(list(biased)), logits.device)
             logits[at] += sent(torch.tensor(list(biased.values()), dtype=logits.dtype), logits.device)
-        return logits
+        return logits if self.constraint is None else self.constraint.masked(logits)
 
     def number(self) -> float:
         """A draw from [0, 1), of which every token takes exactly one."""

@@ -93,7 +93,8 @@ class Request:
     @property
     def is_greedy(self) -> bool:
         s = self.request.sampling
-        return s.temperature == 0 and s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
+        free = s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias) and s.json_schema is None
+        return free and s.temperature == 0
 
     @property
     def top_logprobs(self) -> int | None:
