@@ -83,10 +83,10 @@ def begin(
         raise TooLarge(f"The file is larger than {limit:,} bytes.", hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
     if length <= 0:
         raise BadField("The file is empty.", hint="Choose a file with at least one row.", param="file")
-    files.check_purpose(purpose)
+    files.check_upload_purpose(purpose)
     if purpose == "fine-tune":
         readers.kind_of(filename)
-    wishes = {name: value for name, value in (wishes or {}).items() if name in ("name", "format") and value}
+    wishes = {name: value for name, value in (wishes or {}).items() if name in ("name", "format", "expires_after") and value}
     if "format" in wishes:
         formats.get(wishes["format"])
     limits.check(session, user, "storage_bytes", more=length)
@@ -137,7 +137,7 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
 
     Raises Conflict when `offset` is not the upload's, Locked when another request is appending, TooLarge beyond its length.
     """
-    with _held(held.path) as handle:
+    with locked(held.path) as handle:
         at = os.fstat(handle).st_size
         if at != offset:
             raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", hint="Ask with HEAD where to go on.", param="Upload-Offset")
@@ -165,7 +165,7 @@ def _write(handle: int, data: bytearray) -> int:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[int]:
+def locked(path: Path) -> Iterator[int]:
     """The file, open at its end, locked by this request across processes."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -190,7 +190,8 @@ def finish(user: User, held: UploadHandle) -> str | None:
         if upload.file_id is not None:
             return ticket(upload).dataset
         blob = _store_blob(held)
-        file = files.create(session, user, blob, upload.filename, upload.purpose)
+        expires_after = upload.wishes.get("expires_after")
+        file = files.create(session, user, blob, upload.filename, upload.purpose, int(expires_after) if expires_after else None)
         upload.file_id = file.id
         if upload.purpose == "fine-tune":
             made = datasets.create(session, user, file, upload.wishes.get("name"), upload.wishes.get("format"))
@@ -219,8 +220,15 @@ def _store_blob(held: UploadHandle) -> Blob:
 
 def stop(session: Session, upload: Upload) -> None:
     """Cancel an upload; the file it became stays."""
-    (get_settings().data_dir / upload.path).unlink(missing_ok=True)
+    _forget_bytes(upload)
     session.delete(upload)
+
+
+def _forget_bytes(upload: Upload) -> None:
+    """Remove the upload's name in tmp/, and its parts (`app/datasets/upload_parts.py`)."""
+    path = get_settings().data_dir / upload.path
+    for name in (path, *path.parent.glob(f"{path.name}.*")):
+        name.unlink(missing_ok=True)
 
 
 def sweep(session: Session) -> int:
@@ -231,5 +239,5 @@ def sweep(session: Session) -> int:
         stop(session, upload)
     done = select(Upload).where(Upload.file_id.is_not(None)).limit(200)
     for upload in session.scalars(done):
-        (get_settings().data_dir / upload.path).unlink(missing_ok=True)
+        _forget_bytes(upload)
     return len(found)

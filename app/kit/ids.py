@@ -9,7 +9,7 @@ from app.errors import NotFound
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
-PREDICTION, RUN, EXPORT, GRADER = "pred", "run", "export", "grader"
+PREDICTION, RUN, EXPORT, GRADER, UPLOAD, PART = "pred", "run", "export", "grader", "upload", "part"
 USER, INVITATION, PROJECT = "user", "invite", "proj"
 
 _NAMES = {
@@ -30,12 +30,12 @@ _NAMES = {
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. The ids of a checkpoint and a project are joined by an underscore, as in OpenAI's API."""
+    """`ftjob-0f3c…`. The ids of checkpoints, projects and uploads are joined by an underscore, as in OpenAI's API."""
     return f"{prefix}{_joint(prefix)}{key.hex}"
 
 
 def _joint(prefix: str) -> str:
-    return "_" if prefix in (CHECKPOINT, PROJECT) else "-"
+    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART) else "-"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:

@@ -62,8 +62,7 @@ def _create(user: User, form: Form) -> dict[str, Any]:
         raise BadField("The form has no file.", hint="Send the bytes in the part called “file”.", param="file")
     try:
         purpose = form.fields.get("purpose", "")
-        if purpose not in files.UPLOAD_PURPOSES:
-            files.check_purpose("" if purpose in files.PURPOSES else purpose)
+        files.check_upload_purpose(purpose)
         with transaction() as session:
             if purpose == "fine-tune":
                 readers.kind_of(form.upload.filename)

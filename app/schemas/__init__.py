@@ -31,7 +31,7 @@ from app.schemas.datasets import (
 )
 from app.schemas.evaluations import Evaluation
 from app.schemas.exports import CreateExport, Export, PushExport
-from app.schemas.files import CreateFile, UploadedFile
+from app.schemas.files import CompleteUpload, CreateFile, CreateUpload, CreateUploadPart, PartedUpload, UploadedFile, UploadPart
 from app.schemas.fine_tuning import (
     CheckpointPermission,
     CreateCheckpointPermissions,
@@ -64,6 +64,7 @@ __all__ = [
     "Classifications",
     "Comparison",
     "ComparisonPlan",
+    "CompleteUpload",
     "Completion",
     "CompletionChunk",
     "CreateCheckpointPermissions",
@@ -75,6 +76,8 @@ __all__ = [
     "CreateJob",
     "CreatePrompt",
     "CreatePromptRun",
+    "CreateUpload",
+    "CreateUploadPart",
     "Dataset",
     "DatasetChanges",
     "DatasetLine",
@@ -104,6 +107,7 @@ __all__ = [
     "NameProject",
     "NextTokensOfModels",
     "OpenAPIDocument",
+    "PartedUpload",
     "Person",
     "Prediction",
     "Project",
@@ -120,6 +124,7 @@ __all__ = [
     "StrategyAdvice",
     "StreamedJobEvent",
     "Studio",
+    "UploadPart",
     "UploadedFile",
     "ValidGrader",
     "ValidateGrader",

@@ -230,6 +230,12 @@ def check_purpose(purpose: str) -> None:
         )
 
 
+def check_upload_purpose(purpose: str) -> None:
+    """Raises BadField for a purpose that people's files cannot have."""
+    if purpose not in UPLOAD_PURPOSES:
+        check_purpose("" if purpose in PURPOSES else purpose)
+
+
 def clean_name(filename: str) -> str:
     """A file name to show: no folders, no control characters, at most 255 characters with its extensions. It never becomes a path."""
     name = filename.replace("\\", "/").rsplit("/", 1)[-1].encode("utf-8", "replace").decode()

@@ -86,7 +86,8 @@ POST /v1/exports/{export_id}/cancel /v1/exports/{export_id}/push /v1/files /v1/f
 POST /v1/fine_tuning/jobs /v1/fine_tuning/jobs/{job_id}/cancel /v1/fine_tuning/jobs/{job_id}/checkpoints/{step}/keep
 POST /v1/fine_tuning/jobs/{job_id}/pause /v1/fine_tuning/jobs/{job_id}/resume /v1/models /v1/models/{model:path}/exports /v1/predictions
 POST /v1/predictions/{prediction_id}/cancel /v1/prompts /v1/prompts/runs/{run_id}/cancel /v1/prompts/{prompt_id}
-POST /v1/prompts/{prompt_id}/runs /v1/tus /v1/votes /v1/votes/dataset /{place}/bulk /{place}/{key}/name
+POST /v1/prompts/{prompt_id}/runs /v1/tus /v1/uploads /v1/uploads/{upload_id}/parts
+POST /v1/uploads/{upload_id}/complete /v1/uploads/{upload_id}/cancel /v1/votes /v1/votes/dataset /{place}/bulk /{place}/{key}/name
 POST /v1/graders /graders /graders/try /graders/{grader_id}/delete
 PATCH /v1/graders/{grader_id}
 DELETE /v1/graders/{grader_id} /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}

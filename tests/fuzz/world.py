@@ -235,6 +235,9 @@ class World:
         self.session.query(resumable_upload.Upload).filter(resumable_upload.Upload.file_id.is_(None)).delete()  # fifty may be open at once
         return str(resumable_upload.begin(self.session, self.user, 1000, "a.jsonl", "user_data").id)
 
+    def _new_parted_upload(self) -> str:
+        return ids.public(ids.UPLOAD, uuid.UUID(self._new_upload()))
+
     def _new_permission(self) -> str:
         key = uuid.uuid4()
         job = ids.parse(ids.JOB, self.ids["job"])
