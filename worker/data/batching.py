@@ -124,6 +124,12 @@ class Tokenised:
         starts = np.cumsum([0, *(self.lengths[i] for i in places)])
         return Tokenised(ids, trained, starts, [self.lines[i] for i in places], self.cut, self.skipped)
 
+    def with_rows(self, other: Tokenised) -> Tokenised:
+        """These rows, and those of another behind them."""
+        ids, trained = (np.concatenate(both) for both in ((self.ids, other.ids), (self.trained, other.trained)))
+        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
+        return Tokenised(ids, trained, starts, [*self.lines, *other.lines], self.cut, self.skipped)
+
     def trained_counts(self) -> list[int]:
         """Number of trained tokens of each row."""
         return np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.starts]).tolist()

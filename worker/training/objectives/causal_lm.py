@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import Question
 from worker.scoring.metrics import answer_scores, contest, paired_losses
+from worker.training import rehearsal
 from worker.training.checkpoint import State
 from worker.training.graded import GradedRows
 from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, Objective, remarks_on
@@ -55,6 +57,7 @@ class FewShotRows(NamedTuple):
 
 class CausalLM(Objective):
     unit: ClassVar = "token"
+    preparing: ClassVar = "Writing the base's answers to general prompts"
     accuracy: ClassVar = "token_accuracy"
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
@@ -93,15 +96,24 @@ class CausalLM(Objective):
         spec = self.spec
         return load_plain(spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(spec.strategy).base_bits)
 
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
+        """Have the base answer the general prompts that are played in, or read what it wrote before."""
+        if self.spec.run.rehearsal_fraction:
+            general = yield from rehearsal.general_rows(self.spec, self.tokenizer, model, engine, self.lead, self.longest)
+            self.general, self.played = rehearsal.digest_of(general), self.train.with_rows(general)
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self.played is None else {"general": self.general}
+
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
         return self.spec.strategy.attach(model, task=self.spec.task)
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
-        return batching.trained_in(self.train, window)
+        return batching.trained_in(self.step_rows, window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        frame = packed_attention.frame_for(self.frames, sum(self.train.lengths[row] for row in pack))
-        return make_batch(self.train, pack, engine.device, frame, not self.spec.run.packing)
+        frame = packed_attention.frame_for(self.frames, sum(self.step_rows.lengths[row] for row in pack))
+        return make_batch(self.step_rows, pack, engine.device, frame, not self.spec.run.packing)
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         hidden = held_out.hidden_states(model, batch, engine)
