@@ -116,7 +116,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     yield from ProgressReporter(lesson.preparing)(lesson.prepare(model, engine, folder, course.budget))
     model = lesson.attach(model).train()
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    seconds = seconds_expected(spec, course) if lesson.frames else 0.0
+    # Router logits are collected in passing, which the compiler takes for none of its blocks.
+    seconds = seconds_expected(spec, course) if lesson.frames and "router_loss" not in lesson.facts() else 0.0
     about = spec.model.shape, strategy, run, max(lesson.step_rows.lengths), memory_here(engine.device), spec.task
     recompute = recomputed_layers(*about)
     if squeezed := recompute > 0 and run.gradient_checkpointing == "auto" and fused_layers.compiles(body_of(model), engine, seconds):

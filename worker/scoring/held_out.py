@@ -37,10 +37,15 @@ def plain_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
     """The last hidden states of a pack at positions with a target, (K, H). The head is applied by `worker/modeling/cross_entropy.py`."""
+    states: torch.Tensor = decoded(model, batch, engine).last_hidden_state
+    return states[0].index_select(0, batch.sources)
+
+
+def decoded(model: torch.nn.Module, batch: Batch, engine: Compute, **more: Any) -> Any:
+    """What the decoder without its head gives for a pack, with further arguments of its call."""
     decoder = plain_model(model).get_decoder()
     with engine.autocast():
-        out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
-    return out.last_hidden_state[0].index_select(0, batch.sources)
+        return decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments, **more)
 
 
 @contextlib.contextmanager
@@ -168,7 +173,8 @@ def written(
     inner = plain_model(model)
     with _drawing(seed, engine), evaluating(model), engine.autocast():
         if padded.is_padded(inner):
-            return padded.written(model, prompts, most, set(stops), _drawn if seed is not None else torch.argmax, seconds)
+            choose = _likeliest if seed is None else _drawn
+            return padded.written(model, prompts, most, set(stops), choose, seconds)
         rows = _generated(model, tokenizer, prompts, stops, most, engine, seconds, seed is not None)
     return [row[: next((place + 1 for place, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
@@ -182,6 +188,10 @@ def _drawing(seed: int | None, engine: Compute) -> Iterator[None]:
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax()
 
 
 def _drawn(logits: torch.Tensor) -> torch.Tensor:
@@ -224,7 +234,7 @@ def _generated(
     finally:
         packing.remove()
         inner.set_attn_implementation(before)
-    rows: list[list[int]] = out[:, longest:].tolist()
+    rows: list[list[int]] = cast("torch.Tensor", out)[:, longest:].tolist()
     return rows
 
 

@@ -11,11 +11,13 @@ import torch
 
 from app import events
 from app.errors import BadData
+from app.kit import ids
 from app.machines.hardware import Machine
 from app.planning import duration
 from app.planning.memory import pack_tokens
 from app.settings import get_settings
 from app.spec import JobSpec
+from tests import lives
 from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
 from tests.worker.training.test_settings import in_two, of, run, same
 from worker import train
@@ -199,3 +201,12 @@ def test_no_prompt_is_of_the_probe_that_measures_forgetting() -> None:
         assert len(prompts) == len(set(prompts))
         shared = {prompt: words(prompt) & probed for prompt in prompts if words(prompt) & probed}
         assert not shared
+
+
+def test_the_page_of_a_run_says_how_many_were_played_in(client, session, user, tiny_registered) -> None:
+    job = lives.order(session, user, tiny_registered, rehearsal_fraction=0.1)
+    page = f"/jobs/{ids.public(ids.JOB, job.id)}?tab=data"
+    assert "10% of each step's tokens" in client.get(page).text
+    details = {"general_rows": 96, "general_rows_played": 184, "general_share": 0.1007}
+    lives.Life(session, job).claim().say(lives.started().model_copy(update={"details": details}))
+    assert "184 played in of 96, 10.1% of the tokens" in client.get(page).text

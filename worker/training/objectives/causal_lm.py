@@ -18,9 +18,10 @@ from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark
-from worker.modeling import packed_attention
+from worker.modeling import packed_attention, padded
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
+from worker.modeling.router_loss import RouterLoss, router_loss_of
 from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import Question
@@ -57,8 +58,11 @@ class FewShotRows(NamedTuple):
 
 class CausalLM(Objective):
     unit: ClassVar = "token"
+    balances: ClassVar = True  # a mixture of experts is trained with its load-balancing loss
     preparing: ClassVar = "Writing the base's answers to general prompts"
     accuracy: ClassVar = "token_accuracy"
+
+    router_loss: RouterLoss | None = None  # of a mixture of experts whose routers train; known once the strategy is attached
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer, spec.run)
@@ -103,21 +107,29 @@ class CausalLM(Objective):
             self.general, self.played = rehearsal.digest_of(general), self.train.with_rows(general)
 
     def facts(self) -> dict[str, Any]:
-        return {} if self.played is None else {"general": self.general}
+        general = {} if self.played is None else {"general": self.general}
+        return general | ({"router_loss": self.router_loss.coefficient} if self.router_loss else {})
 
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self.spec.strategy.attach(model, task=self.spec.task)
+        attached = self.spec.strategy.attach(model, task=self.spec.task)
+        inner = held_out.plain_model(attached)
+        self.router_loss = router_loss_of(inner) if self.balances and not padded.is_padded(inner) else None
+        return attached
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return batching.trained_in(self.step_rows, window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         frame = packed_attention.frame_for(self.frames, sum(self.step_rows.lengths[row] for row in pack))
-        return make_batch(self.step_rows, pack, engine.device, frame, not self.spec.run.packing)
+        return make_batch(self.step_rows, pack, engine.device, frame, not self.spec.run.packing, mark=self.router_loss is not None)
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
-        hidden = held_out.hidden_states(model, batch, engine)
+        more = {"output_router_logits": True} if self.router_loss else {}
+        out = held_out.decoded(model, batch, engine, **more)
+        hidden = out.last_hidden_state[0].index_select(0, batch.sources)
         total = linear_cross_entropy(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute)
+        if self.router_loss:  # of each pack, by its share of the trained tokens
+            total = total + batch.trained * self.router_loss.of(out.router_logits, batch.real)
         return LossOutput(total, batch.tokens, batch.trained)
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
