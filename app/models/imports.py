@@ -336,7 +336,8 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         return {"source": {**source, **facts["source"]}}
     if source["from"] == "merge":  # kind, labels and license are those of the merged adapter
         return {}
-    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
+    stored = {"dequantized": facts["dequantized"]} if facts.get("dequantized") else {}
+    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], **stored, "rules": facts["rules"]}}
 
 
 def _claim(work: leases.Work[Model], model_id: uuid.UUID) -> int | None:

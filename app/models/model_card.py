@@ -248,6 +248,8 @@ def _origin(model: Model, chain: list[Model], job: Job | None) -> str:
                 else "."
             )
         )
+    if stored := (base.source or {}).get("dequantized"):
+        lines.append(f"The weights of `{upstream(base)}` were stored in 8 bits ({stored}) and written out in bf16 before fine-tuning.")
     return "\n\n".join(lines) + "\n"
 
 
