@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.objectives import OBJECTIVES, SETTINGS, Task
+from app.older_settings import renamed
 from app.optimizers import OPTIMIZERS
-from app.run_settings import RunSettings, renamed
+from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.strategies import AnyStrategy, Strategy
 

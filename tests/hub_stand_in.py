@@ -1,5 +1,5 @@
 """A stand-in of the Hugging Face hub: the part of its HTTP API that the client of `huggingface_hub` uses to create a repository, upload
-large files and commit, on the loopback. It keeps what it gets.
+large files and commit, and to look at a model and download its files, on the loopback. It keeps what it gets.
 
 https://huggingface.co/docs/hub/api and https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
 """
@@ -28,6 +28,15 @@ class Hub:
         self.hold_after: int | None = None
         """After this many large files the next is kept waiting until `go` is set."""
         self.go, self.held = threading.Event(), threading.Event()
+        self.files: dict[str, dict[str, bytes]] = {}
+        """What can be downloaded: the files of each repository."""
+        self.sha = "c" * 40
+        self.cuts: list[int] = []
+        """After so many bytes each of the next downloads of a large file breaks off."""
+        self.deaf = False
+        """Whether it ignores ranges, as some proxies do."""
+        self.downloads: list[tuple[str, int, int]] = []
+        """Of each download: the name, the first byte asked for, and the bytes sent."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,6 +65,8 @@ class Hub:
         try:
             body = asked.rfile.read(int(asked.headers.get("content-length") or 0))
             path = asked.path.partition("?")[0]
+            if "/resolve/" in path:
+                return self.download(asked, path)
             status, said = self.look(asked.command, path, body, asked.headers.get("authorization"))
             data = json.dumps(said).encode()
             asked.send_response(status)
@@ -71,6 +82,8 @@ class Hub:
     def look(self, method: str, path: str, body: bytes, authorization: str | None) -> tuple[int, dict[str, Any]]:
         if status := next((status for piece, status in self.refuse.items() if piece in path), None):
             return status, {"error": f"refused with {status}"}
+        if method == "GET" and path.removeprefix("/api/models/").partition("/revision/")[0] in self.files:
+            return 200, self.described(path.removeprefix("/api/models/").partition("/revision/")[0])
         if method == "PUT":
             return self.put(path.rpartition("/")[2], body)
         if authorization != f"Bearer {self.token}":
@@ -99,6 +112,33 @@ class Hub:
         if path.endswith("/commit/main"):
             return self.commit(repo, body)
         return 200, {"id": repo, "private": self.repos[repo]["private"], "sha": "0" * 40, "siblings": [], "tags": []}
+
+    def described(self, repo: str) -> dict[str, Any]:
+        files = self.files[repo]
+        large = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name.endswith(".safetensors")}
+        siblings = [
+            {"rfilename": name, "size": len(data)}
+            | ({"lfs": {"sha256": large[name], "size": len(data), "pointerSize": 134}} if name in large else {})
+            for name, data in files.items()
+        ]
+        return {"id": repo, "sha": self.sha, "siblings": siblings, "cardData": {"license": "apache-2.0"}, "tags": []}
+
+    def download(self, asked: BaseHTTPRequestHandler, path: str) -> None:
+        repo, _, rest = path.removeprefix("/").partition("/resolve/")
+        sha, _, name = rest.partition("/")
+        assert sha == self.sha, "the commit is pinned"
+        data = self.files[repo][name]
+        start = 0 if self.deaf else int(asked.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        part, cut = data[start:], self.cuts.pop(0) if self.cuts and name.endswith(".safetensors") else None
+        asked.send_response(206 if start else 200)
+        asked.send_header("content-length", str(len(part)))
+        if start:
+            asked.send_header("content-range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        asked.end_headers()
+        asked.wfile.write(part[:cut])
+        self.downloads.append((name, start, len(part[:cut])))
+        if cut is not None:
+            asked.close_connection = True
 
     def create(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         name = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)

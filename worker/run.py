@@ -183,7 +183,8 @@ MIN_TOKENS = 500
 def calibrate(spec: JobSpec, started: events.Started | None, finished: events.Finished) -> None:
     """Keep how fast this machine was, so that the next estimate is better. A frozen model only reads; where its vectors were
     kept from an earlier job it read nothing, and there is nothing to learn from that. The job is finished, whatever goes wrong here."""
-    if kernels.allowed():  # a plain job is no measure for others
+    # A plain job is no measure for others, nor one that may have written general answers before its first step.
+    if kernels.allowed() and not spec.run.rehearsal_fraction:
         with contextlib.suppress(Exception):
             _calibrate(spec, started, finished)
 
@@ -205,6 +206,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
         held_out=started.train_tokens / max(started.train_rows, 1) * started.validation_rows,
         longest=0,
         tokens=measured.tokens,
+        own=measured.tokens,
         steps=measured.steps,
         trained_share=share,
         rows=started.train_rows,

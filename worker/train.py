@@ -113,11 +113,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     fused_layers.patch_layers(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
-    yield from ProgressReporter("Reading the rows with the base model")(lesson.prepare(model, engine, folder, course.budget))
+    yield from ProgressReporter(lesson.preparing)(lesson.prepare(model, engine, folder, course.budget))
     model = lesson.attach(model).train()
     # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
-    seconds = seconds_expected(spec, course) if lesson.frames else 0.0
-    about = spec.model.shape, strategy, run, max(lesson.train.lengths), memory_here(engine.device), spec.task
+    # Router logits are collected in passing, which the compiler takes for none of its blocks.
+    seconds = seconds_expected(spec, course) if lesson.frames and "router_loss" not in lesson.facts() else 0.0
+    about = spec.model.shape, strategy, run, max(lesson.step_rows.lengths), memory_here(engine.device), spec.task
     recompute = recomputed_layers(*about)
     if squeezed := recompute > 0 and run.gradient_checkpointing == "auto" and fused_layers.compiles(body_of(model), engine, seconds):
         recompute = recomputed_layers(*about, squeezed=True)  # fewer, since each keeps less
@@ -141,7 +142,13 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         checkpoint.load_weights(found, trained)
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
-    facts = {**engine.facts(), "spec": digest, "dataset": spec.dataset.sha256, **backend.prepare(lesson, model, optimizer, parts, found)}
+    facts = {
+        **engine.facts(),
+        "spec": digest,
+        "dataset": spec.dataset.sha256,
+        **lesson.facts(),
+        **backend.prepare(lesson, model, optimizer, parts, found),
+    }
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
@@ -151,6 +158,10 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     job = TrainState(spec, folder, engine, lesson, course, state, backend, began - state.wall_seconds)
     done |= {"recomputed_layers": recompute, "backend": backend.name}
     yield started(job, state.step if found else None, exact, done, time.monotonic() - began)
+    if rehearsed := course.rehearsed(lesson):
+        yield _log(
+            "info", "General rows are played in: {general_rows_played}, which are {general_share:.1%} of all tokens.".format(**rehearsed)
+        )
     del model, trained, optimizer, backend  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
@@ -167,7 +178,7 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         yield from evaluate(job)
     world.wait()
     backend.start(world)
-    packs = course.packs(job.lesson.train.lengths, run, state.step * run.passes)
+    packs = course.packs(job.lesson, state.step * run.passes)
     late: deque[tuple[events.Step, AsyncScalars]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
@@ -227,7 +238,8 @@ def started(job: TrainState, resumed_from: int | None, exact: bool, done: dict[s
             "attention": packed_attention.NAME,
             **done,
             "tokens_per_pass": job.course.budget,
-            "longest_row": max(lesson.train.lengths),
+            "longest_row": max(lesson.step_rows.lengths),
+            **job.course.rehearsed(lesson),
         },
     )
 

@@ -24,7 +24,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
-from app.run_settings import renamed
+from app.older_settings import renamed
 from app.spec import JobSpec, usual_learning_rate
 from app.strategies import STRATEGIES
 from app.tables import Dataset, Job, User

@@ -12,8 +12,8 @@ from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
 from app.objectives import METHODS, Task
+from app.older_settings import RENAMED
 from app.planning.schedule import PresetName
-from app.run_settings import RENAMED
 from app.spec import Split
 from app.strategies import STRATEGIES, UNNAMED, AnyStrategy, Strategy
 

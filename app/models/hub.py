@@ -1,19 +1,27 @@
-"""Downloads models from the Hugging Face hub, where it can be reached: only known files, a pinned commit, a limit on size."""
+"""Downloads models from the Hugging Face hub, where it can be reached: only known files, a pinned commit, a limit on size.
+What broke off continues (`hub_files.py`)."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
 import shutil
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable, Unsupported
-from app.models import hub_token, import_checks
+from app.models import hub_files, hub_token, import_checks
+from app.models.hub_files import HubFile
 from app.settings import get_settings
 
 LARGEST = 200 * 2**30
 """Maximum bytes of one model."""
+
+BEAT_SECONDS = 2.0
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -37,8 +45,14 @@ def must_be_allowed() -> None:
         )
 
 
+def downloads(model_id: uuid.UUID) -> Path:
+    """The folder into which a model is downloaded. It is kept when that fails, so that another attempt continues it."""
+    return get_settings().folder("tmp") / f"hub-{model_id}"
+
+
 def download(repo: str, revision: str | None, into: Path, beat: Callable[[float], None]) -> dict[str, Any]:
-    """Fetch the allowed files of one commit into a folder. Returns `{"revision": commit, "license": name or None}`.
+    """Fetch the allowed files of one commit into a folder, which may hold a part of them. Returns `{"revision": commit, "license": name
+    or None}`. `beat` gets the share that is done, up to 0.85, every few seconds.
 
     Raises Unavailable when the hub cannot be reached, NotFound, Unsupported for a repository without safetensors, TooLarge and
     DiskFull.
@@ -56,13 +70,16 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
     api = HfApi(token=hub_token.read() or False)
     try:
         facts = api.model_info(repo, revision=revision, files_metadata=True, timeout=15)
-        files = choose({item.rfilename: item.size or 0 for item in facts.siblings or []}, repo)
-        _need_room(into, sum(files.values()))
-        done = 0
-        for name, size in files.items():
-            api.hf_hub_download(repo, name, revision=facts.sha, local_dir=into)
-            done += size
-            beat(0.85 * done / max(sum(files.values()), 1))
+        sizes = choose({item.rfilename: item.size or 0 for item in facts.siblings or []}, repo)
+        digests = {item.rfilename: item.lfs.sha256 if item.lfs else None for item in facts.siblings or []}
+        files = [HubFile(repo, str(facts.sha), name, size, digests[name]) for name, size in sizes.items()]
+        with _alone(into, lambda: beat(0.0)):
+            _only_of(into, str(facts.sha))
+            _need_room(into, sum(sizes.values()), sum(hub_files.have(into, file) for file in files))
+            share = _Share(beat, sum(sizes.values()))
+            for file in files:
+                hub_files.bring(file, into, hub_token.read() or None, share.of_file)
+                share.done += file.bytes
     except GatedRepoError:
         raise Unavailable(
             f"{repo} asks for its terms to be accepted on the hub first.",
@@ -78,9 +95,45 @@ def download(repo: str, revision: str | None, into: Path, beat: Callable[[float]
             hint="Check the network, or add a starter model or a local folder; those need no hub.",
             code="hub_unreachable",
         ) from error
-    shutil.rmtree(into / ".cache", ignore_errors=True)
     card = facts.card_data.to_dict() if facts.card_data else {}
     return {"revision": facts.sha, "license": str(card.get("license"))[:40] if card.get("license") else None}
+
+
+class _Share:
+    """Turns the bytes of the file at hand into the share of all, told every few seconds: it renews a lease."""
+
+    def __init__(self, beat: Callable[[float], None], total: int) -> None:
+        self.beat, self.total, self.done, self.told_at = beat, max(total, 1), 0, -BEAT_SECONDS
+
+    def of_file(self, count: int) -> None:
+        if time.monotonic() - self.told_at >= BEAT_SECONDS:
+            self.told_at = time.monotonic()
+            self.beat(0.85 * (self.done + count) / self.total)
+
+
+@contextlib.contextmanager
+def _alone(into: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Within this context no other process downloads into the folder: one whose lease has passed writes until it notices."""
+    into.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (into / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(1.0)
+        yield
+
+
+def _only_of(into: Path, commit: str) -> None:
+    """Remove what an earlier attempt downloaded of another commit."""
+    note = into / ".commit"
+    if not note.is_file() or note.read_text() != commit:
+        for path in into.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        note.write_text(commit)
 
 
 def choose(sizes: dict[str, int], repo: str) -> dict[str, int]:
@@ -94,8 +147,9 @@ def choose(sizes: dict[str, int], repo: str) -> dict[str, int]:
     return files
 
 
-def _need_room(into: Path, needed: int) -> None:
-    free = shutil.disk_usage(into.parent).free
+def _need_room(into: Path, needed: int, there: int) -> None:
+    """Raises DiskFull where the disk has no room for `needed` bytes twice, `there` of which have come already."""
+    free = shutil.disk_usage(into).free + there
     if free < 2.2 * needed:  # once as downloaded, once as kept
         raise DiskFull(
             f"The model needs {2.2 * needed / 1e9:.1f} GB while it is fetched, and {free / 1e9:.1f} GB are free.",

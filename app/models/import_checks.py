@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
-from app.models import model_json
+from app.models import model_json, quantized
 from app.shapes import FORMULAS, Shape, shape_of
 
 ALLOWED_FILES = (
@@ -80,11 +80,8 @@ def check_config(config: Any) -> Shape | None:
     if not isinstance(kind, str) or not re.fullmatch(r"[a-z0-9][\w-]{0,59}", kind):
         raise BadData("config.json names no model_type.", hint="Use a folder saved by save_pretrained().", param="path")
     if "quantization_config" in config:
-        raise Unsupported(
-            "The weights are quantized, and quantized weights cannot be fine-tuned as they are.",
-            hint="Use the model's unquantized version (16 or 32 bit safetensors).",
-            param="path",
-        )
+        quantized.scheme_of(config["quantization_config"])
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     config = model_json.check("config.json", config)
     if kind not in FORMULAS:
         return None

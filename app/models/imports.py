@@ -296,7 +296,7 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
             starters.move_into_place(work / "model", place)
             return written
         pinned: dict[str, Any] = {}
-        made = Path(source["path"]) if source["from"] == "folder" else work / "hub"
+        made = Path(source["path"]) if source["from"] == "folder" else hub.downloads(model_id)
         if source["from"] == "hub":
             pinned = hub.download(source["repo"], source.get("revision"), made, beat)
         facts = starters.convert(made, work / "model", source.get("kind"), lambda: beat(0.9))
@@ -304,6 +304,8 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         license_name = pinned.pop("license", None) or license_of(work / "model")
         written = manifest.write(work / "model", source={**source, **pinned}, license=license_name, **facts)
         starters.move_into_place(work / "model", place)
+        if source["from"] == "hub":
+            shutil.rmtree(made, ignore_errors=True)
         return written
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -336,7 +338,8 @@ def _found(source: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         return {"source": {**source, **facts["source"]}}
     if source["from"] == "merge":  # kind, labels and license are those of the merged adapter
         return {}
-    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], "rules": facts["rules"]}}
+    stored = {"dequantized": facts["dequantized"]} if facts.get("dequantized") else {}
+    return {"kind": facts["kind"], "license": facts.get("license"), "source": {**facts["source"], **stored, "rules": facts["rules"]}}
 
 
 def _claim(work: leases.Work[Model], model_id: uuid.UUID) -> int | None:

@@ -248,6 +248,8 @@ def _origin(model: Model, chain: list[Model], job: Job | None) -> str:
                 else "."
             )
         )
+    if stored := (base.source or {}).get("dequantized"):
+        lines.append(f"The weights of `{upstream(base)}` were stored in 8 bits ({stored}) and written out in bf16 before fine-tuning.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -255,7 +257,9 @@ def _settings(job: Job) -> str:
     """The method's settings and those of the run that shape what is learned."""
     strategy, run = job.spec["strategy"], job.spec["run"]
     shown = {name: value for name, value in strategy.items() if name != "name" and isinstance(value, int | float | str)}
-    named = ("learning_rate", "schedule", "optimizer", "epochs", "max_tokens_per_step", "max_length", "seed", "precision")
+    named = (
+        "learning_rate", "schedule", "optimizer", "epochs", "max_tokens_per_step", "max_length", "rehearsal_fraction", "seed", "precision",
+    )  # fmt: skip
     shown |= {name: run[name] for name in named if run.get(name) is not None}
     return f"Settings: `{strategy['name']}`, " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
 

@@ -16,7 +16,7 @@ from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
-from app.models import interpolation
+from app.models import hub, interpolation
 from app.models.imports import order
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.settings import get_settings
@@ -387,6 +387,8 @@ def delete(session: Session, user: User, model: Model) -> None:
         )
     model.deleted_at = func.clock_timestamp()
     session.flush()
+    downloaded = hub.downloads(model.id)
+    on_commit(session, lambda: shutil.rmtree(downloaded, ignore_errors=True))
     folder = own_folder(model)
     if folder is not None:
         on_commit(session, lambda: shutil.rmtree(folder, ignore_errors=True))

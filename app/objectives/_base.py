@@ -30,6 +30,7 @@ class Objective:
     settings: ClassVar[type[BaseModel] | None] = None  # its own settings, the field `preference` of a spec
     # Which run settings it takes ---------------------------------------------------------------------------------------
     turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
+    rehearses: ClassVar[bool] = False  # general rows may be played in against forgetting (`rehearsal_fraction`)
     unpacked: ClassVar[bool] = False  # rows can be padded instead of packed
     fp8: ClassVar[bool] = False  # frozen products may be computed in fp8
     uniform: ClassVar[bool] = False  # packs may share one shape, so that a GPU's layers are compiled once

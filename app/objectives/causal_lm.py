@@ -14,6 +14,7 @@ class CausalLM(Objective):
     place: ClassVar = 10
     copies: ClassVar = True
     turns: ClassVar = True
+    rehearses: ClassVar = True
     unpacked: ClassVar = True
     fp8: ClassVar = True
     uniform: ClassVar = True

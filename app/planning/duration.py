@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES
+from app.planning import rehearsal
 from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
 from app.run_settings import RunSettings
 from app.shapes import Shape
@@ -125,7 +126,8 @@ class Workload(NamedTuple):
     train: float  # of the training rows, once
     held_out: float
     longest: int  # of the longest sequence, after truncation
-    tokens: int  # of all steps
+    tokens: int  # of all steps, general rows included
+    own: int  # of them, those of training rows
     steps: int
     trained_share: float  # share of the tokens with a loss
     rows: int  # training rows
@@ -146,9 +148,10 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     learned_from = math.ceil(stats.rows * share)
     mean = train / max(learned_from, 1)
     steps = total_steps(train, learned_from, longest, run)
-    tokens = int(min(run.epochs * train, steps * run.step_tokens(mean)))
+    own = int(min(run.epochs * train, steps * run.step_tokens(mean)))
+    tokens = int(own / (1 - run.rehearsal_fraction))
     trained_share = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
-    return Workload(train, held_out, longest, tokens, steps, trained_share, learned_from, stats.labels or 0)
+    return Workload(train, held_out, longest, tokens, own, steps, trained_share, learned_from, stats.labels or 0)
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
@@ -176,7 +179,7 @@ def loss_share(stats: Stats) -> float:
 
 def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) -> int:
     """Optimizer steps of a job with this many tokens and rows per epoch."""
-    batches = rows / run.batch_size if run.batch_size else train_tokens / (run.max_tokens_per_step or 1)
+    batches = rows / run.batch_size if run.batch_size else train_tokens / ((run.max_tokens_per_step or 1) * (1 - run.rehearsal_fraction))
     if not run.packing and not run.batch_size:  # at most, as if every row were as long as the longest
         batches = rows / max(1, (run.max_tokens_per_step or 1) // longest)
     steps = max(1, math.ceil(run.epochs * max(1, math.ceil(batches)) / run.gradient_accumulation_steps))
@@ -245,7 +248,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
         return _fit_seconds(spec, course)
     classes = OBJECTIVES[spec.task].classifies
     forward = forward_operations(shape, course.trained_share)
-    often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.tokens / max(course.train, 1)
+    often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.own / max(course.train, 1)
     saves = judged = max(1, math.ceil(often))
     if run.save_steps:
         saves = math.ceil(course.steps / run.save_steps)
@@ -267,6 +270,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     written = (
         0 if classes else graded + run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     )
+    written += rehearsal.PROMPTS * rehearsal.ANSWER_TOKENS if run.rehearsal_fraction else 0  # at most: a second job finds them
     again = _read_seconds(shape) if probed or passes == 2 else 0.0
     return (scored + 10 * written * forward) / speed + again + saves * _save_seconds(spec)
 

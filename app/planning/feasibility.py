@@ -34,7 +34,7 @@ MIN_FP8_CAPABILITY = 8.9
 # Refused --------------------------------------------------------------------------------------------------------------
 
 GRADIENT_ONLY = (
-    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha",
+    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha", "rehearsal_fraction",
     "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best", "graded_rows",
 )  # fmt: skip
 """Settings without effect where frozen features are computed once and a classifier is fitted to them."""
@@ -153,6 +153,23 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
         param="run.train_on",
         code="setting_without_use",
     )
+
+
+def refuse_rehearsal(run: RunSettings, task: str) -> None:
+    """Raises BadField for general rows where a job does not train on writing text, and where rows are padded instead of packed."""
+    if not run.rehearsal_fraction:
+        return
+    reason = None
+    if not OBJECTIVES[task].rehearses:
+        taking = " and ".join(name for name, entry in OBJECTIVES.items() if entry.rehearses)
+        reason, hint = (
+            f"General rows are texts that the model wrote, which a job for {task} does not train on; one for {taking} does.",
+            "Leave rehearsal_fraction out.",
+        )
+    elif not run.packing:
+        reason, hint = "General rows fill up packs, and packing is off.", "Leave packing out, or rehearsal_fraction."
+    if reason:
+        raise BadField(reason, hint=hint, param="run.rehearsal_fraction", code="setting_without_use")
 
 
 def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None) -> None:

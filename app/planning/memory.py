@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from app.machines.hardware import Machine
 from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS
+from app.planning.rehearsal import ROW_TOKENS
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.strategies import Strategy
@@ -83,11 +84,14 @@ def parts_beside(shape: Shape, strategy: Strategy, run: RunSettings, tokens: int
     return 1 if machine.cuda or draws or shared_out else parts_of(tokens, machine.cores // machine.processes)
 
 
-def pack_tokens(run: RunSettings, longest: int, processes: int = 1) -> int:
-    """Tokens of one pass: a step's share, or the longest row where that is more; for a batch size in rows, that many of the longest."""
+def pack_tokens(run: RunSettings, longest: int, processes: int = 1, virtual_tokens: int = 0) -> int:
+    """Tokens of one pass: a step's share, or the longest row where that is more; for a batch size in rows, that many of the longest. A
+    pack is filled up with whole general rows, the last of which may reach beyond it."""
+    general = ROW_TOKENS + virtual_tokens if run.rehearsal_fraction else 0
     if run.max_tokens_per_step is None:
-        return longest * math.ceil((run.batch_size or 1) * run.gradient_accumulation_steps / passes(run, processes))
-    return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)), longest)
+        own = longest * math.ceil((run.batch_size or 1) * run.gradient_accumulation_steps / passes(run, processes))
+        return math.ceil(own / (1 - run.rehearsal_fraction)) + general
+    return max(math.ceil(run.max_tokens_per_step * run.gradient_accumulation_steps / passes(run, processes)) + general, longest)
 
 
 AMPERE = 8.0
@@ -208,7 +212,7 @@ def memory_of(
     held = spread_over(all_of, shape, strategy, machine.processes)
     writes = not OBJECTIVES[task].classifies
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
-    tokens, compute = pack_tokens(run, longest, machine.processes), 2 if half else 4
+    tokens, compute = pack_tokens(run, longest, machine.processes, strategy.virtual_tokens()), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed)
     reached = strategy.reaches(shape)

@@ -293,9 +293,9 @@ def sweep(session: Session, older_than_seconds: float = _UNUSED_SECONDS, at_most
     limit = time.time() - older_than_seconds
     for path in (get_settings().folder("tmp")).glob("upload-*"):
         _unlink_if_old(path, time.time() - max(older_than_seconds, 86_400))  # a slow upload may take hours
-    for name in ("child-*", "bring-*"):  # left by readers that were killed
+    for name, days in (("child-*", 1), ("bring-*", 1), ("hub-*", 7)):  # left by readers that were killed, and downloads nobody continued
         for path in get_settings().folder("tmp").glob(name):
-            if _modified(path) < time.time() - 86_400:
+            if max(map(_modified, [path, *path.glob("*")])) < time.time() - days * 86_400:
                 shutil.rmtree(path, ignore_errors=True)
     removed = 0
     for path in get_settings().folder("blobs").glob("??/*"):

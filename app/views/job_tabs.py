@@ -24,7 +24,7 @@ from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
 from app.models import service as models
 from app.objectives import OBJECTIVES
-from app.run_settings import renamed
+from app.older_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
 from app.views import scores as score_view

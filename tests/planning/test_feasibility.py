@@ -187,6 +187,22 @@ def test_what_nothing_would_read_is_refused(session, user, tiny_registered, read
     )
 
 
+def test_general_rows_where_no_text_is_trained(session, user, tiny_registered, read):
+    run = {"rehearsal_fraction": 0.1}
+    kinds, chats = read(labelled("card", "cash")), read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    pairs = read([{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No."} for n in range(20)], "pairs.jsonl")
+    lora, frozen = {"name": "lora"}, {"name": "feature_extraction"}
+    for data, strategy, said in ((kinds, lora, "classification"), (kinds, frozen, "reads the base once"), (pairs, lora, "preference")):
+        error = refused(session, user, order_of(data, strategy=strategy, run=run))
+        assert (error.param, error.code) == ("run.rehearsal_fraction", "setting_without_use") and said in error.message
+    error = refused(session, user, order_of(chats, strategy=lora, run={**run, "packing": False}))
+    assert error.param == "run.rehearsal_fraction" and "packing" in error.hint
+    for wrong in (-0.1, 0.6, "much"):
+        assert refused(session, user, order_of(chats, strategy=lora, run={"rehearsal_fraction": wrong})).param == "run.rehearsal_fraction"
+    built = spec_builder.build_spec(session, user, job_request.read_order(order_of(chats, strategy=lora, run=run)))
+    assert built.run.rehearsal_fraction == 0.1
+
+
 def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_registered, read):
     run = {"chat_template": "llama3"}
     kinds, text = read(labelled("card", "cash")), read([{"text": f"Number {n} is told of."} for n in range(20)], "text.jsonl")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from app.errors import BadData, StudioError, Unsupported
-from app.models import gguf_header, import_checks
+from app.models import gguf_header, import_checks, model_json, quantized
 from app.shapes import Shape
 from worker.conversion import rotary, trial
 from worker.runtime.fast_import import importing
@@ -164,14 +164,26 @@ def mend_tokenizer(tokenizer: Any, keys: dict[str, Any], positions: int) -> None
 
 
 def from_folder(source: Path, into: Path) -> dict[str, Any]:
-    """Copy the allowed files, and check what a library will open later. The copy is checked, because nobody else can change it;
-    its JSON files are rewritten from the checked contents, without unknown keys."""
+    """Copy the allowed files, weights of 8 bits as bf16, and check what a library will open later. The copy is checked, because nobody
+    else can change it; its JSON files are rewritten from the checked contents, without unknown keys."""
     _, files = import_checks.check_head(source)
+    config = model_json.read(source, "config.json")
+    scheme = quantized.scheme_of(config["quantization_config"]) if "quantization_config" in config else None
+    weights = [path for path in files if path.suffix == ".safetensors"] if scheme else []
     for path in files:
+        if path in weights or (scheme and path.name == "model.safetensors.index.json"):
+            continue
         target = into / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    return inspect(into, rewrite=True)
+    if scheme is None:
+        return inspect(into, rewrite=True)
+    from worker.conversion import dequantize
+
+    dequantize.write_weights(weights, into, scheme)
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    (into / "config.json").write_text(json.dumps({**plain, "dtype": "bfloat16"}))
+    return {**inspect(into, rewrite=True), "dequantized": scheme.title}
 
 
 def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:

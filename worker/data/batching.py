@@ -124,6 +124,12 @@ class Tokenised:
         starts = np.cumsum([0, *(self.lengths[i] for i in places)])
         return Tokenised(ids, trained, starts, [self.lines[i] for i in places], self.cut, self.skipped)
 
+    def with_rows(self, other: Tokenised) -> Tokenised:
+        """These rows, and those of another behind them."""
+        ids, trained = (np.concatenate(both) for both in ((self.ids, other.ids), (self.trained, other.trained)))
+        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
+        return Tokenised(ids, trained, starts, [*self.lines, *other.lines], self.cut, self.skipped)
+
     def trained_counts(self) -> list[int]:
         """Number of trained tokens of each row."""
         return np.diff(np.concatenate([[0], np.cumsum(self.trained)])[self.starts]).tolist()
@@ -171,6 +177,7 @@ class Batch:
     arguments: dict[str, Any]  # for the attention
     tokens: int
     trained: int
+    real: torch.Tensor | None = None  # (1, T), 1 at tokens and 0 at padding, where it was asked for
 
 
 LEARNT_MULTIPLE = 256
@@ -179,9 +186,12 @@ NOT_LEARNT = -100
 """The target of such padding."""
 
 
-def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame: PackShape | None = None, padded: bool = False) -> Batch:
+def make_batch(
+    data: Tokenised, rows: Sequence[int], device: torch.device, frame: PackShape | None = None, padded: bool = False, mark: bool = False
+) -> Batch:
     """The tensors of a pack of row numbers. With `padded`, each row is padded to the longest; the pack is padded to `frame`, or
-    on a CPU by `packed_attention.filling`. On CUDA they are copied asynchronously from pinned memory."""
+    on a CPU by `packed_attention.filling`. `mark` adds which tokens are no padding. On CUDA they are copied asynchronously from pinned
+    memory."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
     tokens = sum(lengths)
@@ -191,6 +201,7 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
     lengths = [length for pair in zip(lengths, spare, strict=True) for length in pair if length]
     sources, targets = learnt - 1, ids[learnt]
     more = frame.filling(lengths) if frame else filling(len(ids), device)
+    real = _laid([np.ones(int(s.stop - s.start), np.float32) for s in spans], [*spare[:-1], spare[-1] + sum(more)]) if mark else None
     lengths, ids = lengths + more, np.concatenate([ids, np.zeros(sum(more), np.int64)])
     if frame:
         more_learnt = -len(learnt) % LEARNT_MULTIPLE
@@ -198,7 +209,9 @@ def make_batch(data: Tokenised, rows: Sequence[int], device: torch.device, frame
         targets = np.concatenate([targets, np.full(more_learnt, NOT_LEARNT)])
     places = np.concatenate([np.arange(n) for n in lengths])
     flat, at, read, learn = (sent(torch.from_numpy(x), device) for x in (ids[None], places[None], sources, targets))
-    return Batch(flat, at, read, learn, arguments=packed_arguments(lengths, device, frame), tokens=tokens, trained=len(learnt))
+    marks = sent(torch.from_numpy(real[None]), device) if real is not None else None
+    arguments = packed_arguments(lengths, device, frame)
+    return Batch(flat, at, read, learn, arguments=arguments, tokens=tokens, trained=len(learnt), real=marks)
 
 
 def _laid(pieces: Sequence[np.ndarray], spare: Sequence[int]) -> np.ndarray:

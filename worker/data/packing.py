@@ -9,6 +9,7 @@ into another, shuffled order 32 to 89. Steps of short rows and steps of long one
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
@@ -47,6 +48,32 @@ def plan(
     packs += fit(window, lengths, budget, most)
     draw.shuffle(packs)
     return packs
+
+
+def with_general(
+    packs: Iterator[tuple[int, int, list[int]]], lengths: Sequence[int], own: int, share: float, *, seed: int, room: int, most: int | None
+) -> Iterator[tuple[int, int, list[int]]]:
+    """The packs of a `stream` from its beginning, with general rows behind their own: `share` of all tokens so far, as nearly as whole rows
+    give it. The first `own` of `lengths` are the stream's rows; the others are played in, each once before any comes again, in an order
+    given by the seed. No pack grows beyond `room` tokens or `most` rows for them; what did not fit is owed to the next."""
+    queue, owed = _again_and_again(range(own, len(lengths)), seed), 0.0
+    row = next(queue)
+    for epoch, place, pack in packs:
+        pack, held = list(pack), sum(lengths[r] for r in pack)
+        owed += held * share / (1 - share)
+        while owed >= lengths[row] / 2 and held + lengths[row] <= room and (most is None or len(pack) < most):
+            pack.append(row)
+            held, owed = held + lengths[row], owed - lengths[row]
+            row = next(queue)
+        yield epoch, place, pack
+
+
+def _again_and_again(rows: Sequence[int], seed: int) -> Iterator[int]:
+    """All rows in one order after another, without end."""
+    for turn in itertools.count():
+        order = list(rows)
+        random.Random(f"luthier/general/{seed}/{turn}").shuffle(order)
+        yield from order
 
 
 def _padded(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

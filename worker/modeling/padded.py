@@ -8,7 +8,7 @@ what it costs; rows of one pack are of similar length where the packer could cho
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -81,11 +81,16 @@ def is_padded(model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def greedy(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], most: int, stops: Container[int], seconds: float | None
+def written(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    stops: Container[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    seconds: float | None,
 ) -> list[list[int]]:
-    """Greedy answers of at most `most` tokens, each without its stop token. Every token reads the whole text again, since nothing is
-    known of such a model's cache. After `seconds` all end where they are."""
+    """Answers of at most `most` tokens, with their stop token; `choose` takes a token from logits (V,). Every token reads the whole text
+    again, since nothing is known of such a model's cache. After `seconds` all end where they are."""
     until = time.monotonic() + seconds if seconds is not None else float("inf")
     texts, over = [list(prompt) for prompt in prompts], [False] * len(prompts)
     for _ in range(most):
@@ -93,7 +98,6 @@ def greedy(
         if not going or time.monotonic() > until:
             break
         for i, logits in zip(going, whole_texts(model, [texts[i] for i in going]), strict=True):
-            token = int(logits[-1].argmax())
-            over[i] = token in stops
-            texts[i] += [] if over[i] else [token]
+            texts[i].append(int(choose(logits[-1])))
+            over[i] = texts[i][-1] in stops
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]

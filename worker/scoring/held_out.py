@@ -37,10 +37,15 @@ def plain_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
     """The last hidden states of a pack at positions with a target, (K, H). The head is applied by `worker/modeling/cross_entropy.py`."""
+    states: torch.Tensor = decoded(model, batch, engine).last_hidden_state
+    return states[0].index_select(0, batch.sources)
+
+
+def decoded(model: torch.nn.Module, batch: Batch, engine: Compute, **more: Any) -> Any:
+    """What the decoder without its head gives for a pack, with further arguments of its call."""
     decoder = plain_model(model).get_decoder()
     with engine.autocast():
-        out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments)
-    return out.last_hidden_state[0].index_select(0, batch.sources)
+        return decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments, **more)
 
 
 @contextlib.contextmanager
@@ -148,41 +153,89 @@ def answers(
     soft prompt. After `seconds` all end where they are."""
     if not asked:
         return []
+    stops = stop_ids(tokenizer, plain_model(model).generation_config)
+    told = written(model, tokenizer, [[*lead, *q.ids] for q in asked], stops, most, engine, seconds)
+    return [tokenizer.decode([i for i in ids if i not in stops], skip_special_tokens=True).strip() for ids in told]
+
+
+def written(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    stops: Sequence[int],
+    most: int,
+    engine: Compute,
+    seconds: float | None = None,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """Token ids that the model writes behind each prompt, all in one batch: at most `most`, with the one of `stops` that ends an answer. Each
+    is the likeliest; with a `seed` it is drawn from the model's distribution as it is. After `seconds` all end where they are."""
     inner = plain_model(model)
-    asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
-    longest = max(len(q.ids) for q in asked)
-    if padded.is_padded(inner):
-        stops = set(stop_ids(tokenizer, inner.generation_config))
-        with evaluating(model), engine.autocast():
-            told = padded.greedy(model, [q.ids for q in asked], most, stops, seconds)
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in told]
+    with _drawing(seed, engine), evaluating(model), engine.autocast():
+        if padded.is_padded(inner):
+            choose = _likeliest if seed is None else _drawn
+            return padded.written(model, prompts, most, set(stops), choose, seconds)
+        rows = _generated(model, tokenizer, prompts, stops, most, engine, seconds, seed is not None)
+    return [row[: next((place + 1 for place, token in enumerate(row) if token in stops), len(row))] for row in rows]
+
+
+@contextlib.contextmanager
+def _drawing(seed: int | None, engine: Compute) -> Iterator[None]:
+    """Within this context torch's generators begin at `seed`, and are afterwards what they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax()
+
+
+def _drawn(logits: torch.Tensor) -> torch.Tensor:
+    return torch.multinomial(logits.float().softmax(-1), 1)
+
+
+def _generated(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    stops: Sequence[int],
+    most: int,
+    engine: Compute,
+    seconds: float | None,
+    draws: bool,
+) -> list[list[int]]:
+    """What transformers' `generate` writes behind prompts padded on the left; what stands behind the end of an answer is padding."""
+    inner, longest = plain_model(model), max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
-    mask = torch.tensor([[0] * (longest - len(q.ids)) + [1] * len(q.ids) for q in asked], device=engine.device)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=engine.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
     before = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")  # left padding needs a mask, which packed attention does not support
     # The last state of each row is a view; multiplying it by a frozen matrix would copy the matrix once per row.
     packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    as_it_is = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     try:
-        with evaluating(model), engine.autocast():
-            out = cast("GenerationMixin", model).generate(  # type: ignore[misc]  # its `self` is annotated for another checker
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=most,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=stop_ids(tokenizer, inner.generation_config),
-                use_cache=True,
-                max_time=seconds,
-            )
+        out = cast("GenerationMixin", model).generate(  # type: ignore[misc]  # its `self` is annotated for another checker
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            do_sample=draws,
+            num_beams=1,
+            pad_token_id=pad,
+            eos_token_id=list(stops),
+            use_cache=True,
+            max_time=seconds,
+            **(as_it_is if draws else {"temperature": None, "top_p": None, "top_k": None}),
+        )
     finally:
         packing.remove()
         inner.set_attn_implementation(before)
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+    rows: list[list[int]] = cast("torch.Tensor", out)[:, longest:].tolist()
+    return rows
 
 
 ANSWERS_AT_ONCE = 16

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from app import events
 from app.errors import StudioError
 from app.kit import manifest
-from app.run_settings import RENAMED
+from app.older_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.strategies import Strategy

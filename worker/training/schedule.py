@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from app.machines.hardware import this_machine
 from app.objectives import OBJECTIVES
 from app.planning.duration import operations_per_token, speed_of
-from app.run_settings import RunSettings
+from app.planning.rehearsal import ROW_TOKENS
 from app.spec import JobSpec
-from worker.data.packing import plan, stream
+from worker.data.packing import plan, stream, with_general
 from worker.modeling import packed_attention
 from worker.runtime.device import Compute
 from worker.training.objectives._base import TrainingObjective
@@ -22,6 +23,7 @@ class StepPlan:
     """How a lesson's rows become steps."""
 
     budget: int  # tokens of a pass, at most where it has so many rows
+    own: int  # tokens of it that are rows of the dataset; the others are general ones
     packs_per_epoch: int
     total_steps: int
     evaluate_every: int  # steps; total_steps when only the end is evaluated
@@ -33,9 +35,28 @@ class StepPlan:
         """Whether the held-out rows are scored after this step."""
         return step == self.total_steps or step % self.evaluate_every == 0
 
-    def packs(self, lengths: Sequence[int], run: RunSettings, start: int) -> Iterator[tuple[int, int, list[int]]]:
-        """The packs of all epochs from number `start` on."""
-        return stream(lengths, self.budget, seed=run.seed, start=start, most=self.most, rows=self.rows, padded=not run.packing)
+    def packs(self, lesson: Objective, start: int = 0) -> Iterator[tuple[int, int, list[int]]]:
+        """The packs of all epochs from number `start` on, as numbers of the lesson's `step_rows`."""
+        run, lengths, share = lesson.spec.run, lesson.train.lengths, lesson.spec.run.rehearsal_fraction
+        first = 0 if share else start
+        packs = stream(lengths, self.own, seed=run.seed, start=first, most=self.most, rows=self.rows, padded=not run.packing)
+        if not share:
+            return packs
+        # What a pack gets of the general rows depends on those before it, so a resumed job plans from the beginning.
+        every = lesson.step_rows.lengths
+        mixed = with_general(packs, every, len(lengths), share, seed=run.seed, room=self.budget, most=self.most)
+        return itertools.islice(mixed, start, None)
+
+    def rehearsed(self, lesson: Objective) -> dict[str, int | float]:
+        """How many general rows there are, how often one is played in until the last step, and their share of all tokens."""
+        if not lesson.spec.run.rehearsal_fraction:
+            return {}
+        lengths, own = lesson.step_rows.lengths, len(lesson.train)
+        packs = itertools.islice(self.packs(lesson), self.total_steps * lesson.spec.run.passes)
+        played = [row for _, _, pack in packs for row in pack]
+        general = [lengths[row] for row in played if row >= own]
+        share = sum(general) / max(sum(lengths[row] for row in played), 1)
+        return {"general_rows": len(lengths) - own, "general_rows_played": len(general), "general_share": round(share, 4)}
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is saved after this step, whatever its score."""
@@ -44,17 +65,19 @@ class StepPlan:
 
 def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
     """The lesson's packs and steps, counted."""
-    run, lengths = lesson.spec.run, lesson.train.lengths
+    run, lengths, share = lesson.spec.run, lesson.train.lengths, lesson.spec.run.rehearsal_fraction
     rows = run.batch_size and run.batch_size // run.micro_batches
-    budget = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) / run.micro_batches)
+    own = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) * (1 - share) / run.micro_batches)
+    general = ROW_TOKENS + len(lesson.lead)
+    budget = math.ceil(own / (1 - share)) + general if share else own
     if engine.framed and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
-        lesson.frames = packed_attention.frames_of(lengths, budget)
+        lesson.frames = packed_attention.frames_of([*lengths, general] if share else lengths, budget)
     most = lesson.frames[0].max_sequences() if lesson.frames else None
-    packs = len(plan(lengths, budget, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
+    packs = len(plan(lengths, own, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
-    return StepPlan(budget, packs, total, every, run.save_steps, most, rows)
+    return StepPlan(budget, own, packs, total, every, run.save_steps, most, rows)
 
 
 def seconds_expected(spec: JobSpec, course: StepPlan) -> float:

@@ -35,7 +35,7 @@ def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
 def next_batch(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> StepBatch:
     """The packs of the next step, this process's share of them sent to the device."""
     rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
-    lengths, parts = job.lesson.train.lengths, job.backend.parts
+    lengths, parts = job.lesson.step_rows.lengths, job.backend.parts
     batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, parts)] for pack in job.world.share(rows)]
     return StepBatch(job.lesson.learnt(rows), batches)
 

@@ -10,7 +10,7 @@ import statistics
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.data.packing import UNEVEN, divide, plan, stream
+from worker.data.packing import UNEVEN, divide, plan, stream, with_general
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=400)
 
@@ -55,6 +55,36 @@ def test_a_stream_goes_on_from_any_place() -> None:
     whole = list(itertools.islice(stream(sizes, 64, seed=3), 60))
     for start in (0, 1, 13, 14, 40):
         assert list(itertools.islice(stream(sizes, 64, seed=3, start=start), 60 - start)) == whole[start:]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=20, max_size=60),
+    share=st.floats(0.02, 0.4),
+    seed=st.integers(0, 9),
+    start=st.integers(0, 40),
+)
+def test_general_rows_have_their_share_of_the_tokens(lengths: list[int], share: float, seed: int, start: int) -> None:
+    general = [20 + i % 90 for i in range(25)]
+    every, budget, count = lengths + general, 400, 200
+
+    def packs(first: int = 0, most: int | None = None):
+        own = stream(lengths, budget, seed=seed)
+        mixed = with_general(own, every, len(lengths), share, seed=seed, room=int(budget / (1 - share)) + 110, most=most)
+        return list(itertools.islice(mixed, first, count))
+
+    found = packs()
+    assert packs(start) == found[start:]
+    for (epoch, place, mixed), (*at, own) in zip(found, stream(lengths, budget, seed=seed), strict=False):
+        assert [epoch, place] == at and mixed[: len(own)] == own
+        assert all(row >= len(lengths) for row in mixed[len(own) :])
+        assert sum(every[row] for row in mixed) <= int(budget / (1 - share)) + 110
+    played = [row for _, _, pack in found for row in pack if row >= len(lengths)]
+    tokens = sum(every[row] for _, _, pack in found for row in pack)
+    assert abs(sum(every[row] for row in played) - share * tokens) <= 110 / 2 / (1 - share)
+    often = [played.count(row) for row in range(len(lengths), len(every))]
+    assert max(often) - min(often) <= 1, "each once before any comes again"
+    few = packs(most=3)
+    assert all(len(pack) <= max(3, sum(row < len(lengths) for row in pack)) for _, _, pack in few)
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=11))

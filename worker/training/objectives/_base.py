@@ -50,10 +50,12 @@ class TrainingObjective(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
+    preparing: ClassVar[str] = "Reading the rows with the base model"  # what `prepare` does
     accuracy: ClassVar[str] = "accuracy"  # which of the scores is the share that it gets right
     measures: ClassVar[int] = 0  # how many sums `LossOutput.measured` has
     train: Tokenised
     held_out: Tokenised
+    played: Tokenised | None = None  # the training rows, and behind them general ones that are played in against forgetting
     labels: list[str] | None = None
     frames: Sequence[PackShape] = ()  # the shapes of packs on a GPU, the smallest first
 
@@ -66,6 +68,15 @@ class TrainingObjective(ABC):
     def longest(self) -> int:
         """Tokens of the longest row allowed, placeholders included."""
         return min(self.spec.run.max_length, self.spec.model.shape.positions)
+
+    @property
+    def step_rows(self) -> Tokenised:
+        """The rows that packs number."""
+        return self.train if self.played is None else self.played
+
+    def facts(self) -> dict[str, Any]:
+        """What has to be equal, besides the spec, for a resumed job to be bit-exact; known once `prepare` is done."""
+        return {}
 
     @abstractmethod
     def remarks(self) -> Iterator[str]:

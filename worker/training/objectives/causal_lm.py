@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,13 +18,15 @@ from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark
-from worker.modeling import packed_attention
+from worker.modeling import packed_attention, padded
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
+from worker.modeling.router_loss import RouterLoss, router_loss_of
 from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
 from worker.scoring.held_out import HeldOutPrompt
 from worker.scoring.metrics import answer_scores, contest, paired_losses
+from worker.training import rehearsal
 from worker.training.checkpoint import State
 from worker.training.graded import GradedRows
 from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
@@ -55,7 +58,11 @@ class FewShotRows(NamedTuple):
 
 class CausalLM(TrainingObjective):
     unit: ClassVar = "token"
+    balances: ClassVar = True  # a mixture of experts is trained with its load-balancing loss
+    preparing: ClassVar = "Writing the base's answers to general prompts"
     accuracy: ClassVar = "token_accuracy"
+
+    router_loss: RouterLoss | None = None  # of a mixture of experts whose routers train; known once the strategy is attached
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer, spec.run)
@@ -93,19 +100,36 @@ class CausalLM(TrainingObjective):
         spec = self.spec
         return load_plain(spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(spec.strategy).base_bits)
 
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
+        """Have the base answer the general prompts that are played in, or read what it wrote before."""
+        if self.spec.run.rehearsal_fraction:
+            general = yield from rehearsal.general_rows(self.spec, self.tokenizer, model, engine, self.lead, self.longest)
+            self.general, self.played = rehearsal.digest_of(general), self.train.with_rows(general)
+
+    def facts(self) -> dict[str, Any]:
+        general = {} if self.played is None else {"general": self.general}
+        return general | ({"router_loss": self.router_loss.coefficient} if self.router_loss else {})
+
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self.spec.strategy.attach(model, task=self.spec.task)
+        attached = self.spec.strategy.attach(model, task=self.spec.task)
+        inner = held_out.plain_model(attached)
+        self.router_loss = router_loss_of(inner) if self.balances and not padded.is_padded(inner) else None
+        return attached
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
-        return batching.trained_in(self.train, window)
+        return batching.trained_in(self.step_rows, window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        frame = packed_attention.frame_for(self.frames, sum(self.train.lengths[row] for row in pack))
-        return make_batch(self.train, pack, engine.device, frame, not self.spec.run.packing)
+        frame = packed_attention.frame_for(self.frames, sum(self.step_rows.lengths[row] for row in pack))
+        return make_batch(self.step_rows, pack, engine.device, frame, not self.spec.run.packing, mark=self.router_loss is not None)
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
-        hidden = held_out.hidden_states(model, batch, engine)
+        more = {"output_router_logits": True} if self.router_loss else {}
+        out = held_out.decoded(model, batch, engine, **more)
+        hidden = out.last_hidden_state[0].index_select(0, batch.sources)
         total = linear_cross_entropy(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute)
+        if self.router_loss:  # of each pack, by its share of the trained tokens
+            total = total + batch.trained * self.router_loss.of(out.router_logits, batch.real)
         return LossOutput(total, batch.tokens, batch.trained)
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:

@@ -101,6 +101,8 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 
 class DPO(CausalLM):
     unit: ClassVar = "pair"
+    balances: ClassVar = False
+    preparing: ClassVar = Objective.preparing
     accuracy: ClassVar = "reward_accuracy"
     measures: ClassVar = 4  # those of `sums_of`
 
