@@ -149,12 +149,13 @@ def answers(
     if not asked:
         return []
     inner = plain_model(model)
+    stops = stop_ids(tokenizer, inner.generation_config)
     asked = [q._replace(ids=[*lead, *q.ids]) for q in asked]
     longest = max(len(q.ids) for q in asked)
     if padded.is_padded(inner):
-        stops = set(stop_ids(tokenizer, inner.generation_config))
         with evaluating(model), engine.autocast():
-            told = padded.greedy(model, [q.ids for q in asked], most, stops, seconds)
+            told = padded.greedy(model, [q.ids for q in asked], most, set(stops), seconds)
+        engine.meter.add(sum(len(q.ids) for q in asked), sum(map(len, told)))
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in told]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(q.ids)) + q.ids for q in asked], device=engine.device)
@@ -175,14 +176,21 @@ def answers(
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
-                eos_token_id=stop_ids(tokenizer, inner.generation_config),
+                eos_token_id=stops,
                 use_cache=True,
                 max_time=seconds,
             )
     finally:
         packing.remove()
         inner.set_attn_implementation(before)
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+    written = [row[longest:].tolist() for row in out]
+    engine.meter.add(sum(len(q.ids) for q in asked), sum(_length(ids, stops) for ids in written))
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+
+def _length(ids: Sequence[int], stops: Sequence[int]) -> int:
+    """Tokens of an answer with its stop token; what follows that is padding."""
+    return next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
 
 
 ANSWERS_AT_ONCE = 16
