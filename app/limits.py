@@ -11,15 +11,17 @@ from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Date, Float, Select, cast, func, select, union_all
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import BigInteger, ColumnElement, Date, Float, Select, cast, column, func, select, union_all
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from app import leases
+from app.db import on_commit
 from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
+from app.kit.token_meter import TokenMeter
 from app.settings import get_settings
-from app.tables import JSON, Checkpoint, File, Job, MachineUse, Model, Project, TokenUse, User
+from app.tables import JSON, Checkpoint, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, User
 
 By = Literal["person", "project"]
 Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]
@@ -56,7 +58,7 @@ LIMITS: dict[Name, Limit] = {
     "running_jobs": Limit("Running runs", "", _number, "It starts when another one has ended."),
     "queued_jobs": Limit("Queued runs", "", _number, "Wait until one has started, or cancel one."),
     "gpu_hours_per_month": Limit("GPU-hours this month", "GPU-hours", _number, "They begin anew with the next month (UTC).", "month"),
-    "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models or runs that are no longer needed."),
+    "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models, exports or runs that are no longer needed."),
     "tokens_per_day": Limit("Generated tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
 }
 """In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour."""
@@ -88,7 +90,8 @@ def _gpu_hours(by: By) -> Select[Any]:
 
 
 def _storage(by: By) -> Select[Any]:
-    """Uploaded files, models, and the checkpoints of jobs."""
+    """Uploaded files, models, the checkpoints of jobs, and the files of exports."""
+    exported = func.jsonb_array_elements(Export.files).table_valued(column("value", JSONB), joins_implicitly=True)
     parts = union_all(
         select(_owner(File, by).label("key"), File.bytes.label("size")).where(File.deleted_at.is_(None)),
         select(_owner(Model, by), Model.bytes).where(Model.deleted_at.is_(None), Model.owner_id.is_not(None)),
@@ -96,6 +99,7 @@ def _storage(by: By) -> Select[Any]:
         .select_from(Checkpoint)
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Checkpoint.deleted_at.is_(None)),
+        select(_owner(Export, by), cast(exported.c.value["bytes"].astext, BigInteger)).where(Export.deleted_at.is_(None)),
     ).subquery()
     return select(parts.c.key, func.coalesce(func.sum(parts.c.size), 0).label("amount")).group_by(parts.c.key)
 
@@ -144,9 +148,21 @@ def own_json(own: Mapping[str, Any] | None) -> JSON:
 
 def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int, day: date | None = None) -> None:
     """Add tokens to those of this day, or of another one."""
+    if not read and not written:
+        return
     row = insert(TokenUse).values(user_id=person, project_id=project, day=day or _today(), read=read, written=written)
     more = {"read": TokenUse.read + read, "written": TokenUse.written + written}
     session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
+
+
+def count_meter(session: Session, table: type[Evaluation | PromptRun], key: uuid.UUID, meter: TokenMeter) -> None:
+    """Count the tokens of work in the background, for the person and the project whose it is. Once that is committed the meter has
+    them no more; one thread at a time may do this."""
+    read, written = meter.read, meter.written
+    whose = session.execute(select(table.owner_id, table.project_id).where(table.id == key)).one_or_none()
+    if whose is not None:
+        count_tokens(session, *whose, read=read, written=written)
+        on_commit(session, lambda: meter.add(-read, -written))
 
 
 # What is allowed --------------------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.jobs.request import read_order
 from app.kit import ids
+from app.kit.token_meter import TokenMeter
 from app.limits import LIMITS, LimitReached
 from app.machines import heartbeats
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Checkpoint, Job, MachineUse, Model, Project, User
+from app.tables import Checkpoint, Evaluation, Export, Job, MachineUse, Model, Project, TokenUse, User
 from app.web import projects
 from tests.factories import make_dataset, make_job
 from tests.web.test_people import made, signed_in
@@ -135,6 +136,61 @@ def test_storage(session, user, api, data, order):
     limited(session, user, storage_bytes=10)
     refused(api.post("/v1/fine_tuning/jobs", json=order), "storage")
     assert files.add_bytes(session, user, b"loss", "r.csv", files.RESULTS), "what a job writes at its end is never lost to a limit"
+
+
+def test_files_of_exports_are_storage(session, user, api, data, tiny_registered):
+    before = limits.used_by(session, "person", user.id, "storage_bytes")
+    made = api.post("/v1/models/tiny/exports", json={"format": "safetensors"}).json()["id"]
+    export = session.scalars(select(Export)).one()
+    export.files = [{"name": "a", "bytes": 4000}, {"name": "b", "bytes": 3_000_000_000}]
+    session.commit()
+    for by in ("person", "project"):
+        assert limits.used_by(session, by, user.id, "storage_bytes") == before + 3_000_004_000
+    export.status = "succeeded"
+    limited(session, user, storage_bytes=int(before) + 3_000_004_000 + 1000)
+    refused(api.post("/v1/models/tiny/exports", json={"format": "safetensors"}), "storage")
+    assert api.delete(f"/v1/exports/{made}").status_code == 200
+    assert limits.used_by(session, "person", user.id, "storage_bytes") == before
+    assert api.post("/v1/models/tiny/exports", json={"format": "safetensors"}).status_code == 200
+
+
+def test_once_the_tokens_of_a_day_are_used_nothing_that_writes_begins(session, user, api, data, tiny_registered):
+    limits.count_tokens(session, user.id, user.id, read=0, written=10)
+    limited(session, user, tokens_per_day=10)
+    file = api.post("/v1/files", files={"file": ("a.csv", b"text\nx\n")}, data={"purpose": "user_data"}).json()["id"]
+    prompt = api.post("/v1/prompts", json={"name": "p", "template": "{input}"}).json()["id"]
+    dataset = ids.public(ids.DATASET, data.id)
+    judge = {"type": "score_model", "name": "j", "model": "tiny", "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
+    for path, body in (
+        ("/v1/predictions", {"model": "tiny", "file": file}),
+        ("/v1/evaluations", {"model": "tiny", "dataset_id": dataset}),
+        ("/v1/evaluations", {"model": "tiny", "dataset_id": dataset, "kind": "advice"}),
+        (f"/v1/prompts/{prompt}/runs", {"model": "tiny", "dataset_id": dataset}),
+        ("/v1/fine_tuning/alpha/graders/run", {"grader": judge, "model_sample": "a"}),
+    ):
+        refused(api.post(path, json=body), "generated tokens today")
+    assert api.post("/v1/evaluations", json={"model": "tiny", "dataset_id": dataset, "answers": 0}).status_code == 200, "it writes nothing"
+
+
+def test_a_meter_is_counted_once_and_kept_where_that_is_not_committed(session, user, data, tiny_registered):
+    made = Evaluation(owner_id=user.id, project_id=user.id, kind="scores", model_id=tiny_registered.id, dataset_id=data.id, spec={})
+    session.add(made)
+    session.commit()
+    meter = TokenMeter()
+    meter.add(3, 4)
+    with pytest.raises(ZeroDivisionError), transaction() as own:
+        limits.count_meter(own, Evaluation, made.id, meter)
+        raise ZeroDivisionError
+    assert (meter.read, meter.written) == (3, 4) and not limits.used_by(session, "person", user.id, "tokens_per_day")
+    for _ in range(2):
+        with transaction() as own:
+            limits.count_meter(own, Evaluation, made.id, meter)
+    session.rollback()
+    assert (meter.read, meter.written) == (0, 0) and limits.used_by(session, "project", user.id, "tokens_per_day") == 4
+    meter.add(1, 1)
+    with transaction() as own:
+        limits.count_meter(own, Evaluation, uuid.uuid4(), meter)  # its row was deleted
+    assert session.scalars(select(TokenUse)).one().written == 4
 
 
 def _model(session):

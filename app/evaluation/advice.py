@@ -17,6 +17,7 @@ from app.datasets import inspections
 from app.datasets import service as datasets
 from app.errors import Conflict
 from app.evaluation import service as evaluations
+from app.evaluation import train_queue
 from app.evaluation.advice_cards import AdviceStep, Card, cards, steps
 from app.jobs.defaults import usual_run
 from app.kit import ids
@@ -107,7 +108,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
         steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.list_(session, user)),
         ranking=ranking,
         rules=advisor.rules(ranking),
-        evaluation=evaluations.to_json(measured) if measured else None,
+        evaluation=train_queue.evaluation_json(session, measured) if measured else None,
         how_to_measure=HOW_TO_MEASURE if measured is None or measured.status == "failed" else None,
     )
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from app import queue
+from app import limits, queue
 from app.datasets import readers
 from app.datasets import service as datasets
 from app.db import on_commit
@@ -63,7 +63,7 @@ class PredictionOrder(BaseModel):
 
 def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
     """A queued run and its message. Raises NotFound, BadField for a model on an external server, Unsupported for an unsupported
-    file type, Conflict while the model is not ready."""
+    file type, Conflict while the model is not ready, LimitReached."""
     resolved = models.resolve(session, user, order.model)
     _check_is_here(resolved)
     file = files.get(session, user, ids.parse(ids.FILE, order.file, param="file"))
@@ -84,6 +84,8 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
         system=(look.system if look and order.system is None else order.system) or "",
         forgetting=False,
     )
+    if spec.writes():
+        limits.check(session, user, "tokens_per_day")
     return _queued(session, user, spec, resolved.model.id, file_id=file.id)
 
 

@@ -103,6 +103,13 @@ class EvaluationSpec(BaseModel):
     column: str | None = None  # of predictions
     system: str = ""
 
+    def writes(self) -> bool:
+        """Whether the model generates answers."""
+        classifies = bool(self.model.labels) or (self.kind != "predictions" and objectives.get(self.task).classifies)
+        if classifies or self.model.shape.architecture == "encoder":
+            return False
+        return self.kind in ("predictions", "advice") or (self.kind == "scores" and self.answers > 0)
+
 
 def read_order(body: Mapping[str, Any]) -> EvaluationRequest:
     try:
@@ -117,7 +124,7 @@ def read_order(body: Mapping[str, Any]) -> EvaluationRequest:
 def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation:
     """A queued evaluation and its message; an equal one that is queued or running is returned instead.
 
-    Raises NotFound, BadField when the model does not support the dataset's task, Conflict while either is not ready.
+    Raises NotFound, BadField when the model does not support the dataset's task, Conflict while either is not ready, LimitReached.
     """
     resolved = models.resolve(session, user, order.model)
     dataset = find_dataset(session, user, order.dataset_id, order.file)
@@ -130,6 +137,8 @@ def create(session: Session, user: User, order: EvaluationRequest) -> Evaluation
     if (earlier := session.scalar(same.limit(1))) is not None:
         return earlier
     limits.check(session, user, "gpu_hours_per_month")
+    if spec.writes():
+        limits.check(session, user, "tokens_per_day")
     evaluation = Evaluation(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -291,23 +300,6 @@ def latest(session: Session, user: User, model_id: uuid.UUID, kind: Kind, datase
         query = query.where(Evaluation.dataset_id == dataset_id)
     found = session.scalars(query.order_by(Evaluation.created_at.desc()).limit(10)).all()
     return next((e for e in found if e.status != "failed"), found[0] if found else None)
-
-
-def blend_panel(session: Session, user: User, model: Model | None, page: str) -> JSON | None:
-    """The data of `templates/parts/blend.html` for a fine-tuned model on `page`; None for a base."""
-    job = session.get(Job, model.job_id) if model is not None and model.job_id is not None else None
-    if model is None or job is None or model.status != "ready":
-        return None
-    found = latest(session, user, model.id, "blend")
-    return {
-        "page": page,
-        "model": model.name,
-        "base": job.spec["model"]["name"],
-        "dataset": ids.public(ids.DATASET, job.dataset_id),
-        "why_not": interpolation.why_not(model.strategy, labels=bool(model.labels)),
-        "evaluation": to_json(found) if found else None,
-        "curve": interpolation.curve(found.result) if found and found.status == "succeeded" else None,
-    }
 
 
 def cancel(session: Session, user: User, evaluation_id: uuid.UUID, kinds: Sequence[Kind] = SCORING) -> Evaluation:

@@ -23,7 +23,7 @@ from app.jobs.fair_share import Running, Situation, Waiting
 from app.kit import once
 from app.machines import heartbeats
 from app.settings import get_settings
-from app.tables import Evaluation, Job, MachineUse, Outbox, Project
+from app.tables import JSON, Evaluation, Job, MachineUse, Outbox, Project
 
 UNKNOWN_SECONDS = 600.0
 """A job's time where there is no estimate."""
@@ -40,6 +40,10 @@ class Place(NamedTuple):
     begins: datetime | None
     waits_for: str | None = None
     """The limit of running jobs that keeps it waiting now, in words."""
+
+    def seconds_left(self) -> float | None:
+        """Seconds until it begins."""
+        return None if self.begins is None else (self.begins - datetime.now(UTC)).total_seconds()
 
 
 def situation(session: Session, at: float | None = None) -> Situation:
@@ -119,6 +123,21 @@ _last = _Last(None, 0.0, {})
 def places(session: Session) -> dict[uuid.UUID, Place]:
     """The place of everything that waits, by its id."""
     return once.of("the train queue", lambda: _recent_places(session))
+
+
+def place_json(session: Session, one: Job | Evaluation) -> JSON:
+    """The place of a job or an evaluation as the API says it; all null once it waits no more."""
+    place = places(session).get(one.id) if one.status == "queued" else None
+    return {
+        "position": place.position if place else None,
+        "expected_start": int(place.begins.timestamp()) if place and place.begins else None,
+        "waits_for": place.waits_for if place else None,
+    }
+
+
+def evaluation_json(session: Session, evaluation: Evaluation) -> JSON:
+    """An evaluation as the API returns it, with its place in the queue."""
+    return evaluations.to_json(evaluation) | place_json(session, evaluation)
 
 
 def _recent_places(session: Session) -> dict[uuid.UUID, Place]:

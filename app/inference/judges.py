@@ -16,6 +16,7 @@ from app.graders import Ask, EmbedAsk, GradeError, Grader, JudgeAsk, Reply
 from app.inference import playground
 from app.inference.client import raise_broke, stream
 from app.inference.protocol import Done, Embedded, Entry, ExternalEngine, GenerateRequest, Sampling, StreamError
+from app.kit.token_meter import TokenMeter
 from app.models import service as models
 from app.spec import ModelRef
 from app.tables import User
@@ -81,11 +82,13 @@ def _encoder(session: Session, user: User, name: str | None) -> ResolvedJudge:
     return ResolvedJudge(name=name, model=ref)
 
 
-Send = Callable[[GenerateRequest], Sequence[Entry]]
+Hear = Callable[[Sequence[Entry]], None]
+Send = Callable[[GenerateRequest, Hear], None]
+"""Runs one request to its end, and passes on its entries as they come."""
 
 
-def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send) -> Callable[[Ask], Reply]:
-    """What `graders.grade` asks models through. `send` runs one request to its end."""
+def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send, meter: TokenMeter) -> Callable[[Ask], Reply]:
+    """What `graders.grade` asks models through. `meter` gets the tokens of each question, also of one that broke off."""
     known = {judge.name: judge for judge in judges}
 
     def answer(ask: Ask) -> Reply:
@@ -93,13 +96,24 @@ def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send) -> Ca
         if judge is None:
             raise GradeError("model_grader_server_error", f"The model {ask.model} was not resolved.")
         request = _embedding(owner, judge, ask) if isinstance(ask, EmbedAsk) else _question(owner, judge, ask)
-        entries = send(request)
+        entries: list[Entry] = []
+        try:
+            send(request, entries.extend)
+        finally:
+            meter.add(*_tokens(entries))
         for entry in entries:
             if isinstance(entry, StreamError):
                 raise_broke(entry)
         return _reply(judge, entries)
 
     return answer
+
+
+def _tokens(entries: Sequence[Entry]) -> tuple[int, int]:
+    """(tokens read, tokens written) of a request, as far as it came."""
+    embedded = sum(entry.tokens for entry in entries if isinstance(entry, Embedded))
+    usage = playground.AnswerFold.of(entries).usage()
+    return embedded + usage["prompt_tokens"], usage["completion_tokens"]
 
 
 def _embedding(owner: uuid.UUID, judge: ResolvedJudge, ask: EmbedAsk) -> GenerateRequest:
@@ -128,10 +142,12 @@ def _reply(judge: ResolvedJudge, entries: Sequence[Entry]) -> Reply:
     return Reply(text=text, tokens=done.prompt_tokens + done.completion_tokens if done else 0, model=judge.model.name)
 
 
-def send_and_wait(request: GenerateRequest) -> list[Entry]:
-    """Run one request to its end from a process without an event loop."""
+async def listen(request: GenerateRequest, hear: Hear) -> None:
+    """Run one request to its end."""
+    async for entries in stream(request):
+        hear(entries)
 
-    async def gather() -> list[Entry]:
-        return [entry async for entries in stream(request) for entry in entries]
 
-    return asyncio.run(gather())
+def send_and_wait(request: GenerateRequest, hear: Hear) -> None:
+    """The same from a process without an event loop."""
+    asyncio.run(listen(request, hear))

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app import db, export_formats, leases, queue
+from app import db, export_formats, leases, limits, queue
 from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unavailable, Unsupported
 from app.export_formats import PART, ExportFormat, ModelFacts
 from app.kit.json_safe import storable
@@ -84,7 +84,7 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     """A queued export of a model, a checkpoint or a blend and its message. An equal one that waits or runs is given instead of a second.
 
     Raises NotFound, BadField for an unknown format or type, Unsupported with the reason where the format cannot hold the model,
-    Conflict while the model is not ready, and DiskFull.
+    Conflict while the model is not ready, LimitReached, and DiskFull.
     """
     kind, resolved = export_formats.get(format), models.resolve(session, user, name)
     if resolved.model.answered_elsewhere:
@@ -105,6 +105,7 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     equal = mine(Export, user, Export.status.in_(OPEN), Export.spec == frozen)
     if (earlier := session.scalar(equal.limit(1))) is not None:
         return earlier
+    limits.check(session, user, "storage_bytes", more=kind.bytes_of(facts, chosen))
     export = Export(
         id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, model_id=resolved.model.id, format=kind.name, spec=frozen, files=[]
     )

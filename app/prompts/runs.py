@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from app import formats, graders, leases, objectives, ownership, queue, saved_graders
+from app import formats, graders, leases, limits, objectives, ownership, queue, saved_graders
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict, problem_json
 from app.inference import judges, playground
@@ -93,7 +93,8 @@ def read_order(given: JSON) -> RunOrder:
 def create(
     session: Session, user: User, version: PromptVersion, model: str, dataset: Dataset, order: RunOrder, *, trial: bool = False
 ) -> PromptRun:
-    """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers."""
+    """A queued run and its message. Raises NotFound, Conflict while either is not ready, BadField for rows without answers, LimitReached."""
+    limits.check(session, user, "tokens_per_day")
     who = playground.speaker(session, user, model)
     ref, entry = datasets.reference(dataset), objectives.get(dataset.task)
     if not formats.asks(ref.format) or not entry.scored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Form, Query, Request
@@ -14,6 +15,7 @@ from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
 from app.evaluation import service as evaluations
+from app.evaluation import train_queue
 from app.graders import GRADERS
 from app.kit import forms, ids
 from app.models import first_model, interpolation
@@ -22,6 +24,7 @@ from app.schemas.openapi import answers, takes
 from app.tables import Evaluation
 from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
+from app.views import waiting
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
@@ -47,25 +50,33 @@ FIELDS = {"model": "model", "dataset_id": "dataset", "rows": "rows", "part": "pa
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """Queue an evaluation of a model on a dataset. Where an equal one has not ended, that one is returned."""
-    return evaluations.to_json(evaluations.create(session, user, evaluations.read_order(body)))
+    return train_queue.evaluation_json(session, evaluations.create(session, user, evaluations.read_order(body)))
 
 
 @api.get("", operation_id="list_evaluations", responses=answers(schemas.page_of(schemas.Evaluation)))
 def list_evaluations(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
     """Evaluations, newest first."""
-    return page(evaluations.mine(user), after, limit, "desc", evaluations.to_json, session=session, key=ids.parse_evaluation)
+    return page(
+        evaluations.mine(user),
+        after,
+        limit,
+        "desc",
+        partial(train_queue.evaluation_json, session),
+        session=session,
+        key=ids.parse_evaluation,
+    )
 
 
 @api.get("/{evaluation_id}", operation_id="retrieve_evaluation", responses=answers(schemas.Evaluation))
 def retrieve(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """One evaluation, with its result once it has succeeded."""
-    return evaluations.to_json(evaluations.get(session, user, ids.parse_evaluation(evaluation_id)))
+    return train_queue.evaluation_json(session, evaluations.get(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.post("/{evaluation_id}/cancel", operation_id="cancel_evaluation", responses=answers(schemas.Evaluation, 409))
 def cancel(session: Db, user: CurrentUser, evaluation_id: str) -> Json:
     """Cancel an evaluation. One that has ended is unchanged."""
-    return evaluations.to_json(evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id)))
+    return train_queue.evaluation_json(session, evaluations.cancel(session, user, ids.parse_evaluation(evaluation_id)))
 
 
 @api.delete("/{evaluation_id}", operation_id="delete_evaluation", responses=answers(schemas.Deleted, 409))
@@ -119,7 +130,7 @@ def _list_page(
         request,
         "evaluations.html",
         status_code=fault.status if fault else 200,
-        rows=[evaluation_view.row(e) for e in found[:shown]],
+        rows=evaluation_view.rows(session, found[:shown]),
         moving=any(e.status in evaluations.OPEN for e in found[:shown]),
         more=shown + SHOWN if len(found) > shown else None,
         models=usable,
@@ -183,6 +194,7 @@ def evaluation_page(request: Request, session: Db, user: CurrentUser, evaluation
         request,
         "evaluation.html",
         e=evaluations.to_json(found),
+        waiting=waiting.in_words(session, found) if found.status == "queued" else None,
         at=found.created_at,
         model_url=f"/models/{ids.public(ids.MODEL, found.model_id)}",
         dataset_url=f"/datasets/{ids.public(ids.DATASET, found.dataset_id)}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from anyio import from_thread
@@ -12,16 +13,17 @@ from fastapi.responses import RedirectResponse, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import graders, saved_graders, schemas
+from app import graders, limits, saved_graders, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.graders import GRADERS, Ask, Graded, GradedSample, GradeError, Grader, JudgeAsk, Reply
 from app.inference import judges, playground
-from app.inference.client import stream
-from app.inference.protocol import Entry, GenerateRequest
+from app.inference.judges import Hear, ResolvedJudge
+from app.inference.protocol import GenerateRequest
 from app.kit import ids
 from app.kit.json_safe import too_deep
+from app.kit.token_meter import TokenMeter
 from app.schemas.graders import MAX_ITEM_BYTES
 from app.schemas.openapi import answers, takes
 from app.tables import User
@@ -30,7 +32,7 @@ from app.views import prompt_lab
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.pagination import After, Limit, page
-from app.web.streaming import collect
+from app.web.streaming import while_connected
 from app.web.templates import flash, render
 
 pages = APIRouter()
@@ -83,19 +85,29 @@ def _only(body: Json, *names: str) -> Json:
 
 def grade_here(request: Request, user: User, grader: Grader, given: list[tuple[GradedSample, Json]]) -> list[Graded]:
     """Grade answers in a thread of a request. Questions to models end when its client leaves; no transaction is open meanwhile."""
-    answer: Callable[[Ask], Reply] = graders.no_models
-    if any(True for _ in grader.models()):
+    if not any(True for _ in grader.models()):
+        return [graders.grade(grader, sample, item, graders.no_models) for sample, item in given]
+    with transaction() as session:
+        limits.check(session, user, "tokens_per_day")
+        known = judges.resolve(session, user, [grader])
+    with _asking(request, user, known) as answer:
+        return [graders.grade(grader, sample, item, answer) for sample, item in given]
+
+
+@contextlib.contextmanager
+def _asking(request: Request, user: User, known: Sequence[ResolvedJudge]) -> Iterator[Callable[[Ask], Reply]]:
+    """What asks these models. At the end their tokens are counted, also where the client has left."""
+    meter = TokenMeter()
+    try:
+        yield judges.answers(user.id, known, lambda asked, hear: from_thread.run(_send, request, asked, hear), meter)
+    finally:
         with transaction() as session:
-            known = judges.resolve(session, user, [grader])
-        answer = judges.answers(user.id, known, lambda asked: from_thread.run(_send, request, asked))
-    return [graders.grade(grader, sample, item, answer) for sample, item in given]
+            limits.count_tokens(session, user.id, user.project_id, read=meter.read, written=meter.written)
 
 
-async def _send(request: Request, asked: GenerateRequest) -> list[Entry]:
-    heard = await collect(request, [stream(asked)])
-    if heard is None:
+async def _send(request: Request, asked: GenerateRequest, hear: Hear) -> None:
+    if not await while_connected(request, judges.listen(asked, hear)):
         raise GradeError("model_grader_server_error", "The client left.")
-    return heard[0]
 
 
 # Saved graders --------------------------------------------------------------------------------------------------------
@@ -256,8 +268,10 @@ def _try(request: Request, user: User, data: Typed) -> Response:
                 datasets.get(session, user, ids.parse(ids.DATASET, data["dataset"], param="dataset"))
             rows = _of_form(session, user, data)["rows"]
             writer = judges.writer(session, user, data.get("model", "")) if data.get("do") == "answer" else None
+            if writer is not None:
+                limits.check(session, user, "tokens_per_day")
         if writer is not None:
-            rows = [row._replace(answer=_answer(request, user, writer, row.prompt)) for row in rows]
+            rows = _answered(request, user, writer, rows)
             data |= {f"answer.{row.line}": row.answer for row in rows}
         tried = grader_view.with_grades(grader, rows, grade_here(request, user, grader, grader_view.samples_of(rows)))
     except (StudioError, GradeError) as error:
@@ -269,6 +283,8 @@ def _try(request: Request, user: User, data: Typed) -> Response:
         return render(request, "grader.html", status_code=fault.status if fault else 200, **context)
 
 
-def _answer(request: Request, user: User, writer: judges.ResolvedJudge, prompt: str) -> str:
-    ask = JudgeAsk(writer.name, ({"role": "user", "content": prompt},), max_tokens=ANSWER_TOKENS)
-    return judges.answers(user.id, [writer], lambda asked: from_thread.run(_send, request, asked))(ask).text.strip()
+def _answered(request: Request, user: User, writer: ResolvedJudge, rows: list[grader_view.TrialRow]) -> list[grader_view.TrialRow]:
+    """The rows with answers of a model."""
+    with _asking(request, user, [writer]) as answer:
+        asks = [JudgeAsk(writer.name, ({"role": "user", "content": row.prompt},), max_tokens=ANSWER_TOKENS) for row in rows]
+        return [row._replace(answer=answer(ask).text.strip()) for row, ask in zip(rows, asks, strict=True)]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sqlalchemy.orm import Session
+
 from app import objectives
+from app.evaluation import service as evaluations
+from app.evaluation import train_queue
+from app.evaluation.train_queue import Place
 from app.kit import ids
 from app.metrics import METRICS, figure
-from app.tables import Evaluation
+from app.models import interpolation
+from app.tables import Evaluation, Job, Model, User
+from app.views import waiting
 
 KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
 
@@ -23,8 +30,14 @@ class EvaluationLine(NamedTuple):
     name: str
 
 
-def row(evaluation: Evaluation) -> dict[str, Any]:
-    """A line of the list: what was evaluated, and the most informative metric."""
+def rows(session: Session, found: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The lines of a list; what is queued with its place."""
+    places = train_queue.places(session) if any(one.status == "queued" for one in found) else {}
+    return [_row(one, places.get(one.id)) for one in found]
+
+
+def _row(evaluation: Evaluation, place: Place | None) -> dict[str, Any]:
+    """A line: what was evaluated, and the most informative metric."""
     spec, result = evaluation.spec, evaluation.result or {}
     return {
         "url": f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}",
@@ -37,6 +50,25 @@ def row(evaluation: Evaluation) -> dict[str, Any]:
         "at": evaluation.created_at,
         "figure": _figure(evaluation.kind, spec.get("task"), result),
         "error": (evaluation.error or {}).get("message", ""),
+        "place": place,
+    }
+
+
+def blend_panel(session: Session, user: User, model: Model | None, page: str) -> dict[str, Any] | None:
+    """The data of `templates/parts/blend.html` for a fine-tuned model on `page`; None for a base."""
+    job = session.get(Job, model.job_id) if model is not None and model.job_id is not None else None
+    if model is None or job is None or model.status != "ready":
+        return None
+    found = evaluations.latest(session, user, model.id, "blend")
+    return {
+        "page": page,
+        "model": model.name,
+        "base": job.spec["model"]["name"],
+        "dataset": ids.public(ids.DATASET, job.dataset_id),
+        "why_not": interpolation.why_not(model.strategy, labels=bool(model.labels)),
+        "evaluation": evaluations.to_json(found) if found else None,
+        "waiting": waiting.in_words(session, found) if found and found.status == "queued" else None,
+        "curve": interpolation.curve(found.result) if found and found.status == "succeeded" else None,
     }
 
 

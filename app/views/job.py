@@ -16,12 +16,11 @@ from app.jobs import service as jobs
 from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_count, human_number, human_percent, human_seconds, plural
-from app.machines import heartbeats
 from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job
-from app.views import overview
+from app.views import overview, waiting
 from app.views.job_form import OrderForm
 
 
@@ -225,21 +224,8 @@ def actions(job: Job, *, saved: bool) -> list[dict[str, Any]]:
     return []
 
 
-SOON_SECONDS = 10
-
-
 def _waiting(session: Session, job: Job) -> str | Markup:
     """Why a queued job does not run yet, and what helps."""
     if jobs.reading(session, job):
         return "The dataset is still being read. The run starts when that is done."
-    if not any(worker.queue == "train" for worker in heartbeats.alive()):
-        return Markup("No train worker is online. <code>luthier up</code> starts one on this machine; the run then starts by itself.")
-    place = train_queue.places(session).get(job.id)
-    if place and place.waits_for:
-        return f"{place.waits_for} It starts by itself when another run has ended."
-    if place is None or place.begins is None or (place.begins - datetime.now(UTC)).total_seconds() < SOON_SECONDS:
-        return "A worker takes it in a moment."
-    soon = human_seconds((place.begins - datetime.now(UTC)).total_seconds())
-    first = "It is next in the queue" if place.position == 1 else f"It is number {human_number(place.position)} in the queue"
-    why = "" if job.priority == "normal" else f" Its priority is {job.priority}."
-    return f"{first}, and expected to start in about {soon}. Who has used less of the machine lately is served first.{why}"
+    return waiting.in_words(session, job)

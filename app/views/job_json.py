@@ -29,7 +29,6 @@ Json = dict[str, Any]
 def of(session: Session, job: Job) -> Json:
     """A `fine_tuning.job`, with our `strategy`, `estimate`, `measured`, `forgetting`, `progress` and further fields."""
     order = JobRequest.model_validate(job.order)
-    place = train_queue.places(session).get(job.id) if job.status == "queued" else None
     tuned, cost = jobs.tuned_model(session, job), usage.cost_of(session, job.id) if job.attempt else None
     return {
         "object": "fine_tuning.job",
@@ -56,9 +55,7 @@ def of(session: Session, job: Job) -> Json:
         "name": job.name,
         "tags": job.tags,
         "priority": job.priority,
-        "position": place.position if place else None,
-        "expected_start": _seconds(place.begins) if place else None,
-        "waits_for": place.waits_for if place else None,
+        **train_queue.place_json(session, job),
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],
         "run": job.spec["run"],

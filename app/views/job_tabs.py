@@ -12,7 +12,6 @@ from urllib.parse import urlencode
 from sqlalchemy.orm import Session
 
 from app import metrics
-from app.evaluation import service as evaluations
 from app.evaluation import verdict
 from app.inference import tryout
 from app.jobs import artifacts as job_artifacts
@@ -27,6 +26,7 @@ from app.objectives import OBJECTIVES
 from app.older_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
+from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
 from app.views.evaluation import between, by_chance
 from app.views.job import dataset_url, forgetting, head, model_url, url
@@ -301,7 +301,7 @@ def _evaluation(session: Session, user: User, job: Job, top: Part, wish: Wish) -
         "scores": score_view.view(_told(job, progress, "evaluation"), spec.task),
         "forgot": _forgot(job, progress),
         "removable": type(spec.strategy).adapter,
-        "blends": evaluations.blend_panel(session, user, tuned, f"{url(job)}?tab=evaluation"),
+        "blends": evaluation_view.blend_panel(session, user, tuned, f"{url(job)}?tab=evaluation"),
     }
 
 

@@ -6,13 +6,14 @@ import random
 
 import pytest
 from scipy import stats as scipy_stats
+from sqlalchemy import select
 
 from app import graders
 from app.errors import BadField, Unavailable
 from app.evaluation import grading
 from app.graders import Reply
 from app.kit import ids, stats
-from app.tables import Evaluation
+from app.tables import Dataset, Evaluation, TokenUse
 from tests.evaluation.test_service import data, now_of, order  # noqa: F401  fixtures
 from tests.factories import make_dataset, tune
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
@@ -149,6 +150,12 @@ def test_a_judge_in_an_evaluation_is_asked_through_the_generate_worker(session, 
     assert done.status == "succeeded", done.error
     (judged,) = done.result["graders"]
     assert judged["rows"] + judged["failed"] == 2 and all("judge gave" in one["message"] for one in judged["errors"])
+    used = session.scalars(select(TokenUse)).one()
+    read, written = used.read, used.written
+    alone = order(session, user, tiny_registered, session.get_one(Dataset, made.dataset_id), answers=2, answer_tokens=4, forgetting=False)
+    evaluation_attempt.work(alone.id)
+    session.refresh(used)
+    assert written > used.written - written > 0 and read > used.read - read > 0, "the answers, and what the judge read and wrote"
 
 
 def test_graders_of_one_order_have_names_of_their_own(session, user):

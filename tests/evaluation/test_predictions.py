@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+from sqlalchemy import select
 
 from app.db import transaction
 from app.errors import NotFound
@@ -15,7 +16,7 @@ from app.evaluation import service as evaluations
 from app.kit import ids
 from app.models import service as models
 from app.settings import get_settings
-from app.tables import Evaluation, User
+from app.tables import Evaluation, TokenUse, User
 from tests.conftest import wait_until
 from tests.evaluation.test_service import children, in_thread, now_of
 from tests.factories import tune
@@ -60,6 +61,9 @@ def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session,
     assert (done["status"], done["rows"], done["column"], done["added"], done["without"]) == (
         "succeeded", 3, "customer_message", ["answer", "note"], 1
     )  # fmt: skip
+    used = session.scalars(select(TokenUse)).one()
+    assert used.user_id == user.id and 2 <= used.written <= 2 * 4 + 2 * 4, "two answers of at most 4 tokens, and those of the first try"
+    assert used.read >= 10, "both prompts"
     table = list(csv.DictReader(io.StringIO(api.get(f"{url}/content").text)))
     assert [row["Nr"] for row in table] == ["1", "2", "3"] and list(table[0]) == ["Nr", "customer_message", "answer", "note"]
     assert table[1]["note"] == "empty" and not table[1]["answer"] and table[2]["customer_message"].startswith("=1+1")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import select, text, update
 
-from app import events, leases
+from app import events, leases, limits
 from app.db import transaction
 from app.evaluation import service as evaluations
 from app.evaluation import train_queue
@@ -65,8 +65,9 @@ def next_key(session) -> uuid.UUID | None:
     return None if one is None else one.key
 
 
-def an_evaluation(session, user, data) -> Evaluation:
-    found = evaluations.create(session, user, evaluations.read_order({"model": "tiny", "dataset_id": ids.public(ids.DATASET, data.id)}))
+def an_evaluation(session, user, data, rows: int = 500) -> Evaluation:
+    asked = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, data.id), "rows": rows}
+    found = evaluations.create(session, user, evaluations.read_order(asked))
     session.commit()
     return found
 
@@ -279,6 +280,33 @@ def test_every_queued_job_has_a_place_and_a_time(session, user, client, api, new
     assert "number 2 in the queue" in page and "Its priority is low." in page
     assert "next in the queue" in client.get(f"/jobs/{ids.public(ids.JOB, first.id)}").text
     assert "number 2" in client.get("/jobs").text
+
+
+def test_a_queued_evaluation_has_a_place_and_a_time(session, user, client, api, new_job, data):
+    running = new_job(seconds=300)
+    lifecycle.claim(session, running.id, "w")
+    session.commit()
+    first, second = an_evaluation(session, user, data), an_evaluation(session, user, data, rows=7)
+    url = f"/v1/evaluations/{ids.public(ids.EVALUATION, second.id)}"
+    asked = api.get(url).json()
+    assert (asked["position"], asked["expected_start"], asked["waits_for"]) == (2, None, None), "no worker is online"
+    heartbeats.say_alive("train", 0.0)
+    listed = api.get("/v1/evaluations").json()["data"]
+    now = datetime.now(UTC).timestamp()
+    assert [one["position"] for one in listed] == [2, 1], "newest first"
+    assert listed[1]["expected_start"] == pytest.approx(now + 300, abs=30)
+    assert listed[0]["expected_start"] == pytest.approx(now + 300 + train_queue.EVALUATION_SECONDS, abs=30)
+    assert "number 2 in the queue" in client.get(f"/evaluations/{ids.public(ids.EVALUATION, second.id)}").text
+    page = client.get("/evaluations").text
+    assert "number 1, from about" in page and "number 2, from about" in page
+    limits.set_own(user, {"running_jobs": 1})
+    session.commit()
+    assert "1 running, 1 allowed" in api.get(url).json()["waits_for"]
+    assert "1 running, 1 allowed" in client.get(f"/evaluations/{ids.public(ids.EVALUATION, second.id)}").text
+    evaluations.cancel(session, user, first.id)
+    session.commit()
+    assert api.get(url).json()["position"] == 1
+    assert api.post(f"{url}/cancel").json()["position"] is None
 
 
 def test_places_that_are_slow_to_compute_are_shown_for_a_while(session, user, new_job, monkeypatch):

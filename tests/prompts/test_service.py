@@ -19,7 +19,7 @@ from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.service import PromptBody
 from app.storage import files
-from app.tables import Outbox, Prompt, PromptResult, PromptRun
+from app.tables import Outbox, Prompt, PromptResult, PromptRun, TokenUse
 from tests.conftest import wait_until
 from tests.generating import _running, register_tiny, start_worker, stop_worker
 
@@ -160,6 +160,9 @@ def test_a_run_scores_the_rows_that_training_holds_out(session, user, sums, monk
         assert all(q.split("\n")[0] not in {h.row["messages"][0]["content"] for h in held} for q in shown)
         assert "####" not in row.rendered_prompt and row.expected.isdecimal()
     assert run.result["score"] == sum(r.score for r in results) / 12 and run.result["low"] <= run.result["score"] <= run.result["high"]
+    used = session.scalars(select(TokenUse)).one()
+    assert (used.user_id, used.project_id) == (user.id, user.project_id)
+    assert (used.read, used.written) == (run.result["prompt_tokens"], run.result["tokens"]) and used.written >= 24
     before = [(r.line, r.said) for r in results]
     again = order(session, user, sums, body, validation_fraction=0.2)
     evaluation_prompt_runs.work(again.id)

@@ -6,9 +6,10 @@ import json
 
 import openai
 import pytest
+from sqlalchemy import select
 
 from app.kit import ids
-from app.tables import AuditLog, SavedGrader
+from app.tables import AuditLog, SavedGrader, TokenUse
 from tests.generating import (  # noqa: F401
     _workers,
     answering_dir,
@@ -116,6 +117,8 @@ def test_a_judge_is_asked_through_the_worker(graders, generate_worker, session):
     else:
         assert 0 <= found.reward <= 10 and found.metadata.sampled_model_name == "tiny" and found.metadata.token_usage > 8
     assert not errors.api_model_grader_server_error
+    used = session.scalars(select(TokenUse)).one()
+    assert used.read > 8 and 1 <= used.written <= 8
 
 
 def test_saved_changed_named_and_deleted(api, session):

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
-import random
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import func, select
 
 from app import db, queue
 from app.datasets import inspections
-from app.kit import ids, manifest
+from app.kit import manifest
 from app.main import create_app
 from app.tables import Outbox
 from tests import documented
-from tests.conftest import ORIGIN, csrf_token
-from tests.factories import make_dataset, make_job
-from tests.fuzz.asgi import Raw, ask
-from tests.fuzz.run import MAX_SECONDS, Fuzz, cases, json_shape, spy
+from tests.conftest import csrf_token
+from tests.fuzz.run import Fuzz, cases, spy
 from tests.fuzz.world import World
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
@@ -127,70 +122,3 @@ def test_no_request_makes_a_500(fuzz, seconds):
 def good_answers() -> set[str]:
     """The operations that answered as their model says."""
     return {name for name, status in map(str.split, documented.checked) if status < "300"}
-
-
-@pytest.mark.parametrize("seconds", SECONDS)
-def test_requests_made_from_the_schema(seconds, web, api, session, user, tiny_registered, data_dir):
-    """Valid and invalid requests as schemathesis draws them from the OpenAPI document, half of them at objects that are there."""
-    import hypothesis
-    import requests
-    import schemathesis
-
-    dataset = make_dataset(session, user, data_dir)
-    job = make_job(session, user, tiny_registered, dataset)
-    known = {
-        "key": ids.public(ids.DATASET, dataset.id),
-        "job_id": ids.public(ids.JOB, job.id),
-        "model": "tiny",
-        "file_id": ids.public(ids.FILE, dataset.file_id),
-    }
-    headers = {"authorization": f"Bearer {api.key}"}
-    schema = schemathesis.openapi.from_dict(api.get("/v1/openapi.json").json())
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) > 70
-    draw, deadline, wrong, statuses = random.Random(SEED), time.monotonic() + seconds, [], Counter()
-    draw.shuffle(operations)
-
-    def put(case: schemathesis.Case) -> None:
-        if case.method != "DELETE" and draw.random() < 0.5:
-            case.path_parameters = {name: known.get(name, value) for name, value in (case.path_parameters or {}).items()}
-        made = case.as_transport_kwargs(base_url=ORIGIN, headers=headers)
-        sent = requests.Request(**{name: made[name] for name in SENT if name in made}).prepare()
-        body = sent.body.encode("utf-8", "surrogatepass") if isinstance(sent.body, str) else sent.body or b""
-        named = [
-            (name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace") if isinstance(value, str) else value)
-            for name, value in sent.headers.items()
-        ]
-        path, _, query = sent.path_url.encode().partition(b"?")
-        raw = Raw(sent.method, path, query, [(b"host", b"127.0.0.1:8000"), *named], body)
-        answer = web.portal.call(ask, web.app, raw)
-        statuses[answer.status] += 1
-        offline = answer.status == 503 and '"offline"' in answer.text
-        if answer.error is not None or (answer.status >= 500 and not offline) or answer.seconds > MAX_SECONDS:
-            wrong.append(f"{raw}\n    {answer.status} in {answer.seconds:.1f} s {answer.error!r} {answer.text[:300]!r}")
-        elif 400 <= answer.status < 500 and answer.body:
-            wrong.extend(f"{raw}: {what}" for what in json_shape(answer))
-
-    for round in itertools.count():
-        for operation in operations:
-            if round and time.monotonic() > deadline:  # each operation is asked at least once
-                break
-            quick = hypothesis.settings(
-                max_examples=2, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
-            )  # fmt: skip
-            mode = schemathesis.GenerationMode.NEGATIVE if round % 2 else schemathesis.GenerationMode.POSITIVE
-            test = hypothesis.given(case=operation.as_strategy(generation_mode=mode))(put)
-            # An operation without parameters cannot be asked wrongly, and the bytes of an upload have no serializer.
-            with suppress(hypothesis.errors.Unsatisfiable, schemathesis.core.errors.SerializationNotPossible):
-                hypothesis.seed(SEED + round)(quick(test))()
-        else:
-            continue
-        break
-    print(
-        f"\n{sum(statuses.values())} requests from the schema, {round} rounds of {len(operations)} operations:",
-        dict(sorted(statuses.items())),
-    )
-    assert not wrong, "\n".join(wrong[:20])
-
-
-SENT = ("method", "url", "params", "json", "data", "files", "headers", "cookies")

@@ -22,7 +22,7 @@ import redis
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app import events, graders
+from app import events, graders, limits
 from app.db import transaction
 from app.errors import StudioError
 from app.evaluation import grading, predictions
@@ -34,12 +34,14 @@ from app.kit import child_process
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
+from app.kit.token_meter import TokenMeter
 from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.storage.files import write_atomically
+from app.tables import Evaluation
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease
 from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome
@@ -120,7 +122,8 @@ class EvaluationAttempt:
 
     def __init__(self, held: EvaluationClaim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
         self.held, self.going_down, self.lease = held, going_down, lease
-        self.meter = energy.Meter(lease.gpus)
+        self.meter, self.tokens = energy.Meter(lease.gpus), TokenMeter()
+        self.told = (0, 0)  # tokens that the child has read and written by its last line
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
@@ -190,6 +193,7 @@ class EvaluationAttempt:
         try:
             with transaction() as session:
                 usage.record_energy(session, self.held.id, self.held.fence, self.meter.joules())
+                limits.count_meter(session, Evaluation, self.held.id, self.tokens)
                 return evaluations.heartbeat(session, self.held, self.progress, self.stage)
         except SQLAlchemyError as error:
             log.warning("Evaluation %s: no heartbeat: %s", self.held.id, type(error).__name__)
@@ -204,6 +208,9 @@ class EvaluationAttempt:
             return  # a kill may cut the last line short
         self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
         self.result, self.error = said.get("result", self.result), said.get("error", self.error)
+        if "written" in said:
+            before, self.told = self.told, (said["read"], said["written"])
+            self.tokens.add(self.told[0] - before[0], self.told[1] - before[1])
 
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
@@ -228,7 +235,7 @@ class EvaluationAttempt:
         rows, spec = self.result.pop("to_grade", []), self.held.spec
         if not spec.graders:
             return True
-        answer = judges.answers(self.held.owner, spec.judges, judges.send_and_wait)
+        answer = judges.answers(self.held.owner, spec.judges, judges.send_and_wait, self.tokens)
         found = grading.measure([graders.parse(one) for one in spec.graders], rows, answer, self._going)
         if found is not None:
             self.result |= found
@@ -264,6 +271,7 @@ class EvaluationAttempt:
     def _record(self, move: Callable[..., Any]) -> None:
         def once() -> None:
             with transaction() as session:
+                limits.count_meter(session, Evaluation, self.held.id, self.tokens)
                 move(session)
 
         retry_until_database(once, self.going_down)

@@ -1,8 +1,8 @@
 """The evaluation process: `python -m worker.evaluation.process`. Reads a spec, evaluates, and reports progress as lines of JSON
 on a pipe.
 
-Lines: `{"progress", "stage"}` any number of times, then one `{"result"}` (exit 0) or `{"error"}` (exit 1). It has no database
-address; its supervisor records what it reports.
+Lines: `{"progress", "stage", "read", "written"}` any number of times, then one `{"result", "read", "written"}` (exit 0) or `{"error"}`
+(exit 1); `read` and `written` are the tokens of all answers so far. It has no database address; its supervisor records what it reports.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ with importing():
     import torch
 
     from worker.evaluation.scoring import Say, classify, engine_here, write
+    from worker.runtime.device import Compute
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             pipe.write(json.dumps(said) + "\n")
 
         try:
-            tell(result=assess(spec, lambda progress, stage: tell(progress=progress, stage=stage), Path(options.spec).parent))
+            tell(**assess(spec, tell, Path(options.spec).parent))
             return 0
         except BrokenPipeError:
             return 1  # nobody reads the pipe any more
@@ -49,35 +51,43 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
 
 
-def assess(spec: EvaluationSpec, say: Say, folder: Path) -> dict[str, Any]:
-    """The result of a spec; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
+def assess(spec: EvaluationSpec, tell: Callable[..., None], folder: Path) -> dict[str, Any]:
+    """The last line for a spec; predictions are written into the folder. Raises BadData, BadModel, or what torch raises."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     began = time.monotonic()
     torch.manual_seed(spec.seed)
     engine = engine_here()
+
+    def tokens() -> dict[str, int]:
+        return {"read": engine.meter.read, "written": engine.meter.written}
+
+    def say(progress: float, stage: str) -> None:
+        tell(progress=progress, stage=stage, **tokens())
+
+    found = _result(spec, engine, say, folder)
+    return {"result": {**found, "device": engine.name, "precision": engine.precision, "seconds": time.monotonic() - began}, **tokens()}
+
+
+def _result(spec: EvaluationSpec, engine: Compute, say: Say, folder: Path) -> dict[str, Any]:
     if spec.kind == "advice":
         from worker.evaluation.baselines import advise
 
-        found = advise(spec, engine, say)
-    elif spec.kind == "blend":
+        return advise(spec, engine, say)
+    if spec.kind == "blend":
         from worker.evaluation.interpolation import blend
 
-        found = blend(spec, engine, say)
-    elif spec.kind == "predictions":
+        return blend(spec, engine, say)
+    if spec.kind == "predictions":
         from worker.evaluation.predict import predict
 
-        found = predict(spec, engine, say, folder / OUTPUT)
-    elif spec.kind == "vectors":
+        return predict(spec, engine, say, folder / OUTPUT)
+    if spec.kind == "vectors":
         from worker.evaluation.embedding_map import look
 
-        found = look(spec, engine, say)
-    elif OBJECTIVES[spec.task].classifies:
-        found = classify(spec, engine, say)
-    else:
-        found = write(spec, engine, say)
-    return {**found, "device": engine.name, "precision": engine.precision, "seconds": time.monotonic() - began}
+        return look(spec, engine, say)
+    return classify(spec, engine, say) if OBJECTIVES[spec.task].classifies else write(spec, engine, say)
 
 
 # What a failure is called -----------------------------------------------------------------------------------------------

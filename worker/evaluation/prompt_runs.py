@@ -16,16 +16,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-from app import formats, graders
+from app import formats, graders, limits
 from app.datasets.splits import split_hash
 from app.db import transaction
 from app.errors import BadData, StudioError
 from app.graders import GradedSample
 from app.inference import judges
-from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, Entry, GenerateRequest, Sampling, TextPart
+from app.inference.judges import Hear
+from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, GenerateRequest, Sampling, TextPart
+from app.kit.token_meter import TokenMeter
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec, TrainedRows
+from app.tables import PromptRun
 from worker.evaluation.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -104,18 +107,20 @@ def work(run_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> N
     if claimed is None:
         return
     fence, spec, done, before = claimed
-    run, error = PromptRunAttempt(run_id, fence, spec, done, RunTotals(before)), None
+    run, error, stopped = PromptRunAttempt(run_id, fence, spec, done, RunTotals(before)), None, False
     try:
         run.through(going_down)
     except RunStopped:
-        return
+        stopped = True
     except StudioError as fault:
         error = fault.as_problem()
     except Exception as fault:
         log.exception("The run %s failed.", run_id)
         error = {"code": "internal_error", "message": f"The run failed ({type(fault).__name__}).", "hint": "Try it again."}
     with transaction() as session:
-        prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
+        limits.count_meter(session, PromptRun, run_id, run.meter)  # those of rows that were being answered when it stopped, too
+        if not stopped:
+            prompt_runs.finish(session, run_id, fence, totals=run.totals.as_json(run.rows), error=error)
 
 
 class PromptRunAttempt:
@@ -125,6 +130,7 @@ class PromptRunAttempt:
         self.id, self.fence, self.spec, self.done, self.totals = run_id, fence, spec, done, totals
         self.rows = len(done)
         self.scored: list[dict[str, Any]] = []
+        self.meter = TokenMeter()
 
     def through(self, going_down: Callable[[], bool]) -> None:
         from worker.evaluation.few_shot import Shots
@@ -143,7 +149,7 @@ class PromptRunAttempt:
                 while True:
                     for row, before in _some(rest, AT_ONCE - len(pending)):
                         text = prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
-                        pending[pool.submit(_ask_and_score, self.spec, text, before, row, labels, leave)] = row
+                        pending[pool.submit(_ask_and_score, self.spec, text, before, row, labels, leave, self.meter)] = row
                     if not pending:
                         break
                     finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
@@ -172,12 +178,14 @@ class PromptRunAttempt:
         self.scored.append(scored)
 
     def store(self) -> None:
-        """Renew the lease and store what was scored. Raises Stopped when the lease is lost."""
+        """Renew the lease, and store what was scored and the tokens of it. Raises RunStopped when the lease is lost."""
         self.done |= {row["line"] for row in self.scored}
         share = (len(self.done) + len(self.totals.unanswered)) / max(self.rows, 1)
         with transaction() as session:
-            if not prompt_runs.heartbeat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows)):
-                raise RunStopped
+            held = prompt_runs.heartbeat(session, self.id, self.fence, min(1.0, share), self.scored, self.totals.as_json(self.rows))
+            limits.count_meter(session, PromptRun, self.id, self.meter)
+        if not held:
+            raise RunStopped
         self.scored.clear()
 
 
@@ -190,14 +198,14 @@ def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def _ask_and_score(
-    spec: RunSpec, text: str, before: list[dict[str, Any]], row: Any, labels: list[str], leave: list[bool]
+    spec: RunSpec, text: str, before: list[dict[str, Any]], row: Any, labels: list[str], leave: list[bool], meter: TokenMeter
 ) -> tuple[RowAnswer, dict[str, Any]]:
-    said = _ask(spec, text, before, row.line, leave)
-    return said, _scored(spec, row, said, labels)
+    said = _ask(spec, text, before, row.line, leave, meter)
+    return said, _scored(spec, row, said, labels, meter)
 
 
-def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool]) -> RowAnswer:
-    """Request the answer to one row. Raises what the engine raises; a cancelled answer is discarded."""
+def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool], meter: TokenMeter) -> RowAnswer:
+    """Request the answer to one row. Raises what the engine raises; a cancelled answer is discarded, but its tokens count."""
     from worker.inference.task import answer as answer_of
 
     body = spec.body
@@ -219,24 +227,28 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
         seed=(body.seed + line * 31) % 2**31,
         **prompt,
     )
-    texts, rendered, tokens, read = [""] * body.samples, "", 0, 0
-    with contextlib.closing(answer_of(request)) as answer:
-        for entries in answer:
-            if leave[0]:
-                raise RunStopped
-            for entry in entries:
-                match entry:
-                    case AnswerStarted():
-                        rendered, read = entry.rendered_prompt, entry.prompt_tokens
-                    case TextPart():
-                        texts[entry.index] += entry.text
-                    case ChoiceFinished():
-                        tokens += entry.tokens
-                    case Done():
-                        pass
-                    case _:
-                        raise _fault(entry)
-    return RowAnswer(rendered, texts, read, tokens)
+    texts, rendered, tokens, read = [""] * body.samples, "", [0] * body.samples, 0
+    try:
+        with contextlib.closing(answer_of(request)) as answer:
+            for entries in answer:
+                if leave[0]:
+                    raise RunStopped
+                for entry in entries:
+                    match entry:
+                        case AnswerStarted():
+                            rendered, read = entry.rendered_prompt, entry.prompt_tokens
+                        case TextPart():
+                            texts[entry.index] += entry.text
+                            tokens[entry.index] = entry.tokens
+                        case ChoiceFinished():
+                            tokens[entry.index] = entry.tokens
+                        case Done():
+                            pass
+                        case _:
+                            raise _fault(entry)
+    finally:
+        meter.add(read, sum(tokens))
+    return RowAnswer(rendered, texts, read, sum(tokens))
 
 
 def _fault(entry: Any) -> StudioError:
@@ -246,13 +258,13 @@ def _fault(entry: Any) -> StudioError:
     return fault
 
 
-def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict[str, Any]:
+def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str], meter: TokenMeter) -> dict[str, Any]:
     """A row of the table of results."""
     body = spec.body
     expected = prompts.take(row.answer, body.reference, body.marker)
     answer = prompts.majority([prompts.take(text, body.extract, body.marker) for text in said.texts], body.score)
     if spec.grader is not None:
-        score = _graded(spec, row, answer)
+        score = _graded(spec, row, answer, meter)
     elif body.score == "rouge_l":
         from worker.scoring.metrics import rouge_l
 
@@ -265,11 +277,11 @@ def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str]) -> dict
     }  # fmt: skip
 
 
-def _graded(spec: RunSpec, row: Any, answer: str) -> float:
+def _graded(spec: RunSpec, row: Any, answer: str, meter: TokenMeter) -> float:
     """The grader's score of an answer. Raises StudioError for one that it cannot score, which excludes the row."""
     grader = graders.parse(spec.grader)
     item = graders.item_of({}, row.question, row.answer)
-    found = graders.scored(grader, graders.grade(grader, GradedSample(answer), item, judges.answers(spec.owner, spec.judges, _send)))
+    found = graders.scored(grader, graders.grade(grader, GradedSample(answer), item, judges.answers(spec.owner, spec.judges, _send, meter)))
     if found.score is None:
         fault = StudioError(f"The grader gave no score: {found.why}", hint="Try the grader on some rows first.", code="not_graded")
         fault.status = 503 if found.error and found.error[0] == "model_grader_server_error" else 400
@@ -277,15 +289,16 @@ def _graded(spec: RunSpec, row: Any, answer: str) -> float:
     return found.score
 
 
-def _send(request: GenerateRequest) -> list[Entry]:
+def _send(request: GenerateRequest, hear: Hear) -> None:
     """What a grader asks a model, answered by this process."""
     from worker.inference.embeddings import embed
     from worker.inference.task import answer as answer_of
 
     if request.embed is not None:
-        return [embed(request.model, request.embed)]
+        return hear([embed(request.model, request.embed)])
     with contextlib.closing(answer_of(request)) as answer:
-        return [entry for entries in answer for entry in entries]
+        for entries in answer:
+            hear(entries)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

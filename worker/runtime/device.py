@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from app.errors import DoesNotFit
+from app.kit.token_meter import TokenMeter
 from app.machines.hardware import BF16_WORTHWHILE, Machine, note_bf16, this_machine, usable_cores
 from app.planning.memory import FLOOR_CUDA_BYTES, parts_of
 from app.run_settings import RunSettings
@@ -54,6 +55,8 @@ class Compute:
     threads: int
     fp8: bool = False  # frozen layers are quantized once the strategy is attached (worker/kernels/gpu/fp8.py)
     abreast: ThreadParallel = field(init=False, repr=False, compare=False)
+    meter: TokenMeter = field(default_factory=TokenMeter, init=False, repr=False, compare=False)
+    """Tokens of the answers that this attempt had a model write."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "abreast", ThreadParallel(self.threads))

@@ -154,7 +154,9 @@ def answers(
     if not asked:
         return []
     stops = stop_ids(tokenizer, plain_model(model).generation_config)
-    told = written(model, tokenizer, [[*lead, *q.ids] for q in asked], stops, most, engine, seconds)
+    prompts = [[*lead, *q.ids] for q in asked]
+    told = written(model, tokenizer, prompts, stops, most, engine, seconds)
+    engine.meter.add(sum(map(len, prompts)), sum(map(len, told)))
     return [tokenizer.decode([i for i in ids if i not in stops], skip_special_tokens=True).strip() for ids in told]
 
 

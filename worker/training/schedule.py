@@ -35,7 +35,7 @@ class StepPlan:
         """Whether the held-out rows are scored after this step."""
         return step == self.total_steps or step % self.evaluate_every == 0
 
-    def packs(self, lesson: Objective, start: int = 0) -> Iterator[tuple[int, int, list[int]]]:
+    def packs(self, lesson: TrainingObjective, start: int = 0) -> Iterator[tuple[int, int, list[int]]]:
         """The packs of all epochs from number `start` on, as numbers of the lesson's `step_rows`."""
         run, lengths, share = lesson.spec.run, lesson.train.lengths, lesson.spec.run.rehearsal_fraction
         first = 0 if share else start
@@ -47,7 +47,7 @@ class StepPlan:
         mixed = with_general(packs, every, len(lengths), share, seed=run.seed, room=self.budget, most=self.most)
         return itertools.islice(mixed, start, None)
 
-    def rehearsed(self, lesson: Objective) -> dict[str, int | float]:
+    def rehearsed(self, lesson: TrainingObjective) -> dict[str, int | float]:
         """How many general rows there are, how often one is played in until the last step, and their share of all tokens."""
         if not lesson.spec.run.rehearsal_fraction:
             return {}

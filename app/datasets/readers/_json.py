@@ -65,7 +65,7 @@ def parse_json(text: str) -> Row | RowFinding:
     except json.JSONDecodeError as error:
         return RowFinding(
             "invalid_json",
-            f"Not valid JSON: {error.msg} at character {error.pos + 1}. {_hint(text, error)}".strip(),
+            f"Not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}. {_hint(text, error)}".strip(),
             value=shown(text, 120),
         )
     except ValueError:
