@@ -59,9 +59,10 @@ class Clock:
 def peak(cuda: bool) -> int:
     import torch
 
-    from worker.runtime.device import peak_memory
+    from worker.runtime import devices
 
-    return peak_memory(torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cuda" if cuda else "cpu")
+    return devices.of(device).peak_memory(device)
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:

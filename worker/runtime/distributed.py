@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import os
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from app.kit.child_process import die_with_parent
 from app.planning.memory import passes
 from app.spec import JobSpec
 from app.strategies import Strategy
+from worker.runtime import devices
 
 MESSAGE_BYTES = 64 * 2**20
 """Bucket size of the all-reduce: an adapter fits in one, and a whole model needs no second copy of all gradients."""
@@ -136,16 +136,12 @@ class Laps:
     SLOW, STEPS = 1.3, 20
 
     def __init__(self, world: ProcessGroup, device: torch.device) -> None:
-        self.world, self.cuda = world, device.type == "cuda"
+        self.world, self.kind = world, devices.of(device)
         self.laps: list[tuple[Any, Any]] = []
         self.warned = False
 
     def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self.kind.event(timing=True)
 
     def note(self, began: Any) -> None:
         if self.world.size > 1:
@@ -158,7 +154,7 @@ class Laps:
             return None
         # Not the first, in which kernels are compiled and loaded; and the newest may still be computed.
         done, self.laps = self.laps[1:-1], self.laps[-1:]
-        spent = sum(began.elapsed_time(end) / 1000 if self.cuda else end - began for began, end in done)
+        spent = sum(began.elapsed_time(end) for began, end in done) / 1000
         each = self.world.each(spent / len(done))
         middle, slowest = statistics.median_low(each), max(each)
         if self.warned or slowest < self.SLOW * middle:
@@ -192,8 +188,8 @@ def together(device: torch.device) -> Iterator[ProcessGroup]:
         return
     die_with_parent(os.getppid())()  # torchrun gives each a session of its own, which a kill of the trainer's group would not reach
     # With its device known NCCL connects at once rather than at the first collective, and a process cannot take another's GPU.
-    own = device if device.type == "cuda" else None
-    dist.init_process_group("nccl" if own else "gloo", timeout=STEP_PATIENCE, device_id=own)
+    own = device if devices.is_gpu(device) else None
+    dist.init_process_group(devices.of(device).collectives, timeout=STEP_PATIENCE, device_id=own)
     try:
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
