@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from app.planning.memory import passes
 from app.spec import JobSpec
 from app.strategies import Strategy
 from worker.runtime import devices
+from worker.runtime.attendance import Attendance
 
 MESSAGE_BYTES = 64 * 2**20
 """Bucket size of the all-reduce: an adapter fits in one, and a whole model needs no second copy of all gradients."""
@@ -32,8 +34,9 @@ PATIENCE = datetime.timedelta(days=7)
 """Timeout for waiting for rank 0, which evaluates and saves alone. torchrun ends the others where it dies."""
 
 STEP_PATIENCE = datetime.timedelta(minutes=15)
-"""Timeout of a collective of a step: a process that died or hangs ends the job within it, and another attempt resumes it. The longest
-passes between two of them, of many packs on a slow GPU, take minutes."""
+"""Timeout of a collective of a step: a process that hangs ends the attempt within it, and another resumes the job. The longest passes
+between two of them, of many packs on a slow GPU, take minutes. After it gloo raises in every process that waits; NCCL's watchdog ends
+them (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, which torchrun sets to 1)."""
 
 
 def size() -> int:
@@ -54,10 +57,15 @@ class ProcessGroup:
     rank: int = 0
     size: int = 1
     host: Any = None  # a gloo group over the hosts' network, for decisions that no GPU has to wait for
+    attendance: Attendance | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def _come(self) -> None:
+        if self.attendance is not None:
+            self.attendance.come()
 
     def share(self, window: Sequence[Any]) -> Sequence[Any]:
         """This rank's packs of a step."""
@@ -68,6 +76,7 @@ class ProcessGroup:
         if self.size == 1:
             return list(wishes)
         told = torch.tensor([int(w) for w in wishes])
+        self._come()
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return [bool(v) for v in told]
 
@@ -76,18 +85,21 @@ class ProcessGroup:
         if self.size == 1:
             return number
         told = torch.tensor(number)
+        self._come()
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return int(told)
 
     def wait(self) -> None:
         """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""
         if self.size > 1:
+            self._come()
             dist.barrier(group=self.host)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.size == 1:
             return
+        self._come()
         for batch in _batches(tensors):
             flat = torch.cat([t.reshape(-1) for t in batch])
             dist.all_reduce(flat)
@@ -108,6 +120,7 @@ class ProcessGroup:
     def broadcast(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Broadcast the parameters of rank 0, whatever was initialized at random."""
         if self.size > 1:
+            self._come()
             for p in parameters:
                 dist.broadcast(p.data, 0)
 
@@ -117,6 +130,7 @@ class ProcessGroup:
             return [number]
         told = torch.zeros(self.size, dtype=torch.float64)
         told[self.rank] = number
+        self._come()
         dist.all_reduce(told, group=self.host)
         return told.tolist()
 
@@ -125,6 +139,7 @@ class ProcessGroup:
         if self.size == 1:
             return list(numbers)
         told = torch.tensor(numbers, dtype=torch.int64)
+        self._come()
         dist.all_reduce(told, group=self.host)
         return told.tolist()
 
@@ -181,8 +196,9 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[ProcessGroup]:
-    """The process group that torchrun's environment describes, destroyed on exit."""
+def together(device: torch.device, folder: Path) -> Iterator[ProcessGroup]:
+    """The process group that torchrun's environment describes, destroyed on exit. How far each process is goes into `folder`, the
+    attempt's, which all of them see."""
     if size() == 1:
         yield ProcessGroup()
         return
@@ -190,9 +206,11 @@ def together(device: torch.device) -> Iterator[ProcessGroup]:
     # With its device known NCCL connects at once rather than at the first collective, and a process cannot take another's GPU.
     own = device if devices.is_gpu(device) else None
     dist.init_process_group(devices.of(device).collectives, timeout=STEP_PATIENCE, device_id=own)
+    attendance = Attendance(folder, dist.get_rank())
     try:
-        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE), attendance)
     finally:
+        attendance.close()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
