@@ -83,7 +83,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
 def _start() -> Any:
     from torch.profiler import _ExperimentalConfig, profile  # type: ignore[attr-defined]
 
-    kinds = sorted({devices.CPU.activity, devices.best().activity})
+    kinds = list(dict.fromkeys(one.activity for one in (devices.CPU, devices.best())))
     devices.best().synchronize()
     recorder = profile(activities=kinds, acc_events=True, experimental_config=_ExperimentalConfig(profile_all_threads=True))
     recorder.start()

@@ -14,6 +14,7 @@ from app.run_settings import RunSettings
 from app.strategies import STRATEGIES
 from worker.runtime import device, devices
 from worker.runtime.devices import _base
+from worker.training import profiler
 
 GIB = 2**30
 
@@ -81,6 +82,21 @@ def test_a_checkpoint_keeps_random_states_by_the_kind_of_device(monkeypatch: pyt
     assert put == [([7], cuda)] and torch.equal(torch.rand(3), first)
     device.set_rng({"cpu": kept["cpu"]}, cuda)  # a job that went on from a CPU's checkpoint
     assert len(put) == 1 and torch.equal(torch.rand(3), first)
+
+
+def test_a_profile_on_a_gpu_records_both(monkeypatch: pytest.MonkeyPatch, xpu: Xpu) -> None:
+    asked = []
+
+    class Recorder:
+        def __init__(self, activities, **_) -> None:
+            asked.extend(activities)
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr(torch.profiler, "profile", Recorder)
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda: None)
+    profiler._start()
+    assert asked == [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.XPU]
 
 
 def test_the_cpu_times_and_waits_like_the_others() -> None:
