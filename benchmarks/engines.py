@@ -1,19 +1,24 @@
-"""What `benchmarks/training.py` runs in a process of its own for each engine: Luthier, transformers' Trainer, TRL and Unsloth.
+"""What `benchmarks/training.py` runs in a process of its own for each engine: Luthier here, its peers in `benchmarks/peers.py`.
 
 With `groups` in the plan every engine gets the same rows in the same steps, so that their losses can be laid side by side;
-without, each makes its own batches, as it comes.
+without, each makes its own batches, as it comes. A peer may have an interpreter of its own, in which there is nothing of ours but this
+folder: what it runs imports neither `app` nor `worker`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-WARM = 3
+WARM, WARM_GPU = 3, 10
+"""Steps before those that are timed. On a GPU peers still gained 9 % after 8 of them."""
+
+
+def warm(cuda: bool) -> int:
+    return WARM_GPU if cuda else WARM
 
 
 class Clock:
@@ -21,13 +26,13 @@ class Clock:
     work is done before a time that is taken then, so it is not counted after it."""
 
     def __init__(self, cuda: bool, ahead: int = 0) -> None:
-        self.cuda, self.ahead = cuda, ahead
+        self.cuda, self.ahead, self.warm = cuda, ahead, warm(cuda)
         self.began = time.perf_counter()
         self.marks: list[tuple[float, float]] = []  # (wall, processor) at the end of each step
         self.losses: list[float] = []
 
     def step(self) -> None:
-        if self.cuda and len(self.marks) == WARM - 1:
+        if self.cuda and len(self.marks) == self.warm - 1:
             import torch
 
             torch.cuda.synchronize()
@@ -40,8 +45,8 @@ class Clock:
 
             torch.cuda.synchronize()
             self.marks[-1] = (time.perf_counter(), time.process_time())
-        (wall, cpu), (end, cpu_end) = self.marks[WARM - 1], self.marks[-1]
-        timed = tokens[WARM + self.ahead : len(self.marks)]
+        (wall, cpu), (end, cpu_end) = self.marks[self.warm - 1], self.marks[-1]
+        timed = tokens[self.warm + self.ahead : len(self.marks)]
         real = sum(timed)
         tail = self.losses[-max(1, len(self.losses) // 3) :]
         return {
@@ -59,9 +64,11 @@ class Clock:
 def peak(cuda: bool) -> int:
     import torch
 
-    from worker.runtime.device import peak_memory
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    from worker.runtime import devices
 
-    return peak_memory(torch.device("cuda" if cuda else "cpu"))
+    return devices.CPU.peak_memory(torch.device("cpu"))
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
@@ -70,9 +77,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     samples = json.loads(Path(plan["samples"]).read_text())
     if engine.startswith("luthier"):
         return luthier(plan, samples)
-    if engine == "unsloth":
-        return unsloth(plan, samples)
-    return trainer(plan, samples)
+    from benchmarks import peers
+
+    return peers.unsloth(plan, samples) if engine == "unsloth" else peers.trainer(plan, samples)
 
 
 def lead_of(plan: dict[str, Any]) -> list[int]:
@@ -103,7 +110,7 @@ def luthier(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
 
     spec = order_of(plan, len(samples))
     total = spec.run.max_steps
-    train.objective_of = lambda spec, tokenizer: given(spec, tokenizer, samples)
+    train.objective_of = lambda spec, tokenizer: given(spec, tokenizer, samples, plan["prompt_share"])
     packs, lead, rows_of = train_schedule.stream, len(lead_of(plan)), []
 
     def stream(*order: Any, **more: Any) -> Any:
@@ -150,14 +157,14 @@ def order_of(plan: dict[str, Any], rows: int) -> Any:
     data = DatasetRef(id=uuid.UUID(int=2), name="rows", path="rows", sha256="0" * 64, format="plain_text", rows=rows)
     settings = RunSettings(
         max_tokens_per_step=plan["tokens"], learning_rate=plan["rate"], schedule="constant", warmup_fraction=0, samples=0,
-        max_steps=plan["steps"] + WARM, validation_fraction=0, precision=plan["precision"], early_stopping_patience=0,
+        max_steps=plan["steps"] + warm(plan["device"] == "cuda"), validation_fraction=0, precision=plan["precision"], early_stopping_patience=0,
         gradient_checkpointing=plan["checkpointing"], frozen_weights=plan.get("frozen_weights", "auto"), forgetting=False, row_losses=False,
         evaluations_per_epoch=0,  # a checkpoint in the middle would be timed too
     )  # fmt: skip
     return JobSpec(name="benchmark", task="generation", model=model, dataset=data, run=settings, strategy=strategy_of(plan))
 
 
-def given(spec: Any, tokenizer: Any, samples: list[list[int]]) -> Any:
+def given(spec: Any, tokenizer: Any, samples: list[list[int]], prompt_share: float) -> Any:
     """The lesson of a job that writes, with the samples where it would read a dataset."""
     from worker.training.objectives._base import TrainingObjective
     from worker.training.objectives.causal_lm import CausalLM
@@ -165,14 +172,19 @@ def given(spec: Any, tokenizer: Any, samples: list[list[int]]) -> Any:
     class Given(CausalLM):
         def __init__(self) -> None:
             TrainingObjective.__init__(self, spec, tokenizer)
-            self.train, self.held_out = tokenised(samples, self.lead)
+            self.train, self.held_out = tokenised(samples, self.lead, prompt_share)
             self.questions, self.plain_template = [], False
 
     return Given()
 
 
-def tokenised(samples: list[list[int]], lead: list[int]) -> tuple[Any, Any]:
-    """(the samples, no samples) as the trainer holds rows: all but the first token of each is learnt."""
+def prompt_length(ids: list[int], share: float) -> int:
+    """How many tokens a sample begins with that are not learnt: its prompt, and the first in any case."""
+    return max(1, int(share * len(ids)))
+
+
+def tokenised(samples: list[list[int]], lead: list[int], prompt_share: float) -> tuple[Any, Any]:
+    """(the samples, no samples) as the trainer holds rows: all but the prompt of each is learnt."""
     import numpy as np
 
     from worker.data.batching import Tokenised
@@ -180,161 +192,7 @@ def tokenised(samples: list[list[int]], lead: list[int]) -> tuple[Any, Any]:
     rows = [[*lead, *ids] for ids in samples]
     starts = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
     trained = np.ones(starts[-1], bool)
-    for place in range(len(lead) + 1):
-        trained[starts[:-1] + place] = False
+    for start, ids in zip(starts, samples, strict=False):
+        trained[start : start + len(lead) + prompt_length(ids, prompt_share)] = False
     done = Tokenised(np.concatenate([np.asarray(r, np.int32) for r in rows]), trained, starts, list(range(len(rows))), 0, [])
     return done, Tokenised(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), [], 0, [])
-
-
-# Peers ----------------------------------------------------------------------------------------------------------------
-
-
-def trainer(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
-    """transformers' Trainer, or TRL's SFTTrainer on top of it."""
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
-
-    cuda, engine = plan["device"] == "cuda", plan["engine"]
-    tokenizer = AutoTokenizer.from_pretrained(plan["model"])
-    half = plan["precision"] != "fp32"
-    clock = Clock(cuda)
-    model = attached(plan, half)
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "max_steps": plan["steps"] + WARM, "per_device_train_batch_size": plan["batch"],
-        "learning_rate": plan["rate"], "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-        "bf16": half, "use_cpu": not cuda, "logging_steps": logged(plan), "report_to": [], "save_strategy": "no", "seed": 42,
-        "dataloader_num_workers": 0, "disable_tqdm": True, "optim": "adamw_torch_fused",
-    }  # fmt: skip
-    lead = lead_of(plan)
-    rows = [{"input_ids": [*lead, *ids], "labels": [-100] * len(lead) + ids} for ids in samples]
-    longest = plan["longest"] + len(lead)
-    if engine == "hf_trainer":
-        if cuda and not plan.get("groups"):  # all rows of a step padded at once are logits of 85 GB
-            settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": max(1, round(plan["batch"] / 8))}
-        arguments = TrainingArguments(**settings, remove_unused_columns=False)
-        made = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded, callbacks=[times(clock)])
-    else:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        own: dict[str, Any] = {"max_length": longest}
-        if engine in ("trl_packed", "trl_tuned"):
-            own = {"packing": True, "max_length": max(plan["tokens"], longest), "per_device_train_batch_size": 1}
-        if engine == "trl_tuned":
-            own["gradient_checkpointing"] = False
-        arguments = SFTConfig(**{**settings, **own})
-        made = SFTTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[times(clock)]
-        )
-    return clock.result(counted(plan, made, rows))
-
-
-def attached(plan: dict[str, Any], half: bool) -> Any:
-    """The plan's model with its strategy, for a peer: trained weights in float32; frozen ones in bf16 on a GPU, where nobody
-    keeps them otherwise."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    cuda, strategy = plan["device"] == "cuda", strategy_of(plan)
-    narrow = half and (cuda or plan["engine"] == "trl_tuned") and strategy.adapter
-    more: dict[str, Any] = {}
-    if strategy.base_bits == 4:
-        from transformers import BitsAndBytesConfig
-
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.bfloat16 if narrow else torch.float32, **more)
-    if cuda:
-        model = model.cuda()
-    model.config.use_cache = False
-    torch.manual_seed(42)  # Luthier's own seed, so that a strategy that begins at random begins alike
-    model = strategy.attach(model).train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def unsloth(plan: dict[str, Any], samples: list[list[int]]) -> dict[str, Any]:
-    """Unsloth's loader and layers under TRL, packed and without recomputing."""
-    from unsloth import FastLanguageModel  # isort: skip  it changes trl, so it comes first
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    clock = Clock(True)
-    longest = max(plan["tokens"], plan["longest"])
-    model, tokenizer = FastLanguageModel.from_pretrained(plan["model"], max_seq_length=longest, load_in_4bit=plan["strategy"] == "qlora")
-    model = FastLanguageModel.get_peft_model(model, r=plan["rank"], lora_alpha=2 * plan["rank"], use_gradient_checkpointing=False)
-    settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=plan["steps"] + WARM, per_device_train_batch_size=1, learning_rate=plan["rate"], packing=True,
-        lr_scheduler_type="constant", warmup_steps=0, bf16=True, logging_steps=logged(plan), report_to=[], seed=42,
-        optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", max_length=longest,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    rows = [{"input_ids": ids, "labels": ids} for ids in samples]
-    made = SFTTrainer(
-        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[times(clock)]
-    )
-    return clock.result(counted(plan, made, rows))
-
-
-def logged(plan: dict[str, Any]) -> int:
-    """Every how many steps a peer tells its loss: where a GPU is timed only at the end, because it waits for the GPU to tell it."""
-    return 1 if plan["device"] == "cpu" or plan.get("groups") else 10**6
-
-
-def times(clock: Clock) -> Any:
-    """A callback that tells the clock of steps and losses."""
-    from transformers import TrainerCallback
-
-    class Times(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "loss" in logs:
-                clock.losses.append(float(logs["loss"]))
-            elif logs and "train_loss" in logs and not clock.losses:  # the mean, at the end
-                clock.losses.append(float(logs["train_loss"]))
-
-    return Times()
-
-
-def counted(plan: dict[str, Any], made: Any, rows: list[dict[str, Any]]) -> list[int]:
-    """Let a Trainer train, on the plan's groups of rows where it has them; the real tokens of each batch."""
-    counting = Counting(made.data_collator, len(lead_of(plan)))
-    made.data_collator = counting
-    if plan.get("groups"):
-        from torch.utils.data import DataLoader
-
-        made.get_train_dataloader = lambda: DataLoader(rows, batch_sampler=plan["groups"], collate_fn=counting)
-    made.train()
-    each = made.args.gradient_accumulation_steps
-    return [sum(counting.tokens[start : start + each]) for start in range(0, len(counting.tokens), each)]
-
-
-class Counting:
-    """A collator that notes how many real tokens each batch holds, without the `lead` placeholders of each sample."""
-
-    def __init__(self, inner: Any, lead: int = 0) -> None:
-        self.inner, self.lead = inner, lead
-        self.tokens: list[int] = []
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows) - self.lead * sequences(rows))
-        return self.inner(rows)
-
-
-def sequences(rows: list[dict[str, Any]]) -> int:
-    """How many samples a batch holds; a packed row says how long each of its own is."""
-    return sum(len(row.get("seq_lengths") or [0]) for row in rows)
-
-
-def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -34,6 +34,10 @@ LEAST_SECONDS = 60.0
 """A case that has less than this is not begun."""
 
 
+PEER_DETAILS = ("rounds", "peak_memory_bytes", "clock_mhz", "power_watts", "details")
+"""What the report keeps of each peer beside its speed."""
+
+
 class Goal(NamedTuple):
     """A figure of a case's result, how it is shown, and what it must reach."""
 
@@ -124,17 +128,26 @@ def measure(case: Case, options: argparse.Namespace, work: Path, until: float = 
         return {"not_run": "no time was left"}
     shape = options.shape or case.shape
     tokens = min(case.tokens, 512) if options.device == "cpu" else case.tokens
-    peers = [name for name in (options.peers or "").split(",") if name] if "--frozen-weights" not in case.more else []
+    given = [name for name in (options.peers or "").split(",") if name] if "--frozen-weights" not in case.more else []
+    peers = [each for name in given for each in (training.in_sizes(name) if options.device == "cuda" else [name])]
     asked = ["--shape", shape, "--strategy", case.strategy, "--tokens", str(tokens), "--device", options.device, *case.more]
     asked += ["--engines", ",".join([LUTHIER if options.device == "cuda" else "luthier", *peers])]
-    asked += ["--rounds", str(options.rounds), "--steps", str(options.steps), "--limit", str(min(options.limit, left))]
+    asked += [
+        "--prompt-share",
+        str(options.prompt_share),
+        "--rounds",
+        str(options.rounds),
+        "--steps",
+        str(options.steps),
+        "--limit",
+        str(min(options.limit, left)),
+    ]
     models = dict(pair.split("=", 1) for pair in options.model)
     asked += [part for pair in options.python for part in ("--python", pair)]
     if shape in models:
         asked += ["--model", models[shape]]
-    given = training.parser().parse_args(asked)
     try:
-        done = training.benchmark(given, work / shape)
+        done = training.benchmark(training.parser().parse_args(asked), work / shape)
     except subprocess.CalledProcessError as error:  # the weights could not be drawn
         return {"error": f"{error}"}
     own, *others = done["results"]
@@ -148,17 +161,19 @@ def measure(case: Case, options: argparse.Namespace, work: Path, until: float = 
         "gigabytes": own["peak_memory_bytes"] / 1e9,
         **against(own, best),
         "peers": {other["engine"]: other.get("tokens_per_second", other.get("error")) for other in others},
+        "peer_details": {other["engine"]: {key: other[key] for key in PEER_DETAILS if key in other} for other in others},
         "same_rows_losses": next(iter(done["same_rows_losses"].values()), []),
         "losses_agree": done["losses_agree"],
     }
 
 
 def against(own: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
-    """The ratio to the best peer, and its 95 % interval, whose lower end alone is claimed."""
+    """The ratio to the best peer, and its 95 % interval, whose lower end alone is claimed: without an interval nothing is."""
     if best is None:
         return {}
-    low, high = training.ratio_interval(own["rounds"], best["rounds"])
-    return {"ratio": own["tokens_per_second"] / best["tokens_per_second"], "ratio_low": low, "ratio_high": high}
+    found = {"best_peer": best["engine"], "ratio": own["tokens_per_second"] / best["tokens_per_second"]}
+    interval = training.ratio_interval(own["rounds"], best["rounds"])
+    return found if interval is None else {**found, "ratio_low": interval[0], "ratio_high": interval[1]}
 
 
 def why_not(case: Case, device: str) -> str | None:
@@ -188,7 +203,8 @@ def lines(case: Case, found: dict[str, Any]) -> list[str]:
             why = (
                 found.get("refused")
                 or found.get("not_run")
-                or (f"failed: {found['error'].splitlines()[-1][:120]}" if found.get("error") else "nothing to compare with")
+                or (f"failed: {found['error'].splitlines()[-1][:120]}" if found.get("error") else None)
+                or ("too few rounds" if "ratio" in found and goal.what == "ratio_low" else "nothing to compare with")
             )
             said.append(f"{case.name:16}{'–':>26}   {goal.words:34}{'not run' if 'not_run' in found else 'not measured'} ({why})")
         else:
@@ -207,11 +223,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     made.add_argument("--only", help=f"some of {', '.join(case.name for case in CASES)}, separated by commas")
     made.add_argument("--shape", help="one shape for all cases, to try the script")
-    made.add_argument("--peers", help="engines of benchmarks.training to run beside, such as trl_tuned,unsloth")
+    made.add_argument(
+        "--peers", help="engines of benchmarks.training to run beside, such as trl_tuned,unsloth, which is run at several sizes"
+    )
     made.add_argument("--model", action="append", default=[], metavar="SHAPE=FOLDER", help="a real model instead of random weights")
     made.add_argument("--minutes", type=float, help="end within so many; what there is no time for is not run")
     made.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter, such as unsloth's")
-    made.add_argument("--rounds", type=int, default=2)
+    made.add_argument("--rounds", type=int, default=3, help="of each engine, in turn; with fewer than 3 no ratio is claimed")
+    made.add_argument(
+        "--prompt-share", type=float, default=0.0, help="share of each sample that is not learnt, as a prompt is; 0.35 is usual"
+    )
     made.add_argument("--steps", type=int, default=20, help="timed steps")
     made.add_argument("--limit", type=float, default=1200, help="seconds that one engine's run may take")
     made.add_argument("--no-checks", action="store_true", help="leave benchmarks.gpu_check out")

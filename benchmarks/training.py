@@ -10,8 +10,11 @@ Luthier's own path is `worker.train.train`, with the samples handed in where it 
     luthier          as a job runs
     luthier_eager    without compiling        luthier_peft   with peft's own layers
     luthier_compiled compiled, however short  hf_trainer     transformers.Trainer, bf16, padded batches
-    trl, trl_packed  SFTTrainer as it comes, and with packing    trl_tuned   packed, without recomputing, weights in bf16
-    unsloth          where it is installed (it needs a GPU)
+    trl, trl_packed  SFTTrainer as it comes, and with packing
+    trl_tuned        packed, nothing recomputed, weights in bf16; on a GPU with torch's attention over packs, and Liger's layers where installed
+    unsloth          packed, nothing recomputed; where it is installed (it needs a GPU), by --python in an environment of its own
+
+NAME@TOKENS gives an engine another number of tokens a step.
 
 Peers run with the system's allocator as it comes unless --same-allocator gives them the settings that Luthier's trainer has.
 """
@@ -19,22 +22,33 @@ Peers run with the system's allocator as it comes unless --same-allocator gives 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.engines import WARM, run, strategy_of
+from benchmarks.engines import run, strategy_of, warm
 from benchmarks.shapes import LLAMA, draw_samples, write_samples
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
-"""Dense bf16 operations per second that the makers state."""
+PEAKS = {
+    "MI300X": 1307e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "A10G": 70e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "5090": 209e12, "4090": 165e12, "3090": 71e12,
+    "T4": 65e12,
+}  # fmt: skip
+"""Dense bf16 operations per second that the makers state (fp16 where a card has no bf16), by a part of the card's name; the first that
+occurs in it, as whole words, counts."""
+SIZES = {"unsloth": (8192, 16_384, 32_768)}
+"""Tokens a step at which a peer is measured, whatever the others take: the best counts."""
 LEARNING_RATE = {"full": 1e-4}
 AGREE = 0.005
 """Share by which the loss of any step may differ between engines that were given the same rows: their rounding differs."""
@@ -56,13 +70,30 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every engine in turn, round after round; weights, samples and attempts lie in the folder `work`."""
     plan = prepare(options, work)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["engines"]}
-    for round_ in range(options.rounds):
-        for name in plan["engines"]:
-            found = measure({**plan, "engine": name, "round": round_}, work, options)
-            said = found["error"].strip().splitlines()[-1:] if "error" in found else f"{found['tokens_per_second']:.0f} tokens/s"
-            print(f"  round {round_ + 1} {name}: {said}", flush=True)
-            runs[name].append(found)
+    for round_, name in turns(plan["engines"], options.rounds):
+        found = measure({**of_engine(plan, name), "round": round_}, work, options)
+        said = found["error"].strip().splitlines()[-1:] if "error" in found else f"{found['tokens_per_second']:.0f} tokens/s"
+        print(f"  round {round_ + 1} {name}: {said}", flush=True)
+        runs[name].append(found)
     return summarise(plan, runs, curves(plan, work, options))
+
+
+def turns(engines: list[str], rounds: int) -> list[tuple[int, str]]:
+    """(round, engine) in the order of the runs: each engine once a round, A B A B, so that heat and neighbors meet all alike."""
+    return [(round_, name) for round_ in range(rounds) for name in engines]
+
+
+def in_sizes(engine: str) -> list[str]:
+    """An engine by the names of its `SIZES`, or by its own where it has none."""
+    return [f"{engine}@{tokens}" for tokens in SIZES.get(engine, ())] or [engine]
+
+
+def of_engine(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """The plan of one engine, `NAME` or `NAME@TOKENS`."""
+    engine, _, tokens = name.partition("@")
+    if not tokens:
+        return {**plan, "engine": engine}
+    return {**plan, "engine": engine, "tokens": int(tokens), "batch": max(1, round(plan["batch"] * int(tokens) / plan["tokens"]))}
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -83,26 +114,28 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     lengths = (1500.0, 0.6, 64, 4096) if options.long else (180.0, 0.8, 16, 1024) if cuda else (75.0, 0.5, 30, 200)
     mean = lengths[0] * 2.718281828 ** (lengths[1] ** 2 / 2)
     config = json.loads((model / "config.json").read_text())
-    samples = draw_samples(config["vocab_size"], int((options.steps + WARM + 3) * tokens / mean * 1.15) + 16, *lengths)
+    engines = options.engines.split(",") if options.engines else ["luthier", "hf_trainer"] + ([] if cuda else ["trl", "trl_packed"])
+    most = max([tokens, *(int(name.partition("@")[2] or 0) for name in engines)])
+    steps = options.steps + warm(cuda)
+    samples = draw_samples(config["vocab_size"], int((steps + 3) * most / mean * 1.15) + 16, *lengths)
     write_samples(work / "samples.json", samples)
     groups = plan_packs([len(s) for s in samples], tokens, seed=42, epoch=0, most=max(1, int(tokens / mean)) + 8)
     real = sum(map(len, samples)) / len(samples)
-    engines = options.engines.split(",") if options.engines else ["luthier", "hf_trainer"] + ([] if cuda else ["trl", "trl_packed"])
     shape = shape_of(config)
     return {
         "device": options.device, "shape": options.shape, "strategy": options.strategy, "model": str(model), "engines": engines,
         "samples": str(work / "samples.json"), "tokens": tokens, "batch": max(1, round(tokens / real)), "longest": int(max(map(len, samples))),
         "steps": options.steps, "precision": options.precision, "rate": LEARNING_RATE.get(options.strategy, 5e-4), "rank": options.rank,
         "parameters": shape.parameters(), "same_allocator": options.same_allocator, "checkpointing": options.checkpointing,
-        "frozen_weights": options.frozen_weights,
-        "same_rows": groups[: options.steps + WARM],
+        "frozen_weights": options.frozen_weights, "prompt_share": options.prompt_share,
+        "same_rows": groups[:steps],
     }  # fmt: skip
 
 
 def curves(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Each engine's losses on the same rows, step by step: {engine: losses}. One run each, not timed."""
+    """Each engine's losses on the same rows, step by step: {engine: losses}. One run each, not timed, and none at another size."""
     found: dict[str, list[float]] = {}
-    for name in plan["engines"] if options.curves else ():
+    for name in dict.fromkeys(name.partition("@")[0] for name in plan["engines"]) if options.curves else ():
         done = measure({**plan, "engine": name, "round": "same-rows", "groups": plan["same_rows"]}, work, options)
         found[name] = done.get("losses", [])
         print(f"  same rows {name}: " + (" ".join(f"{loss:.3f}" for loss in found[name]) or done["error"].strip()[-200:]), flush=True)
@@ -129,13 +162,34 @@ def measure(plan: dict[str, Any], work: Path, options: argparse.Namespace) -> di
     pythons = dict(pair.split("=", 1) for pair in options.python)
     command = [pythons.get(plan["engine"], sys.executable), "-m", "benchmarks.training", "--child", str(path)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
+        with clocks(plan["device"] == "cuda") as seen:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {options.limit} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {"error": (done.stderr.strip() or done.stdout.strip())[-options.error_length :]}
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    return json.loads(lines[-1].removeprefix("RESULT ")) | seen
+
+
+@contextlib.contextmanager
+def clocks(cuda: bool) -> Iterator[dict[str, float]]:
+    """The median clock and power of the GPU while it computes inside, as nvidia-smi tells them every second; nothing without it."""
+    seen: dict[str, float] = {}
+    if not cuda or shutil.which("nvidia-smi") is None:
+        yield seen
+        return
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,utilization.gpu", "--format=csv,noheader,nounits", "--loop=1"]
+    watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield seen
+    finally:
+        watcher.terminate()
+        said, _ = watcher.communicate(timeout=10)
+        rows = [found for line in said.splitlines() if len(found := re.findall(r"[\d.]+", line)) == 3]
+        busy = [(float(clock), float(power)) for clock, power, load in rows if float(load) > 50]
+        for place, name in enumerate(("clock_mhz", "power_watts") if busy else ()):
+            seen[name] = statistics.median(one[place] for one in busy)
 
 
 # Afterwards -----------------------------------------------------------------------------------------------------------
@@ -161,7 +215,7 @@ def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]], losse
             {"engine": engine, **middle, "rounds": [one["tokens_per_second"] for one in good], "details": good[-1].get("details", {})}
         )
     apart = farthest(losses)
-    kept = ("shape", "strategy", "tokens", "steps", "precision", "rank", "same_allocator")
+    kept = ("shape", "strategy", "tokens", "steps", "precision", "rank", "same_allocator", "prompt_share")
     return {
         "device": name,
         **{k: plan[k] for k in kept},
@@ -174,8 +228,15 @@ def summarise(plan: dict[str, Any], runs: dict[str, list[dict[str, Any]]], losse
     }
 
 
-def ratio_interval(ours: list[float], theirs: list[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of two engines' median speeds, drawn from their rounds, which were run in turn."""
+MIN_ROUNDS = 3
+"""Rounds of each engine without which no interval is given: the median of two says nothing about how far apart they may lie."""
+
+
+def ratio_interval(ours: list[float], theirs: list[float], draws: int = 2000) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the ratio of two engines' median speeds, drawn from their rounds, which were run in turn; None with fewer
+    than `MIN_ROUNDS` (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13: percentile intervals)."""
+    if min(len(ours), len(theirs)) < MIN_ROUNDS:
+        return None
     random = Random(1)
     ratios = sorted(
         statistics.median(random.choices(ours, k=len(ours))) / statistics.median(random.choices(theirs, k=len(theirs)))
@@ -198,11 +259,16 @@ def device(kind: str) -> tuple[str, float]:
 
     if kind == "cuda":
         name = torch.cuda.get_device_name()
-        return name, next((peak for key, peak in PEAKS.items() if key in name), _products("cuda"))
+        return name, peak_of(name) or _products("cuda")
     from app.machines.hardware import this_machine
 
     machine = this_machine()
     return f"{machine.cores} cores of {machine.processor}", _products("cpu")
+
+
+def peak_of(name: str) -> float | None:
+    """What the maker states of the card with this name; None of one that is not known."""
+    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def _products(kind: str) -> float:
@@ -251,12 +317,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--strategy", default="lora")
     made.add_argument("--engines", help="names, separated by commas")
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--steps", type=int, default=12, help="timed steps; three more come before them")
+    made.add_argument("--steps", type=int, default=12, help="timed steps; three more come before them, on a GPU ten")
     made.add_argument("--tokens", type=int, help="real tokens per optimizer step (1,024 on a CPU, 16,384 on a GPU)")
     made.add_argument("--rank", type=int, default=16)
     made.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "auto"])
     made.add_argument("--checkpointing", default="auto", choices=["auto", "none", "all"], help="Luthier's recomputing of activations")
     made.add_argument("--frozen-weights", default="auto", choices=["auto", "fp8"], help="Luthier's format of the layers that do not learn")
+    made.add_argument(
+        "--prompt-share", type=float, default=0.0, help="share of each sample that is not learnt, as a prompt is; 0.35 is usual"
+    )
     made.add_argument("--long", action="store_true", help="long samples: median 1,500 tokens")
     made.add_argument("--same-allocator", action="store_true")
     made.add_argument("--no-curves", dest="curves", action="store_false", help="leave out the run on the same rows that compares losses")

@@ -228,6 +228,33 @@ def test_the_worker_knows_no_web():
     assert found == []
 
 
+DEVICE_FILES = ("worker/runtime/devices/", "worker/kernels/gpu/")
+"""What is different on each kind of device is here; the rest of the worker asks `worker.runtime.devices`."""
+
+
+def names_of_gpus(source: str) -> Iterator[str]:
+    """Where a source names one kind of GPU to torch: `torch.cuda`, `is_cuda`, or "cuda" other than as a folder's name."""
+    tree = ast.parse(source)
+    folders = {id(node.right) for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            named = node.attr in ("is_cuda", "is_xpu") or ast.unparse(node) in ("torch.cuda", "torch.xpu", "torch.backends.cuda")
+        else:
+            named = isinstance(node, ast.Constant) and str(node.value).partition(":")[0] in ("cuda", "xpu") and id(node) not in folders
+        if named:
+            yield f"{node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
+def test_kinds_of_gpus_are_named_in_one_place():
+    """A new kind is one file there."""
+    sources_ = {path.relative_to(PROJECT).as_posix(): path.read_text() for path in sources("worker")}
+    assert any(name.startswith(DEVICE_FILES[0]) and list(names_of_gpus(text)) for name, text in sources_.items()), "nothing is seen"
+    found = [f"{name}:{where}" for name, text in sources_.items() if not name.startswith(DEVICE_FILES) for where in names_of_gpus(text)]
+    assert found == []
+    wrong = 'import torch\nif x.is_cuda or device.type == "cuda":\n    torch.cuda.synchronize()\n    model.to("cuda:1")\npath / "cuda"\n'
+    assert sorted(one.partition(":")[0] for one in names_of_gpus(wrong)) == ["2", "2", "3", "4"]
+
+
 def test_app_imports_nothing_heavy_at_module_level():
     found = [
         f"{path.relative_to(PROJECT)} imports {name}"

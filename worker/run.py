@@ -25,13 +25,14 @@ from app.objectives import OBJECTIVES
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker import kernels
-from worker.runtime.failures import OUT_OF_MEMORY, disk_is_full, memory_ran_out, of_gpu
+from worker.runtime import attendance
+from worker.runtime.failures import OUT_OF_MEMORY, disk_is_full, memory_ran_out, of_gpu, of_peer
 from worker.runtime.fast_import import importing
 from worker.training.tensorboard import curves
 
 log = logging.getLogger("luthier.trainer")
 STOPPED = 75
-FIRST = os.environ.get("RANK", "0") == "0"  # rank 0, read before torch is imported
+RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # read before torch is imported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         pipe.write(event.model_dump_json() + "\n")
 
     try:
-        if not FIRST:  # only rank 0 reports
+        if RANK:  # only rank 0 reports
             collections.deque(_events(spec, folder, runs, asked), maxlen=0)
             return STOPPED if asked.stopped else 0
         with curves(folder / "tensorboard", tell) as note:
@@ -82,7 +83,7 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
         with contextlib.suppress(OSError):  # the log may be on the very disk that is full
             traceback.print_exc(file=sys.stderr)
         with contextlib.suppress(OSError):
-            tell(failed(error, spec, step, folder, started.details.get("longest_row", 0) if started else 0))
+            tell(_named(failed(error, spec, step, folder, started.details.get("longest_row", 0) if started else 0), error))
         return 1
 
 
@@ -144,6 +145,10 @@ def failed(error: BaseException, spec: JobSpec, step: int | None, folder: Path |
     """The failure's class, its hint and, where one setting fixes it, that setting. `folder` is the attempt's; `longest` is the number of
     tokens of the longest row, where the data were read."""
     smaller = _smaller_passes(spec, longest)
+    if PROCESSES > 1 and isinstance(error, RuntimeError):
+        lost = of_peer(str(error), attendance.waited_for(attendance.read(folder), PROCESSES) if folder else "")
+        if lost is not None:
+            return lost.model_copy(update={"step": step})
     if isinstance(error, RuntimeError) and (fault := of_gpu(f"{type(error).__name__}: {error}")) is not None:  # torch's are all of these
         suggestion = (_recompute(spec, folder) or smaller) if fault.kind == "cuda_out_of_memory" else None
         return fault.model_copy(update={"step": step, "suggestion": suggestion})
@@ -157,6 +162,12 @@ def failed(error: BaseException, spec: JobSpec, step: int | None, folder: Path |
         return _of_studio(error, spec, step)
     message = f"{type(error).__name__}: {error}"[:2000]
     return events.Failed(kind="crashed", message=message, hint="Look at the attempt's log; if you see no reason, report it.", step=step)
+
+
+def _named(fault: events.Failed, error: BaseException) -> events.Failed:
+    """The failure with the process that it happened to, where there are several and it did not happen to all of them."""
+    alike = isinstance(error, StudioError) or fault.kind == "worker_lost"
+    return fault if PROCESSES == 1 or alike else fault.model_copy(update={"message": f"Process {RANK} of {PROCESSES}: {fault.message}"})
 
 
 def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Failed:

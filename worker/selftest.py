@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch._dynamo
 
+from worker.runtime import devices
 
-def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
+
+def examine(device: str = devices.GPUS[0]) -> dict[str, dict[str, Any]]:
     """`{part: {"works", "said"}}`, with `said` a version and a measurement, or the first line of the error."""
     tries: dict[str, Callable[[torch.device], str]] = {
         "torch": products, "attention": attention, "triton": triton, "compiler": compiler, "bitsandbytes": bits, "fp8": fp8,
@@ -36,10 +38,11 @@ def examine(device: str = "cuda") -> dict[str, dict[str, Any]]:
 def products(device: torch.device) -> str:
     x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     assert float((x @ x).sum()) == 16**3
-    if device.type != "cuda":
+    gpu = devices.gpu_of(device)
+    if gpu is None:
         return f"{torch.__version__} on the processor"
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return f"{torch.__version__} on {torch.cuda.get_device_name(device)}, capability {capability}"
+    capability = gpu.capability(device)
+    return f"{torch.__version__} on {gpu.name(device)}" + (f", capability {'.'.join(map(str, capability))}" if capability else "")
 
 
 def attention(device: torch.device) -> str:
@@ -47,7 +50,8 @@ def attention(device: torch.device) -> str:
     from worker.modeling.packed_attention import packed_attention, varlen_attn
 
     assert varlen_attn is not None, "torch before 2.10 has no variable-length attention"
-    assert device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0), "GPUs before Ampere have no kernel for it"
+    capability = gpu.capability(device) if (gpu := devices.gpu_of(device)) is not None else None
+    assert capability is None or capability >= (8, 0), "GPUs before Ampere have no kernel for it"
     torch.manual_seed(0)
     given = [torch.randn(1, heads, 32, 32, device=device) for heads in (4, 2, 2)]
     ends, found = torch.tensor([0, 12, 32], dtype=torch.int32, device=device), []
@@ -124,19 +128,19 @@ def several(device: torch.device) -> str:
     """A sum over two processes, one for each of two GPUs, as jobs with `LUTHIER_GPUS_PER_JOB` take it."""
     from torch.multiprocessing.spawn import spawn
 
-    if device.type == "cuda" and torch.cuda.device_count() < 2:
+    if (gpu := devices.gpu_of(device)) is not None and gpu.count() < 2:
         return "not tried: one GPU"
     with tempfile.TemporaryDirectory() as folder:
         spawn(_sum, (device.type, f"file://{folder}/meet"), nprocs=2)
-    return f"two processes add up through {'NCCL' if device.type == 'cuda' else 'gloo'}"
+    return f"two processes add up through {devices.of(device).collectives}"
 
 
 def _sum(rank: int, kind: str, meet: str) -> None:
     import torch.distributed as dist
 
-    own = torch.device(kind, rank) if kind == "cuda" else None
+    own = torch.device(kind, rank) if kind in devices.GPUS else None
     wait = datetime.timedelta(seconds=60)
-    dist.init_process_group("nccl" if own else "gloo", init_method=meet, rank=rank, world_size=2, timeout=wait, device_id=own)
+    dist.init_process_group(devices.DEVICES[kind].collectives, init_method=meet, rank=rank, world_size=2, timeout=wait, device_id=own)
     x = torch.full((1000,), float(rank + 1), device=own or "cpu")
     dist.all_reduce(x)
     assert float(x.sum()) == 3000.0, "a sum over two processes is wrong"

@@ -165,7 +165,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     del model, trained, optimizer, backend  # `job` alone holds them, so that it can let go of them
 
     release(engine.device)  # what was needed so far lies where threads beside each other do not find it
-    with distributed.together(engine.device) as job.world:
+    with distributed.together(engine.device, folder) as job.world:
         yield from _steps(job, control)
     if job.world.first and not control.stopped:
         yield from finish(job)

@@ -34,7 +34,8 @@ class Enough(Exception):
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Two steps of a job: `family`, `strategy`, `precision` and `task`, with the `run` settings and the `shape` that it names."""
+    """Two steps of a job, or as many as `steps` says: `family`, `strategy`, `precision` and `task`, with the `run` settings and the `shape`
+    that it names."""
     from app import events
     from app.machines import hardware
     from app.settings import get_settings
@@ -70,7 +71,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 "peak": watch.peak, "alive": watch.alive,
                 "devices": sorted({str(p.device.type) for p in itertools.chain(job.model.parameters(), job.model.buffers())}),
             })  # fmt: skip
-            if len(seen) == STEPS:
+            if len(seen) == case.get("steps", STEPS):
                 raise Enough
             return out
 
@@ -87,6 +88,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             for event in train.train(spec, Path(os.environ["LUTHIER_DATA_DIR"]) / "runs" / str(uuid.uuid4()) / "a1"):
                 if isinstance(event, events.Started):
                     said = {"device": event.device, "precision": event.precision, **event.details}
+                    if case.get("steps") == 0:
+                        break
         except Enough:
             pass
         finally:

@@ -52,9 +52,13 @@ def table() -> Iterator[dict[str, int]]:
         TABLE.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
+def case_of(name: str) -> dict[str, Any]:
+    return CASES[name]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_keeps_the_device_busy(gpu: FakeGpu, table: dict[str, int], name: str) -> None:
-    case = CASES[name]
+    case = case_of(name)
     found = gpu.run(**case)
     *_, last = found["steps"]
     half = case.get("precision", "bf16") == "bf16"

@@ -148,7 +148,7 @@ def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int, place: 
 
     from worker import run as trainer
 
-    trainer.FIRST = place["RANK"] == "0"  # it was imported before it had a place
+    trainer.RANK, trainer.PROCESSES = int(place["RANK"]), int(place.get("WORLD_SIZE", "1"))  # it was imported before it had a place
     torch.set_num_threads(threads)
     left = die_at
 

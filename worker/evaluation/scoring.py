@@ -26,6 +26,7 @@ from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import prepare_tokenizer
 from worker.modeling import packed_attention
 from worker.modeling.loading import folder_of, load_model, load_strategy, load_tokenizer
+from worker.runtime import devices
 from worker.runtime.device import Compute, choose
 from worker.scoring import held_out
 from worker.scoring.forgetting import Probe
@@ -102,7 +103,7 @@ class ModelScores:
 
 def engine_here() -> Compute:
     """Full precision on a CPU, where it costs little; bf16 on a GPU that supports it."""
-    return choose(RunSettings(precision="auto" if torch.cuda.is_available() else "fp32"), Lora())
+    return choose(RunSettings(precision="auto" if devices.gpu() else "fp32"), Lora())
 
 
 def choose_rows(spec: EvaluationSpec) -> tuple[list[Row], list[Row]]:

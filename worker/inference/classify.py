@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from app.errors import BadData, BadRequest
 from app.inference.protocol import Classified
 from app.models.integrity import check
@@ -16,6 +14,7 @@ from worker.inference.model_cache import ModelCache
 from worker.modeling import packed_attention
 from worker.modeling.classifier import Classifier, load_classifier
 from worker.modeling.loading import folder_of, load_strategy, load_tokenizer
+from worker.runtime import devices
 from worker.runtime.device import Compute, choose
 from worker.training.objectives.classification import probabilities, tokenise_texts
 
@@ -59,7 +58,7 @@ def _load(ref: ModelRef) -> _Loaded:
         check(adapter.path, ref.name, may_be_plain=True)
     strategy = load_strategy(folder_of(ref.adapters[-1].path if ref.adapters else ref.path))
     # Float32 on a CPU, as in the evaluation: texts are short, and most of the time goes into loading.
-    run = RunSettings(precision="auto" if torch.cuda.is_available() else "fp32")
+    run = RunSettings(precision="auto" if devices.gpu() else "fp32")
     engine = choose(run, strategy, {})
     classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), packed_attention.NAME)
     return _Loaded(load_tokenizer(ref), classifier, labels, engine)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from worker.inference.kv_cache import Blocks, DecodeGroup, ForwardPass, Segment, Selection
+from worker.runtime.devices import Graph
+from worker.runtime.transfer import pinned
 
 log = logging.getLogger(__name__)
 
@@ -25,31 +27,6 @@ MAX_GRAPHS = 32
 
 Forward = Callable[[ForwardPass, torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (N, V) of a step for ids (1, N) and positions (1, N)."""
-
-
-class Graph(Protocol):
-    """Captured operations, which `replay` repeats on whatever their inputs hold now; `out` is their result."""
-
-    out: torch.Tensor
-
-    def replay(self) -> None: ...
-
-
-class CudaGraph:
-    """All graphs of a process share one memory pool: a result is read before the next replay."""
-
-    pool: Any = None
-
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
-        CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
-        run()  # kernels are loaded when they are first used, which a capture does not allow
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which load models meanwhile, may allocate.
-        with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-            self.out = run()
-
-    def replay(self) -> None:
-        self.graph.replay()
 
 
 class _Captured:
@@ -83,9 +60,7 @@ class _Captured:
         padded = [s for some, rows in zip(segments, self.rows, strict=True) for s in (some + [some[-1]] * (rows - len(some)))]
         at = [s.start for s in padded]
         host = torch.tensor([[ids[i] for i in at], [positions[i] for i in at], [s.slot.index for s in padded], at])
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        self.numbers.copy_(host, non_blocking=True)
+        self.numbers.copy_(pinned(host, self.device), non_blocking=True)
         if self.mask is not None:
             assert step.selection is not None and step.selection.mask is not None
             torch.index_select(step.selection.mask, 0, self.numbers[3], out=self.mask)
@@ -98,10 +73,10 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """The graphs of one loaded model, which they do not hold: its memory is free when it is dropped. `graph` captures; tests give one
-    that runs without a GPU."""
+    """The graphs of one loaded model, which they do not hold: its memory is free when it is dropped. `graph` captures, as the
+    device's kind does it; tests give one that runs without a GPU."""
 
-    def __init__(self, device: torch.device, graph: Callable[[Callable[[], torch.Tensor]], Graph] = CudaGraph) -> None:
+    def __init__(self, device: torch.device, graph: Callable[[Callable[[], torch.Tensor]], Graph]) -> None:
         self.device, self.graph = device, graph
         self.known: dict[tuple[Any, ...], _Captured | None] = {}  # in order of last use; None: computed once as it is
         self.failed = False

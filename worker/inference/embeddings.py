@@ -14,6 +14,7 @@ from app.models.integrity import BadModel, check
 from app.spec import ModelRef
 from worker.inference.model_cache import ModelCache
 from worker.modeling.loading import LOADING, folder_of
+from worker.runtime import devices
 
 MAX_LOADED = 2
 TOKENS_AT_ONCE = 8192
@@ -60,7 +61,7 @@ def _groups(lengths: list[int]) -> list[list[int]]:
 
 def _load(ref: ModelRef) -> tuple[Any, Any]:
     check(ref.path, ref.name, ref.revision, may_be_plain=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.best().kind
     folder = folder_of(ref.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -33,6 +33,7 @@ from worker.inference.next_token import NextTokenQuery
 from worker.inference.request import render, room_for
 from worker.inference.sampling import Detokenizer, Sampler, one_thread
 from worker.inference.scheduler import Request, TokenSequence
+from worker.runtime import devices
 
 MAX_ROWS = 16
 """Sequences generated at once in one loaded model."""
@@ -73,7 +74,7 @@ class Engine:
     ) -> None:
         self.shelf = shelf or ModelPool()
         self.room = MemoryBudget(self.shelf, most_rows)
-        times = GPU_TIMES if self.shelf.device.type == "cuda" else 1
+        times = GPU_TIMES if devices.is_gpu(self.shelf.device) else 1
         self.chunk, self.lone_chunk = chunk or times * CHUNK, lone_chunk or times * LONE_CHUNK
         self.most_rows, self.wait_seconds = most_rows, wait_seconds
         self.on_death = on_death

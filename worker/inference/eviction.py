@@ -17,6 +17,7 @@ from app.inference.residency import WorkerResidency
 from app.settings import get_settings
 from worker.inference import model_cache
 from worker.inference.model_pool import ModelPool
+from worker.runtime import devices
 from worker.runtime.device import release
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def look(shelf: ModelPool, worker: str) -> None:
     """One check: evict what has been idle too long and what training needs the memory of, then publish what is loaded."""
     idle_seconds, gone = get_settings().generate_idle_seconds, 0
     if told := bool(get_settings().redis_url):
-        shelf.training_bytes = residency.room_asked(shelf.device.type == "cuda")
+        shelf.training_bytes = residency.room_asked(devices.is_gpu(shelf.device))
     before = time.monotonic() - idle_seconds
     gone += sum(one.evict(before) for one in model_cache.ALL)
     gone += shelf.evict(before)

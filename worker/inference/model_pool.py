@@ -34,6 +34,7 @@ from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling import padded
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
+from worker.runtime import devices
 from worker.runtime.device import gpu_memory
 from worker.runtime.transfer import sent
 
@@ -61,8 +62,8 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.context, self.bytes_per_token)
-        if self.device.type == "cuda" and kernels.allowed():
-            self.graphs = DecodeGraphs(self.device)
+        if (gpu := devices.gpu_of(self.device)) is not None and kernels.allowed():
+            self.graphs = DecodeGraphs(self.device, gpu.capture)
 
     def nbytes(self) -> int:
         """Bytes of its weights, its adapters and its cache."""
@@ -109,10 +110,10 @@ class ModelPool:
     """The loaded models. Thread-safe: while one thread loads a model, only requests for that model wait."""
 
     def __init__(self, memory_bytes: int | None = None, device: str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or devices.best().kind)
         # Float32 on a CPU unless configured otherwise: bf16 is faster, but makes an answer depend on what else is in the batch
         # (benchmarks/NOTES.md has the numbers).
-        half = self.device.type == "cuda" or get_settings().generate_precision == "bf16"
+        half = devices.is_gpu(self.device) or get_settings().generate_precision == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.memory_bytes = memory_bytes or _memory_for_models(self.device)
         self.training_bytes = 0  # taken by jobs that train on this machine
@@ -165,8 +166,8 @@ class ModelPool:
     def limit(self) -> int:
         """Bytes that may be in use now; training jobs on this machine come first, and on a GPU whatever else has its memory."""
         limit = min(self.memory_bytes, int(0.95 * self._device_bytes) - self.training_bytes)
-        if self.device.type == "cuda":
-            limit = min(limit, gpu_memory(self.device)[0] + torch.cuda.memory_reserved(self.device))
+        if (gpu := devices.gpu_of(self.device)) is not None:
+            limit = min(limit, gpu_memory(self.device)[0] + gpu.reserved_memory(self.device))
         return max(0, limit)
 
     def ready(self) -> list[LoadedModelInfo]:
@@ -303,7 +304,7 @@ class ModelPool:
         return lane
 
     def _as_lane(self, key: tuple[str, ...], ref: ModelRef, model: torch.nn.Module) -> LoadedModel:
-        if self.device.type == "cuda" and kernels.allowed():
+        if devices.is_gpu(self.device) and kernels.allowed():
             from worker.modeling.fused_layers import patch_norms  # with compilers, which a CPU's answers do without
 
             patch_norms(model)
@@ -400,13 +401,13 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
 
 def _device_bytes(device: torch.device) -> int:
     """Total memory of the device: the GPU's, or the machine's within its control group."""
-    return gpu_memory(device)[1] if device.type == "cuda" else usable_memory()
+    return gpu_memory(device)[1] if devices.is_gpu(device) else usable_memory()
 
 
 def _memory_for_models(device: torch.device) -> int:
     """The configured limit, else half of the machine's memory, or four fifths of the GPU's."""
     if (said := get_settings().generate_memory_bytes) is not None:
         return said
-    if device.type == "cuda":
+    if devices.is_gpu(device):
         return int(_device_bytes(device) * 0.8)
     return usable_memory() // 2

@@ -15,6 +15,7 @@ import torch
 from app.inference.protocol import Logprob
 from worker.inference import sampling
 from worker.inference.sampling import CANDIDATES, Sampler, pick_each, say
+from worker.runtime import devices
 from worker.runtime.transfer import AsyncScalars, sent
 
 
@@ -51,7 +52,7 @@ class _OwnRow:
 
 def options(logits: torch.Tensor, wanted: Sequence[NextTokenQuery]) -> Sequence[Options]:
     """For logits (N, V) in float32, the options of each sequence."""
-    if logits.is_cuda:
+    if devices.is_gpu(logits.device):
         return read_ahead(logits, wanted)
     # For all rows at once: greedy sequences need no more than this.
     highest, likeliest = logits.max(-1)

@@ -25,6 +25,7 @@ from worker import kernels
 from worker.kernels.cpu import jit
 from worker.kernels.cpu.cross_entropy import softmax_loss_
 from worker.modeling.packed_attention import MULTIPLE
+from worker.runtime import devices
 
 log = logging.getLogger(__name__)
 
@@ -117,18 +118,18 @@ def head_of(model: torch.nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, cap, getattr(layer, "keeper", None))
 
 
-CHUNK_BYTES_CUDA = 2**30
+CHUNK_BYTES_GPU = 2**30
 """The chunk size on a GPU, whose products need thousands of rows: 2,048 rows of 128,256 logits in float32."""
 
 
-def chunk_rows(vocabulary: int, rows: int, cuda: bool = False, width: int = 8) -> int:
+def chunk_rows(vocabulary: int, rows: int, gpu: bool = False, width: int = 8) -> int:
     """Positions per chunk; `width` bytes are alive for each logit, at least 4 on a GPU."""
-    return max(16, min(rows, CHUNK_BYTES_CUDA // (max(width, 4) * vocabulary) if cuda else CHUNK_BYTES // (width * vocabulary)))
+    return max(16, min(rows, CHUNK_BYTES_GPU // (max(width, 4) * vocabulary) if gpu else CHUNK_BYTES // (width * vocabulary)))
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of a chunk's rows in float32: (slice, a copy, or a view where the chunk is float32)."""
-    rows = logits.shape[0] if logits.is_cuda else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    rows = logits.shape[0] if devices.is_gpu(logits.device) else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
     room = torch.empty(min(rows, logits.shape[0]), logits.shape[1], device=logits.device) if logits.dtype != torch.float32 else None
     for start in range(0, logits.shape[0], rows):
         part = logits[start : start + rows]
@@ -162,14 +163,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
-        if hidden.is_cuda and plain and compute != torch.float32 and kernel_works(hidden.device):
+        gpu = devices.is_gpu(hidden.device)
+        if gpu and plain and compute != torch.float32 and kernel_works(hidden.device):
             return _on_gpu(ctx, hidden, weight, targets, compute)
         # On a GPU this check would synchronize, so the mask is always applied there.
-        kept = (targets >= 0)[:, None] if hidden.is_cuda or bool((targets < 0).any()) else None
+        kept = (targets >= 0)[:, None] if gpu or bool((targets < 0).any()) else None
         wanted, targets = targets, targets if kept is None else targets.clamp(min=0)
         single = head.bias is None and head.cap is None and head.scale > 0  # what the CPU kernel supports
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, compute.itemsize)
+        rows = chunk_rows(weight.shape[0], hidden.shape[0], gpu, compute.itemsize)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         # The head's gradient is as large as the head; where the logits' gradients are smaller, they are kept and multiplied
@@ -192,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 finished, bent = _finish(products, head)
                 nats, p = _softmax_(finished, targets[own])
                 real = kept[own] if kept is not None else None
-                if real is not None and not hidden.is_cuda and bool(real.all()):
+                if real is not None and not gpu and bool(real.all()):
                     real = None
                 total += (nats * real).sum() if real is not None else nats.sum()
                 if d_hidden is None and not needs_weight:
@@ -291,7 +293,7 @@ def plain_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute:
         logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
         return F.cross_entropy(logits, wanted, reduction="none")
 
-    rows = chunk_rows(head.weight.shape[0], hidden.shape[0], hidden.is_cuda)
+    rows = chunk_rows(head.weight.shape[0], hidden.shape[0], devices.is_gpu(hidden.device))
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.cat([checkpoint(chunk, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs])
@@ -306,7 +308,7 @@ def score(
     hidden, targets = pad_to_multiple(hidden, targets, compute)
     losses = torch.empty(hidden.shape[0], device=hidden.device)
     hits = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-    rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), hidden.is_cuda, compute.itemsize)
+    rows = chunk_rows(head.weight.shape[0], max(hidden.shape[0], 1), devices.is_gpu(hidden.device), compute.itemsize)
     cast = head.weight_in(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], rows):

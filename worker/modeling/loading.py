@@ -22,12 +22,12 @@ from app.strategies import AnyStrategy, Strategy
 from app.strategies._model import structure_of
 from worker.modeling import packed_attention as packed
 from worker.modeling import padded
+from worker.runtime import devices
 
-# On Hopper and Blackwell torch prefers cuDNN's attention, which plans every new shape for some tenths of a second, and in
-# generation every token has a new one. Packs have an attention of their own (`worker/modeling/packed_attention.py`).
-torch.backends.cuda.enable_cudnn_sdp(False)
+for kind in devices.GPUS:
+    devices.DEVICES[kind].set_up()
 
-if not torch.cuda.is_available():
+if not devices.gpu():
     # peft imports bitsandbytes wherever it finds it, which costs every process more than a second of CPU time, and nothing here
     # uses it without a GPU. None in its place makes it look not installed.
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from app.models.integrity import BadModel
 from worker.kernels.cpu import attention as amx_attention
+from worker.runtime import devices
 from worker.runtime.transfer import sent
 
 NAME = "luthier_packed"
@@ -126,7 +127,7 @@ def frame_for(frames: Sequence[PackShape], tokens: int) -> PackShape | None:
 def packed_arguments(lengths: list[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
     """Arguments of the model's call in addition to ids and positions. `cu_seq_lens` are the cumulative sequence lengths, int32,
     beginning with 0; with a `frame` it is padded by repeating the last end, as sequences of length 0."""
-    if device.type != "cuda" and frame is None:
+    if not devices.is_gpu(device) and frame is None:
         return {"sequence_lengths": lengths}
     places = frame.sequences if frame else len(lengths)
     if len(lengths) > places:
@@ -223,7 +224,7 @@ def packed_attention(
     lengths = sequence_lengths or [query.shape[2]]
     given = query.dtype
     value = value.contiguous()  # as above
-    if query.is_cuda and key.shape[1] != query.shape[1]:
+    if devices.is_gpu(query.device) and key.shape[1] != query.shape[1]:
         # In float32, and in fp16 before Ampere, the one kernel that does not write all scores out takes no grouped heads.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     # Under autocast rotated queries and keys may already be float32 while values are not.

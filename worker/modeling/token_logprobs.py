@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from worker import kernels
 from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple, plain_nats
+from worker.runtime import devices
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,7 +46,8 @@ class _TokenNats(torch.autograd.Function):
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         wide = torch.promote_types(compute, torch.float32)
         # On a GPU a logit exists as the product, in float32, as a probability and as its gradient: 2 + 4 + 4 + 2 bytes.
-        rows = chunk_rows(weight.shape[0], hidden.shape[0], hidden.is_cuda, 12 if hidden.is_cuda else 8)
+        gpu = devices.is_gpu(hidden.device)
+        rows = chunk_rows(weight.shape[0], hidden.shape[0], gpu, 12 if gpu else 8)
         cast = head.weight_in(compute)
         nats = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None

@@ -11,7 +11,6 @@ already rounded to bf16 is lost.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -32,7 +31,7 @@ from app.settings import get_settings
 from app.strategies import Strategy
 from worker import kernels
 from worker.kernels.gpu import fp8
-from worker.runtime import distributed
+from worker.runtime import devices, distributed
 from worker.runtime.thread_parallel import ThreadParallel
 
 ARITHMETIC = 3
@@ -73,7 +72,7 @@ class Compute:
     @property
     def framed(self) -> bool:
         """Whether packs are padded to one shape: on a GPU in bf16, whose attention takes a table of sequence ends."""
-        return self.device.type == "cuda" and self.precision == "bf16"
+        return devices.is_gpu(self.device) and self.precision == "bf16"
 
     def parts(self, tokens: int) -> int:
         """How many parts of a pack of `tokens` are computed side by side: one on a GPU, and with `LUTHIER_KERNELS=plain`."""
@@ -107,42 +106,38 @@ def choose(run: RunSettings, strategy: Strategy, recorded: dict[str, Any] | None
     Raises DoesNotFit when bf16 is requested on a GPU without it, fp8 where it is not supported, or torch finds no GPU where the
     driver shows one or the run asks for one.
     """
-    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    gpu = devices.gpu() if run.device != "cpu" else None
     if run.frozen_weights == "fp8" and not kernels.allowed():
         raise _no_fp8("Products in fp8 are computed by a kernel, and LUTHIER_KERNELS is plain.")
-    if run.frozen_weights == "fp8" and not on_gpu:
+    if run.frozen_weights == "fp8" and gpu is None:
         raise _no_fp8("Products in fp8 need an NVIDIA GPU.")
-    if on_gpu:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if gpu is not None:
+        bf16 = gpu.has_bf16()
         if run.precision == "bf16" and not bf16:
             raise DoesNotFit("This GPU has no bf16.", hint="Set precision to fp32 or auto.", param="precision")
         # fp16 needs a scaled loss, which sharded weights do not support.
         precision: Literal["bf16", "fp16", "fp32"] = "bf16" if bf16 else "fp32" if distributed.spreads(strategy) else "fp16"
         precision = "fp32" if run.precision == "fp32" else precision
-        torch.backends.cuda.matmul.allow_tf32 = True
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        device = gpu.use(int(os.environ.get("LOCAL_RANK", "0")))
         if limit := get_settings().gpu_memory_bytes:
-            total = torch.cuda.mem_get_info(device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - FLOOR_CUDA_BYTES) / total), device)
+            gpu.limit_memory(device, min(1.0, (limit - FLOOR_CUDA_BYTES) / gpu.memory(device)[1]))
         in_fp8 = run.frozen_weights == "fp8"
         if in_fp8 and (reason := fp8.why_not(device) or (None if precision == "bf16" else "Products in fp8 go with bf16 alone.")):
             raise _no_fp8(reason)
-        name = torch.cuda.get_device_name(device)
-        return Compute(device, name, precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
+        return Compute(device, gpu.name(device), precision, _frozen(precision, strategy), torch.get_num_threads(), in_fp8)
     if run.device != "cpu" and this_machine().cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise DoesNotFit(
             "There is a GPU, but torch cannot use it.",
             hint="`luthier doctor` shows why. To train on the processor all the same, set the run's device to cpu, or "
             "CUDA_VISIBLE_DEVICES to nothing.",
         )
-    if run.device == "cuda":
+    if run.device not in ("auto", "cpu"):
         raise DoesNotFit("The device cuda needs an NVIDIA GPU, and there is none here.", hint="Set device to auto or cpu.", param="device")
     threads = int((recorded or {}).get("threads") or os.environ.get("OMP_NUM_THREADS") or usable_cores())
     torch.set_num_threads(max(1, threads))
     on_cpu = run.precision if run.precision != "auto" else _precision_here(strategy, recorded or {})
-    name = f"cpu ({this_machine().processor})"
-    return Compute(torch.device("cpu"), name, on_cpu, _frozen(on_cpu, strategy), torch.get_num_threads())
+    device = torch.device("cpu")
+    return Compute(device, devices.CPU.name(device), on_cpu, _frozen(on_cpu, strategy), torch.get_num_threads())
 
 
 def _no_fp8(reason: str) -> DoesNotFit:
@@ -185,53 +180,38 @@ def _frozen(precision: str, strategy: Strategy) -> torch.dtype:
 def memory_here(device: torch.device) -> Machine:
     """This machine with the memory that a job may use now. On a GPU: what is free, plus what this process holds already; a
     playground or another job may have the rest. All processes of a job decide by the whole card, because they must decide alike."""
-    machine = this_machine().on(device.type).model_copy(update={"processes": distributed.size()})
-    if device.type != "cuda":
+    machine, gpu = this_machine().on(device.type).model_copy(update={"processes": distributed.size()}), devices.gpu_of(device)
+    if gpu is None:
         return machine
     free, total = gpu_memory(device)
-    usable = total if distributed.size() > 1 else free + torch.cuda.memory_reserved(device)
+    usable = total if distributed.size() > 1 else free + gpu.reserved_memory(device)
     return machine.model_copy(update={"gpu_memory_bytes": usable})
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a GPU that are free beside what this process has reserved, and all of them; no more than the settings allow."""
-    free, total = torch.cuda.mem_get_info(device)
+    gpu = devices.gpu_of(device)
+    assert gpu is not None
+    free, total = gpu.memory(device)
     limit = get_settings().gpu_memory_bytes
     if limit is None or limit >= total:
         return free, total
-    return min(free, max(0, limit - torch.cuda.memory_reserved(device))), limit
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU's peak of allocated memory, or this process's peak resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status") as file:  # ru_maxrss would also hold the peak of the process that started us
-        for line in file:
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return min(free, max(0, limit - gpu.reserved_memory(device))), limit
 
 
 def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of all random generators that training draws from."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+    return {one.kind: one.rng_state(device) for one in (devices.CPU, devices.of(device))}
 
 
 def set_rng(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
+    own = devices.of(device)
+    if own.kind in tensors:  # a job that began on another kind of device has no state of this one
+        own.set_rng_state(tensors[own.kind], device)
 
 
 def release(device: torch.device) -> None:
     """Return unused memory of the allocator to the device."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:  # the allocator keeps what was freed, and the next model would come on top of it
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
+    devices.of(device).release_memory()

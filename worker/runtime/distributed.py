@@ -11,9 +11,9 @@ import contextlib
 import datetime
 import os
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from app.kit.child_process import die_with_parent
 from app.planning.memory import passes
 from app.spec import JobSpec
 from app.strategies import Strategy
+from worker.runtime import devices
+from worker.runtime.attendance import Attendance
 
 MESSAGE_BYTES = 64 * 2**20
 """Bucket size of the all-reduce: an adapter fits in one, and a whole model needs no second copy of all gradients."""
@@ -32,8 +34,9 @@ PATIENCE = datetime.timedelta(days=7)
 """Timeout for waiting for rank 0, which evaluates and saves alone. torchrun ends the others where it dies."""
 
 STEP_PATIENCE = datetime.timedelta(minutes=15)
-"""Timeout of a collective of a step: a process that died or hangs ends the job within it, and another attempt resumes it. The longest
-passes between two of them, of many packs on a slow GPU, take minutes."""
+"""Timeout of a collective of a step: a process that hangs ends the attempt within it, and another resumes the job. The longest passes
+between two of them, of many packs on a slow GPU, take minutes. After it gloo raises in every process that waits; NCCL's watchdog ends
+them (`TORCH_NCCL_ASYNC_ERROR_HANDLING`, which torchrun sets to 1)."""
 
 
 def size() -> int:
@@ -54,10 +57,15 @@ class ProcessGroup:
     rank: int = 0
     size: int = 1
     host: Any = None  # a gloo group over the hosts' network, for decisions that no GPU has to wait for
+    attendance: Attendance | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def _come(self) -> None:
+        if self.attendance is not None:
+            self.attendance.come()
 
     def share(self, window: Sequence[Any]) -> Sequence[Any]:
         """This rank's packs of a step."""
@@ -68,6 +76,7 @@ class ProcessGroup:
         if self.size == 1:
             return list(wishes)
         told = torch.tensor([int(w) for w in wishes])
+        self._come()
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return [bool(v) for v in told]
 
@@ -76,18 +85,21 @@ class ProcessGroup:
         if self.size == 1:
             return number
         told = torch.tensor(number)
+        self._come()
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return int(told)
 
     def wait(self) -> None:
         """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""
         if self.size > 1:
+            self._come()
             dist.barrier(group=self.host)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.size == 1:
             return
+        self._come()
         for batch in _batches(tensors):
             flat = torch.cat([t.reshape(-1) for t in batch])
             dist.all_reduce(flat)
@@ -108,6 +120,7 @@ class ProcessGroup:
     def broadcast(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Broadcast the parameters of rank 0, whatever was initialized at random."""
         if self.size > 1:
+            self._come()
             for p in parameters:
                 dist.broadcast(p.data, 0)
 
@@ -117,6 +130,7 @@ class ProcessGroup:
             return [number]
         told = torch.zeros(self.size, dtype=torch.float64)
         told[self.rank] = number
+        self._come()
         dist.all_reduce(told, group=self.host)
         return told.tolist()
 
@@ -125,6 +139,7 @@ class ProcessGroup:
         if self.size == 1:
             return list(numbers)
         told = torch.tensor(numbers, dtype=torch.int64)
+        self._come()
         dist.all_reduce(told, group=self.host)
         return told.tolist()
 
@@ -136,16 +151,12 @@ class Laps:
     SLOW, STEPS = 1.3, 20
 
     def __init__(self, world: ProcessGroup, device: torch.device) -> None:
-        self.world, self.cuda = world, device.type == "cuda"
+        self.world, self.kind = world, devices.of(device)
         self.laps: list[tuple[Any, Any]] = []
         self.warned = False
 
     def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self.kind.event(timing=True)
 
     def note(self, began: Any) -> None:
         if self.world.size > 1:
@@ -158,7 +169,7 @@ class Laps:
             return None
         # Not the first, in which kernels are compiled and loaded; and the newest may still be computed.
         done, self.laps = self.laps[1:-1], self.laps[-1:]
-        spent = sum(began.elapsed_time(end) / 1000 if self.cuda else end - began for began, end in done)
+        spent = sum(began.elapsed_time(end) for began, end in done) / 1000
         each = self.world.each(spent / len(done))
         middle, slowest = statistics.median_low(each), max(each)
         if self.warned or slowest < self.SLOW * middle:
@@ -185,18 +196,21 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[ProcessGroup]:
-    """The process group that torchrun's environment describes, destroyed on exit."""
+def together(device: torch.device, folder: Path) -> Iterator[ProcessGroup]:
+    """The process group that torchrun's environment describes, destroyed on exit. How far each process is goes into `folder`, the
+    attempt's, which all of them see."""
     if size() == 1:
         yield ProcessGroup()
         return
     die_with_parent(os.getppid())()  # torchrun gives each a session of its own, which a kill of the trainer's group would not reach
     # With its device known NCCL connects at once rather than at the first collective, and a process cannot take another's GPU.
-    own = device if device.type == "cuda" else None
-    dist.init_process_group("nccl" if own else "gloo", timeout=STEP_PATIENCE, device_id=own)
+    own = device if devices.is_gpu(device) else None
+    dist.init_process_group(devices.of(device).collectives, timeout=STEP_PATIENCE, device_id=own)
+    attendance = Attendance(folder, dist.get_rank())
     try:
-        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE), attendance)
     finally:
+        attendance.close()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 

@@ -57,6 +57,25 @@ def of_gpu(said: str) -> events.Failed | None:
     return events.Failed(kind="gpu_fault", message=f"The GPU or its driver failed: {found}.", hint=hint)
 
 
+PEER = (
+    "gloo/transport",  # closed or reset by a process that ended, or timed out
+    "Watchdog caught collective operation timeout",
+    "ncclRemoteError",
+    "remote process exited",
+)
+"""What torch.distributed says in a process whose collective another one did not take part in: of gloo, and of NCCL."""
+
+
+def of_peer(said: str, waited_for: str) -> events.Failed | None:
+    """The failure of a process that waited for another one in vain, by the text of its error or the end of its log; None when it is
+    something else. `waited_for` names the other one, where that is known."""
+    if not any(text in said for text in PEER):
+        return None
+    who = f"{waited_for[0].upper()}{waited_for[1:]}" if waited_for else "One of the processes that train this job"
+    hint = "Look at the attempt's log, and at the GPU and the machine of that process. The job goes on from its newest checkpoint."
+    return events.Failed(kind="worker_lost", message=f"{who} ended or hangs: the others waited for it in vain.", hint=hint)
+
+
 OUT_OF_MEMORY = "out_of_memory"
 """A file in an attempt's folder: the GPU ran out of memory while not every layer was recomputed."""
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from worker.runtime import devices
+
 
 def main() -> None:
-    print(json.dumps([card(torch.cuda.get_device_properties(place)) for place in range(torch.cuda.device_count())]))
+    found = devices.gpu()
+    print(json.dumps([card(properties) for properties in found.properties()] if found else []))
 
 
 def card(properties: Any) -> dict[str, Any]:

@@ -11,10 +11,17 @@ from collections.abc import Sequence
 
 import torch
 
+from worker.runtime import devices
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor from which a copy to the device does not wait: for a GPU, in pinned memory."""
+    return tensor.pin_memory() if devices.is_gpu(device) else tensor
+
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor on the device; to a GPU asynchronously, from pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 class AsyncScalars:
@@ -23,11 +30,10 @@ class AsyncScalars:
     def __init__(self, numbers: Sequence[torch.Tensor]) -> None:
         flat = torch.cat([n.detach().reshape(-1).double() for n in numbers])
         self.host, self.there = flat, None
-        if flat.is_cuda:
+        if (gpu := devices.gpu_of(flat.device)) is not None:
             self.host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self.host.copy_(flat, non_blocking=True)
-            self.there = torch.cuda.Event()
-            self.there.record()
+            self.there = gpu.event()
 
     def read(self) -> torch.Tensor:
         """The values on the host, (n,) float64; waits until they have arrived, but not for later work."""
@@ -38,4 +44,4 @@ class AsyncScalars:
 
 def depth(device: torch.device) -> int:
     """Number of steps in flight: one on a GPU, so that the device always has its next step."""
-    return int(device.type == "cuda")
+    return int(devices.is_gpu(device))

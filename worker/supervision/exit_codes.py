@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import signal
 import statistics
 import time
@@ -205,6 +206,20 @@ def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
     return events.Failed(
         kind="crashed", message=f"The trainer ended {how}.{quoted}", hint="Look at its log; if you see no reason, report it."
     )
+
+
+_ENDED_FIRST = re.compile(r"Root Cause \(first observed failure\):.*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", re.DOTALL)
+
+
+def of_process(said: str, size: int, kernel_killed: bool) -> events.Failed | None:
+    """The failure of the process, of the `size` that torchrun started, which ended first, where a signal ended it; by the end of the log,
+    where torchrun names it. None where none is named, or it was only the first to give up waiting for another one."""
+    found = _ENDED_FIRST.search(said)
+    code = int(found[2]) if found else 0
+    if found is None or code >= 0 or -code == signal.SIGTERM or (failures.of_peer(said, "") is not None and -code == signal.SIGABRT):
+        return None
+    fault = classify(code, "", kernel_killed)
+    return fault.model_copy(update={"message": f"Process {found[1]} of {size}: {fault.message}"})
 
 
 def _out_of_memory(message: str) -> events.Failed:

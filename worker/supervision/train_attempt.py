@@ -43,6 +43,7 @@ from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.storage.files import write_atomically
+from worker.runtime import attendance, failures
 from worker.supervision import confinement, exit_codes, gpu_lease
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ LOOK_SECONDS = 0.5
 
 LOG_LIMIT_BYTES = 32 * 2**20
 """Maximum size of a trainer's log; as much of the previous log is kept next to it."""
+
+LAUNCHER_BYTES = 16_000
+"""As much of the log's end holds what the processes of a job and their launcher say last."""
 
 GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
@@ -242,7 +246,9 @@ class Attempt:
             event = events.Log(level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})")
         self.pace.note(event)
         if isinstance(event, events.Finished | events.Failed):
-            self.said_last = event  # recorded with the end of the job, in one transaction
+            # Recorded with the end of the job, in one transaction. Processes that lost another one say so after its own last word.
+            if not (isinstance(self.said_last, events.Failed) and isinstance(event, events.Failed) and event.kind == "worker_lost"):
+                self.said_last = event
         else:
             self.heard.append(event)
         self.woken.set()
@@ -332,7 +338,12 @@ class Attempt:
     def _look_for_hang(self) -> None:
         if self.stop_at is None and self.pace.silent_too_long():
             self.hung = True
-            self._stop(f"nothing was heard of the trainer for {self.pace.patience():.0f} seconds")
+            others = f", while its other processes wait for {who}" if (who := self._waited_for()) else ""
+            self._stop(f"nothing was heard of the trainer for {self.pace.patience():.0f} seconds{others}")
+
+    def _waited_for(self) -> str:
+        """The process, of several that train the job, that the others wait for; empty where there is none."""
+        return attendance.waited_for(exit_codes.tail(self.folder / attendance.FILE), get_settings().gpus_per_job)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -345,12 +356,22 @@ class Attempt:
             failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log.")
             return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
         if isinstance(last, events.Failed):
-            return self._retry_until_database(lambda session: lifecycle.fail(session, held, last))
+            lost = self._lost_process(memory) if last.kind == "worker_lost" else None
+            return self._retry_until_database(lambda session: lifecycle.fail(session, held, lost or last))
         if code == exit_codes.STOPPED or self.stop_at is not None:
             return self._retry_until_database(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
-        failed = exit_codes.classify(code, exit_codes.tail(self.folder / "trainer.log"), memory.killed_since())
+        said = exit_codes.tail(self.folder / "trainer.log")
+        failed = self._lost_process(memory) or exit_codes.classify(code, said, memory.killed_since())
         log.error("Job %s: %s", held.job_id, failed.message)
         return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
+
+    def _lost_process(self, memory: exit_codes.OomWatch) -> events.Failed | None:
+        """What became of the process that the others of this job lost, as the log and their attendance tell it."""
+        if (size := get_settings().gpus_per_job) == 1:
+            return None
+        said = exit_codes.tail(self.folder / "trainer.log", LAUNCHER_BYTES)
+        ended = exit_codes.of_process(said, size, memory.killed_since())
+        return ended or failures.of_peer(said, self._waited_for())
 
     def _finish(self, finished: events.Finished) -> None:
         fault = exit_codes.check_result(get_settings().data_dir / finished.path)

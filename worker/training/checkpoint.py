@@ -36,7 +36,8 @@ from app.spec import JobSpec
 from app.strategies import Strategy
 from worker.modeling.classifier import Classifier, save_classifier
 from worker.modeling.loading import STRATEGY_FILE
-from worker.runtime.device import Compute, peak_memory
+from worker.runtime import devices
+from worker.runtime.device import Compute
 from worker.training.optim import Named
 
 WEIGHTS, TRAINER = "weights", "trainer"
@@ -281,7 +282,7 @@ def spec_digest(spec: JobSpec) -> str:
 
 def measured(state: State, engine: Compute) -> events.Measured:
     return events.Measured(
-        peak_memory_bytes=peak_memory(engine.device),
+        peak_memory_bytes=devices.of(engine.device).peak_memory(engine.device),
         seconds=state.wall_seconds,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         tokens=state.tokens,

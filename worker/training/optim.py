@@ -14,6 +14,7 @@ from app.errors import DoesNotFit
 from app.optimizers import OPTIMIZERS
 from app.run_settings import RunSettings
 from app.spec import JobSpec
+from worker.runtime import devices
 from worker.training.optimizers import MAKERS
 
 Named = dict[str, torch.nn.Parameter]
@@ -229,7 +230,7 @@ def _placed(key: str, value: torch.Tensor, parameter: torch.Tensor, fused: bool)
         return value.to(parameter.device)
     if not value.is_floating_point():
         return int(value)
-    return value.to(parameter.device) if fused and parameter.is_cuda else value.clone()
+    return value.to(parameter.device) if fused and devices.is_gpu(parameter.device) else value.clone()
 
 
 def _fill(state: dict, saved: dict[str, torch.Tensor]) -> None:

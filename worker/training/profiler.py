@@ -19,6 +19,7 @@ import torch
 from app import events
 from app.planning.duration import operations_per_token
 from app.spec import JobSpec
+from worker.runtime import devices
 
 WARM_STEPS = 3
 STEPS = 3
@@ -67,7 +68,7 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
         if done == WARM_STEPS:
             recorder, began, first = _start(), time.perf_counter(), event
         elif done == WARM_STEPS + STEPS and recorder is not None and first is not None:
-            _wait()
+            devices.best().synchronize()
             seconds = time.perf_counter() - began
             recorder.stop()
             seen = ProfileWindow(event.tokens - first.tokens, event.trained_tokens - first.trained_tokens, seconds, length, parts)
@@ -80,18 +81,13 @@ def profiled(told: Iterable[events.TrainerEvent], spec: JobSpec, folder: Path) -
 
 
 def _start() -> Any:
-    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile  # type: ignore[attr-defined]
+    from torch.profiler import _ExperimentalConfig, profile  # type: ignore[attr-defined]
 
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    _wait()
+    kinds = list(dict.fromkeys(one.activity for one in (devices.CPU, devices.best())))
+    devices.best().synchronize()
     recorder = profile(activities=kinds, acc_events=True, experimental_config=_ExperimentalConfig(profile_all_threads=True))
     recorder.start()
     return recorder
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _write(recorder: Any, spec: JobSpec, folder: Path, seen: ProfileWindow) -> str:
@@ -106,11 +102,11 @@ def _write(recorder: Any, spec: JobSpec, folder: Path, seen: ProfileWindow) -> s
 
 def shares(averages: Iterable[Any]) -> dict[str, float]:
     """Seconds of each kind of work: on the device where there is one, else the processor's own time of each operation."""
-    cuda = torch.cuda.is_available()
+    gpu = devices.gpu()
     found = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}
     for one in averages:
-        took = (one.self_device_time_total if cuda else one.self_cpu_time_total) / 1e6
-        if cuda and one.device_type == torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
+        took = (one.self_device_time_total if gpu else one.self_cpu_time_total) / 1e6
+        if gpu and one.device_type == torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
             continue  # launches; the kernels stand beside them
         found[kind_of(one.key)] += took
     return found
@@ -160,8 +156,7 @@ def floor_of(spec: JobSpec, seen: ProfileWindow) -> tuple[float, float]:
 
 def machine_speeds() -> tuple[float, float]:
     """(operations per second of a large bf16 or float32 product, bytes per second of a copy), the best of a few tries."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
+    device, size = devices.best().kind, 8192 if devices.gpu() else 1024
     best = 0.0
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.ones(size, size, device=device, dtype=dtype)
@@ -172,8 +167,8 @@ def machine_speeds() -> tuple[float, float]:
 
 
 def _time(action: Any) -> float:
-    _wait()
+    devices.best().synchronize()
     began = time.perf_counter()
     action()
-    _wait()
+    devices.best().synchronize()
     return time.perf_counter() - began

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from app import events
-from worker.runtime.device import peak_memory
+from worker.runtime import devices
 from worker.runtime.failures import Diverged
 from worker.runtime.transfer import AsyncScalars
 
@@ -55,7 +55,7 @@ def report(job: Any, step: events.Step, figures: AsyncScalars) -> events.Step:
             "metrics": job.lesson.name_metrics(read[2:]) if len(read) > 2 else {},
             "grad_norm": norm_value,
             "tokens_per_second": _speed(job),
-            "memory_bytes": peak_memory(job.engine.device),
+            "memory_bytes": devices.of(job.engine.device).peak_memory(job.engine.device),
             "seconds": state.seconds,
         }
     )

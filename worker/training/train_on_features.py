@@ -25,7 +25,8 @@ from worker.data.batching import Row
 from worker.modeling import fused_layers, packed_attention
 from worker.modeling.classifier import Classifier, load_stack, pooling_of
 from worker.modeling.loading import load_tokenizer
-from worker.runtime.device import Compute, choose, peak_memory
+from worker.runtime import devices
+from worker.runtime.device import Compute, choose
 from worker.runtime.failures import Diverged
 from worker.runtime.progress import ProgressReporter
 from worker.scoring import forgetting, prompt_baseline
@@ -288,7 +289,7 @@ def _step(state: State, epoch: float, loss: float, rate: float, norm: float) -> 
         tokens=state.tokens,
         trained_tokens=state.trained_tokens,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-        memory_bytes=peak_memory(torch.device("cpu")),
+        memory_bytes=devices.CPU.peak_memory(torch.device("cpu")),
         seconds=state.seconds,
     )
 

@@ -34,7 +34,7 @@ targets[-44:] = -100
 state = hidden.clone().requires_grad_()
 wanted = loss.linear_cross_entropy(state, loss.Head(weight, None), targets)
 wanted.backward()
-loss.CHUNK_BYTES_CUDA = 4 * 500 * 300  # three chunks
+loss.CHUNK_BYTES_GPU = 4 * 500 * 300  # three chunks
 kept = types.SimpleNamespace(needs_input_grad=(True, False), save_for_backward=lambda *saved: setattr(kept, "saved", saved))
 total = loss._on_gpu(kept, hidden, weight, targets, torch.bfloat16)
 apart = torch.nn.functional.cosine_similarity(kept.saved[0].flatten(), state.grad.flatten(), 0)

@@ -139,10 +139,10 @@ def test_chunked_loss_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, scal
 
 def test_chunks_of_logits_stay_within_their_memory() -> None:
     """On a GPU a gibibyte whatever is alive for each logit; a narrow type there gains no longer chunks than float32."""
-    from worker.modeling.cross_entropy import CHUNK_BYTES, CHUNK_BYTES_CUDA, chunk_rows
+    from worker.modeling.cross_entropy import CHUNK_BYTES, CHUNK_BYTES_GPU, chunk_rows
 
     for width in (2, 4, 12):
-        assert 0.99 < chunk_rows(128_256, 10**6, True, width) * max(width, 4) * 128_256 / CHUNK_BYTES_CUDA <= 1
+        assert 0.99 < chunk_rows(128_256, 10**6, True, width) * max(width, 4) * 128_256 / CHUNK_BYTES_GPU <= 1
         assert 0.9 < chunk_rows(49_152, 10**6, False, width) * width * 49_152 / CHUNK_BYTES <= 1
     assert chunk_rows(128_256, 100, True, 4) == 100 and chunk_rows(10**9, 100, True, 4) == 16
 

@@ -31,7 +31,7 @@ def losses_of(model: torch.nn.Module, steps: int = 3) -> list[float]:
     return found
 
 
-with distributed.together(CPU) as world:
+with distributed.together(CPU, Path(sys.argv[1])) as world:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 96}
     model = LlamaForCausalLM(LlamaConfig(**sizes))

@@ -22,7 +22,7 @@ class Full:
         path.write_bytes(b"")
 
 
-with distributed.together(torch.device("cpu")) as world:
+with distributed.together(torch.device("cpu"), Path(sys.argv[1])) as world:
     backend = FsdpBackend(SimpleNamespace(device=torch.device("cpu")))
     backend.model, backend.trained, backend.optimizer, backend.world, backend.shards = None, {}, None, world, Full()
     try:

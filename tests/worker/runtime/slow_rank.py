@@ -14,7 +14,7 @@ from worker.runtime import distributed
 
 CPU = torch.device("cpu")
 
-with distributed.together(CPU) as world:
+with distributed.together(CPU, Path(sys.argv[1])) as world:
     laps, said = distributed.Laps(world, CPU), []
     for _ in range(45):
         began = laps.now()

@@ -25,7 +25,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
         return model.model(input_ids=IDS, use_cache=False).last_hidden_state.float().square().mean() + model.lm_head.weight.square().mean()
 
 
-with distributed.together(engine.device) as world:
+with distributed.together(engine.device, Path(sys.argv[1])) as world:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 96}
     model = LlamaForCausalLM(LlamaConfig(**sizes))

@@ -20,6 +20,8 @@ from app.settings import PROJECT, get_settings
 from tests.conftest import free_port
 from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
 from worker.run import STOPPED
+from worker.runtime import attendance, failures
+from worker.supervision import exit_codes
 from worker.supervision.exit_codes import ask_to_save, launcher
 from worker.train import StopSignals, train
 from worker.training.checkpoint import piece_of, read_optimizer, write_piece
@@ -203,6 +205,50 @@ def test_the_process_that_all_wait_for_is_named(tmp_path):
     first, second = map(json.loads, two_of("tests.worker.runtime.slow_rank", tmp_path)[0])
     (said,) = [text for text in first if text]
     assert first == second and said.startswith("Process 1 of 2 takes 0.0") and first.index(said) == 19
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_process_that_is_lost_is_named_by_the_others(tmp_path, monkeypatch, how):
+    """At once where it ended, and where it hangs after the timeout of a step, which is 3 seconds here; the launcher then ends them all."""
+    monkeypatch.setattr(get_settings(), "stop_grace_seconds", 1.0)
+    command = [sys.executable, *launcher(2), "-m", "tests.worker.runtime.lost_rank", how, str(tmp_path)]
+    given = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=PROJECT, env=given, capture_output=True, text=True, timeout=120)
+    told = json.loads((tmp_path / "told").read_text())
+    assert told["kind"] == "worker_lost" and told["message"].startswith("Process 1 of 2 ended or hangs"), told
+    assert told["seconds"] < (2 if how == "killed" else 8)
+    fault = exit_codes.of_process(ended.stderr, 2, False)
+    assert ended.returncode == 1
+    if how == "killed":  # the launcher knows more
+        assert fault and (fault.kind, fault.message) == ("worker_lost", "Process 1 of 2: The trainer was killed by SIGKILL.")
+    else:
+        assert fault is None
+
+
+def test_who_is_behind_is_read_from_the_attendance(tmp_path):
+    assert attendance.waited_for(attendance.read(tmp_path), 2) == ""
+    places = [attendance.Attendance(tmp_path, rank) for rank in (2, 0)]  # the last one first, and the second never
+    assert attendance.waited_for(attendance.read(tmp_path), 3) == ""
+    for place in places:
+        for _ in range(11):
+            place.come()
+    assert attendance.waited_for(attendance.read(tmp_path), 3) == "process 1 of 3"
+    places[1].come()
+    assert attendance.waited_for(attendance.read(tmp_path), 3) == "processes 1, 2 of 3"
+    places[0].come()
+    assert attendance.waited_for(attendance.read(tmp_path), 1) == ""
+
+
+def test_an_abort_of_the_watchdog_is_laid_to_the_process_that_was_waited_for():
+    """NCCL's watchdog ends the process that waits: the launcher names that one as the first that failed."""
+    said = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)\n"
+    root = "Root Cause (first observed failure):\n[0]:\n  time      : now\n  host      : h\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 9)\n"
+    assert exit_codes.of_process(said + root, 2, False) is None
+    assert failures.of_peer(said + root, "process 1 of 2").message.startswith("Process 1 of 2 ended or hangs")
+    assert exit_codes.of_process(root, 2, False).message == "Process 0 of 2: The trainer ended by SIGABRT."
+    killed = root.replace("-6", "-9")
+    assert exit_codes.of_process(killed, 2, True).kind == "out_of_memory" and exit_codes.of_process(killed, 2, False).kind == "worker_lost"
+    assert failures.of_peer("ValueError: rows of 3 places", "") is None
 
 
 @pytest.mark.long

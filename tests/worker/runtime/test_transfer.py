@@ -8,7 +8,7 @@ import torch
 from app import events
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
-from worker.runtime import transfer
+from worker.runtime import devices, transfer
 from worker.runtime.transfer import AsyncScalars
 
 
@@ -39,12 +39,6 @@ def test_a_step_is_read_when_the_next_one_is_ordered(monkeypatch, data_dir, tiny
     assert said == ["next_batch", "take_step", "next_batch", *middle, "report"]
 
 
-class OnDevice(torch.Tensor):
-    """A tensor that says it lies on a GPU, and cannot be read before its copy was waited for."""
-
-    is_cuda = property(lambda self: True)
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What CUDA is asked for, in order."""
@@ -65,12 +59,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(transfer.torch, "empty", empty)
     monkeypatch.setattr(transfer.torch.cuda, "Event", Event)
+    monkeypatch.setattr(transfer.devices, "gpu_of", lambda device: devices.DEVICES["cuda"])  # where the tensors say that they lie
     return asked
 
 
 def test_reading_waits_for_the_steps_own_event_alone(gpu: list[str]) -> None:
     loss, norm, more = torch.tensor(0.1), torch.tensor(3.7), torch.arange(4, dtype=torch.float64)
-    figures = AsyncScalars([t.as_subclass(OnDevice) for t in (loss, norm, more)])
+    figures = AsyncScalars([loss, norm, more])
     assert gpu == ["pinned", "record"]  # nothing was waited for
     assert figures.read().tolist() == [float(loss), float(norm), 0.0, 1.0, 2.0, 3.0]
     assert gpu == ["pinned", "record", "synchronize"]

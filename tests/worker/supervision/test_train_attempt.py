@@ -37,6 +37,7 @@ from tests.conftest import PROJECT, wait_until
 from tests.factories import make_dataset, make_job
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt
+from worker.runtime import attendance
 from worker.supervision import exit_codes, train_attempt
 
 RUN = {"epochs": 4, "max_tokens_per_step": 128, "evaluations_per_epoch": 2, "samples": 1, "sample_tokens": 4, "early_stopping_patience": 0}
@@ -279,6 +280,47 @@ def test_a_trainer_that_hangs_is_stopped_and_tried_again(odd, monkeypatch):
     job, thread = odd("hang")
     row = ended(job, thread)
     assert row.status == "queued" and row.deaths == 1 and "hung" in said(job, "lost")[0].data["message"]
+
+
+def stop_in_its_own_work(second: psutil.Process, folder: Path) -> None:
+    """Stop a process of two where the other one has to wait for it; within an exchange it would have come as far as that one."""
+    for _ in range(50):
+        second.suspend()
+        time.sleep(0.3)
+        if attendance.waited_for(attendance.read(folder), 2):
+            return
+        second.resume()
+        time.sleep(0.05)
+    raise AssertionError("it was never behind")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["killed", "hangs", "fenced off"])
+def test_a_job_of_two_processes_that_loses_one_ends_soon_and_names_it(new_job, monkeypatch, how):
+    """All of them end: one that ended is told by the launcher, one that hangs by what the others wait for, and with the fence nobody stays."""
+    get_settings().gpus_per_job = 2
+    monkeypatch.setattr(train_attempt, "MIN_PATIENCE_SECONDS", 5.0)
+    job = new_job(epochs=500)
+    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    thread.start()
+    wait_until(lambda: len(said(job, "step")) > 5, what="steps of two processes", seconds=90)
+    (second,) = [p for p in trainers() if p.environ().get("RANK") == "1"]
+    if how == "fenced off":
+        with transaction() as session:
+            session.execute(update(Job).where(Job.id == job.id).values(fence=Job.fence + 1))
+    elif how == "killed":
+        second.kill()
+    else:
+        stop_in_its_own_work(second, get_settings().data_dir / f"runs/{job.id}/a1")
+    began = time.monotonic()
+    row = ended(job, thread, 60)
+    assert time.monotonic() - began < 30 and not trainers()
+    if how != "fenced off":
+        message = said(job, "lost")[0].data["message"]
+        assert row.status == "queued" and row.deaths == 1
+        assert (
+            "Process 1 of 2: The trainer was killed by SIGKILL" in message if how == "killed" else "wait for process 1 of 2" in message
+        ), message
 
 
 @pytest.mark.long

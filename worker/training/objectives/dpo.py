@@ -102,7 +102,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 class DPO(CausalLM):
     unit: ClassVar = "pair"
     balances: ClassVar = False
-    preparing: ClassVar = Objective.preparing
+    preparing: ClassVar = TrainingObjective.preparing
     accuracy: ClassVar = "reward_accuracy"
     measures: ClassVar = 4  # those of `sums_of`
 
