@@ -183,7 +183,7 @@ def answers(
     finally:
         packing.remove()
         inner.set_attn_implementation(before)
-    written = [row[longest:].tolist() for row in out]
+    written: list[list[int]] = cast("torch.Tensor", out)[:, longest:].tolist()
     engine.meter.add(sum(len(q.ids) for q in asked), sum(_length(ids, stops) for ids in written))
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
