@@ -116,6 +116,8 @@ class Publisher:
                 self.seq += 1
             pipe.get(reader_key(self.id))
             self.reader = pipe.execute()[-1]
+        if self.reader == LEFT:
+            self.wire.delete(stream_key(self.id))  # its reader did so when it left, and what was written since would stay until it expires
 
     def is_read(self) -> bool:
         if self.reader is not None:
