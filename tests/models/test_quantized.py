@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -116,7 +116,7 @@ def test_rows_of_compressed_tensors_with_zero_points(tiny_model: Path, tmp_path:
     assert torch.equal(found[name], expected.to(torch.bfloat16))
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(PathFinder.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_int8_of_bitsandbytes_as_transformers_writes_it(tiny_model: Path, tmp_path: Path) -> None:
     """In a child, since this process runs without bitsandbytes where there is no GPU."""
     code = (
