@@ -24,8 +24,7 @@ from worker.modeling import packed_attention as packed
 from worker.modeling import padded
 from worker.runtime import devices
 
-for kind in devices.GPUS:
-    devices.DEVICES[kind].set_up()
+devices.set_up()
 
 if not devices.gpu():
     # peft imports bitsandbytes wherever it finds it, which costs every process more than a second of CPU time, and nothing here

@@ -11,7 +11,7 @@ import torch
 from app.kit.registry import classes_in
 from worker.runtime.devices._base import Device, Gpu, Graph
 
-__all__ = ["CPU", "DEVICES", "GPUS", "Device", "Gpu", "Graph", "best", "gpu", "gpu_of", "is_gpu", "of"]
+__all__ = ["CPU", "DEVICES", "GPUS", "Device", "Gpu", "Graph", "best", "gpu", "gpu_of", "is_gpu", "of", "set_up"]
 
 DEVICES: dict[str, Device] = {one.kind: one for one in (kind() for kind in classes_in(__name__, Device))}
 """Every kind by torch's name for it."""
@@ -40,6 +40,13 @@ def gpu_of(device: torch.device) -> Gpu | None:
 def gpu() -> Gpu | None:
     """The kind of GPU that torch can use here; None where there is none."""
     return next((one for one in DEVICES.values() if isinstance(one, Gpu) and one.is_available()), None)
+
+
+def set_up() -> None:
+    """Settings of torch for all that this process computes on GPUs of any kind; called before weights are loaded."""
+    for one in DEVICES.values():
+        if isinstance(one, Gpu):
+            one.set_up()
 
 
 def best() -> Device:
