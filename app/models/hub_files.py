@@ -71,7 +71,7 @@ def bring(file: HubFile, into: Path, token: str | None, told: Callable[[int], No
 def _receive(file: HubFile, part: Path, token: str | None, told: Callable[[int], None]) -> None:
     """One request for the rest of a file, written behind what is there."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     done = part.stat().st_size if part.is_file() else 0
     headers = {**build_hf_headers(token=token or False), "accept-encoding": "identity"}
