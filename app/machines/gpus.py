@@ -30,7 +30,7 @@ DEVICE_FILES = ("/dev/kfd", "/dev/nvidiactl", "/dev/dxg")
 """AMD's, NVIDIA's and WSL's: without any of them there is no GPU, and torch is not asked."""
 
 
-class Gpu(NamedTuple):
+class GpuCard(NamedTuple):
     """A GPU. `capability` is NVIDIA's; None for others, and where an old driver does not report it. `hip`: it computes by ROCm."""
 
     uuid: str
@@ -98,19 +98,19 @@ def _uuids(visible: str | None) -> tuple[str, ...]:
 
 
 @functools.cache
-def all_cards() -> list[Gpu]:
+def all_cards() -> list[GpuCard]:
     """All GPUs of this machine by PCI bus, whatever this process may use."""
     return _told_by_the_driver() or _told_by_torch()
 
 
-def _told_by_the_driver() -> list[Gpu]:
+def _told_by_the_driver() -> list[GpuCard]:
     """Old drivers do not report the capability."""
     for wanted in ("uuid,compute_cap,memory.total,name", "uuid,memory.total,name"):
         try:
             found = []
             for line in _output_lines("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader,nounits"):
                 uuid, *capability, mebibytes, name = (part.strip() for part in line.split(",", wanted.count(",")))
-                found.append(Gpu(uuid, float(capability[0]) if capability else None, int(mebibytes) * 2**20, name))
+                found.append(GpuCard(uuid, float(capability[0]) if capability else None, int(mebibytes) * 2**20, name))
             if found:
                 return found
         except ValueError:
@@ -118,12 +118,12 @@ def _told_by_the_driver() -> list[Gpu]:
     return []
 
 
-def _told_by_torch() -> list[Gpu]:
+def _told_by_torch() -> list[GpuCard]:
     if not any(Path(file).exists() for file in DEVICE_FILES):
         return []
     environment = {name: value for name, value in os.environ.items() if name not in NONE_VISIBLE} | CUDA_ORDER
     lines = _output_lines(sys.executable, "-m", "worker.runtime.list_gpus", environment=environment, seconds=120)
-    return [Gpu(**card) for card in json.loads(lines[-1])] if lines else []
+    return [GpuCard(**card) for card in json.loads(lines[-1])] if lines else []
 
 
 _MIG = re.compile(r"\s+MIG\s+\S*?(\d+)gb\S*\s.*UUID:\s*(MIG-[^)\s]+)")

@@ -210,6 +210,7 @@ TAGS = {
     "strategies": "Fine-tuning methods.",
     "studio": "The health of the studio.",
     "tus": "Resumable uploads: tus 1.0.0.",
+    "uploads": "Files in parts.",
     "votes": "Blind votes between two answers.",
 }
 """One tag for each first path segment after /v1."""

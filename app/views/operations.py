@@ -146,7 +146,7 @@ def recent_errors(session: Session) -> list[Failure]:
     return sorted(found, key=lambda one: one.at, reverse=True)[:RECENT_ERRORS]
 
 
-class Device(NamedTuple):
+class MachineDevice(NamedTuple):
     """A machine that trains, as its workers describe it."""
 
     host: str
@@ -155,10 +155,10 @@ class Device(NamedTuple):
     silent_seconds: float
 
 
-def devices() -> list[Device]:
+def devices() -> list[MachineDevice]:
     """Machines whose train worker was heard of in the last half minute."""
     return [
-        Device(
+        MachineDevice(
             host, f"GPU {machine.gpu_name}" if machine.gpu_name else f"CPU, {machine.cores} cores", machine.training_memory_bytes, silent
         )
         for host, silent, machine in heartbeats.machines()

@@ -29,6 +29,7 @@ VERBS = set(
         "cancel",
         "check",
         "classify",
+        "complete",
         "create",
         "delete",
         "edit",

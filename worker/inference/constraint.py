@@ -63,7 +63,7 @@ def of(schema: dict[str, Any] | None, tokenizer: Any, stops: Iterable[int]) -> C
 
 def _refused(why: str) -> BadRequest:
     return BadRequest(
-        f"The schema cannot be followed {why}", hint="Leave out that keyword, or write the same with others.", param="response_format"
+        f"The schema cannot be followed {why}", hint="Remove that keyword, or write the same with others.", param="response_format"
     )
 
 

@@ -18,6 +18,7 @@ from worker.data.packing import best_fit
 from worker.modeling import padded
 from worker.modeling.cross_entropy import head_of, score
 from worker.modeling.fused_layers import uncompiled
+from worker.runtime import devices
 from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 
@@ -187,7 +188,7 @@ def _drawing(seed: int | None, engine: Compute) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+    with torch.random.fork_rng([engine.device] if devices.is_gpu(engine.device) else [], device_type=engine.device.type):
         torch.manual_seed(seed)
         yield
 

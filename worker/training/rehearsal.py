@@ -34,7 +34,7 @@ SEED = 20
 POLL_SECONDS = 0.5
 
 
-class Answered(NamedTuple):
+class GeneralRow(NamedTuple):
     """Token ids of a prompt and of the base's answer to it, its end included where the answer came to one."""
 
     prompt: list[int]
@@ -55,7 +55,7 @@ def general_rows(
     kind = spec.model.kind
     asked = [_ids(tokenizer, kind, prompt) for prompt in prompts(kind)]
     folder = get_settings().folder("features") / f"rehearsal-{_digest(spec, tokenizer, engine)}"
-    found: list[Answered] = []
+    found: list[GeneralRow] = []
     for start in range(0, len(asked), held_out.ANSWERS_AT_ONCE):
         yield start / len(asked)
         path = folder / f"{start:03}.json"
@@ -64,7 +64,7 @@ def general_rows(
                 time.sleep(POLL_SECONDS)
         elif not path.is_file():
             _write(path, model, tokenizer, asked[start : start + held_out.ANSWERS_AT_ONCE], engine, SEED + start)
-        found += [Answered(*pair) for pair in json.loads(path.read_text())]
+        found += [GeneralRow(*pair) for pair in json.loads(path.read_text())]
     return _rows(found, lead, min(longest, ROW_TOKENS + len(lead)))
 
 
@@ -81,7 +81,7 @@ def _write(path: Path, model: torch.nn.Module, tokenizer: Any, asked: list[list[
     write_atomically(path, json.dumps(list(zip(asked, told, strict=True))))
 
 
-def _rows(found: Sequence[Answered], lead: Sequence[int], longest: int) -> Tokenised:
+def _rows(found: Sequence[GeneralRow], lead: Sequence[int], longest: int) -> Tokenised:
     ids, trained, lines = [], [], []
     for line, (prompt, answer) in enumerate(found, start=1):
         before = len(lead) + len(prompt)

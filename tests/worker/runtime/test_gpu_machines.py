@@ -105,7 +105,7 @@ def test_a_kernel_that_cannot_be_built_is_done_without(caplog):
 
 @pytest.fixture
 def four_cards(monkeypatch):
-    monkeypatch.setattr(gpus, "all_cards", lambda: [gpus.Gpu(f"GPU-{place}", 9.0, 80 * 2**30, "H100") for place in "abcd"])
+    monkeypatch.setattr(gpus, "all_cards", lambda: [gpus.GpuCard(f"GPU-{place}", 9.0, 80 * 2**30, "H100") for place in "abcd"])
     gpus._uuids.cache_clear()
     yield
     gpus._uuids.cache_clear()

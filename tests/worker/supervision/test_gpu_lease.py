@@ -109,7 +109,7 @@ def test_two_parts_of_a_card_are_two() -> None:
     """nvidia-smi's own words on a card that is cut."""
     program = (
         "from app.machines import gpus\n"
-        "gpus.all_cards = lambda: [gpus.Gpu('GPU-cccc', 8.0, 1, 'A100')]\n"
+        "gpus.all_cards = lambda: [gpus.GpuCard('GPU-cccc', 8.0, 1, 'A100')]\n"
         "gpus._mig_instances = lambda: [(0, 'MIG-1', 1), (0, 'MIG-2', 1)]\n"
         "print([gpus._uuids(seen) for seen in (None, '0', 'MIG-2', 'MIG-2,MIG-1', '0,7,0', '')])"
     )

@@ -17,7 +17,7 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in a device's work."""
 
     def synchronize(self) -> None:
@@ -61,7 +61,7 @@ class Device(ABC):
         """Wait until all work that was given to it is done."""
 
     @abstractmethod
-    def event(self, timing: bool = False) -> Event:
+    def event(self, timing: bool = False) -> DeviceEvent:
         """An event behind the work that was given to it so far."""
 
 
@@ -136,8 +136,8 @@ class Gpu(Device):
     def synchronize(self) -> None:
         self.module.synchronize()
 
-    def event(self, timing: bool = False) -> Event:
-        made: Event = self.module.Event(enable_timing=True) if timing else self.module.Event()
+    def event(self, timing: bool = False) -> DeviceEvent:
+        made: DeviceEvent = self.module.Event(enable_timing=True) if timing else self.module.Event()
         made.record()  # type: ignore[attr-defined]
         return made
 

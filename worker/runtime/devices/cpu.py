@@ -9,7 +9,7 @@ import time
 import torch
 
 from app.machines.hardware import this_machine
-from worker.runtime.devices._base import Device, Event
+from worker.runtime.devices._base import Device, DeviceEvent
 
 
 class Moment:
@@ -54,5 +54,5 @@ class Cpu(Device):
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
-    def event(self, timing: bool = False) -> Event:
+    def event(self, timing: bool = False) -> DeviceEvent:
         return Moment()
