@@ -115,7 +115,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter(lesson.preparing)(lesson.prepare(model, engine, folder, course.budget))
     model = lesson.attach(model).train()
-    # Packs of pairs, of texts or of so many rows have many shapes, so compiled layers would be compiled again and again.
+    # Packs of so many rows have many shapes, so compiled layers would be compiled again and again.
     # Router logits are collected in passing, which the compiler takes for none of its blocks.
     seconds = seconds_expected(spec, course) if lesson.frames and "router_loss" not in lesson.facts() else 0.0
     about = spec.model.shape, strategy, run, max(lesson.step_rows.lengths), memory_here(engine.device), spec.task

@@ -51,6 +51,7 @@ class DPO(Objective):
     settings: ClassVar = PreferenceSettings
     sequences_per_row: ClassVar = 2  # a pair is its prompt with the one answer and with the other
     reads_base: ClassVar = True
+    uniform: ClassVar = True
     metrics: ClassVar = ("reward_accuracy", "loss")
     loss_unit: ClassVar = "nats per pair"
     loss_per: ClassVar = "pair"

@@ -101,22 +101,22 @@ class PackShape(NamedTuple):
         return [piece] * (left // piece) + ([left % piece] if left % piece else [])
 
 
-def frame_of(lengths: Sequence[int], budget: int) -> PackShape:
-    """The shape for packs of up to `budget` tokens of sequences with these lengths; it has room for twice as many sequences as
-    are usual."""
+def frame_of(lengths: Sequence[int], budget: int, per_row: int = 1) -> PackShape:
+    """The shape for packs of up to `budget` tokens of rows with these lengths, `per_row` sequences each; it has room for twice as many
+    sequences as are usual."""
     longest = -(-max(lengths) // 64) * 64
     tokens = -(-max(budget, longest) // 64) * 64
     usual = tokens * len(lengths) / max(sum(lengths), 1)
-    places = math.ceil(2 * usual) + 16 + math.ceil(tokens / longest)
+    places = (math.ceil(2 * usual) + 16) * per_row + math.ceil(tokens / longest)
     return PackShape(tokens, min(places, tokens), longest)
 
 
-def frames_of(lengths: Sequence[int], budget: int) -> list[PackShape]:
+def frames_of(lengths: Sequence[int], budget: int, per_row: int = 1) -> list[PackShape]:
     """The shapes of a job's packs, the smallest first: one for rows that fit into the budget and, where some are longer, one for those, each
     of which is a pack of its own. With a single shape every pack would be padded to the longest row."""
     room = -(-budget // 64) * 64  # a row between the budget and this has a pack of its own too, which fits into the first shape
     short, long = [n for n in lengths if n <= room], [n for n in lengths if n > room]
-    return [frame_of(some, size) for some, size in ((short, budget), (long, max(long, default=0))) if some]
+    return [frame_of(some, size, per_row) for some, size in ((short, budget), (long, max(long, default=0))) if some]
 
 
 def frame_for(frames: Sequence[PackShape], tokens: int) -> PackShape | None:
@@ -148,15 +148,15 @@ def as_size(number: int) -> torch.Tensor:
     return empty
 
 
-def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torch.device, frame: PackShape | None = None) -> dict[str, Any]:
     """Arguments of a model's call for concatenated texts of `lengths` tokens each: ids (1, T), position ids, and those of
-    `packed_arguments`. On a CPU T is padded by `filling`."""
-    all_lengths = [*lengths, *filling(len(ids), device)]
+    `packed_arguments`. T is padded to `frame`, or on a CPU by `filling`."""
+    all_lengths = [*lengths, *(frame.filling(lengths) if frame else filling(len(ids), device))]
     flat = np.zeros(sum(all_lengths), np.int64)
     flat[: len(ids)] = ids
     places = np.concatenate([np.arange(n) for n in all_lengths])
     tensors = {"input_ids": flat, "position_ids": places}
-    return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device)
+    return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device, frame)
 
 
 IGNORED = frozenset(

@@ -70,9 +70,11 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
     own = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) * (1 - share) / run.micro_batches)
     general = ROW_TOKENS + len(lesson.lead)
     budget = math.ceil(own / (1 - share)) + general if share else own
-    if engine.framed and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
-        lesson.frames = packed_attention.frames_of([*lengths, general] if share else lengths, budget)
-    most = lesson.frames[0].max_sequences() if lesson.frames else None
+    per_row = OBJECTIVES[lesson.spec.task].sequences_per_row
+    decodes = lesson.spec.model.shape.architecture == "decoder"  # blocks of encoders are not compiled
+    if engine.framed and decodes and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
+        lesson.frames = packed_attention.frames_of([*lengths, general] if share else lengths, budget, per_row)
+    most = lesson.frames[0].max_sequences() // per_row if lesson.frames else None
     packs = len(plan(lengths, own, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)

@@ -13,7 +13,7 @@ from app import events
 from app.spec import JobSpec
 from worker.data.batching import Tokenised
 from worker.modeling.classifier import Classifier
-from worker.modeling.packed_attention import PackShape
+from worker.modeling.packed_attention import PackShape, frame_for
 from worker.runtime.device import Compute
 from worker.training import optim
 from worker.training.checkpoint import State
@@ -99,6 +99,10 @@ class TrainingObjective(ABC):
     @abstractmethod
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         """Over how many losses a step's packs are averaged."""
+
+    def frame_of(self, pack: Sequence[int]) -> PackShape | None:
+        """The shape that a pack of training rows is padded to; None where each has its own."""
+        return frame_for(self.frames, sum(self.step_rows.lengths[row] for row in pack))
 
     @abstractmethod
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:

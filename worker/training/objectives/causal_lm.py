@@ -120,8 +120,9 @@ class CausalLM(TrainingObjective):
         return batching.trained_in(self.step_rows, window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        frame = packed_attention.frame_for(self.frames, sum(self.step_rows.lengths[row] for row in pack))
-        return make_batch(self.step_rows, pack, engine.device, frame, not self.spec.run.packing, mark=self.router_loss is not None)
+        return make_batch(
+            self.step_rows, pack, engine.device, self.frame_of(pack), not self.spec.run.packing, mark=self.router_loss is not None
+        )
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         more = {"output_router_logits": True} if self.router_loss else {}

@@ -122,11 +122,13 @@ def tokenise_texts(tokenizer: Any, rows: Sequence[Row], longest: int, lead: Sequ
     return Tokenised(flat, np.zeros(len(flat), bool), np.asarray(starts, np.int64), [row.line for row in rows], cut, [])
 
 
-def pack_of(data: Tokenised, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Any], list[int]]:
+def pack_of(
+    data: Tokenised, rows: Sequence[int], device: torch.device, frame: packed_attention.PackShape | None = None
+) -> tuple[dict[str, Any], list[int]]:
     """A classifier's inputs for some texts, packed, and the texts' lengths."""
     spans = [slice(data.starts[r], data.starts[r + 1]) for r in rows]
     lengths = [int(s.stop - s.start) for s in spans]
-    return packed_attention.packed(np.concatenate([data.ids[s] for s in spans]), lengths, device), lengths
+    return packed_attention.packed(np.concatenate([data.ids[s] for s in spans]), lengths, device, frame), lengths
 
 
 def sorting(model: Classifier, data: Tokenised, budget: int, engine: Compute) -> Generator[float, None, np.ndarray]:
@@ -180,7 +182,7 @@ class SequenceClassification(TrainingObjective):
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         truth = sent(torch.from_numpy(self.train_truth[list(pack)]), engine.device)
-        return *pack_of(self.train, pack, engine.device), truth
+        return *pack_of(self.train, pack, engine.device, self.frame_of(pack)), truth
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         inputs, lengths, truth = batch

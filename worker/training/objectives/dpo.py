@@ -28,6 +28,7 @@ from worker.data.batching import Batch, Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark
 from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
 from worker.modeling.cross_entropy import head_of
+from worker.modeling.packed_attention import PackShape
 from worker.modeling.token_logprobs import token_nats
 from worker.runtime import distributed
 from worker.runtime.device import Compute
@@ -50,10 +51,12 @@ class PairBatch(NamedTuple):
     pairs: torch.Tensor  # (pairs,) their numbers
 
 
-def pair_batch(data: PreferencePairs, pack: Sequence[int], device: torch.device) -> PairBatch:
+def pair_batch(data: PreferencePairs, pack: Sequence[int], device: torch.device, frame: PackShape | None = None) -> PairBatch:
     sequences = sequences_of(pack)
     counts = [data.answer_tokens(s) for s in sequences]
-    return PairBatch(make_batch(data.sequences, sequences, device), counts, sent(torch.tensor(pack), device))
+    batch = make_batch(data.sequences, sequences, device, frame)
+    batch.sources, batch.targets = batch.sources[: batch.trained], batch.targets[: batch.trained]  # what follows pads the loss of a frame
+    return PairBatch(batch, counts, sent(torch.tensor(pack), device))
 
 
 def log_likelihoods(model: torch.nn.Module, given: PairBatch, engine: Compute, *, mean: bool = False) -> tuple[torch.Tensor, int, int]:
@@ -181,7 +184,7 @@ class DPO(CausalLM):
         return sum(len(pack) for pack in window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        return pair_batch(self.pairs["train"], pack, engine.device)
+        return pair_batch(self.pairs["train"], pack, engine.device, self.frame_of(pack))
 
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         """The pairs' losses, and the tokens of their answers as the number of losses."""
