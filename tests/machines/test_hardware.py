@@ -76,19 +76,24 @@ def test_an_old_driver_tells_no_capability(driver) -> None:
 
 
 TORCH = """
-import os
-class version:
-    hip = {hip}
+import os, sys
+
+sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != os.path.dirname(os.path.abspath(__file__))]
+del sys.modules["torch"]
+import torch
+
 class Properties:
     name, total_memory, major, minor, pci_domain_id, pci_device_id = "{name}", 192 * 2**30, 9, 4, 0, 0
     def __init__(self, place):
         self.pci_bus_id = 0xc1 + place
-        if not version.hip:
+        if not torch.version.hip:
             self.uuid = f"{{place}}ab-cd"
-class cuda:
-    def device_count():
-        return 0 if os.environ.get("HIP_VISIBLE_DEVICES") == "" or os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 2
-    get_device_properties = Properties
+
+def count():
+    return 0 if os.environ.get("HIP_VISIBLE_DEVICES") == "" or os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 2
+
+torch.version.hip = {hip}
+torch.cuda.device_count, torch.cuda.is_available, torch.cuda.get_device_properties = count, lambda: count() > 0, Properties
 """
 """What a build of torch for another kind of card says of two of them."""
 

@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def card(properties: Any) -> dict[str, Any]:
-    """Fields of `Card`. Older builds for ROCm tell no UUID, or the same for all: the place on the PCI bus is of one card alone."""
+    """Fields of `GpuCard`. Older builds for ROCm tell no UUID, or the same for all: the place on the PCI bus is of one card alone."""
     bus = ":".join(f"{getattr(properties, f'pci_{part}_id', 0):02x}" for part in ("domain", "bus", "device"))
     hip = torch.version.hip is not None
     return {
