@@ -158,7 +158,7 @@ def test_once_the_tokens_of_a_day_are_used_nothing_that_writes_begins(session, u
     limits.count_tokens(session, user.id, user.id, read=0, written=10)
     limited(session, user, tokens_per_day=10)
     file = api.post("/v1/files", files={"file": ("a.csv", b"text\nx\n")}, data={"purpose": "user_data"}).json()["id"]
-    prompt = api.post("/v1/prompts", json={"name": "p", "template": "{input}"}).json()["id"]
+    prompt = api.post("/v1/prompts", json={"name": "p", "template": "{{input}}"}).json()["id"]
     dataset = ids.public(ids.DATASET, data.id)
     judge = {"type": "score_model", "name": "j", "model": "tiny", "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
     for path, body in (

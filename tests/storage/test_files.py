@@ -135,6 +135,11 @@ def test_sweeping_takes_what_a_killed_reader_left_a_day_ago(session, user, data_
     for folder in (old, new):
         folder.mkdir(parents=True)
         (folder / "rows.jsonl").write_text("{}")
-    os.utime(old, (1, 1))
+    still = data_dir / "tmp" / "bring-long"
+    still.mkdir()
+    (still / "part").write_text("{}")
+    os.utime(old / "rows.jsonl", (1, 1))
+    for folder in (old, still):
+        os.utime(folder, (1, 1))
     files.sweep(session)
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and still.exists(), "what is still written to is no leftover"
