@@ -137,7 +137,7 @@ def test_an_upload_expires_and_is_swept(api, session, data_dir):
 def test_two_senders_at_once_cannot_mix_their_bytes(api, session):
     url = begin(api).headers["location"]
     held = resumable_upload.ticket(session.scalars(select(Upload)).one())
-    with resumable_upload._held(held.path):
+    with resumable_upload.locked(held.path):
         assert patch(api, url, 0, b"abc").status_code == 423
     assert at(api, url) == 0
 
