@@ -45,10 +45,10 @@ def test_noise_is_farther_than_words(reader) -> None:
 
 def test_examples_stand_before_the_question_and_behind_the_system_message() -> None:
     asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    shown = prompt_baseline.Asked([{"role": "system", "content": "other"}, {"role": "user", "content": "q"}], "a")
+    shown = prompt_baseline.SolvedExample([{"role": "system", "content": "other"}, {"role": "user", "content": "q"}], "a")
     said = solved_examples.with_examples(asked, [shown])
     assert [m["content"] for m in said] == ["S", "q", "a", "Q"]
-    assert solved_examples.with_examples("Q:", [prompt_baseline.Asked("q:", "a")]) == "q:a\n\nQ:"
+    assert solved_examples.with_examples("Q:", [prompt_baseline.SolvedExample("q:", "a")]) == "q:a\n\nQ:"
     assert [m.get("weight") for m in prompt_baseline.last_answer(said, "A")["messages"]] == [None, None, 0, None, None]
 
 
