@@ -1,5 +1,5 @@
 # make studio   set everything up and start the studio        make test    set everything up and run the tests
-# make test-all      the same and the long ones: deaths of every part, whole flows, compilers and benchmarks (marker `long`)
+# make test-all      the same and the long ones: deaths of every part, whole flows, journeys in the browser, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
 # make test-faults   the long runs of the tests with more random kills, moves and requests

@@ -72,6 +72,7 @@ def test_jobs_of_nobody(session, user):
     assert "No jobs yet." in luthier("jobs").stdout
 
 
+@pytest.mark.long
 def test_a_folder_becomes_a_model(session, user, tiny_model):
     done = luthier("models", "add", "small", "--path", str(tiny_model))
     assert "small is here." in done.stdout

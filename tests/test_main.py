@@ -285,6 +285,7 @@ def test_logs_carry_no_secret():
     assert "sk-luthier-01234567…" in hidden
 
 
+@pytest.mark.long
 def test_the_web_process_is_light(data_dir):
     """No torch, no pyarrow, no Celery before somebody needs them; under 150 MB."""
     code = (

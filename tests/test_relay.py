@@ -75,6 +75,7 @@ def test_an_order_that_was_rolled_back_is_never_sent(session):
         assert send_batch(s) == 0
 
 
+@pytest.mark.long
 def test_a_broker_that_is_away_leaves_every_message_where_it_was(session, monkeypatch):
     order(3)
     queue.celery.conf.broker_url = "redis://127.0.0.1:1/0"
@@ -171,6 +172,7 @@ def test_what_the_workers_of_a_dead_studio_held_goes_on_at_once(session, user, t
         assert s.scalar(select(Evaluation.deaths)) == 1, "what nobody held has lost nobody"
 
 
+@pytest.mark.long
 def test_the_process_outlives_its_database_connection_and_stops_when_told(session):
     """The real process: its connections are cut in the middle, it goes on, and SIGTERM ends it with code 0."""
     process = subprocess.Popen([sys.executable, "-m", "app.relay"], cwd=PROJECT, env=dict(os.environ), stderr=subprocess.PIPE, text=True)

@@ -162,6 +162,7 @@ def files() -> list[Path]:
     ]
 
 
+@pytest.mark.long
 def test_people_read_the_words_of_the_field():
     found = [
         f"{path.relative_to(PROJECT)}:{line}: “{phrase}”, say: {instead}"

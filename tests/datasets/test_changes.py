@@ -46,6 +46,7 @@ def test_every_kind_of_change_is_counted_and_shown(tmp_path):
     assert (back["removed"], back["added"]) == (1, 0) and changes.words(back) == "1 row removed, 1 relabeled, 1 edited"
 
 
+@pytest.mark.long
 def test_a_version_says_what_it_changed(session, user, make, client, api):
     first = make(TABLE, "tickets.csv")
     second = read(session, versions.relabel(session, user, first, [2], "account"))
@@ -96,6 +97,7 @@ def test_a_longer_limit_is_offered_where_rows_are_truncated():
     assert dataset_view.health(dataset)[1].link == "See rows", "the model's window cannot be raised"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("side", ["train", "validation"])
 def test_both_sides_of_a_split_are_listed(session, make, client, api, side):
     dataset = make(TABLE + "\n" + "text 3,account", "tickets.csv")

@@ -111,6 +111,7 @@ def test_a_subset_is_chosen_by_its_name(session, user, hub):
     assert dataset.report["preview"][0]["row"]["prompt"] == "p 1 0" and dataset.origin["files"] == ["hard/test-00000-of-00001.parquet"]
 
 
+@pytest.mark.long
 def test_pieces_of_a_split_are_put_together(session, user, hub):
     dataset = bring(session, user, repo="luthier/pieces", name="whole")
     assert (dataset.status, dataset.good_rows, dataset.name) == ("ready", 20, "whole"), dataset.error

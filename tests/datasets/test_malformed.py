@@ -56,11 +56,13 @@ def read_many(payload, say):
     return len(outcomes)
 
 
+@pytest.mark.long
 def test_there_are_enough_of_them_and_each_has_a_name_of_its_own():
     names = [case.name for case in malformed.cases(with_giants=True)]
     assert len(names) == len(set(names)) >= 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_each_says_what_is_wrong_where_and_what_to_do(tmp_path, every, batch):
     said = []

@@ -113,6 +113,7 @@ def test_a_line_too_long_is_skipped_without_being_held(tmp_path, name, monkeypat
     assert len(rows(raws)) >= 1
 
 
+@pytest.mark.long
 @given(values=st.lists(st.dictionaries(st.text(st.characters(codec="utf-8", min_codepoint=1), max_size=8), st.recursive(st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")), lambda x: st.lists(x, max_size=3), max_leaves=5), max_size=4), max_size=8), indent=st.sampled_from([None, 1, 4]), chunk=st.integers(1, 40))  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_any_json_list_is_read_back_whatever_the_chunks(values, indent, chunk):

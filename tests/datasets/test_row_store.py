@@ -68,6 +68,7 @@ def test_rows_that_were_found_whole_are_not_hashed_again_until_they_are_touched(
         verify_rows(path, sha256)
 
 
+@pytest.mark.long
 def test_a_job_on_damaged_rows_ends_as_bad_data_before_it_trains(data_dir, tiny_model):
     data = put_dataset(chat_rows(24))
     flip(data_dir / data.path)

@@ -70,6 +70,7 @@ def test_tokens_are_counted_as_the_model_counts_them(session, make, tiny_registe
     assert stats.longest >= wanted / 20
 
 
+@pytest.mark.long
 def test_a_dataset_older_than_the_first_model_is_counted_later(session, make, request):
     dataset = read(session, make())
     assert token_counts.reap(session)["announced"] == 0
@@ -155,6 +156,7 @@ def test_a_reader_killed_in_the_middle_leaves_nothing_and_the_next_one_succeeds(
     assert again.status == "ready" and again.good_rows == 30_000
 
 
+@pytest.mark.long
 def test_a_parquet_file_tells_how_far_it_is_and_the_page_how_long(session, client, make, monkeypatch):
     import io
 
@@ -181,6 +183,7 @@ def test_a_parquet_file_tells_how_far_it_is_and_the_page_how_long(session, clien
     assert "4,000 rows so far, about 3 min left." in page
 
 
+@pytest.mark.long
 def test_progress_is_told_while_it_reads_and_deleting_stops_it(session, user, make, data_dir):
     dataset = make(rows(200_000))
     seen = []
@@ -235,6 +238,7 @@ def test_text_that_postgres_cannot_hold_is_shown_another_way(session, make):
     assert {rule["rule"] for rule in datasets.rules(dataset)} == {"control_character", "template_marker", "wrong_shape"}
 
 
+@pytest.mark.long
 def test_long_conversations_are_read_and_their_preview_is_cut(session, make):
     turns = [{"role": role, "content": f"{role} " * 700} for role in ("user", "assistant")] * 20
     long = "".join(json.dumps({"messages": [{**turns[0], "content": f"{n}"}, *turns[1:]]}) + "\n" for n in range(60))

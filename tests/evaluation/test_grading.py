@@ -101,6 +101,7 @@ def tuned(session, user, data_dir, tiny_registered, data):  # noqa: F811
     return tune(session, user, data_dir, tiny_registered, data, {"name": "full"}, epochs=30)[1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_an_evaluation_with_graders_and_its_page(client, api, session, tuned, data):  # noqa: F811
     saved = api.post("/v1/graders", json={"grader": SAME}).json()
@@ -138,6 +139,7 @@ def test_wrong_orders_name_the_grader(api, session, tiny_registered, data):  # n
     assert session.query(Evaluation).count() == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_judge_in_an_evaluation_is_asked_through_the_generate_worker(session, user, data_dir, tiny_registered, generate_worker):  # noqa: F811
     register_tiny(session, "judge")

@@ -56,6 +56,7 @@ def in_thread(evaluation, going_down=lambda: False) -> threading.Thread:
     return thread
 
 
+@pytest.mark.long
 def test_a_tuned_model_and_its_base_on_the_rows_its_job_held_out(session, user, data_dir, tiny_registered, data):
     job, tuned = tune(session, user, data_dir, tiny_registered, data, forgetting=True)
     made = order(session, user, tuned, data, answers=3, answer_tokens=8)
@@ -85,6 +86,7 @@ def test_a_tuned_model_and_its_base_on_the_rows_its_job_held_out(session, user, 
     assert now_of(made).fence == 1 and not children()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_base_is_scored_alone_and_all_rows_of_learnt_data_are_said_to_be_learnt(session, user, data_dir, tiny_registered, data):
     made = order(session, user, tiny_registered, data, answers=0, rows=5)
@@ -111,6 +113,7 @@ def test_a_killed_process_is_tried_again_and_given_up_at_the_third_death(session
     assert len(session.scalars(select(Outbox.id).where(Outbox.key == made.id)).all()) == 3
 
 
+@pytest.mark.long
 def test_cancelling_ends_the_process_and_a_leaving_worker_gives_it_back(session, user, tiny_registered, data):
     made = order(session, user, tiny_registered, data)
     thread = in_thread(made)

@@ -123,6 +123,7 @@ def _settings() -> Any:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES, *(f"{name} with dropout" for name in DROPS)])
 def test_a_block_is_one_graph_or_two(kernel: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:  # noqa: F811
     """Two where the lowest block's input needs no gradient. What cannot be compiled whole is not compiled."""
@@ -136,6 +137,7 @@ def test_a_block_is_one_graph_or_two(kernel: None, monkeypatch: pytest.MonkeyPat
         assert run.graphs[-1] <= 3 and run.graphs[-1] == run.graphs[0], run.graphs
 
 
+@pytest.mark.long
 def test_in_place_sums_stay_in_place_when_compiled(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """What a compiler makes of `addmm_` has an output of its own, into which a GPU first copies what is added to: 13 ms of a step of a 1 B
     model on an H100."""
@@ -147,6 +149,7 @@ def test_in_place_sums_stay_in_place_when_compiled(kernel: None, monkeypatch: py
     assert graphs.called["luthier.sum_of_products.default"] >= 8
 
 
+@pytest.mark.long
 def test_squeezed_blocks_keep_less_and_repeat_no_product(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Where memory is short a compiled block computes its cheap parts again, of which the activation of the feed-forward is the largest."""
     found = {}
@@ -161,6 +164,7 @@ def test_squeezed_blocks_keep_less_and_repeat_no_product(kernel: None, monkeypat
         assert less.called[name] == whole.called[name] > 0, name
 
 
+@pytest.mark.long
 def test_an_evaluation_between_steps_has_nothing_compiled_again(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """A resumed job's first pass is a step, and what an evaluation leaves behind in the layers must not undo its graphs."""
     run = Compiled(monkeypatch, "lora")

@@ -9,6 +9,7 @@ from tests.gpu.conftest import FakeGpu
 T4 = {"bf16": False, "capability": [7, 5], "name": "Tesla T4"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_card_without_bf16_trains_in_fp16(gpu: FakeGpu, strategy: str) -> None:
     """With a factor on the loss, none of which the host waits for, and without the attention that such a card has no kernel of."""
@@ -27,6 +28,7 @@ def test_without_flash_attention_no_scores_are_written_out(gpu: FakeGpu, precisi
     assert operations["aten._scaled_dot_product_efficient_attention"] and not {"aten._softmax", "aten._safe_softmax"} & set(operations)
 
 
+@pytest.mark.long
 def test_pooling_costs_the_same_for_few_texts_and_for_many(gpu: FakeGpu) -> None:
     few, many = (
         gpu.run(family="bert", task="classification", run={"max_tokens_per_step": tokens}, rows=200)["steps"][-1] for tokens in (128, 1024)

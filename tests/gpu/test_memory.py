@@ -58,6 +58,7 @@ def case_of(name: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
     """Within a tenth, and below the card's memory. The context, which no tensor holds, is left out of both."""
@@ -86,6 +87,7 @@ def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
     assert peak + FLOOR_CUDA_BYTES < memory * GIB
 
 
+@pytest.mark.long
 def test_a_large_card_plays_a_small_one(gpu: FakeGpu) -> None:
     """The planner recomputes what it would on a card of 24 GB, and the allocator gives no more."""
     shape, run = shape_of("8b"), {"max_tokens_per_step": 4096, "max_length": 1024}

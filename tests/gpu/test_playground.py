@@ -16,6 +16,7 @@ drawn, or drawn and told with its log-probability."""
 HOT: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("answers", "sampling", "most"),
     [

@@ -56,6 +56,7 @@ def case_of(name: str) -> dict[str, Any]:
     return CASES[name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_keeps_the_device_busy(gpu: FakeGpu, table: dict[str, int], name: str) -> None:
     case = case_of(name)

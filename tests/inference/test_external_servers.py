@@ -89,6 +89,7 @@ def said(client, model, **more):
     return answer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more", [{"temperature": 0}, {"temperature": 1.1, "n": 2, "stop": ["e"]}, {"temperature": 0, "logprobs": True, "top_logprobs": 3}]
 )
@@ -165,6 +166,7 @@ def test_an_adapter_is_loaded_there_once(openai_client, generate_worker, far, ou
     external_servers._plain_lora.cache_clear()
 
 
+@pytest.mark.long
 def test_an_engine_that_answers_with_something_else_is_found_out(
     api,
     generate_worker,  # noqa: F811
@@ -223,6 +225,7 @@ def test_the_playground_and_the_lab_use_it_too(client, session, user, far, gener
     assert seen.status_code == 200 and "engine_" not in seen.text  # looked up in the weights that are here
 
 
+@pytest.mark.long
 def test_another_studio_is_an_engine(studio, session, openai_client, monkeypatch):
     """A whole studio of its own process, with its own database, answers conversations for a model of this one."""
     allow(monkeypatch, studio.url.replace("http://", f"http://:{studio.key}@") + "/v1")

@@ -25,6 +25,7 @@ def choose(session, user, name="tiny", kind="F32"):
     session.commit()
 
 
+@pytest.mark.long
 def test_it_answers_as_the_built_in_engine_and_the_answer_says_so(openai_client, generate_worker, session, user, client, tiny):  # noqa: F811
     before = said(openai_client, "tiny", temperature=0)
     choose(session, user)

@@ -72,6 +72,7 @@ def test_the_page_without_scripts(client, session, two, generate_worker):  # noq
     assert page.text.count('<li class="tok">') == 10 and "bits/token" in page.text
 
 
+@pytest.mark.long
 def test_in_the_browser(browser_page, served, session, user, two, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 
@@ -97,6 +98,7 @@ def test_in_the_browser(browser_page, served, session, user, two, generate_worke
     look_at(page, "tokens", tmp_path)
 
 
+@pytest.mark.long
 def test_the_table_pairs_a_text_with_the_same_text_as_a_turn(tiny_model, data_dir, tmp_path, monkeypatch, capsys):
     """Models by kind; those that converse are looked at twice, and each column is what a plain forward pass says."""
     import json

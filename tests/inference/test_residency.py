@@ -24,6 +24,7 @@ def loaded() -> dict[str, residency.LoadedModelInfo]:
     return {ready.path: ready for one in residency.everyone() for ready in one.models}
 
 
+@pytest.mark.long
 def test_a_model_is_put_away_when_idle_and_while_training_needs_its_memory(
     openai_client,
     api,

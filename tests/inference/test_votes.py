@@ -161,6 +161,7 @@ def test_a_model_that_fails_leaves_no_round(client, session, two, generate_worke
     assert client.post("/playground/arena", data={"models": ["tiny", "tiny-generic"], "prompt": " "}).status_code == 400
 
 
+@pytest.mark.long
 def test_in_the_browser(browser_page, served, session, user, two, generate_worker, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in
 

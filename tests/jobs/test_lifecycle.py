@@ -585,6 +585,7 @@ def test_files_left_by_a_death_after_the_commit_go_later(failed_at_15, user, ses
     assert there(folders) == [5]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("orders", "moves"),

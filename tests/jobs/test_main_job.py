@@ -151,6 +151,7 @@ def test_in_the_browser(studio, browser_page, note, sample):
     note("browser", job, losses_of(events), answers, seconds_to_first_step=round(first_step, 1), heights=heights, proofs=proofs)
 
 
+@pytest.mark.long
 def test_with_the_openai_client(studio, note, sample):
     import openai
 

@@ -138,6 +138,7 @@ def test_a_list_that_was_exchanged_with_the_files_is_another_revision(session, t
 # What is made from a model --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_job_on_damaged_weights_ends_in_words_and_goes_on_once_they_are_back(session, user, client, tiny_registered, data_dir):
     job = make_job(session, user, tiny_registered, make_dataset(session, user, data_dir), **QUICK)
     flip(data_dir / tiny_registered.path / "model.safetensors")
@@ -170,6 +171,7 @@ def tried_again(model: Model) -> Model:
     return now_of(model)
 
 
+@pytest.mark.long
 def test_a_damaged_model_is_brought_in_again_from_where_it_came(tiny_registered, data_dir):
     place = data_dir / tiny_registered.path
     flip(place / "model.safetensors")

@@ -100,6 +100,7 @@ def test_traces_without_the_extra_are_refused_with_what_to_install(data_dir, mon
         tracing._tracer.cache_clear()
 
 
+@pytest.mark.long
 def test_the_trainer_itself_logs_the_ids_and_is_a_span(spans, session, user, data_dir, tiny_registered, monkeypatch):
     """The real trainer, as its worker starts it for a message of the queue."""
     from worker import tasks

@@ -84,6 +84,7 @@ def test_another_persons_export_is_not_there(session, user, tiny_registered) -> 
 # The child ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_registered, job_on, tiny_model, data_dir) -> None:  # noqa: F811
     tune_by_hand(data_dir / "runs" / "1" / "final", tiny_model)
     tuned = models.register_tuned(session, job_on(tiny_registered, status="succeeded"), finished("runs/1/final", "cd" * 32))
@@ -107,6 +108,7 @@ def test_a_tuned_model_is_merged_written_and_compared(session, user, tiny_regist
     assert not folder.exists()
 
 
+@pytest.mark.long
 def test_what_the_exporter_refuses_fails_with_its_reason_and_leaves_nothing(session, user, tiny_registered, data_dir, tiny_model) -> None:
     folder = data_dir / tiny_registered.path
     told = json.loads((folder / "tokenizer.json").read_text())
@@ -190,6 +192,7 @@ def test_a_worker_that_leaves_gives_it_back(session, user, tiny_registered, data
     assert list((data_dir / "tmp").iterdir()) == [], "what it left for another worker goes with the export"
 
 
+@pytest.mark.long
 def test_an_interrupted_export_continues_with_the_files_that_were_completed(session, user, tiny_registered, data_dir) -> None:
     made = order(session, user, types=("Q8_0", "F16", "F32"))
     first = lambda: list((data_dir / "tmp").glob("export-*/out/*-Q8_0.gguf"))  # noqa: E731
@@ -216,6 +219,7 @@ def test_files_that_were_moved_and_never_recorded_go_with_a_cancelled_export(ses
     assert not folder.exists() and made.files == []
 
 
+@pytest.mark.long
 def test_a_folder_that_an_attempt_left_is_replaced_and_not_mixed(session, user, tiny_registered, data_dir) -> None:
     """A worker can die between moving its files and recording them."""
     made = order(session, user)

@@ -60,6 +60,7 @@ def test_a_hub_that_ignores_ranges_begins_again(stand_in: Hub, data_dir: Path) -
     assert (into / "model.safetensors").read_bytes() == stand_in.files[REPO]["model.safetensors"]
 
 
+@pytest.mark.long
 def test_a_download_is_given_up_and_tried_again_from_where_it_was(session, user, stand_in: Hub) -> None:
     stand_in.cuts = [60_000] + [0] * hub_files.TRIES
     model = imports.add_hub(session, user, REPO)

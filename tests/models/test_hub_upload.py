@@ -62,6 +62,7 @@ def test_a_push_creates_a_private_repository_with_every_file(session, user, made
     assert not token.exists() and list((data_dir / "tmp").iterdir()) == [] and made.status == "succeeded" and made.lease_until is None
 
 
+@pytest.mark.long
 def test_a_push_that_was_interrupted_continues(session, user, made, hub) -> None:
     push(session, user, made)
     hub.hold_after = 1
@@ -75,6 +76,7 @@ def test_a_push_that_was_interrupted_continues(session, user, made, hub) -> None
     assert sorted(hub.puts.values()) == [1, 1], "what had been uploaded was not sent again"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "where, status, code, words",
     [
@@ -99,6 +101,7 @@ def test_what_the_hub_refuses_is_said(session, user, made, hub, where: str, stat
     assert made.hub["status"] == "succeeded" and made.hub["error"] is None
 
 
+@pytest.mark.long
 def test_a_wrong_token_is_refused_by_the_hub_and_a_public_repository_by_us(session, user, made, hub) -> None:
     push(session, user, made, token="hf_wrong")
     exports.run(made.id)

@@ -116,6 +116,7 @@ def test_rows_of_compressed_tensors_with_zero_points(tiny_model: Path, tmp_path:
     assert torch.equal(found[name], expected.to(torch.bfloat16))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(PathFinder.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_int8_of_bitsandbytes_as_transformers_writes_it(tiny_model: Path, tmp_path: Path) -> None:
     """In a child, since this process runs without bitsandbytes where there is no GPU."""
@@ -215,6 +216,7 @@ def test_a_scale_that_lies_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     assert scheme_of(INT8).scale_of("a.weight") == "a.SCB"
 
 
+@pytest.mark.long
 def test_one_is_added_through_the_studio_and_its_page_says_so(client, session, user, tiny_model: Path) -> None:
     folder = get_settings().folder("import") / "small-fp8"
     quantize(tiny_model, folder, FP8, in_blocks(32))

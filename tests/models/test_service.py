@@ -214,6 +214,7 @@ def importable(data_dir: Path, tiny_model: Path) -> Path:
     return Path(shutil.copytree(tiny_model, data_dir / "import" / "workshop"))
 
 
+@pytest.mark.long
 def test_a_local_folder_is_copied_checked_and_ready(session, user, importable, data_dir) -> None:
     (importable / "notes.txt").write_text("stays behind")
     (importable / "README.md").write_text("---\nlicense: mit\n---\n# Workshop\n")
@@ -414,6 +415,7 @@ def tune_by_hand(folder: Path, base: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_an_adapter_is_merged_into_plain_weights_with_the_same_answers(
     session, user, tiny_registered, tiny_model, job_on, data_dir
 ) -> None:

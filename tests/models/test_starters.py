@@ -117,6 +117,7 @@ def test_a_folder_that_was_touched_is_made_again(tmp_path, data_dir, tiny_model,
     assert starters.ensure("small") == folder and starters.present("small") is not None
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_children")
 def test_a_row_follows_from_the_files_and_the_service_queues_the_rest(session, user, tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")

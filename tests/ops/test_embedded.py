@@ -97,6 +97,7 @@ def test_no_process_has_the_password_in_its_environment_or_its_arguments(running
                 assert password not in Path(f"/proc/{pid}/{name}").read_bytes(), f"{name} of {pid}"
 
 
+@pytest.mark.long
 def test_a_second_start_says_who_holds_the_folder(running):
     again = subprocess.run(
         [sys.executable, "-m", "app.cli", "up", "--port", "0", "--data-dir", str(running.data_dir)],
@@ -109,6 +110,7 @@ def test_a_second_start_says_who_holds_the_folder(running):
     assert is_ready(running)
 
 
+@pytest.mark.long
 def test_commands_work_beside_it(running):
     made = running.luthier("keys", "create", "laptop")
     assert made.returncode == 0, made.stderr
@@ -164,6 +166,7 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_start_recovers(running,
     assert Lock(folder).holder() is None
 
 
+@pytest.mark.long
 def test_a_command_works_without_a_studio(folder, running):
     running.stop()
     alone = running.luthier("keys", "create", "alone")

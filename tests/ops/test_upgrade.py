@@ -154,6 +154,7 @@ def test_errors_say_hint(upgraded):
     assert [row["result"] for row in rows["prompt_runs"]] == [{"rows": 3}], "what its lease once kept there has columns now"
 
 
+@pytest.mark.long
 def test_pages_and_programs_read_it(upgraded, client, api):
     listed = {job["status"]: job for job in api.get("/v1/fine_tuning/jobs").json()["data"]}
     assert set(listed) == {"succeeded", "paused", "failed"}
@@ -175,6 +176,7 @@ def test_pages_and_programs_read_it(upgraded, client, api):
         assert client.get(page).status_code == 200, page
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_paused_job_goes_on_from_its_checkpoint(upgraded, user):
     job = upgraded.scalars(select(Job).where(Job.status == "paused")).one()
@@ -264,6 +266,7 @@ def test_a_step_goes_down_and_up_again_with_rows_in_it(upgraded, user, revision)
             assert again[name] == full[name], name
 
 
+@pytest.mark.long
 @pytest.mark.studio
 def test_luthier_upgrade_backs_up_first_and_the_backup_is_of_before(upgraded, tmp_path_factory):
     """A studio whose schema is two steps old: what is missing is said, then backed up, then run; and the backup restores as it was."""

@@ -280,6 +280,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     assert spec_builder.build_spec(session, user, job_request.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
 
 
+@pytest.mark.long
 def test_the_device_of_a_run(api, client, session, user, tiny_registered, read, monkeypatch):
     """cuda is refused where nothing has a GPU, and cpu is planned without the one that is there."""
     kinds = read(labelled("card", "cash"))
@@ -340,6 +341,7 @@ def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, t
     assert job.status == "failed" and job.error["code"] == "one_class"
 
 
+@pytest.mark.long
 def test_the_api_and_the_form_say_the_same(api, client, session, user, tiny_registered, read):
     bad = read(labelled("card"))
     answer = api.post("/v1/fine_tuning/jobs", json=order_of(bad))

@@ -103,6 +103,7 @@ def test_the_form_leads_to_the_advice_and_the_advice_back(client, tiny_registere
     assert re.search(rf'value="{named}" checked', client.get(back).text)
 
 
+@pytest.mark.long
 def test_what_would_help_more_than_another_method_is_said_first(api, client, session, user, tiny_registered, labelled, data_dir):
     """An encoder for labels, rows for a small class, even classes, and a max length that keeps the rows whole."""
     rows = [{"text": "a text", "label": "a"}] * 50 + [{"text": "a rare text", "label": "b"}]

@@ -140,6 +140,7 @@ def test_template_markers_in_content_stay_content(client, session):
     assert still_serves(client)
 
 
+@pytest.mark.long
 def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user):
     gone = register_tiny(session, "going")
     stream = client.chat.completions.create(model="going", messages=ASK, stream=True, **ENDLESS)
@@ -154,6 +155,7 @@ def test_a_model_deleted_in_mid_stream_is_finished_or_told(client, session, user
     assert still_serves(client)
 
 
+@pytest.mark.long
 def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off(client, served, session, monkeypatch):
     monkeypatch.setattr(streaming, "STUCK_SECONDS", 1.0)
     host, port = served.removeprefix("http://").split(":")

@@ -232,6 +232,7 @@ def test_client_that_leaves_stops_the_generation(client, served, session, answer
     assert 0 < row.usage["completion_tokens"] <= stopped_after(answering_dir, row.id) < 8000
 
 
+@pytest.mark.long
 def test_worker_killed_mid_stream_ends_with_an_error_and_the_next_one_answers(client, generate_worker, session):  # noqa: F811
     stream = answer(client, max_tokens=480, n=8, stream=True, logit_bias={"70": 100})
     assert next(iter(stream)).choices[0].delta.role == "assistant"
@@ -257,6 +258,7 @@ def test_lone_surrogate_in_raw_json(client, served):
     assert said.status_code in (200, 400) and ("choices" in said.json() or "error" in said.json())
 
 
+@pytest.mark.long
 def test_tokens_of_a_day_are_counted_and_limited(client, session, user):
     """Counted where an answer is stored, refused by the next one; what writes nothing is not."""
     said = answer(client)

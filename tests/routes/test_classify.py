@@ -74,6 +74,7 @@ def test_bad_requests(api, classifier, change, param):
     assert said.status_code == 400 and said.json()["error"]["param"] == param and said.json()["error"]["message"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classifier", ["lora"], indirect=True)
 def test_the_page_shows_bars(browser_page, served, session, user, classifier, generate_worker, data_dir, tmp_path):  # noqa: F811
     from tests.looks import look_at, sign_in

@@ -88,6 +88,7 @@ def test_a_refused_upload_says_why(client, session, data_dir, name, data, words)
     assert not [path for path in (data_dir / "blobs").glob("*/*")]
 
 
+@pytest.mark.long
 def test_every_sample_is_good_in_every_row_and_is_what_the_index_says(client, session):
     for sample in samples.list_():
         path = read(session, client.post(f"/datasets/samples/{sample['name']}", follow_redirects=False))
@@ -135,6 +136,7 @@ def test_a_pasted_table_becomes_a_file(client, session, text, extension, columns
     assert dataset.error["columns"] == columns and dataset.error["preview"]
 
 
+@pytest.mark.long
 def test_what_is_no_table_is_not_pasted(client, session):
     for text, status in (("", 400), ("only,names", 400), ("a\n" * 2_500_001, 413)):
         answer = client.post("/datasets/paste", data={"text": text})

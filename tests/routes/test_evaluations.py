@@ -71,6 +71,7 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
     assert gone.status_code == 400 and "part" in gone.text, "the form is not shown without a model; what was wrong is"
 
 
+@pytest.mark.long
 def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, user, data_dir, tiny_registered, data):
     job, tuned = tune(session, user, data_dir, tiny_registered, data, epochs=4)
     page = f"/models/{ids.public(ids.MODEL, tuned.id)}?tab=evaluations"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from app.kit import ids
 from app.models import exports
 from app.tables import Export
 
 
+@pytest.mark.long
 def test_an_export_through_the_api(api, session, user, tiny_registered) -> None:
     made = api.post("/v1/models/tiny/exports", json={"format": "gguf", "types": ["F16"]})
     assert made.status_code == 200, made.text

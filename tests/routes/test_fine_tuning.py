@@ -153,6 +153,7 @@ def pairs_id(openai_client, user):
     return uploaded.id
 
 
+@pytest.mark.long
 def test_the_method_dpo_tunes_on_preferences(openai_client, tiny_registered, pairs_id, data_dir):
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 4, "batch_size": 4}}}
     run = {"learning_rate": 1e-2, "samples": 1, "sample_tokens": 4}
@@ -306,6 +307,7 @@ def test_checkpoint_permissions(openai_client, file_id, data_dir):
             permissions.create(name, project_ids=[wrong])
 
 
+@pytest.mark.long
 def test_strategies_and_estimates(server, file_id):
     with httpx.Client(base_url=server[0], headers={"authorization": f"Bearer {server[1]}"}) as web:
         listed = web.get("/v1/strategies").json()["data"]
@@ -378,6 +380,7 @@ def test_more_history_than_the_ring_holds_comes_from_postgres(server, openai_cli
     assert [e["step"] for e in reader.heard if e["type"] == "step"] == list(range(1, 302))
 
 
+@pytest.mark.long
 def test_without_redis_watchers_still_hear(server, openai_client, file_id, monkeypatch):
     monkeypatch.setattr(queue, "notify", lambda *_: None)
     job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)

@@ -62,6 +62,7 @@ def latest(page) -> str:
     return page.inner_text(".progress p")
 
 
+@pytest.mark.long
 def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, served, session, user, tiny_registered):
     life = lives.Life(session, lives.order(session, user, tiny_registered))
     page.goto(served + address(life))
@@ -100,6 +101,7 @@ def test_events_appear_as_they_are_recorded_and_a_reload_shows_the_same(page, se
     assert "succeeded" in page.get_attribute("link[rel=icon]", "href")
 
 
+@pytest.mark.long
 def test_runs_that_are_compared_are_followed_to_their_end(page, served, session, user, tiny_registered):
     ended = lives.Life(session, lives.order(session, user, tiny_registered, name="first")).claim()
     ended.say(lives.started(), *lives.steps(1, 120)).finish()
@@ -127,6 +129,7 @@ def test_runs_that_are_compared_are_followed_to_their_end(page, served, session,
     assert page.inner_text("main") == seen
 
 
+@pytest.mark.long
 def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_registered):
     life = lives.running(session, user, tiny_registered)
     context = browser.new_context()
@@ -159,6 +162,7 @@ def test_two_browsers_see_the_same(page, browser, served, session, user, tiny_re
     context.close()
 
 
+@pytest.mark.long
 def test_a_lost_connection_misses_nothing(page, served, session, user, tiny_registered, said):
     life = lives.running(session, user, tiny_registered)
     page.goto(served + address(life))
@@ -185,6 +189,7 @@ def note(page, path: str) -> str:
     return page.inner_text(f".side .wide [data-count='{path}']")
 
 
+@pytest.mark.long
 def test_the_menu_stays_true_and_says_when_the_studio_is_away(page, served, session, user, tiny_registered, said):
     life = lives.running(session, user, tiny_registered)
     lives.order(session, user, tiny_registered)  # another version of the same dataset
@@ -212,6 +217,7 @@ def test_the_menu_stays_true_and_says_when_the_studio_is_away(page, served, sess
     said[:] = [text for text in said if "DISCONNECTED" not in text and "Failed to fetch" not in text and "NETWORK" not in text]
 
 
+@pytest.mark.long
 def test_the_end_of_a_job_is_told_and_text_is_copied_without_a_clipboard(page, served, session, user, tiny_registered):
     life = lives.running(session, user, tiny_registered)
     page.add_init_script("""window.notes = []; navigator.__proto__.__defineGetter__("clipboard", () => undefined);
@@ -246,6 +252,7 @@ def test_charts_fit_their_place_and_follow_the_theme(page, served, session, user
     until(page, f"({pixels}) !== {light!r}")
 
 
+@pytest.mark.long
 def test_a_chart_says_the_value_under_the_pointer(page, served, session, user, tiny_registered):
     page.goto(served + address(lives.running(session, user, tiny_registered)))
     until(page, f"({CHART})('loss')")
@@ -255,6 +262,7 @@ def test_a_chart_says_the_value_under_the_pointer(page, served, session, user, t
     until(page, "document.querySelector('[data-legend=loss] [data-at]').textContent === ''")
 
 
+@pytest.mark.long
 def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session, user, tiny_registered, dataset):  # noqa: F811
     page.goto(f"{served}/jobs/new?model=tiny")
     page.click("#advanced > summary")
@@ -276,6 +284,7 @@ def test_the_form_estimates_as_one_types_and_loses_nothing(page, served, session
     assert "rank 16" in page.inner_text("main")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nobody_is_shut_out(page, served, session, user, tiny_registered, dataset, theme):  # noqa: F811
     failed = lives.Life(session, lives.order(session, user, tiny_registered)).claim().say(lives.started(), *lives.steps(1, 3))
@@ -294,6 +303,7 @@ def test_nobody_is_shut_out(page, served, session, user, tiny_registered, datase
         assert objections(page, COLORS if theme == "dark" else ()) == [], path
 
 
+@pytest.mark.long
 def test_without_scripts_the_page_shows_all_and_says_how_to_look_again(browser, served, session, user, tiny_registered):
     context = browser.new_context(java_script_enabled=False)
     page = sign_in(context, served, session, user)

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 
+import pytest
 from sqlalchemy import event, insert
 
 from app.datasets import versions
@@ -122,6 +123,7 @@ def test_names_and_tags_are_given_by_page_and_api_and_follow_new_versions(api, c
     assert api.patch("/v1/models/none", json={"title": "x"}).status_code == 404
 
 
+@pytest.mark.long
 def test_ticked_rows_are_done_and_a_refused_one_says_why(client, session, user, tiny_registered, chats):
     found = create(session, user, body(chats, "lora", "ia3", "layer_norm"))
     ended, open_, other = comparisons.jobs_of(session, found)
@@ -152,6 +154,7 @@ def test_ticked_rows_are_done_and_a_refused_one_says_why(client, session, user, 
     )
 
 
+@pytest.mark.long
 def test_a_list_asks_the_database_as_often_for_many_rows_as_for_few(client, session, user, tiny_registered, chats):
     found = create(session, user, body(chats, "lora", "ia3"))
     first = comparisons.jobs_of(session, found)[0]

@@ -308,6 +308,7 @@ def test_the_api_says_what_auto_came_to(api, session, user, tiny_registered, cha
     assert begun["method"]["supervised"]["hyperparameters"] == begun["hyperparameters"]
 
 
+@pytest.mark.long
 def test_small_data_holds_out_more_unless_somebody_says_how_much(client, api, session, user, tiny_registered, chats):
     """60 rows hold out ten. The form, the API and the split page say the same share; a tenth that was typed stays a tenth, and so does
     that of a job ordered before the rule."""

@@ -54,6 +54,7 @@ def until_ready(client, address):
     raise AssertionError("never ready")
 
 
+@pytest.mark.long
 def test_rows_are_shown_token_by_token_with_their_mask(client, tiny_registered, dataset, path, worker):
     page = until_ready(client, path + "/rows?cutoff=128")
     assert "25 rows" in page and 'class="t1"' in page and 'class="t0"' in page
@@ -75,6 +76,7 @@ def test_without_a_model_the_rows_are_shown_all_the_same(client, dataset, path, 
     assert "25 rows" in page and "number 3 made" in page and "Once a model is available" in page
 
 
+@pytest.mark.long
 def test_long_rows_are_cut_on_the_page_and_whole_in_their_editor(client, session, user, tiny_registered, worker):
     long = [json.loads(line) for line in lines(10).splitlines()]
     for row in long:
@@ -88,6 +90,7 @@ def test_long_rows_are_cut_on_the_page_and_whole_in_their_editor(client, session
     assert len(client.get(path + "/10").text) > 490_000
 
 
+@pytest.mark.long
 def test_a_row_is_edited_in_fields_or_as_json_into_a_new_version(client, session, dataset, path, worker):
     page = client.get(path + "/rows/3").text
     assert "number 2 made" in page and 'name="text.messages[1]"' in page
@@ -111,6 +114,7 @@ def test_a_row_is_edited_in_fields_or_as_json_into_a_new_version(client, session
     assert client.get(path + "/rows/999").status_code == 404
 
 
+@pytest.mark.long
 def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user, worker):
     data = lines(12) + '\n{"messages": [{"role": "user", "content": "<i>a"}\n' + lines(1).replace('"user"', '"customer"')
     dataset = datasets.create(session, user, files.add_bytes(session, user, data.encode(), "x.jsonl", "fine-tune"))
@@ -148,6 +152,7 @@ def test_a_line_that_cannot_be_read_is_mended_by_hand(client, api, session, user
     assert session.scalars(select(Dataset).where(Dataset.version == 3)).one().edits == [{"operation": "drop_row", "lines": [14]}]
 
 
+@pytest.mark.long
 def test_the_ledger_sorts_the_rows(client, session, user, dataset, path, tiny_registered, worker, data_dir):
     job = Job(owner_id=user.id, name="judge", status="succeeded", spec={}, model_id=tiny_registered.id, dataset_id=dataset.id)
     session.add(job)
@@ -165,6 +170,7 @@ def test_the_ledger_sorts_the_rows(client, session, user, dataset, path, tiny_re
     assert client.get(path + "/rows?sort=colour").status_code == 400
 
 
+@pytest.mark.long
 def test_programs_get_the_same_rows(api, dataset, tiny_registered, worker):
     key = ids.public(ids.DATASET, dataset.id)
     for _ in range(20):

@@ -51,6 +51,7 @@ def test_a_nul_is_refused_at_the_edge(api, client, session):
     assert key.status_code == 400 and session.scalar(select(func.count()).select_from(Upload)) == 0
 
 
+@pytest.mark.long
 def test_a_whole_upload_becomes_a_dataset(api, session):
     answer = begin(api, name="Chats", format="chat")
     assert answer.status_code == 201 and answer.headers["upload-expires"].endswith("GMT")

@@ -153,6 +153,7 @@ def test_a_request_whose_headers_never_come_is_ended(door):
     assert all(b"HTTP/1.1 408" in text for text in heard), heard
 
 
+@pytest.mark.long
 def test_a_body_that_does_not_come_is_ended_and_a_slow_one_is_waited_for(door):
     """The slow one takes several times as long as the wait; it is answered 403 or 503, after all of it was read."""
     port, _ = door
@@ -232,6 +233,7 @@ def test_connections_are_counted_by_address_and_together(tmp_path):
         wait_until(lambda: answers(port), what="room", seconds=10)
 
 
+@pytest.mark.long
 def test_what_a_stranger_says_of_his_own_address_is_not_believed(tmp_path, session, user, valkey):
     """Wrong passwords, each with another made-up address, as a local process or one behind a careless proxy sends them."""
     with web_process(tmp_path) as (port, _):
@@ -245,6 +247,7 @@ def wrong_password(asker: httpx.Client, address: str) -> int:
     return asker.post("/sign-in", data={"name": "owner", "password": "x"}, headers={"x-forwarded-for": address}).status_code
 
 
+@pytest.mark.long
 def test_a_named_proxy_is_believed(session, user, monkeypatch):
     from app.main import create_app
 

@@ -77,6 +77,7 @@ def test_a_vocabulary_from_elsewhere_is_seen_even_if_the_keys_were_allowed(
 # The fork -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_fork_may_take_only_so_much() -> None:
     assert limited(lambda: {"a": [1]}, "It", 5, 2**28) == {"a": [1]}
     with pytest.raises(BadData, match=r"It needed more than 0\.2 GiB"):
@@ -94,6 +95,7 @@ def test_a_fork_may_take_only_so_much() -> None:
 # In the studio ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_request_opens_nothing_but_the_config(session, user, data_dir: Path, tiny_model: Path) -> None:
     """Whatever else is in the folder, and however large, the answer comes at once and the child says what is wrong."""
     (data_dir / "import" / "x").mkdir(parents=True)
@@ -147,6 +149,7 @@ def announced(session) -> list[str]:
     return list(session.scalars(select(Outbox.key).where(Outbox.task == "luthier.examine")))
 
 
+@pytest.mark.long
 def test_models_of_earlier_rules_are_examined_once(session, user, data_dir: Path, tiny_model: Path) -> None:
     good = kept_before(session, user, data_dir, tiny_model, None)
     bad = kept_before(session, user, data_dir, tiny_model, "map names vocab_file")

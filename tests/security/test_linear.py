@@ -16,6 +16,7 @@ SUBJECTS = linear.subjects()
 pytestmark = pytest.mark.timeout(900)  # what is quadratic on purpose takes long where other tests run beside it
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_twice_the_text_takes_twice_the_time(name):
     assert not linear.too_fast(SUBJECTS[name], *LENGTHS)
@@ -24,6 +25,7 @@ def test_twice_the_text_takes_twice_the_time(name):
 DEEPER = [("reader json", repr("\\")), ("overlap", repr("\u0300\u0316")), ("format rated", "pairs"), ("reader txt", "'a'")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "text"), DEEPER)
 def test_what_shows_in_long_texts_only(name, text):
     assert linear.growth(SUBJECTS[name], linear.hostile()[text], 1 << 16).ratio <= linear.MAX_RATIO
@@ -43,6 +45,7 @@ def test_everything_in_the_registries_is_measured():
     assert named | {f"reader {kind}" for kind in readers.READERS} | {f"edit {name}" for name in TEXT_EDITS} <= set(SUBJECTS)
 
 
+@pytest.mark.long
 def test_tokens_are_counted_in_a_time_that_grows_with_the_text(tiny_model):
     name, prepare = next(reversed(linear.subjects(tiny_model).items()))
     assert name == "tokens"

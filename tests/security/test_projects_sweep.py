@@ -92,6 +92,7 @@ def named_anywhere(case: Case) -> set[str]:
     return set(found) - NOT_OF_A_PROJECT - SHARED
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_stranger_finds_nothing_of_a_project_he_is_not_in(web, session, team, world):
     """404, as for an id that names nothing: never 200, and never a 403, which would tell that something is there."""
@@ -113,6 +114,7 @@ def test_a_stranger_finds_nothing_of_a_project_he_is_not_in(web, session, team, 
     assert counts["GET"] >= 44 and counts["POST"] >= 51 and counts["DELETE"] >= 9 and counts["PATCH"] >= 4, counts
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_who_may_only_look_sees_everything_and_changes_nothing(web, session, team, world):
     ada = made(session, "Ada", "member")

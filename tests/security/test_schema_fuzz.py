@@ -101,6 +101,7 @@ class Hearing:
             self.wrong.extend(f"{caller.name}: {raw}: {what}" for what in json_shape(answer))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", SECONDS)
 def test_requests_made_from_the_schema(seconds, web, api, session, user, tiny_registered, data_dir):
     member, viewer = made(session, "Ada", "member"), made(session, "Vic", "viewer")

@@ -71,6 +71,7 @@ def test_the_public_list_is_the_one_written_here(web):
     assert known >= auth.PUBLIC, "a public path that no route has any more"
 
 
+@pytest.mark.long
 def test_nothing_else_answers_without_sign_in(web):
     asker = TestClient(web.app, base_url=ORIGIN)
     for method, path in every(web.app):
@@ -84,6 +85,7 @@ def test_nothing_else_answers_without_sign_in(web):
             assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), f"{method} {path}: {answer.status_code}"
 
 
+@pytest.mark.long
 def test_a_made_up_key_or_cookie_opens_nothing(web):
     fakes = (
         {"authorization": f"Bearer sk-luthier-{'0' * 32}-x"},
@@ -112,6 +114,7 @@ def test_a_page_of_another_site_changes_nothing(client, api):
         assert client.post("/theme", data={"theme": "dark"}, headers={"sec-fetch-site": site}).status_code == 403
 
 
+@pytest.mark.long
 def test_a_cookie_alone_changes_nothing(client):
     """Without the token, with a token of another session and with a broken one, whatever the method."""
     tokens = ({}, {"x-csrf-token": "0" * 16 + "." + "0" * 64}, {"x-csrf-token": "x"}, {"x-csrf-token": "."})
@@ -180,6 +183,7 @@ TUS = {"tus-resumable": "1.0.0", "content-type": "application/offset+octet-strea
 """What a resumable upload must say before anybody looks for it."""
 
 
+@pytest.mark.long
 def test_an_object_that_is_not_there_is_a_404(api, client):
     """The scaffold of the ownership sweep: an id of the right shape that is not ours must look the same as none at all."""
     for method, path in every(api.app):
@@ -218,6 +222,7 @@ def people(web, session, user):
     return found
 
 
+@pytest.mark.long
 def test_a_role_is_refused_what_it_does_not_allow_and_nothing_else(people, web):
     """Every route × every role: 403 with the reason where the table says so, and never elsewhere."""
     ends_the_session = {"/sign-out", "/settings/account/sign-out-everywhere"}
@@ -236,6 +241,7 @@ def test_a_role_is_refused_what_it_does_not_allow_and_nothing_else(people, web):
     assert not counts["admin", False] and counts["viewer", False] > 130 and counts["member", False] >= 10, counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scope", list(policy.KEY_SCOPES))
 def test_a_key_does_what_its_scopes_allow_and_nothing_else(web, session, user, scope):
     _, text = auth.create_key(session, user, "a program", [scope])

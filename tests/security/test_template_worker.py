@@ -32,6 +32,7 @@ def seconds(client, model: str, content: str = "What wood is it?") -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.long
 def test_bombs_are_refused_and_other_models_answer_as_before(openai_client, generate_worker, session, answering_dir):  # noqa: F811
     add(session, answering_dir, "loops", bombs.GUARDED["late loops"])
     add(session, answering_dir, "doubles", bombs.GUARDED["a text times a number"])

@@ -95,6 +95,7 @@ def test_the_limits_are_those_that_are_promised(tokenizer) -> None:
     assert "512 MiB" in ended(tokenizer, bombs.guarded(bombs.GUARDED["a text times a number"])).message
 
 
+@pytest.mark.long
 def test_others_are_not_waited_for_while_bombs_go_off(tokenizer) -> None:
     bad = [bombs.guarded(bombs.GUARDED["late loops"]) + " " * n for n in range(3)]
     write(tokenizer, bombs.PLAIN, TemplateInput(GOOD))

@@ -71,6 +71,7 @@ def now_of(key) -> Job:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
     from worker.supervision import train_attempt
@@ -180,6 +181,7 @@ def test_a_dataset_that_met_a_full_disk_is_read_again_by_one_click(small_disk, s
     assert "Read it again" not in client.get(path).text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("before", [True, False], ids=["before it starts", "half-way"])
 def test_an_export_that_meets_a_full_disk_leaves_nothing_and_can_be_ordered_again(
     small_disk, session, user, tiny_registered, monkeypatch, before: bool

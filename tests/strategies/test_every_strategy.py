@@ -109,6 +109,7 @@ DELICATE = {"full", "pissa"}
 """They move the largest directions of the weights: at ten times the rate, every last digit doubles from step to step."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_bf16_where_it_is_chosen_learns_as_float32_does(name: str, tiny_model: Path, shape: Shape, tokenizer) -> None:
     strategy = runnable(name, shape)

@@ -15,6 +15,7 @@ from tests.looks import look_at
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.long
 def test_admin_and_audit_log(page: Page, served: str, session, user, tiny_registered, tmp_path: Path):
     lives.Life(session, lives.order(session, user, tiny_registered, name="support-tone")).claim().say(lives.started(), *lives.steps(1, 20))
     failed = lives.Life(session, lives.order(session, user, tiny_registered, name="broken")).claim()

@@ -15,6 +15,7 @@ from tests.looks import look_at
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.long
 def test_an_alias_is_set_moved_and_removed(page: Page, served: str, session, user, tmp_path: Path) -> None:
     first, second = register_tiny(session, "tiny"), register_tiny(session, "other")
 

@@ -23,6 +23,7 @@ def address(comparison) -> str:
     return f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"
 
 
+@pytest.mark.long
 def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, session, user, tiny_registered, chats, tmp_path: Path):
     page.goto(f"{served}/compare/new")
     start = page.locator("#start")
@@ -57,6 +58,7 @@ def test_a_comparison_is_chosen_ordered_and_followed(page: Page, served: str, se
     look_at(page, "comparisons", tmp_path)
 
 
+@pytest.mark.long
 def test_a_comparison_of_many_at_its_end(page: Page, served: str, session, user, tiny_registered, chats, tmp_path: Path):
     names = [
         "lora",
@@ -87,6 +89,7 @@ def test_a_comparison_of_many_at_its_end(page: Page, served: str, session, user,
     expect(page.get_by_text("Part of the comparison")).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_learning_curve(page: Page, served: str, session, user, tiny_registered, kinds, tmp_path: Path):
     page.goto(f"{served}/compare/new?kind=learning_curve")
     page.locator('input[name=strategy][value="dense_head"]').check()
@@ -100,6 +103,7 @@ def test_a_learning_curve(page: Page, served: str, session, user, tiny_registere
     look_at(page, "learning-curve", tmp_path)
 
 
+@pytest.mark.long
 def test_results_of_finished_jobs(page: Page, served: str, session, user, tiny_registered, tmp_path: Path):
     pages = {
         "job-generation": finish(session, user, tiny_registered, GENERATION, forgotten(1.2)),
@@ -112,6 +116,7 @@ def test_results_of_finished_jobs(page: Page, served: str, session, user, tiny_r
         look_at(page, name, tmp_path)
 
 
+@pytest.mark.long
 def test_the_form_of_a_job_with_advice_and_rows_to_check_with(
     page: Page, served: str, session, user, tiny_registered, kinds, tmp_path: Path
 ):

@@ -80,6 +80,7 @@ def room(session, user, tiny_registered, data_dir) -> Iterator[str]:
         yield f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
 
 
+@pytest.mark.long
 def test_the_data_room(page, served, room, tmp_path):
     places = [
         ("report", ""),
@@ -109,6 +110,7 @@ def dragged(page, place, *paths):
     wire.detach()
 
 
+@pytest.mark.long
 def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, session, data_dir, tmp_path):
     path = tmp_path / "large.jsonl"
     path.write_text("\n".join(chat(f"Question {n}", "word " * 300) for n in range(14_000)))
@@ -167,6 +169,7 @@ def test_an_upload_goes_on_after_a_broken_connection_and_a_reload(page, served, 
     assert file.bytes == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.long
 def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_path):
     extra = "\n".join(chat(f"Another question {n}", f"Another answer {n}") for n in range(20))
     other = datasets.create(session, user, files.add_bytes(session, user, extra.encode(), "others.jsonl", "fine-tune"))
@@ -200,6 +203,7 @@ def test_joining_and_splitting_by_hand(page, served, room, session, user, tmp_pa
     look_at(page, "split", tmp_path)
 
 
+@pytest.mark.long
 def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, session, user, tmp_path):
     words = [f"order {n} is late and the parcel {n} is wet" for n in range(40)]
     rows = ["text,label", *(f"{text},{'account' if n % 2 else 'delivery'}" for n, text in enumerate(words))]
@@ -240,6 +244,7 @@ def test_issues_are_fixed_conflicts_resolved_and_changes_shown(page, served, ses
         assert max(low) - min(low) < 0.6, "the fields and the button of a row end on one line"
 
 
+@pytest.mark.long
 def test_a_row_is_found_by_its_words(page, served, room):
     page.goto(f"{served}{room}/rows")
     page.locator("#search").fill("Write to anna")
@@ -255,6 +260,7 @@ def test_a_row_is_found_by_its_words(page, served, room):
     page.get_by_text("is created with this change").wait_for()
 
 
+@pytest.mark.long
 def test_from_the_ledger_to_a_better_version_and_its_job(page, served, room, session):
     page.goto(f"{served}{room}")
     page.get_by_role("link", name="Show the hardest rows").click()

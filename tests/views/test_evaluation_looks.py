@@ -68,6 +68,7 @@ def scores() -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_pages(page, served: str, session, user, tiny_registered, chats, tmp_path: Path):  # noqa: F811
     from app.tables import Model
 

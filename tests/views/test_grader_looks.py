@@ -13,6 +13,7 @@ from tests.routes.test_advice import chats  # noqa: F401  a fixture
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.long
 def test_a_grader_is_written_tried_and_saved(page, served: str, session, chats, tmp_path: Path):  # noqa: F811
     page.goto(f"{served}/graders")
     look_at(page, "graders-empty", tmp_path)

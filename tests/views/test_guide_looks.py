@@ -12,6 +12,7 @@ from tests.routes.test_advice import chats  # noqa: F401  a fixture
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("theme", "width"), [("light", 1360), ("dark", 1360), ("light", 320)])
 def test_pages(page, served: str, tiny_registered, chats, tmp_path: Path, theme: str, width: int):  # noqa: F811
     page.set_viewport_size({"width": width, "height": 900})

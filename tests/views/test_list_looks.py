@@ -21,6 +21,7 @@ pytestmark = pytest.mark.browser
 LONG = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
 
 
+@pytest.mark.long
 def test_a_name_without_a_space_pushes_no_column_out_of_sight(page: Page, served: str, session, user, chats, tmp_path: Path):
     chats.name = LONG
     session.commit()
@@ -31,6 +32,7 @@ def test_a_name_without_a_space_pushes_no_column_out_of_sight(page: Page, served
         look_at(page, f"long-name-{path.replace('/', '-')}", tmp_path)
 
 
+@pytest.mark.long
 def test_runs_are_ticked_compared_and_deleted(page: Page, served: str, session, user, tiny_registered, chats, tmp_path: Path):
     names = ["lora", {"name": "lora", "rank": 2}, "ia3", "full", "top_layers", "layer_norm", "bottleneck_adapter", "prefix_tuning"]
     found = create(session, user, body(chats, *names))

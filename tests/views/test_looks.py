@@ -63,6 +63,7 @@ def busy(session, user) -> None:
         heartbeats.say_alive(queue, time.time() - 3 * 86_400)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1360, 760, 320])
 def test_pages(page: Page, served: str, busy, tmp_path: Path, theme: str, width: int):
@@ -98,6 +99,7 @@ def test_what_is_wrong_in_one_theme_or_width_is_found(browser_page: Page, tmp_pa
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"], "a picture of what is wrong"
 
 
+@pytest.mark.long
 def test_an_empty_studio_gets_its_first_model_by_one_click(
     page: Page, served: str, session, data_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch
 ):
@@ -151,6 +153,7 @@ def test_the_theme_switch_changes_at_once_and_stays(page: Page, served: str):
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+@pytest.mark.long
 def test_the_menu_opens_and_a_key_is_made_without_scripts(browser, served: str, session, user):
     context = browser.new_context(java_script_enabled=False, viewport={"width": 320, "height": 700})
     page = context.new_page()
@@ -168,6 +171,7 @@ def test_the_menu_opens_and_a_key_is_made_without_scripts(browser, served: str, 
     context.close()
 
 
+@pytest.mark.long
 def test_a_key_can_be_copied_and_is_shown_once(page: Page, served: str, tmp_path: Path):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=served)
     page.goto(served + "/settings")
@@ -206,6 +210,7 @@ def test_a_question_mark_lists_the_keys(page: Page, served: str):
     assert not page.locator("#shortcuts").is_visible()
 
 
+@pytest.mark.long
 def test_sign_in(browser_page: Page, served: str, monkeypatch, session, tmp_path: Path):
     from app.settings import get_settings
 

@@ -20,6 +20,7 @@ def upload(page, served, path):
     page.wait_for_url("**/datasets/ds-*")
 
 
+@pytest.mark.long
 def test_a_table_with_headers_of_its_own_is_mapped_by_one_click(page, served, tmp_path):
     (tmp_path / "fragen.csv").write_text(GERMAN, encoding="utf-8")
     (tmp_path / "tickets.csv").write_text(ENGLISH)
@@ -49,6 +50,7 @@ def test_a_table_with_headers_of_its_own_is_mapped_by_one_click(page, served, tm
         assert "classification" in page.inner_text("main").lower()
 
 
+@pytest.mark.long
 def test_unknown_roles_are_asked_and_tables_are_pasted(page, served, tmp_path):
     talk = [{"role": "customer", "content": "Hi?"}, {"role": "agent", "content": "Yes."}, {"role": "narrator", "content": "He left."}]
     rows = [json.dumps({"messages": [*talk[: 2 + n % 2]], "n": n}) for n in range(12)]

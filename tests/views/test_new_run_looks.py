@@ -23,6 +23,7 @@ def choose(page: Page, method: str) -> None:
     page.locator(f"label:has(#method-{method})").click()
 
 
+@pytest.mark.long
 def test_the_form_starts_what_it_shows(page: Page, served: str, session, user, tiny_registered, dataset):
     def started():
         return jobs.list_(session, user)[0].spec
@@ -70,6 +71,7 @@ def test_the_form_starts_what_it_shows(page: Page, served: str, session, user, t
     other.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["/jobs/new", "/compare/new"])
 def test_the_summary_stays_in_sight(page: Page, served: str, session, user, tiny_registered, dataset, path: str, tmp_path):
     page.goto(served + path)
@@ -103,6 +105,7 @@ def test_a_wrong_value_is_marked_where_it_stands(page: Page, served: str, sessio
     expect(page.locator("#strategy-rank-error")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_a_chat_template_is_chosen_by_what_it_looks_like_or_written(
     page: Page, served: str, session, user, tiny_registered, dataset, tmp_path
 ):
@@ -126,6 +129,7 @@ def test_a_chat_template_is_chosen_by_what_it_looks_like_or_written(
     assert (run["chat_template"], run["chat_template_jinja"].splitlines()) == ("jinja", own.splitlines())
 
 
+@pytest.mark.long
 def test_the_device_is_chosen_and_the_estimate_follows(
     page: Page, served: str, session, user, tiny_registered, dataset, monkeypatch, tmp_path
 ):

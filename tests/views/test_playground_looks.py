@@ -38,6 +38,7 @@ def rendered(page) -> list[str]:
     return [text.replace("\r", "\n") for text in page.locator("[data-prompt]").all_text_contents()]
 
 
+@pytest.mark.long
 def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browser, served, session, user, generate_worker, tmp_path):  # noqa: F811
     """By keyboard, at both widths: four kinds of answers, a second turn, a title, a link that shows it again, and both exports."""
     names = ["tiny", "tiny-generic", "tiny-instruction", "tiny-other"]
@@ -87,6 +88,7 @@ def test_four_columns_a_conversation_and_a_saved_comparison(browser_page, browse
     bare.context.close()
 
 
+@pytest.mark.long
 def test_a_tuned_model_gets_a_fair_first_look(
     browser_page,
     served,
@@ -194,6 +196,7 @@ def test_markdown_of_an_answer_is_shown_and_harmless(browser_page, served, sessi
     assert page.locator("[data-note]").first.inner_text() == "End of answer"
 
 
+@pytest.mark.long
 def test_an_engine_is_chosen_and_answers(browser_page, served, session, user, generate_worker, url, outside, tmp_path):  # noqa: F811
     model = register_tiny(session)
     page = sign_in(browser_page, served, session, user)
@@ -251,6 +254,7 @@ def test_votes_become_pairs_and_pairs_a_tuned_model(browser_page, served, sessio
     look_at(page, "pairs-learnt", tmp_path)
 
 
+@pytest.mark.long
 def test_pairs_are_learnt_before_ones_eyes(browser_page, served, session, user, tiny_registered, tmp_path):
     """The margin's curve grows on the open page as the job says its steps."""
 

@@ -139,6 +139,7 @@ def test_the_right_password_frees_no_address_for_guessing_other_accounts(session
     assert refused("another name", "10.5.0.1") > 0
 
 
+@pytest.mark.long
 def test_a_stranger_does_not_lock_the_owner_out_of_a_browser_that_was_signed_in_before(web, session, password):
     """From the same address, as with Docker, where everybody comes from its gateway."""
     browser = TestClient(web.app, base_url="http://127.0.0.1:8000", headers={"origin": "http://127.0.0.1:8000"})
@@ -183,6 +184,7 @@ def test_one_person_cannot_walk_through_his_own_ipv6_network():
     assert network_of("10.0.0.1") != network_of("10.0.0.2") and network_of("::ffff:10.0.0.1") == "10.0.0.1"
 
 
+@pytest.mark.long
 def test_unknown_names_take_as_long_as_known_ones(session, password):
     def seconds(name: str, address: str) -> float:
         taken = []

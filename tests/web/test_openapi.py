@@ -165,6 +165,7 @@ def test_the_page_to_read_is_the_document_of_today(document):
     assert "docs/api.md" in (PROJECT / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_the_command_prints_both(data_dir, document):
     from typer.testing import CliRunner
 
@@ -297,6 +298,7 @@ def address(path):
     return re.sub(r"{[^}]+}", "0" * 32, path)
 
 
+@pytest.mark.long
 def test_a_method_that_is_not_taken_is_told_all_that_are(api, client):
     """Several routes share a path, and the router asks one of them."""
     routes = [(path, route) for path, route in each_route(api.app.router) if hasattr(route, "methods")]

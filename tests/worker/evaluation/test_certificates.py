@@ -134,6 +134,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
         certify(tmp_path, shape)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -150,6 +151,7 @@ def test_a_config_that_makes_no_model_is_refused_in_words(change: dict, says: st
     assert caught.value.hint
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "tier", "stack"), [("gpt_neox", "B", "gpt_neox.layers"), ("falcon", "C", "transformer.h")])
 def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answers(
     kind: str, tier: str, stack: str, session, user, data_dir: Path
@@ -177,6 +179,7 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "tier"), [("distilbert", "B"), ("modernbert", "B"), ("deberta-v2", "C")])
 def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, session, user, data_dir: Path) -> None:
     write_small(kind, data_dir / "import" / "small")
@@ -202,6 +205,7 @@ def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, ses
     assert [labels[at] for at in together.argmax(1)] == [row["label"] for row in texts(6)]
 
 
+@pytest.mark.long
 def test_a_certificate_is_renewed_when_transformers_moves(session, user, data_dir: Path) -> None:
     write_small("falcon", data_dir / "import" / "small")
     model = imports.add_folder(session, user, "small")

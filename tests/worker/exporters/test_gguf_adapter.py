@@ -35,6 +35,7 @@ def adapt(base: Path, folder: Path, **config: Any) -> Any:
     return wrapped.eval()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "config"), [("llama", {}), ("gemma3_text", {"use_rslora": True})])
 def test_an_adapter_answers_in_llama_cpp_as_here(tmp_path: Path, kind: str, config: dict):
     base = build(tmp_path / "base", kind)

@@ -55,6 +55,7 @@ def classifier_on(folder: Path, pooling: str, labels: list[str]) -> Classifier:
     return made
 
 
+@pytest.mark.long
 def test_vectors_are_those_of_the_studio(encoder: Path, tmp_path: Path):  # noqa: F811
     from transformers import AutoModel, AutoTokenizer
 
@@ -73,10 +74,12 @@ def test_vectors_are_those_of_the_studio(encoder: Path, tmp_path: Path):  # noqa
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_classifier_on_an_encoder_gives_the_studios_probabilities(encoder: Path, tmp_path: Path):  # noqa: F811
     check_classifier(encoder, tmp_path / "out", "first")
 
 
+@pytest.mark.long
 def test_a_classifier_on_a_decoder_gives_the_studios_probabilities(tmp_path: Path):
     check_classifier(build(tmp_path / "m", "llama"), tmp_path / "out", "last")
 
@@ -97,6 +100,7 @@ def check_classifier(folder: Path, into: Path, pooling: str) -> None:
         assert np.allclose(found, expected.numpy(), atol=1e-5) and found.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_file_that_computes_something_else_is_refused(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     whole = onnx.trace
 

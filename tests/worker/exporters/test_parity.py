@@ -53,6 +53,7 @@ def causes(found: dict[str, Any]) -> list[str]:
     return [fault["cause"] for fault in found["faults"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_llama_cpp_answers_as_the_studio_does(tmp_path: Path, kind: str):
     folder = build(tmp_path / "m", kind)
@@ -75,6 +76,7 @@ def test_llama_3s_rotary_embedding_is_the_same_there(tmp_path: Path):
     assert line(folder, tmp_path / "out", ours(folder))["faults"] == []
 
 
+@pytest.mark.long
 def test_a_gemma_in_the_plain_template_is_asked_as_llama_cpp_asks_it(tmp_path: Path):
     """A base without a template that was tuned on conversations: the begin-of-text token stands before both prompts."""
     from app import chat_templates
@@ -149,6 +151,7 @@ def test_a_wrong_template_is_found(good, tmp_path: Path):
     assert "writes another prompt from character" in found["faults"][0]["message"]
 
 
+@pytest.mark.long
 def test_a_missing_end_token_is_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Under a name that llama.cpp does not know by itself as an end."""
     folder, _ = good
@@ -176,6 +179,7 @@ def test_swapped_rotary_rows_are_found(good, tmp_path: Path, monkeypatch: pytest
     assert "query and key rows are in another order" in found["faults"][0]["message"]
 
 
+@pytest.mark.long
 def test_an_adapter_that_was_not_applied_is_found(good, tmp_path: Path):
     base, _ = good
     tuned = copy_of(base, tmp_path / "tuned")
@@ -193,6 +197,7 @@ def test_an_adapter_that_was_not_applied_is_found(good, tmp_path: Path):
         assert causes(found) == ["adapter"] and "the adapter was not applied" in found["faults"][0]["message"]
 
 
+@pytest.mark.long
 def test_a_wrong_bos_is_found(good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, expected = good
     read = _gguf_tokenizer.read
@@ -316,6 +321,7 @@ def test_greedy_answers_are_those_of_generate(good):
         assert all(near[token] == 0 for near, token in zip(said.behind, said.tokens, strict=False)), "its own are not behind"
 
 
+@pytest.mark.long
 def test_answers_that_part_are_shown_and_the_verdict_says_so(good, tmp_path: Path):
     """A type whose divergence is within what its rounding explains, and whose answers are others."""
     folder, _ = good

@@ -73,6 +73,7 @@ def engines(home, monkeypatch):  # noqa: F811
     gc.collect()
 
 
+@pytest.mark.long
 def test_replayed_steps_give_the_same_answers(engines, home):  # noqa: F811
     """Alone and in a crowd, with slots that are outgrown (256 tokens) and answers that end at different times."""
     plain, taped = engines
@@ -86,6 +87,7 @@ def test_replayed_steps_give_the_same_answers(engines, home):  # noqa: F811
     assert replays > 0.6 * taped.steps > 5 * len(taped.shelf.tapes), "hardly a step was replayed"
 
 
+@pytest.mark.long
 def test_adapters_that_come_and_go_are_captured_anew(engines, home, tmp_path, tiny_model):  # noqa: F811
     plain, taped = engines
     refs = [ref_of(home, adapters=adapters) for adapters in ([], [make_adapter(tmp_path / "a", tiny_model, 1)])]

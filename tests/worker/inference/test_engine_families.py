@@ -57,6 +57,7 @@ def write_family(home, name):
     return f"models/{name}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_greedy_equals_transformers_alone_and_in_a_crowd(data_dir, name):
     home, path = data_dir, write_family(data_dir, name)
@@ -71,6 +72,7 @@ def test_greedy_equals_transformers_alone_and_in_a_crowd(data_dir, name):
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(name for name, more in FAMILIES.items() if "sliding_window" in more))
 def test_a_window_is_what_decides(data_dir, name):
     """With a wide window the same weights write something else: the test above does see it."""

@@ -74,6 +74,7 @@ def test_more_answers_than_rows_come_one_after_the_other(small, home):  # noqa: 
     assert found["all"] == expected and not narrow.active
 
 
+@pytest.mark.long
 def test_a_long_run_leaves_room_for_a_chat_of_the_same_person(small, home):  # noqa: F811
     engine, ref = small(), ref_of(home)
     rows = [request(ref, p, max_tokens=300, **ENDLESS).model_copy(update={"bulk": True}) for p in PROMPTS]

@@ -40,6 +40,7 @@ class Llama:
         return self.servers.answer(asked, rendered(asked, self.servers.shelf))
 
 
+@pytest.mark.long
 def test_greedy_answers_are_those_of_the_engine(engine, servers, home):  # noqa: F811
     ref = ref_of(home)
     for prompt in PROMPTS:
@@ -49,6 +50,7 @@ def test_greedy_answers_are_those_of_the_engine(engine, servers, home):  # noqa:
     assert len(servers.running) == 1
 
 
+@pytest.mark.long
 def test_an_adapter_is_on_its_model(engine, servers, home):  # noqa: F811
     adapter = make_adapter(home / "runs" / "a", home / "models" / "tiny", 3)
     plain, tuned = ref_of(home), ref_of(home, adapters=[adapter])
@@ -58,6 +60,7 @@ def test_an_adapter_is_on_its_model(engine, servers, home):  # noqa: F811
     assert len(servers.running) == 2
 
 
+@pytest.mark.long
 def test_logprobs_stops_and_penalties_are_those_of_the_engine(engine, servers, home):  # noqa: F811
     ref = ref_of(home)
     (whole,), _, _ = run(engine, request(ref, PROMPTS[1]))
@@ -82,6 +85,7 @@ def test_logprobs_stops_and_penalties_are_those_of_the_engine(engine, servers, h
         assert [one.token for one in theirs.top] == [one.token for one in ours.top]
 
 
+@pytest.mark.long
 def test_a_seed_gives_the_same_answer_and_many_are_answered_at_once(servers, home):  # noqa: F811
     ref, found = ref_of(home), {}
 
@@ -100,6 +104,7 @@ def test_a_seed_gives_the_same_answer_and_many_are_answered_at_once(servers, hom
     assert len(servers.running) == 1 and next(iter(servers.running.values())).users == 0
 
 
+@pytest.mark.long
 def test_who_leaves_stops_it_and_a_server_that_died_starts_anew(servers, home):  # noqa: F811
     ref = ref_of(home)
     answer = Llama(servers).answer(request(ref, PROMPTS[0], max_tokens=400, logit_bias={70: 100.0}))
@@ -121,6 +126,7 @@ def test_who_leaves_stops_it_and_a_server_that_died_starts_anew(servers, home): 
     assert again is not server
 
 
+@pytest.mark.long
 def test_what_the_server_refuses_is_an_error(servers, home):  # noqa: F811
     ref = ref_of(home)
     run(Llama(servers), request(ref, PROMPTS[0]))
@@ -131,6 +137,7 @@ def test_what_the_server_refuses_is_an_error(servers, home):  # noqa: F811
     assert server.users == 0
 
 
+@pytest.mark.long
 def test_files_are_written_once_and_servers_are_put_away(servers, home):  # noqa: F811
     ref = ref_of(home)
     run(Llama(servers), request(ref, PROMPTS[0]))
@@ -145,6 +152,7 @@ def test_files_are_written_once_and_servers_are_put_away(servers, home):  # noqa
     assert file.stat().st_ino == written
 
 
+@pytest.mark.long
 def test_a_file_that_llama_cpp_refuses_is_an_error_with_its_reason(servers, home):  # noqa: F811
     ref = ref_of(home)
     run(Llama(servers), request(ref, PROMPTS[0]))

@@ -32,6 +32,7 @@ def test_draws_follow_the_distribution():
         assert abs(found[token] / 4000 - p[token]) < 0.03
 
 
+@pytest.mark.long
 def test_top_k_top_p_and_min_p_keep_what_they_say():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert set(draws(logits, top_k=2)) == {0, 1}
@@ -41,6 +42,7 @@ def test_top_k_top_p_and_min_p_keep_what_they_say():
     assert abs(draws(logits, top_k=2)[0] / 4000 - 0.5 / 0.8) < 0.03
 
 
+@pytest.mark.long
 def test_flat_distributions_need_more_than_the_first_candidates():
     logits = torch.zeros(4 * CANDIDATES)
     assert len(draws(logits, top_p=0.9)) > 2.5 * CANDIDATES

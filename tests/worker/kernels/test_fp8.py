@@ -62,6 +62,7 @@ def test_lora_learns_beside_it(tiny_model, way: str) -> None:
     assert abs(float(own.norm() / gradient.norm()) - 1) < 0.05
 
 
+@pytest.mark.long
 def test_thirty_steps_end_where_bf16_ends(tiny_model) -> None:
     ends = []
     for model in (build(tiny_model, torch.bfloat16, young=True), None):

@@ -145,6 +145,7 @@ def between(one: Job, other: Job, start: str) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("parts", "threads", "tokens", "longest"), [(1, 1, 60, 0.05), (1, 2, 9, 0), (2, 2, 9, 0.05), (2, 2, 60, 0)])
 def test_steps_are_those_over_the_sum_of_the_gradients(family: str, parts: int, threads: int, tokens: int, longest: float) -> None:

@@ -180,6 +180,7 @@ def test_a_row_of_zeros_stays_one():
     assert torch.isfinite(x.grad).all() and torch.isfinite(m.grad).all()
 
 
+@pytest.mark.long
 @each
 def test_thirty_steps_learn_alike(tiny_model, name):
     """Float32 with peft's layers and bf16 with ours end at the same loss, which has fallen."""

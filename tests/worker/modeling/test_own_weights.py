@@ -121,6 +121,7 @@ def untied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("strategy", "tied", "names"),
     [("lora", True, "embed_tokens"), ("dora", True, "lm_head"), ("lora", False, "lm_head"), ("rslora", False, "embed_tokens, lm_head")],
@@ -160,6 +161,7 @@ def test_a_blend_takes_the_tables_half_way_too(data_dir: Path, tiny_model: Path)
     assert not torch.equal(placed[0.0], placed[1.0])
 
 
+@pytest.mark.long
 def test_tables_learn_in_float32_on_rounded_weights(data_dir: Path, tiny_model: Path) -> None:
     own = {"modules_to_save": "embed_tokens"}
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), "lora", own, **{**TEN, "precision": "bf16", "max_steps": 20})

@@ -96,6 +96,7 @@ def test_no_loss_where_no_router_trains() -> None:
     assert router_loss_of(frozen) is None
 
 
+@pytest.mark.long
 def test_a_job_balances_its_experts_and_resumes_bit_for_bit(data_dir: Path) -> None:
     folder = data_dir / "models" / "experts"
     write_small("mixtral", folder)

@@ -86,6 +86,7 @@ def weights(path):
     return load_file(get_settings().data_dir / path / "adapter_model.safetensors")
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(spec, data_dir):
     alone = list(train(spec, data_dir / "runs" / "alone" / "a1"))
     pair = Pair(spec, "pair")
@@ -126,6 +127,7 @@ def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch)
     assert max(float((first[k] - second[k]).abs().max()) for k in first) < 5e-4
 
 
+@pytest.mark.long
 def test_full_tuning_is_spread_and_put_together(data_dir, tiny_model):
     """Each process holds its rows of the blocks; the result and the checkpoints are those of one process alone."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows(24)), "full", micro_batches=2, epochs=1, learning_rate=1e-3)
@@ -193,6 +195,7 @@ def test_blocks_are_gathered_one_after_the_other_and_in_bf16(tmp_path):
         assert told["lengths"][0] == pytest.approx(told["lengths"][1], rel=2e-2)
 
 
+@pytest.mark.long
 def test_compiled_blocks_are_spread_like_others(tmp_path):
     """The hooks that gather a block's weights break no graph, and none is made again for the next block or step."""
     for told in map(json.loads, two_of("tests.worker.runtime.compiled_blocks", tmp_path)[0]):
@@ -200,6 +203,7 @@ def test_compiled_blocks_are_spread_like_others(tmp_path):
         assert told["breaks"] == 0 and told["graphs"] in (1, 2, 3) and told["apart"] < 1e-4
 
 
+@pytest.mark.long
 def test_the_process_that_all_wait_for_is_named(tmp_path):
     """Once, in both, though each waits for the other at the end of every step."""
     first, second = map(json.loads, two_of("tests.worker.runtime.slow_rank", tmp_path)[0])
@@ -207,6 +211,7 @@ def test_the_process_that_all_wait_for_is_named(tmp_path):
     assert first == second and said.startswith("Process 1 of 2 takes 0.0") and first.index(said) == 19
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_a_process_that_is_lost_is_named_by_the_others(tmp_path, monkeypatch, how):
     """At once where it ended, and where it hangs after the timeout of a step, which is 3 seconds here; the launcher then ends them all."""

@@ -108,6 +108,7 @@ def test_an_encoders_dropout_does_not_forbid_the_fast_attention(monkeypatch) -> 
     assert calls == [(-1, -1), (3, 3)]  # a window looks both ways
 
 
+@pytest.mark.long
 def test_what_works_is_told_from_what_does_not() -> None:
     """The doctor's own trials, on the processor: products work there, the GPU's attention does not."""
     from worker import selftest

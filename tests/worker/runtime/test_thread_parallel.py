@@ -220,6 +220,7 @@ def _weights(finished: events.Finished) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in made["files"].items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.long
 def test_parts_learn_what_the_whole_learns(data_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = plenty(data_dir, tiny_model)
     apart = list(train.train(spec, data_dir / "runs" / "apart" / "a1"))
@@ -237,6 +238,7 @@ def test_parts_learn_what_the_whole_learns(data_dir: Path, tiny_model: Path, mon
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["loha", "lokr"])
 def test_loha_and_lokr_are_taken_apart(data_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """peft draws a number in every pass of them, for a dropout that these jobs do not have. Their parts learn the same twice, and what the

@@ -28,6 +28,7 @@ def test_every_text_of_six_skills_is_scored(data_dir: Path, tiny_model: Path) ->
     assert all(size > 0 for size in probe.bytes)
 
 
+@pytest.mark.long
 def test_a_job_says_what_was_forgotten_and_the_base_is_scored_once(data_dir: Path, tiny_model: Path) -> None:
     model, data = put_model(tiny_model), put_dataset(chat_rows())
     gentle = order(model, data, "lora", epochs=1, learning_rate=1e-6, forgetting=True)

@@ -94,6 +94,7 @@ def trainers() -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.long
 def test_a_whole_job(new_job, session):
     job = new_job()
     train_attempt.work(job.id)
@@ -137,6 +138,7 @@ def test_killed_trainers_change_nothing_about_the_result(new_job):
     assert last == {e.data["step"]: e.data["loss"] for e in said(calm, "step")}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_pause_saves_and_resume_goes_on(new_job, user):
     job = new_job(epochs=30)
@@ -239,6 +241,7 @@ def test_the_lease_is_kept_while_a_large_model_is_read_and_a_lost_one_ends_it(od
     assert not (get_settings().data_dir / f"runs/{job.id}").exists(), "a trainer was started for a job of somebody else"
 
 
+@pytest.mark.long
 def test_the_log_of_a_trainer_that_writes_without_end_stays_within_its_limit(odd, monkeypatch):
     monkeypatch.setattr(train_attempt, "LOG_LIMIT_BYTES", 100_000)
     job, thread = odd("chatty")
@@ -266,6 +269,7 @@ def test_the_trainer_knows_no_secret(odd, monkeypatch):
     assert not any("canary" in v for v in known.values()) and not {"LUTHIER_DATABASE_URL", "LUTHIER_REDIS_URL"} & set(known)
 
 
+@pytest.mark.long
 def test_a_trainer_that_does_not_leave_is_killed(odd, user):
     job, thread = odd("stubborn")
     wait_until(lambda: said(job, "log"), what="the trainer")
@@ -381,6 +385,7 @@ def test_a_worker_that_goes_down_gives_the_job_back(new_job, monkeypatch):
     assert (row.status, row.deaths) == ("queued", 0)
 
 
+@pytest.mark.long
 def test_while_the_database_is_away_training_goes_on_and_nothing_is_lost(odd, user, postgres):
     """The database refuses this studio for a while, and cuts the connections it has."""
     job, thread = odd("polite")
@@ -525,6 +530,7 @@ def test_predictions_wait_for_room_beside_a_job_that_trains(new_job, session, us
     assert residency.room_asked(here.cuda) == 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_the_worker_is_killed_and_redis_is_wiped_and_the_job_finishes(new_job, processes):
     job = new_job(epochs=20)

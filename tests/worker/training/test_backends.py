@@ -103,6 +103,7 @@ BOTH = [
 MORE = [(name, task, precision) for name in ("lora", "full") for task in ("classification", "preference") for precision in ("fp32", "bf16")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "task", "precision"), [*BOTH, *MORE])
 def test_plain_and_fast_have_one_loss_curve(data_dir, tiny_model, kernels, name: str, task: str, precision: str) -> None:
     spec, curves = spec_of(tiny_model, name, task, precision=precision), {}

@@ -83,6 +83,7 @@ def tuned_ref(spec: JobSpec, finished: events.Finished) -> ModelRef:
 CLASSIFIERS = [name for name, strategy in STRATEGIES.items() if "classification" in strategy.tasks]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny_model: Path, name: str, kind: str) -> None:
@@ -129,6 +130,7 @@ def test_every_strategy_learns_and_its_result_says_the_same(data_dir: Path, tiny
         assert probabilities(whole, asked, 400, choose(spec.run, spec.strategy, {}))[0] == pytest.approx(said, abs=2e-3)
 
 
+@pytest.mark.long
 def test_a_resumed_job_is_the_same_job(data_dir: Path, tiny_model: Path) -> None:
     spec = sorting(put_encoder(tiny_model), texts(), "lora", epochs=4)
     whole = run(spec, data_dir, "whole")
@@ -144,6 +146,7 @@ def test_a_resumed_job_is_the_same_job(data_dir: Path, tiny_model: Path) -> None
     assert (ours.adapter_sha256, ours.evaluation) == (theirs.adapter_sha256, theirs.evaluation)
 
 
+@pytest.mark.long
 def test_what_a_row_loses_is_kept(data_dir: Path, tiny_model: Path) -> None:
     rows = [{"text": row["text"].split()[1], "label": row["label"]} for row in texts()]
     rows[7]["label"] = "wood"  # “bright”, which is a sound in all other rows

@@ -183,6 +183,7 @@ def steps_of(said: list[events.TrainerEvent]) -> list[events.Step]:
     return [e for e in said if isinstance(e, events.Step)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["lora", "full", "prompt_tuning", "pissa"])
 def test_the_margin_rises(data_dir: Path, tiny_model: Path, strategy: str) -> None:
     rate = {"full": 1e-3, "pissa": 5e-3, "prompt_tuning": 3e-2}.get(strategy, 1e-2)
@@ -215,6 +216,7 @@ def test_the_other_losses_learn(data_dir: Path, tiny_model: Path, settings: dict
     assert judged[-1].loss < judged[0].loss and judged[-1].metrics["reward_accuracy"] > 0.9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ABLE)
 def test_every_strategy_takes_a_step(name: str, data_dir: Path, tiny_model: Path, tokenizer) -> None:
     strategy = STRATEGIES[name]()

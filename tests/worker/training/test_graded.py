@@ -34,6 +34,7 @@ def spec_of(tiny_model: Path, *graders, **more):
     return made.model_copy(update={"graders": graders})
 
 
+@pytest.mark.long
 def test_a_grader_is_a_curve_and_chooses_the_checkpoint(data_dir: Path, tiny_model: Path) -> None:
     spec = spec_of(tiny_model, SAME, CODE, metric_for_best="grader", early_stopping_patience=4)
     said = run(spec, data_dir)

@@ -77,6 +77,7 @@ def in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.train, "choose", lambda *_: Compute(CPU, "cpu", "fp16", torch.float16, 1))
 
 
+@pytest.mark.long
 def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: Path, in_fp16: None) -> None:
     """More steps overflow at first than any other job may have."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows(32)), max_steps=30, epochs=20, validation_fraction=0.0)
@@ -88,6 +89,7 @@ def test_a_job_in_fp16_finds_its_factor_and_trains(data_dir: Path, tiny_model: P
     assert steps[-1].loss < steps[0].loss
 
 
+@pytest.mark.long
 def test_a_resumed_job_goes_on_with_its_factor(data_dir: Path, tiny_model: Path, in_fp16: None) -> None:
     """To the last bit. A job that began again with the first factor would skip the steps that overflow with it."""
     spec = order(put_model(tiny_model), put_dataset(chat_rows(32)), max_steps=24, epochs=20, validation_fraction=0.0)

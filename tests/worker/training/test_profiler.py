@@ -17,6 +17,7 @@ def spec(data_dir, tiny_model):
     return order(put_model(tiny_model), put_dataset(chat_rows(24)), epochs=8, max_steps=8)
 
 
+@pytest.mark.long
 def test_a_profiled_job_is_the_same_job(spec, data_dir):
     plain = list(train(spec, data_dir / "runs" / "plain" / "a1"))
     folder = data_dir / "runs" / "seen" / "a1"
@@ -30,6 +31,7 @@ def test_a_profiled_job_is_the_same_job(spec, data_dir):
     assert any(str(name).startswith("aten::") for name in names)
 
 
+@pytest.mark.long
 def test_a_short_job_says_why_it_has_no_profile(spec, data_dir):
     short = spec.model_copy(update={"run": spec.run.model_copy(update={"max_steps": 4})})
     folder = data_dir / "runs" / "short" / "a1"

@@ -55,6 +55,7 @@ def base_of(spec: JobSpec):
     return engine, load_plain(spec.model, engine.frozen, packed_attention.NAME), tokenizer
 
 
+@pytest.mark.long
 def test_a_job_has_the_share_it_asked_for_and_resumes_bit_for_bit(spec: JobSpec, data_dir: Path) -> None:
     whole = run(spec, data_dir)
     first = cached()
@@ -71,6 +72,7 @@ def test_a_job_has_the_share_it_asked_for_and_resumes_bit_for_bit(spec: JobSpec,
     assert cached() == first
 
 
+@pytest.mark.long
 def test_a_job_killed_while_the_base_answers_ends_with_the_same_weights(spec: JobSpec, data_dir: Path) -> None:
     spec = spec.model_copy(update={"run": spec.run.model_copy(update={"epochs": 2.0})})
     said, code = WarmTrainer(spec, "killed", 1, die_at=3).run()  # fsync of the second file of answers
@@ -85,6 +87,7 @@ def test_a_job_killed_while_the_base_answers_ends_with_the_same_weights(spec: Jo
     assert cached() == interrupted
 
 
+@pytest.mark.long
 def test_other_answers_than_those_it_began_with_are_told(spec: JobSpec, data_dir: Path) -> None:
     control = train.StopSignals()
     for event in train.train(spec, data_dir / "runs" / "job" / "a1", control=control):

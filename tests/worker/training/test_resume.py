@@ -83,6 +83,7 @@ def test_killed_while_saving(data_dir: Path, tiny_model: Path) -> None:
     assert not list((data_dir / "runs" / "torn").glob("a*/.*.tmp"))
 
 
+@pytest.mark.long
 def test_stop_saves_and_leaves(data_dir: Path, tiny_model: Path) -> None:
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), epochs=200, evaluations_per_epoch=0)
     trainer = Trainer(spec, "stopped", 1)
@@ -102,6 +103,7 @@ def test_stop_saves_and_leaves(data_dir: Path, tiny_model: Path) -> None:
     assert (kept / "weights" / "adapter_config.json").is_file()
 
 
+@pytest.mark.long
 def test_a_changed_machine_is_said(data_dir: Path, tiny_model: Path) -> None:
     spec = order(put_model(tiny_model), put_dataset(chat_rows()), max_steps=4)
     WarmTrainer(spec, "moved", 1).run()

@@ -18,6 +18,7 @@ def run(spec, data_dir: Path, job: str):
     return list(train.train(spec, data_dir / "runs" / job / "a1"))
 
 
+@pytest.mark.long
 def test_a_wrong_row_stands_on_top(data_dir: Path, tiny_model: Path) -> None:
     rows = chat_rows(24)
     for row in rows:

@@ -112,6 +112,7 @@ def test_a_stored_order_is_read_back_as_it_was() -> None:
     assert set(RunSettings().model_dump()) == BEFORE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "strategy"), [("lion", "lora"), ("muon", "full"), ("adafactor", "lora")])
 def test_a_job_learns_by_every_optimizer_and_resumes_bit_for_bit(data_dir: Path, tiny_model: Path, kind: str, strategy: str) -> None:
     rate = {"learning_rate": 2e-3 if kind == "lion" else 1e-2}
@@ -162,6 +163,7 @@ def test_every_name_of_a_module_is_one_of_the_model(network) -> None:
     assert {name: (x.inputs, x.outputs) for name, x in shape.modules()} == {n: w for n, w in there.items() if n != "lm_head"}
 
 
+@pytest.mark.long
 def test_noise_on_embeddings_is_there_while_training_alone(data_dir: Path, tiny_model: Path) -> None:
     model, data = put_model(tiny_model), put_dataset(chat_rows())
     quick = {**TEN, "validation_fraction": 0.2, "max_tokens_per_step": 320}
@@ -186,6 +188,7 @@ def test_the_noise_of_a_row_is_by_its_length(network) -> None:
     assert not seen[1].any()
 
 
+@pytest.mark.long
 def test_a_batch_in_rows_is_so_many_rows_however_it_is_put_together(data_dir: Path, tiny_model: Path) -> None:
     """Four rows at once, in two passes, and as two batches added up: the same rows, losses and gradients."""
     model, data = put_model(tiny_model), put_dataset(chat_rows(24))
@@ -233,6 +236,7 @@ def test_an_order_of_an_older_studio_is_read_under_the_names_of_today(data_dir: 
         RunSettings(accumulation=4)
 
 
+@pytest.mark.long
 def test_evaluations_and_checkpoints_by_steps(data_dir: Path, tiny_model: Path) -> None:
     quick = {**TEN, "max_steps": 200, "validation_fraction": 0.2, "learning_rate": 3e-2, "early_stopping_patience": 2, "eval_steps": 4}
     model, data = put_model(tiny_model), put_dataset(chat_rows())
@@ -255,6 +259,7 @@ def test_evaluations_and_checkpoints_by_steps(data_dir: Path, tiny_model: Path) 
     assert newest[-1].evaluation["tuned"]["loss"] > finished.evaluation["tuned"]["loss"]
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_goes_by_the_metric_that_was_asked_for(data_dir: Path, tiny_model: Path) -> None:
     quick = {**TEN, "max_steps": 12, "validation_fraction": 0.3, "max_tokens_per_step": 320, "learning_rate": 0.1, "eval_steps": 1}
     model, data = put_model(tiny_model), put_dataset(chat_rows())

@@ -162,6 +162,7 @@ def _settings(monkeypatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("compiled", "recompute", "in_fp8"), [(False, 0, False), (True, 0, False), (True, 2, False), (False, 0, True), (True, 0, True)]
 )
