@@ -6,6 +6,7 @@ A text that begins with `$` is the id of an object of the world (`$dataset`), on
 from __future__ import annotations
 
 import base64
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ UNSAFE: dict[str, Sample] = {
     "DELETE /v1/tus/{key}": Sample({"key": "+upload"}, headers=TUS),
     "POST /v1/uploads": Sample(json={"bytes": 10, "filename": "a.jsonl", "purpose": "fine-tune", "mime_type": "text/jsonl", "expires_after": {"anchor": "created_at", "seconds": 3600}}, expect=(200, 409)),
     "POST /v1/uploads/{upload_id}/parts": Sample({"upload_id": "+parted_upload"}, multipart=[("data", "part", b"x")]),
-    "POST /v1/uploads/{upload_id}/complete": Sample({"upload_id": "+parted_upload"}, json={"part_ids": ["part_" + "0" * 32], "md5": "0" * 32}, expect=(404,)),
+    "POST /v1/uploads/{upload_id}/complete": Sample({"upload_id": "+full_upload"}, json={"part_ids": ["part_" + "0" * 32], "md5": hashlib.md5(b"x" * 1000).hexdigest()}),
     "POST /v1/uploads/{upload_id}/cancel": Sample({"upload_id": "+parted_upload"}),
     "POST /datasets": Sample(multipart=[("name", None, b"A dataset"), ("format", None, b"chat"), ("file", "a.jsonl", ROW)]),
     "POST /datasets/paste": Sample(form=[("text", "text\tlabel\na\tb\n"), ("name", "Pasted")]),

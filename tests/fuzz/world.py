@@ -238,6 +238,13 @@ class World:
     def _new_parted_upload(self) -> str:
         return ids.public(ids.UPLOAD, uuid.UUID(self._new_upload()))
 
+    def _new_full_upload(self) -> str:
+        """All of its bytes are in the part whose id has only zeros."""
+        key = uuid.UUID(self._new_upload())
+        path = resumable_upload.ticket(self.session.get_one(resumable_upload.Upload, key)).path
+        path.with_name(f"{path.name}.{'0' * 32}").write_bytes(b"x" * 1000)
+        return ids.public(ids.UPLOAD, key)
+
     def _new_permission(self) -> str:
         key = uuid.uuid4()
         job = ids.parse(ids.JOB, self.ids["job"])
