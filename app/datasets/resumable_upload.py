@@ -148,15 +148,16 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
                 if at + len(buffer) > held.length:
                     raise TooLarge("More bytes came than were announced.", hint="Begin again with the right Upload-Length.")
                 if len(buffer) >= _WRITE_BYTES:
-                    at += await run_in_threadpool(_write, handle, buffer)
+                    at += await run_in_threadpool(write, handle, buffer)
                     buffer = bytearray()
         finally:
             if buffer and at + len(buffer) <= held.length:
-                at += _write(handle, buffer)
+                at += write(handle, buffer)
         return at
 
 
-def _write(handle: int, data: bytearray) -> int:
+def write(handle: int, data: bytes | bytearray) -> int:
+    """Write all of it, and return its length. Raises DiskFull."""
     with disk_errors():
         view = memoryview(data)
         while view:

@@ -48,11 +48,24 @@ def add(held: UploadHandle, blob: Blob) -> uuid.UUID:
 def complete(user: User, held: UploadHandle, parts: Sequence[uuid.UUID], md5: str | None) -> None:
     """Join the parts in this order into a file, and a dataset where it is one. Idempotent once it has succeeded.
 
-    Raises NotFound for a part of another upload, BadField where bytes are missing or the MD5 (hexadecimal) is another.
+    Raises Locked while another request does so, NotFound for a part of another upload, BadField where bytes are missing or the MD5
+    (hexadecimal) is another.
     """
     if held.file is not None:
         return
-    _check_open(held)
+    with resumable_upload.locked(held.path) as handle:
+        with transaction() as session:
+            ended = resumable_upload.get(session, user, held.id).file_id is not None
+        if ended:  # by another request, while this one waited: the bytes are those of a file now, and must not be touched
+            return
+        _join(handle, held, parts, md5)
+        resumable_upload.finish(user, held)
+    for path in _parts(held):
+        path.unlink(missing_ok=True)
+
+
+def _join(handle: int, held: UploadHandle, parts: Sequence[uuid.UUID], md5: str | None) -> None:
+    """Write the parts into the upload's own file, open and locked as `handle`."""
     paths = [_path(held, key) for key in parts]
     missing = next((key for key, path in zip(parts, paths, strict=True) if not path.is_file()), None)
     if missing is not None:
@@ -62,21 +75,14 @@ def complete(user: User, held: UploadHandle, parts: Sequence[uuid.UUID], md5: st
         raise BadField(
             f"The parts have {size:,} bytes, and {held.length:,} were announced.", hint="Send the missing parts.", param="part_ids"
         )
-    _join(held, paths, md5)
-    resumable_upload.finish(user, held)
-    for path in _parts(held):
-        path.unlink(missing_ok=True)
-
-
-def _join(held: UploadHandle, paths: Sequence[Path], md5: str | None) -> None:
     digest = hashlib.md5(usedforsecurity=False)
-    with resumable_upload.locked(held.path) as handle, disk_errors():
+    with disk_errors():
         os.ftruncate(handle, 0)
         for path in paths:
             with path.open("rb") as part:
                 while piece := part.read(1 << 20):
                     digest.update(piece)
-                    os.write(handle, piece)
+                    resumable_upload.write(handle, piece)
         if md5 is not None and digest.hexdigest() != md5.lower():
             os.ftruncate(handle, 0)
             raise BadField("The bytes have another MD5 than the one sent.", hint="Send the parts again.", param="md5")

@@ -26,6 +26,7 @@ from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
 from app.kit import manifest
 from app.leases import now
 from app.models import hub, import_checks, integrity, starters
+from app.models.model_card import license_of
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.tables import Model, ModelAlias, User
@@ -309,14 +310,6 @@ def _bring(model_id: uuid.UUID, source: dict[str, Any], beat: _Beat) -> dict[str
         return written
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def license_of(folder: Path) -> str | None:
-    """The license that a model card names in its first lines, as `license: apache-2.0`."""
-    card = folder / "README.md"
-    head = card.read_bytes()[:8192].decode("utf-8", "replace") if card.is_file() else ""
-    match = re.search(r"^license:\s*([\w.-]{2,40})\s*$", head, re.MULTILINE)
-    return match[1] if match else None
 
 
 def _ready(model_id: uuid.UUID, facts: dict[str, Any]) -> dict[str, Any]:

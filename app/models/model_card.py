@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.models.starters import STARTERS
@@ -11,6 +12,14 @@ from app.strategies import STRATEGIES, Strategy
 
 if TYPE_CHECKING:  # a trainer imports this too, which has no use for a database
     from app.tables import Job, Model
+
+
+def license_of(folder: Path) -> str | None:
+    """The license that a model card names in its first lines, as `license: apache-2.0`."""
+    card = folder / "README.md"
+    head = card.read_bytes()[:8192].decode("utf-8", "replace") if card.is_file() else ""
+    match = re.search(r"^license:\s*([\w.-]{2,40})\s*$", head, re.MULTILINE)
+    return match[1] if match else None
 
 
 def upstream(base: Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -39,14 +40,12 @@ def create(user: CurrentUser, body: schemas.CreateUpload) -> Json:
 )
 async def add(request: Request, user: CurrentUser, upload_id: str) -> Json:
     """Add a part of at most 64 MiB. Parts may come side by side and in any order."""
-    upload = await run_in_threadpool(_find, user, upload_id)
-    held = resumable_upload.ticket(upload)
+    held = resumable_upload.ticket(await run_in_threadpool(_find, user, upload_id))
     form = await read_form(request, upload_parts.MAX_PART_BYTES, "data")
     if form.upload is None:
         raise BadField("The form has no part.", hint="Send the bytes in the field called “data”.", param="data")
     key = await run_in_threadpool(upload_parts.add, held, form.upload.blob)
-    created = int(upload.created_at.timestamp())
-    return {"id": ids.public(ids.PART, key), "object": "upload.part", "created_at": created, "upload_id": upload_id}
+    return {"id": ids.public(ids.PART, key), "object": "upload.part", "created_at": int(time.time()), "upload_id": upload_id}
 
 
 @api.post("/{upload_id}/complete", operation_id="complete_upload", responses=answers(schemas.PartedUpload, 404, 409, 410, 415, 423))

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from app.datasets import resumable_upload, upload_parts
+from app.kit import ids
 from app.settings import get_settings
 from app.storage import files
 from app.tables import Upload
@@ -57,6 +58,21 @@ def test_parts_are_joined_in_the_order_that_is_named(client):
         added(client, upload, b"more")
     with pytest.raises(openai.ConflictError, match="is complete"):
         client.uploads.cancel(upload.id)
+
+
+def test_two_ends_at_once_make_one_file_and_leave_its_bytes(client, session, user):
+    """The second has looked before the first ended, and the parts are still there: the file shares its bytes with the upload."""
+    upload = begun(client, purpose="user_data")
+    (part,) = added(client, upload, ROWS)
+    held = resumable_upload.ticket(session.scalars(select(Upload)).one())
+    done = client.uploads.complete(upload.id, part_ids=[part])
+    key = ids.parse(ids.PART, part)
+    held.path.touch()
+    held.path.with_name(f"{held.path.name}.{key.hex}").write_bytes(ROWS[::-1])
+    upload_parts.complete(user, held, [key], None)
+    assert client.files.content(done.file.id).read() == ROWS and len(client.files.list().data) == 1
+    with resumable_upload.locked(held.path), pytest.raises(resumable_upload.Locked):
+        upload_parts.complete(user, held, [key], None)
 
 
 def test_what_does_not_fit_is_refused_and_the_upload_goes_on(client):
