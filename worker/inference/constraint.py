@@ -1,4 +1,4 @@
-"""Answers of a JSON schema: after each token, which ones may follow.
+"""Constrained decoding, for answers of a JSON schema: after each token, which ones may follow.
 
 llguidance (https://github.com/guidance-ai/llguidance) compiles the schema to a grammar over the bytes of the vocabulary's tokens, and
 gives a mask for each state of it. It reads no address: a `$ref` leads within the schema, or is refused.
