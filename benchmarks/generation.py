@@ -207,8 +207,8 @@ class _Llama:
 
 
 def of_llama(folder: Path, kind: str, tokens: int, chats: int, rounds: int) -> dict[str, float]:
-    """llama.cpp as the studio runs it, and a bare server that is asked over HTTP with the same tokens, in turn: tokens per second of one
-    chat and of several, and seconds to the first token."""
+    """llama.cpp as the studio runs it, and a bare server that is asked over HTTP with the same tokens and the same sampling, in turn:
+    tokens per second of one chat and of several, and seconds to the first token."""
     import httpx
     import xllamacpp
     from transformers import AutoTokenizer
@@ -228,7 +228,10 @@ def of_llama(folder: Path, kind: str, tokens: int, chats: int, rounds: int) -> d
 
     def ask_bare(_: int, i: int, n: int) -> dict[str, float]:
         ids = tokenizer.apply_chat_template(prompt(i), add_generation_prompt=True, return_dict=False)
-        body = {"prompt": ids, "n_predict": n, "temperature": 0.7, "top_p": 0.95, "seed": i, "stream": True, "ignore_eos": True}
+        body = {
+            "prompt": ids, "n_predict": n, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "seed": i, "stream": True,
+            "ignore_eos": True, "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+        }  # fmt: skip
         began, first, timings = time.perf_counter(), None, {}
         with client.stream("POST", "/completion", json=body) as answer:
             for line in answer.iter_lines():
