@@ -23,6 +23,7 @@ from app.tables import (
     ProjectMember,
     Prompt,
     PromptRun,
+    RequestBatch,
     SavedGrader,
     Upload,
     User,
@@ -30,7 +31,20 @@ from app.tables import (
 )
 
 T = TypeVar(
-    "T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | SavedGrader | Vote | Exchange | Upload
+    "T",
+    bound=RequestBatch
+    | File
+    | Dataset
+    | Job
+    | Comparison
+    | Evaluation
+    | Export
+    | Prompt
+    | PromptRun
+    | SavedGrader
+    | Vote
+    | Exchange
+    | Upload,
 )
 
 
@@ -44,6 +58,7 @@ class _Shown(NamedTuple):
 
 
 _SHOWN: dict[type[Any], _Shown] = {
+    RequestBatch: _Shown("batch", ids.BATCH, "batch_id"),
     File: _Shown("file", ids.FILE, "file_id"),
     Dataset: _Shown("dataset", ids.DATASET, "dataset"),
     Job: _Shown("fine-tuning job", ids.JOB, "fine_tuning_job_id"),

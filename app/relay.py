@@ -91,6 +91,7 @@ def take_over(session: Session) -> None:
 
 
 def _reap(session: Session) -> None:
+    from app.batches import service as batches
     from app.datasets import ingest_task, inspections
     from app.evaluation import service as evaluations
     from app.jobs import service as jobs
@@ -98,7 +99,7 @@ def _reap(session: Session) -> None:
     from app.models import imports as model_imports
     from app.prompts import runs as prompt_runs
 
-    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs):
+    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

@@ -16,6 +16,7 @@ from app.schemas.answers import (
 )
 from app.schemas.audit import AuditLog
 from app.schemas.base import Deleted, list_of, page_of
+from app.schemas.batches import Batch
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
     Dataset,
@@ -54,6 +55,7 @@ from app.schemas.votes import Vote, VoteScores
 __all__ = [
     "AddMember",
     "AuditLog",
+    "Batch",
     "ChangeGrader",
     "ChangeMember",
     "ChangePerson",

@@ -186,6 +186,7 @@ Every refusal is `{"error": {"message", "type", "param", "code"}}`. Lists come i
 
 TAGS = {
     "advice": "Whether to fine-tune at all, and by which method.",
+    "batches": "Requests of a file, answered in the background.",
     "chat": "Answers to conversations.",
     "classify": "Labels of texts.",
     "comparisons": "Several methods on the same data.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
+from app.tables.batches import BatchAnswer, RequestBatch
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
@@ -25,6 +26,7 @@ __all__ = [
     "ApiKey",
     "AuditLog",
     "Base",
+    "BatchAnswer",
     "BrowserSession",
     "Checkpoint",
     "CheckpointPermission",
@@ -51,6 +53,7 @@ __all__ = [
     "PromptResult",
     "PromptRun",
     "PromptVersion",
+    "RequestBatch",
     "SavedGrader",
     "ShareLink",
     "SignInLink",

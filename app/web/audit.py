@@ -35,6 +35,7 @@ QUIET = frozenset(
     [
         "answers",
         "audit_logs",
+        "batch_answers",
         "events",
         "exchanges",
         "findings",
@@ -59,6 +60,7 @@ SHOWN = {
     "evaluations": ("evaluation", ids.EVALUATION),
     "prompts": ("prompt", ids.PROMPT),
     "graders": ("grader", ids.GRADER),
+    "batches": ("batch", ids.BATCH),
     "prompt_runs": ("prompt_run", ids.RUN),
     "checkpoint_permissions": ("checkpoint.permission", "cp"),
     "api_keys": ("api_key", "key"),
@@ -70,6 +72,7 @@ NOUNS = {
     "model_aliases": "model_alias",
     "permissions": "checkpoint.permission",
     "batch": "prediction",
+    "batches": "batch",
     "vectors": "evaluation",
     "playground": "conversation",
 }

@@ -332,11 +332,36 @@ def given_key(request: Request) -> str:
     return request.headers.get("authorization", "").strip()
 
 
+class OnBehalf(NamedTuple):
+    """For whom the studio itself sends a request, within its own process (`app/web/batch_runner.py`)."""
+
+    user_id: uuid.UUID
+    project_id: uuid.UUID
+
+
+ON_BEHALF = "luthier.on_behalf"
+"""Where an `OnBehalf` stands in the scope of a request. Only this process fills scopes: nothing that a client sends gets there."""
+
+
+def _on_behalf(request: Request, who: OnBehalf) -> User | None:
+    with transaction() as session:
+        member = and_(ProjectMember.user_id == User.id, ProjectMember.project_id == who.project_id)
+        query = select(User, ProjectMember.role).join(ProjectMember, member).where(User.id == who.user_id, User.disabled_at.is_(None))
+        found = session.execute(query).one_or_none()
+    if found is None:
+        return None
+    request.state.project_role = found.role
+    request.state.pass_ = Pass(project_id=who.project_id)
+    return found.User.work_in(who.project_id)
+
+
 def identify(request: Request) -> User | None:
     """The user of a request, by one query, in a transaction of its own. `request.state.pass_` is then the credential.
 
     The route's own session is not used: a long upload or an open event stream would then hold its connection.
     """
+    if (who := request.scope.get(ON_BEHALF)) is not None:
+        return _on_behalf(request, who)
     if given := given_key(request):
         kind, _, text = given.partition(" ")
         if kind.lower() != "bearer":

@@ -23,6 +23,7 @@ from app.tables import (
     Project,
     Prompt,
     PromptRun,
+    RequestBatch,
     SavedGrader,
     TokenUse,
     Vote,
@@ -31,11 +32,11 @@ from app.web import projects
 
 SHOWN: dict[str, Any] = {
     "files": File, "datasets": Dataset, "jobs": Job, "comparisons": Comparison, "models": Model, "aliases": ModelAlias,
-    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader, "conversations": Exchange,
-    "votes": Vote,
+    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader,
+    "batches": RequestBatch, "conversations": Exchange, "votes": Vote,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
-WORDS = {"jobs": "run", "aliases": "alias"}
+WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch"}
 
 
 class Contents(NamedTuple):

@@ -181,6 +181,12 @@ UNSAFE: dict[str, Sample] = {
     "POST /{place}/{key}/name": Sample({"place": "datasets", "key": "$dataset"}, form=[("name", "A name"), ("tags", "a, b")]),
     "POST /{place}/bulk": Sample({"place": "datasets"}, form=[("do", "tag"), ("pick", "$dataset"), ("tag", "a"), ("query", "")]),
     "POST /playground/prefer": Sample(form=[("answer", "0" * 32)], expect=(404,)),
+    "POST /v1/batches": Sample(
+        json={"input_file_id": "$batch_file", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"}}
+    ),
+    "POST /v1/batches/{batch_id}/cancel": Sample({"batch_id": "+batch"}),
+    "POST /playground/batches": Sample(form=[("endpoint", "/v1/completions")], expect=(400,)),
+    "POST /playground/batches/{batch_id}/cancel": Sample({"batch_id": "+batch"}),
     "POST /v1/predictions": Sample(json={"model": "$model_name", "file": "$file", "column": None, "system": "x", "max_tokens": 8}),
     "POST /v1/predictions/{prediction_id}/cancel": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "DELETE /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
@@ -288,6 +294,8 @@ SAFE: dict[str, Sample] = {
     "GET /playground/batch/{prediction_id}/download": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/exports/{export_id}": Sample({"export_id": "$export"}),
     "GET /v1/exports/{export_id}/files/{name:path}": Sample({"export_id": "$export", "name:path": "a.gguf"}, expect=(409,)),
+    "GET /v1/batches/{batch_id}": Sample({"batch_id": "$batch"}),
+    "GET /playground/batches/{batch_id}/{which}": Sample({"batch_id": "$batch", "which": "output"}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}/content": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /jobs/{job_id}/checkpoints/{step}/download": Sample({"job_id": "$job", "step": "4"}, expect=(404,)),

@@ -15,6 +15,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from app import graders, saved_graders
+from app.batches import service as batches
 from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
 from app.evaluation import comparisons
@@ -97,7 +98,19 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation", "grader"):
+        for kind in (
+            "evaluation",
+            "export",
+            "comparison",
+            "vote",
+            "key",
+            "permission",
+            "person",
+            "invitation",
+            "grader",
+            "batch",
+            "batch_file",
+        ):
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -144,6 +157,19 @@ class World:
 
     def _new_file(self) -> str:
         return ids.public(ids.FILE, files.add_bytes(self.session, self.user, uuid.uuid4().bytes, "a.jsonl", "user_data").id)
+
+    def _new_batch_file(self) -> str:
+        line = {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": self.base.name, "prompt": "a", "max_tokens": 1},
+        }
+        return ids.public(ids.FILE, files.add_bytes(self.session, self.user, json.dumps(line).encode(), "a.jsonl", "batch").id)
+
+    def _new_batch(self) -> str:
+        order = {"input_file_id": self._new_batch_file(), "endpoint": "/v1/completions", "completion_window": "24h"}
+        return ids.public(ids.BATCH, batches.create(self.session, self.user, batches.BatchOrder.model_validate(order)).id)
 
     def _new_job(self) -> str:
         return ids.public(ids.JOB, make_job(self.session, self.user, self.base, self.dataset).id)
