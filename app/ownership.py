@@ -28,6 +28,7 @@ from app.tables import (
     Upload,
     User,
     Vote,
+    WebhookEndpoint,
 )
 
 T = TypeVar(
@@ -44,7 +45,8 @@ T = TypeVar(
     | SavedGrader
     | Vote
     | Exchange
-    | Upload,
+    | Upload
+    | WebhookEndpoint,
 )
 
 
@@ -58,6 +60,7 @@ class _Shown(NamedTuple):
 
 
 _SHOWN: dict[type[Any], _Shown] = {
+    WebhookEndpoint: _Shown("webhook endpoint", ids.WEBHOOK, "webhook_endpoint_id"),
     RequestBatch: _Shown("batch", ids.BATCH, "batch_id"),
     File: _Shown("file", ids.FILE, "file_id"),
     Dataset: _Shown("dataset", ids.DATASET, "dataset"),

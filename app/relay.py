@@ -98,8 +98,9 @@ def _reap(session: Session) -> None:
     from app.models import exports
     from app.models import imports as model_imports
     from app.prompts import runs as prompt_runs
+    from app.webhooks import service as webhooks
 
-    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches):
+    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches, webhooks):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

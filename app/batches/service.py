@@ -29,6 +29,7 @@ from app.kit import ids
 from app.kit.json_safe import storable
 from app.storage import files
 from app.tables import JSON, BatchAnswer, RequestBatch, User
+from app.webhooks import service as webhooks
 
 WINDOW = timedelta(hours=24)
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
@@ -152,6 +153,7 @@ def _died(session: Session, batch: RequestBatch, how: str) -> None:
     batch.status, batch.failed_at = "ended", session.scalar(select(leases.now()))
     message = f"The process that ran it {how} That was death {batch.deaths} without an answer between."
     batch.errors = [{"code": "crashed", "message": message, "line": None, "param": None}]
+    _tell(session, batch)
 
 
 WORK = leases.Work(RequestBatch, None, waits_as="open", runs_as="open", since=RequestBatch.created_at, on_death=_died)
@@ -167,8 +169,7 @@ def claim_next(session: Session) -> RequestBatch | None:
 def begin(session: Session, batch_id: uuid.UUID, fence: int, found: requests.FoundRequests) -> bool:
     """Record what was found in the file: requests, or why it cannot be run, which ends the batch. False when the lease is lost."""
     if found.errors:
-        ended: JSON = {"status": "ended", "failed_at": leases.now(), "errors": storable(found.errors)}
-        return leases.finish_if_held(session, WORK, batch_id, fence, **ended)
+        return _failed(session, batch_id, fence, found.errors)
     values: JSON = {
         "total": len(found.places),
         "model": found.model,
@@ -179,8 +180,19 @@ def begin(session: Session, batch_id: uuid.UUID, fence: int, found: requests.Fou
 
 def fail(session: Session, batch_id: uuid.UUID, fence: int, code: str, message: str) -> bool:
     """End a batch that cannot be run."""
-    errors = [{"code": code, "message": message, "line": None, "param": None}]
-    return leases.finish_if_held(session, WORK, batch_id, fence, status="ended", failed_at=leases.now(), errors=storable(errors))
+    return _failed(session, batch_id, fence, [{"code": code, "message": message, "line": None, "param": None}])
+
+
+def _failed(session: Session, batch_id: uuid.UUID, fence: int, errors: Sequence[JSON]) -> bool:
+    ended: JSON = {"status": "ended", "failed_at": leases.now(), "errors": storable(list(errors))}
+    held = leases.finish_if_held(session, WORK, batch_id, fence, **ended)
+    if held:
+        _tell(session, session.get_one(RequestBatch, batch_id, populate_existing=True))
+    return held
+
+
+def _tell(session: Session, batch: RequestBatch) -> None:
+    webhooks.emit(session, batch.project_id, f"batch.{status_of(batch)}", ids.public(ids.BATCH, batch.id), batch.id)
 
 
 def answered(session: Session, batch_id: uuid.UUID) -> set[int]:
@@ -283,6 +295,9 @@ def end(session: Session, batch_id: uuid.UUID, fence: int, output: files.Blob | 
     done = batch.completed + batch.failed >= batch.total
     setattr(batch, "cancelled_at" if batch.cancelling_at else "completed_at" if done else "expired_at", leases.now())
     batch.status, batch.lease_until = "ended", None
+    session.flush()
+    session.refresh(batch)
+    _tell(session, batch)
     session.execute(delete(BatchAnswer).where(BatchAnswer.batch_id == batch_id))
     session.flush()
     return True

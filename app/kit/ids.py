@@ -11,7 +11,7 @@ FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckp
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
 PREDICTION, RUN, EXPORT, GRADER, UPLOAD, PART = "pred", "run", "export", "grader", "upload", "part"
 USER, INVITATION, PROJECT = "user", "invite", "proj"
-BATCH, BATCH_REQUEST = "batch", "batch_req"
+BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
 
 _NAMES = {
     FILE: "file",
@@ -28,16 +28,17 @@ _NAMES = {
     INVITATION: "invitation",
     PROJECT: "project",
     BATCH: "batch",
+    WEBHOOK: "webhook endpoint",
 }
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. The ids of checkpoints, projects, uploads and batches are joined by an underscore, as in OpenAI's API."""
+    """`ftjob-0f3c…`. The ids of checkpoints, projects, uploads, batches and webhook endpoints are joined by an underscore, as in OpenAI's API."""
     return f"{prefix}{_joint(prefix)}{key.hex}"
 
 
 def _joint(prefix: str) -> str:
-    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART, BATCH, BATCH_REQUEST) else "-"
+    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART, BATCH, BATCH_REQUEST, WEBHOOK) else "-"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
@@ -64,4 +65,5 @@ parse_project = partial(parse, PROJECT, param="project_id")
 parse_invitation = partial(parse, INVITATION, param="invite_id")
 parse_vote = partial(parse, VOTE, param="vote_id")
 parse_batch = partial(parse, BATCH, param="batch_id")
+parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
 """`parse` for ids in the API's paths; an error names the parameter."""

@@ -51,6 +51,17 @@ from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NamePro
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
+from app.schemas.webhooks import (
+    ChangeWebhookEndpoint,
+    CreateWebhookEndpoint,
+    DeletedWebhookEndpoint,
+    RotateWebhookSecret,
+    TryWebhookEndpoint,
+    WebhookEndpoint,
+    WebhookEndpointTest,
+    WebhookEndpointWithSecret,
+    WebhookEventTypes,
+)
 
 __all__ = [
     "AddMember",
@@ -60,6 +71,7 @@ __all__ = [
     "ChangeMember",
     "ChangePerson",
     "ChangeProject",
+    "ChangeWebhookEndpoint",
     "ChatCompletion",
     "ChatCompletionChunk",
     "CheckpointPermission",
@@ -80,6 +92,7 @@ __all__ = [
     "CreatePromptRun",
     "CreateUpload",
     "CreateUploadPart",
+    "CreateWebhookEndpoint",
     "Dataset",
     "DatasetChanges",
     "DatasetLine",
@@ -88,6 +101,7 @@ __all__ = [
     "DatasetSplit",
     "DatasetWithVersions",
     "Deleted",
+    "DeletedWebhookEndpoint",
     "Embeddings",
     "Engine",
     "EngineCheck",
@@ -120,12 +134,14 @@ __all__ = [
     "PromptRunRows",
     "PushExport",
     "RevisePrompt",
+    "RotateWebhookSecret",
     "RunGrader",
     "SavedGrader",
     "Strategy",
     "StrategyAdvice",
     "StreamedJobEvent",
     "Studio",
+    "TryWebhookEndpoint",
     "UploadPart",
     "UploadedFile",
     "ValidGrader",
@@ -133,6 +149,10 @@ __all__ = [
     "Vote",
     "VoteDataset",
     "VoteScores",
+    "WebhookEndpoint",
+    "WebhookEndpointTest",
+    "WebhookEndpointWithSecret",
+    "WebhookEventTypes",
     "list_of",
     "page_of",
 ]

@@ -212,6 +212,8 @@ TAGS = {
     "studio": "The health of the studio.",
     "tus": "Resumable uploads: tus 1.0.0.",
     "uploads": "Files in parts.",
+    "webhook_endpoints": "Addresses that hear of the end of jobs and batches.",
+    "webhook_event_types": "What they can hear of.",
     "votes": "Blind votes between two answers.",
 }
 """One tag for each first path segment after /v1."""

@@ -19,6 +19,7 @@ from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
 from app.tables.usage import MachineUse, TokenUse
 from app.tables.users import ApiKey, BrowserSession, Identity, Invitation, SignInLink, TwoStep, User
+from app.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "JSON",
@@ -62,4 +63,6 @@ __all__ = [
     "Upload",
     "User",
     "Vote",
+    "WebhookDelivery",
+    "WebhookEndpoint",
 ]

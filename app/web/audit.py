@@ -46,6 +46,7 @@ QUIET = frozenset(
         "token_uses",
         "uploads",
         "votes",
+        "webhook_deliveries",
     ]
 )
 """Tables whose rows come with every answer of a model, or with work in progress. A transaction that changes nothing else is no deed."""
@@ -61,6 +62,7 @@ SHOWN = {
     "prompts": ("prompt", ids.PROMPT),
     "graders": ("grader", ids.GRADER),
     "batches": ("batch", ids.BATCH),
+    "webhook_endpoints": ("webhook_endpoint", ids.WEBHOOK),
     "prompt_runs": ("prompt_run", ids.RUN),
     "checkpoint_permissions": ("checkpoint.permission", "cp"),
     "api_keys": ("api_key", "key"),
@@ -73,6 +75,7 @@ NOUNS = {
     "permissions": "checkpoint.permission",
     "batch": "prediction",
     "batches": "batch",
+    "webhooks": "webhook_endpoint",
     "vectors": "evaluation",
     "playground": "conversation",
 }

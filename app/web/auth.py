@@ -8,15 +8,12 @@ only our own pages know (`app.web.csrf`). An API key needs none: no browser adds
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
-import os
 import secrets
 import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
@@ -29,6 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import transaction
 from app.errors import BadField, Forbidden, NotFound, NotSignedIn
 from app.kit import ids
+from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, ProjectMember, ShareLink, SignInLink, User
 from app.tables.projects import make_own
@@ -51,21 +49,6 @@ ORGANIZATION = "org-luthier"
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@cache
-def secret(name: str = "session") -> bytes:
-    """A random secret of this studio, created at the first start and readable by its owner alone (0600)."""
-    path = get_settings().folder("secrets") / f"{name}.key"
-    if not path.exists():
-        # Two processes may start at once: each writes a draft, and only one of them gets the name.
-        draft = path.with_suffix(f".{os.getpid()}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-        draft.unlink()
-    return path.read_bytes()
 
 
 def studio_mark() -> str:

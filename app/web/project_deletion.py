@@ -27,13 +27,14 @@ from app.tables import (
     SavedGrader,
     TokenUse,
     Vote,
+    WebhookEndpoint,
 )
 from app.web import projects
 
 SHOWN: dict[str, Any] = {
     "files": File, "datasets": Dataset, "jobs": Job, "comparisons": Comparison, "models": Model, "aliases": ModelAlias,
     "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader,
-    "batches": RequestBatch, "conversations": Exchange, "votes": Vote,
+    "batches": RequestBatch, "conversations": Exchange, "votes": Vote, "webhook endpoints": WebhookEndpoint,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
 WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch"}

@@ -181,6 +181,19 @@ UNSAFE: dict[str, Sample] = {
     "POST /{place}/{key}/name": Sample({"place": "datasets", "key": "$dataset"}, form=[("name", "A name"), ("tags", "a, b")]),
     "POST /{place}/bulk": Sample({"place": "datasets"}, form=[("do", "tag"), ("pick", "$dataset"), ("tag", "a"), ("query", "")]),
     "POST /playground/prefer": Sample(form=[("answer", "0" * 32)], expect=(404,)),
+    "POST /v1/webhook_endpoints": Sample(
+        json={"name": "a", "url": "https://hooks.example.com/a", "event_types": ["batch.failed"]}, expect=(400,)
+    ),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "$webhook"}, json={"name": "A name"}),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret": Sample(
+        {"webhook_endpoint_id": "$webhook"}, json={"keep_old_secret_active_for_24_hours": True}
+    ),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}/test": Sample(
+        {"webhook_endpoint_id": "$webhook"}, json={"event_type": "batch.failed"}, expect=(503,)
+    ),
+    "DELETE /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "+webhook"}),
+    "POST /settings/webhooks": Sample(form=[("name", "a"), ("url", "https://hooks.example.com/a")], expect=(400,)),
+    "POST /settings/webhooks/{webhook_endpoint_id}/{action}": Sample({"webhook_endpoint_id": "$webhook", "action": "rotate"}),
     "POST /v1/batches": Sample(
         json={"input_file_id": "$batch_file", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"}}
     ),
@@ -294,6 +307,7 @@ SAFE: dict[str, Sample] = {
     "GET /playground/batch/{prediction_id}/download": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/exports/{export_id}": Sample({"export_id": "$export"}),
     "GET /v1/exports/{export_id}/files/{name:path}": Sample({"export_id": "$export", "name:path": "a.gguf"}, expect=(409,)),
+    "GET /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "$webhook"}),
     "GET /v1/batches/{batch_id}": Sample({"batch_id": "$batch"}),
     "GET /playground/batches/{batch_id}/{which}": Sample({"batch_id": "$batch", "which": "output"}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),

@@ -28,7 +28,19 @@ from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
-from app.tables import ApiKey, BrowserSession, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
+from app.tables import (
+    ApiKey,
+    BrowserSession,
+    Checkpoint,
+    CheckpointPermission,
+    Dataset,
+    Finding,
+    Model,
+    ModelAlias,
+    PromptRun,
+    User,
+    WebhookEndpoint,
+)
 from app.web import auth, people, projects
 from tests.factories import make_job
 from tests.lives import Life, started, steps
@@ -98,19 +110,8 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        for kind in (
-            "evaluation",
-            "export",
-            "comparison",
-            "vote",
-            "key",
-            "permission",
-            "person",
-            "invitation",
-            "grader",
-            "batch",
-            "batch_file",
-        ):
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook"
+        for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -170,6 +171,14 @@ class World:
     def _new_batch(self) -> str:
         order = {"input_file_id": self._new_batch_file(), "endpoint": "/v1/completions", "completion_window": "24h"}
         return ids.public(ids.BATCH, batches.create(self.session, self.user, batches.BatchOrder.model_validate(order)).id)
+
+    def _new_webhook(self) -> str:
+        made = WebhookEndpoint(
+            id=uuid.uuid4(), owner_id=self.user.id, project_id=self.user.project_id, name="ci", url="https://hooks.example.com/a",
+            event_types=["batch.failed"],
+        )  # fmt: skip
+        self.session.add(made)
+        return ids.public(ids.WEBHOOK, made.id)
 
     def _new_job(self) -> str:
         return ids.public(ids.JOB, make_job(self.session, self.user, self.base, self.dataset).id)
