@@ -28,9 +28,9 @@ from app.inference import external_server
 from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.settings import get_settings
-from app.web import audit, auth, csrf, error_responses, middleware, navigation
+from app.web import audit, auth, batch_runner, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
-from app.web.batch_runner import BatchRunner
+from app.web.background import BackgroundRunner
 
 
 async def _refuse_unread_body(request: Request) -> None:
@@ -131,12 +131,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             auth.first_user(session)
 
     await run_in_threadpool(start)
-    app.state.batches = BatchRunner(app)
-    running = asyncio.create_task(app.state.batches.run())
+    app.state.background = BackgroundRunner(app, (batch_runner.KIND,))
+    running = asyncio.create_task(app.state.background.run())
     yield
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    del app.state.batches
+    del app.state.background
     from app.queue import get_redis
 
     if get_engine.cache_info().currsize:

@@ -20,7 +20,7 @@ from app.storage import files
 from app.tables import File, RequestBatch, User
 from app.web import templates as web_templates
 from app.web.auth import CurrentUser
-from app.web.batch_runner import wake
+from app.web.background import wake
 from app.web.multipart import Form, read_form
 from app.web.pagination import After, Limit, page
 

@@ -21,7 +21,7 @@ from app.db import transaction
 from app.kit import ids
 from app.storage import files
 from app.tables import BatchAnswer, Exchange, File, RequestBatch, TokenUse, User
-from app.web.batch_runner import wake
+from app.web.background import wake
 from tests.conftest import PROJECT, free_port, wait_until
 from tests.generating import _workers, answering_dir, generate_worker, register_long, register_tiny  # noqa: F401
 
