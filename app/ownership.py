@@ -14,6 +14,8 @@ from app.kit import ids
 from app.tables import (
     Comparison,
     Dataset,
+    Eval,
+    EvalRun,
     Evaluation,
     Exchange,
     Export,
@@ -46,7 +48,9 @@ T = TypeVar(
     | Vote
     | Exchange
     | Upload
-    | WebhookEndpoint,
+    | WebhookEndpoint
+    | Eval
+    | EvalRun,
 )
 
 
@@ -60,6 +64,8 @@ class _Shown(NamedTuple):
 
 
 _SHOWN: dict[type[Any], _Shown] = {
+    Eval: _Shown("eval", ids.EVAL, "eval_id"),
+    EvalRun: _Shown("run of an eval", ids.EVAL_RUN, "run_id"),
     WebhookEndpoint: _Shown("webhook endpoint", ids.WEBHOOK, "webhook_endpoint_id"),
     RequestBatch: _Shown("batch", ids.BATCH, "batch_id"),
     File: _Shown("file", ids.FILE, "file_id"),

@@ -12,6 +12,7 @@ MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval",
 PREDICTION, RUN, EXPORT, GRADER, UPLOAD, PART = "pred", "run", "export", "grader", "upload", "part"
 USER, INVITATION, PROJECT = "user", "invite", "proj"
 BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
+EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 
 _NAMES = {
     FILE: "file",
@@ -28,6 +29,9 @@ _NAMES = {
     INVITATION: "invitation",
     PROJECT: "project",
     BATCH: "batch",
+    EVAL: "eval",
+    EVAL_RUN: "run of an eval",
+    EVAL_ITEM: "item of a run",
     WEBHOOK: "webhook endpoint",
 }
 

@@ -92,7 +92,7 @@ def _sample(endpoint: WebhookEndpoint, event_type: str) -> tuple[int | None, str
         raise BadField(
             f"This studio has no events {event_type[:60]!r}.", hint=f"There are {', '.join(webhooks.EVENT_TYPES)}.", param="event_type"
         )
-    prefix = ids.BATCH if event_type.startswith("batch.") else ids.JOB
+    prefix = {"batch": ids.BATCH, "eval": ids.EVAL_RUN}.get(event_type.partition(".")[0], ids.JOB)
     event = {
         "id": f"evt_{uuid.uuid4().hex}", "object": "event", "type": event_type, "created_at": int(time.time()),
         "data": {"id": ids.public(prefix, uuid.UUID(int=0))},

@@ -30,6 +30,7 @@ from app.schemas.datasets import (
     FixedDataset,
     VoteDataset,
 )
+from app.schemas.evals import ChangeEval, CreateEval, CreateEvalRun, DeletedEval, DeletedEvalRun, Eval, EvalOutputItem, EvalRun
 from app.schemas.evaluations import Evaluation
 from app.schemas.exports import CreateExport, Export, PushExport
 from app.schemas.files import CompleteUpload, CreateFile, CreateUpload, CreateUploadPart, PartedUpload, UploadedFile, UploadPart
@@ -67,6 +68,7 @@ __all__ = [
     "AddMember",
     "AuditLog",
     "Batch",
+    "ChangeEval",
     "ChangeGrader",
     "ChangeMember",
     "ChangePerson",
@@ -83,6 +85,8 @@ __all__ = [
     "CompletionChunk",
     "CreateCheckpointPermissions",
     "CreateComparison",
+    "CreateEval",
+    "CreateEvalRun",
     "CreateExport",
     "CreateFile",
     "CreateGrader",
@@ -101,11 +105,16 @@ __all__ = [
     "DatasetSplit",
     "DatasetWithVersions",
     "Deleted",
+    "DeletedEval",
+    "DeletedEvalRun",
     "DeletedWebhookEndpoint",
     "Embeddings",
     "Engine",
     "EngineCheck",
     "EngineOfModel",
+    "Eval",
+    "EvalOutputItem",
+    "EvalRun",
     "Evaluation",
     "Export",
     "FileReport",

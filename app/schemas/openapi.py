@@ -196,6 +196,7 @@ TAGS = {
     "engines": "Servers that answer for models.",
     "estimates": "What a job would take.",
     "evaluations": "Models scored on datasets.",
+    "evals": "Criteria for answers, and runs of models over items, as OpenAI's evals.",
     "exports": "Models written in formats for other programs.",
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",

@@ -9,6 +9,7 @@ from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
 from app.tables.batches import BatchAnswer, RequestBatch
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
+from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
@@ -33,6 +34,9 @@ __all__ = [
     "CheckpointPermission",
     "Comparison",
     "Dataset",
+    "Eval",
+    "EvalItem",
+    "EvalRun",
     "Evaluation",
     "Event",
     "Exchange",

@@ -51,6 +51,10 @@ class Attempt(ABC):
         """Run `work` in a transaction, in a thread."""
         return await run_in_threadpool(_in_transaction, work)
 
+    def in_thread(self, work: Callable[[Session], T]) -> T:
+        """The same in the thread that calls."""
+        return _in_transaction(work)
+
     @abstractmethod
     async def through(self) -> None:
         """Do it. Raises LeaseLost, and StudioError for what cannot be done."""

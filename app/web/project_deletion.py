@@ -13,6 +13,8 @@ from app.kit.humanize import plural
 from app.tables import (
     Comparison,
     Dataset,
+    Eval,
+    EvalRun,
     Evaluation,
     Exchange,
     Export,
@@ -35,9 +37,10 @@ SHOWN: dict[str, Any] = {
     "files": File, "datasets": Dataset, "jobs": Job, "comparisons": Comparison, "models": Model, "aliases": ModelAlias,
     "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader,
     "batches": RequestBatch, "conversations": Exchange, "votes": Vote, "webhook endpoints": WebhookEndpoint,
+    "evals": Eval, "runs of evals": EvalRun,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
-WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch"}
+WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch", "runs of evals": "run of an eval"}
 
 
 class Contents(NamedTuple):

@@ -29,7 +29,7 @@ from app.tables import JSON, User, WebhookDelivery, WebhookEndpoint
 
 EVENT_TYPES = (
     "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled",
-    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
+    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled", "eval.run.succeeded", "eval.run.failed", "eval.run.canceled",
 )  # fmt: skip
 PAUSES_SECONDS = (5, 60, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 72_000)
 """Before each further try: three days in all."""

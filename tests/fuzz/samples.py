@@ -181,6 +181,40 @@ UNSAFE: dict[str, Sample] = {
     "POST /{place}/{key}/name": Sample({"place": "datasets", "key": "$dataset"}, form=[("name", "A name"), ("tags", "a, b")]),
     "POST /{place}/bulk": Sample({"place": "datasets"}, form=[("do", "tag"), ("pick", "$dataset"), ("tag", "a"), ("query", "")]),
     "POST /playground/prefer": Sample(form=[("answer", "0" * 32)], expect=(404,)),
+    "POST /v1/evals": Sample(
+        json={
+            "name": "a",
+            "data_source_config": {"type": "custom", "item_schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
+            "testing_criteria": [
+                {"type": "string_check", "name": "right", "operation": "eq", "input": "{{sample.output_text}}", "reference": "{{item.a}}"}
+            ],
+        }
+    ),
+    "POST /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}, json={"name": "A name", "metadata": {"a": "b"}}),
+    "POST /v1/evals/{eval_id}/runs": Sample(
+        {"eval_id": "$eval"},
+        json={
+            "name": "a",
+            "data_source": {
+                "type": "jsonl",
+                "source": {"type": "file_content", "content": [{"item": {"a": "b"}, "sample": {"output_text": "b"}}]},
+            },
+        },
+    ),
+    "POST /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "POST /v1/evals/{eval_id}/runs/{run_id}/cancel": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "POST /evals/{eval_id}/delete": Sample({"eval_id": "+eval"}),
+    "POST /evals/{eval_id}/runs/{run_id}/{action}": Sample({"eval_id": "$eval", "run_id": "+eval_run", "action": "cancel"}),
+    "DELETE /v1/evals/{eval_id}": Sample({"eval_id": "+eval"}),
+    "DELETE /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "GET /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}": Sample(
+        {"eval_id": "$eval", "run_id": "$eval_run", "output_item_id": "outputitem-" + "0" * 32}, expect=(404,)
+    ),
     "POST /v1/webhook_endpoints": Sample(
         json={"name": "a", "url": "https://hooks.example.com/a", "event_types": ["batch.failed"]}, expect=(400,)
     ),

@@ -18,6 +18,8 @@ from app import graders, saved_graders
 from app.batches import service as batches
 from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
+from app.evals import service as evals
+from app.evals import sources
 from app.evaluation import comparisons
 from app.evaluation import service as evaluations
 from app.inference import playground, votes
@@ -110,7 +112,7 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook"
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run"
         for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
@@ -179,6 +181,25 @@ class World:
         )  # fmt: skip
         self.session.add(made)
         return ids.public(ids.WEBHOOK, made.id)
+
+    def _new_eval(self) -> str:
+        criterion = {
+            "type": "string_check",
+            "name": "right",
+            "operation": "eq",
+            "input": "{{sample.output_text}}",
+            "reference": "{{item.a}}",
+        }
+        config = {"type": "custom", "item_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}
+        return ids.public(ids.EVAL, evals.create(self.session, self.user, "an eval", config, [criterion], None).id)
+
+    def _new_eval_run(self) -> str:
+        key = self.ids.get("eval") or self.fresh("eval")
+        found = evals.get(self.session, self.user, ids.parse(ids.EVAL, key))
+        source = sources.read(
+            {"type": "jsonl", "source": {"type": "file_content", "content": [{"item": {"a": "b"}, "sample": {"output_text": "b"}}]}}
+        )
+        return ids.public(ids.EVAL_RUN, evals.create_run(self.session, self.user, found, "a run", source, None).id)
 
     def _new_job(self) -> str:
         return ids.public(ids.JOB, make_job(self.session, self.user, self.base, self.dataset).id)
