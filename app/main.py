@@ -28,7 +28,7 @@ from app.inference import external_server
 from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.settings import get_settings
-from app.web import audit, auth, batch_runner, csrf, error_responses, eval_runner, middleware, navigation
+from app.web import audit, auth, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
 from app.web.background import BackgroundRunner
 
@@ -131,6 +131,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             auth.first_user(session)
 
     await run_in_threadpool(start)
+    from app.web import batch_runner, eval_runner  # no page needs them
+
     app.state.background = BackgroundRunner(app, (batch_runner.KIND, eval_runner.KIND))
     running = asyncio.create_task(app.state.background.run())
     yield

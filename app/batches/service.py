@@ -38,7 +38,7 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 class OutputExpiresAfter(BaseModel):
     """When the files of a batch are deleted."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     anchor: Literal["created_at"]
     seconds: int = Field(ge=3600, le=2_592_000, description="Seconds after the file was written.")
@@ -47,7 +47,7 @@ class OutputExpiresAfter(BaseModel):
 class BatchOrder(BaseModel):
     """Which requests, and what they are sent to."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     input_file_id: Annotated[str, Field(description="A file with the purpose batch: one request per line, as JSON.")]
     endpoint: Endpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ MAX_BYTES = 64 * 2**20
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class SourceItem(_Strict):
@@ -76,7 +77,7 @@ class ItemReference(_Strict):
     item_reference: str = Field(pattern=r"^item\.[A-Za-z_][\w-]*$")
 
 
-class SamplingParams(_Strict):
+class EvalSamplingParams(_Strict):
     """How the model answers, in the names of chat completions."""
 
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -102,18 +103,20 @@ class CompletionsDataSource(_Strict):
     source: Source
     model: str = Field(min_length=1, max_length=512)
     input_messages: Annotated[MessagesTemplate | ItemReference, Field(discriminator="type")]
-    sampling_params: SamplingParams = SamplingParams()
+    sampling_params: EvalSamplingParams = EvalSamplingParams()
 
 
 DataSource = Annotated[JsonlDataSource | CompletionsDataSource, Field(discriminator="type")]
 
 
-_sources: TypeAdapter[DataSource] = TypeAdapter(DataSource)
-
-
 def read(stored: JSON) -> DataSource:
     """A data source that was checked before."""
-    return _sources.validate_python(stored)
+    return _adapter().validate_python(stored)
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[DataSource]:
+    return TypeAdapter(DataSource)
 
 
 def items_of(path: Path) -> Iterator[SourceItem]:

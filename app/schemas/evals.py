@@ -14,7 +14,7 @@ from app.schemas.base import Schema
 class CreateEval(BaseModel):
     """What items look like, and what an answer is graded by."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str | None = Field(None, max_length=200)
     data_source_config: dict[str, Any] = Field(description='`{"type": "custom", "item_schema": {…}, "include_sample_schema": true}`')
@@ -25,7 +25,7 @@ class CreateEval(BaseModel):
 class ChangeEval(BaseModel):
     """What changes; fields that are left out stay."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str | None = Field(None, min_length=1, max_length=200)
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
@@ -34,7 +34,7 @@ class ChangeEval(BaseModel):
 class CreateEvalRun(BaseModel):
     """Which items, and which model is asked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str | None = Field(None, max_length=200)
     data_source: DataSource

@@ -12,7 +12,7 @@ from app.schemas.base import Schema
 class CreateWebhookEndpoint(BaseModel):
     """An address, and the events that it hears of."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str = Field(min_length=1, max_length=200)
     url: str = Field(min_length=1, max_length=2000, description="On a host that LUTHIER_WEBHOOK_HOSTS lists.")
@@ -22,7 +22,7 @@ class CreateWebhookEndpoint(BaseModel):
 class ChangeWebhookEndpoint(BaseModel):
     """What changes; fields that are left out stay."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str | None = Field(None, min_length=1, max_length=200)
     url: str | None = Field(None, min_length=1, max_length=2000)
@@ -32,7 +32,7 @@ class ChangeWebhookEndpoint(BaseModel):
 class RotateWebhookSecret(BaseModel):
     """How the secret is replaced."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     keep_old_secret_active_for_24_hours: bool = Field(False, description="Sign with both secrets for a day.")
 
@@ -40,7 +40,7 @@ class RotateWebhookSecret(BaseModel):
 class TryWebhookEndpoint(BaseModel):
     """The event that is sent as a sample."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     event_type: str = Field(max_length=100)
 

@@ -39,7 +39,7 @@ class LeaseLost(Exception):
     """Another process holds the row, or it was deleted."""
 
 
-class Attempt(ABC):
+class BackgroundAttempt(ABC):
     """One process's part of the work on a row."""
 
     def __init__(self, app: FastAPI, row: Any, slots: asyncio.Semaphore) -> None:
@@ -89,7 +89,7 @@ class WorkKind:
 
     name: str
     claim: Callable[[Session], Any]
-    attempt: type[Attempt]
+    attempt: type[BackgroundAttempt]
 
 
 def wake(app: FastAPI) -> None:
@@ -155,6 +155,6 @@ class BackgroundRunner:
             await attempt.fail("internal_error", "The studio could not do it; its log says why.")
 
 
-async def _leave(attempt: Attempt) -> None:
+async def _leave(attempt: BackgroundAttempt) -> None:
     await attempt.store()
     await attempt.release()

@@ -27,11 +27,11 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import File, RequestBatch
 from app.web.auth import OnBehalf
-from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, Attempt, LeaseLost, WorkKind
+from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, BackgroundAttempt, LeaseLost, WorkKind
 from app.web.in_process import send_until_answered
 
 
-class BatchAttempt(Attempt):
+class BatchAttempt(BackgroundAttempt):
     """One process's part of a batch: the requests without an answer, several at a time, stored every few seconds."""
 
     row: RequestBatch

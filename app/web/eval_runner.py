@@ -27,7 +27,7 @@ from app.kit.token_meter import TokenMeter
 from app.storage import files
 from app.tables import JSON, Eval, EvalRun, User
 from app.web.auth import OnBehalf
-from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, Attempt, LeaseLost, WorkKind
+from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, BackgroundAttempt, LeaseLost, WorkKind
 from app.web.in_process import send_until_answered
 
 CHAT = "/v1/chat/completions"
@@ -35,7 +35,7 @@ GRADING_SECONDS = 600.0
 """How long one question of a grader may take."""
 
 
-class EvalAttempt(Attempt):
+class EvalAttempt(BackgroundAttempt):
     """One process's part of a run: the items without a grade, several at a time, stored every few seconds."""
 
     row: EvalRun
