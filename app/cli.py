@@ -142,6 +142,33 @@ def train(
             raise typer.Exit(1)
 
 
+@app.command("import")
+@plainly
+def import_config(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A configuration of LLaMA-Factory, Axolotl, Unsloth, Soup or a job of OpenAI's API.", exists=True, dir_okay=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the order is written.")] = Path("job.yaml"),
+) -> None:
+    """Read a training configuration of another program as an order for `luthier train`, and say what has no counterpart."""
+    from app import config_formats
+
+    try:
+        found, translation = config_formats.read(config.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise BadData(f"{config} is not text in UTF-8.", hint="Name a YAML or JSON file.") from None
+    if output.exists():
+        raise BadField(f"{output} exists.", hint="Name another file with --output.", param="output")
+    output.write_text(config_formats.as_file(found, translation), encoding="utf-8")
+    say(f"{config.name} is a configuration of {found.title}. The order is in {output}.")
+    for note in translation.notes:
+        say(f"  {note.key}: {note.message}.")
+    say(f"Add the model {translation.order['model']} (Models, or luthier models add), then: luthier train {output}")
+
+
 @app.command("jobs")
 @plainly
 def list_jobs(data_dir: DataDir = None) -> None:

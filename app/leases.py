@@ -83,8 +83,8 @@ class Work(Generic[Row]):
     """One kind of work on the rows of one table."""
 
     table: type[Row]
-    task: str
-    """The Celery task whose message makes a worker look at a row."""
+    task: str | None
+    """The Celery task whose message makes a worker look at a row; None where the holders look for free rows themselves."""
     waits_as: str
     """The status of a row that may be claimed."""
     runs_as: str
@@ -173,7 +173,8 @@ def requeue(session: Session, work: Work[Row], row: Row, *, died: bool = False) 
         return False
     row.status = work.waits_as
     session.flush()
-    queue.enqueue(session, work.task, row.id)
+    if work.task is not None:
+        queue.enqueue(session, work.task, row.id)
     return True
 
 
@@ -200,6 +201,8 @@ def redeliver(session: Session, work: Work[Row], *where: ColumnElement[bool], ba
     `backlog` messages wait in the queue; None asks Redis. While there are any, this row's is most likely among them: redelivering
     every row of a long queue every few seconds would only give the workers messages to drop.
     """
+    if work.task is None:
+        return 0
     waiting = queue.backlog(work.task) if backlog is None else backlog
     recent = now() - timedelta(seconds=get_settings().announce_again_seconds * (BEHIND_A_BACKLOG if waiting else 1))
     spoken_of = select(Outbox.id).where(

@@ -21,7 +21,7 @@ from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
 from app.kit.token_meter import TokenMeter
 from app.settings import get_settings
-from app.tables import JSON, Checkpoint, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, User
+from app.tables import JSON, Checkpoint, EvalRun, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, User
 
 By = Literal["person", "project"]
 Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]
@@ -155,7 +155,7 @@ def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, rea
     session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
 
 
-def count_meter(session: Session, table: type[Evaluation | PromptRun], key: uuid.UUID, meter: TokenMeter) -> None:
+def count_meter(session: Session, table: type[Evaluation | PromptRun | EvalRun], key: uuid.UUID, meter: TokenMeter) -> None:
     """Count the tokens of work in the background, for the person and the project whose it is. Once that is committed the meter has
     them no more; one thread at a time may do this."""
     read, written = meter.read, meter.written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import importlib
@@ -29,6 +30,7 @@ from app.kit.addresses import is_loopback
 from app.settings import get_settings
 from app.web import audit, auth, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
+from app.web.background import BackgroundRunner
 
 
 async def _refuse_unread_body(request: Request) -> None:
@@ -119,7 +121,7 @@ async def _handle(request: Request, error: Exception) -> Response:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Create the first account if the database is there already, and close the pools at the end."""
+    """Create the first account if the database is there already, run batches meanwhile, and close the pools at the end."""
     from sqlalchemy.exc import DBAPIError
 
     def start() -> None:
@@ -129,7 +131,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             auth.first_user(session)
 
     await run_in_threadpool(start)
+    from app.web import batch_runner, eval_runner  # no page needs them
+
+    app.state.background = BackgroundRunner(app, (batch_runner.KIND, eval_runner.KIND))
+    running = asyncio.create_task(app.state.background.run())
     yield
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    del app.state.background
     from app.queue import get_redis
 
     if get_engine.cache_info().currsize:

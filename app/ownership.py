@@ -14,6 +14,8 @@ from app.kit import ids
 from app.tables import (
     Comparison,
     Dataset,
+    Eval,
+    EvalRun,
     Evaluation,
     Exchange,
     Export,
@@ -23,14 +25,32 @@ from app.tables import (
     ProjectMember,
     Prompt,
     PromptRun,
+    RequestBatch,
     SavedGrader,
     Upload,
     User,
     Vote,
+    WebhookEndpoint,
 )
 
 T = TypeVar(
-    "T", bound=File | Dataset | Job | Comparison | Evaluation | Export | Prompt | PromptRun | SavedGrader | Vote | Exchange | Upload
+    "T",
+    bound=RequestBatch
+    | File
+    | Dataset
+    | Job
+    | Comparison
+    | Evaluation
+    | Export
+    | Prompt
+    | PromptRun
+    | SavedGrader
+    | Vote
+    | Exchange
+    | Upload
+    | WebhookEndpoint
+    | Eval
+    | EvalRun,
 )
 
 
@@ -44,6 +64,10 @@ class _Shown(NamedTuple):
 
 
 _SHOWN: dict[type[Any], _Shown] = {
+    Eval: _Shown("eval", ids.EVAL, "eval_id"),
+    EvalRun: _Shown("run of an eval", ids.EVAL_RUN, "run_id"),
+    WebhookEndpoint: _Shown("webhook endpoint", ids.WEBHOOK, "webhook_endpoint_id"),
+    RequestBatch: _Shown("batch", ids.BATCH, "batch_id"),
     File: _Shown("file", ids.FILE, "file_id"),
     Dataset: _Shown("dataset", ids.DATASET, "dataset"),
     Job: _Shown("fine-tuning job", ids.JOB, "fine_tuning_job_id"),

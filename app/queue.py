@@ -38,10 +38,11 @@ PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
 EXPORT = "luthier.export"
 MAIL = "luthier.mail"
+WEBHOOK = "luthier.webhook"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data",
+    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data", WEBHOOK: "data",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
 model imports delay no upload."""

@@ -91,14 +91,17 @@ def take_over(session: Session) -> None:
 
 
 def _reap(session: Session) -> None:
+    from app.batches import service as batches
     from app.datasets import ingest_task, inspections
+    from app.evals import service as evals
     from app.evaluation import service as evaluations
     from app.jobs import service as jobs
     from app.models import exports
     from app.models import imports as model_imports
     from app.prompts import runs as prompt_runs
+    from app.webhooks import service as webhooks
 
-    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs):
+    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches, evals, webhooks):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

@@ -147,6 +147,10 @@ class Settings(BaseSettings):
         "`http://10.0.0.5:8001/v1`; a key goes before the host, as in `https://:KEY@gpu.example.org/v1`.",
         repr=False,
     )
+    webhook_hosts: str = Field(
+        "",
+        description="Hosts that webhooks may be sent to, with commas, as `hooks.example.com`; with a port where it is none of 80 and 443.",
+    )
     cpu_engine: str = Field(
         "luthier",
         pattern=r"^(luthier|llama\.cpp(:[A-Z0-9_]+)?)$",

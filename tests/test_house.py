@@ -19,7 +19,7 @@ WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
 
 APP = """
 settings · errors · events · shapes · kit · metrics · tables · pg_connection, ownership · db · queue, migrate · leases · limits · machines · objectives · graders · saved_graders · formats, strategies, optimizers, chat_templates, export_formats, older_settings ·
-run_settings · spec · storage · planning · models · datasets · naming · jobs · inference · evaluation · prompts · retention, personal_data · web · views · schemas · routes ·
+run_settings · config_formats · spec · storage · planning · models · datasets · naming · webhooks · jobs · inference · evaluation · prompts · batches, evals · retention, personal_data · web · views · schemas · routes ·
 relay · ops · main · cli
 """
 WORKER = """

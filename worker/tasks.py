@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from app.kit import tracing
-from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRAIN, celery
+from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRAIN, WEBHOOK, celery
 
 
 def _never() -> bool:
@@ -123,3 +123,10 @@ def mail(key: str) -> None:
     from app.jobs import mail as messages
 
     messages.send(uuid.UUID(key))
+
+
+@looks_at(WEBHOOK)
+def webhook(key: str) -> None:
+    from app.webhooks import delivery
+
+    delivery.send(uuid.UUID(key))

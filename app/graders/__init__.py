@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from app.errors import BadField, StudioError, field_path, plain
 from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply
+from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
 from app.kit.json_safe import too_deep
 from app.kit.registry import classes_in
 
@@ -34,10 +35,12 @@ __all__ = [
     "JudgeAsk",
     "Reply",
     "as_openai",
+    "follows",
     "grade",
     "item_of",
     "parse",
     "read",
+    "schema_fault",
     "scored",
     "to_json",
 ]  # fmt: skip
@@ -86,6 +89,21 @@ def read_child(given: Any) -> Grader:
         return parse(given)
     except BadField as error:
         raise ValueError(f"{error.message.rstrip('.')}. {error.hint}") from None
+
+
+def schema_fault(schema: Any) -> str:
+    """Why a JSON schema cannot be checked here, as `schema.a is not supported`; empty where it can."""
+    if not isinstance(schema, dict) or too_deep(schema) or len(json.dumps(schema)) > MAX_BYTES:
+        return "schema is no JSON schema"
+    return fault_in(schema)
+
+
+def follows(schema: Any, value: Any) -> bool:
+    """Whether a value follows a schema that `schema_fault` has found nothing wrong with."""
+    try:
+        return SchemaCheck(schema).fits(value)
+    except OutOfSteps:
+        return False
 
 
 def to_json(grader: Grader) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextvars import ContextVar
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -46,6 +47,9 @@ AGAIN_SECONDS = 10.0
 NO_WORKER_SECONDS = 20.0
 WAIT_SECONDS = 90.0
 
+BULK: ContextVar[bool] = ContextVar("bulk", default=False)
+"""Whether what is asked in this context is one of very many requests, which leave room for people who chat."""
+
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[str, redis.asyncio.Redis]] = WeakKeyDictionary()
 _farewells: set[asyncio.Task[object]] = set()
 
@@ -75,6 +79,7 @@ async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
 
     A request with an external engine is rendered by a worker and answered by that server.
     """
+    request = request.model_copy(update={"bulk": True}) if BULK.get() else request
     outside = request.engine is not None and not request.engine.local
     async with contextlib.aclosing(_outside(request) if outside else _own(request)) as answer:
         async for entries in answer:

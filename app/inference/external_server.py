@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import ipaddress
 import json
-import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -34,6 +32,7 @@ from app.inference.protocol import (
     RenderedPrompt,
     TextPart,
 )
+from app.kit import addresses
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def names(address: Address) -> list[str]:
     import httpx
 
     try:
-        where, more = _pinned(f"{address.url}/models")
+        where, more = addresses.pinned(f"{address.url}/models")
         with httpx.Client(**_options(address, ASKING_SECONDS)) as client, client.stream("GET", where, **more) as answer:
             body = b""
             for part in answer.iter_bytes():
@@ -139,7 +138,7 @@ async def answer(request: GenerateRequest, rendered: RenderedPrompt | None) -> A
     fold = Fold(request, rendered, address)
     deadline = asyncio.get_running_loop().time() + request.seconds
     try:
-        where, more = await asyncio.to_thread(_pinned, f"{address.url}/{fold.path}")
+        where, more = await asyncio.to_thread(addresses.pinned, f"{address.url}/{fold.path}")
         async with httpx.AsyncClient(**_options(address)) as client:
             await _load_adapter(client, address, engine)
             async with client.stream("POST", where, json=fold.body(), **more) as response:
@@ -189,7 +188,7 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
     """Load an adapter on the server, once. vLLM responds 200, and 400 for one that it has already."""
     if engine.adapter is None or (address.url, engine.model) in _loaded:
         return
-    where, more = await asyncio.to_thread(_pinned, f"{address.url}/load_lora_adapter")
+    where, more = await asyncio.to_thread(addresses.pinned, f"{address.url}/load_lora_adapter")
     folder = str((get_settings().data_dir / engine.adapter).resolve())
     answer = await client.post(where, json={"lora_name": engine.model, "lora_path": folder}, **more)
     if answer.status_code != 200 and "already" not in answer.text[:2000]:
@@ -361,26 +360,6 @@ def _options(address: Address, seconds: float = SILENT_SECONDS) -> dict[str, Any
         "trust_env": False,
         "verify": _certificates() if address.url.startswith("https:") else False,
     }
-
-
-def _pinned(url: str, resolve: Callable[..., Any] = socket.getaddrinfo) -> tuple[str, dict[str, Any]]:
-    """The URL with its host's address in place of its name, and the headers and TLS settings that need the name."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = [entry[4][0] for entry in resolve(parts.hostname, port, type=socket.SOCK_STREAM)]
-    good = [one for one in found if _may_be_called(one)]
-    if not good:
-        raise OSError(f"{parts.hostname} has no address that may be called")
-    at = f"[{good[0]}]" if ":" in good[0] else good[0]
-    more = {"headers": {"host": parts.netloc}, "extensions": {"sni_hostname": parts.hostname}}
-    return parts._replace(netloc=f"{at}:{port}").geturl(), more
-
-
-def _may_be_called(address: str) -> bool:
-    """Loopback and private addresses are where such servers are; link-local ones and the like are never called."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
 
 
 # What went wrong --------------------------------------------------------------------------------------------------------

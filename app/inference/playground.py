@@ -289,6 +289,13 @@ def record_call(
     return exchange
 
 
+def count_call(session: Session, user: User, heard: Sequence[AnswerFold]) -> None:
+    """Count the tokens of a call that is not stored."""
+    told = [said.usage() for said in heard]
+    read, written = (sum(one[name] for one in told) for name in ("prompt_tokens", "completion_tokens"))
+    limits.count_tokens(session, user.id, user.project_id, read=read, written=written)
+
+
 def readable(text: str) -> str:
     """Text without lone surrogates, which JSON can contain and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode()

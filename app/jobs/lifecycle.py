@@ -30,11 +30,13 @@ from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
 from app.jobs import mail, usage
+from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Event, Job, Outbox
+from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,24 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
     if rows:
         session.execute(insert(Event).on_conflict_do_nothing(index_elements=["key"]), rows)
         mail.on_events(session, job_id, [event for _, event in said])
+        _tell_webhooks(session, job_id, said)
     queue.notify(session, "job", job_id)
+
+
+def _tell_webhooks(session: Session, job_id: uuid.UUID, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
+    for key, event in said:
+        match event:
+            case events.Finished():
+                ended = "succeeded"
+            case events.Failed():
+                ended = "failed"
+            case events.Stopped(status="cancelled"):
+                ended = "cancelled"
+            case _:
+                continue
+        project_id = session.scalar(select(Job.project_id).where(Job.id == job_id))
+        if project_id is not None:
+            webhooks.emit(session, project_id, f"fine_tuning.job.{ended}", ids.public(ids.JOB, job_id), key)
 
 
 # One attempt --------------------------------------------------------------------------------------------------------

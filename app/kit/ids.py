@@ -11,6 +11,8 @@ FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckp
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
 PREDICTION, RUN, EXPORT, GRADER, UPLOAD, PART = "pred", "run", "export", "grader", "upload", "part"
 USER, INVITATION, PROJECT = "user", "invite", "proj"
+BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
+EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 
 _NAMES = {
     FILE: "file",
@@ -26,16 +28,21 @@ _NAMES = {
     USER: "person",
     INVITATION: "invitation",
     PROJECT: "project",
+    BATCH: "batch",
+    EVAL: "eval",
+    EVAL_RUN: "run of an eval",
+    EVAL_ITEM: "item of a run",
+    WEBHOOK: "webhook endpoint",
 }
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. The ids of checkpoints, projects and uploads are joined by an underscore, as in OpenAI's API."""
+    """`ftjob-0f3c…`. The ids of checkpoints, projects, uploads, batches and webhook endpoints are joined by an underscore, as in OpenAI's API."""
     return f"{prefix}{_joint(prefix)}{key.hex}"
 
 
 def _joint(prefix: str) -> str:
-    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART) else "-"
+    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART, BATCH, BATCH_REQUEST, WEBHOOK) else "-"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
@@ -61,4 +68,6 @@ parse_user = partial(parse, USER, param="user_id")
 parse_project = partial(parse, PROJECT, param="project_id")
 parse_invitation = partial(parse, INVITATION, param="invite_id")
 parse_vote = partial(parse, VOTE, param="vote_id")
+parse_batch = partial(parse, BATCH, param="batch_id")
+parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
 """`parse` for ids in the API's paths; an error names the parameter."""

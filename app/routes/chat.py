@@ -19,7 +19,7 @@ from app import limits, schemas
 from app.db import transaction
 from app.errors import BadField
 from app.inference import playground
-from app.inference.client import stream
+from app.inference.client import BULK, stream
 from app.inference.playground import AnswerFold, PendingAnswer
 from app.inference.protocol import (
     AnswerStarted,
@@ -343,4 +343,6 @@ class Call:
 
     def _record(self) -> None:
         with transaction() as session:
+            if BULK.get():  # the answer is in the file of a batch
+                return playground.count_call(session, self.user, self.heard)
             playground.record_call(session, self.user, list(zip(self.asked, self.heard, strict=True)), self.sampling, **self.stored)

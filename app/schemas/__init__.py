@@ -16,6 +16,7 @@ from app.schemas.answers import (
 )
 from app.schemas.audit import AuditLog
 from app.schemas.base import Deleted, list_of, page_of
+from app.schemas.batches import Batch
 from app.schemas.comparisons import Comparison, ComparisonPlan, CreateComparison
 from app.schemas.datasets import (
     Dataset,
@@ -29,6 +30,7 @@ from app.schemas.datasets import (
     FixedDataset,
     VoteDataset,
 )
+from app.schemas.evals import ChangeEval, CreateEval, CreateEvalRun, DeletedEval, DeletedEvalRun, Eval, EvalOutputItem, EvalRun
 from app.schemas.evaluations import Evaluation
 from app.schemas.exports import CreateExport, Export, PushExport
 from app.schemas.files import CompleteUpload, CreateFile, CreateUpload, CreateUploadPart, PartedUpload, UploadedFile, UploadPart
@@ -50,14 +52,28 @@ from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NamePro
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
+from app.schemas.webhooks import (
+    ChangeWebhookEndpoint,
+    CreateWebhookEndpoint,
+    DeletedWebhookEndpoint,
+    RotateWebhookSecret,
+    TryWebhookEndpoint,
+    WebhookEndpoint,
+    WebhookEndpointTest,
+    WebhookEndpointWithSecret,
+    WebhookEventTypes,
+)
 
 __all__ = [
     "AddMember",
     "AuditLog",
+    "Batch",
+    "ChangeEval",
     "ChangeGrader",
     "ChangeMember",
     "ChangePerson",
     "ChangeProject",
+    "ChangeWebhookEndpoint",
     "ChatCompletion",
     "ChatCompletionChunk",
     "CheckpointPermission",
@@ -69,6 +85,8 @@ __all__ = [
     "CompletionChunk",
     "CreateCheckpointPermissions",
     "CreateComparison",
+    "CreateEval",
+    "CreateEvalRun",
     "CreateExport",
     "CreateFile",
     "CreateGrader",
@@ -78,6 +96,7 @@ __all__ = [
     "CreatePromptRun",
     "CreateUpload",
     "CreateUploadPart",
+    "CreateWebhookEndpoint",
     "Dataset",
     "DatasetChanges",
     "DatasetLine",
@@ -86,10 +105,16 @@ __all__ = [
     "DatasetSplit",
     "DatasetWithVersions",
     "Deleted",
+    "DeletedEval",
+    "DeletedEvalRun",
+    "DeletedWebhookEndpoint",
     "Embeddings",
     "Engine",
     "EngineCheck",
     "EngineOfModel",
+    "Eval",
+    "EvalOutputItem",
+    "EvalRun",
     "Evaluation",
     "Export",
     "FileReport",
@@ -118,12 +143,14 @@ __all__ = [
     "PromptRunRows",
     "PushExport",
     "RevisePrompt",
+    "RotateWebhookSecret",
     "RunGrader",
     "SavedGrader",
     "Strategy",
     "StrategyAdvice",
     "StreamedJobEvent",
     "Studio",
+    "TryWebhookEndpoint",
     "UploadPart",
     "UploadedFile",
     "ValidGrader",
@@ -131,6 +158,10 @@ __all__ = [
     "Vote",
     "VoteDataset",
     "VoteScores",
+    "WebhookEndpoint",
+    "WebhookEndpointTest",
+    "WebhookEndpointWithSecret",
+    "WebhookEventTypes",
     "list_of",
     "page_of",
 ]

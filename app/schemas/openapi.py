@@ -186,6 +186,7 @@ Every refusal is `{"error": {"message", "type", "param", "code"}}`. Lists come i
 
 TAGS = {
     "advice": "Whether to fine-tune at all, and by which method.",
+    "batches": "Requests of a file, answered in the background.",
     "chat": "Answers to conversations.",
     "classify": "Labels of texts.",
     "comparisons": "Several methods on the same data.",
@@ -195,6 +196,7 @@ TAGS = {
     "engines": "Servers that answer for models.",
     "estimates": "What a job would take.",
     "evaluations": "Models scored on datasets.",
+    "evals": "Criteria for answers, and runs of models over items, as OpenAI's evals.",
     "exports": "Models written in formats for other programs.",
     "predictions": "A model over all rows of a file, which comes back with columns added.",
     "files": "Uploaded files.",
@@ -211,6 +213,8 @@ TAGS = {
     "studio": "The health of the studio.",
     "tus": "Resumable uploads: tus 1.0.0.",
     "uploads": "Files in parts.",
+    "webhook_endpoints": "Addresses that hear of the end of jobs and batches.",
+    "webhook_event_types": "What they can hear of.",
     "votes": "Blind votes between two answers.",
 }
 """One tag for each first path segment after /v1."""

@@ -32,8 +32,8 @@ from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 """Purposes of uploads."""
-RESULTS = "fine-tune-results"
-PURPOSES = (*UPLOAD_PURPOSES, RESULTS, "batch_output", "assistants_output")
+RESULTS, BATCH_OUTPUT = "fine-tune-results", "batch_output"
+PURPOSES = (*UPLOAD_PURPOSES, RESULTS, BATCH_OUTPUT, "assistants_output")
 
 _WRITE_BYTES = 1 << 20
 _UNUSED_SECONDS = 600.0
@@ -195,7 +195,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
         raise BadField(
             f"“expires_after[seconds]” is {expires_after}.", hint="It must be from 3600 to 2592000.", param="expires_after[seconds]"
         )
-    if purpose != RESULTS:  # what the studio itself writes of a job that was allowed to run
+    if purpose not in (RESULTS, BATCH_OUTPUT):  # what the studio itself writes of work that was allowed to run
         limits.check(session, user, "storage_bytes", more=blob.bytes)
     _lock(session, blob.sha256)
     if not blob_path(blob.sha256).exists():

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
+from app.tables.batches import BatchAnswer, RequestBatch
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
+from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
@@ -18,6 +20,7 @@ from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
 from app.tables.usage import MachineUse, TokenUse
 from app.tables.users import ApiKey, BrowserSession, Identity, Invitation, SignInLink, TwoStep, User
+from app.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "JSON",
@@ -25,11 +28,15 @@ __all__ = [
     "ApiKey",
     "AuditLog",
     "Base",
+    "BatchAnswer",
     "BrowserSession",
     "Checkpoint",
     "CheckpointPermission",
     "Comparison",
     "Dataset",
+    "Eval",
+    "EvalItem",
+    "EvalRun",
     "Evaluation",
     "Event",
     "Exchange",
@@ -51,6 +58,7 @@ __all__ = [
     "PromptResult",
     "PromptRun",
     "PromptVersion",
+    "RequestBatch",
     "SavedGrader",
     "ShareLink",
     "SignInLink",
@@ -59,4 +67,6 @@ __all__ = [
     "Upload",
     "User",
     "Vote",
+    "WebhookDelivery",
+    "WebhookEndpoint",
 ]

@@ -35,6 +35,8 @@ QUIET = frozenset(
     [
         "answers",
         "audit_logs",
+        "batch_answers",
+        "eval_items",
         "events",
         "exchanges",
         "findings",
@@ -45,6 +47,7 @@ QUIET = frozenset(
         "token_uses",
         "uploads",
         "votes",
+        "webhook_deliveries",
     ]
 )
 """Tables whose rows come with every answer of a model, or with work in progress. A transaction that changes nothing else is no deed."""
@@ -59,6 +62,10 @@ SHOWN = {
     "evaluations": ("evaluation", ids.EVALUATION),
     "prompts": ("prompt", ids.PROMPT),
     "graders": ("grader", ids.GRADER),
+    "batches": ("batch", ids.BATCH),
+    "evals": ("eval", ids.EVAL),
+    "eval_runs": ("eval.run", ids.EVAL_RUN),
+    "webhook_endpoints": ("webhook_endpoint", ids.WEBHOOK),
     "prompt_runs": ("prompt_run", ids.RUN),
     "checkpoint_permissions": ("checkpoint.permission", "cp"),
     "api_keys": ("api_key", "key"),
@@ -70,6 +77,8 @@ NOUNS = {
     "model_aliases": "model_alias",
     "permissions": "checkpoint.permission",
     "batch": "prediction",
+    "batches": "batch",
+    "webhooks": "webhook_endpoint",
     "vectors": "evaluation",
     "playground": "conversation",
 }

@@ -8,15 +8,12 @@ only our own pages know (`app.web.csrf`). An API key needs none: no browser adds
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
-import os
 import secrets
 import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
@@ -29,6 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import transaction
 from app.errors import BadField, Forbidden, NotFound, NotSignedIn
 from app.kit import ids
+from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, ProjectMember, ShareLink, SignInLink, User
 from app.tables.projects import make_own
@@ -51,21 +49,6 @@ ORGANIZATION = "org-luthier"
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@cache
-def secret(name: str = "session") -> bytes:
-    """A random secret of this studio, created at the first start and readable by its owner alone (0600)."""
-    path = get_settings().folder("secrets") / f"{name}.key"
-    if not path.exists():
-        # Two processes may start at once: each writes a draft, and only one of them gets the name.
-        draft = path.with_suffix(f".{os.getpid()}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-        draft.unlink()
-    return path.read_bytes()
 
 
 def studio_mark() -> str:
@@ -332,11 +315,36 @@ def given_key(request: Request) -> str:
     return request.headers.get("authorization", "").strip()
 
 
+class OnBehalf(NamedTuple):
+    """For whom the studio itself sends a request, within its own process (`app/web/batch_runner.py`)."""
+
+    user_id: uuid.UUID
+    project_id: uuid.UUID
+
+
+ON_BEHALF = "luthier.on_behalf"
+"""Where an `OnBehalf` stands in the scope of a request. Only this process fills scopes: nothing that a client sends gets there."""
+
+
+def _on_behalf(request: Request, who: OnBehalf) -> User | None:
+    with transaction() as session:
+        member = and_(ProjectMember.user_id == User.id, ProjectMember.project_id == who.project_id)
+        query = select(User, ProjectMember.role).join(ProjectMember, member).where(User.id == who.user_id, User.disabled_at.is_(None))
+        found = session.execute(query).one_or_none()
+    if found is None:
+        return None
+    request.state.project_role = found.role
+    request.state.pass_ = Pass(project_id=who.project_id)
+    return found.User.work_in(who.project_id)
+
+
 def identify(request: Request) -> User | None:
     """The user of a request, by one query, in a transaction of its own. `request.state.pass_` is then the credential.
 
     The route's own session is not used: a long upload or an open event stream would then hold its connection.
     """
+    if (who := request.scope.get(ON_BEHALF)) is not None:
+        return _on_behalf(request, who)
     if given := given_key(request):
         kind, _, text = given.partition(" ")
         if kind.lower() != "bearer":

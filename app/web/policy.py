@@ -45,6 +45,10 @@ GET /datasets/{key}/split /datasets/{key}/state /evaluations /evaluations/{evalu
 GET /jobs/advice /jobs/compare /jobs/new /jobs/new/file /jobs/{job_id} /jobs/{job_id}/checkpoints/{step}/download /jobs/{job_id}/job.yaml
 GET /jobs/{job_id}/log.txt /jobs/{job_id}/results.csv /jobs/{job_id}/stream /models /models/loaded /models/terms/{name} /models/{key}
 GET /models/hub /v1/hub/models /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
+GET /evals /evals/{eval_id} /v1/evals /v1/evals/{eval_id} /v1/evals/{eval_id}/runs /v1/evals/{eval_id}/runs/{run_id}
+GET /v1/evals/{eval_id}/runs/{run_id}/output_items /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}
+GET /settings/webhooks /v1/webhook_endpoints /v1/webhook_endpoints/{webhook_endpoint_id} /v1/webhook_event_types
+GET /playground/batches /playground/batches/{batch_id}/{which} /v1/batches /v1/batches/{batch_id}
 GET /playground/batch /playground/batch/{prediction_id}/download /playground/classify /playground/kinds /playground/lab
 GET /playground/lab/prompts/{rest:path} /playground/lab/{rest:path} /playground/next-tokens /playground/prompts /playground/prompts/new
 GET /playground/prompts/runs/{run_id} /playground/prompts/{prompt_id} /playground/tokens /playground/tutorial /playground/vectors
@@ -88,6 +92,13 @@ POST /v1/fine_tuning/jobs/{job_id}/pause /v1/fine_tuning/jobs/{job_id}/resume /v
 POST /v1/predictions/{prediction_id}/cancel /v1/prompts /v1/prompts/runs/{run_id}/cancel /v1/prompts/{prompt_id}
 POST /v1/prompts/{prompt_id}/runs /v1/tus /v1/uploads /v1/uploads/{upload_id}/parts
 POST /v1/uploads/{upload_id}/complete /v1/uploads/{upload_id}/cancel /v1/votes /v1/votes/dataset /{place}/bulk /{place}/{key}/name
+POST /v1/evals /v1/evals/{eval_id} /v1/evals/{eval_id}/runs /v1/evals/{eval_id}/runs/{run_id} /v1/evals/{eval_id}/runs/{run_id}/cancel
+POST /evals/{eval_id}/delete /evals/{eval_id}/runs/{run_id}/{action}
+DELETE /v1/evals/{eval_id} /v1/evals/{eval_id}/runs/{run_id}
+POST /v1/webhook_endpoints /v1/webhook_endpoints/{webhook_endpoint_id} /v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret
+POST /v1/webhook_endpoints/{webhook_endpoint_id}/test /settings/webhooks /settings/webhooks/{webhook_endpoint_id}/{action}
+DELETE /v1/webhook_endpoints/{webhook_endpoint_id}
+POST /playground/batches /playground/batches/{batch_id}/cancel /v1/batches /v1/batches/{batch_id}/cancel
 POST /v1/graders /graders /graders/try /graders/{grader_id}/delete
 PATCH /v1/graders/{grader_id}
 DELETE /v1/graders/{grader_id} /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}

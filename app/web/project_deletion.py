@@ -13,6 +13,8 @@ from app.kit.humanize import plural
 from app.tables import (
     Comparison,
     Dataset,
+    Eval,
+    EvalRun,
     Evaluation,
     Exchange,
     Export,
@@ -23,19 +25,22 @@ from app.tables import (
     Project,
     Prompt,
     PromptRun,
+    RequestBatch,
     SavedGrader,
     TokenUse,
     Vote,
+    WebhookEndpoint,
 )
 from app.web import projects
 
 SHOWN: dict[str, Any] = {
     "files": File, "datasets": Dataset, "jobs": Job, "comparisons": Comparison, "models": Model, "aliases": ModelAlias,
-    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader, "conversations": Exchange,
-    "votes": Vote,
+    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader,
+    "batches": RequestBatch, "conversations": Exchange, "votes": Vote, "webhook endpoints": WebhookEndpoint,
+    "evals": Eval, "runs of evals": EvalRun,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
-WORDS = {"jobs": "run", "aliases": "alias"}
+WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch", "runs of evals": "run of an eval"}
 
 
 class Contents(NamedTuple):

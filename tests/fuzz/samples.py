@@ -181,6 +181,59 @@ UNSAFE: dict[str, Sample] = {
     "POST /{place}/{key}/name": Sample({"place": "datasets", "key": "$dataset"}, form=[("name", "A name"), ("tags", "a, b")]),
     "POST /{place}/bulk": Sample({"place": "datasets"}, form=[("do", "tag"), ("pick", "$dataset"), ("tag", "a"), ("query", "")]),
     "POST /playground/prefer": Sample(form=[("answer", "0" * 32)], expect=(404,)),
+    "POST /v1/evals": Sample(
+        json={
+            "name": "a",
+            "data_source_config": {"type": "custom", "item_schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
+            "testing_criteria": [
+                {"type": "string_check", "name": "right", "operation": "eq", "input": "{{sample.output_text}}", "reference": "{{item.a}}"}
+            ],
+        }
+    ),
+    "POST /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}, json={"name": "A name", "metadata": {"a": "b"}}),
+    "POST /v1/evals/{eval_id}/runs": Sample(
+        {"eval_id": "$eval"},
+        json={
+            "name": "a",
+            "data_source": {
+                "type": "jsonl",
+                "source": {"type": "file_content", "content": [{"item": {"a": "b"}, "sample": {"output_text": "b"}}]},
+            },
+        },
+    ),
+    "POST /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "POST /v1/evals/{eval_id}/runs/{run_id}/cancel": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "POST /evals/{eval_id}/delete": Sample({"eval_id": "+eval"}),
+    "POST /evals/{eval_id}/runs/{run_id}/{action}": Sample({"eval_id": "$eval", "run_id": "+eval_run", "action": "cancel"}),
+    "DELETE /v1/evals/{eval_id}": Sample({"eval_id": "+eval"}),
+    "DELETE /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
+    "GET /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}": Sample(
+        {"eval_id": "$eval", "run_id": "$eval_run", "output_item_id": "outputitem-" + "0" * 32}, expect=(404,)
+    ),
+    "POST /v1/webhook_endpoints": Sample(
+        json={"name": "a", "url": "https://hooks.example.com/a", "event_types": ["batch.failed"]}, expect=(400,)
+    ),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "$webhook"}, json={"name": "A name"}),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret": Sample(
+        {"webhook_endpoint_id": "$webhook"}, json={"keep_old_secret_active_for_24_hours": True}
+    ),
+    "POST /v1/webhook_endpoints/{webhook_endpoint_id}/test": Sample(
+        {"webhook_endpoint_id": "$webhook"}, json={"event_type": "batch.failed"}, expect=(503,)
+    ),
+    "DELETE /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "+webhook"}),
+    "POST /settings/webhooks": Sample(form=[("name", "a"), ("url", "https://hooks.example.com/a")], expect=(400,)),
+    "POST /settings/webhooks/{webhook_endpoint_id}/{action}": Sample({"webhook_endpoint_id": "$webhook", "action": "rotate"}),
+    "POST /v1/batches": Sample(
+        json={"input_file_id": "$batch_file", "endpoint": "/v1/completions", "completion_window": "24h", "metadata": {"a": "b"}}
+    ),
+    "POST /v1/batches/{batch_id}/cancel": Sample({"batch_id": "+batch"}),
+    "POST /playground/batches": Sample(form=[("endpoint", "/v1/completions")], expect=(400,)),
+    "POST /playground/batches/{batch_id}/cancel": Sample({"batch_id": "+batch"}),
     "POST /v1/predictions": Sample(json={"model": "$model_name", "file": "$file", "column": None, "system": "x", "max_tokens": 8}),
     "POST /v1/predictions/{prediction_id}/cancel": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "DELETE /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
@@ -288,6 +341,9 @@ SAFE: dict[str, Sample] = {
     "GET /playground/batch/{prediction_id}/download": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/exports/{export_id}": Sample({"export_id": "$export"}),
     "GET /v1/exports/{export_id}/files/{name:path}": Sample({"export_id": "$export", "name:path": "a.gguf"}, expect=(409,)),
+    "GET /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "$webhook"}),
+    "GET /v1/batches/{batch_id}": Sample({"batch_id": "$batch"}),
+    "GET /playground/batches/{batch_id}/{which}": Sample({"batch_id": "$batch", "which": "output"}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}/content": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /jobs/{job_id}/checkpoints/{step}/download": Sample({"job_id": "$job", "step": "4"}, expect=(404,)),

@@ -15,8 +15,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from app import graders, saved_graders
+from app.batches import service as batches
 from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
+from app.evals import service as evals
+from app.evals import sources
 from app.evaluation import comparisons
 from app.evaluation import service as evaluations
 from app.inference import playground, votes
@@ -27,7 +30,19 @@ from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.storage import files
-from app.tables import ApiKey, BrowserSession, Checkpoint, CheckpointPermission, Dataset, Finding, Model, ModelAlias, PromptRun, User
+from app.tables import (
+    ApiKey,
+    BrowserSession,
+    Checkpoint,
+    CheckpointPermission,
+    Dataset,
+    Finding,
+    Model,
+    ModelAlias,
+    PromptRun,
+    User,
+    WebhookEndpoint,
+)
 from app.web import auth, people, projects
 from tests.factories import make_job
 from tests.lives import Life, started, steps
@@ -97,7 +112,8 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        for kind in ("evaluation", "export", "comparison", "vote", "key", "permission", "person", "invitation", "grader"):
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run"
+        for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
     def _read(self, text: str) -> Dataset:
@@ -144,6 +160,46 @@ class World:
 
     def _new_file(self) -> str:
         return ids.public(ids.FILE, files.add_bytes(self.session, self.user, uuid.uuid4().bytes, "a.jsonl", "user_data").id)
+
+    def _new_batch_file(self) -> str:
+        line = {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": self.base.name, "prompt": "a", "max_tokens": 1},
+        }
+        return ids.public(ids.FILE, files.add_bytes(self.session, self.user, json.dumps(line).encode(), "a.jsonl", "batch").id)
+
+    def _new_batch(self) -> str:
+        order = {"input_file_id": self._new_batch_file(), "endpoint": "/v1/completions", "completion_window": "24h"}
+        return ids.public(ids.BATCH, batches.create(self.session, self.user, batches.BatchOrder.model_validate(order)).id)
+
+    def _new_webhook(self) -> str:
+        made = WebhookEndpoint(
+            id=uuid.uuid4(), owner_id=self.user.id, project_id=self.user.project_id, name="ci", url="https://hooks.example.com/a",
+            event_types=["batch.failed"],
+        )  # fmt: skip
+        self.session.add(made)
+        return ids.public(ids.WEBHOOK, made.id)
+
+    def _new_eval(self) -> str:
+        criterion = {
+            "type": "string_check",
+            "name": "right",
+            "operation": "eq",
+            "input": "{{sample.output_text}}",
+            "reference": "{{item.a}}",
+        }
+        config = {"type": "custom", "item_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}
+        return ids.public(ids.EVAL, evals.create(self.session, self.user, "an eval", config, [criterion], None).id)
+
+    def _new_eval_run(self) -> str:
+        key = self.ids.get("eval") or self.fresh("eval")
+        found = evals.get(self.session, self.user, ids.parse(ids.EVAL, key))
+        source = sources.read(
+            {"type": "jsonl", "source": {"type": "file_content", "content": [{"item": {"a": "b"}, "sample": {"output_text": "b"}}]}}
+        )
+        return ids.public(ids.EVAL_RUN, evals.create_run(self.session, self.user, found, "a run", source, None).id)
 
     def _new_job(self) -> str:
         return ids.public(ids.JOB, make_job(self.session, self.user, self.base, self.dataset).id)

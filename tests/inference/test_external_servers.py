@@ -278,7 +278,7 @@ def test_it_is_registered_over_the_api_and_on_the_page(api, client, session, url
 def test_no_address_but_those_listed_is_ever_called(api, session, url, outside, monkeypatch):
     allow(monkeypatch, f"http://127.0.0.1:{outside}/v1")
     register_tiny(session)
-    monkeypatch.setattr(wire, "_pinned", lambda *a: pytest.fail("an address was resolved"))
+    monkeypatch.setattr(wire.addresses, "pinned", lambda *a: pytest.fail("an address was resolved"))
     answer = api.post("/v1/engines", json={"model": "tiny", "url": url.format(port=outside) or "x", "engine_model": "served-base"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "url"
 
@@ -298,8 +298,8 @@ def test_link_local_addresses_are_never_called_whatever_a_name_says():
 
     for bad in ("169.254.169.254", "fe80::1", "::ffff:169.254.169.254", "0.0.0.0", "224.0.0.1"):
         with pytest.raises(OSError, match="may be called"):
-            wire._pinned("http://cloud.example/v1/models", answers(bad))
-    where, more = wire._pinned("https://gpu.example:8443/v1/models", answers("169.254.169.254", "10.0.0.5"))
+            wire.addresses.pinned("http://cloud.example/v1/models", answers(bad))
+    where, more = wire.addresses.pinned("https://gpu.example:8443/v1/models", answers("169.254.169.254", "10.0.0.5"))
     assert where == "https://10.0.0.5:8443/v1/models" and more["extensions"]["sni_hostname"] == "gpu.example"
     assert more["headers"]["host"] == "gpu.example:8443"
 

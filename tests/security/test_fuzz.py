@@ -83,7 +83,7 @@ def test_a_route_without_a_sample_is_told(web):
 
 
 NOT_ANSWERED = {
-    "cancel_prediction", "check_engine", "classify_texts", "create_embeddings", "create_upload", "delete_prediction", "fix_dataset", "import_hub_dataset",
+    "cancel_prediction", "check_engine", "classify_texts", "create_embeddings", "create_upload", "create_webhook_endpoint", "retrieve_eval_output_item", "test_webhook_endpoint", "delete_prediction", "fix_dataset", "import_hub_dataset",
     "keep_job_checkpoint", "list_hub_models", "push_export", "register_engine", "remove_engine", "resume_job", "retrieve_export_file", "retrieve_prediction", "retrieve_prediction_content", "retry_dataset",
     "retry_dataset_deprecated", "stream_job_events",
 }  # fmt: skip

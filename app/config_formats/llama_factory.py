@@ -1,0 +1,121 @@
+"""LLaMA-Factory: https://llamafactory.readthedocs.io, arguments of `llamafactory-cli train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.config_formats._base import (
+    KEPT,
+    OPTIMIZERS,
+    SCHEDULES,
+    TEMPLATE,
+    TEMPLATES,
+    ConfigFormat,
+    Note,
+    Translation,
+    forget_rank,
+    left,
+    low_rank,
+    nothing,
+    one_of,
+    read_elsewhere,
+    targets,
+    to,
+    training_data,
+)
+from app.errors import BadData
+
+STAGES = {"sft": "generation", "pt": "generation", "dpo": "preference"}
+
+
+def recognizes(body: Mapping[str, Any]) -> bool:
+    return "model_name_or_path" in body and bool({"finetuning_type", "stage", "template"} & body.keys())
+
+
+def _template(found: Translation, key: str, value: Any) -> None:
+    if value in TEMPLATES and value != "tokenizer_default":
+        found.put("run.chat_template", TEMPLATES[value])
+    elif value != "default":
+        found.note(key, TEMPLATE)
+
+
+def _dataset(found: Translation, key: str, value: Any) -> None:
+    names = [name.strip() for name in str(value).split(",")]
+    if len(names) > 1:
+        found.note(key, "several datasets: join them first (Datasets, Join), then write the dataset_id")
+    else:
+        training_data(found, key, names[0])
+
+
+def finish(found: Translation) -> None:
+    body = found.body
+    stage, kind = body.get("stage", "sft"), body.get("finetuning_type", "lora")
+    if stage not in STAGES:
+        raise BadData(f"The stage {stage!r} of LLaMA-Factory is not trained here.", hint=f"Known are {', '.join(STAGES)}.")
+    found.put("task", STAGES[stage])
+    bits = body.get("quantization_bit")
+    if kind == "lora":
+        if bits not in (None, 4, "4"):
+            found.note("quantization_bit", "bases are kept in 4 bits (QLoRA) or in 16")
+        low_rank(
+            found, four_bit=bits in (4, "4"), dora=bool(body.get("use_dora")), rslora=bool(body.get("use_rslora")),
+            pissa=bool(body.get("pissa_init")),
+        )  # fmt: skip
+        if "lora_rank" in body and "lora_alpha" not in body:
+            found.put("strategy.alpha", 2 * body["lora_rank"])  # its default
+    elif kind == "full":
+        found.put("strategy.name", "full")
+        forget_rank(found)
+    elif kind == "freeze":
+        found.order["strategy"] = {"name": "top_layers", "layers": int(body.get("freeze_trainable_layers", 2))}
+    else:
+        found.order["strategy"] = {"name": "oft"} if kind == "oft" else {"name": "lora"}
+        if kind != "oft":
+            found.note("finetuning_type", "is not known here: LoRA is taken")
+    if stage == "dpo":
+        loss = body.get("pref_loss", "sigmoid")
+        found.put("preference.loss", {"sigmoid": "dpo", "ipo": "ipo"}.get(loss, "dpo"))
+        if loss not in ("sigmoid", "ipo"):
+            found.note("pref_loss", "is not known here: DPO's loss is taken")
+    else:
+        found.order.pop("preference", None)
+    if body.get("warmup_steps"):
+        found.order.get("run", {}).pop("warmup_fraction", None)
+    if body.get("packing") is False or "packing" not in body:
+        found.notes.append(Note("packing", body.get("packing"), "rows are packed without seeing each other: the same loss, faster"))
+
+
+FORMAT = ConfigFormat(
+    name="llama_factory",
+    title="LLaMA-Factory",
+    recognizes=recognizes,
+    finish=finish,
+    rules={
+        "model_name_or_path": to("model", str), "stage": read_elsewhere, "finetuning_type": read_elsewhere, "do_train": nothing, "do_eval": nothing,
+        "trust_remote_code": left("no code of a model is ever run here"), "dataset": _dataset, "dataset_dir": nothing, "template": _template,
+        "cutoff_len": to("run.max_length", int), "max_samples": left("all rows are taken: cut the dataset (Datasets, Rows), or set run.data_fraction"),
+        "val_size": to("run.validation_fraction", float), "eval_dataset": left("add it and write its validation_dataset_id"),
+        "per_device_train_batch_size": to("run.batch_size", int), "gradient_accumulation_steps": to("run.gradient_accumulation_steps", int),
+        "per_device_eval_batch_size": nothing, "learning_rate": to("run.learning_rate", float), "num_train_epochs": to("run.epochs", float),
+        "max_steps": lambda f, k, v: f.put("run.max_steps", int(v)) if int(v) > 0 else None, "lr_scheduler_type": one_of("run.schedule", SCHEDULES),
+        "warmup_ratio": to("run.warmup_fraction", float), "warmup_steps": lambda f, k, v: f.put("run.warmup_steps", int(v)) if v else None,
+        "weight_decay": to("run.weight_decay", float), "max_grad_norm": to("run.max_grad_norm", float), "optim": one_of("run.optimizer", OPTIMIZERS),
+        "adam_beta1": to("run.adam_beta1", float), "adam_beta2": to("run.adam_beta2", float), "adam_epsilon": to("run.adam_epsilon", float),
+        "neftune_noise_alpha": to("run.neftune_noise_alpha", float), "seed": to("run.seed", int), "data_seed": nothing,
+        "lora_rank": to("strategy.rank", int), "lora_alpha": to("strategy.alpha", float), "lora_dropout": to("strategy.dropout", float),
+        "lora_target": targets, "loraplus_lr_ratio": to("strategy.loraplus_lr_ratio", float), "additional_target": to("strategy.modules_to_save", str),
+        "use_dora": read_elsewhere, "use_rslora": read_elsewhere, "pissa_init": read_elsewhere, "quantization_bit": read_elsewhere,
+        "quantization_method": nothing, "double_quantization": nothing, "freeze_trainable_layers": read_elsewhere,
+        "train_on_prompt": lambda f, k, v: f.put("run.train_on", "all_turns") if v else None,
+        "mask_history": lambda f, k, v: f.put("run.train_on", "last_turn") if v else None, "packing": read_elsewhere, "neat_packing": nothing,
+        "pref_beta": to("preference.beta", float), "pref_loss": read_elsewhere, "save_steps": to("run.save_steps", int),
+        "save_total_limit": to("run.save_total_limit", int), "eval_steps": to("run.eval_steps", int), "output_dir": nothing,
+        "logging_steps": nothing, "plot_loss": nothing, "overwrite_output_dir": nothing, "overwrite_cache": nothing, "save_only_model": nothing,
+        "preprocessing_num_workers": nothing, "dataloader_num_workers": nothing, "ddp_timeout": nothing, "report_to": left("metrics are kept in the studio"),
+        "bf16": nothing, "fp16": nothing, "pure_bf16": nothing, "flash_attn": nothing, "enable_liger_kernel": nothing, "use_unsloth": nothing,
+        "gradient_checkpointing": nothing, "disable_gradient_checkpointing": nothing, "upcast_layernorm": nothing, "eval_strategy": nothing,
+        "save_strategy": nothing, "include_num_input_tokens_seen": nothing, "run_name": to("name", str), "export_dir": left(KEPT),
+        "resume_from_checkpoint": left("a job is resumed on its own page"), "adapter_name_or_path": left("add that model first and name it as the model"),
+    },
+)  # fmt: skip
