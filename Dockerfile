@@ -25,4 +25,4 @@ FROM base AS gpu
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --editable '.[gpu,export,onnx]'
 USER luthier
-CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"]
+CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train,evaluate", "--pool=prefork", "-c", "1", "-n", "train@%h"]

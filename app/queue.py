@@ -41,11 +41,11 @@ MAIL = "luthier.mail"
 WEBHOOK = "luthier.webhook"
 
 ROUTES = {
-    TRAIN: "train", EVALUATE: "train", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
+    TRAIN: "train", EVALUATE: "evaluate", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
     GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data", WEBHOOK: "data",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
-model imports delay no upload."""
+model imports delay no upload. Evaluations are also read by train workers that have nothing else to do."""
 
 PREFIX = "luthier:"
 """Prefix of all our keys and channels."""

@@ -1,4 +1,5 @@
-"""The Celery worker: `celery -A worker.main worker -Q train --pool=prefork -c 1`, or the queues data, import and generate.
+"""The Celery worker: `celery -A worker.main worker -Q train,evaluate --pool=prefork -c 1`, or the queues evaluate, data, import, export and
+generate.
 
 The train worker's processes never import torch: each attempt trains in a process of its own.
 """

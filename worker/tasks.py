@@ -35,13 +35,15 @@ def looks_at(name: str) -> Callable[[Callable[[str], None]], Any]:
 
 
 def takes_a_turn(name: str) -> Any:
-    """A task whose message says that there is work for a train worker: what is next then is done, whatever the message names."""
+    """A task whose message says that there is work for a train or an evaluate worker: what is next then is done, whatever the message
+    names."""
 
     def run(task: Any, key: str) -> None:
         from worker.evaluation import train_turn
 
         message = (task.request.headers or {}).get("luthier") or getattr(task.request, "luthier", None)
-        train_turn.take(uuid.UUID(key), message, lambda: going_down())
+        attempts = train_turn.attempts_of(task.app.amqp.queues.consume_from)
+        train_turn.take(uuid.UUID(key), message, lambda: going_down(), attempts)
 
     return celery.task(name=name, bind=True)(run)
 

@@ -1,14 +1,15 @@
 """What waits for a train worker, in the order of `app.jobs.fair_share`: jobs, and evaluations, which the same workers run.
 
 A message of the queue only says that there is work; a worker that is free takes what is next then. An evaluation takes part as a job of
-its person would, of normal priority; it is short, so it seldom waits for long, and it is charged like any other use.
+its person would, of normal priority, and is charged like any other use. Evaluate workers take evaluations alone, in the same order, beside
+what trains; one that has no room there waits for its turn among the jobs.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from app import leases, limits
 from app.evaluation import service as evaluations
+from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
 from app.kit import once
@@ -31,6 +33,7 @@ EVALUATION_SECONDS = 120.0
 
 WORK: dict[str, leases.Work[Any]] = {"jobs": lifecycle.WORK, "evaluations": evaluations.WORK}
 """Every kind of work of the train workers, by its table."""
+NO_ROOM = "What trains now leaves too little memory for it."
 
 
 class Place(NamedTuple):
@@ -39,7 +42,7 @@ class Place(NamedTuple):
     position: int
     begins: datetime | None
     waits_for: str | None = None
-    """The limit of running jobs that keeps it waiting now, in words."""
+    """What keeps it waiting now, in words: a limit of running jobs, or memory."""
 
     def seconds_left(self) -> float | None:
         """Seconds until it begins."""
@@ -50,7 +53,7 @@ def situation(session: Session, at: float | None = None) -> Situation:
     """What waits, what runs and what was used, at this moment or at a time of a simulation."""
     clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
     waiting = [Waiting(*row) for kind in WORK for row in session.execute(_waiting(kind))]
-    running = [_running(clock, *row) for kind in WORK for row in session.execute(_held(kind))]
+    running = [_running(kind, clock, *row) for kind in WORK for row in session.execute(_held(kind))]
     used = usage.recent(session, clock)
     return Situation(clock, waiting, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
 
@@ -85,17 +88,20 @@ def _held(kind: str) -> Select[Any]:
     return select(table.owner_id, table.project_id, left, Project.weight).join(Project, Project.id == table.project_id).where(work.taken())
 
 
-def _running(clock: float, person: Hashable, project: Hashable, left: float, weight: float) -> Running:
-    return Running(person, project, clock + left, left, weight)
+def _running(kind: str, clock: float, person: Hashable, project: Hashable, left: float, weight: float) -> Running:
+    return Running(person, project, clock + left, left, weight, kind)
 
 
 # The worker's part --------------------------------------------------------------------------------------------------------
 
 
-def next_one(session: Session, tried: set[uuid.UUID], *, gpu: bool, at: float | None = None) -> Waiting | None:
-    """What a worker that is free takes now: not what it has `tried` in vain, and only what trains on the CPU where no GPU is free."""
+def next_one(
+    session: Session, tried: set[uuid.UUID], *, gpu: bool, kinds: Container[str] = tuple(WORK), at: float | None = None
+) -> Waiting | None:
+    """What a worker of these kinds that is free takes now: not what it has `tried` in vain, and only what trains on the CPU where no GPU
+    is free."""
     now = situation(session, at)
-    return fair_share.next_one(replace(now, waiting=fair_share.without(now.waiting, tried, gpu=gpu)))
+    return fair_share.next_one(replace(now, waiting=fair_share.without(now.waiting, tried, kinds, gpu=gpu)))
 
 
 def message_of(session: Session, key: uuid.UUID) -> dict[str, Any] | None:
@@ -154,13 +160,31 @@ def _recent_places(session: Session) -> dict[uuid.UUID, Place]:
 
 def _places(session: Session) -> dict[uuid.UUID, Place]:
     at = situation(session)
-    workers = sum(worker.queue == "train" for worker in heartbeats.alive())
+    alive = heartbeats.alive()
+    trainers = {worker.name for worker in alive if worker.queue == "train"}
     found: dict[uuid.UUID, Place] = {}
-    for position, (one, begins) in enumerate(fair_share.order(at, max(workers, 1)), 1):
-        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if workers else None, _waits_for(at, one))
+    for position, (one, begins) in enumerate(fair_share.order(at, max(len(trainers), 1)), 1):
+        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if trainers else None, _waits_for(at, one))
     for one in sorted(at.waiting, key=Waiting.arrival):
         found.setdefault(one.key, Place(len(found) + 1, None, _waits_for(at, one)))
+    if beside := len({worker.name for worker in alive if worker.queue == "evaluate"} - trainers):
+        _place_beside_training(at, beside, found)
     return found
+
+
+def _place_beside_training(at: Situation, workers: int, found: dict[uuid.UUID, Place]) -> None:
+    """Set the places of evaluations that so many evaluate workers take sooner than a train worker would; those without room beside
+    what trains say so."""
+    waiting = [one for one in at.waiting if one.kind == "evaluations"]
+    passed_over = residency.without_room(one.key for one in waiting)
+    for key in passed_over:
+        found[key] = found[key]._replace(waits_for=found[key].waits_for or NO_ROOM)
+    alone = replace(at, waiting=[one for one in waiting if one.key not in passed_over])
+    free = max(0, workers - sum(running.kind == "evaluations" for running in at.running))
+    for position, (one, begins) in enumerate(fair_share.order(alone, len(at.running) + free), 1):
+        sooner, before = datetime.fromtimestamp(begins, UTC), found[one.key]
+        if before.begins is None or sooner < before.begins:
+            found[one.key] = Place(position, sooner, before.waits_for)
 
 
 def _waits_for(at: Situation, one: Waiting) -> str | None:

@@ -5,6 +5,7 @@ Redis keys that expire, so nothing stale remains of a worker that dies:
 
     luthier:loaded:<worker>          the models that a generate worker has loaded
     luthier:room:<machine>:<job>      the bytes a job of this machine takes while it trains
+    luthier:no_room:<evaluation>      an evaluation that had no room beside what trains
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import functools
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +111,26 @@ def room_asked(cuda: bool) -> int:
         if cuda == (kind == "cuda") and (not cuda or mine in theirs or mine.isdigit() != theirs[0].isdigit()):
             total += int(size)
     return total
+
+
+def say_no_room(evaluation_id: uuid.UUID) -> None:
+    """An evaluate worker passed it over, for what trains leaves too little memory. Repeat it at every look."""
+    with contextlib.suppress(redis.RedisError, RuntimeError):
+        get_redis().set(_no_room(evaluation_id), b"1", ex=ROOM_SECONDS)
+
+
+def without_room(evaluation_ids: Iterable[uuid.UUID]) -> set[uuid.UUID]:
+    """Those that were passed over within the last minute; none while Redis is unreachable."""
+    asked = list(evaluation_ids)
+    try:
+        words = get_redis().mget([_no_room(key) for key in asked]) if asked else []
+    except (redis.RedisError, RuntimeError):
+        return set()
+    return {key for key, word in zip(asked, words, strict=True) if word}
+
+
+def _no_room(evaluation_id: uuid.UUID) -> str:
+    return f"{PREFIX}no_room:{evaluation_id.hex}"
 
 
 def _room(job_id: uuid.UUID) -> str:

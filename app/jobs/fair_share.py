@@ -20,7 +20,7 @@ import itertools
 import math
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -58,13 +58,14 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Work that a train worker does now."""
+    """Work that a worker does now."""
 
     person: Hashable
     project: Hashable
     ends: float
     seconds_left: float
     weight: float = 1.0
+    kind: str = "jobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,6 @@ def next_one(at: Situation) -> Waiting | None:
     return None
 
 
-def without(waiting: Iterable[Waiting], keys: set[uuid.UUID], *, gpu: bool) -> list[Waiting]:
-    """Those that may still be tried: none of `keys`, and only what trains on the CPU where no GPU is free."""
-    return [one for one in waiting if one.key not in keys and (gpu or one.device == "cpu")]
+def without(waiting: Iterable[Waiting], keys: set[uuid.UUID], kinds: Container[str], *, gpu: bool) -> list[Waiting]:
+    """Those of these kinds that may still be tried: none of `keys`, and only what trains on the CPU where no GPU is free."""
+    return [one for one in waiting if one.kind in kinds and one.key not in keys and (gpu or one.device == "cpu")]

@@ -34,7 +34,7 @@ class Worker(NamedTuple):
 
 
 def say_alive(queue: str, started_at: float, *, name: str | None = None) -> None:
-    """One heartbeat of this process, for `queue`: train, data, import, generate or relay."""
+    """One heartbeat of this process, for `queue`: train, evaluate, data, import, export, generate or relay."""
     name = name or f"{socket.gethostname()}:{os.getpid()}"
     word = json.dumps({"queue": queue, "name": name, "started_at": started_at, "seen_at": time.time()})
     get_redis().set(f"{PREFIX}alive:{queue}:{name}", word, ex=FADES_SECONDS)

@@ -136,9 +136,13 @@ class Evaluation(Schema):
     note: str
     progress: float | None = Field(description="0 to 1.")
     stage: str | None
-    position: int | None = Field(description="Place in the queue of the train workers, from 1, while it is queued.")
+    position: int | None = Field(
+        description="Place in the queue, from 1, while it is queued: of evaluations, or of all work where what trains leaves it no memory."
+    )
     expected_start: int | None = Field(description="By the estimates of what runs and what is before it; null where no worker is online.")
-    waits_for: str | None = Field(description="The limit of running jobs that keeps it waiting, where there is one.")
+    waits_for: str | None = Field(
+        description="What keeps it waiting, where something does: a limit of running jobs, or memory that what trains now takes."
+    )
     result: EvaluationScores | EvaluationBlend | EvaluationAdvice | None
     error: Problem | None
     created_at: int = Field(description="Seconds since 1970.")

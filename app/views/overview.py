@@ -131,6 +131,7 @@ class WorkerRole(BaseModel):
 
 _DUTIES = {
     "train": ("Training", "Runs stay queued."),
+    "evaluate": ("Evaluations", "Evaluations stay queued."),
     "data": ("Data workers", "Datasets are not read."),
     "import": ("Model downloads", "Models are not downloaded."),
     "export": ("Exports", "Models are not exported."),

@@ -15,11 +15,11 @@ SOON_SECONDS = 10
 
 def in_words(session: Session, one: Job | Evaluation) -> str | Markup:
     """Where it stands in the queue of the train workers, and what helps."""
-    if not any(worker.queue == "train" for worker in heartbeats.alive()):
-        what = "run" if isinstance(one, Job) else "evaluation"
-        return Markup(
-            "No train worker is online. <code>luthier up</code> starts one on this machine; the {} then starts by itself."
-        ).format(what)
+    queue, what = ("train", "run") if isinstance(one, Job) else ("evaluate", "evaluation")
+    if not any(worker.queue == queue for worker in heartbeats.alive()):
+        return Markup("No {} worker is online. <code>luthier up</code> starts one on this machine; the {} then starts by itself.").format(
+            queue, what
+        )
     place = train_queue.places(session).get(one.id)
     if place and place.waits_for:
         return f"{place.waits_for} It starts by itself when another run has ended."

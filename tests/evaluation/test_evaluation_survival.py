@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.studio, pytest.mark.timeout(600)]
 
 VICTIMS = {
     "child": ("worker.evaluation.process",),
-    "worker": ("celery", "train"),
+    "workers": ("celery", "evaluate"),  # both kinds
     "valkey": ("valkey-server",),
     "postgres": ("postgres", "-D"),
 }

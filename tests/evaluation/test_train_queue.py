@@ -13,6 +13,7 @@ from app import events, leases, limits
 from app.db import transaction
 from app.evaluation import service as evaluations
 from app.evaluation import train_queue
+from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs import service as jobs
 from app.jobs.spec_builder import estimate_of
@@ -231,7 +232,7 @@ def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_jo
             held = lifecycle.claim(own, key, "w")
             return ClaimOutcome.GONE if held is None else ClaimOutcome.DONE
 
-    monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", claimed)
+    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", claimed)
     train_turn.take(heavy.id, {"request_id": "r-heavy"}, lambda: False)
     train_turn.take(light.id, {"request_id": "r-light"}, lambda: False)
     train_turn.take(light.id, None, lambda: False)  # a third message, and nothing waits
@@ -253,7 +254,7 @@ def test_while_no_gpu_is_free_what_trains_on_the_cpu_is_taken(session, user, new
         tried.append(key)
         return ClaimOutcome.DONE if key == cpu.id else ClaimOutcome.NO_GPU
 
-    monkeypatch.setitem(train_turn.ATTEMPTS, "jobs", attempt)
+    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", attempt)
     train_turn.take(jobs_[2].id, None, lambda: False)
     assert tried == [jobs_[0].id, cpu.id]
 
@@ -290,7 +291,9 @@ def test_a_queued_evaluation_has_a_place_and_a_time(session, user, client, api, 
     url = f"/v1/evaluations/{ids.public(ids.EVALUATION, second.id)}"
     asked = api.get(url).json()
     assert (asked["position"], asked["expected_start"], asked["waits_for"]) == (2, None, None), "no worker is online"
-    heartbeats.say_alive("train", 0.0)
+    assert "No evaluate worker is online" in client.get(f"/evaluations/{ids.public(ids.EVALUATION, second.id)}").text
+    for queue in ("train", "evaluate"):  # a train worker reads both
+        heartbeats.say_alive(queue, 0.0)
     listed = api.get("/v1/evaluations").json()["data"]
     now = datetime.now(UTC).timestamp()
     assert [one["position"] for one in listed] == [2, 1], "newest first"
@@ -307,6 +310,28 @@ def test_a_queued_evaluation_has_a_place_and_a_time(session, user, client, api, 
     session.commit()
     assert api.get(url).json()["position"] == 1
     assert api.post(f"{url}/cancel").json()["position"] is None
+
+
+def test_an_evaluate_worker_takes_an_evaluation_before_the_job_ends_unless_there_is_no_room(session, user, api, client, new_job, data):
+    lifecycle.claim(session, new_job(seconds=86_400).id, "w")
+    session.commit()
+    new_job(seconds=60)
+    first, second = (an_evaluation(session, user, data, rows=rows) for rows in (5, 7))
+    heartbeats.say_alive("train", 0.0)
+    heartbeats.say_alive("evaluate", 0.0, name="another process")
+
+    def told(one: Evaluation) -> tuple[int, float, str | None]:
+        said = api.get(f"/v1/evaluations/{ids.public(ids.EVALUATION, one.id)}").json()
+        return said["position"], said["expected_start"] - datetime.now(UTC).timestamp(), said["waits_for"]
+
+    soon, later = pytest.approx(0, abs=30), pytest.approx(train_queue.EVALUATION_SECONDS, abs=30)
+    assert (told(first), told(second)) == ((1, soon, None), (2, later, None))
+    evaluations.claim(session, first.id)
+    session.commit()
+    assert told(second) == (1, later, None), "the evaluate worker is busy"
+    residency.say_no_room(second.id)
+    assert told(second) == (2, pytest.approx(86_460, abs=60), train_queue.NO_ROOM), "then it is the turn of the shorter job"
+    assert "too little memory" in client.get(f"/evaluations/{ids.public(ids.EVALUATION, second.id)}").text
 
 
 def test_places_that_are_slow_to_compute_are_shown_for_a_while(session, user, new_job, monkeypatch):

@@ -204,7 +204,7 @@ def test_what_the_model_can_do_already_is_measured_once_and_used(api, client, se
     assert asked["evaluation"]["status"] == "queued" and asked["evaluation"]["kind"] == "advice"
     assert ask(api, tiny_registered, chats, {"measure": True}).json()["evaluation"]["id"] == asked["evaluation"]["id"]
     page = f"/jobs/advice?model=tiny&dataset={ids.public(ids.DATASET, chats.id)}"
-    assert "waiting for the train worker" in client.get(page).text
+    assert "waiting for a worker" in client.get(page).text
     made = session.query(Evaluation).one()
     evaluation_attempt.work(made.id)
     after = ask(api, tiny_registered, chats, {"measure": True}).json()

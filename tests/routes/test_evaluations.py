@@ -58,7 +58,7 @@ def test_the_form_orders_and_the_page_shows_the_scores(client, session, tiny_reg
     said = client.post("/evaluations", data={"model": "tiny", "dataset": dataset_id(data), "rows": "9"}, follow_redirects=False)
     assert said.status_code == 303
     page = client.get(said.headers["location"])
-    assert "No train worker is online" in page.text and 'hx-trigger="every 2s"' in page.text
+    assert "No evaluate worker is online" in page.text and 'hx-trigger="every 2s"' in page.text
     evaluation_attempt.work(session.query(Evaluation).one().id)
     page = html.unescape(client.get(said.headers["location"]).text)
     assert "Scores on 9 rows" in page and "Perplexity" in page and "Highest loss" in page and "hx-trigger" not in page

@@ -109,7 +109,7 @@ def test_a_running_evaluation_follows_and_is_stopped(page, served: str, session,
     page.get_by_label("Dataset").select_option(label="replies")
     page.get_by_role("button", name="Evaluate", exact=True).click()
     page.wait_for_url("**/evaluations/eval-*")
-    assert "No train worker is online" in page.locator("#evaluation").inner_text()
+    assert "No evaluate worker is online" in page.locator("#evaluation").inner_text()
     made = session.query(Evaluation).one()
     made.status, made.progress, made.stage = "running", 0.5, "Reading half of it"
     session.commit()

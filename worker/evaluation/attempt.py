@@ -68,6 +68,18 @@ def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: Fals
         lease.release()
 
 
+def work_beside_training(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
+    """One attempt in an evaluate worker: on a GPU that is free, else where it has room beside the jobs that train."""
+    lease = (gpu_lease.take(1) if this_machine().cuda else None) or gpu_lease.GpuLease()
+    try:
+        if not lease.files and not _fits(evaluation_id):
+            residency.say_no_room(evaluation_id)
+            return ClaimOutcome.NO_ROOM  # the reaper redelivers it
+        return _work(evaluation_id, going_down, lease)
+    finally:
+        lease.release()
+
+
 def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> ClaimOutcome:
     if going_down():
         return ClaimOutcome.LEFT  # the reaper redelivers it

@@ -79,6 +79,7 @@ class ClaimOutcome(enum.Enum):
     DONE = "it was claimed, and is over"
     GONE = "it does not wait any more"
     NO_GPU = "others use the GPUs that it needs"
+    NO_ROOM = "what trains here leaves too little memory for it"
     LEFT = "the worker was asked to leave"
 
 

@@ -81,7 +81,7 @@ def run_studio(settings: Settings, lock: Lock, say: Callable[[str], None]) -> No
 def stop(supervisor: Supervisor, say: Callable[[str], None]) -> None:
     """Workers first, while everything they need to save their work is running; the database last."""
     names = [child.name for child in supervisor.children]
-    workers = [name for name in names if name.startswith(("train", "data", "import", "generate", "export"))]
+    workers = [name for name in names if name.startswith(("train", "evaluate", "data", "import", "generate", "export"))]
     if any(child.process for child in supervisor.children if child.name.startswith("train")):
         say("Stopping. A job that runs saves where it is and goes on at the next start; Ctrl-C again does not wait for it.")
     supervisor.stop(workers)
@@ -107,7 +107,8 @@ def commands(settings: Settings) -> dict[str, list[str]]:
         "data": [*celery, "-Q", "data", "--pool=threads", "-c", "2", "-n", "data@%h"],
         "import": [*celery, "-Q", "import", "--pool=threads", "-c", "2", "-n", "import@%h"],
         "export": [*celery, "-Q", "export", "--pool=threads", "-c", "1", "-n", "export@%h"],
-        "train": [*celery, "-Q", "train", "--pool=prefork", "-c", "1", "-n", "train@%h"],
+        "evaluate": [*celery, "-Q", "evaluate", "--pool=threads", "-c", "1", "-n", "evaluate@%h"],
+        "train": [*celery, "-Q", "train,evaluate", "--pool=prefork", "-c", "1", "-n", "train@%h"],
     }
 
 

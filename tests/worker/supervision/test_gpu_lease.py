@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from app.inference import residency
 from app.kit import child_process
 from app.machines import gpus, hardware
 from tests.conftest import wait_until
-from tests.worker.supervision.test_train_attempt import new_job, now_of, order_predictions, row_of  # noqa: F401  # a fixture
+from tests.worker.supervision.test_train_attempt import new_job, now_of, order_evaluation, order_predictions, row_of  # noqa: F401  # a fixture
 from worker.evaluation import attempt
 from worker.supervision import gpu_lease, train_attempt
 
@@ -96,6 +97,32 @@ def test_an_evaluation_waits_for_a_card_too(session, user) -> None:
     attempt.work(key)
     assert row_of(key).status == "queued" and row_of(key).fence == 0
     others.release()
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_an_evaluate_worker_takes_a_free_card_and_else_room_beside_a_job(new_job, session, user, tmp_path, monkeypatch) -> None:  # noqa: F811
+    seen, job = tmp_path / "seen", new_job()
+    program = (
+        f"import os, pathlib, sys; pathlib.Path({str(seen)!r}).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))\n"
+        "os.write(int(sys.argv[1]), b'{\"result\": {}}\\n')"
+    )
+    monkeypatch.setattr(attempt, "assess_command", lambda spec, pipe: [sys.executable, "-c", program, str(pipe)])
+    monkeypatch.setattr(attempt, "confined", lambda command, room: command)
+
+    def outcome() -> tuple[str, str]:
+        seen.write_text("")
+        key = order_evaluation(session, user, job)
+        attempt.work_beside_training(key)
+        return row_of(key).status, seen.read_text()
+
+    first = gpu_lease.take(1)
+    assert outcome() == ("succeeded", B), "a card is free"
+    second = gpu_lease.take(1)
+    residency.ask_room(job.id, 2**30, gpus=[A])
+    assert outcome() == ("succeeded", "all"), "no card is free, and the first has room"
+    residency.ask_room(job.id, 15 * 2**30, gpus=[A])
+    assert outcome() == ("queued", ""), "no card is free, and the first is full"
+    first.release(), second.release()
 
 
 def test_without_the_drivers_tool_nothing_is_leased(data_dir, monkeypatch, tmp_path) -> None:

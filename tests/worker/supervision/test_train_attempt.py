@@ -36,7 +36,7 @@ from tests import warm
 from tests.conftest import PROJECT, wait_until
 from tests.factories import make_dataset, make_job
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
-from worker.evaluation import attempt
+from worker.evaluation import attempt, train_turn
 from worker.runtime import attendance
 from worker.supervision import exit_codes, train_attempt
 
@@ -433,7 +433,7 @@ class Processes:
 
     def start_worker(self) -> subprocess.Popen:
         self.worker = self.start(
-            "-m", "celery", "-A", "worker.main", "worker", "-Q", "train", "--pool=prefork", "-c", "1", "--without-gossip"
+            "-m", "celery", "-A", "worker.main", "worker", "-Q", "train,evaluate", "--pool=prefork", "-c", "1", "--without-gossip"
         )
         return self.worker
 
@@ -470,6 +470,14 @@ def order_predictions(session, user, rows: int, tokens: int) -> uuid.UUID:
     file = files.add_bytes(session, user, ("text\n" + "What carries the strings?\n" * rows).encode(), "a.csv", "user_data")
     wanted = predictions.PredictionOrder(model="tiny", file=ids.public(ids.FILE, file.id), max_tokens=tokens)
     made = predictions.create(session, user, wanted)
+    session.commit()
+    return made.id
+
+
+def order_evaluation(session, user, job: Job) -> uuid.UUID:
+    """Of the base of a job, on the job's data."""
+    asked = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, job.dataset_id), "rows": 3, "answers": 0, "forgetting": False}
+    made = evaluations.create(session, user, evaluations.read_order(asked))
     session.commit()
     return made.id
 
@@ -514,6 +522,51 @@ def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_th
     jobs.cancel(session, user, job.id)
     session.commit()
     wait_until(lambda: now_of(job).status == "cancelled", what="the end of the job", seconds=60)
+
+
+EVALUATE_WORKER = ("-m", "celery", "-A", "worker.main", "worker", "-Q", "evaluate", "--pool=threads", "-c", "1", "--without-gossip")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_an_evaluation_ends_while_a_job_trains(new_job, processes, session, user):
+    job, waits = new_job(epochs=1000), new_job()
+    for one in (job, waits):
+        queue.enqueue(session, queue.TRAIN, one.id)
+    session.commit()
+    wait_until(lambda: now_of(job).step > 0, what="a step", seconds=180)
+    key = order_evaluation(session, user, job)
+    time.sleep(3)  # longer than announce_again_seconds
+    assert row_of(key).status == "queued", "the train worker is busy"
+    processes.start(*EVALUATE_WORKER)
+    wait_until(lambda: row_of(key).status == "succeeded", what="the evaluation", seconds=180)
+    assert now_of(job).status == "running" and running_trainers(job)
+    assert (now_of(waits).status, now_of(waits).attempt) == ("queued", 0), "an evaluate worker trains nothing"
+    assert residency.room_asked(cuda=this_machine().cuda) == 0, (
+        "a job without an estimate asks for none, and the evaluation gave its own back"
+    )
+    for one in (waits, job):
+        jobs.cancel(session, user, one.id)
+    session.commit()
+    wait_until(lambda: now_of(job).status == "cancelled", what="the end of the job", seconds=60)
+
+
+@pytest.mark.usefixtures("warm_attempts")
+def test_an_evaluation_waits_for_room_beside_a_job_that_trains(new_job, session, user):
+    job, here, other = new_job(), this_machine(), uuid.uuid4()
+    key = order_evaluation(session, user, job)
+    residency.ask_room(other, here.gpu_memory_bytes if here.cuda else here.memory_bytes)
+    train_turn.take(key, None, lambda: False, train_turn.EVALUATE_WORKER)
+    assert row_of(key).status == "queued" and residency.without_room([key, other]) == {key}
+    residency.give_room_back(other)
+    train_turn.take(key, None, lambda: False, train_turn.EVALUATE_WORKER)
+    assert row_of(key).status == "succeeded", row_of(key).error
+    assert now_of(job).attempt == 0
+
+
+@pytest.mark.parametrize("queues, kinds", [("train", 2), ("train evaluate", 2), ("evaluate", 1), ("data evaluate", 1)])
+def test_what_a_worker_takes_follows_from_its_queues(queues, kinds):
+    assert len(train_turn.attempts_of(queues.split())) == kinds
 
 
 @pytest.mark.usefixtures("warm_attempts")
