@@ -14,7 +14,7 @@ from app.settings import PROJECT
 
 HEAVY = ("torch", "transformers", "peft", "accelerate")
 WEB_MEMORY_LIMIT_BYTES = 150 * 10**6
-WEB_IMPORT_LIMIT = 1.3  # times the import of the libraries alone
+WEB_IMPORT_LIMIT = 1.4  # times the import of the libraries alone
 """Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
 APP = """

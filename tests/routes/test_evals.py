@@ -243,7 +243,7 @@ def test_the_pages_show_runs_and_items(client, web, session, user):
     browser.headers["x-csrf-token"] = csrf_token(browser.get(link).text)
     assert "&lt;b&gt;words" in browser.get("/evals").text
     shown = browser.get(f"/evals/{made.id}").text
-    assert "50%" in shown and "&lt;i&gt;maybe" in shown
+    assert "50.0%" in shown and "&lt;i&gt;maybe" in shown
     only = browser.get(f"/evals/{made.id}?run={run.id}&status=pass").text
     assert "&lt;i&gt;maybe" not in only
     browser.post(f"/evals/{made.id}/runs/{run.id}/delete")
