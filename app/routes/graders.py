@@ -102,7 +102,7 @@ def _asking(request: Request, user: User, known: Sequence[ResolvedJudge]) -> Ite
         yield judges.answers(user.id, known, lambda asked, hear: from_thread.run(_send, request, asked, hear), meter)
     finally:
         with transaction() as session:
-            limits.count_tokens(session, user.id, user.project_id, read=meter.read, written=meter.written)
+            limits.count_tokens(session, user.id, user.project_id, **meter.counts())
 
 
 async def _send(request: Request, asked: GenerateRequest, hear: Hear) -> None:
