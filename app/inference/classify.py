@@ -98,8 +98,8 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": sorting.name, "usage": usage}
 
 
-def choices(session: Session, user: User) -> dict[str, list[Option]]:
-    """The available classifiers, newest first."""
-    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
+def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]]:
+    """The classifiers on offer, newest first, those that are named among them."""
+    rows = [m for m in models.offered(session, user, *named) if m.status == "ready" and m.kind == "classifier"]
     found = {"Classifiers": [playground.option(m) for m in reversed(rows)], "Aliases": playground.alias_options(session, user, rows)}
     return {group: options for group, options in found.items() if options}

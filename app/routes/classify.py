@@ -84,7 +84,7 @@ def _page(
     request: Request, user: User, names: list[str], text: str, texts: list[str], found: list[Sorting], error: StudioError | None
 ) -> Response:
     with transaction() as session:
-        choices = classify.choices(session, user)
+        choices = classify.choices(session, user, *names)
         every = [option for group in choices.values() for option in group]
         names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
         examples = classify.held_out(session, user, names)

@@ -94,7 +94,7 @@ def _page(
     request: Request, user: User, names: list[str], text: str, top_k: int, views: list[ModelTokens], error: StudioError | None
 ) -> Response:
     with transaction() as session:
-        choices = playground.choices(session, user)
+        choices = playground.choices(session, user, *names)
     if not names:
         names = [option.name for group in choices.values() for option in group][:1]
     said = [view for view in views if not view.error]
