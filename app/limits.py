@@ -172,7 +172,7 @@ def count_meter(session: Session, table: type[Evaluation | PromptRun], key: uuid
     whose = session.execute(select(table.owner_id, table.project_id).where(table.id == key)).one_or_none()
     if whose is not None:
         count_tokens(session, *whose, **counts)
-        on_commit(session, lambda: meter.add(**{name: -count for name, count in counts.items()}))
+        on_commit(session, lambda: meter.add(-counts["read"], -counts["written"], -counts["encoded"]))
 
 
 # What is allowed --------------------------------------------------------------------------------------------------------

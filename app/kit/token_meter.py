@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import TypedDict
+
+
+class TokenCounts(TypedDict):
+    read: int
+    written: int
+    encoded: int
 
 
 class TokenMeter:
@@ -19,6 +26,6 @@ class TokenMeter:
             self.written += written
             self.encoded += encoded
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> TokenCounts:
         with self._lock:
             return {"read": self.read, "written": self.written, "encoded": self.encoded}

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import redis
 from pydantic import ValidationError
@@ -35,8 +35,8 @@ class Worker(NamedTuple):
 
 def clock() -> float:
     """Seconds since 1970 by Redis: those of two machines may differ by hours."""
-    seconds, microseconds = get_redis().time()  # type: ignore[misc]
-    return float(seconds + microseconds / 1e6)
+    seconds_and_microseconds: Any = get_redis().time()
+    return float(seconds_and_microseconds[0] + seconds_and_microseconds[1] / 1e6)
 
 
 def say_alive(queue: str, up_seconds: float, *, name: str | None = None) -> None:

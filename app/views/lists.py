@@ -252,7 +252,7 @@ def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     return Bar("/datasets", wish, filters, DATASET_SORTS)
 
 
-def datasets(user: User, bar: Bar) -> Select[Any]:
+def datasets(user: User, bar: Bar) -> Select[Any, Any]:
     """A query of (dataset without its report, which may be long; tokens of the report), one line for all versions of a dataset."""
     wish, column = bar.wish, DATASET_COLUMNS[bar.sort.removeprefix("-")]
     query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))

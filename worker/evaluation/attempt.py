@@ -34,7 +34,7 @@ from app.kit import child_process
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
-from app.kit.token_meter import TokenMeter
+from app.kit.token_meter import TokenCounts, TokenMeter
 from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
@@ -209,8 +209,9 @@ class EvaluationAttempt:
         self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
         self.result, self.error = said.get("result", self.result), said.get("error", self.error)
         if "written" in said:
-            before, self.told = self.told, {name: said[name] for name in self.told}
-            self.tokens.add(**{name: count - before[name] for name, count in self.told.items()})
+            before, now = self.told, TokenCounts(read=said["read"], written=said["written"], encoded=said["encoded"])
+            self.tokens.add(now["read"] - before["read"], now["written"] - before["written"], now["encoded"] - before["encoded"])
+            self.told = now
 
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
