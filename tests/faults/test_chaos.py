@@ -22,7 +22,7 @@ SOUND = {
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("seed", "jobs", "seconds", "pause", "workers"),
-    [(4, 2, 14, 3, 1), *(pytest.param(seed, 20, 120, 8, 2, marks=pytest.mark.fault) for seed in (1, 2, 3))],
+    [(4, 2, 6, 2, 1), *(pytest.param(seed, 20, 120, 8, 2, marks=pytest.mark.fault) for seed in (1, 2, 3))],
 )
 def test_nothing_is_lost_double_or_different_when_everything_is_killed(tmp_path, seed, jobs, seconds, pause, workers):
     told = tmp_path / "told.json"
@@ -31,7 +31,7 @@ def test_nothing_is_lost_double_or_different_when_everything_is_killed(tmp_path,
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     result = json.loads(told.read_text())
-    assert not chaos.faults(result) and sum(result["kills"].values()) >= 3, result
+    assert not chaos.faults(result) and sum(result["kills"].values()) >= 2, result
     assert result["states"]["succeeded"] >= 0.9 * jobs and result["drain_seconds"] < 300, result
 
 

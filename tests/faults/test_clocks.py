@@ -76,7 +76,7 @@ def lease_left(job: Job) -> float:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "jumps"), [(1, 3), *(pytest.param(seed, 12, marks=pytest.mark.fault) for seed in range(2, 6))])
+@pytest.mark.parametrize(("seed", "jumps"), [(1, 1), *(pytest.param(seed, 12, marks=pytest.mark.fault) for seed in range(2, 6))])
 def test_a_clock_that_jumps_by_an_hour_takes_no_job_from_its_worker(wrong_by, new_job, request, user, seed, jumps):  # noqa: F811
     draw = random.Random(seed)
     wrong_by(draw.choice((HOUR, -HOUR)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
+import pytest
 from sqlalchemy import text
 
 from app.db import get_engine
@@ -31,6 +32,7 @@ def files_with(folder: Path, word: str) -> list[str]:
     return [str(path) for path in found if word.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 def test_no_secret_stays_in_a_log_a_row_or_a_file(web, session, user, data_dir, capfd):
     logs.configure()  # to the standard error of this test
     ada = made(session, "Ada", "member")
