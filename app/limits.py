@@ -21,7 +21,7 @@ from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
 from app.kit.token_meter import TokenMeter
 from app.settings import get_settings
-from app.tables import JSON, Checkpoint, EvalRun, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, User
+from app.tables import JSON, Checkpoint, EvalRun, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, Upload, User
 
 By = Literal["person", "project"]
 Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]
@@ -59,7 +59,7 @@ LIMITS: dict[Name, Limit] = {
     "queued_jobs": Limit("Queued runs", "", _number, "Wait until one has started, or cancel one."),
     "gpu_hours_per_month": Limit("GPU-hours this month", "GPU-hours", _number, "They begin anew with the next month (UTC).", "month"),
     "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models, exports or runs that are no longer needed."),
-    "tokens_per_day": Limit("Generated tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
+    "tokens_per_day": Limit("Tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
 }
 """In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour."""
 
@@ -90,23 +90,30 @@ def _gpu_hours(by: By) -> Select[Any]:
 
 
 def _storage(by: By) -> Select[Any]:
-    """Uploaded files, models, the checkpoints of jobs, and the files of exports."""
+    """Uploaded files and what open uploads announced, models, the checkpoints of jobs, the files of exports and of predictions."""
     exported = func.jsonb_array_elements(Export.files).table_valued(column("value", JSONB), joins_implicitly=True)
     parts = union_all(
         select(_owner(File, by).label("key"), File.bytes.label("size")).where(File.deleted_at.is_(None)),
+        select(_owner(Upload, by), Upload.length).where(Upload.file_id.is_(None), Upload.expires_at > leases.now()),
         select(_owner(Model, by), Model.bytes).where(Model.deleted_at.is_(None), Model.owner_id.is_not(None)),
         select(_owner(Job, by), Checkpoint.bytes)
         .select_from(Checkpoint)
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Checkpoint.deleted_at.is_(None)),
         select(_owner(Export, by), cast(exported.c.value["bytes"].astext, BigInteger)).where(Export.deleted_at.is_(None)),
+        select(_owner(Evaluation, by), Evaluation.output_bytes).where(Evaluation.deleted_at.is_(None), Evaluation.output_bytes > 0),
     ).subquery()
     return select(parts.c.key, func.coalesce(func.sum(parts.c.size), 0).label("amount")).group_by(parts.c.key)
 
 
 def _tokens(by: By) -> Select[Any]:
+    """What was written, and what was embedded or classified. Prompts are read for the sake of an answer, and are not limited."""
     key = _owner(TokenUse, by)
-    return select(key.label("key"), func.sum(TokenUse.written).label("amount")).where(TokenUse.day == _today()).group_by(key)
+    return (
+        select(key.label("key"), func.sum(TokenUse.written + TokenUse.encoded).label("amount"))
+        .where(TokenUse.day == _today())
+        .group_by(key)
+    )
 
 
 def _today() -> ColumnElement[date]:
@@ -146,23 +153,26 @@ def own_json(own: Mapping[str, Any] | None) -> JSON:
     return {name: (own or {}).get(name) for name in LIMITS}
 
 
-def count_tokens(session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int, day: date | None = None) -> None:
-    """Add tokens to those of this day, or of another one."""
+def count_tokens(
+    session: Session, person: uuid.UUID, project: uuid.UUID, *, read: int, written: int = 0, encoded: int = 0, day: date | None = None
+) -> None:
+    """Add tokens to those of this day, or of another one. `encoded` are those of `read` whose texts were embedded or classified."""
     if not read and not written:
         return
-    row = insert(TokenUse).values(user_id=person, project_id=project, day=day or _today(), read=read, written=written)
-    more = {"read": TokenUse.read + read, "written": TokenUse.written + written}
+    counts = {"read": read, "written": written, "encoded": encoded}
+    row = insert(TokenUse).values(user_id=person, project_id=project, day=day or _today(), **counts)
+    more = {name: getattr(TokenUse, name) + count for name, count in counts.items()}
     session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
 
 
 def count_meter(session: Session, table: type[Evaluation | PromptRun | EvalRun], key: uuid.UUID, meter: TokenMeter) -> None:
     """Count the tokens of work in the background, for the person and the project whose it is. Once that is committed the meter has
     them no more; one thread at a time may do this."""
-    read, written = meter.read, meter.written
+    counts = meter.counts()
     whose = session.execute(select(table.owner_id, table.project_id).where(table.id == key)).one_or_none()
     if whose is not None:
-        count_tokens(session, *whose, read=read, written=written)
-        on_commit(session, lambda: meter.add(-read, -written))
+        count_tokens(session, *whose, **counts)
+        on_commit(session, lambda: meter.add(-counts["read"], -counts["written"], -counts["encoded"]))
 
 
 # What is allowed --------------------------------------------------------------------------------------------------------

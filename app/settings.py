@@ -115,7 +115,9 @@ class Settings(BaseSettings):
         description="GPU-hours of one person in a month, after which no further run is taken; a train worker without a GPU counts as one.",
     )
     limit_storage_bytes: int | None = Field(None, ge=0, description="Files, models and checkpoints of one person, in bytes.")
-    limit_tokens_per_day: int | None = Field(None, ge=0, description="Tokens that models write for one person in a day (UTC).")
+    limit_tokens_per_day: int | None = Field(
+        None, ge=0, description="Tokens that models write, embed or classify for one person in a day (UTC)."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     keep_playground_days: float | None = Field(
         None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."

@@ -4,7 +4,8 @@ A real web process with the sample datasets, jobs whose lives are recorded as a 
 run, an evaluation, votes and a conversation; nothing is trained. The pages are the routes of the application: one that is
 added without an example here, and is not among those that are no pages, stops the command. Each is asked for `--times`
 times, in turns, and looked at by axe in light and in dark. Exit code 1 where axe finds anything. With `--jobs 10000 --points 10000000`
-the studio has so many further jobs with so many steps among them, and axe is left out.
+the studio has so many further jobs and models with so many steps among them, with `--rows 10000` so many of each other thing that lists
+show, and axe is left out. With `--api` the lists of the API are asked for too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from app.web.renamed import MOVED
+from benchmarks.crowd import fill_lists
 from benchmarks.servers import free_port, python, servers, tiny_model
 
 NO_PAGES = re.compile(
@@ -57,13 +59,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression that the route of a page must match")
     parser.add_argument("--jobs", type=int, default=0, help="further jobs that ended before (default none)")
     parser.add_argument("--points", type=int, default=0, help="steps that these recorded, all together")
+    parser.add_argument("--rows", type=int, default=0, help="further datasets, evaluations, prompts and so on (default none)")
+    parser.add_argument("--api", action="store_true", help="also ask the lists of the API")
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     given = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with studio(given.jobs, given.points) as (url, link, found):
+    with studio(given.jobs, given.points, given.rows) as (url, link, found):
+        found = [*found, *(api_lists() if given.api else [])]
         every = [page for page in found if re.search(given.only, page.title)]
         rows = measured(url, link(), every, max(1, given.times))
-        faults = {} if given.jobs else violations(url, link(), every)
+        faults = {} if given.jobs or given.rows or given.api else violations(url, link(), every)
     for row in rows:
         row["violations"] = faults.get(row["page"], [])
     print(as_text(rows))
@@ -73,7 +78,7 @@ def main() -> None:
 
 
 @contextmanager
-def studio(jobs: int = 0, points: int = 0) -> Iterator[tuple[str, Any, list[Page]]]:
+def studio(jobs: int = 0, points: int = 0, rows: int = 0) -> Iterator[tuple[str, Any, list[Page]]]:
     """(address, what makes a link that signs in once, pages) of a web process of its own."""
     with servers() as own:
         from app.db import transaction
@@ -85,6 +90,8 @@ def studio(jobs: int = 0, points: int = 0) -> Iterator[tuple[str, Any, list[Page
             samples = seed(session, user, own.folder / "data")
             if jobs:
                 crowded(session, samples["/jobs/{job_id}"], jobs, points)
+            if rows:
+                fill_lists(session, rows)
 
             def link() -> str:
                 made = auth.new_sign_in_link(session, user)
@@ -221,6 +228,18 @@ def pages(samples: dict[str, dict[str, str]]) -> list[Page]:
     return found
 
 
+def api_lists() -> list[Page]:
+    """The operations of the API that list something and need no name."""
+    from app.main import create_app
+
+    described = create_app().openapi()["paths"]
+    return [Page(f"{path} (API)", path) for path, methods in described.items() if "{" not in path and _lists(methods.get("get", {}))]
+
+
+def _lists(operation: dict[str, Any]) -> bool:
+    return operation.get("operationId", "").startswith("list_") and operation["operationId"] != "list_hub_models"
+
+
 def _with_names(route: str, samples: dict[str, dict[str, str]]) -> list[Page]:
     known = next((name for name in sorted(samples, key=len, reverse=True) if (route + "/").startswith(name + "/")), None)
     rest = route.removeprefix(known or "").replace("{line}", "2")
@@ -249,7 +268,8 @@ def measured(url: str, link: str, every: list[Page], times: int) -> list[dict[st
                 began = time.perf_counter()
                 answer = client.get(page.path)
                 spent[page.title].append((time.perf_counter() - began) * 1000)
-                if answer.status_code != 200 or "text/html" not in answer.headers["content-type"]:
+                kind = "application/json" if page.path.startswith("/v1") else "text/html"
+                if answer.status_code != 200 or kind not in answer.headers["content-type"]:
                     raise SystemExit(f"{page.path} answers {answer.status_code} {answer.headers['content-type']}: {answer.text[:300]}")
                 sizes[page.title] = len(answer.content)
     return [_row(page.title, sorted(spent[page.title][1:]), sizes[page.title]) for page in every]  # without the first turn

@@ -203,7 +203,18 @@ def test_doctor_names_a_folder_that_cannot_be_written(data_dir, monkeypatch):
 
 def test_doctor_reads_the_servers_that_are_given(session):
     assert doctor.database().found.startswith("PostgreSQL 18")
-    assert "valkey" in doctor.broker().found
+    assert "valkey" in doctor.broker().found and doctor.broker().verdict == "good"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "found"),
+    [
+        ("redis", "6.2.14", True), ("redis", "6.2.20", False), ("redis", "7.0.15", True), ("redis", "8.2.1", True), ("redis", "8.2.2", False), ("redis", "8.6.0", False),
+        ("valkey", "8.1.3", True), ("valkey", "8.1.4", False), ("valkey", "9.1.2", False), ("another", "1.0", False),
+    ],
+)  # fmt: skip
+def test_doctor_names_a_broker_with_a_known_hole(name, version, found):
+    assert doctor.is_vulnerable(name, version) is found
 
 
 @pytest.mark.long

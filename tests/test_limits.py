@@ -138,6 +138,22 @@ def test_storage(session, user, api, data, order):
     assert files.add_bytes(session, user, b"loss", "r.csv", files.RESULTS), "what a job writes at its end is never lost to a limit"
 
 
+def test_uploads_that_are_open_are_storage(session, user, api):
+    before = limits.used_by(session, "person", user.id, "storage_bytes")
+    limited(session, user, storage_bytes=int(before) + 1000)
+    order = {"purpose": "user_data", "filename": "a.txt", "mime_type": "text/plain"}
+    begun = api.post("/v1/uploads", json=order | {"bytes": 600}).json()["id"]
+    refused(api.post("/v1/uploads", json=order | {"bytes": 600}), "storage")
+    other = api.post("/v1/uploads", json=order | {"bytes": 400}).json()["id"]
+    part = api.post(f"/v1/uploads/{begun}/parts", files={"data": ("a", b"x" * 600)}).json()["id"]
+    done = api.post(f"/v1/uploads/{begun}/complete", json={"part_ids": [part]})
+    assert done.status_code == 200, "it is counted once, and fits: " + done.text
+    for by in ("person", "project"):
+        assert limits.used_by(session, by, user.id, "storage_bytes") == before + 1000
+    assert api.post(f"/v1/uploads/{other}/cancel").status_code == 200
+    assert limits.used_by(session, "person", user.id, "storage_bytes") == before + 600
+
+
 def test_files_of_exports_are_storage(session, user, api, data, tiny_registered):
     before = limits.used_by(session, "person", user.id, "storage_bytes")
     made = api.post("/v1/models/tiny/exports", json={"format": "safetensors"}).json()["id"]
@@ -168,7 +184,7 @@ def test_once_the_tokens_of_a_day_are_used_nothing_that_writes_begins(session, u
         (f"/v1/prompts/{prompt}/runs", {"model": "tiny", "dataset_id": dataset}),
         ("/v1/fine_tuning/alpha/graders/run", {"grader": judge, "model_sample": "a"}),
     ):
-        refused(api.post(path, json=body), "generated tokens today")
+        refused(api.post(path, json=body), "tokens today")
     assert api.post("/v1/evaluations", json={"model": "tiny", "dataset_id": dataset, "answers": 0}).status_code == 200, "it writes nothing"
 
 
@@ -177,16 +193,16 @@ def test_a_meter_is_counted_once_and_kept_where_that_is_not_committed(session, u
     session.add(made)
     session.commit()
     meter = TokenMeter()
-    meter.add(3, 4)
+    meter.add(3, 4, 2)
     with pytest.raises(ZeroDivisionError), transaction() as own:
         limits.count_meter(own, Evaluation, made.id, meter)
         raise ZeroDivisionError
-    assert (meter.read, meter.written) == (3, 4) and not limits.used_by(session, "person", user.id, "tokens_per_day")
+    assert (meter.read, meter.written, meter.encoded) == (3, 4, 2) and not limits.used_by(session, "person", user.id, "tokens_per_day")
     for _ in range(2):
         with transaction() as own:
             limits.count_meter(own, Evaluation, made.id, meter)
     session.rollback()
-    assert (meter.read, meter.written) == (0, 0) and limits.used_by(session, "project", user.id, "tokens_per_day") == 4
+    assert (meter.read, meter.written, meter.encoded) == (0, 0, 0) and limits.used_by(session, "project", user.id, "tokens_per_day") == 6
     meter.add(1, 1)
     with transaction() as own:
         limits.count_meter(own, Evaluation, uuid.uuid4(), meter)  # its row was deleted

@@ -216,7 +216,7 @@ def test_ready_says_what_is_missing(web, monkeypatch):
 def test_workers_are_counted_while_they_say_so(api):
     from app.machines import heartbeats
 
-    heartbeats.say_alive("train", started_at=0.0)
+    heartbeats.say_alive("train", up_seconds=0.0)
     found = {duty["queue"]: duty["alive"] for duty in api.get("/v1/studio").json()["workers"]}
     assert found["train"] == 1 and found["data"] == 0
 

@@ -1,4 +1,5 @@
-"""Every sentence of SECURITY.md and docs/reliability.md that promises something names a test, and the test is there; so does each fault."""
+"""Every sentence of SECURITY.md and docs/reliability.md that promises something names a test, and the test is there; so does each fault and
+each known attack."""
 
 from __future__ import annotations
 
@@ -29,6 +30,15 @@ def test_each_fault_names_its_tests(number: int) -> None:
         assert re.search(rf"^def {name}\(", (PROJECT / file).read_text(), re.MULTILINE), f"{file} has no {name}"
     for file, _ in named_in(long):
         assert "pytest.mark.fault" in (PROJECT / file).read_text(), f"{file} has no long form"
+
+
+@pytest.mark.parametrize("number", range(1, 21))
+def test_each_known_attack_names_its_tests(number: int) -> None:
+    (row,) = re.findall(rf"^\| S{number} \|.*$", (PROJECT / "docs/security.md").read_text(), re.MULTILINE)
+    named = named_in(row)
+    assert named, "no test is named"
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (PROJECT / file).read_text(), re.MULTILINE), f"{file} has no {name}"
 
 
 def named_in(text: str) -> list[tuple[str, str]]:

@@ -192,7 +192,8 @@ def finish(user: User, held: UploadHandle) -> str | None:
             return ticket(upload).dataset
         blob = _store_blob(held)
         expires_after = upload.wishes.get("expires_after")
-        file = files.create(session, user, blob, upload.filename, upload.purpose, int(expires_after) if expires_after else None)
+        expires = int(expires_after) if expires_after else None
+        file = files.create(session, user, blob, upload.filename, upload.purpose, expires, reserved=True)
         upload.file_id = file.id
         if upload.purpose == "fine-tune":
             made = datasets.create(session, user, file, upload.wishes.get("name"), upload.wishes.get("format"))

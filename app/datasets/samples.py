@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.errors import NotFound
+from app.ownership import mine
 from app.settings import RESOURCES
 from app.storage import files
 from app.tables import Dataset, User
@@ -23,6 +24,12 @@ def list_() -> list[dict[str, Any]]:
     return found
 
 
+def parsed(session: Session, user: User) -> list[Dataset]:
+    """The datasets of this user that were parsed from a sample's file, newest first."""
+    own = mine(Dataset, user).where(Dataset.origin["filename"].astext.in_([sample["file"] for sample in list_()]))
+    return list(session.scalars(own.order_by(Dataset.created_at.desc(), Dataset.id)))
+
+
 def added(rows: Iterable[Dataset], sample: dict[str, Any]) -> Dataset | None:
     """The newest of these datasets that was parsed from the sample's file."""
     return next((one for one in rows if (one.origin or {}).get("filename") == sample["file"] and one.status != "error"), None)
@@ -33,7 +40,7 @@ def add(session: Session, user: User, name: str) -> Dataset:
     sample = next((sample for sample in list_() if sample["name"] == name), None)
     if sample is None:
         raise NotFound(f"There is no sample “{name[:60]}”.", hint=f"There are {', '.join(entry['name'] for entry in list_())}.")
-    here = added(datasets.list_(session, user), sample)
+    here = added(parsed(session, user), sample)
     if here is not None:
         return here
     file = files.add_bytes(session, user, (FOLDER / sample["file"]).read_bytes(), sample["file"], "fine-tune")

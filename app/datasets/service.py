@@ -7,6 +7,7 @@ Versions that fix, edit or combine come from `app/datasets/versions.py` and `app
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from sqlalchemy import Select, func, insert, literal, or_, select
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import Session
 
 from app import db, formats, queue
 from app.datasets import readers
@@ -204,16 +205,25 @@ def _failed_later(session: Session, dataset: Dataset) -> Dataset | None:
 
 def list_(session: Session, user: User) -> list[Dataset]:
     """This user's datasets, newest first."""
-    query = mine(Dataset, user)
-    return list(session.scalars(query.order_by(Dataset.created_at.desc(), Dataset.id)))
+    return list(session.scalars(mine(Dataset, user).order_by(*_LATEST)))
 
 
-def listed(session: Session, user: User) -> tuple[list[Dataset], dict[uuid.UUID, int | None]]:
-    """The same for lists, without the reports, which may be long; and the tokens of each."""
-    query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
-    query = query.where(Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)).order_by(Dataset.created_at.desc(), Dataset.id)
-    rows = session.execute(query).all()
-    return [row[0] for row in rows], {row[0].id: row[1] for row in rows}
+_LATEST = (Dataset.created_at.desc(), Dataset.id)
+OFFERED = 200  # an older one is offered where a link names it
+
+
+def offered(session: Session, user: User, *named: str | None) -> list[Dataset]:
+    """What a form offers, newest first: the newest datasets, and those whose public ids are named."""
+    newest = mine(Dataset, user).with_only_columns(Dataset.id).order_by(*_LATEST).limit(OFFERED)
+    keys = [ids.parse(ids.DATASET, name) for name in named if name and re.fullmatch(r"ds-[0-9a-f]{32}", name)]
+    return list(session.scalars(mine(Dataset, user).where(Dataset.id.in_(newest) | Dataset.id.in_(keys)).order_by(*_LATEST)))
+
+
+def newest_versions(user: User) -> Select[Any]:
+    """Ids of the datasets that a list shows, one for all versions of a file under one name: the newest."""
+    lines = (Dataset.file_id, Dataset.name)
+    own = mine(Dataset, user).with_only_columns(Dataset.id)
+    return own.distinct(*lines).order_by(*lines, *_LATEST)
 
 
 def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:
@@ -242,9 +252,9 @@ def line(session: Session, dataset: Dataset) -> list[Dataset]:
     return list(session.scalars(own.where(same, Dataset.name == dataset.name)))
 
 
-def with_rows(session: Session, user: User) -> list[Dataset]:
-    """The newest versions that are ready and have a valid row, so that they can be scored, mapped and prompted with."""
-    return [d for d in list_(session, user) if d.status == "ready" and d.good_rows]
+def with_rows(session: Session, user: User, *named: str | None) -> list[Dataset]:
+    """Those of `offered` that are ready and have a valid row, so that they can be scored, mapped and prompted with."""
+    return [d for d in offered(session, user, *named) if d.status == "ready" and d.good_rows]
 
 
 def trainable(dataset: Dataset) -> bool:

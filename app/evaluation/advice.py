@@ -105,7 +105,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
         shown=show(facts, resolved.ref.shape),
         tune=tune,
         cards=cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id)),
-        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.list_(session, user)),
+        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.offered(session, user)),
         ranking=ranking,
         rules=advisor.rules(ranking),
         evaluation=train_queue.evaluation_json(session, measured) if measured else None,

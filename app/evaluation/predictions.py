@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from app import limits, queue
 from app.datasets import readers
 from app.datasets import service as datasets
+from app.datasets.findings_export import guarded
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, problem_json
 from app.evaluation import service as evaluations
@@ -84,13 +85,14 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
         system=(look.system if look and order.system is None else order.system) or "",
         forgetting=False,
     )
-    if spec.writes():
-        limits.check(session, user, "tokens_per_day")
+    limits.check(session, user, "tokens_per_day")
+    limits.check(session, user, "storage_bytes")
     return _queued(session, user, spec, resolved.model.id, file_id=file.id)
 
 
 def create_vectors(session: Session, user: User, model: str, dataset_id: str) -> Evaluation:
-    """A map of a dataset's rows as a model embeds them; an existing or running one is returned instead of a second."""
+    """A map of a dataset's rows as a model embeds them; an existing or running one is returned instead of a second. Raises NotFound,
+    BadField for a classifier, Conflict while the dataset is not ready, LimitReached."""
     resolved = models.resolve(session, user, model)
     _check_is_here(resolved)
     if resolved.ref.labels:
@@ -105,7 +107,10 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     )
     same = evaluations.mine(user, VECTORS).where(Evaluation.spec == spec.model_dump(mode="json"))
     earlier = session.scalar(same.where(Evaluation.status.in_((*evaluations.OPEN, "succeeded"))).limit(1))
-    return earlier or _queued(session, user, spec, resolved.model.id, dataset_id=dataset.id)
+    if earlier is not None:
+        return earlier
+    limits.check(session, user, "tokens_per_day")
+    return _queued(session, user, spec, resolved.model.id, dataset_id=dataset.id)
 
 
 def _check_is_here(resolved: models.Resolved) -> None:
@@ -166,17 +171,19 @@ def path_of(evaluation_id: uuid.UUID) -> Path:
     return get_settings().data_dir / "predictions" / f"{evaluation_id.hex}.jsonl"
 
 
-def keep(evaluation_id: uuid.UUID, folder: Path) -> None:
-    """Move the process's output out of its folder. Raises BadData for anything but a plain file."""
+def keep(evaluation_id: uuid.UUID, folder: Path) -> int:
+    """Move the process's output out of its folder; returns its size in bytes. Raises BadData for anything but a plain file."""
     written = folder / OUTPUT
     if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
         raise BadData("The process left no predictions.", hint="Start it again.")
     with files.disk_errors(), written.open("rb") as file:
         os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
     target = path_of(evaluation_id)
     get_settings().folder("predictions")
     os.replace(written, target)
     files.sync_folder(target.parent)
+    return size
 
 
 def forget_unless_wanted(session: Session, evaluation_id: uuid.UUID) -> None:
@@ -201,7 +208,10 @@ def content(found: Evaluation, format: Format) -> Iterator[str]:
     """The file with its added columns, in pieces. Raises Conflict before there is one."""
     if found.status != "succeeded" or not path_of(found.id).is_file():
         raise Conflict(f"The predictions are {found.status}.", hint="Wait until they have succeeded.", code="not_ready")
-    return _lines(path_of(found.id)) if format == "jsonl" else _csv(path_of(found.id), (found.result or {}).get("columns") or [])
+    if format == "jsonl":
+        return _lines(path_of(found.id))
+    result = found.result or {}
+    return _csv(path_of(found.id), result.get("columns") or [], frozenset(result.get("added") or ()))
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -209,13 +219,15 @@ def _lines(path: Path) -> Iterator[str]:
         yield from file
 
 
-def _csv(path: Path, columns: list[str]) -> Iterator[str]:
+def _csv(path: Path, columns: list[str], added: frozenset[str]) -> Iterator[str]:
+    """The columns of the file as they were given, those that the model added protected against formulas."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for line in _lines(path):
         row = json.loads(line)
-        writer.writerow([_cell(row.get(column)) for column in columns])
+        cells = {column: _cell(row.get(column)) for column in columns}
+        writer.writerow([guarded(cell) if column in added else cell for column, cell in cells.items()])
         yield buffer.getvalue()
         buffer.seek(0)
         buffer.truncate()

@@ -400,12 +400,15 @@ def heartbeat(session: Session, held: EvaluationClaim, progress: float, stage: s
     return leases.heartbeat(session, WORK, held.id, held.fence, progress=progress, stage=storable(stage))
 
 
-def finish(session: Session, held: EvaluationClaim, *, result: JSON | None = None, error: JSON | None = None) -> bool:
-    """Record how it ended; False when the lease is lost."""
+def finish(
+    session: Session, held: EvaluationClaim, *, result: JSON | None = None, error: JSON | None = None, output_bytes: int = 0
+) -> bool:
+    """Record how it ended, and the size of the file that it left; False when the lease is lost."""
     values = {
         "status": "failed" if error else "succeeded",
         "result": storable(result, words=True),
         "error": storable(error),
+        "output_bytes": output_bytes,
         "progress": 1.0,
         "stage": None,
         "finished_at": now(),

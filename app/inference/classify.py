@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.inference.playground import MAX_PANES, Option
@@ -58,6 +59,7 @@ def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]
             raise BadField(f"Text {place} is empty.", hint="Remove it.", param="input")
         if len(text) > MAX_TEXT_LENGTH:
             raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", hint="Shorten it.", param="input")
+    limits.check(session, user, "tokens_per_day")
     given = [playground.readable(text) for text in texts]
     return [
         GenerateRequest(id=uuid.uuid4(), owner=user.id, model=_classifier(session, user, name), classify=given, sampling=Sampling(), seed=0)
@@ -96,8 +98,8 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": sorting.name, "usage": usage}
 
 
-def choices(session: Session, user: User) -> dict[str, list[Option]]:
-    """The available classifiers, newest first."""
-    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind == "classifier"]
+def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]]:
+    """The classifiers on offer, newest first, those that are named among them."""
+    rows = [m for m in models.offered(session, user, *named) if m.status == "ready" and m.kind == "classifier"]
     found = {"Classifiers": [playground.option(m) for m in reversed(rows)], "Aliases": playground.alias_options(session, user, rows)}
     return {group: options for group, options in found.items() if options}

@@ -68,7 +68,7 @@ def writer(session: Session, user: User, name: str) -> ResolvedJudge:
 
 def _encoder(session: Session, user: User, name: str | None) -> ResolvedJudge:
     if name is None:
-        ready = [m for m in models.list_(session, user) if m.kind == "encoder" and m.status == "ready"]
+        ready = [m for m in models.offered(session, user) if m.kind == "encoder" and m.status == "ready"]
         if not ready:
             raise BadField(
                 "The metric cosine needs an embedding model, and this project has none.",

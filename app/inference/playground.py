@@ -380,11 +380,13 @@ class Pane(NamedTuple):
     blends: list[tuple[float, str]]  # (interpolation point, name); none where it cannot be blended
 
 
-def choices(session: Session, user: User) -> dict[str, list[Option]]:
-    """The models that can be prompted, by group, newest fine-tuned model first. Classifiers and encoders are not generative."""
-    rows = [m for m in models.list_(session, user) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
+def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]]:
+    """The models on offer that can be prompted, by group, newest fine-tuned model first, and those named. Classifiers and encoders are
+    not generative."""
+    plain = [interpolation.split_name(name)[0] for name in named]
+    rows = [m for m in models.offered(session, user, *plain) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
     kinds: dict[uuid.UUID | None, str] = {m.id: m.kind for m in rows}
-    few_shot = [m for m in tryout.with_few_shot(session, user) if m.base_id in kinds]
+    few_shot = [m for m in tryout.with_few_shot(session, rows) if m.base_id in kinds]
     found = {
         "Base models": [option(m) for m in rows if m.base_id is None],
         "Fine-tuned models": [option(m) for m in reversed(rows) if m.base_id is not None],

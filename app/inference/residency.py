@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import redis
 from pydantic import BaseModel
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.machines.gpus import visible_gpus
@@ -162,9 +163,9 @@ def everyone() -> list[WorkerResidency]:
 def shown(session: Session, user: User, standing: WorkerResidency) -> list[ShownModel]:
     """The models of one worker with the names that this person may see, last used first."""
     by_path: dict[str, list[Model]] = {}
-    for model in models.list_(session, user):
-        if model.path and model.deleted_at is None:
-            by_path.setdefault(model.path, []).append(model)
+    loaded = {path for ready in standing.models for path in (ready.path, *ready.adapters)}
+    for model in session.scalars(select(Model).where(models.visible(user), Model.path.in_(loaded)).order_by(Model.created_at, Model.id)):
+        by_path.setdefault(str(model.path), []).append(model)
     found = []
     for ready in sorted(standing.models, key=lambda r: r.idle_seconds):
         named = by_path.get(ready.path, [])

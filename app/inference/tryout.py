@@ -55,10 +55,14 @@ def of_name(session: Session, user: User, name: str) -> FirstLook | None:
     return FirstLook(job, base, left["system"], left["questions"], [SolvedExample(**example) for example in left["examples"]])
 
 
-def with_few_shot(session: Session, user: User, limit: int = 20) -> list[Model]:
-    """The newest fine-tuned models whose bases can be prompted few-shot."""
+def with_few_shot(session: Session, among: Sequence[Model], limit: int = 20) -> list[Model]:
+    """The newest of these fine-tuned models whose bases can be prompted few-shot."""
     examples = func.jsonb_array_length(Job.evaluation["tryout"]["examples"])
-    query = select(Model).join(Job, Model.job_id == Job.id).where(models.visible(user), Job.evaluation.has_key("tryout"), examples > 0)
+    query = (
+        select(Model)
+        .join(Job, Model.job_id == Job.id)
+        .where(Model.id.in_([model.id for model in among]), Job.evaluation.has_key("tryout"), examples > 0)
+    )
     return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
 
 

@@ -1,5 +1,5 @@
 """Worker heartbeats: each worker writes a key with an expiry to Redis every few seconds. Those that train also publish their
-machine's hardware, since the web process may run on another."""
+machine's hardware, since the web process may run on another. Times are by the clock of Redis, which all of them share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import redis
 from pydantic import ValidationError
@@ -33,21 +33,27 @@ class Worker(NamedTuple):
     silent_seconds: float
 
 
-def say_alive(queue: str, started_at: float, *, name: str | None = None) -> None:
+def clock() -> float:
+    """Seconds since 1970 by Redis: those of two machines may differ by hours."""
+    seconds_and_microseconds: Any = get_redis().time()
+    return float(seconds_and_microseconds[0] + seconds_and_microseconds[1] / 1e6)
+
+
+def say_alive(queue: str, up_seconds: float, *, name: str | None = None) -> None:
     """One heartbeat of this process, for `queue`: train, evaluate, data, import, export, generate or relay."""
     name = name or f"{socket.gethostname()}:{os.getpid()}"
-    word = json.dumps({"queue": queue, "name": name, "started_at": started_at, "seen_at": time.time()})
+    word = json.dumps({"queue": queue, "name": name, "up_seconds": up_seconds, "seen_at": clock()})
     get_redis().set(f"{PREFIX}alive:{queue}:{name}", word, ex=FADES_SECONDS)
 
 
 def keep_saying(queue: str) -> threading.Event:
     """Send heartbeats every ten seconds from a thread, until the returned event is set. Errors of Redis do not stop it."""
-    stop, started_at = threading.Event(), time.time()
+    stop, began = threading.Event(), time.monotonic()
 
     def talk() -> None:
         while True:
             with contextlib.suppress(redis.RedisError):  # a refusal too, as while its disk is full
-                say_alive(queue, started_at)
+                say_alive(queue, time.monotonic() - began)
                 if queue == "train":
                     say_machine()
             if stop.wait(REPEAT_SECONDS):
@@ -63,11 +69,10 @@ def alive() -> list[Worker]:
         wire = get_redis()
         keys = list(wire.scan_iter(match=f"{PREFIX}alive:*", count=500))
         words = [json.loads(word) for word in (wire.mget(keys) if keys else []) if word]
+        now = clock()
     except (redis.RedisError, RuntimeError):
         return []
-    now = time.time()
-    found = [Worker(w["queue"], w["name"], max(0.0, now - w["started_at"]), max(0.0, now - w["seen_at"])) for w in words]
-    return sorted(found)
+    return sorted(Worker(w["queue"], w["name"], w.get("up_seconds", 0.0), max(0.0, now - w["seen_at"])) for w in words)
 
 
 # The machine that trains ----------------------------------------------------------------------------------------------
@@ -75,7 +80,7 @@ def alive() -> list[Worker]:
 
 def say_machine(here: Machine | None = None, *, name: str | None = None) -> None:
     """Publish this machine's hardware and measured speeds, for estimates of jobs."""
-    found = {"seen_at": time.time(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
+    found = {"seen_at": clock(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
     get_redis().hset(MACHINES, name or socket.gethostname(), json.dumps(found))
 
 
@@ -100,8 +105,9 @@ def machines() -> list[tuple[str, float, Machine]]:
     found = []
     with contextlib.suppress(redis.RedisError, RuntimeError):
         heard: dict[bytes, bytes] = get_redis().hgetall(MACHINES)  # type: ignore[assignment]
+        now = clock()
         for host, word in heard.items():
             with contextlib.suppress(ValidationError, ValueError, KeyError, TypeError):
                 said = json.loads(word)
-                found.append((host.decode(), max(0.0, time.time() - float(said["seen_at"])), Machine.model_validate(said["machine"])))
+                found.append((host.decode(), max(0.0, now - float(said["seen_at"])), Machine.model_validate(said["machine"])))
     return sorted(found, key=lambda one: one[:2])

@@ -36,7 +36,7 @@ class Offer(NamedTuple):
 
 def offer(session: Session, user: User) -> Offer | None:
     """The offer; None as soon as there is a model that can be used."""
-    found = models.list_(session, user)
+    found = models.offered(session, user)
     if any(model.status == "ready" for model in found):
         return None
     by_status = {model.status: model for model in found}

@@ -65,9 +65,10 @@ def get(session: Session, user: User, name: str) -> Model:
     return model
 
 
-def list_(session: Session, user: User) -> list[Model]:
-    """Every model this person may see, oldest base first, each base before the models fine-tuned from it."""
-    rows = session.scalars(select(Model).options(selectinload(Model.base)).where(visible(user)).order_by(Model.created_at, Model.id)).all()
+def list_(session: Session, user: User, *wanted: ColumnElement[bool]) -> list[Model]:
+    """Every model this person may see, or those wanted, oldest base first, each base before the models fine-tuned from it."""
+    query = select(Model).options(selectinload(Model.base)).where(visible(user), *wanted)
+    rows = session.scalars(query.order_by(Model.created_at, Model.id)).all()
     children: dict[uuid.UUID | None, list[Model]] = {}
     here = {row.id for row in rows}
     for row in rows:
@@ -79,6 +80,18 @@ def list_(session: Session, user: User) -> list[Model]:
             yield from walk(row.id)
 
     return list(walk(None))
+
+
+OFFERED = 200  # an older one is offered where a link names it
+
+
+def offered(session: Session, user: User, *named: str | None) -> list[Model]:
+    """What a form offers: every base, the newest of the fine-tuned models, and those named, by name or public id."""
+    tuned = select(Model.id).where(visible(user), Model.base_id.is_not(None), Model.kept)
+    newest = tuned.order_by(Model.created_at.desc()).limit(OFFERED)
+    names = [name.replace("\0", "") for name in named if name]
+    keys = [ids.parse(ids.MODEL, name) for name in names if re.fullmatch(r"model-[0-9a-f]{32}", name)]
+    return list_(session, user, or_(Model.base_id.is_(None), Model.id.in_(newest), Model.name.in_(names), Model.id.in_(keys)))
 
 
 def resolve(session: Session, user: User, name: str, *, allowed: bool = False) -> Resolved:
@@ -420,11 +433,8 @@ def root(model: Model) -> Model:
 
 
 def option_text(model: Model, title: str = "") -> str:
-    """The label of a model where one is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`. A base has its title
-    alone.
-
-    `title` replaces the model's own title.
-    """
+    """The label of a model where one is chosen: `chats with LoRA · SmolLM2 135M · 2026-11-29 10:04 UTC`; of a base its title alone.
+    `title` replaces the model's own."""
     title, base = title or model.title, root(model)
     return title if base is model else f"{title} · {base.title} · {model.created_at:%Y-%m-%d %H:%M} UTC"
 

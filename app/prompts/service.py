@@ -289,8 +289,16 @@ def version(session: Session, prompt: Prompt, number: int | None = None) -> Prom
     return found[-1]
 
 
-def list_(session: Session, user: User) -> list[Prompt]:
-    return list(session.scalars(mine(user).order_by(Prompt.created_at.desc(), Prompt.id)))
+SHOWN = 100
+
+
+def newest(session: Session, user: User, limit: int = SHOWN) -> list[tuple[Prompt, list[PromptVersion]]]:
+    """The newest prompts, each with its versions, oldest first."""
+    found = session.scalars(mine(user).order_by(Prompt.created_at.desc(), Prompt.id).limit(limit)).all()
+    of: dict[uuid.UUID, list[PromptVersion]] = {prompt.id: [] for prompt in found}
+    for one in session.scalars(select(PromptVersion).where(PromptVersion.prompt_id.in_(of)).order_by(PromptVersion.number)):
+        of[one.prompt_id].append(one)
+    return [(prompt, of[prompt.id]) for prompt in found]
 
 
 def delete(session: Session, user: User, prompt: Prompt) -> None:

@@ -66,8 +66,8 @@ def give_advice(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -
 @pages.get("/jobs/advice")
 def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str = "", model: str = "") -> Response:
     """Without parameters, the model and dataset that were used last are selected."""
-    usable = [m for m in models.list_(session, user) if m.status == "ready"]
-    sets = [d for d in datasets.list_(session, user) if d.status == "ready"]
+    usable = [m for m in models.offered(session, user, model) if m.status == "ready"]
+    sets = [d for d in datasets.offered(session, user, dataset) if d.status == "ready"]
     chosen, data = preselection.pair(session, user, usable, sets, model, dataset)
     found, fault = None, None
     if chosen is not None and data is not None:

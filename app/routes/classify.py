@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.inference import classify
+from app.inference import classify, reading
 from app.inference.classify import Sorting
 from app.inference.client import stream
 from app.inference.playground import MAX_PANES
@@ -38,13 +38,16 @@ class ClassifyBody(BaseModel):
     input: str | list[str]
 
 
-@api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409))
+@api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409, 429))
 async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Probabilities of every label for each text. A text longer than the model's context is truncated, and the result says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     (asked,) = await run_in_threadpool(_ask, user, [body.model], texts)
     heard = await collect(request, [stream(asked)])
-    return left() if heard is None else classify.to_json(classify.read(body.model, asked, heard[0]))
+    if heard is None:
+        return left()
+    await run_in_threadpool(reading.count, user, heard, encoded=True)
+    return classify.to_json(classify.read(body.model, asked, heard[0]))
 
 
 @pages.get("/playground/classify")
@@ -65,6 +68,7 @@ async def classify_page(
             heard = await collect(request, [stream_or_error(one) for one in asked])
             if heard is None:
                 return left()
+            await run_in_threadpool(reading.count, user, heard, encoded=True)
             found = [classify.read(*each) for each in zip(names, asked, heard, strict=True)]
         except StudioError as fault:
             error = fault
@@ -80,7 +84,7 @@ def _page(
     request: Request, user: User, names: list[str], text: str, texts: list[str], found: list[Sorting], error: StudioError | None
 ) -> Response:
     with transaction() as session:
-        choices = classify.choices(session, user)
+        choices = classify.choices(session, user, *names)
         every = [option for group in choices.values() for option in group]
         names = names or [option.name for option in sorted(every, key=lambda option: not option.kept)][:1]
         examples = classify.held_out(session, user, names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Query, Request
@@ -10,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app import formats, schemas
+from app import formats, ownership, schemas
 from app.datasets import compose, compose_rows, ingest_task, pasting, readers, samples
 from app.datasets import hub as hub_datasets
 from app.datasets import service as datasets
@@ -42,24 +41,19 @@ MAX_FORM_BYTES = 32 << 20
 
 @pages.get("/datasets")
 def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
-    rows, tokens = datasets.listed(session, user)
-    newest: dict[Any, Dataset] = {}
-    for dataset in rows:  # one line per dataset: its newest version
-        newest.setdefault(dataset.name if dataset.file_id is None else (dataset.file_id, dataset.name), dataset)
-    every = list(newest.values())
-    names, bar = Counter(dataset.name for dataset in every), lists.datasets_bar(every, wish)
-    found = lists.datasets(every, bar)
-    bar.more = len(found) > wish.shown
+    bar = lists.datasets_bar(session, user, wish)
+    found = session.execute(lists.datasets(user, bar).limit(wish.shown + 1)).all()
+    shown, bar.more = [dataset for dataset, _ in found[: wish.shown]], len(found) > wish.shown
     return render(
         request,
         "datasets.html",
         bar=bar,
-        some=bool(every),
-        datasets=found[: wish.shown],
-        tokens=tokens,
+        some=bool(shown) or bar.narrowed,
+        datasets=shown,
+        tokens={dataset.id: tokens for dataset, tokens in found},
         public_id=lists.public_id,
-        twins={name for name, count in names.items() if count > 1},
-        samples=_samples(rows),
+        twins=lists.twins(session, user, shown),
+        samples=_samples(samples.parsed(session, user)),
         titles=_titles(),
     )
 
@@ -83,7 +77,7 @@ def new(request: Request, user: CurrentUser, session: Db) -> Response:
         offline=get_settings().offline,
         limit=get_settings().upload_limit_bytes,
         formats=list(formats.FORMATS.values()),
-        samples=_samples(datasets.list_(session, user)),
+        samples=_samples(samples.parsed(session, user)),
     )
 
 
@@ -159,7 +153,8 @@ def combine_form(request: Request, user: CurrentUser, session: Db, first: str = 
 
 
 def _combine_page(request: Request, user: User, session: Db, typed: dict[str, str], problem: StudioError | None) -> Response:
-    able = [dataset for dataset in datasets.with_rows(session, user) if dataset.rows_path]
+    named = [name.removeprefix("use.") for name in typed if name.startswith("use.")]
+    able = [dataset for dataset in datasets.with_rows(session, user, typed.get("first"), *named) if dataset.rows_path]
     targets = sorted(
         {wanted for dataset in able for wanted in compose_rows.MAPPINGS if (compose.shape_of(dataset), wanted) in compose_rows.CONVERSIONS}
     )
@@ -301,7 +296,8 @@ def list_datasets(
     user: CurrentUser, session: Db, after: cursor.After = None, limit: cursor.Limit = 20, order: cursor.Order = "desc"
 ) -> dict[str, Any]:
     """All datasets, in all versions."""
-    return cursor.page(datasets.list_(session, user), after, limit, order, to_json)
+    own = ownership.mine(Dataset, user)
+    return cursor.page(own, after, limit, order, to_json, session=session, key=lambda key: ids.parse(ids.DATASET, key))
 
 
 @api.get("/datasets/{key}", operation_id="retrieve_dataset", responses=answers(schemas.DatasetWithVersions))

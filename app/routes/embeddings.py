@@ -13,10 +13,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app import schemas
+from app import limits, schemas
 from app.db import transaction
 from app.errors import BadField, Unavailable
-from app.inference import playground
+from app.inference import playground, reading
 from app.inference.client import stream
 from app.inference.protocol import MAX_TEXTS, Embedded, GenerateRequest, Sampling
 from app.models import service as models
@@ -38,7 +38,7 @@ class EmbeddingsBody(BaseModel):
     dimensions: int | None = Field(None, ge=1, description="Only the model's own size can be given.")
 
 
-@api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409))
+@api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409, 429))
 async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Vectors of one or several texts, from an encoder."""
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -49,6 +49,7 @@ async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) 
     heard = await collect(request, [stream(await run_in_threadpool(_request, user, body.model, texts))])
     if heard is None:
         return left()
+    await run_in_threadpool(reading.count, user, heard, encoded=True)
     found = next((e for e in heard[0] if isinstance(e, Embedded)), None)
     if found is None:
         raise Unavailable("The encoder gave no answer.", hint="Ask again.")
@@ -61,6 +62,7 @@ async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) 
 
 def _request(user: User, name: str, texts: list[str]) -> GenerateRequest:
     with transaction() as session:
+        limits.check(session, user, "tokens_per_day")
         ref = models.resolve(session, user, name).ref
     if ref.kind != "encoder":
         raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="model")

@@ -115,8 +115,12 @@ def _list_page(
     graders: Sequence[str] = (),
 ) -> Response:
     found = evaluations.list_(session, user, limit=shown + 1)
-    usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere and m.kind != "encoder"]
-    scorable = [d for d in datasets.with_rows(session, user) if objectives.get(d.task).scored]
+    usable = [
+        m
+        for m in models.offered(session, user, typed.get("model"))
+        if m.status == "ready" and not m.answered_elsewhere and m.kind != "encoder"
+    ]
+    scorable = [d for d in datasets.with_rows(session, user, typed.get("dataset")) if objectives.get(d.task).scored]
     model = next((m for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), None)
     dataset = next((d for d in scorable if typed.get("dataset") == ids.public(ids.DATASET, d.id)), None)
     if usable and scorable and not (fault and model and dataset):

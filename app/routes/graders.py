@@ -102,7 +102,7 @@ def _asking(request: Request, user: User, known: Sequence[ResolvedJudge]) -> Ite
         yield judges.answers(user.id, known, lambda asked, hear: from_thread.run(_send, request, asked, hear), meter)
     finally:
         with transaction() as session:
-            limits.count_tokens(session, user.id, user.project_id, read=meter.read, written=meter.written)
+            limits.count_tokens(session, user.id, user.project_id, **meter.counts())
 
 
 async def _send(request: Request, asked: GenerateRequest, hear: Hear) -> None:
@@ -215,13 +215,13 @@ def _form(
     session: Session, user: User, kind: str, name: str, typed: Typed, data: Typed, grader_id: str = "", fault: StudioError | None = None
 ) -> Json:
     """The context of the form, with the rows of the chosen dataset."""
-    usable = prompt_lab.usable(session, user)
+    usable = prompt_lab.usable(session, user, data.get("dataset"))
     dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == data.get("dataset")), usable[0] if usable else None)
     return {
         "kind": kind, "type": GRADERS[kind], "types": GRADERS, "name": name, "grader_id": grader_id, "fault": fault, "data": data,
         "controls": grader_view.controls(GRADERS[kind], typed, fault), "datasets": usable, "dataset": dataset, "ids": ids,
         "rows": grader_view.rows_of(dataset, data) if dataset else [], "labels": grader_view.LABELS, "agreement": None,
-        "choices": playground.choices(session, user),
+        "choices": playground.choices(session, user, data.get("model", "")),
     }  # fmt: skip
 
 

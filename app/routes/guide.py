@@ -134,7 +134,7 @@ def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str,
     """Trainable parameters of the method on each base model here, with default settings, for the first of its tasks that the
     model supports: computed, not listed by hand."""
     found, cuda = [], spec_builder.has_gpu()
-    for model in models.list_(session, user):
+    for model in models.offered(session, user):
         if model.shape and model.job_id is None and model.status == "ready":
             shape = Shape.model_validate(model.shape)
             reasons = {task: cls().unavailable(shape, task=task, cuda=cuda) for task in cls.tasks}

@@ -186,18 +186,19 @@ def _list_page(
     form: dict[str, str] | None = None,
     wish: lists.ListQuery | None = None,
 ) -> Response:
-    rows, few_shot = models.list_(session, user), {model.id for model in tryout.with_few_shot(session, user, limit=500)}
-    bar = lists.models_bar(rows, wish or lists.ListQuery(), KINDS_SHOWN)
-    found, bar.more = lists.models(rows, bar)
-    here = {model.id for model in rows}
+    bar = lists.models_bar(session, user, wish or lists.ListQuery(), KINDS_SHOWN)
+    found, bar.more = lists.models(session, user, bar)
+    few_shot = {model.id for model in tryout.with_few_shot(session, found, limit=len(found))}
+    own, known = select(Model.id).where(models.visible(user)), [starters.model_id(name) for name in starters.STARTERS]
+    here = set(session.scalars(own.where(Model.id.in_(known))))
     return render(
         request,
         "models.html",
         status_code=fault.status if fault else 200,
         bar=bar,
-        some=bool(rows),
+        some=bool(found) or bar.narrowed,
         groups=_groups(found),
-        busy=any(model.status == "fetching" for model in rows),
+        busy=session.scalar(own.where(Model.status == "fetching").limit(1)) is not None,
         starters=[s for s in starters.STARTERS.values() if starters.model_id(s.name) not in here],
         folders=[path for path in model_imports.importable()],
         import_folder=model_imports.import_folders()[0],

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from app import schemas
 from app.db import transaction
 from app.errors import StudioError
-from app.inference import next_tokens, playground
+from app.inference import next_tokens, playground, reading
 from app.inference.client import stream
 from app.inference.next_tokens import ModelTokens
 from app.inference.playground import MAX_PANES, PendingAnswer
@@ -56,6 +56,7 @@ async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) 
     heard = await collect(request, [stream(one.request) for one in asked])
     if heard is None:
         return left()
+    await run_in_threadpool(reading.count, user, heard, encoded=False)
     views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
     return {"object": "list", "data": [next_tokens.to_json(view, body.prompt_tokens) for view in views]}
 
@@ -82,6 +83,7 @@ async def next_tokens_page(
             heard = await collect(request, [stream_or_error(one.request) for one in asked])
             if heard is None:
                 return left()
+            await run_in_threadpool(reading.count, user, heard, encoded=False)
             views = [next_tokens.view(one, said) for one, said in zip(asked, heard, strict=True)]
         except StudioError as fault:
             error = fault
@@ -92,7 +94,7 @@ def _page(
     request: Request, user: User, names: list[str], text: str, top_k: int, views: list[ModelTokens], error: StudioError | None
 ) -> Response:
     with transaction() as session:
-        choices = playground.choices(session, user)
+        choices = playground.choices(session, user, *names)
     if not names:
         names = [option.name for group in choices.values() for option in group][:1]
     said = [view for view in views if not view.error]

@@ -152,7 +152,7 @@ def _page(
     **more: Any,
 ) -> Response:
     thread = playground.thread(session, user, key) if key else []
-    choices = playground.choices(session, user)
+    choices = playground.choices(session, user, *named)
     ready = [choice.name for group in choices.values() for choice in group]
     named = list(dict.fromkeys(named)) or ready[:1]
     known = [name for name in named if playground.option_of(name, choices).kind]  # those that still exist

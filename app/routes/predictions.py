@@ -91,7 +91,7 @@ def batch_page(request: Request, session: Db, user: CurrentUser, model: str = ""
 
 
 def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
-    usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere]
+    usable = [m for m in models.offered(session, user, typed.get("model")) if m.status == "ready" and not m.answered_elsewhere]
     rows = session.scalars(evaluations.mine(user, KINDS).order_by(Evaluation.created_at.desc(), Evaluation.id).limit(50)).all()
     return web_templates.render(
         request,

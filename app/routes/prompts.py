@@ -156,9 +156,9 @@ def prompts_page(request: Request, session: Db, user: CurrentUser) -> Response:
 
 def _lab(session: Session, user: User) -> Json:
     runs = prompt_runs.table(session, user)
-    choices = playground.choices(session, user)
+    choices, found = playground.choices(session, user), prompts.newest(session, user, prompts.SHOWN + 1)
     return {
-        "prompts": [(p, prompts.versions(session, p)) for p in prompts.list_(session, user)],
+        "prompts": found[: prompts.SHOWN], "more": len(found) > prompts.SHOWN,
         "datasets": prompt_lab.usable(session, user), "choices": choices, "error": None, "public": ids.public,
         "table": [(dataset, prompt_lab.matrix(rows), prompt_vs_tuning.verdict(session, rows)) for dataset, rows in runs],
         "builders": prompts.BUILDERS, "metrics": prompts.SCORES,
@@ -186,7 +186,7 @@ def new(
 
 def _chosen(session: Session, user: User, data: Typed) -> Dataset | None:
     """The selected dataset, or the newest that can be used."""
-    found = prompt_lab.usable(session, user)
+    found = prompt_lab.usable(session, user, data.get("dataset"))
     return next((d for d in found if ids.public(ids.DATASET, d.id) == data.get("dataset")), found[0] if found else None)
 
 
@@ -195,7 +195,7 @@ def _form(
 ) -> Json:
     """The template context of the form. `more` holds raw input that is invalid, and the error."""
     fault: StudioError | None = more.get("error")
-    choices = playground.choices(session, user)
+    choices = playground.choices(session, user, *filter(None, models))
     first = next((option.name for group in choices.values() for option in group), "")
     chosen = _chosen(session, user, data)
     errors = {fault.param: fault.message} if fault and fault.param in PromptBody.model_fields else {}
@@ -210,7 +210,7 @@ def _form(
         "controls": {c.name: c for c in controls}, "name": data.get("name", ""), "prompt": prompt, "error": None, "public": ids.public,
         "versions": prompts.versions(session, prompt) if prompt else [], "presets": prompts.BUILDERS, "choices": choices,
         "graders": [(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)],
-        "datasets": prompt_lab.usable(session, user), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
+        "datasets": prompt_lab.usable(session, user, data.get("dataset")), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
         "try_rows": prompt_lab.TRY_ROWS, "preview": prompt_lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
     }  # fmt: skip
 

@@ -114,7 +114,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
         dataset = dataset_of(session, user, key)
         if dataset.status != "ready":
             return RedirectResponse(path_of(dataset), 303)
-        able = row_view.able_models(session, user, dataset)
+        able = row_view.able_models(session, user, dataset, want.model)
         with_ledger = [(job, ids.public(ids.JOB, job.id)) for job in row_losses.jobs_of(session, dataset)]
     found = _find(user, key, want)
     sorts = {name: title for name, title in row_view.SORTS.items() if (with_ledger if name in row_losses.SORTS else found.model)}

@@ -53,7 +53,7 @@ def _ask(
             return SplitView(dataset, None, None, [], fraction or 0)
         if fraction is None:
             fraction = held_out_share(dataset.good_rows or 0)
-        mine = [found for found in datasets.list_(session, user) if found.status == "ready" and found.task == dataset.task]
+        mine = [found for found in datasets.offered(session, user, validation) if found.status == "ready" and found.task == dataset.task]
         arguments: dict[str, Any] = {"method": method, "column": column or None, "fraction": fraction, "seed": seed}
         if validation:
             other = dataset_of(session, user, validation)

@@ -31,14 +31,18 @@ def vectors_page(request: Request, session: Db, user: CurrentUser, model: str = 
 
 
 def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str], fault: StudioError | None = None) -> Response:
-    usable = [m for m in models.list_(session, user) if m.status == "ready" and not m.answered_elsewhere and m.kind != "classifier"]
+    usable = [
+        m
+        for m in models.offered(session, user, typed.get("model"))
+        if m.status == "ready" and not m.answered_elsewhere and m.kind != "classifier"
+    ]
     found = session.scalars(evaluations.mine(user, VECTORS).order_by(Evaluation.created_at.desc()).limit(20)).all()
     return web_templates.render(
         request,
         "vectors.html",
         status_code=fault.status if fault else 200,
         models=sorted(usable, key=lambda m: m.kind != "encoder"),
-        datasets=datasets.with_rows(session, user),
+        datasets=datasets.with_rows(session, user, typed.get("dataset")),
         typed=typed,
         public=ids.public,
         found=found,

@@ -93,9 +93,9 @@ def arena(request: Request, session: Db, user: CurrentUser, models: Annotated[li
 
 
 def _context(session: Any, user: User, models: list[str], **more: Any) -> Json:
-    asking = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows and formats.asks(d.format)]
+    asking = [d for d in datasets.offered(session, user) if d.status == "ready" and d.good_rows and formats.asks(d.format)]
     context = {
-        "choices": playground.choices(session, user), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
+        "choices": playground.choices(session, user, *models), "names": [*models, "", ""][:2], "scores": votes.scores(session, user),
         "datasets": asking, "dataset": "", "public": ids.public, "vote": None, "prompt": "", "error": None,
     }  # fmt: skip
     return context | more

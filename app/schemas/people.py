@@ -22,7 +22,7 @@ class ChangeLimits(Schema):
         None, ge=0, le=10**9, allow_inf_nan=False, description="In a month of UTC; a train worker without a GPU counts as one."
     )
     storage_bytes: int | None = Field(None, ge=0, le=10**15, description="Files, models and checkpoints.")
-    tokens_per_day: int | None = Field(None, ge=0, le=10**15, description="Tokens that models write, in a day of UTC.")
+    tokens_per_day: int | None = Field(None, ge=0, le=10**15, description="Tokens that models write, embed or classify in a day of UTC.")
 
 
 class ResourceLimits(Schema):

@@ -185,8 +185,11 @@ def disk_errors() -> Iterator[None]:
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
-def create(session: Session, user: User, blob: Blob, filename: str, purpose: str, expires_after: int | None = None) -> File:
-    """A File row for stored bytes. `expires_after` in seconds, 3,600 to 2,592,000 (OpenAI's range).
+def create(
+    session: Session, user: User, blob: Blob, filename: str, purpose: str, expires_after: int | None = None, *, reserved: bool = False
+) -> File:
+    """A File row for stored bytes. `expires_after` in seconds, 3,600 to 2,592,000 (OpenAI's range). `reserved`: an upload that was begun
+    has counted them as storage since then.
 
     Raises BadField for a purpose or time that is not allowed, LimitReached, Unavailable when the blob was swept meanwhile.
     """
@@ -195,7 +198,7 @@ def create(session: Session, user: User, blob: Blob, filename: str, purpose: str
         raise BadField(
             f"“expires_after[seconds]” is {expires_after}.", hint="It must be from 3600 to 2592000.", param="expires_after[seconds]"
         )
-    if purpose not in (RESULTS, BATCH_OUTPUT):  # what the studio itself writes of work that was allowed to run
+    if purpose not in (RESULTS, BATCH_OUTPUT) and not reserved:  # what the studio itself writes of work that was allowed to run
         limits.check(session, user, "storage_bytes", more=blob.bytes)
     _lock(session, blob.sha256)
     if not blob_path(blob.sha256).exists():

@@ -25,6 +25,7 @@ class Evaluation(Leased, Base):
     spec: Mapped[JSON] = mapped_column(comment="app.evaluation.service.EvaluationSpec, frozen")
     result: Mapped[JSON | None]
     error: Mapped[JSON | None] = mapped_column(comment="code, message, hint")
+    output_bytes: Mapped[int] = mapped_column(server_default="0", comment="size of the file that predictions left")
     progress: Mapped[float | None] = mapped_column(comment="share of the work done, 0 to 1")
     stage: Mapped[str | None] = mapped_column(comment="what is being done, in words")
     created_at: Mapped[datetime] = now()

@@ -52,6 +52,7 @@ class Model(Leased, Base):
     __table_args__ = (
         Index("uq_models_live_name", "project_id", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
         Index("uq_models_shared_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL AND project_id IS NULL")),
+        Index(None, "project_id", "created_at"),
         Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
     )
 

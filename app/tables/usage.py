@@ -43,4 +43,5 @@ class TokenUse(Base):
     day: Mapped[date] = mapped_column(Date, primary_key=True, comment="of UTC")
     read: Mapped[int] = mapped_column(server_default="0", comment="tokens of prompts")
     written: Mapped[int] = mapped_column(server_default="0", comment="tokens of answers")
+    encoded: Mapped[int] = mapped_column(server_default="0", comment="of those read, the tokens of texts that were embedded or classified")
     __table_args__ = (Index(None, "day"),)

@@ -148,8 +148,8 @@ def _compare_form(session: Session, user: User, typed: Mapping[str, str], strate
 
     typed = dict(typed)
     kind: Kind = "learning_curve" if typed.get("kind") == "learning_curve" else "strategies"
-    ready = [m for m in models.list_(session, user) if m.status == "ready"]
-    usable = [d for d in datasets.list_(session, user) if d.status == "ready" and d.good_rows]
+    ready = [m for m in models.offered(session, user, typed.get("model")) if m.status == "ready"]
+    usable = [d for d in datasets.offered(session, user, typed.get("dataset")) if d.status == "ready" and d.good_rows]
     errors: dict[str, str] = {}
     model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     for name, found in (("model", model), ("dataset", dataset)):

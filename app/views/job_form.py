@@ -204,9 +204,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     from app.datasets import service as datasets
 
     typed = dict(typed)
-    known = models.list_(session, user)
+    known = models.offered(session, user, typed.get("model"))
     ready = [m for m in known if m.status == "ready"]
-    rows = datasets.list_(session, user)
+    rows = datasets.offered(session, user, typed.get("dataset"), typed.get("validation"))
     usable = [d for d in rows if d.status in ("ready", "reading")]
     errors: dict[str, str] = {}
     moved = _moved(usable, typed)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
-from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import CTE, ColumnElement, Select, func, or_, select
+from sqlalchemy.dialects.postgresql import array
+from sqlalchemy.orm import InstrumentedAttribute, Session, defer, selectinload
 
 from app import formats
+from app.datasets import service as datasets_service
 from app.errors import BadField
 from app.kit import ids
 from app.models import service as models_service
@@ -37,9 +39,9 @@ class ListQuery(BaseModel):
     sort: str = Field("", max_length=40)
     shown: int = Field(SHOWN, ge=1, le=5000)
 
-    def holds(self, text: str, *more: str) -> bool:
-        """Whether one of the texts contains the words of the search."""
-        return any(self.q.strip().casefold() in one.casefold() for one in (text, *more))
+    def holds(self, text: str) -> bool:
+        """Whether the text contains the words of the search."""
+        return self.q.strip().casefold() in text.casefold()
 
 
 class Filter(NamedTuple):
@@ -121,36 +123,61 @@ def methods(found: Iterable[str | None]) -> list[tuple[str, str]]:
 MODEL_SORTS = {"-created": "Newest first", "lineage": "By lineage", "name": "Name", "-size": "Largest first"}
 
 
-def models_bar(rows: Sequence[Model], wish: ListQuery, kinds: Mapping[str, str]) -> Bar:
+MODEL_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
+    "created": Model.created_at, "name": func.lower(Model.title), "size": Model.bytes,
+}  # fmt: skip
+
+
+def models_bar(session: Session, user: User, wish: ListQuery, kinds: Mapping[str, str]) -> Bar:
+    own = models_service.visible(user)
+    bases = session.execute(select(Model.name, Model.title).where(own, Model.base_id.is_(None)).order_by(Model.created_at, Model.id))
+    used = session.execute(select(Model.strategy, Model.kind, Model.kept).where(own).distinct()).all()
+    tags = session.scalars(select(func.jsonb_array_elements_text(Model.tags)).where(own).distinct())
     filters = [
-        Filter("model", "Base model", [(one.name, one.title) for one in rows if one.base_id is None]),
-        Filter("method", "Method", methods(one.strategy for one in rows)),
-        Filter("kind", "Kind", [(kind, kinds[kind]) for kind in kinds if any(one.kind == kind for one in rows)]),
+        Filter("model", "Base model", [(name, title) for name, title in bases]),
+        Filter("method", "Method", methods(strategy for strategy, _, _ in used)),
+        Filter("kind", "Kind", [(kind, kinds[kind]) for kind in kinds if any(kind == one for _, one, _ in used)]),
         Filter(
-            "kept", "Results", [("yes", "without comparisons"), ("no", "from comparisons")] if not all(one.kept for one in rows) else []
+            "kept", "Results", [("yes", "without comparisons"), ("no", "from comparisons")] if not all(kept for _, _, kept in used) else []
         ),
-        Filter("tag", "Tag", values(tag for one in rows for tag in one.tags)),
+        Filter("tag", "Tag", values(tags)),
     ]
     return Bar("/models", wish, filters, MODEL_SORTS)
 
 
-def models(rows: Sequence[Model], bar: Bar) -> tuple[list[Model], bool]:
+def models(session: Session, user: User, bar: Bar) -> tuple[list[Model], bool]:
     """The matching models, every base and then the others in order; and whether there are more of those than are shown."""
     wish = bar.wish
-    found = [
-        one
-        for one in rows
-        if wish.holds(one.title, one.name)
-        and wish.model in ("", models_service.root(one).name)
-        and wish.method in ("", one.strategy)
-        and wish.kind in ("", one.kind)
-        and wish.kept in ("", "yes" if one.kept else "no")
-        and (not wish.tag or wish.tag in one.tags)
-    ]
-    keys = {"created": lambda m: m.created_at, "name": lambda m: m.title.casefold(), "size": lambda m: m.bytes}
-    tuned = [one for one in found if one.base_id is not None]
-    tuned = ordered(tuned, bar.sort, keys) if bar.sort != "lineage" else tuned
-    return [one for one in found if one.base_id is None] + tuned[: wish.shown], len(tuned) > wish.shown
+    query = select(Model).options(selectinload(Model.base)).where(models_service.visible(user))
+    for of, value in ((Model.strategy, wish.method), (Model.kind, wish.kind)):
+        query = query.where(of == value) if value else query
+    if wish.q.strip():
+        query = query.where(or_(*(of.icontains(wish.q.strip(), autoescape=True) for of in (Model.title, Model.name))))
+    if wish.kept:
+        query = query.where(Model.kept == (wish.kept == "yes"))
+    if wish.tag:
+        query = query.where(Model.tags.contains([wish.tag]))
+    line = lineages(wish.model)
+    if wish.model:
+        query = query.where(Model.id.in_(select(line.c.id)))
+    bases = session.scalars(query.where(Model.base_id.is_(None)).order_by(Model.created_at, Model.id)).all()
+    tuned = query.where(Model.base_id.is_not(None))
+    if bar.sort == "lineage":
+        tuned = tuned.join(line, line.c.id == Model.id).order_by(line.c.path)
+    else:
+        column = MODEL_COLUMNS[bar.sort.removeprefix("-")]
+        tuned = tuned.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Model.created_at, Model.id)
+    found = session.scalars(tuned.limit(wish.shown + 1)).all()
+    return [*bases, *found[: wish.shown]], len(found) > wish.shown
+
+
+def lineages(root_name: str = "") -> CTE:
+    """A recursive query (id, path) of every model, or of the base of that name and what was made of it. Ordered by `path`, the times of all
+    from the base on, each comes after what it was made of. Deleted ones are passed through."""
+    at = func.extract("epoch", Model.created_at)
+    top = select(Model.id, array([at]).label("path")).where(Model.base_id.is_(None))
+    tree = (top.where(Model.name == root_name) if root_name else top).cte("lineage", recursive=True)
+    return tree.union_all(select(Model.id, func.array_append(tree.c.path, at)).join(tree, Model.base_id == tree.c.id))
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
@@ -208,32 +235,41 @@ DATASET_SORTS = {
 }  # fmt: skip
 
 
-def datasets_bar(rows: Sequence[Dataset], wish: ListQuery) -> Bar:
+DATASET_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
+    "created": Dataset.created_at, "name": func.lower(Dataset.name), "rows": Dataset.good_rows, "status": Dataset.status,
+}  # fmt: skip
+
+
+def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
+    own = (Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None))
+    known = set(session.scalars(select(Dataset.format).where(*own).distinct()))
+    tags = session.scalars(select(func.jsonb_array_elements_text(Dataset.tags)).where(*own).distinct())
     filters = [
         Filter("status", "Status", [(one, one) for one in ("reading", "ready", "error")]),
-        Filter("format", "Format", [(name, entry.title) for name, entry in formats.FORMATS.items() if any(d.format == name for d in rows)]),
-        Filter("tag", "Tag", values(tag for one in rows for tag in one.tags)),
+        Filter("format", "Format", [(name, entry.title) for name, entry in formats.FORMATS.items() if name in known]),
+        Filter("tag", "Tag", values(tags)),
     ]
     return Bar("/datasets", wish, filters, DATASET_SORTS)
 
 
-def datasets(rows: Sequence[Dataset], bar: Bar) -> list[Dataset]:
-    wish = bar.wish
-    found = [
-        one
-        for one in rows
-        if wish.holds(one.name)
-        and wish.status in ("", one.status)
-        and wish.format in ("", one.format)
-        and (not wish.tag or wish.tag in one.tags)
-    ]
-    keys = {
-        "created": lambda d: d.created_at,
-        "name": lambda d: d.name.casefold(),
-        "rows": lambda d: d.good_rows,
-        "status": lambda d: d.status,
-    }
-    return ordered(found, bar.sort, keys)
+def datasets(user: User, bar: Bar) -> Select[Any, Any]:
+    """A query of (dataset without its report, which may be long; tokens of the report), one line for all versions of a dataset."""
+    wish, column = bar.wish, DATASET_COLUMNS[bar.sort.removeprefix("-")]
+    query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
+    query = query.where(Dataset.id.in_(datasets_service.newest_versions(user)))
+    for of, value in ((Dataset.status, wish.status), (Dataset.format, wish.format)):
+        query = query.where(of == value) if value else query
+    if wish.q.strip():
+        query = query.where(Dataset.name.icontains(wish.q.strip(), autoescape=True))
+    if wish.tag:
+        query = query.where(Dataset.tags.contains([wish.tag]))
+    return query.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Dataset.created_at.desc(), Dataset.id)
+
+
+def twins(session: Session, user: User, shown: Sequence[Dataset]) -> set[str]:
+    """The names of these datasets that another line of the list has too."""
+    names, lines = {one.name for one in shown}, Dataset.id.in_(datasets_service.newest_versions(user))
+    return set(session.scalars(select(Dataset.name).where(lines, Dataset.name.in_(names)).group_by(Dataset.name).having(func.count() > 1)))
 
 
 # Comparisons --------------------------------------------------------------------------------------------------------

@@ -114,6 +114,6 @@ def matrix(runs: Sequence[tuple[PromptRun, Prompt, PromptVersion]]) -> RunMatrix
     )
 
 
-def usable(session: Session, user: User) -> list[Dataset]:
-    """Datasets whose rows have an answer to compare with."""
-    return [d for d in datasets.with_rows(session, user) if formats.asks(d.format) and objectives.get(d.task).scored]
+def usable(session: Session, user: User, *named: str | None) -> list[Dataset]:
+    """Datasets on offer whose rows have an answer to compare with."""
+    return [d for d in datasets.with_rows(session, user, *named) if formats.asks(d.format) and objectives.get(d.task).scored]

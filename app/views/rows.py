@@ -46,15 +46,15 @@ class RowsShown:
         return self.rows.status in ("waiting", "running") or (self.lengths is not None and self.lengths.status in ("waiting", "running"))
 
 
-def able_models(session: Session, user: User, dataset: Dataset) -> list[Model]:
-    """The models whose trainer can render the rows: all generative ones, and for labeled texts also encoders."""
-    able = [m for m in models.list_(session, user) if m.status == "ready"]
+def able_models(session: Session, user: User, dataset: Dataset, name: str | None = None) -> list[Model]:
+    """The models on offer whose trainer can render the rows: all generative ones, and for labeled texts also encoders."""
+    able = [m for m in models.offered(session, user, name) if m.status == "ready"]
     return able if objectives.get(dataset.task).classifies else [m for m in able if m.kind not in ("encoder", "classifier")]
 
 
 def choose_model(session: Session, user: User, dataset: Dataset, name: str | None) -> Model | None:
     """The named model, or the one that counts tokens; None where there is none."""
-    able = able_models(session, user, dataset)
+    able = able_models(session, user, dataset, name)
     if name:
         for model in able:
             if name in (model.name, ids.public(ids.MODEL, model.id)):

@@ -60,7 +60,7 @@ class TutorialStep:
 
 def steps(session: Session, user: User) -> list[TutorialStep]:
     """The three steps in their current state."""
-    every = models.list_(session, user)
+    every = models.offered(session, user)
     ready = [m for m in every if m.status == "ready"]
     coming = {m.name for m in every if m.status == "fetching"}
     generic = _of_kind(ready, "generic", GENERIC)
@@ -143,7 +143,7 @@ def tune(session: Session, user: User) -> Job:
 
     Raises Conflict while there is no generic model; a running job is returned as it is.
     """
-    generic = _of_kind([m for m in models.list_(session, user) if m.status == "ready"], "generic", GENERIC)
+    generic = _of_kind([m for m in models.offered(session, user) if m.status == "ready"], "generic", GENERIC)
     if generic is None:
         raise Conflict("There is no base model to fine-tune yet.", hint=f"Add {GENERIC} first.")
     earlier = _ordered(session, user)

@@ -117,5 +117,5 @@ def _keep_use(session: Session, project: Project) -> None:
     """The tokens that people used in it count for them in their own projects, so that no limit is escaped by this."""
     for row in session.scalars(select(TokenUse).where(TokenUse.project_id == project.id)).all():
         if session.get(Project, row.user_id) is not None and row.user_id != project.id:
-            limits.count_tokens(session, row.user_id, row.user_id, read=row.read, written=row.written, day=row.day)
+            limits.count_tokens(session, row.user_id, row.user_id, read=row.read, written=row.written, encoded=row.encoded, day=row.day)
     session.execute(delete(TokenUse).where(TokenUse.project_id == project.id))

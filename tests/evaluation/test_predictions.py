@@ -9,6 +9,7 @@ import json
 import pytest
 from sqlalchemy import select
 
+from app import limits
 from app.db import transaction
 from app.errors import NotFound
 from app.evaluation import predictions
@@ -45,6 +46,13 @@ def made_of(session, said: dict) -> Evaluation:
     return session.get_one(Evaluation, ids.parse(ids.PREDICTION, said["id"]))
 
 
+def stored(session, user: User) -> float:
+    session.rollback()
+    person, project = (limits.used_by(session, by, user.id, "storage_bytes") for by in ("person", "project"))
+    assert person == project
+    return person
+
+
 def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session, user, tiny_registered):
     file = send(api, "tickets.csv", TICKETS)
     said = api.post("/v1/predictions", json={"model": "tiny", "file": file, "max_tokens": 4}).json()
@@ -64,6 +72,8 @@ def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session,
     used = session.scalars(select(TokenUse)).one()
     assert used.user_id == user.id and 2 <= used.written <= 2 * 4 + 2 * 4, "two answers of at most 4 tokens, and those of the first try"
     assert used.read >= 10, "both prompts"
+    size = predictions.path_of(made.id).stat().st_size
+    assert size > len(TICKETS) and stored(session, user) == len(TICKETS.encode()) + size, "the file and what came of it"
     table = list(csv.DictReader(io.StringIO(api.get(f"{url}/content").text)))
     assert [row["Nr"] for row in table] == ["1", "2", "3"] and list(table[0]) == ["Nr", "customer_message", "answer", "note"]
     assert table[1]["note"] == "empty" and not table[1]["answer"] and table[2]["customer_message"].startswith("=1+1")
@@ -76,6 +86,25 @@ def test_a_file_comes_back_with_answers_though_a_worker_was_killed(api, session,
         evaluations.get(session, stranger, made.id, predictions.KINDS)
     session.rollback()
     assert api.delete(url).json()["deleted"] and not predictions.path_of(made.id).exists() and api.get(url).status_code == 404
+    assert stored(session, user) == len(TICKETS.encode()), "what is deleted is free"
+    limits.set_own(session.get_one(User, user.id), {"storage_bytes": len(TICKETS.encode())})
+    session.commit()
+    refused = api.post("/v1/predictions", json={"model": "tiny", "file": file})
+    assert refused.status_code == 429 and "storage" in refused.json()["error"]["message"]
+
+
+def test_what_a_model_says_is_no_formula_of_a_spreadsheet(session, user, tiny_registered):
+    answers = ["=HYPERLINK(1)", "+1", "-1", "@a", "plain"]
+    made = Evaluation(owner_id=user.id, project_id=user.id, kind="predictions", model_id=tiny_registered.id, spec={}, status="succeeded")
+    made.result = {"columns": ["text", "answer"], "added": ["answer"]}
+    session.add(made)
+    session.commit()
+    get_settings().folder("predictions")
+    predictions.path_of(made.id).write_text("".join(json.dumps({"text": "=A1", "answer": one}) + "\n" for one in answers))
+    table = list(csv.DictReader(io.StringIO("".join(predictions.content(made, "csv")))))
+    assert [row["answer"] for row in table] == ["'=HYPERLINK(1)", "'+1", "'-1", "'@a", "plain"]
+    assert {row["text"] for row in table} == {"=A1"}, "what was uploaded comes back as it was"
+    assert [json.loads(line)["answer"] for line in predictions.content(made, "jsonl")] == answers
 
 
 def test_classes_and_probabilities_and_a_run_that_is_cancelled(api, client, session, user, data_dir, tiny_registered, labelled):  # noqa: F811
@@ -84,6 +113,8 @@ def test_classes_and_probabilities_and_a_run_that_is_cancelled(api, client, sess
     said = api.post("/v1/predictions", json={"model": tuned.name, "file": send(api, "more.jsonl", text)}).json()
     evaluation_attempt.work(made_of(session, said).id)
     lines = [json.loads(line) for line in api.get(f"/v1/predictions/{said['id']}/content").text.splitlines()]
+    used = session.scalars(select(TokenUse)).one()
+    assert used.read == used.encoded > 5 and used.written == 0, "five texts were classified"
     assert len(lines) == 5 and all(line["label"] == "kept" and line["label_2"] in "abc" for line in lines), "no column of the file is lost"
     assert all(abs(sum(line[f"p_{name}"] for name in "abc") - 1) < 1e-4 for line in lines)
     assert all(line["probability"] == max(line[f"p_{name}"] for name in "abc") for line in lines)
@@ -117,6 +148,7 @@ def test_a_map_of_vectors_with_the_nearest_rows(client, session, user, tiny_regi
     evaluation_attempt.work(made.id)
     session.expire_all()
     points = now_of(made).result["points"]
+    assert session.scalars(select(TokenUse)).one().encoded > len(points), "the texts of the rows"
     assert len(points) == 60 and max(abs(p[axis]) for p in points for axis in "xy") == 1.0
     for place, point in enumerate(points):
         shares = [share for _, share in point["near"]]

@@ -35,12 +35,12 @@ def test_of_several_the_least_is_reckoned_with():
 
 def test_a_machine_that_fell_silent_counts_only_where_no_other_speaks(monkeypatch):
     heartbeats.say_machine(HERE, name="near")
-    later = time.time() + 3600
-    monkeypatch.setattr(heartbeats.time, "time", lambda: later)
+    later = heartbeats.clock() + 3600
+    monkeypatch.setattr(heartbeats, "clock", lambda: later)
     assert heartbeats.training_machine() == HERE, "its worker may only be restarting"
     heartbeats.say_machine(CARD, name="far")
     assert heartbeats.training_machine() == CARD
-    monkeypatch.setattr(heartbeats.time, "time", lambda: later + 2 * heartbeats.FORGOTTEN_SECONDS)
+    monkeypatch.setattr(heartbeats, "clock", lambda: later + 2 * heartbeats.FORGOTTEN_SECONDS)
     assert heartbeats.training_machine() == hardware.this_machine()
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from app import events
+from app import events, limits
 from app.spec import ModelRef
-from app.tables import Model
+from app.tables import Model, TokenUse
 from tests.conftest import forget_settings
 from tests.factories import make_dataset, make_job
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
@@ -62,6 +62,21 @@ def test_the_probabilities_are_those_the_trainer_measured(api, classifier, gener
     assert named == said | {"model": "triage"}
     long = api.post("/v1/classify", json={"model": "sorter", "input": "The maple of the neck is told of. " * 60}).json()
     assert long["data"][0]["truncated"]
+
+
+@pytest.mark.parametrize("classifier", ["lora"], indirect=True)
+def test_its_tokens_count_against_the_day_and_are_refused_once_it_is_used(api, client, session, user, classifier, generate_worker):  # noqa: F811
+    said = api.post("/v1/classify", json={"model": "sorter", "input": ["the maple", "the glue of the neck"]}).json()
+    used = session.scalars(select(TokenUse)).one()
+    assert used.read == used.encoded == said["usage"]["prompt_tokens"] > 2 and used.written == 0
+    assert client.get("/playground/classify", params={"models": "sorter", "text": "the maple"}).status_code == 200
+    session.refresh(used)
+    assert used.encoded > said["usage"]["prompt_tokens"], "those of the page too"
+    limits.set_own(user, {"tokens_per_day": used.encoded})
+    session.commit()
+    refused = api.post("/v1/classify", json={"model": "sorter", "input": "the maple"})
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "limit_reached"
+    assert client.get("/playground/classify", params={"models": "sorter", "text": "the maple"}).status_code == 429
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import shutil
 
 import openai
 import pytest
+from sqlalchemy import select
 
+from app import limits
+from app.tables import TokenUse
 from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 
 
@@ -71,3 +74,17 @@ def test_bad_requests(openai_client, session, encoder, generate_worker, change, 
     with pytest.raises(openai.BadRequestError) as caught:
         openai_client.embeddings.create(**({"model": "encoder", "input": "a"} | change))
     assert caught.value.param == param
+
+
+def test_their_tokens_count_against_the_day_and_are_refused_once_it_is_used(openai_client, session, user, encoder, generate_worker):  # noqa: F811
+    said = openai_client.embeddings.create(model="encoder", input=["spruce", "maple and glue"])
+    used = session.scalars(select(TokenUse)).one()
+    assert (used.user_id, used.project_id, used.written) == (user.id, user.project_id, 0)
+    assert used.read == used.encoded == said.usage.prompt_tokens > 2
+    for by in ("person", "project"):
+        assert limits.used_by(session, by, user.id, "tokens_per_day") == used.encoded
+    limits.set_own(user, {"tokens_per_day": used.encoded})
+    session.commit()
+    with pytest.raises(openai.RateLimitError) as caught:
+        openai_client.embeddings.create(model="encoder", input="spruce")
+    assert caught.value.code == "limit_reached" and "tokens today" in caught.value.message

@@ -6,14 +6,18 @@ import json
 import re
 import time
 import uuid
+from collections import Counter
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import event, insert
 
+from app.datasets import service as datasets_service
 from app.datasets import versions
 from app.db import get_engine
 from app.evaluation import comparisons
 from app.kit import ids
+from app.models import service as models_service
 from app.tables import Comparison, Dataset, Job, Model
 from tests.routes.test_comparisons import body, chats, create, end, kinds, words
 
@@ -206,3 +210,70 @@ def test_runs_are_compared_whichever_they_are(client, session, user, tiny_regist
     assert f'href="/jobs/compare?job={keys[0]}&amp;job={keys[1]}"' in linked
     for wrong, status in (([], 400), (keys[:1], 400), ([keys[0]] * 3, 400), ([keys[0], "ftjob-x"], 404), ([f"{n}" for n in range(9)], 400)):
         assert client.get("/jobs/compare", params={"job": wrong}).status_code == status, wrong
+
+
+def many(session, first: Dataset, base: Model, count: int) -> tuple[list[dict], list[dict]]:
+    """So many copies of a dataset, and models fine-tuned from a base, each a minute older than the one before; what was inserted."""
+    taken = {c.key: getattr(first, c.key) for c in Dataset.__table__.columns if c.key not in ("id", "name", "created_at", "file_id")}
+    at = [first.created_at - timedelta(minutes=n) for n in range(1, count + 1)]
+    sets = [{**taken, "id": uuid.uuid4(), "name": f"set {n}", "created_at": when} for n, when in enumerate(at, 1)]
+    own = {
+        "owner_id": first.owner_id,
+        "project_id": first.project_id,
+        "base_id": base.id,
+        "kind": base.kind,
+        "shape": base.shape,
+        "adapter": True,
+    }
+    tuned = [{**own, "id": uuid.uuid4(), "name": f"ft:{n}", "title": f"tuned {n}", "created_at": when} for n, when in enumerate(at, 1)]
+    session.execute(insert(Dataset), sets)
+    session.execute(insert(Model), tuned)
+    session.commit()
+    return sets, tuned
+
+
+def test_forms_offer_the_newest_and_what_a_link_names(client, session, user, tiny_registered, chats, monkeypatch):
+    monkeypatch.setattr(models_service, "OFFERED", 20)
+    monkeypatch.setattr(datasets_service, "OFFERED", 20)
+    sets, tuned = many(session, chats, tiny_registered, 60)
+    oldest, name = tuned[-1]["name"], ids.public(ids.DATASET, sets[-1]["id"])
+    for path in ("/evaluations", "/jobs/new", "/jobs/advice", "/compare/new", "/playground/vectors"):
+        offered = options(client.get(path))
+        assert {"tiny", "ft:1", "ft:20"} <= set(offered) and "ft:21" not in offered and oldest not in offered, path
+        assert ids.public(ids.DATASET, sets[18]["id"]) in offered and name not in offered, path
+        named = options(client.get(path, params={"model": oldest, "dataset": name}))
+        assert oldest in named and name in named, path
+    for path in ("/playground", "/playground/next-tokens", "/playground/arena"):
+        assert oldest not in options(client.get(path)) and oldest in options(client.get(path, params={"models": oldest})), path
+
+
+def test_lists_read_what_they_show(client, session, user, tiny_registered, chats):
+    """However many there are, a page of a list loads no more rows than it shows and a few that go with them."""
+    many(session, chats, tiny_registered, 400)
+    loaded: Counter[str] = Counter()
+    count = lambda target, _: loaded.update([type(target).__name__])  # noqa: E731
+    for table in (Dataset, Model):
+        event.listen(table, "load", count)
+    try:
+        for path, most in (
+            ("/datasets", 60),
+            ("/datasets?sort=name&q=set", 60),
+            ("/models", 60),
+            ("/models?sort=lineage", 60),
+            ("/models?model=tiny", 60),
+        ):
+            loaded.clear()
+            assert client.get(path).status_code == 200
+            assert 50 <= loaded.total() <= most, (path, loaded)
+    finally:
+        for table in (Dataset, Model):
+            event.remove(table, "load", count)
+
+
+def test_models_by_lineage_come_after_what_they_were_made_of(client, session, user, tiny_registered, chats):
+    _, tuned = many(session, chats, tiny_registered, 3)
+    session.execute(insert(Model), [{**tuned[2], "id": uuid.uuid4(), "base_id": tuned[0]["id"], "name": "ft:child", "title": "child of 1"}])
+    session.commit()
+    names = re.findall(r"<b>(tuned \d|child of 1)</b>", client.get("/models?sort=lineage").text)
+    assert names == ["tuned 3", "tuned 2", "tuned 1", "child of 1"]
+    assert "child of 1" in client.get("/models?model=tiny").text and "child of 1" not in client.get("/models?model=ft:2").text

@@ -34,7 +34,7 @@ from app.kit import child_process
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
-from app.kit.token_meter import TokenMeter
+from app.kit.token_meter import TokenCounts, TokenMeter
 from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
@@ -135,7 +135,7 @@ class EvaluationAttempt:
     def __init__(self, held: EvaluationClaim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> None:
         self.held, self.going_down, self.lease = held, going_down, lease
         self.meter, self.tokens = energy.Meter(lease.gpus), TokenMeter()
-        self.told = (0, 0)  # tokens that the child has read and written by its last line
+        self.told = TokenMeter().counts()  # of the child, by its last line
         self.folder: Path = get_settings().data_dir / "evaluations" / str(held.id) / f"a{held.fence}"
         self.progress, self.stage = 0.0, ""
         self.result: dict[str, Any] | None = None
@@ -221,8 +221,9 @@ class EvaluationAttempt:
         self.progress, self.stage = said.get("progress", self.progress), said.get("stage", self.stage)
         self.result, self.error = said.get("result", self.result), said.get("error", self.error)
         if "written" in said:
-            before, self.told = self.told, (said["read"], said["written"])
-            self.tokens.add(self.told[0] - before[0], self.told[1] - before[1])
+            before, now = self.told, TokenCounts(read=said["read"], written=said["written"], encoded=said["encoded"])
+            self.tokens.add(now["read"] - before["read"], now["written"] - before["written"], now["encoded"] - before["encoded"])
+            self.told = now
 
     def _conclude(self, code: int, out_of_memory: bool) -> None:
         held = self.held
@@ -263,12 +264,13 @@ class EvaluationAttempt:
 
     def _hand_over(self) -> None:
         """Move predictions to their place before they are announced, and delete them when the evaluation is gone."""
+        size = 0
         if self.held.spec.kind == "predictions":
             try:
-                predictions.keep(self.held.id, self.folder)
+                size = predictions.keep(self.held.id, self.folder)
             except StudioError as fault:
                 return self._finish(error=fault.as_problem())
-        self._finish(result=self.result)
+        self._finish(result=self.result, output_bytes=size)
         if self.held.spec.kind == "predictions" and not self.ended:
             self._record(lambda session: predictions.forget_unless_wanted(session, self.held.id))
 

@@ -128,6 +128,7 @@ def _classes(spec: EvaluationSpec, engine: Compute) -> Predictor:
     def predict(texts: Sequence[Any]) -> list[Predicted]:
         data = tokenise_texts(tokenizer, [Row(i, {"text": _text(t)}) for i, t in enumerate(texts)], spec.model.shape.positions, lead)
         found = probabilities(classifier, data, BUDGET, engine)
+        engine.meter.add(len(data.ids), encoded=len(data.ids))
         return [
             {"label": labels[int(row.argmax())], "probability": round(float(row.max()), 6)}
             | {f"p_{label}": round(float(p), 6) for label, p in zip(labels, row, strict=True)}
@@ -161,11 +162,12 @@ def embedder(spec: EvaluationSpec, engine: Compute) -> Callable[[Sequence[str]],
     longest = min(spec.max_length, spec.model.shape.positions)
 
     def vectors(texts: Sequence[str]) -> Any:
-        making = embed(reader, tokenizer, list(texts), engine, max_length=longest)
+        making, tokens = embed(reader, tokenizer, list(texts), engine, max_length=longest), 0
         while True:
             try:
-                next(making)
+                tokens = next(making).tokens
             except StopIteration as done:
+                engine.meter.add(tokens, encoded=tokens)
                 return done.value
 
     return vectors

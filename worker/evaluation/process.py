@@ -60,14 +60,12 @@ def assess(spec: EvaluationSpec, tell: Callable[..., None], folder: Path) -> dic
     torch.manual_seed(spec.seed)
     engine = engine_here()
 
-    def tokens() -> dict[str, int]:
-        return {"read": engine.meter.read, "written": engine.meter.written}
-
     def say(progress: float, stage: str) -> None:
-        tell(progress=progress, stage=stage, **tokens())
+        tell(progress=progress, stage=stage, **engine.meter.counts())
 
     found = _result(spec, engine, say, folder)
-    return {"result": {**found, "device": engine.name, "precision": engine.precision, "seconds": time.monotonic() - began}, **tokens()}
+    result = {**found, "device": engine.name, "precision": engine.precision, "seconds": time.monotonic() - began}
+    return {"result": result, **engine.meter.counts()}
 
 
 def _result(spec: EvaluationSpec, engine: Compute, say: Say, folder: Path) -> dict[str, Any]:
