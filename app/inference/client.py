@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from app import queue
 from app.errors import StudioError, Unavailable
 from app.inference import external_server
+from app.inference.division import Division
 from app.inference.protocol import (
     READER_SECONDS,
     Done,
@@ -73,12 +74,13 @@ def raise_broke(entry: StreamError) -> None:
 async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
     """Entries of one request, in order and complete, ending with Done. Raises StudioError when it fails.
 
-    A request with an external engine is rendered by a worker and answered by that server.
+    A request with an external engine is rendered by a worker and answered by that server. With `split` reasoning and tool calls are
+    entries of their own.
     """
-    outside = request.engine is not None and not request.engine.local
+    outside, division = request.engine is not None and not request.engine.local, Division(request.tools or ())
     async with contextlib.aclosing(_outside(request) if outside else _own(request)) as answer:
         async for entries in answer:
-            yield entries
+            yield division.take(entries) if request.split else entries
 
 
 async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
