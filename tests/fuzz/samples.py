@@ -42,7 +42,7 @@ JOB = {
     "model": "$model_name", "training_file": "$train_file", "suffix": "fuzz", "seed": 3, "metadata": {"a": "b"}, "name": "A job",
     "hyperparameters": {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 1.5}, "strategy": {"name": "lora", "rank": 4},
     "run": {"epochs": 1, "validation_fraction": 0.1}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
-    "integrations": [{"type": "wandb", "wandb": {"project": "a"}}], "split": {"method": "random"}, "task": "generation",
+    "split": {"method": "random"}, "task": "generation",
 }  # fmt: skip
 PROMPT = {
     "name": "A prompt", "builder": "few_shot", "template": "{{examples}}{{input}}", "example": "{{input}} {{answer}}", "shots": 2, "choose": "chosen",
