@@ -189,8 +189,8 @@ def test_nested_fields_have_a_decision_too(api):
     padded = api.post("/v1/chat/completions", json=LEAST["chat/completions"] | {"stream": True, "stream_options": {"include_obfuscation": True}})  # fmt: skip
     assert padded.status_code == 400 and padded.json()["error"]["param"] == "stream_options.include_obfuscation"
     for params in (
-        dpo_hyperparameters_param.DpoHyperparameters,
-        supervised_hyperparameters_param.SupervisedHyperparameters,
+        dpo_hyperparameters_param.DpoHyperparametersParam,
+        supervised_hyperparameters_param.SupervisedHyperparametersParam,
         job_create_params.Hyperparameters,
     ):
         assert set(params.__annotations__) <= set(Hyperparameters.model_fields)
