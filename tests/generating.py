@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PROJECT
+from tests.tiny import AGENT_TEMPLATE
 
 LONG = 16384
 """Tokens that `models/long` has room for: half a minute of its work, or more."""
@@ -59,13 +60,15 @@ _running: list[subprocess.Popen] = []
 @pytest.fixture(scope="session")
 def answering_dir(tmp_path_factory, tiny_model: Path) -> Path:
     """The data folder of the generate worker. `models/tiny` is in it, and `models/long`: the same weights, with room to go on for so
-    long that whoever leaves does so before the end, on a fast machine too."""
+    long that whoever leaves does so before the end, on a fast machine too. `models/agent` is the latter with a chat template that knows
+    tools and thinking."""
     if not _folder:
         _folder.append(tmp_path_factory.mktemp("answering"))
-        for name, room in (("tiny", 512), ("long", LONG)):
+        for name, room in (("tiny", 512), ("long", LONG), ("agent", LONG)):
             folder = shutil.copytree(tiny_model, _folder[0] / "models" / name)
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": room}))
+        (folder / "chat_template.jinja").write_text(AGENT_TEMPLATE)
     return _folder[0]
 
 
@@ -87,6 +90,11 @@ def generate_worker(answering_dir: Path, valkey, _workers):
 def register_long(session, name: str, kind: str = "dialogue"):
     """A row for the small model with much room."""
     return register_tiny(session, name, kind, path="models/long", room=LONG)
+
+
+def register_agent(session, name: str = "agent"):
+    """A row for the small model whose chat template knows tools and thinking."""
+    return register_tiny(session, name, path="models/agent", room=LONG)
 
 
 def register_tiny(session, name: str = "tiny", kind: str = "dialogue", path: str = "models/tiny", room: int = 512, **more):

@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from app import queue
 from app.errors import StudioError, Unavailable
 from app.inference import external_server
+from app.inference.division import Division
 from app.inference.protocol import (
     READER_SECONDS,
     Done,
@@ -77,13 +78,14 @@ def raise_broke(entry: StreamError) -> None:
 async def stream(request: GenerateRequest) -> AsyncIterator[list[Entry]]:
     """Entries of one request, in order and complete, ending with Done. Raises StudioError when it fails.
 
-    A request with an external engine is rendered by a worker and answered by that server.
+    A request with an external engine is rendered by a worker and answered by that server. With `split` reasoning and tool calls are
+    entries of their own.
     """
     request = request.model_copy(update={"bulk": True}) if BULK.get() else request
-    outside = request.engine is not None and not request.engine.local
+    outside, division = request.engine is not None and not request.engine.local, Division(request.tools or ())
     async with contextlib.aclosing(_outside(request) if outside else _own(request)) as answer:
         async for entries in answer:
-            yield entries
+            yield division.take(entries) if request.split else entries
 
 
 async def _outside(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from app.errors import BadField, StudioError, Unavailable
+from app.inference import external_tools
 from app.inference.protocol import (
     AnswerStarted,
     ChoiceFinished,
@@ -222,6 +223,7 @@ class Fold:
         self.usage: dict[str, Any] = {}
         self.parts = [0] * request.sampling.n
         self.reasons: dict[int, str] = {}
+        self.calls = external_tools.ServersCalls(request.sampling.n)
         self.texts = [""] * request.sampling.n if request.sampling.json_schema is not None else []
 
     def body(self) -> JSON:
@@ -232,11 +234,13 @@ class Fold:
             "temperature": s.temperature, "top_p": s.top_p, "max_tokens": min(most or room or NO_LIMIT_TOKENS, room or 10**9),
         }  # fmt: skip
         if self.chat:
-            body |= {"messages": self.request.messages} | ({"tools": self.request.tools} if self.request.tools else {})
+            body |= {"messages": self.request.messages} | external_tools.fields(self.request)
+            body |= {"reasoning_effort": self.request.effort} if self.request.effort else {}
             body |= {"logprobs": True, "top_logprobs": s.top_logprobs} if s.logprobs else {}
         else:
             body |= {"prompt": self.rendered.tokens if self.rendered else self.request.tokens or self.request.prompt}
             body |= {"stop_token_ids": self.rendered.stop_tokens} if self.rendered else {}
+            body |= {"skip_special_tokens": False} if self.rendered and self.rendered.special else {}
             body |= {"logprobs": s.top_logprobs} if s.logprobs else {}
         # Parameters that not every server supports are sent only where they have an effect.
         plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
@@ -255,7 +259,11 @@ class Fold:
             text, tokens = "\n".join(asked) or self.request.prompt or "", 0
         most = self.request.sampling.max_tokens or (self.rendered.max_tokens if self.rendered else NO_LIMIT_TOKENS)
         return AnswerStarted(
-            rendered_prompt=text, prompt_tokens=tokens, max_tokens=most, context=self.rendered.context if self.rendered else 0
+            rendered_prompt=text,
+            prompt_tokens=tokens,
+            max_tokens=most,
+            context=self.rendered.context if self.rendered else 0,
+            syntax=self.rendered.syntax if self.rendered else None,
         )
 
     def take(self, data: str) -> list[Entry]:
@@ -280,24 +288,27 @@ class Fold:
             if self.request.sampling.logprobs and choice.get("logprobs")
             else []
         )
-        if not text and not logs:
+        divided = self.calls.entries(index, choice["delta"], self.parts[index] + 1) if self.chat and self.request.split else []
+        if not text and not logs and not divided:
             return []
         self.first = self.first or time.monotonic()
         self.parts[index] += len(logs) or 1
         if self.texts:
             self.texts[index] += text
-        return [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)]
+        told: list[Entry] = [TextPart(index=index, text=text, tokens=self.parts[index], logprobs=logs)] if text or logs else []
+        return [*divided, *told]
 
     def end(self) -> list[Entry]:
         """The end of every choice, then Done. Without usage from the server, the parts it sent are counted. Raises Unavailable for
         a server that took a schema and wrote something that is no JSON."""
         for index, text in enumerate(self.texts):
-            if self.reasons.get(index) == "stop" and not is_json(text):
+            if self.reasons.get(index) == "stop" and index in self.calls.without_calls() and not is_json(text):
                 raise Unavailable(
                     f"The engine at {self.address.host} did not follow the schema.",
                     hint="Take a server that honors response_format, or the built-in engine.",
                     code="engine_failed",
                 )
+        self.calls.check(self.request, self.reasons, self.address.host)
         now, n = time.monotonic(), len(self.parts)
         written = int(self.usage.get("completion_tokens") or sum(self.parts))
         read = int(self.usage.get("prompt_tokens") or (len(self.rendered.tokens) if self.rendered else 0))

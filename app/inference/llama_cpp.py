@@ -13,7 +13,7 @@ from app.errors import BadField
 from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from app.inference.external_server import Fold
-from app.inference.protocol import LLAMA_CPP, ExternalEngine, GenerateRequest, Sampling
+from app.inference.protocol import LLAMA_CPP, AnswerStarted, ExternalEngine, GenerateRequest, Sampling
 from app.settings import get_settings
 from app.shapes import Shape
 
@@ -42,10 +42,10 @@ def by_setting() -> str | None:
     return engine(kind or DEFAULT_TYPE).model if name == LLAMA_CPP else None
 
 
-def answers(sampling: Sampling) -> bool:
-    """Whether it samples as the built-in engine does: its penalties of frequency and presence count the prompt too, and it reads
-    JSON schemas in a way of its own."""
-    return not (sampling.frequency_penalty or sampling.presence_penalty) and sampling.n == 1 and sampling.json_schema is None
+def answers(sampling: Sampling, tools: object = None) -> bool:
+    """Whether it samples as the built-in engine does: its penalties of frequency and presence count the prompt too, it reads JSON
+    schemas in a way of its own, and it hides the special tokens that mark tool calls."""
+    return not tools and not (sampling.frequency_penalty or sampling.presence_penalty) and sampling.n == 1 and sampling.json_schema is None
 
 
 class LlamaFold(Fold):
@@ -58,6 +58,11 @@ class LlamaFold(Fold):
             "repeat_last_n": self.rendered.context if self.rendered else 0, "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
             "cache_prompt": not self.slides(self.request),
         }  # fmt: skip
+
+    def started(self) -> AnswerStarted:
+        """Without the syntax of an answer whose markers are special tokens, which llama.cpp hides."""
+        started = super().started()
+        return started.model_copy(update={"syntax": None}) if self.rendered and self.rendered.special else started
 
     @staticmethod
     def slides(request: GenerateRequest) -> bool:

@@ -11,7 +11,6 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import or_, select
@@ -19,19 +18,9 @@ from sqlalchemy.orm import Session
 
 from app import limits
 from app.errors import BadField
-from app.inference import external_servers, llama_cpp, tryout
-from app.inference.protocol import (
-    AnswerStarted,
-    ChoiceFinished,
-    Done,
-    Entry,
-    ExternalEngine,
-    GenerateRequest,
-    Logprob,
-    Sampling,
-    StreamError,
-    TextPart,
-)
+from app.inference import external_servers, external_tools, llama_cpp, tryout
+from app.inference.answer_fold import AnswerFold, Choice
+from app.inference.protocol import ExternalEngine, GenerateRequest, Sampling
 from app.jobs import solved_examples
 from app.kit.json_safe import storable
 from app.models import aliases, interpolation
@@ -70,61 +59,6 @@ class PendingAnswer(NamedTuple):
     request: GenerateRequest
 
 
-@dataclass
-class Choice:
-    text: str = ""
-    logprobs: list[Logprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    tokens: int = 0
-
-
-@dataclass
-class AnswerFold:
-    """One model's answer so far, folded from the entries of its stream."""
-
-    choices: dict[int, Choice] = field(default_factory=dict)
-    started: AnswerStarted | None = None
-    done: Done | None = None
-    error: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, entries: Sequence[Entry]) -> AnswerFold:
-        heard = cls()
-        heard.take(entries)
-        return heard
-
-    def take(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            match entry:
-                case AnswerStarted():
-                    self.started = entry
-                case TextPart():
-                    choice = self.choices.setdefault(entry.index, Choice())
-                    choice.text += entry.text
-                    choice.logprobs += entry.logprobs
-                    choice.tokens = entry.tokens
-                case ChoiceFinished():
-                    choice = self.choices.setdefault(entry.index, Choice())
-                    choice.finish_reason, choice.tokens = entry.reason, entry.tokens
-                case Done():
-                    self.done = entry
-                case StreamError():
-                    self.error = {"message": entry.message, "hint": entry.hint, "code": entry.code}
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens in the shape of the OpenAI API; of an answer that was stopped, those received."""
-        last = self.done or self.started
-        prompt = last.prompt_tokens if last else 0
-        written = self.done.completion_tokens if self.done else sum(c.tokens for c in self.choices.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": written,
-            "total_tokens": prompt + written,
-            "prompt_tokens_details": {"cached_tokens": self.done.cached_tokens if self.done else 0, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
-        }
-
-
 # Asking -------------------------------------------------------------------------------------------------------------
 
 
@@ -152,12 +86,15 @@ def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
 
 
 def request_for(user: User, who: ResolvedModel, sampling: Sampling, **prompt: Any) -> GenerateRequest:
-    """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`. A seed is drawn when none was given."""
+    """One request. `prompt` is one of `messages=`, `prompt=` and `tokens=`, with messages also `tools=` and what else a GenerateRequest has.
+    A seed is drawn when none was given. Raises BadField for tools that the model's external engine cannot honor."""
     seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
     engine = None if "look" in prompt else who.engine  # log-probabilities of a prompt need the local weights
-    if engine is not None and engine.local and not llama_cpp.answers(sampling):
+    if engine is not None and engine.local and not llama_cpp.answers(sampling, prompt.get("tools")):
         engine = None
-    return GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
+    request = GenerateRequest(id=uuid.uuid4(), owner=user.id, model=who.ref, engine=engine, sampling=sampling, seed=seed, **prompt)
+    external_tools.check(request)
+    return request
 
 
 def ask(
@@ -218,7 +155,8 @@ def _input(who: ResolvedModel, before: Sequence[tuple[Exchange, Answer]], prompt
     if who.ref.kind != "instruction":
         for question, answer in turns:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": solved_examples.with_examples([*messages, {"role": "user", "content": prompt}], who.examples)}
+    told = solved_examples.with_examples([*messages, {"role": "user", "content": prompt}], who.examples)
+    return {"messages": told, "split": who.ref.kind != "generic"}
 
 
 def column(thread: Sequence[tuple[Exchange, Sequence[Answer]]], name: str) -> list[tuple[Exchange, Answer]]:
@@ -256,6 +194,8 @@ def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard
             seed=request.seed + index,
             rendered_prompt=storable(heard.started.rendered_prompt) if heard.started else None,
             text=storable(choice.text),
+            reasoning=storable(choice.reasoning) or None,
+            tool_calls=storable(choice.calls) or None,
             finish_reason="error" if heard.error else choice.finish_reason or "cancelled",
             error=heard.error,
             usage=heard.usage() | ({"engine": request.engine.host} if request.engine else {}),
@@ -271,15 +211,20 @@ def record(session: Session, exchange_id: uuid.UUID, asked: PendingAnswer, heard
 
 
 def record_call(
-    session: Session, user: User, heard: Sequence[tuple[PendingAnswer, AnswerFold]], sampling: Sampling, **asked: Any
+    session: Session,
+    user: User,
+    heard: Sequence[tuple[PendingAnswer, AnswerFold]],
+    sampling: Sampling,
+    labels: Mapping[str, Any] | None = None,
+    **asked: Any,
 ) -> Exchange:
-    """Store a call of the API: its exchange and every answer."""
+    """Store a call of the API, with the labels that it was given: its exchange and every answer."""
     exchange = Exchange(
         id=uuid.uuid4(),
         owner_id=user.id,
         project_id=user.project_id,
         source="api",
-        sampling=storable(sampling.model_dump(mode="json")),
+        sampling=storable(sampling.model_dump(mode="json") | ({"labels": dict(labels)} if labels else {})),
         **storable(asked),
     )
     session.add(exchange)

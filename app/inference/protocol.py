@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from app.answer_syntax import Syntax
 from app.queue import PREFIX
 from app.spec import ModelRef
 
@@ -84,6 +85,24 @@ class ExternalEngine(_Frozen):
         return f"{self.url} {self.model}" if self.local else urlsplit(self.url).netloc
 
 
+class ToolUse(_Frozen):
+    """How an answer uses the request's tools. `calls` says whether it may or must call one, and `function` names the only one that it
+    may. Arguments of the functions in `strict` follow their schema, as those of calls that must come do."""
+
+    calls: Literal["auto", "required"] = "auto"
+    function: str | None = None
+    strict: tuple[str, ...] = ()
+    parallel: bool = True
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the answer's tokens are chosen under a grammar."""
+        return self.calls == "required" or bool(self.strict)
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class GenerateRequest(_Frozen):
     """One prompt for one model. Exactly one of `messages`, `prompt`, `tokens` and `embed` is given; `seed` is always set.
 
@@ -97,6 +116,9 @@ class GenerateRequest(_Frozen):
     model: ModelRef
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_use: ToolUse = ToolUse()
+    effort: Effort | None = Field(None, description="how much the model reasons; null leaves it to its chat template")
+    split: bool = Field(False, description="reasoning and tool calls come as entries of their own")
     prompt: str | None = None
     tokens: list[int] | None = None
     embed: list[str] | None = Field(None, max_length=MAX_TEXTS)
@@ -136,7 +158,8 @@ class Offsets:
         return begin
 
 
-# Entries of the stream, in the order they come: started, then text and finished for each choice, then done. -------------
+# Entries of the stream, in the order they come: started, then text and finished for each choice, then done. Reasoning and tool calls are
+# told from the text by the reader (`app/inference/division.py`). -------------
 
 
 class AnswerStarted(BaseModel):
@@ -145,10 +168,12 @@ class AnswerStarted(BaseModel):
     prompt_tokens: int
     max_tokens: int
     context: int
+    syntax: Syntax | None = None
 
 
 class RenderedPrompt(BaseModel):
-    """A prompt as a model reads it, and the tokens that end its answer. `max_tokens` is what the context leaves room for."""
+    """A prompt as a model reads it, and the tokens that end its answer. `max_tokens` is what the context leaves room for. `syntax` says how
+    the answer is divided; with `special` some of its markers are special tokens, which a server must not hide."""
 
     type: Literal["rendered"] = "rendered"
     text: str
@@ -156,6 +181,8 @@ class RenderedPrompt(BaseModel):
     stop_tokens: list[int]
     max_tokens: int
     context: int
+    syntax: Syntax | None = None
+    special: bool = False
 
 
 class TextPart(BaseModel):
@@ -166,6 +193,28 @@ class TextPart(BaseModel):
     text: str
     tokens: int
     logprobs: list[Logprob] = Field(default_factory=list)
+
+
+class ReasoningPart(BaseModel):
+    """A piece of the reasoning that precedes an answer; `tokens` as in a TextPart."""
+
+    type: Literal["reasoning"] = "reasoning"
+    index: int
+    text: str
+    tokens: int
+
+
+class ToolCallPart(BaseModel):
+    """A tool call, or a piece of one: the `place`-th of its choice. The first piece has `id` and `name`; the `arguments` of all pieces are
+    one JSON text."""
+
+    type: Literal["tool_call"] = "tool_call"
+    index: int
+    place: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str
+    tokens: int
 
 
 class ChoiceFinished(BaseModel):
@@ -237,7 +286,17 @@ class StreamError(BaseModel):
 
 
 Entry = Annotated[
-    AnswerStarted | RenderedPrompt | TextPart | ChoiceFinished | PromptLogprobs | Embedded | Classified | Done | StreamError,
+    AnswerStarted
+    | RenderedPrompt
+    | TextPart
+    | ReasoningPart
+    | ToolCallPart
+    | ChoiceFinished
+    | PromptLogprobs
+    | Embedded
+    | Classified
+    | Done
+    | StreamError,
     Field(discriminator="type"),
 ]
 _entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])

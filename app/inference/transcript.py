@@ -25,6 +25,7 @@ def _answer(turn: int, exchange: Exchange, a: Answer) -> dict[str, Any]:
         "prompt": exchange.prompt,
         "model": a.model_name,
         **{name: getattr(a, name) for name in names},
+        **({"reasoning": a.reasoning} if a.reasoning else {}),
         "sampling": {k: v for k, v in exchange.sampling.items() if k not in ("models", "follows")},
         "created_at": int(a.created_at.timestamp()),
     }
@@ -40,6 +41,7 @@ def as_markdown(thread: Thread, title: str) -> str:
         for a in said:
             parts += [f"### {a.model_name}", "", *_proof(exchange, a), ""]
             parts += ["Rendered prompt:", "", _fenced(a.rendered_prompt), ""] if a.rendered_prompt else []
+            parts += ["Reasoning:", "", _fenced(a.reasoning), ""] if a.reasoning else []
             parts += ["Answer:", "", _fenced(a.text or (a.error or {}).get("message", "")), ""]
     return "\n".join(parts)
 

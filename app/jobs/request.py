@@ -96,7 +96,7 @@ class JobRequest(BaseModel):
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5, description="Refused: nothing is sent to other services.")
     comparison_id: uuid.UUID | None = None
 
     def asked(self) -> Hyperparameters:
@@ -113,18 +113,14 @@ def read_order(body: Mapping[str, Any]) -> JobRequest:
         order = JobRequest.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
     except ValidationError as error:
         raise bad_field(error) from None
-    for place, wish in enumerate(order.integrations or ()):
-        _check_integration(wish, f"integrations.{place}")
+    if order.integrations:
+        raise BadField(
+            "integrations are not supported: nothing is sent to other services.",
+            hint="Omit them; each run has its metrics as a CSV file and TensorBoard files.",
+            param="integrations",
+            code="unsupported_parameter",
+        )
     return order
-
-
-def _check_integration(wish: Mapping[str, Any], param: str) -> None:
-    """Raises BadField for a service other than Weights & Biases, and for one without a project."""
-    if wish.get("type") != "wandb":
-        raise BadField(f"{param}.type can only be 'wandb'.", hint="Leave the integration out.", param=f"{param}.type")
-    settings = wish.get("wandb")
-    if not isinstance(settings, Mapping) or not isinstance(settings.get("project"), str) or not settings["project"]:
-        raise BadField(f"{param}.wandb.project is missing.", hint="Name the project.", param=f"{param}.wandb.project")
 
 
 def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadField:

@@ -78,8 +78,6 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     if _complete(spec):
         queue.enqueue(session, queue.TRAIN, job_id)
     record_event(session, job_id, 0, said.Queued(reason="submitted"))
-    for wish in order.integrations or ():
-        record_event(session, job_id, 0, said.Log(level="warn", message=_not_sent(wish["wandb"]["project"])))
     return session.get_one(Job, job_id)
 
 
@@ -96,13 +94,6 @@ def check_priority(user: User, priority: str | None) -> None:
             param="priority",
             code="insufficient_permissions",
         )
-
-
-def _not_sent(project: str) -> str:
-    return (
-        f"W&B logging is not supported, so nothing is sent to the project {project[:100]}. "
-        "The metrics are in the job's events, in its result file and in the TensorBoard files of its run."
-    )
 
 
 def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Job | None:

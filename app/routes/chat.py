@@ -29,10 +29,13 @@ from app.inference.protocol import (
     Logprob,
     Offsets,
     PromptLogprobs,
+    ReasoningPart,
     Sampling,
     SeenToken,
     TextPart,
+    ToolCallPart,
 )
+from app.schemas import tools
 from app.schemas.chat import ChatBody, CompletionBody, GenerationBody
 from app.schemas.openapi import answers
 from app.tables import User
@@ -43,6 +46,7 @@ from app.web.streaming import Stream, collect, later, left, merge, while_connect
 api = APIRouter(prefix="/v1")
 
 MAX_PROMPTS = 16
+AnswerPart = TextPart | ReasoningPart | ToolCallPart
 
 
 @api.post(
@@ -59,7 +63,9 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
         json_schema=body.response_format.schema_of() if body.response_format else None,
     )  # fmt: skip
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
-    call = Call(ChatWire(body.model), user, sampling, [{"messages": messages, "tools": body.tools}], {"messages": messages})
+    order = tools.order_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+    prompt = {"messages": messages, "tools": order.tools, "tool_use": order.use, "effort": body.reasoning_effort, "split": True}
+    call = Call(ChatWire(body.model), user, sampling, [prompt], {"messages": messages, "labels": body.labels()})
     return await call.respond(request, body)
 
 
@@ -76,7 +82,8 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
     sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, max_tokens=body.max_tokens or 1)
     sampling = sampling.model_copy(update={"max_tokens": body.max_tokens})
     stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
-    call = Call(CompletionWire(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored})
+    labels = {"user": body.user} if body.user else {}
+    call = Call(CompletionWire(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored, "labels": labels})
     return await call.respond(request, body)
 
 
@@ -103,19 +110,39 @@ class ChatWire:
     def first(self, index: int, prompt: str) -> dict[str, Any] | None:
         return {"index": index, "delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, entry: TextPart) -> dict[str, Any]:
-        return {"index": index, "delta": {"content": entry.text}, "logprobs": self.logprobs(entry.logprobs), "finish_reason": None}
+    def piece(self, index: int, entry: AnswerPart) -> dict[str, Any]:
+        logs = self.logprobs(entry.logprobs) if isinstance(entry, TextPart) else None
+        return {"index": index, "delta": _delta(entry), "logprobs": logs, "finish_reason": None}
 
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+    def last(self, index: int, choice: playground.Choice) -> dict[str, Any]:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": _chat_reason(choice)}
 
     def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
+        content = None if choice.calls and not choice.text else choice.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+        message |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+        message |= {"tool_calls": choice.calls} if choice.calls else {}
         logs = (self.logprobs(choice.logprobs) or {"content": [], "refusal": None}) if asked_logprobs else None
-        return {"index": index, "message": message, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
+        return {"index": index, "message": message, "logprobs": logs, "finish_reason": _chat_reason(choice)}
 
     def logprobs(self, logs: list[Logprob]) -> dict[str, Any] | None:
         return {"content": [_token(x) | {"top_logprobs": [_token(t) for t in x.top]} for x in logs], "refusal": None} if logs else None
+
+
+def _delta(entry: AnswerPart) -> dict[str, Any]:
+    if isinstance(entry, TextPart):
+        return {"content": entry.text}
+    if isinstance(entry, ReasoningPart):
+        return {"reasoning_content": entry.text}
+    first = {"id": entry.id, "type": "function"} if entry.id else {}
+    function = ({"name": entry.name} if entry.name else {}) | {"arguments": entry.arguments}
+    return {"tool_calls": [{"index": entry.place, **first, "function": function}]}
+
+
+def _chat_reason(choice: playground.Choice) -> str:
+    """tool_calls for an answer that calls tools and has come to its end."""
+    reason = _reason(choice.finish_reason)
+    return "tool_calls" if choice.calls and reason == "stop" else reason
 
 
 def _token(x: Logprob) -> dict[str, Any]:
@@ -142,11 +169,12 @@ class CompletionWire:
             return None
         return {"index": index, "text": prompt, "logprobs": self._given(self.prompts.get(index, []), index), "finish_reason": None}
 
-    def piece(self, index: int, entry: TextPart) -> dict[str, Any]:
+    def piece(self, index: int, entry: AnswerPart) -> dict[str, Any]:
+        assert isinstance(entry, TextPart), "its answers are not divided"
         return {"index": index, "text": entry.text, "logprobs": self._given(entry.logprobs, index), "finish_reason": None}
 
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+    def last(self, index: int, choice: playground.Choice) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": _reason(choice.finish_reason)}
 
     def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
         logs = self.logprobs([*self.prompts.get(index, []), *choice.logprobs], index) if asked_logprobs else None
@@ -309,11 +337,11 @@ class Call:
             firsts = [self.shape.first(place * n + i, heard.started.rendered_prompt) for i in range(n)]
             lines += [self._line([choice], **more) for choice in firsts if choice is not None]
         for entry in entries:
-            if isinstance(entry, TextPart):
+            if isinstance(entry, AnswerPart):
                 lines.append(self._line([self.shape.piece(place * n + entry.index, entry)], **more))
             elif isinstance(entry, ChoiceFinished):
                 lines += [self._line(**self.held)] if self.held else []
-                self.held = {"choices": [self.shape.last(place * n + entry.index, _reason(entry.reason))], **more}
+                self.held = {"choices": [self.shape.last(place * n + entry.index, heard.choices[entry.index])], **more}
         return lines
 
     def _line(self, choices: list[dict[str, Any]], **more: Any) -> bytes:

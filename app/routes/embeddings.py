@@ -36,6 +36,7 @@ class EmbeddingsBody(BaseModel):
     input: str | list[str]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own size can be given.")
+    user: str | None = Field(None, max_length=512, description="A name of the caller's own. Nothing of the call is kept, nor is this.")
 
 
 @api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409, 429))

@@ -9,6 +9,7 @@ from pydantic import Field
 from app.schemas.base import Schema
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(Schema):
@@ -62,17 +63,35 @@ class ChatLogprob(Alternative):
 
 
 class ChatLogprobs(Schema):
-    """Log-probabilities of each token."""
+    """Log-probabilities of each token, those of reasoning and of tool calls included."""
 
     content: list[ChatLogprob]
     refusal: None
+
+
+class CalledFunction(Schema):
+    """A function, and its arguments as JSON text. Read them with care: only those of calls that are required and of functions that are
+    strict follow a schema."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(Schema):
+    """A tool call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class ChatAnswer(Schema):
     """The message that the model generated."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where the answer is nothing but tool calls.")
+    reasoning_content: str | None = Field(None, description="What a model that thinks wrote before its answer.")
+    tool_calls: list[ChatToolCall] | None = None
     refusal: None
     annotations: list[Any]
 
@@ -83,7 +102,7 @@ class ChatChoice(Schema):
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class _Head(Schema):
@@ -102,11 +121,29 @@ class ChatCompletion(_Head):
     luthier: Proof
 
 
+class CalledFunctionDelta(Schema):
+    """The new part of a call: the name comes first, and the arguments of all parts are one JSON text."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ChatToolCallDelta(Schema):
+    """A part of the `index`-th tool call of an answer; the first has its id."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunctionDelta
+
+
 class ChatDelta(Schema):
     """The new part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatToolCallDelta] | None = None
     refusal: None = None
 
 
@@ -116,7 +153,7 @@ class ChatChunkChoice(Schema):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(_Head):

@@ -9,7 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from app.errors import BadField
 from app.inference import playground
-from app.inference.protocol import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, Sampling
+from app.inference.protocol import MAX_CHOICES, MAX_STOPS, MAX_TOP_LOGPROBS, Effort, Sampling
+from app.jobs.request import MetadataKey, MetadataValue
+from app.schemas.tools import MAX_TOOLS, Choice, FunctionTool
 
 MAX_SCHEMA_LENGTH = 65_536
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -21,13 +23,14 @@ def _as_list(value: Any) -> Any:
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = Field(None, description="Chunks are not padded.")
 
 
 class GenerationBody(BaseModel):
     """Fields of both calls; `null` means the default.
 
-    Unknown parameters are ignored, as the clients expect, except those of OpenAI's that would change the answer: `refused` lists
-    them, each with the values that have no effect.
+    Unknown parameters are ignored, as the clients expect. Of those that OpenAI's client knows none is: what is not a field here is
+    in `refused`, with the values that ask for nothing else than is done.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -44,6 +47,7 @@ class GenerationBody(BaseModel):
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
+    user: str | None = Field(None, max_length=512, description="A name of the caller's own, kept with the answer.")
     # Ours, through `extra_body`.
     top_k: int | None = Field(0, ge=0, le=1_000_000)
     min_p: float | None = Field(0.0, ge=0, le=1)
@@ -70,14 +74,34 @@ class GenerationBody(BaseModel):
         return Sampling(**({"top_p": 1.0} | given | more))
 
 
+class AssistantFunction(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str
+
+
+class AssistantCall(BaseModel):
+    """A tool call of an earlier answer, as it was answered."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: AssistantFunction
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: str = Field(pattern="^(system|developer|user|assistant|tool|function)$")
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[AssistantCall] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
+    reasoning_content: str | None = Field(None, description="What the model thought before this answer, where its chat template takes it.")
+    audio: None = None
+    function_call: None = Field(None, description="Send tool_calls instead.")
 
     def plain(self, place: int) -> dict[str, Any]:
         """The message in the form that chat templates take. Raises BadField for a part that is not text."""
@@ -89,7 +113,9 @@ class Message(BaseModel):
             content = "".join(part[part["type"]] for part in content)
         if content is None and self.role != "assistant":
             raise BadField(f"messages.{place}.content is missing.", hint="Send a text.", param="messages")
-        extra = {k: v for k, v in (("name", self.name), ("tool_calls", self.tool_calls), ("tool_call_id", self.tool_call_id)) if v}
+        calls = [call.model_dump(mode="json") for call in self.tool_calls or []]
+        extra = {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
+        extra = {name: value for name, value in extra.items() if value}
         return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
 
 
@@ -135,19 +161,45 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer.")
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="For models whose chat template knows it: none switches thinking off, and any other switches it on or sets its level.",
+    )
     response_format: ResponseFormat | None = None
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16, description="Pairs that are kept with the answer.")
+    safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
+    prompt_cache_key: str | None = Field(
+        None, max_length=512, description="The beginning of a prompt is reused wherever it was read before, by any key and without one."
+    )
 
     refused = {
-        "tool_choice": ("auto", "none"),  # tools are passed to the template, and the answer is text: no tool call is ever parsed from it
-        "functions": (),
+        "functions": ([],),
         "function_call": ("auto", "none"),
         "modalities": (["text"],),
         "audio": (),
-        "web_search_options": (),
-        "reasoning_effort": ("none",),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_options": ({"mode": "implicit"},),
+        "prompt_cache_retention": ("in_memory",),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
         "verbosity": ("medium",),
+        "web_search_options": (),
     }
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatBody:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise BadField("max_tokens and max_completion_tokens differ.", hint="Send one of them.", param="max_tokens")
+        return self
+
+    def labels(self) -> dict[str, Any]:
+        """What is kept with the answer and has no effect on it."""
+        given = {"user": self.user, "safety_identifier": self.safety_identifier, "metadata": self.metadata}
+        return {name: value for name, value in given.items() if value}
 
 
 class CompletionBody(GenerationBody):

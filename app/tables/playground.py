@@ -43,6 +43,8 @@ class Answer(Base):
     seed: Mapped[int]
     rendered_prompt: Mapped[str | None]
     text: Mapped[str] = mapped_column(server_default="")
+    reasoning: Mapped[str | None] = mapped_column(comment="what a model that thinks wrote before its answer")
+    tool_calls: Mapped[list[Any] | None] = mapped_column(comment="as the API sends them")
     finish_reason: Mapped[str | None] = mapped_column(comment="stop, length, cancelled or error")
     error: Mapped[JSON | None]
     usage: Mapped[JSON | None]

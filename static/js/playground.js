@@ -155,8 +155,13 @@ function begin(pane, asked, exchange, answer) {
         part("prompt").textContent = told.rendered_prompt;
         part("rendered").hidden = false;
         part("proof").textContent = "Answering";
-      } else if (told.type === "text") text.append(told.text);
-      else if (told.type === "finished") {
+      } else if (told.type === "reasoning" && kind !== "generic") {
+        Object.assign(part("thought"), { hidden: false, open: true });
+        part("reasoning").append(told.text);
+      } else if (told.type === "text") {
+        if (kind !== "generic" && told.text.trim()) part("thought").open = false;
+        text.append(told.text);
+      } else if (told.type === "finished") {
         part("source").content.textContent = text.textContent;
         if (kind !== "generic") text.replaceChildren(DOMPurify.sanitize(told.html, { RETURN_DOM_FRAGMENT: true }));
         end(told.note);

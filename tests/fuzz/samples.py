@@ -42,7 +42,7 @@ JOB = {
     "model": "$model_name", "training_file": "$train_file", "suffix": "fuzz", "seed": 3, "metadata": {"a": "b"}, "name": "A job",
     "hyperparameters": {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 1.5}, "strategy": {"name": "lora", "rank": 4},
     "run": {"epochs": 1, "validation_fraction": 0.1}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
-    "integrations": [{"type": "wandb", "wandb": {"project": "a"}}], "split": {"method": "random"}, "task": "generation",
+    "split": {"method": "random"}, "task": "generation",
 }  # fmt: skip
 PROMPT = {
     "name": "A prompt", "builder": "few_shot", "template": "{{examples}}{{input}}", "example": "{{input}} {{answer}}", "shots": 2, "choose": "chosen",
@@ -291,7 +291,7 @@ UNSAFE: dict[str, Sample] = {
     "PATCH /v1/graders/{grader_id}": Sample({"grader_id": "$grader"}, json={"grader": GRADER}),
     "DELETE /v1/graders/{grader_id}": Sample({"grader_id": "+grader"}),
     # the playground
-    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tool_choice": "auto", "stream_options": {"include_usage": True}, **SAMPLING}),
+    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tool_choice": "auto", "parallel_tool_calls": False, "reasoning_effort": "none", "metadata": {"a": "b"}, "user": "u", "stream_options": {"include_usage": True}, **SAMPLING}),
     "POST /v1/completions": Sample(json={"model": "$model_name", "prompt": "What wood?", "logprobs": 1, "echo": True, "best_of": 1, "suffix": None, **SAMPLING}),
     "POST /v1/embeddings": Sample(json={"model": "$model_name", "input": ["a"], "encoding_format": "float", "dimensions": 64}, expect=(400,)),
     "POST /v1/classify": Sample(json={"model": "$model_name", "input": ["a", "b"]}, expect=(400,)),

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from app.errors import BadField, NotFound
 from app.inference import playground
 from app.inference.playground import AnswerFold
-from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, Sampling, TextPart
+from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, ReasoningPart, Sampling, TextPart
 from app.tables import Answer, Exchange, User
 from tests.conftest import csrf_token
 from tests.generating import (  # noqa: F401
@@ -252,3 +252,19 @@ def test_a_comparison_is_saved_and_exported(client, session, user, three):
     assert "attachment" in document.headers["content-disposition"]
     assert client.get(f"/playground/{second.id}/export?format=exe").status_code == 400
     assert client.get(f"/playground/{uuid.uuid4()}/export").status_code == 404
+
+
+def test_reasoning_is_folded_exported_and_no_part_of_the_next_turn(client, session, user, three):
+    exchange, (one,) = playground.ask(session, user, ["tiny"], "What wood?", Sampling())
+    assert one.request.split, "what a model thinks is told from its answer"
+    done = Done(prompt_tokens=1, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=9)
+    parts = [ReasoningPart(index=0, text="It is <light>.", tokens=1), TextPart(index=0, text="Spruce.", tokens=2)]
+    playground.record(session, exchange.id, one, AnswerFold.of([*parts, ChoiceFinished(index=0, reason="stop", tokens=2), done]))
+    session.commit()
+    page = client.get(f"/playground/{exchange.id}").text
+    assert re.search(r"data-thought>\s*<summary>Reasoning</summary>.*data-reasoning>It is &lt;light&gt;\.<", page)
+    (line,) = client.get(f"/playground/{exchange.id}/export?format=jsonl").text.splitlines()
+    assert json.loads(line)["reasoning"] == "It is <light>." and json.loads(line)["text"] == "Spruce."
+    assert "Reasoning:\n\n```text\nIt is <light>.\n```" in client.get(f"/playground/{exchange.id}/export?format=md").text
+    _, (following,) = playground.ask(session, user, ["tiny"], "And the back?", Sampling(), parent=exchange.id)
+    assert following.request.messages[1] == {"role": "assistant", "content": "Spruce."}

@@ -15,6 +15,7 @@ inside the content of a message stay text (`worker/data/special_tokens.py`).
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,8 +144,10 @@ def render_prompt(
     tools: list[Any] | None = None,
     most: int = template_pool.MAX_WRITTEN,
     seconds: float = template_pool.PATIENT_SECONDS,
+    options: dict[str, bool | str] | None = None,
 ) -> tuple[str, list[int]]:
-    """The exact text and ids that a model continues: a conversation through the chat template, or a text unchanged.
+    """The exact text and ids that a model continues: a conversation through the chat template, or a text unchanged. `options` are
+    further variables of the template.
 
     `kind` is the model's; a generic model gets a conversation in the plain template. Raises BadRequest when the template refuses
     the conversation (wrong order of roles, for example), BadTemplate when it had to be stopped, and TooLong for more than `most`
@@ -157,7 +160,7 @@ def render_prompt(
     messages, kept = special_tokens.veil(tokenizer, [_plain(m) for m in prompt])
     try:
         # A placeholder is three characters long, and a special token at least two.
-        chat = TemplateInput(messages, tools or None, generate=True)
+        chat = TemplateInput(messages, tools or None, generate=True, options=options or {})
         text, answers = template_pool.write(tokenizer, template_of(tokenizer), chat, 2 * most, seconds)
     except template_pool.TemplateFailed as error:
         raise BadRequest(error.message, hint=error.hint, param="messages") from None
@@ -283,9 +286,24 @@ def _plain_template(tokenizer: Any) -> str:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: without our `weight`, and with text parts joined."""
+    """A message as templates expect it: without our `weight`, with text parts joined, and with the arguments of tool calls as objects,
+    which the API and rows in its shape have as JSON text."""
     kept = {k: v for k, v in message.items() if k != "weight" and v is not None}
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_with_object(call) for call in kept["tool_calls"]]
     if isinstance(kept.get("content"), list):
         kept["content"] = "".join(part.get("text", "") for part in kept["content"])
     kept.setdefault("content", "")
     return kept
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call with its arguments as an object; unchanged where they are no JSON of one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call

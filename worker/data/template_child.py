@@ -7,7 +7,7 @@ transformers' `apply_chat_template` does, without importing transformers: a test
 
     in     {"memory_bytes", "template", "variables", "endings"}, once
     out    "ready"
-    in     SECONDS [{"messages", "tools", "generate", "most"}, …]
+    in     SECONDS [{"messages", "tools", "generate", "options", "most"}, …]
     out    [{"text", "spans"} | {"refused"} | {"rewritten"} | {"long"}, …], or {"stopped"} and the end
 """
 
@@ -43,14 +43,19 @@ class TemplateWriter:
 
     def __init__(self, template: str, variables: dict[str, str], endings: list[str]) -> None:
         self.source, self.variables, self.endings = template, variables, endings
+        self.options: dict[str, Any] = {}
         self._compiled: Any = None
 
-    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool, most: int) -> dict[str, Any]:
-        """The text of a conversation and the character spans of its answers: [turn, start, end].
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool, most: int, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The text of a conversation, rendered with `options` as further variables, and the character spans of its answers: [turn,
+        start, end].
 
         With `generate` it is a prompt, whose earlier answers need not be located. A text of more than `most` characters is not
         returned.
         """
+        self.options = options or {}
         try:
             text = self.text(messages, tools, generate)
             if len(text) > most:
@@ -73,7 +78,12 @@ class TemplateWriter:
         if self._compiled is None:
             self._compiled = compile_template(self.source)
         return self._compiled.render(
-            messages=[_as_known(m) for m in messages], tools=tools, documents=None, add_generation_prompt=generate, **self.variables
+            **self.options,
+            messages=[_as_known(m) for m in messages],
+            tools=tools,
+            documents=None,
+            add_generation_prompt=generate,
+            **self.variables,
         )
 
     def _try(self, messages: list[dict[str, Any]], tools: list[Any] | None, generate: bool = False) -> str | None:

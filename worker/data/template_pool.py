@@ -51,11 +51,13 @@ MAX_TEMPLATE, MAX_WRITTEN = 1 << 20, 8 << 20
 
 
 class TemplateInput(NamedTuple):
-    """Messages in the shape templates expect. With `generate` the generation prompt follows, and earlier answers need not be located."""
+    """Messages in the shape templates expect. With `generate` the generation prompt follows, and earlier answers need not be located.
+    `options` are further variables, as `enable_thinking`."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     generate: bool = False
+    options: dict[str, bool | str] = {}  # noqa: RUF012
 
 
 class Span(NamedTuple):

@@ -1,6 +1,6 @@
-"""Constrained decoding, for answers of a JSON schema: after each token, which ones may follow.
+"""Constrained decoding, for answers of a JSON schema and for tool calls: after each token, which ones may follow.
 
-llguidance (https://github.com/guidance-ai/llguidance) compiles the schema to a grammar over the bytes of the vocabulary's tokens, and
+llguidance (https://github.com/guidance-ai/llguidance) compiles a schema to a grammar over the bytes of the vocabulary's tokens, and
 gives a mask for each state of it. It reads no address: a `$ref` leads within the schema, or is refused.
 """
 
@@ -14,18 +14,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from app.answer_syntax import Syntax
 from app.errors import BadRequest
+from app.inference.protocol import GenerateRequest
+from worker.data.chat_template import template_of
+from worker.inference.answer_grammar import SPACES, grammar_of
 from worker.runtime.transfer import sent
 
-SPACES = r"[ \n]{0,24}"
-"""White space between the parts of an answer: enough to indent, and not so much that a small model writes nothing else."""
+SCHEMA, TOOLS = "response_format", "tools"
 
 
 class Constraint:
-    """The state of one answer. `take` each token that was chosen from the `masked` logits."""
+    """The state of one answer. `take` each token that was chosen from the `masked` logits. `param` is the field of the request that
+    errors name."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, param: str = SCHEMA) -> None:
+        self._matcher, self.param = matcher, param
 
     def masked(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (V,) with -inf for tokens that may not follow; the given ones are not changed."""
@@ -46,25 +50,41 @@ class Constraint:
 
     def _raise_if_broken(self) -> None:
         if self._matcher.is_error():
-            raise _refused(f"any further: {_first_line(self._matcher.get_error())}")
+            raise _refused(f"any further: {_first_line(self._matcher.get_error())}", self.param)
 
 
 def of(schema: dict[str, Any] | None, tokenizer: Any, stops: Iterable[int]) -> Constraint | None:
     """The constraint of a new answer; None without a schema. Raises BadRequest for a schema that cannot be compiled."""
-    if schema is None:
-        return None
+    return None if schema is None else _constraint(_grammar(json.dumps(schema)), tokenizer, stops, SCHEMA)
+
+
+def of_request(request: GenerateRequest, syntax: Syntax | None, tokenizer: Any, stops: Iterable[int]) -> Constraint | None:
+    """The constraint of a new answer to a request; None where its tokens are free. Raises BadRequest for a schema that cannot be compiled."""
+    text = grammar_of(request, syntax, template_of(tokenizer), tokenizer)
+    if text is None:
+        return of(request.sampling.json_schema, tokenizer, stops)
+    return _constraint(_from_lark(text), tokenizer, stops, SCHEMA if request.sampling.json_schema is not None else TOOLS)
+
+
+def _constraint(grammar: str, tokenizer: Any, stops: Iterable[int], param: str) -> Constraint:
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_vocabulary(tokenizer, tuple(sorted(stops))), _grammar(json.dumps(schema)), log_level=0)
+    matcher = LLMatcher(_vocabulary(tokenizer, tuple(sorted(stops)), param), grammar, log_level=0)
     if matcher.is_error():
-        raise _refused(f"here: {_first_line(matcher.get_error())}")
-    return Constraint(matcher)
+        raise _refused(f"here: {_first_line(matcher.get_error())}", param)
+    return Constraint(matcher, param)
 
 
-def _refused(why: str) -> BadRequest:
-    return BadRequest(
-        f"The schema cannot be followed {why}", hint="Remove that keyword, or write the same with others.", param="response_format"
-    )
+def _refused(why: str, param: str) -> BadRequest:
+    what = "The schema" if param == SCHEMA else "The schema of a function's parameters"
+    return BadRequest(f"{what} cannot be followed {why}", hint="Remove that keyword, or write the same with others.", param=param)
+
+
+@functools.lru_cache(maxsize=256)
+def _from_lark(text: str) -> str:
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_lark(text))
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,7 +95,7 @@ def _grammar(schema: str) -> str:
     return grammar
 
 
-def _vocabulary(tokenizer: Any, stops: tuple[int, ...]) -> Any:
+def _vocabulary(tokenizer: Any, stops: tuple[int, ...], param: str) -> Any:
     """The tokens of a tokenizer as llguidance reads them, kept: reading them takes a second. Any of `stops` may end an answer."""
     known = _vocabularies.setdefault(tokenizer, {})
     if stops not in known:
@@ -84,7 +104,7 @@ def _vocabulary(tokenizer: Any, stops: tuple[int, ...]) -> Any:
         try:
             known[stops] = from_tokenizer(tokenizer, eos_token=list(stops))
         except ValueError as error:
-            raise _refused(f"by this model, whose tokenizer is of another kind ({_first_line(str(error))})") from None
+            raise _refused(f"by this model, whose tokenizer is of another kind ({_first_line(str(error))})", param) from None
     return known[stops]
 
 

@@ -24,7 +24,7 @@ import torch
 from app.errors import TooMany, Unavailable
 from app.inference.protocol import AnswerStarted, Done, Entry, GenerateRequest, StreamError
 from app.spec import ModelRef
-from worker.inference import constraint, emission, next_token, prompt_logprobs, scheduler
+from worker.inference import answer_plan, constraint, emission, next_token, prompt_logprobs, scheduler
 from worker.inference.errors import broke
 from worker.inference.kv_cache import ForwardPass, Segment, Slot
 from worker.inference.memory_budget import MemoryBudget
@@ -125,16 +125,19 @@ class Engine:
         room = room_for(request, len(ids), context)
         sampling = request.sampling
         most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
+        syntax = answer_plan.syntax_of(request, place.tokenizer, text)
+        hidden = answer_plan.hidden_tokens(place.tokenizer, syntax)
         rows = [
             TokenSequence(
                 i,
-                Sampler(sampling, request.seed + i, ids, constraint.of(sampling.json_schema, place.tokenizer, place.stop_ids)),
-                Detokenizer(place.tokenizer, ids, sampling.stop),
+                Sampler(sampling, request.seed + i, ids, constraint.of_request(request, syntax, place.tokenizer, place.stop_ids)),
+                Detokenizer(place.tokenizer, ids, sampling.stop, hidden),
             )
             for i in range(sampling.n)
         ]
         running = Request(request, place, lead + ids, most, queue.SimpleQueue(), rows, began)
-        return running, AnswerStarted(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=place.lane.context)
+        context = place.lane.context
+        return running, AnswerStarted(rendered_prompt=text, prompt_tokens=len(ids), max_tokens=most, context=context, syntax=syntax)
 
     def _entries(self, running: Request, poll_seconds: float) -> Iterator[list[Entry]]:
         while True:

@@ -10,6 +10,7 @@ from app.inference.protocol import GenerateRequest, RenderedPrompt
 from app.settings import get_settings
 from worker.data import chat_template
 from worker.data.template_pool import SECONDS, TooLong
+from worker.inference import answer_plan
 from worker.inference.model_pool import ModelPool
 
 
@@ -26,15 +27,22 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
         ids = list(request.tokens)
         text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
-        asked = request.messages if request.messages is not None else request.prompt or ""
         most = context * longest_token(tokenizer)
         try:
-            text, ids = chat_template.render_prompt(tokenizer, kind, asked, request.tools, most, SECONDS)
+            text, ids = _write(request, tokenizer, kind, most)
         except TooLong as error:
             raise _too_long(request, f"{error.characters:,} characters, more than {context:,} tokens can hold", context) from None
     if not ids:
         raise BadRequest("The prompt is empty.", hint="Write at least one character.", param="prompt")
     return text, ids
+
+
+def _write(request: GenerateRequest, tokenizer: Any, kind: str, most: int) -> tuple[str, list[int]]:
+    if request.messages is None:
+        return chat_template.render_prompt(tokenizer, kind, request.prompt or "", None, most, SECONDS)
+    answer_plan.check_tools(request, tokenizer)
+    messages, options = answer_plan.messages_of(request, tokenizer), answer_plan.options_of(request, tokenizer)
+    return chat_template.render_prompt(tokenizer, kind, messages, request.tools, most, SECONDS, options)
 
 
 def rendered(request: GenerateRequest, shelf: ModelPool) -> RenderedPrompt:
@@ -44,7 +52,11 @@ def rendered(request: GenerateRequest, shelf: ModelPool) -> RenderedPrompt:
     context = min(ref.shape.positions, get_settings().generate_context)
     text, ids = render(request, tokenizer, context)
     room = room_for(request, len(ids), context)
-    return RenderedPrompt(text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context)
+    syntax = answer_plan.syntax_of(request, tokenizer, text)
+    return RenderedPrompt(
+        text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context,
+        syntax=syntax, special=bool(answer_plan.special_markers(tokenizer, syntax)),
+    )  # fmt: skip
 
 
 def room_for(request: GenerateRequest, size: int, context: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from app.inference.protocol import Logprob, Sampling
+from app.kit.overlap import overlap
 from worker.inference.constraint import Constraint
 from worker.runtime.transfer import sent
 
@@ -199,10 +200,10 @@ def say(tokenizer: Any, token: int, value: float) -> Logprob:
 
 class Detokenizer:
     """Decodes tokens to text incrementally. Emitted text is never revised: a piece is held back while it may be an incomplete
-    character or the beginning of a stop string."""
+    character or the beginning of a stop string. Special tokens are left out; with `hidden` those alone are."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int], stops: tuple[str, ...]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Any, prompt: list[int], stops: tuple[str, ...], hidden: frozenset[int] | None = None) -> None:
+        self.tokenizer, self.stops, self.hidden = tokenizer, stops, hidden
         # A few prompt tokens come first, because some tokenizers drop the space of a first token.
         self.ids = list(prompt[-6:])
         self.start, self.read = 0, len(self.ids)
@@ -230,7 +231,9 @@ class Detokenizer:
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.hidden is not None:
+            ids = [i for i in ids if i not in self.hidden]
+        return self.tokenizer.decode(ids, skip_special_tokens=self.hidden is None, clean_up_tokenization_spaces=False)
 
     def _release(self, *, final: bool) -> str:
         found = [at for at in (self.held.find(s) for s in self.stops) if at >= 0]
@@ -239,16 +242,8 @@ class Detokenizer:
             shown, self.held = self.held[: min(found)], ""
             self.shown += len(shown)
             return shown
-        keep = 0 if final else max((_overlap(self.held, s) for s in self.stops), default=0)
+        keep = 0 if final else max((overlap(self.held, s) for s in self.stops), default=0)
         cut = len(self.held) - keep
         shown, self.held = self.held[:cut], self.held[cut:]
         self.shown += len(shown)
         return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-size:]):
-            return size
-    return 0

@@ -93,7 +93,11 @@ class Request:
     @property
     def is_greedy(self) -> bool:
         s = self.request.sampling
-        free = s.repetition_penalty == 1 and not (s.frequency_penalty or s.presence_penalty or s.logit_bias) and s.json_schema is None
+        free = (
+            s.repetition_penalty == 1
+            and not (s.frequency_penalty or s.presence_penalty or s.logit_bias)
+            and self.keeper.chooser.constraint is None
+        )
         return free and s.temperature == 0
 
     @property

@@ -1,0 +1,133 @@
+"""Answers are divided the same way however they are cut, and no text is lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.answer_syntax import FAMILIES, NAME, THOUGHT, Syntax, ToolCall
+from app.answer_syntax._splitter import Said, Splitter, Thought
+
+CALL = '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'
+WEIGH = ToolCall("weigh", '{"of": "maple"}')
+HERMES, LLAMA, MISTRAL = (Syntax(thought=THOUGHT, calls=name) for name in ("hermes", "llama3", "mistral"))
+FRAGMENTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", CALL, '{"name": "f", "parameters": {}}', "[ARGS]", "{}", "\n", " ", "<", "a", "é"]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=12).map("".join)
+SYNTAXES = st.builds(
+    Syntax, thought=st.sampled_from([THOUGHT, None]), calls=st.sampled_from([None, *FAMILIES]), parallel=st.booleans(),
+)  # fmt: skip
+
+
+def divided(syntax: Syntax, text: str, cuts: list[int] | None = None) -> list[Thought | Said | ToolCall]:
+    """The parts of a text that comes in pieces, neighboring ones of a kind joined; character by character without `cuts`."""
+    splitter, found = Splitter(syntax), []
+    edges = [0, *(sorted(set(cuts)) if cuts is not None else range(1, len(text))), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
+    for part in [part for piece in pieces for part in splitter.push(piece)] + splitter.end():
+        if found and type(found[-1]) is type(part) is not ToolCall:
+            part = type(part)(found.pop().text + part.text)
+        found.append(part)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text", "parts"),
+    [
+        (HERMES, "Spruce, of course.\n", [Said("Spruce, of course.\n")]),
+        (HERMES, CALL, [WEIGH]),
+        (HERMES, f"Let me see.\n{CALL}\n{CALL}\n", [Said("Let me see."), WEIGH, WEIGH]),
+        (HERMES, f"<think>\nIt is\nmaple. \n</think>\n\nSure.\n{CALL}", [Thought("It is\nmaple."), Said("Sure."), WEIGH]),
+        (HERMES, "<think>\n\n</think>\n\nYes.", [Said("Yes.")]),
+        (HERMES, "A <think> in the middle </think> is text.", [Said("A <think> in the middle </think> is text.")]),
+        (HERMES, "<think>It never ends", [Thought("It never ends")]),
+        (HERMES, f"{CALL} and more", [WEIGH, Said("and more")]),
+        (HERMES, CALL.removesuffix("\n</tool_call>"), [WEIGH]),
+        (HERMES, "x <tool_call>\nno JSON\n</tool_call>\ny", [Said("x <tool_call>\nno JSON\n</tool_call>\ny")]),
+        (HERMES, '<tool_call>{"name": "weigh", "argum', [Said('<tool_call>{"name": "weigh", "argum')]),
+        (HERMES, '<tool_call>{"arguments": {}}</tool_call>', [Said('<tool_call>{"arguments": {}}</tool_call>')]),
+        (HERMES.model_copy(update={"parallel": False}), f"{CALL}\n{CALL}", [WEIGH]),
+        (HERMES.model_copy(update={"calls": None}), f"a {CALL}", [Said(f"a {CALL}")]),
+        (Syntax(thought=THOUGHT, in_thought=True), "\nIt is.\n</think>\n\nMaple.", [Thought("It is."), Said("Maple.")]),
+        (Syntax(thought=("<a>", "</a>"), calls="described", call_markers=("<c>", "</c>")), '<a>x</a><c>{"name": "f", "arguments": {}}</c>', [Thought("x"), ToolCall("f", "{}")]),
+        (LLAMA, '{"name": "weigh", "parameters": {"of": "maple"}}', [WEIGH]),
+        (LLAMA, '<|python_tag|>{"name": "weigh", "parameters": {"of": "maple"}}; {"name": "weigh", "parameters": {"of": "maple"}}', [WEIGH, WEIGH]),
+        (LLAMA, '{"wood": "maple"}', [Said('{"wood": "maple"}')]),
+        (LLAMA, 'It is {"name": "weigh", "parameters": {}}', [Said('It is {"name": "weigh", "parameters": {}}')]),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "weigh", "arguments": {"of": "maple"}}, {"name": "f", "arguments": {}}]', [WEIGH, ToolCall("f", "{}")]),
+        (MISTRAL, 'Well. [TOOL_CALLS]weigh[ARGS]{"of": "maple"}[TOOL_CALLS]f{"a": 1}', [Said("Well."), WEIGH, ToolCall("f", '{"a": 1}')]),
+        (MISTRAL, "[TOOL_CALLS] maple", [Said("[TOOL_CALLS] maple")]),
+    ],
+)  # fmt: skip
+def test_what_a_model_writes_is_divided(syntax, text, parts):
+    assert divided(syntax, text) == divided(syntax, text, []) == parts
+
+
+@given(SYNTAXES, TEXTS, st.lists(st.integers(0, 80), max_size=8))
+def test_it_is_the_same_however_the_text_is_cut(syntax, text, cuts):
+    assert divided(syntax, text, [cut for cut in cuts if cut < len(text)]) == divided(syntax, text)
+
+
+@given(SYNTAXES, TEXTS)
+def test_no_text_is_lost(syntax, text):
+    """All that is not white space is in a part, but the markers of what was understood."""
+    parts = divided(syntax, text)
+    told = "".join(part.text for part in parts if not isinstance(part, ToolCall))
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    if not calls and not any(isinstance(part, Thought) for part in parts) and THOUGHT[0] not in text:
+        assert told == text
+    assert all(word in text for word in told.split()) and (calls or len(told.split()) <= len(text.split()) + text.count("<"))
+    assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
+
+
+@given(
+    st.sampled_from([(name, how) for name, how in FAMILIES.items() if not how.elements]),
+    st.lists(st.tuples(st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True), st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9), max_size=3)), min_size=1, max_size=3),
+    st.sampled_from(["", "[ARGS]"]),
+)  # fmt: skip
+def test_calls_are_read_as_they_are_written(family, calls, template):
+    """The form of constrained decoding and the reader are the same for each family."""
+    name, how = family
+    form = how.form(template)
+    if form.between is None:
+        calls = calls[:1]
+    text = (form.between or "").join(form.before.replace(NAME, n) + json.dumps(a) + form.after for n, a in calls)
+    parts = divided(Syntax(calls=name), form.first + text + form.last)
+    assert [(part.name, json.loads(part.arguments)) for part in parts] == calls
+
+
+XML = Syntax(calls="qwen_xml")
+CUT = {
+    "type": "object",
+    "properties": {"of": {"type": "string"}, "mm": {"type": "number"}, "tags": {"anyOf": [{"type": "array"}, {"type": "null"}]}, "any": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("inside", "arguments"),
+    [
+        ("<parameter=of>\n3\n</parameter>\n<parameter=mm>\n3\n</parameter>", {"of": "3", "mm": 3}),
+        ('<parameter=of>\ntwo\nlines <b>\n\n</parameter><parameter=tags>["a"]</parameter>', {"of": "two\nlines <b>\n", "tags": ["a"]}),
+        ("<parameter=tags>\nnull\n</parameter>\n<parameter=mm>\nthin\n</parameter>", {"tags": None, "mm": "thin"}),
+        ("<parameter=any>\n3\n</parameter>\n<parameter=unknown>\n3\n</parameter>", {"any": "3", "unknown": "3"}),
+        ("", {}),
+        ("<parameter=of>\nnever closed", None),
+        ("words <parameter=of>\n3\n</parameter>", None),
+    ],
+)
+def test_arguments_that_are_elements_have_the_types_of_their_schema(inside, arguments):
+    text = f"<tool_call>\n<function=cut>\n{inside}\n</function>\n</tool_call>"
+    splitter = Splitter(XML, [{"type": "function", "function": {"name": "cut", "parameters": CUT}}])
+    (part,) = splitter.push(text) + splitter.end()
+    assert part == (Said(text) if arguments is None else ToolCall("cut", json.dumps(arguments)))
+
+
+def test_a_long_call_is_looked_at_once():
+    splitter = Splitter(HERMES)
+    splitter.push('<tool_call>{"name": "f", "arguments": {"x": "')
+    for _ in range(200_000):
+        splitter.push("a")
+    assert splitter.looked > 190_000 and [part.name for part in splitter.push('"}}</tool_call>')] == ["f"]

@@ -1,0 +1,150 @@
+"""What a model's chat template knows of tools and thinking, and what a request makes of it: how its answer is written and divided.
+
+A template is asked and not read: a short conversation is rendered with tools and without, with thinking on and off, and where the
+texts are the same it does not know them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from app.answer_syntax import FAMILIES, Family, Syntax, family_of, thought_markers
+from app.errors import BadData, BadRequest
+from app.inference.protocol import GenerateRequest
+from worker.data import template_pool
+from worker.data.chat_template import template_of
+from worker.data.template_pool import SECONDS, TemplateInput
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables with which chat templates switch thinking on and off."""
+LEVEL = "reasoning_effort"
+_ASKED = [{"role": "user", "content": "a"}]
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},
+}
+
+
+class Abilities(NamedTuple):
+    """What a chat template knows: tools, the variable that switches thinking, and levels of effort."""
+
+    tools: bool
+    switch: str | None
+    levels: bool
+
+
+def abilities(tokenizer: Any) -> Abilities:
+    """Found out once for each tokenizer and template. Raises Unavailable where no process is free to render."""
+    template = template_of(tokenizer)
+    known, found = _known.get(tokenizer, ("", None))
+    if found is None or known != template:
+        found = _find_out(tokenizer, template)
+        _known[tokenizer] = (template, found)
+    return found
+
+
+_known: WeakKeyDictionary[Any, tuple[str, Abilities | None]] = WeakKeyDictionary()
+
+
+def _find_out(tokenizer: Any, template: str) -> Abilities:
+    def text(tools: list[Any] | None = None, **options: bool | str) -> str | None:
+        try:
+            return template_pool.write(
+                tokenizer, template, TemplateInput(_ASKED, tools, generate=True, options=options), seconds=SECONDS
+            ).text
+        except BadData:
+            return None
+
+    plain = text()
+    with_tools = text([_TOOL]) if "tools" in template else plain
+    switch = next((name for name in SWITCHES if name in template and text(**{name: True}) != text(**{name: False})), None)
+    levels = LEVEL in template and text(**{LEVEL: "low"}) != text(**{LEVEL: "high"})
+    return Abilities(tools=with_tools not in (None, plain), switch=switch, levels=levels)
+
+
+def family(tokenizer: Any) -> Family | None:
+    """The family of the tool calls that a model writes."""
+    return family_of(template_of(tokenizer), getattr(tokenizer, "response_template", None))
+
+
+def thought(tokenizer: Any) -> tuple[str, str] | None:
+    """The markers around a model's reasoning."""
+    return thought_markers(template_of(tokenizer), getattr(tokenizer, "response_template", None))
+
+
+def options_of(request: GenerateRequest, tokenizer: Any) -> dict[str, bool | str]:
+    """The variables of the chat template that the request's effort sets. Raises BadRequest for an effort that it does not know."""
+    if request.effort is None or request.messages is None:
+        return {}
+    able = abilities(tokenizer)
+    if able.levels:
+        return {LEVEL: request.effort} | ({able.switch: request.effort != "none"} if able.switch else {})
+    if able.switch:
+        return {able.switch: request.effort != "none"}
+    if request.effort == "none" and thought(tokenizer) is None:
+        return {}
+    knows = "cannot be kept from thinking" if request.effort == "none" else "knows no reasoning_effort"
+    raise BadRequest(
+        f"{request.model.name} {knows}: its chat template has no {SWITCHES[0]} and no {LEVEL}.",
+        hint="Omit reasoning_effort, or choose a model whose chat template has one of them.",
+        param="reasoning_effort",
+        code="unsupported_parameter",
+    )
+
+
+def check_tools(request: GenerateRequest, tokenizer: Any) -> None:
+    """Raises BadRequest where the model cannot be told of the request's tools, or writes calls that cannot be read."""
+    if not request.tools or not request.split:
+        return
+    if not abilities(tokenizer).tools:
+        raise BadRequest(
+            f"The chat template of {request.model.name} knows no tools.",
+            hint="Omit tools, or choose a model whose chat template takes them, as those of Qwen, Llama 3.1 and Mistral do.",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    if family(tokenizer) is None:
+        raise BadRequest(
+            f"{request.model.name} writes tool calls in a form that the studio cannot read.",
+            hint="Send tool_choice none to get text, or choose a model of the families hermes, qwen, llama 3 and mistral.",
+            param="tools",
+            code="unsupported_parameter",
+        )
+
+
+def messages_of(request: GenerateRequest, tokenizer: Any) -> list[dict[str, Any]]:
+    """The request's messages as the chat templates of the model's family take them."""
+    messages = request.messages or []
+    used = any(message.get("tool_calls") or message.get("tool_call_id") for message in messages)
+    writes = family(tokenizer) if used else None
+    return writes.messages(messages) if writes else messages
+
+
+def syntax_of(request: GenerateRequest, tokenizer: Any, prompt: str) -> Syntax | None:
+    """How the answer to a rendered `prompt` is divided; None where it is not, and where there is nothing to divide."""
+    if not request.split or request.messages is None:
+        return None
+    calls, marks = family(tokenizer) if request.tools else None, thought(tokenizer)
+    if calls is None and marks is None:
+        return None
+    return Syntax(
+        thought=marks,
+        in_thought=marks is not None and prompt.rstrip().endswith(marks[0].rstrip()),
+        calls=calls.name if calls else None,
+        call_markers=(calls.opens, calls.closes) if calls and calls.name not in FAMILIES and calls.closes else None,
+        parallel=request.tool_use.parallel,
+    )
+
+
+def hidden_tokens(tokenizer: Any, syntax: Syntax | None) -> frozenset[int] | None:
+    """The special tokens that are no part of an answer's text, where some of its markers are special; None where none is."""
+    shown = special_markers(tokenizer, syntax)
+    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(special - shown) if shown else None
+
+
+def special_markers(tokenizer: Any, syntax: Syntax | None) -> set[int]:
+    """Ids of the markers of a syntax that are special tokens."""
+    names = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {names[marker] for marker in (syntax.markers if syntax else ()) if marker in names}
