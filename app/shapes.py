@@ -196,6 +196,16 @@ class Shape(BaseModel):
                     inside = "self_attn" if linear.name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
                     yield f"model.layers.{block}.{inside}.{linear.name}", linear
 
+    def with_vocabulary(self, size: int, more: int) -> Shape:
+        """The shape of the model with a vocabulary of `size` tokens, whose tables have `more` parameters than before."""
+        wider = self.model_copy(update={"vocabulary": size})
+        if self.structure is None:
+            return wider
+        head = 0 if self.tied else more // 2
+        found = self.structure
+        more_of = {"embedding": found.embedding + more - head, "head": found.head + head, "parameters": found.parameters + more}
+        return wider.model_copy(update={"structure": found.model_copy(update=more_of)})
+
     def each_linear(self) -> Iterator[Linear]:
         if self.structure:
             yield from (linear for kind in self.structure.layers() for linear in kind.linears)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.models.starters import STARTERS
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._files import NEW_TOKENS
 
 if TYPE_CHECKING:  # a trainer imports this too, which has no use for a database
     from app.tables import Job, Model
@@ -137,10 +138,23 @@ MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel"}
 
 
 class AppliedAdapter(NamedTuple):
-    """A strategy's result that is attached to the model below it, and its name."""
+    """A strategy's result that is attached to the model below it, and its name; `new_tokens` says that it has rows of new tokens."""
 
     name: str
     strategy: Strategy
+    new_tokens: bool = False
+
+
+_NEW_TOKENS = (
+    f'rows = load_file(f"{{folder}}/{NEW_TOKENS}")  # of the new tokens, in the embedding and in the head',
+    'size = max(model.config.get_text_config().vocab_size, int(rows["ids"].max()) + 1)',
+    "model.resize_token_embeddings(size, mean_resizing=False)",
+    'model.get_input_embeddings().weight.data[rows["ids"]] = rows["embedding"].to(model.dtype)',
+    'model.get_output_embeddings().weight.data[rows["ids"]] = rows.get("head", rows["embedding"]).to(model.dtype)',
+    'if "bias" in rows:',
+    '    model.get_output_embeddings().bias.data[rows["ids"]] = rows["bias"].to(model.dtype)',
+)
+"""Gives a loaded model the rows that an adapter's folder has."""
 
 
 class Provenance(NamedTuple):
@@ -161,7 +175,7 @@ def load_code(kind: str, made_of: Provenance) -> str:
     maker = "AutoModelForCausalLM" if len(made_of.laid) > 1 else MAKERS.get(kind, "AutoModelForCausalLM")
     imports = [f"from transformers import {maker}, AutoTokenizer"]
     lines = [f"model = {maker}.from_pretrained({json.dumps(made_of.base) if made_of.base else 'folder'})"]
-    for place, (name, strategy) in enumerate(made_of.laid, start=1):
+    for place, (name, strategy, added) in enumerate(made_of.laid, start=1):
         last = place == len(made_of.laid)
         loading = strategy.loading(task=task if last else "generation")
         if last and classifies and place > 1:
@@ -170,7 +184,8 @@ def load_code(kind: str, made_of: Provenance) -> str:
             lines.append(f"folder = {json.dumps(name)}  # where the download of this model was unpacked")
         elif place > 1:
             lines.append(HERE)
-        imports += loading.imports
+        imports += (*loading.imports, *(("from safetensors.torch import load_file",) if added else ()))
+        lines += _NEW_TOKENS if added else ()
         lines += [line for line in (loading.lines, "" if last else loading.folds) if line]
     if len(made_of.laid) < 2:
         lines.insert(0, HERE)
@@ -270,6 +285,7 @@ def _settings(job: Job) -> str:
         "learning_rate", "schedule", "optimizer", "epochs", "max_tokens_per_step", "max_length", "rehearsal_fraction", "seed", "precision",
     )  # fmt: skip
     shown |= {name: run[name] for name in named if run.get(name) is not None}
+    shown |= {"new_tokens": len(run["new_tokens"])} if run.get("new_tokens") else {}
     return f"Settings: `{strategy['name']}`, " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
 
 

@@ -15,7 +15,7 @@ from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES
 from app.planning import rehearsal
-from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
+from app.planning.memory import MemoryParts, features_memory, memory_of, new_token_parameters, precision_of, recomputed_layers
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec
@@ -89,7 +89,8 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
-    per_second = speed_of(spec, machine) / operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers)
+    work = operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers, everywhere=bool(run.new_tokens))
+    per_second = speed_of(spec, machine) / work
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
 
@@ -107,7 +108,8 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
         seconds=seconds,
         low_seconds=seconds / spread,
         high_seconds=seconds * spread,
-        trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels),
+        trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels)
+        + new_token_parameters(spec.model.shape, spec.run),
         fits=total <= 0.95 * machine.training_memory_bytes,
         steps=course.steps,
         tokens=course.tokens,
@@ -189,14 +191,16 @@ def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def operations_per_token(shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0) -> float:
+def operations_per_token(
+    shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0, *, everywhere: bool = False
+) -> float:
     """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
-    as gradients reach, and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
+    as gradients reach (`everywhere` where rows of the embedding learn), and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
     counts only for tokens with a loss."""
     blocks = shape.block_products()
     head = shape.vocabulary * shape.hidden * trained_share
     learns = min(strategy.trainable(shape), blocks + head)
-    passed = blocks * strategy.reaches(shape) / shape.layers
+    passed = blocks if everywhere else blocks * strategy.reaches(shape) / shape.layers
     return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
 
 
@@ -238,7 +242,8 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
     padded = 1.0 if spec.run.packing else max(1.0, course.longest * course.rows / max(course.train, 1))
-    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.trained_share, recompute) / speed
+    work = operations_per_token(shape, spec.strategy, course.trained_share, recompute, everywhere=bool(spec.run.new_tokens))
+    return padded * course.tokens * work / speed
 
 
 def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:

@@ -34,7 +34,7 @@ MIN_FP8_CAPABILITY = 8.9
 # Refused --------------------------------------------------------------------------------------------------------------
 
 GRADIENT_ONLY = (
-    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha", "rehearsal_fraction",
+    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha", "rehearsal_fraction", "new_tokens",
     "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best", "graded_rows",
 )  # fmt: skip
 """Settings without effect where frozen features are computed once and a classifier is fitted to them."""
@@ -170,6 +170,27 @@ def refuse_rehearsal(run: RunSettings, task: str) -> None:
         reason, hint = "General rows fill up packs, and packing is off.", "Leave packing out, or rehearsal_fraction."
     if reason:
         raise BadField(reason, hint=hint, param="run.rehearsal_fraction", code="setting_without_use")
+
+
+def refuse_new_tokens(strategy: Strategy, run: RunSettings, task: str) -> None:
+    """Raises BadField for new tokens where a job does not train on writing text, and where a strategy saves whole tables beside them."""
+    if run.new_tokens is None:
+        return
+    if not OBJECTIVES[task].adds_tokens:
+        taking = " and ".join(name for name, entry in OBJECTIVES.items() if entry.adds_tokens)
+        raise BadField(
+            f"New tokens are learned where a model trains on writing text: in a job for {taking}, not for {task}.",
+            hint=f"Leave new_tokens out, or add them in a job for {taking} and fine-tune its result.",
+            param="run.new_tokens",
+            code="setting_without_use",
+        )
+    if getattr(strategy, "modules_to_save", None):
+        raise BadField(
+            "The rows of new tokens learn by themselves; modules_to_save trains and saves every other row too.",
+            hint="Leave modules_to_save out, or new_tokens.",
+            param="strategy.modules_to_save",
+            code="setting_without_use",
+        )
 
 
 def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None) -> None:

@@ -112,6 +112,16 @@ def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
+def new_token_parameters(shape: Shape, run: RunSettings) -> int:
+    """Rows of new tokens, in the embedding and in a head of its own."""
+    return len(run.new_tokens or ()) * shape.hidden * (1 if shape.tied else 2)
+
+
+def reached_layers(shape: Shape, strategy: Strategy, run: RunSettings) -> int:
+    """Layers that gradients pass through: all of them where rows of the embedding learn."""
+    return shape.layers if run.new_tokens else strategy.reaches(shape)
+
+
 def layer_bytes(
     shape: Shape,
     strategy: Strategy,
@@ -205,6 +215,8 @@ def memory_of(
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
         others = strategy.trainable(shape) - sum(x.inputs * x.outputs for x in shape.each_linear())
         all_of = all_of._replace(optimizer=all_of.optimizer + (4 * max(0, others) if not strategy.adapter else 0))
+    new = new_token_parameters(shape, run)
+    all_of = Memory(all_of.weights + 4 * new, all_of.gradients + 4 * new, all_of.optimizer + OPTIMIZERS[run.optimizer].bytes * new)
     loaded = all_of.weights
     if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
         saved = sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.each_linear())
@@ -215,7 +227,7 @@ def memory_of(
     tokens, compute = pack_tokens(run, longest, machine.processes, strategy.virtual_tokens()), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
     per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed)
-    reached = strategy.reaches(shape)
+    reached = reached_layers(shape, strategy, run)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
@@ -244,6 +256,8 @@ def memory_of(
         other += parts * min(PART_OF_WHOLE_BYTES if half else PART_BYTES, weights // 4)
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
+    if new and not machine.cuda:  # a longer table is made beside the one that was loaded
+        loads += shape.vocabulary * shape.hidden * frozen_bytes
     if parts > 1:  # the model before fine-tuning is loaded on top of what the parts' arenas keep
         loads += parts * min(PART_LEFT_BYTES, weights // 8)
     if run.frozen_weights == "fp8":  # loaded in the stored dtype, and quantized one by one

@@ -19,7 +19,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
     kind = request.model.kind
     if request.tokens is not None:
         room_for(request, len(request.tokens), context)
-        size = request.model.shape.vocabulary
+        size = max(request.model.shape.vocabulary, len(tokenizer))  # an adapter may have tokens that its base has not
         wrong = next((t for t in request.tokens if not 0 <= t < size), None)
         if wrong is not None:
             raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", hint="Send text instead.", param="prompt")

@@ -20,8 +20,8 @@ from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from app.strategies._model import structure_of
+from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
-from worker.modeling import padded
 from worker.runtime import devices
 
 devices.set_up()
@@ -125,9 +125,10 @@ def load_strategy(folder: Path) -> Strategy:
 
 
 def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
-    """Attach one adapter to a model, scaled by the adapter's blend."""
+    """Attach one adapter to a model, scaled by the adapter's blend; new tokens have the rows that they learned."""
     folder = folder_of(adapter.path)
     try:
+        new_tokens.load(model, folder)
         strategy = load_strategy(folder)
         return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
     except (OSError, ValueError, KeyError) as error:
