@@ -38,6 +38,18 @@ class Block(BaseModel):
     expert_share: float = 1.0
 
 
+class MeasuredStep(BaseModel):
+    """What a step was measured to keep and take when the model was added (`worker/evaluation/step_cost.py`), in float32 on a CPU with so many
+    `threads`, with all weights frozen: bytes of all layers per token, and per pair of a text's tokens, and operations per second."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes_per_token: float
+    bytes_per_pair: float
+    operations_per_second: float
+    threads: int
+
+
 class Structure(BaseModel):
     """The stack of a model as found in it. Names count from the model with its head, as `model.layers`."""
 
@@ -53,6 +65,7 @@ class Structure(BaseModel):
     parameters: int  # all, each once
     packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
+    step: MeasuredStep | None = Field(None, exclude_if=lambda step: step is None)
 
     def layers(self) -> Iterator[Block]:
         for kind in self.order:
@@ -180,6 +193,15 @@ class Shape(BaseModel):
     def layer_outputs(self) -> int:
         """Output values per token of the linear layers of one block."""
         return sum(x.outputs for x in self.linears())
+
+    @property
+    def pads(self) -> bool:
+        """Whether packs are read as padded batches."""
+        return self.structure is not None and not self.structure.packs
+
+    @property
+    def step(self) -> MeasuredStep | None:
+        return self.structure.step if self.structure else None
 
     def modules(self) -> Iterator[tuple[str, Linear]]:
         """Every linear layer of the blocks under its full name in the model."""

@@ -5,7 +5,8 @@
 For every architecture of the installed transformers that makes a language model or an encoder, a random model of some 100,000
 parameters is put into the import folder of a whole studio, added through the API and, where it is taken, tuned with LoRA for some
 steps: on conversations, or as a classifier. The table holds its
-tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused.
+tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused. What FILE holds already is
+not tried again.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    names, found = given.only.split(",") if given.only else kinds(), []
+    found = json.loads(given.json.read_text()) if given.json and given.json.is_file() else []
+    names = [name for name in (given.only.split(",") if given.only else kinds()) if name not in {one["kind"] for one in found}]
     with tempfile.TemporaryDirectory() as home:
         start = Path(home) / "start"
         write_small("llama", start)

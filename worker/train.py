@@ -150,6 +150,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         **lesson.facts(),
         **backend.prepare(lesson, model, optimizer, parts, found),
     }
+    if spec.model.shape.pads:  # its rows are grouped by their length
+        facts["padded"] = True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order

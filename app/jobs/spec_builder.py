@@ -97,7 +97,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_rehearsal(run, task)
     feasibility.refuse_template(run, task, model.kind, dataset.format)
-    feasibility.refuse_new_tokens(strategy, run, task)
+    feasibility.refuse_new_tokens(strategy, run, task, model.shape)
     if run.new_tokens:
         refuse_known_tokens(run.new_tokens, model)
     feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())

@@ -172,8 +172,9 @@ def refuse_rehearsal(run: RunSettings, task: str) -> None:
         raise BadField(reason, hint=hint, param="run.rehearsal_fraction", code="setting_without_use")
 
 
-def refuse_new_tokens(strategy: Strategy, run: RunSettings, task: str) -> None:
-    """Raises BadField for new tokens where a job does not train on writing text, and where a strategy saves whole tables beside them."""
+def refuse_new_tokens(strategy: Strategy, run: RunSettings, task: str, shape: Shape) -> None:
+    """Raises BadField for new tokens where a job does not train on writing text, where a strategy saves whole tables beside them, and where a
+    model failed with them when it was added."""
     if run.new_tokens is None:
         return
     if not OBJECTIVES[task].adds_tokens:
@@ -183,6 +184,13 @@ def refuse_new_tokens(strategy: Strategy, run: RunSettings, task: str) -> None:
             hint=f"Leave new_tokens out, or add them in a job for {taking} and fine-tune its result.",
             param="run.new_tokens",
             code="setting_without_use",
+        )
+    if reason := dict(shape.structure.refused if shape.structure else ()).get("new_tokens"):
+        raise BadField(
+            f"When the model was added, new tokens failed: {reason}.",
+            hint="Leave new_tokens out, or choose another model.",
+            param="run.new_tokens",
+            code="no_new_tokens",
         )
     if getattr(strategy, "modules_to_save", None):
         raise BadField(

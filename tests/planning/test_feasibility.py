@@ -23,7 +23,7 @@ from app.kit.humanize import human_bytes
 from app.machines import heartbeats
 from app.planning import feasibility
 from app.run_settings import RunSettings
-from app.shapes import Shape
+from app.shapes import Shape, Structure
 from app.storage import files
 from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
@@ -225,6 +225,13 @@ def test_new_tokens_that_cannot_be_added(session, user, tiny_registered, read):
     for tokens, said in ((["the"], "has a token for “the” already"), (["a<|im_end|>"], "form of a special token")):
         error = refused(session, user, order_of(chats, strategy=lora, run={"new_tokens": tokens}))
         assert said in error.message + (error.hint or "")
+    shape = Shape.model_validate(tiny_registered.shape)
+    structure = Structure(kinds=(), order=(), stack="h", embedding=1, parameters=1, refused=(("new_tokens", "it has a second table"),))
+    with pytest.raises(BadField, match="new tokens failed: it has a second table") as caught:
+        feasibility.refuse_new_tokens(
+            Lora(), RunSettings(new_tokens=("a b",)), "generation", shape.model_copy(update={"structure": structure})
+        )
+    assert caught.value.param == "run.new_tokens"
     tables = {"name": "lora", "modules_to_save": "embed_tokens"}
     error = refused(session, user, order_of(chats, strategy=tables, run={"new_tokens": ["fingerboard"]}))
     assert error.param == "strategy.modules_to_save"

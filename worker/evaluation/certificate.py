@@ -33,12 +33,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
-from app.shapes import Shape, shape_of
+from app.planning.memory import layer_bytes
+from app.shapes import MeasuredStep, Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
+from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer
+from worker.evaluation import step_cost
 from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
+from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
-from worker.modeling import padded
 from worker.modeling.classifier import pool, without_pooler
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 
@@ -46,6 +49,8 @@ LENGTHS = (7, 19, 12)
 BOUND, LOSS_BOUND, STRATEGY_BOUND = 1e-3, 1e-4, 1e-3
 MAX_STRATEGY_PARAMETERS = 400_000_000
 """Of a larger model only `FIRST` is tried: each strategy needs another copy of the weights."""
+HEAD_ONLY = PromptTuning()
+"""A strategy whose layers keep nothing of their own."""
 FIRST = "lora"
 _SEED = 20
 
@@ -101,11 +106,28 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
             checks.append(_cached(model, texts[1], alone[1], scale, shape))
     if packs:
         model.set_attn_implementation(packed.NAME)
-    return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
+    if shape.structure is None:
+        return _certificate(shape, checks, packs, {})
+    cost = step_cost.measure(model, shape, lambda reader, text: _states(reader, [text]))
+    checks.append(CertificateCheck("step", True, None, None, _told(cost, shape)))
+    if not _is_encoder(model):
+        checks.append(_learned_rows(model, texts))
+    return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)), cost)
 
 
-def _certificate(shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _told(cost: MeasuredStep, shape: Shape) -> str:
+    by_formula, _ = layer_bytes(shape, HEAD_ONLY, half=False, cuda=False)
+    return (
+        f"a step keeps {cost.bytes_per_token / shape.layers / 1e3:.3g} kB per token and layer in float32, where the formula says "
+        f"{by_formula / 1e3:.3g}, and {cost.bytes_per_pair / shape.layers:.3g} bytes per pair of tokens"
+    )
+
+
+def _certificate(
+    shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]], cost: MeasuredStep | None = None
+) -> dict[str, Any]:
     return {
+        **({"step": cost.model_dump()} if cost else {}),
         "tier": "A" if shape.structure is None else "B" if packs else "C",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "checks": [check._asdict() for check in checks],
@@ -199,6 +221,11 @@ def _read(model: Any, **arguments: Any) -> torch.Tensor:
     return model(**arguments, use_cache=False).logits[0]
 
 
+def _states(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    """The states (T, H) of a pack, as the trainer reads it."""
+    return _read(model, **_pack(model, texts)) if _is_encoder(model) else _hidden(model, texts)
+
+
 def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     return model.get_decoder()(**_pack(model, texts), use_cache=False).last_hidden_state[0]
 
@@ -207,7 +234,7 @@ def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     """Mean loss of the next token over a pack, by the trainer's own head; of an encoder, the loss of telling the texts apart by the mean
     of their states."""
     if _is_encoder(model):
-        vectors = pool(_read(model, **_pack(model, texts)), [len(text) for text in texts], "mean")
+        vectors = pool(_states(model, texts), [len(text) for text in texts], "mean")
         head = torch.randn(vectors.shape[1], len(texts), generator=torch.Generator().manual_seed(_SEED))
         return F.cross_entropy(vectors @ head, torch.arange(len(texts)))
     whole = torch.cat(texts)
@@ -225,6 +252,33 @@ def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> C
             return abs(float(_mean_loss(model, texts)) - float(sum(own)) / count)
 
     return _check("loss", LOSS_BOUND, "the loss is that of the model's own logits", measure)
+
+
+def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
+    """The rows of new tokens beside frozen tables have the loss and the gradient that they have in tables that learn."""
+
+    def measure() -> float:
+        copied = copy.deepcopy(model).requires_grad_(False)
+        added = new_tokens.AddedTokens(copied.get_input_embeddings().num_embeddings, [[4, 5], [6, 7, 8]])
+        new_tokens.widen(copied, added)
+        given = [torch.cat([text[:3], added.ids, text[3:], added.ids]) for text in texts]
+        tables = {id(layer.weight): layer.weight for layer in (copied.get_input_embeddings(), copied.get_output_embeddings())}
+        for table in tables.values():
+            table.requires_grad_(True)
+        whole = _mean_loss(copied, given)
+        whole.backward()
+        wanted = [table.grad[added.ids] for table in tables.values()]
+        for table in tables.values():
+            table.requires_grad_(False)
+            table.grad = None
+        learned = new_tokens.learn(copied)
+        loss = _mean_loss(copied, given)
+        loss.backward()
+        found = {id(one.rows): one.rows.grad for one in learned}.values()
+        apart = [_apart(ours, theirs, float(theirs.abs().max()) or 1.0) for ours, theirs in zip(found, wanted, strict=True)]
+        return max(abs(float(loss.detach() - whole.detach())), *apart)
+
+    return _check("new_tokens", BOUND, "rows of new tokens learn as they would in tables that learn", measure)
 
 
 def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:

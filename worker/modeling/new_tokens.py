@@ -109,7 +109,8 @@ def _tables(model: torch.nn.Module) -> tuple[torch.nn.Embedding, torch.nn.Linear
 
 def _refuse_other_tables(model: torch.nn.Module, embedding: torch.nn.Embedding) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and module is not embedding and module.num_embeddings >= embedding.num_embeddings:
+        further = isinstance(module, torch.nn.Embedding) and module is not embedding and "pos" not in name
+        if further and module.num_embeddings >= embedding.num_embeddings:
             raise BadData(
                 f"The model has a second table of its vocabulary ({name}), for which new tokens have no rows.", hint="Leave new_tokens out."
             )

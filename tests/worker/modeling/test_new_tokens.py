@@ -216,6 +216,16 @@ def test_the_result_is_served_beside_its_base_merged_and_fine_tuned_again(data_d
     assert tokenizer.convert_tokens_to_ids([*WORDS, "violin maker"]) == [512, 513, 514] and len(model.get_input_embeddings().weight) == 515
 
 
+def test_a_blend_of_a_whole_model_leaves_their_rows_whole(data_dir: Path, tiny_model: Path) -> None:
+    spec = spec_of(tiny_model, "full", validation_fraction=0)
+    said = run(spec, data_dir)
+    whole, base = load_model(tuned(spec, said)).get_input_embeddings().weight, load_model(spec.model).get_input_embeddings().weight
+    part = Adapter(strategy="full", path=said[-1].path, sha256=said[-1].revision, blend=0.5)
+    half = load_model(spec.model.model_copy(update={"adapters": (part,)})).get_input_embeddings().weight
+    assert torch.equal(half[512:], whole[512:])
+    torch.testing.assert_close(half[:512], (whole[:512] + base) / 2)
+
+
 @pytest.mark.long
 def test_llama_cpp_writes_what_the_model_does(data_dir: Path, tiny_model: Path, tmp_path: Path) -> None:
     spec = spec_of(tiny_model)
