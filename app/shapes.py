@@ -66,10 +66,18 @@ class Structure(BaseModel):
     packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
     step: MeasuredStep | None = Field(None, exclude_if=lambda step: step is None)
+    # An encoder–decoder: the list of its encoder's layers, which are the first so many of `order`; `stack` is the decoder's.
+    encoder_stack: str = Field("", exclude_if=lambda name: not name)
+    encoder_layers: int = Field(0, exclude_if=lambda count: not count)
 
     def layers(self) -> Iterator[Block]:
         for kind in self.order:
             yield self.kinds[kind]
+
+    def name_of(self, layer: int) -> str:
+        """The name of a layer in the model."""
+        own = layer - self.encoder_layers
+        return f"{self.stack}.{own}" if own >= 0 else f"{self.encoder_stack}.{layer}"
 
 
 class Shape(BaseModel):
@@ -195,6 +203,11 @@ class Shape(BaseModel):
         return sum(x.outputs for x in self.linears())
 
     @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder–decoder: the encoder reads a prompt, the decoder writes the answer."""
+        return self.structure is not None and bool(self.structure.encoder_stack)
+
+    @property
     def pads(self) -> bool:
         """Whether packs are read as padded batches."""
         return self.structure is not None and not self.structure.packs
@@ -207,7 +220,8 @@ class Shape(BaseModel):
         """Every linear layer of the blocks under its full name in the model."""
         if self.structure:
             for number, kind in enumerate(self.structure.layers()):
-                yield from ((f"{self.structure.stack}.{number}.{linear.name}", linear) for linear in kind.linears)
+                block = self.structure.name_of(number)
+                yield from ((f"{block}.{linear.name}", linear) for linear in kind.linears)
             return
         for block in range(self.layers):
             for linear in self.linears():
@@ -223,7 +237,7 @@ class Shape(BaseModel):
         wider = self.model_copy(update={"vocabulary": size})
         if self.structure is None:
             return wider
-        head = 0 if self.tied else more // 2
+        head = 0 if self.tied else more - (size - self.vocabulary) * self.hidden
         found = self.structure
         more_of = {"embedding": found.embedding + more - head, "head": found.head + head, "parameters": found.parameters + more}
         return wider.model_copy(update={"structure": found.model_copy(update=more_of)})

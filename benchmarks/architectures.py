@@ -52,8 +52,9 @@ def kinds() -> list[str]:
     """The architectures of the installed transformers that make a language model or an encoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as WITH_ENCODER
 
-    return sorted({*WRITERS, *MASKED})
+    return sorted({*WRITERS, *MASKED, *WITH_ENCODER})
 
 
 def small_config(kind: str) -> Any:
@@ -70,18 +71,20 @@ def small_config(kind: str) -> Any:
     for name, value in {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}.items():
         if isinstance(known.get(name), int):
             given[name] = value
-    return type(text)(**given)
+    small = type(text)(**given)
+    if small.is_encoder_decoder and getattr(small, "decoder_start_token_id", None) is None:
+        small.decoder_start_token_id = small.pad_token_id
+    return small
 
 
 def small_model(kind: str, dtype: Any = None) -> Any:
     """A random small model: with its output layer, or an encoder without one."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
     from worker.conversion.trial import is_encoder
+    from worker.modeling.auto import maker_for
 
     config = small_config(kind)
-    auto = AutoModel if is_encoder(config.to_dict()) and not config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_config(config, dtype=dtype)
+    encoder = is_encoder(config.to_dict()) and not config.is_encoder_decoder
+    return maker_for(config, encoder=encoder).from_config(config, dtype=dtype)
 
 
 def write_small(kind: str, folder: Path) -> int:

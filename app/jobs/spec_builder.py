@@ -94,6 +94,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
     check_graded(run, graded, validated_elsewhere=validation is not None)
+    feasibility.refuse_without_prompt(model.shape, dataset.format)
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_rehearsal(run, task)
     feasibility.refuse_template(run, task, model.kind, dataset.format)

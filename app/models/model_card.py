@@ -56,7 +56,7 @@ def about(model: Model, chain: list[Model], job: Job | None, library: str | None
 # Files for other programs ---------------------------------------------------------------------------------------------
 
 
-def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[str, Any] | None) -> str:
+def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[str, Any] | None, *, encodes: bool = False) -> str:
     """The card of an export: `about` the model, its files, how they compare with it, and how to run them elsewhere."""
     rows = [f"| {file['name']} | {file['type']} | {file['bytes'] / 1e6:.1f} MB | `{file['sha256']}` |" for file in files]
     parts = [text, "## Files\n\n| file | type | size | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"]
@@ -72,6 +72,8 @@ def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[
     weights = next((file["name"] for file in files if file["name"].endswith(".gguf")), None)
     if weights:
         parts.append(_run_adapter(weights) if kind == "gguf_adapter" else _run_gguf(weights, kind))
+    elif encodes:
+        parts.append(f"## Run it\n\n{_RUN_ENCODER_DECODER}\n")
     elif kind in _RUN_FOLDER:
         parts.append(f"## Run it\n\n{_RUN_FOLDER[kind]}\n")
     return "\n".join(parts)
@@ -100,6 +102,14 @@ _RUN_FOLDER = {
     ),
 }
 """How a folder is loaded elsewhere, by export format."""
+
+
+_RUN_ENCODER_DECODER = (
+    "```python\nfrom transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+    'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForSeq2SeqLM.from_pretrained(".")\n'
+    'answer = model.generate(**tokenizer("A question?", return_tensors="pt"), max_new_tokens=40)[0]\n'
+    "print(tokenizer.decode(answer, skip_special_tokens=True))\n```"
+)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -159,13 +169,14 @@ _NEW_TOKENS = (
 
 class Provenance(NamedTuple):
     """The parts of a model: whole weights under some name (None: they are in its own folder), the adapters to attach in order,
-    the last in its own folder, and for a classifier its width, labels and the strategy that built its head."""
+    the last in its own folder, and for a classifier its width, labels and the strategy that built its head. `encodes` says that it is an encoder–decoder."""
 
     base: str | None
     laid: tuple[AppliedAdapter, ...] = ()
     hidden: int = 0
     labels: int = 0
     head: Strategy | None = None
+    encodes: bool = False
 
 
 def load_code(kind: str, made_of: Provenance) -> str:
@@ -173,6 +184,7 @@ def load_code(kind: str, made_of: Provenance) -> str:
     classifies = made_of.head is not None
     task = "classification" if classifies else "generation"
     maker = "AutoModelForCausalLM" if len(made_of.laid) > 1 else MAKERS.get(kind, "AutoModelForCausalLM")
+    maker = "AutoModelForSeq2SeqLM" if made_of.encodes else maker
     imports = [f"from transformers import {maker}, AutoTokenizer"]
     lines = [f"model = {maker}.from_pretrained({json.dumps(made_of.base) if made_of.base else 'folder'})"]
     for place, (name, strategy, added) in enumerate(made_of.laid, start=1):
@@ -222,6 +234,12 @@ def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
             'inputs = tokenizer("A text.", return_tensors="pt")',
             "vector = model(**inputs).last_hidden_state[0].mean(0)  # (width,)",
             "print(vector.shape)",
+        ]
+    if made_of.encodes:
+        return [], [
+            'inputs = tokenizer("A question?", return_tensors="pt")',
+            'answer = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40)[0]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
         ]
     if kind == "generic":
         asked = ['inputs = tokenizer("The cat sat on", return_tensors="pt")']

@@ -295,7 +295,8 @@ def made_of(session: Session, model: Model) -> Provenance:
     base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
     head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
     hidden = int((model.shape or {}).get("hidden") or 0)
-    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head)
+    encodes = model.shape is not None and Shape.model_validate(model.shape).encodes
+    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head, encodes)
 
 
 def _strategy_of(session: Session, model: Model) -> Strategy:

@@ -91,6 +91,8 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
     Further fine-tuning starts from the plain model, so all its adapters must be merged into its weights first.
     """
+    if model.shape.encodes and not OBJECTIVES[task].encoders_write:
+        return f"{model.name} is an encoder–decoder, which is trained on writing answers to prompts, and not for {task}."
     if model.labels and not OBJECTIVES[task].classifies:
         return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
     if model.labels and model.adapters:
@@ -153,6 +155,17 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
         param="run.train_on",
         code="setting_without_use",
     )
+
+
+def refuse_without_prompt(shape: Shape, format_: str | None) -> None:
+    """Raises BadField for rows without a prompt, which an encoder–decoder has nothing to read of."""
+    if shape.encodes and format_ and not formats.asks(format_):
+        raise BadField(
+            "An encoder–decoder reads a prompt and writes the answer, and these rows are plain text.",
+            hint="Use rows with a prompt and an answer, or choose a decoder.",
+            param="training_file",
+            code="no_prompts",
+        )
 
 
 def refuse_rehearsal(run: RunSettings, task: str) -> None:

@@ -52,9 +52,10 @@ def is_norm(module: torch.nn.Module) -> bool:
 
 
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The transformer blocks, first to last."""
+    """The transformer blocks, first to last; of an encoder–decoder the encoder's first."""
     if found := structure_of(model):
-        return cast("torch.nn.ModuleList", _inside(model, found.stack))
+        own = cast("torch.nn.ModuleList", _inside(model, found.stack))
+        return cast("torch.nn.ModuleList", [*_inside(model, found.encoder_stack), *own]) if found.encoder_stack else own  # type: ignore[misc]
     body = backbone(model)
     return cast("torch.nn.ModuleList", body.get_submodule("layers" if hasattr(body, "layers") else "encoder.layer"))
 

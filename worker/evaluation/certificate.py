@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
@@ -42,6 +41,7 @@ from worker.evaluation import step_cost
 from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
 from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
+from worker.modeling.auto import maker_of
 from worker.modeling.classifier import pool, without_pooler
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 
@@ -84,12 +84,14 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
         return _certificate(shape, [CertificateCheck("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
     model, checks = _load(folder, shape)
-    texts = _texts(shape)
+    texts = _texts(shape, padded.edge_of(model) if padded.encodes(model) else None)
     with torch.no_grad():
         alone = [_read(model, input_ids=text[None]) for text in texts]
     scale = float(max(logits.abs().max() for logits in alone)) or 1.0
-    checks.append(_packed(model, texts, alone, scale))
-    packs = checks[-1].passed
+    packs = False
+    if not padded.encodes(model):
+        checks.append(_packed(model, texts, alone, scale))
+        packs = checks[-1].passed
     if not packs:
         model = _load(folder, shape)[0]
         padded.pad_packs(model)
@@ -108,7 +110,7 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
         model.set_attn_implementation(packed.NAME)
     if shape.structure is None:
         return _certificate(shape, checks, packs, {})
-    cost = step_cost.measure(model, shape, lambda reader, text: _states(reader, [text]))
+    cost = step_cost.measure(model, shape, lambda reader, text: _states(reader, [_with_edge(reader, text)]))
     checks.append(CertificateCheck("step", True, None, None, _told(cost, shape)))
     if not _is_encoder(model):
         checks.append(_learned_rows(model, texts))
@@ -137,8 +139,7 @@ def _certificate(
 
 
 def _load(folder: Path, shape: Shape) -> tuple[Any, list[CertificateCheck]]:
-    auto = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
-    loaded: Any = auto.from_pretrained(
+    loaded: Any = maker_of(shape).from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     model, told = loaded
@@ -157,10 +158,22 @@ def _load(folder: Path, shape: Shape) -> tuple[Any, list[CertificateCheck]]:
     return model.eval(), [CertificateCheck("weights", True, 0.0, 0.0, "every tensor of the model is in the files, in its size, and finite")]
 
 
-def _texts(shape: Shape) -> list[torch.Tensor]:
+def _texts(shape: Shape, edge: padded.Edge | None = None) -> list[torch.Tensor]:
+    """Random texts; with an `edge` each is a prompt and an answer."""
     draw = torch.Generator().manual_seed(_SEED)
     high = max(2, shape.vocabulary - 1)
-    return [torch.randint(min(4, high - 1), high, (min(n, shape.positions // 4),), generator=draw) for n in LENGTHS]
+    found = [torch.randint(min(4, high - 1), high, (min(n, shape.positions // 4),), generator=draw) for n in LENGTHS]
+    return found if edge is None else [_with(edge, text) for text in found]
+
+
+def _with(edge: padded.Edge, text: torch.Tensor) -> torch.Tensor:
+    """A text whose second half is an answer."""
+    half = max(1, len(text) // 2)
+    return torch.cat([text[: half - 1], torch.tensor(edge), text[half + 1 :]])
+
+
+def _with_edge(model: Any, text: torch.Tensor) -> torch.Tensor:
+    return _with(padded.edge_of(model), text) if padded.encodes(model) and len(text) > 1 else text
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float:
@@ -218,7 +231,26 @@ def _read(model: Any, **arguments: Any) -> torch.Tensor:
     """Logits (T, V), or of an encoder its states (T, H)."""
     if _is_encoder(model):
         return model(**arguments).last_hidden_state[0]
+    if padded.encodes(model):
+        return _read_answers(model, **arguments)
     return model(**arguments, use_cache=False).logits[0]
+
+
+def _read_answers(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """Logits of an encoder–decoder: of a pack as the trainer reads it, or of one text by transformers' own call."""
+    if arguments:
+        states = model.get_decoder()(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state[0]
+        head = head_of(model)
+        logits = F.linear(states, head.weight) * head.scale + (0 if head.bias is None else head.bias)
+        return logits * states.any(-1, keepdim=True)  # none for the prompt
+    start = padded.answer_start(input_ids[0].tolist(), padded.edge_of(model))
+    answer = model(input_ids=input_ids[:, :start], decoder_input_ids=input_ids[:, start:], use_cache=False).logits[0]
+    return torch.cat([answer.new_zeros(start, answer.shape[-1]), answer])
+
+
+def _first(model: Any, text: torch.Tensor) -> int:
+    """The first position of a text whose next token has a loss."""
+    return padded.answer_start(text.tolist(), padded.edge_of(model)) if padded.encodes(model) else 0
 
 
 def _states(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
@@ -239,15 +271,20 @@ def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(vectors @ head, torch.arange(len(texts)))
     whole = torch.cat(texts)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
-    sources = torch.tensor([i for i in range(len(whole)) if i not in set(ends.tolist())])
+    starts = [0, *(ends[:-1] + 1).tolist()]
+    sources = torch.cat(
+        [torch.arange(start + _first(model, text), end) for start, end, text in zip(starts, ends.tolist(), texts, strict=True)]
+    )
     hidden = _hidden(model, texts).index_select(0, sources)
     return linear_cross_entropy(hidden, head_of(model), whole[sources + 1], torch.float32) / len(sources)
 
 
 def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> CertificateCheck:
     def measure() -> float:
-        own = [F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum") for text, logits in zip(texts, alone, strict=True)]
-        count = sum(len(text) - 1 for text in texts)
+        first = [_first(model, text) for text in texts]
+        rows = list(zip(texts, alone, first, strict=True))
+        own = [F.cross_entropy(logits[at:-1].float(), text[at + 1 :], reduction="sum") for text, logits, at in rows]
+        count = sum(len(text) - 1 - at for text, _, at in rows)
         with torch.no_grad():
             return abs(float(_mean_loss(model, texts)) - float(sum(own)) / count)
 

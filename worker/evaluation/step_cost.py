@@ -15,21 +15,25 @@ import torch
 from app.shapes import MeasuredStep, Shape
 
 LONGEST = 128
-"""Tokens of the longest text, where the model reads as many."""
+"""Tokens of the longest text, where the model reads as many. A quarter of it is a multiple of what packs are padded to."""
 
 
 def measure(model: Any, shape: Shape, states: Callable[[Any, torch.Tensor], torch.Tensor]) -> MeasuredStep:
-    """`states` gives the hidden states (T, H) of a text (T,), as the trainer reads it. The model is in float32, and is left as it was."""
+    """`states` gives the hidden states (T, H) of a text (T,), as the trainer reads it. The model is in float32 and evaluated, and is left so."""
     learning = [weight for weight in model.parameters() if weight.requires_grad]
-    model.requires_grad_(False)
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, out: out.requires_grad_())
+    model.requires_grad_(False).train()  # dropout keeps its masks
+    table = model.get_input_embeddings().weight  # an encoder–decoder has it in several layers
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module.weight is table]
+    hooks = [layer.register_forward_hook(lambda _, given, out: out.requires_grad_()) for layer in layers]
     try:
-        short = max(1, min(LONGEST, shape.positions // 2) // 4)
+        short = max(1, min(LONGEST, shape.positions) // 4)
         texts = [torch.full((short * times,), min(4, shape.vocabulary - 1)) for times in (1, 2, 4)]
         kept = [_kept_bytes(model, states, text) for text in texts]
         seconds = [_seconds(model, states, texts[-1]) for _ in range(2)]
     finally:
-        hook.remove()
+        model.eval()
+        for hook in hooks:
+            hook.remove()
         for weight in learning:
             weight.requires_grad_(True)
     first, second = kept[1] - kept[0], kept[2] - kept[1]  # of a + b L + c L²

@@ -27,6 +27,12 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
         text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
         asked = request.messages if request.messages is not None else request.prompt or ""
+        if isinstance(asked, str) and request.model.shape.encodes:
+            raise BadRequest(
+                f"{request.model.name} is an encoder–decoder: it answers a prompt and continues no text.",
+                hint="Send messages.",
+                param="prompt",
+            )
         most = context * longest_token(tokenizer)
         try:
             text, ids = chat_template.render_prompt(tokenizer, kind, asked, request.tools, most, SECONDS)

@@ -137,10 +137,16 @@ def head_of(model: torch.nn.Module) -> Head:
     layer, config = cast("torch.nn.Linear", whole.get_output_embeddings()), whole.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):  # T5, where embedding and head are one
+        scale *= config.d_model**-0.5
     cap = getattr(config, "final_logit_softcapping", None)
     learned = getattr(layer, ROWS, None)
     new = None if learned is None else NewRows(learned.first, learned.rows)
-    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, cap, getattr(layer, "keeper", None), new)
+    bias = getattr(layer, "bias", None)
+    fixed = getattr(whole, "final_logits_bias", None)  # of BART and its relatives: a buffer, zero in most
+    if bias is None and fixed is not None and bool(fixed.any()):
+        bias = fixed[0]
+    return Head(layer.weight, bias, scale / divisor, cap, getattr(layer, "keeper", None), new)
 
 
 CHUNK_BYTES_GPU = 2**30

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from app.errors import DoesNotFit
 from app.models import integrity
@@ -22,6 +22,7 @@ from app.strategies import AnyStrategy, Strategy
 from app.strategies._model import structure_of
 from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
+from worker.modeling.auto import maker_of
 from worker.runtime import devices
 
 devices.set_up()
@@ -62,7 +63,7 @@ def load_base(
     """The weights in `ref.path` without adapters, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode."""
     structure = ref.shape.structure
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = maker_of(ref.shape).from_pretrained(
             folder_of(ref.path),
             dtype=dtype,
             attn_implementation=attention if structure is None or structure.packs else None,

@@ -107,9 +107,14 @@ def _tables(model: torch.nn.Module) -> tuple[torch.nn.Embedding, torch.nn.Linear
     return cast("torch.nn.Embedding", whole.get_input_embeddings()), cast("torch.nn.Linear", whole.get_output_embeddings())
 
 
+def _sharing(model: torch.nn.Module, embedding: torch.nn.Embedding) -> list[torch.nn.Embedding]:
+    """The embeddings with this one's table, itself among them: an encoder–decoder has one in each stack."""
+    return [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is embedding.weight]
+
+
 def _refuse_other_tables(model: torch.nn.Module, embedding: torch.nn.Embedding) -> None:
     for name, module in model.named_modules():
-        further = isinstance(module, torch.nn.Embedding) and module is not embedding and "pos" not in name
+        further = isinstance(module, torch.nn.Embedding) and module.weight is not embedding.weight and "pos" not in name
         if further and module.num_embeddings >= embedding.num_embeddings:
             raise BadData(
                 f"The model has a second table of its vocabulary ({name}), for which new tokens have no rows.", hint="Leave new_tokens out."
@@ -127,12 +132,15 @@ def _put(model: torch.nn.Module, ids: torch.Tensor, rows: dict[str, torch.Tensor
     embedding, head = _tables(model)
     before, size = embedding.num_embeddings, max(embedding.num_embeddings, int(ids.max()) + 1)
     tied = head.weight is embedding.weight
-    embedding.weight = _longer(embedding.weight, size, ids, rows["embedding"])
-    head.weight = embedding.weight if tied else _longer(head.weight, size, ids, rows["head"])
+    layers, longer = _sharing(model, embedding), _longer(embedding.weight, size, ids, rows["embedding"])
+    for layer in layers:
+        layer.weight, layer.num_embeddings = longer, size
+    head.weight = longer if tied else _longer(head.weight, size, ids, rows["head"])
     if getattr(head, "bias", None) is not None:
         head.bias = _longer(head.bias, size, ids, rows["bias"])
-    embedding.num_embeddings = head.out_features = size
-    _tell_config(model, size, (size - before) * (embedding.embedding_dim if tied else embedding.embedding_dim + head.in_features))
+    head.out_features = size
+    of_head = (0 if tied else head.in_features) + (getattr(head, "bias", None) is not None)
+    _tell_config(model, size, (size - before) * (embedding.embedding_dim + of_head))
 
 
 def _longer(table: torch.nn.Parameter, size: int, ids: torch.Tensor, rows: torch.Tensor) -> torch.nn.Parameter:
@@ -182,8 +190,9 @@ def learn(model: torch.nn.Module) -> list[LearnedRows]:
     found: list[LearnedRows] = []
     if not embedding.weight.requires_grad:
         rows = torch.nn.Parameter(embedding.weight.detach()[ids].float().clone())
-        found.append(LearnedRows(embedding, rows, first, _scale_of(embedding, first)))
-        embedding.register_forward_hook(_with_gradient)
+        for layer in _sharing(model, embedding):
+            found.append(LearnedRows(layer, rows, first, _scale_of(layer, first)))
+            layer.register_forward_hook(_with_gradient)
     if not head.weight.requires_grad:
         tied = bool(found) and head.weight is embedding.weight
         rows = found[0].rows if tied else torch.nn.Parameter(head.weight.detach()[first : first + count].float().clone())

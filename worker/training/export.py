@@ -99,4 +99,6 @@ def made_of(spec: JobSpec, labels: int) -> Provenance:
     below = [AppliedAdapter(a.path, load_strategy(folder), (folder / NEW_TOKENS).is_file()) for a, folder in _folders(spec)]
     own = type(spec.strategy).adapter
     laid = (*below, AppliedAdapter(spec.name, spec.strategy, bool(spec.run.new_tokens))) if own else ()
-    return Provenance(spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None)
+    return Provenance(
+        spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None, spec.model.shape.encodes
+    )

@@ -158,7 +158,7 @@ def test_memory_and_time_follow_from_a_measured_step(kind: str, near: float, tmp
         states = model.get_base_model().get_decoder()(**given, use_cache=False).last_hidden_state
     assert states.requires_grad
     said, by_formula = (96 * known.layers * layer_bytes(s, strategy, False, False, longest=48)[0] for s in (known, shape))
-    assert said == pytest.approx(held.bytes, rel=near), (by_formula, held.bytes)
+    assert said == pytest.approx(held.bytes, rel=near), (said, by_formula, held.bytes, certificate["step"])
     spec = make_order(ModelRef(id=uuid4(), name=kind, kind="generic", path="", revision="", shape=known), DATA)
     alone = Machine(cores=known.step.threads, memory_bytes=2**34)
     estimated = duration.estimate(spec, STATS, alone)

@@ -173,8 +173,9 @@ class CausalLM(TrainingObjective):
     def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return _means((yield from held_out.scoring(base(), self.train.without(len(self.lead)), budget, engine)))
 
-    def writer(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model
+    def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """None for an encoder–decoder: general texts have no prompt that it could read."""
+        return None if self.spec.model.shape.encodes else model
 
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
