@@ -298,7 +298,9 @@ def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
         copied = copy.deepcopy(model).requires_grad_(False)
         added = new_tokens.AddedTokens(copied.get_input_embeddings().num_embeddings, [[4, 5], [6, 7, 8]])
         new_tokens.widen(copied, added)
-        given = [torch.cat([text[:3], added.ids, text[3:], added.ids]) for text in texts]
+        given = [torch.cat([added.ids, text, added.ids]) for text in texts]  # in the prompt and in the answer, where there are two sides
+        with torch.no_grad():
+            _read(copied, input_ids=given[0][None])  # the model's own call reads them too
         tables = {id(layer.weight): layer.weight for layer in (copied.get_input_embeddings(), copied.get_output_embeddings())}
         for table in tables.values():
             table.requires_grad_(True)

@@ -139,6 +139,9 @@ def _put(model: torch.nn.Module, ids: torch.Tensor, rows: dict[str, torch.Tensor
     if getattr(head, "bias", None) is not None:
         head.bias = _longer(head.bias, size, ids, rows["bias"])
     head.out_features = size
+    whole = transformer(model)
+    if (fixed := whole._buffers.get("final_logits_bias")) is not None:  # of BART and its relatives
+        whole._buffers["final_logits_bias"] = F.pad(fixed, (0, size - before))
     of_head = (0 if tied else head.in_features) + (getattr(head, "bias", None) is not None)
     _tell_config(model, size, (size - before) * (embedding.embedding_dim + of_head))
 

@@ -19,7 +19,7 @@ from benchmarks.architectures import write_small
 from tests.card_code import run_card
 from tests.worker.inference.test_engine import request, whole_characters
 from tests.worker.inference.test_engine import run as ask
-from tests.worker.modeling.test_new_tokens import tuned
+from tests.worker.modeling.test_new_tokens import WORDS, rows, tuned
 from tests.worker.orders import chat_rows, order, put_dataset
 from tests.worker.training.test_settings import TEN, in_two, of, run, same
 from worker.conversion.merge import merge
@@ -58,7 +58,7 @@ def added(session, user, data_dir: Path):
 def test_one_is_certified_trained_merged_served_and_exported(kind: str, added, data_dir: Path, tmp_path: Path) -> None:
     ref, certificate = added(kind)
     assert certificate["tier"] == "C" and [check["name"] for check in certificate["checks"]][:4] == ["weights", "padded", "loss", "step"]
-    assert all(check["passed"] for check in certificate["checks"] if check["name"] != "new_tokens"), certificate["checks"]
+    assert all(check["passed"] for check in certificate["checks"]), certificate["checks"]
     assert {"lora", "dora", "full", "top_layers", "layer_norm"} <= {n for n, t in certificate["strategies"].items() if t["works"]}, (
         certificate
     )
@@ -102,6 +102,22 @@ def test_one_is_certified_trained_merged_served_and_exported(kind: str, added, d
     assert "AutoModelForSeq2SeqLM" in (tmp_path / "out" / "README.md").read_text()
     written = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(written.lm_head.weight, plain.lm_head.weight)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_new_tokens_learn_in_both_stacks(kind: str, added, data_dir: Path, tmp_path: Path) -> None:
+    ref, _ = added(kind)
+    settings = {**TEN, "learning_rate": 1e-2, "samples": 1, "validation_fraction": 0.2, "new_tokens": WORDS}
+    spec = order(ref, put_dataset(rows()), "lora", **settings)
+    said = run(spec, data_dir)
+    same(in_two(spec, data_dir, 4), said)
+    result = tuned(spec, said)
+    merge(result, tmp_path / "merged")
+    plain, began = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged"), load_model(ref).get_input_embeddings().weight
+    table = plain.get_encoder().embed_tokens.weight
+    assert len(table) == 514 and table is plain.get_decoder().embed_tokens.weight
+    assert not torch.equal(table[512], began[load_tokenizer(ref)(WORDS[0]).input_ids].mean(0)), "their rows have not learned"
 
 
 @pytest.mark.long
