@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from app.chat_templates import MAX_CHARACTERS, SAMPLES, TemplateName, fault
+from app.new_tokens import NewTokens
 from app.optimizers import Optimizer, with_setting
 
 TrainOn = Literal["assistant", "all_turns", "last_turn"]
@@ -134,6 +135,12 @@ class RunSettings(BaseModel):
         "it writes once before the first step. 0.05 to 0.25 is usual; 0 plays in none. The steps become more by as much.",
         json_schema_extra={"group": "Data"},
         exclude_if=lambda share: share == 0,
+    )
+    new_tokens: NewTokens | None = Field(
+        None,
+        description="Strings, one a line, that become one token each and learn with any method. The dataset's report suggests some.",
+        json_schema_extra={"group": "Data", "rows": 3},
+        exclude_if=unset,
     )
     max_steps: int | None = Field(
         None,
@@ -380,11 +387,7 @@ class RunSettings(BaseModel):
         json_schema_extra={"group": "Hardware"},
     )
     seed: int = Field(
-        42,
-        ge=0,
-        le=2**31 - 1,
-        description="Random seed of the data order, the split and every draw.",
-        json_schema_extra={"group": "Optimization"},
+        42, ge=0, le=2**31 - 1, description="Seed of the data order, the split and every draw.", json_schema_extra={"group": "Optimization"}
     )
 
     @model_validator(mode="before")

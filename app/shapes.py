@@ -38,6 +38,18 @@ class Block(BaseModel):
     expert_share: float = 1.0
 
 
+class StepCost(BaseModel):
+    """What a step was measured to keep and take when the model was added (`worker/evaluation/step_cost.py`), in float32 on a CPU with so many
+    `threads`, with all weights frozen: bytes of all layers per token, and per pair of a text's tokens, and operations per second."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes_per_token: float
+    bytes_per_pair: float
+    operations_per_second: float
+    threads: int
+
+
 class Structure(BaseModel):
     """The stack of a model as found in it. Names count from the model with its head, as `model.layers`."""
 
@@ -53,10 +65,19 @@ class Structure(BaseModel):
     parameters: int  # all, each once
     packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
+    step: StepCost | None = Field(None, exclude_if=lambda step: step is None)
+    # An encoder–decoder: the list of its encoder's layers, which are the first so many of `order`; `stack` is the decoder's.
+    encoder_stack: str = Field("", exclude_if=lambda name: not name)
+    encoder_layers: int = Field(0, exclude_if=lambda count: not count)
 
     def layers(self) -> Iterator[Block]:
         for kind in self.order:
             yield self.kinds[kind]
+
+    def name_of(self, layer: int) -> str:
+        """The name of a layer in the model."""
+        own = layer - self.encoder_layers
+        return f"{self.stack}.{own}" if own >= 0 else f"{self.encoder_stack}.{layer}"
 
 
 class Shape(BaseModel):
@@ -181,11 +202,26 @@ class Shape(BaseModel):
         """Output values per token of the linear layers of one block."""
         return sum(x.outputs for x in self.linears())
 
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder–decoder: the encoder reads a prompt, the decoder writes the answer."""
+        return self.structure is not None and bool(self.structure.encoder_stack)
+
+    @property
+    def pads(self) -> bool:
+        """Whether packs are read as padded batches."""
+        return self.structure is not None and not self.structure.packs
+
+    @property
+    def step(self) -> StepCost | None:
+        return self.structure.step if self.structure else None
+
     def modules(self) -> Iterator[tuple[str, Linear]]:
         """Every linear layer of the blocks under its full name in the model."""
         if self.structure:
             for number, kind in enumerate(self.structure.layers()):
-                yield from ((f"{self.structure.stack}.{number}.{linear.name}", linear) for linear in kind.linears)
+                block = self.structure.name_of(number)
+                yield from ((f"{block}.{linear.name}", linear) for linear in kind.linears)
             return
         for block in range(self.layers):
             for linear in self.linears():
@@ -195,6 +231,16 @@ class Shape(BaseModel):
                 else:
                     inside = "self_attn" if linear.name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
                     yield f"model.layers.{block}.{inside}.{linear.name}", linear
+
+    def with_vocabulary(self, size: int, more: int) -> Shape:
+        """The shape of the model with a vocabulary of `size` tokens, whose tables have `more` parameters than before."""
+        wider = self.model_copy(update={"vocabulary": size})
+        if self.structure is None:
+            return wider
+        head = 0 if self.tied else more - (size - self.vocabulary) * self.hidden
+        found = self.structure
+        more_of = {"embedding": found.embedding + more - head, "head": found.head + head, "parameters": found.parameters + more}
+        return wider.model_copy(update={"structure": found.model_copy(update=more_of)})
 
     def each_linear(self) -> Iterator[Linear]:
         if self.structure:

@@ -5,7 +5,8 @@
 For every architecture of the installed transformers that makes a language model or an encoder, a random model of some 100,000
 parameters is put into the import folder of a whole studio, added through the API and, where it is taken, tuned with LoRA for some
 steps: on conversations, or as a classifier. The table holds its
-tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused.
+tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused. What FILE holds already is
+not tried again.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def kinds() -> list[str]:
     """The architectures of the installed transformers that make a language model or an encoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as WITH_ENCODER
 
-    return sorted({*WRITERS, *MASKED})
+    return sorted({*WRITERS, *MASKED, *WITH_ENCODER})
 
 
 def small_config(kind: str) -> Any:
@@ -69,18 +71,20 @@ def small_config(kind: str) -> Any:
     for name, value in {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}.items():
         if isinstance(known.get(name), int):
             given[name] = value
-    return type(text)(**given)
+    small = type(text)(**given)
+    if small.is_encoder_decoder and getattr(small, "decoder_start_token_id", None) is None:
+        small.decoder_start_token_id = small.pad_token_id
+    return small
 
 
 def small_model(kind: str, dtype: Any = None) -> Any:
     """A random small model: with its output layer, or an encoder without one."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
     from worker.conversion.trial import is_encoder
+    from worker.modeling.auto import maker_for
 
     config = small_config(kind)
-    auto = AutoModel if is_encoder(config.to_dict()) and not config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_config(config, dtype=dtype)
+    encoder = is_encoder(config.to_dict()) and not config.is_encoder_decoder
+    return maker_for(config, encoder=encoder).from_config(config, dtype=dtype)
 
 
 def write_small(kind: str, folder: Path) -> int:
@@ -106,7 +110,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    names, found = given.only.split(",") if given.only else kinds(), []
+    found = json.loads(given.json.read_text()) if given.json and given.json.is_file() else []
+    names = [name for name in (given.only.split(",") if given.only else kinds()) if name not in {one["kind"] for one in found}]
     with tempfile.TemporaryDirectory() as home:
         start = Path(home) / "start"
         write_small("llama", start)

@@ -210,7 +210,9 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     share = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
-    work = duration.forward_operations(shape, 0.0) if features else duration.operations_per_token(shape, spec.strategy, share, recomputed)
+    everywhere = bool(spec.run.new_tokens)
+    per_token = duration.operations_per_token(shape, spec.strategy, share, recomputed, everywhere=everywhere)
+    work = duration.forward_operations(shape, 0.0) if features else per_token
     speed = measured.tokens_per_second * work
     course = duration.Workload(
         train=started.train_tokens,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from app import events
-from app.planning.memory import recomputed_layers
+from app.planning.memory import reached_layers, recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.modeling import fused_layers, packed_attention
@@ -127,7 +127,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         yield _log("warn", "The GPU ran out of memory, so the activations of every layer are now recomputed: the same result, more slowly.")
     if run.neftune_noise_alpha:
         neftune.add_noise(plain(model), run.neftune_noise_alpha)
-    recompute = fused_layers.recompute_layers(plain(model), recompute, strategy.reaches(spec.model.shape))
+    recompute = fused_layers.recompute_layers(plain(model), recompute, reached_layers(spec.model.shape, strategy, run))
     if engine.framed and spec.model.shape.architecture == "decoder":
         fused_layers.round_embeddings(plain(model), engine.compute)
     done = fused_layers.speed_up(body_of(model), engine, seconds, squeezed)
@@ -141,6 +141,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if found:
         checkpoint.load_weights(found, trained)
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
+        lesson.after_change()
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
     facts = {
         **engine.facts(),
@@ -149,6 +150,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         **lesson.facts(),
         **backend.prepare(lesson, model, optimizer, parts, found),
     }
+    if spec.model.shape.pads:  # its rows are grouped by their length
+        facts["padded"] = True
     if strategy.arithmetic > 1:
         facts["arithmetic"] = strategy.arithmetic
     exact = not found or (state.facts == facts and engine.device.type == "cpu")  # a GPU's sums come in any order
@@ -328,6 +331,7 @@ def finish(job: TrainState) -> Iterator[events.Log | events.TaskProgress | event
         best = get_settings().data_dir / state.best_path
         checkpoint.load_weights(best, job.backend.trained)
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
+        lesson.after_change()
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
     compared = yield from final_evaluation.compare(job)
     state.wall_seconds = time.monotonic() - job.began

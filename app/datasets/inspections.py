@@ -42,7 +42,7 @@ FUNCTIONS = {
 """The functions that the child runs, by name because nothing here imports the worker."""
 LIMITS = sandbox.Limits(seconds=1800, cpu_seconds=3600)
 ASK_AGAIN_SECONDS = 20
-ANSWERS = 4
+ANSWERS = 5
 """Version of the answers, increased when the same question is answered differently, so that older answers are not used."""
 TOKEN_RULES = ("over_long", "nothing_left", "template_refuses")
 
@@ -93,11 +93,9 @@ def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:
 def tokenizer_of(session: Session, model: Model) -> str:
     """The folder of a model's tokenizer, relative to the data folder: the newest adapter's own, or the base's."""
     from app.models import service as models
+    from app.models.vocabulary import tokenizer_path
 
-    ref = models.reference(session, model)
-    data = get_settings().data_dir
-    own = [adapter.path for adapter in ref.adapters if (data / adapter.path / "tokenizer_config.json").is_file()]
-    return own[-1] if own else ref.path
+    return tokenizer_path(models.reference(session, model))
 
 
 # In the data worker ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ PART = ".part"
 class ModelFacts(NamedTuple):
     """What is known of a model without opening its weights. `strategies` are the adapters on the way from the base, in order;
     `unmergeable` is the title of the first of them that cannot be merged into the weights; `peft` says that the last has the layout of
-    the peft library."""
+    the peft library, `new_tokens` that an adapter added tokens."""
 
     name: str
     kind: str
@@ -25,6 +25,7 @@ class ModelFacts(NamedTuple):
     strategies: tuple[str, ...] = ()
     unmergeable: str | None = None
     peft: bool = False
+    new_tokens: bool = False
 
 
 class ExportFormat(ABC):
@@ -57,6 +58,13 @@ class ExportFormat(ABC):
         if unknown := sorted(wanted - set(self.types)):
             raise BadField(f"{self.title} has no type “{unknown[0][:40]}”.", hint=f"Use some of {', '.join(self.types)}.", param="types")
         return [name for name in self.types if name in wanted]
+
+
+def tokens_apart(facts: ModelFacts, program: str) -> str | None:
+    """Why an adapter that added tokens cannot be written without its base."""
+    if facts.new_tokens:
+        return f"It has new tokens, whose rows {program} would not read beside an adapter. Choose a format that merges it."
+    return None
 
 
 def needs_merging(facts: ModelFacts) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.export_formats._base import ExportFormat, ModelFacts
+from app.export_formats._base import ExportFormat, ModelFacts, tokens_apart
 
 
 class PeftAdapter(ExportFormat):
@@ -19,7 +19,7 @@ class PeftAdapter(ExportFormat):
             return f"It is an adapter on another one ({' on '.join(facts.strategies[::-1])}), and peft loads it on plain weights."
         if not facts.peft:
             return f"peft has no layout for what {facts.strategies[0]} trains."
-        return None
+        return tokens_apart(facts, "peft")
 
     def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:
         return facts.shape.parameters() // 2 + 200 * facts.shape.vocabulary

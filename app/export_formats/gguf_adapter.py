@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.export_formats._base import ExportFormat, ModelFacts
+from app.export_formats._base import ExportFormat, ModelFacts, tokens_apart
 from app.export_formats.gguf import FORMAT as GGUF
 
 PLAIN_LORA = ("lora", "rslora", "qlora")
@@ -21,7 +21,7 @@ class GgufAdapter(ExportFormat):
             return "It is not an adapter."
         if len(facts.strategies) > 1 or facts.strategies[0] not in PLAIN_LORA:
             return f"llama.cpp applies one LoRA adapter ({', '.join(PLAIN_LORA)}) to a base, and this is {' on '.join(facts.strategies[::-1])}."
-        return GGUF.accepts(facts)
+        return tokens_apart(facts, "llama.cpp") or GGUF.accepts(facts)
 
     def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:
         return facts.shape.parameters() // 4 + GGUF.bytes_of(facts, ["F16"])  # the base is written too, to run the adapter on

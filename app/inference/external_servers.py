@@ -18,6 +18,7 @@ from app.inference import llama_cpp
 from app.inference.external_server import find, names
 from app.inference.protocol import LLAMA_CPP, ExternalEngine
 from app.models.service import Resolved
+from app.models.vocabulary import has_new_tokens
 from app.settings import get_settings
 from app.shapes import Shape
 from app.tables import JSON, Model
@@ -96,7 +97,9 @@ def engine_of(session: Session, found: Resolved) -> ExternalEngine | None:
 
 @functools.lru_cache(maxsize=512)
 def _plain_lora(path: str) -> bool:
-    """Whether a folder holds plain LoRA, all that servers support in addition to a base. Cached, because it is never changed in place."""
+    """Whether a folder holds plain LoRA without new tokens, all that servers support in addition to a base. Cached, because it is never changed in place."""
+    if has_new_tokens(path):
+        return False
     try:
         config = json.loads((get_settings().data_dir / path / "adapter_config.json").read_text())
     except (OSError, ValueError):

@@ -88,8 +88,8 @@ def _settings(settings: BaseModel, **defaults: Any) -> str:
         if name == "name":
             continue
         value, default = getattr(settings, name), defaults.get(name, info.get_default(call_default_factory=True))
-        line = _yaml({name: value}).rstrip()
-        lines.append(f"  # {name}: none" if value is None else f"  {line}  # default" if value == default else f"  {line}")
+        line = textwrap.indent(_yaml({name: list(value) if isinstance(value, tuple) else value}).rstrip(), "  ")
+        lines.append(f"  # {name}: none" if value is None else f"{line}  # default" if value == default else line)
     return "\n".join(lines) + "\n"
 
 

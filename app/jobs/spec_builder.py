@@ -19,6 +19,7 @@ from app.graders import Grader
 from app.jobs.defaults import mean_tokens, usual_run
 from app.jobs.request import JobRequest, bad_field, read_strategy
 from app.kit import ids
+from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, Task
 from app.planning import feasibility
 from app.run_settings import RunSettings
@@ -93,9 +94,13 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
     check_graded(run, graded, validated_elsewhere=validation is not None)
+    feasibility.refuse_without_prompt(model.shape, dataset.format)
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_rehearsal(run, task)
     feasibility.refuse_template(run, task, model.kind, dataset.format)
+    feasibility.refuse_new_tokens(strategy, run, task, model.shape)
+    if run.new_tokens:
+        refuse_known_tokens(run.new_tokens, model)
     feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",

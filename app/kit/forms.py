@@ -165,9 +165,11 @@ def whole_number(text: str) -> int | None:
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as a browser would send it; empty for None."""
+    """A setting's value as a browser would send it, a list as lines; empty for None."""
     if value is None:
         return ""
+    if isinstance(value, list | tuple):
+        return "\n".join(map(str, value))
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

@@ -34,6 +34,7 @@ from app.leases import now
 from app.models import hub, hub_upload, integrity, starters
 from app.models import service as models
 from app.models.model_card import about, upstream
+from app.models.vocabulary import has_new_tokens
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import ModelRef
@@ -120,7 +121,8 @@ def facts_of(ref: ModelRef) -> ModelFacts:
     strategies = tuple(adapter.strategy for adapter in ref.adapters)
     stuck = next((STRATEGIES[name].title for name in strategies if name in STRATEGIES and not STRATEGIES[name].merges), None)
     peft = bool(strategies) and issubclass(STRATEGIES.get(strategies[-1], object), PeftStrategy)
-    return ModelFacts(ref.name, ref.kind, ref.shape, tuple(ref.labels or ()), strategies, stuck, peft)
+    added = any(has_new_tokens(adapter.path) for adapter in ref.adapters)
+    return ModelFacts(ref.name, ref.kind, ref.shape, tuple(ref.labels or ()), strategies, stuck, peft, added)
 
 
 def _spec(session: Session, resolved: models.Resolved, kind: ExportFormat, types: list[str], system: str) -> ExportSpec:

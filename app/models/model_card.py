@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app.models.starters import STARTERS
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._files import NEW_TOKENS
 
 if TYPE_CHECKING:  # a trainer imports this too, which has no use for a database
     from app.tables import Job, Model
@@ -55,7 +56,7 @@ def about(model: Model, chain: list[Model], job: Job | None, library: str | None
 # Files for other programs ---------------------------------------------------------------------------------------------
 
 
-def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[str, Any] | None) -> str:
+def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[str, Any] | None, *, encodes: bool = False) -> str:
     """The card of an export: `about` the model, its files, how they compare with it, and how to run them elsewhere."""
     rows = [f"| {file['name']} | {file['type']} | {file['bytes'] / 1e6:.1f} MB | `{file['sha256']}` |" for file in files]
     parts = [text, "## Files\n\n| file | type | size | SHA-256 |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"]
@@ -71,6 +72,8 @@ def export_card(text: str, kind: str, files: list[dict[str, Any]], parity: dict[
     weights = next((file["name"] for file in files if file["name"].endswith(".gguf")), None)
     if weights:
         parts.append(_run_adapter(weights) if kind == "gguf_adapter" else _run_gguf(weights, kind))
+    elif encodes:
+        parts.append(f"## Run it\n\n{_RUN_ENCODER_DECODER}\n")
     elif kind in _RUN_FOLDER:
         parts.append(f"## Run it\n\n{_RUN_FOLDER[kind]}\n")
     return "\n".join(parts)
@@ -99,6 +102,14 @@ _RUN_FOLDER = {
     ),
 }
 """How a folder is loaded elsewhere, by export format."""
+
+
+_RUN_ENCODER_DECODER = (
+    "```python\nfrom transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+    'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForSeq2SeqLM.from_pretrained(".")\n'
+    'answer = model.generate(**tokenizer("A question?", return_tensors="pt"), max_new_tokens=40)[0]\n'
+    "print(tokenizer.decode(answer, skip_special_tokens=True))\n```"
+)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -137,21 +148,35 @@ MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel"}
 
 
 class AppliedAdapter(NamedTuple):
-    """A strategy's result that is attached to the model below it, and its name."""
+    """A strategy's result that is attached to the model below it, and its name; `new_tokens` says that it has rows of new tokens."""
 
     name: str
     strategy: Strategy
+    new_tokens: bool = False
+
+
+_NEW_TOKENS = (
+    f'rows = load_file(f"{{folder}}/{NEW_TOKENS}")  # of the new tokens, in the embedding and in the head',
+    'size = max(model.config.get_text_config().vocab_size, int(rows["ids"].max()) + 1)',
+    "model.resize_token_embeddings(size, mean_resizing=False)",
+    'model.get_input_embeddings().weight.data[rows["ids"]] = rows["embedding"].to(model.dtype)',
+    'model.get_output_embeddings().weight.data[rows["ids"]] = rows.get("head", rows["embedding"]).to(model.dtype)',
+    'if "bias" in rows:',
+    '    model.get_output_embeddings().bias.data[rows["ids"]] = rows["bias"].to(model.dtype)',
+)
+"""Gives a loaded model the rows that an adapter's folder has."""
 
 
 class Provenance(NamedTuple):
     """The parts of a model: whole weights under some name (None: they are in its own folder), the adapters to attach in order,
-    the last in its own folder, and for a classifier its width, labels and the strategy that built its head."""
+    the last in its own folder, and for a classifier its width, labels and the strategy that built its head. `encodes` says that it is an encoder–decoder."""
 
     base: str | None
     laid: tuple[AppliedAdapter, ...] = ()
     hidden: int = 0
     labels: int = 0
     head: Strategy | None = None
+    encodes: bool = False
 
 
 def load_code(kind: str, made_of: Provenance) -> str:
@@ -159,9 +184,10 @@ def load_code(kind: str, made_of: Provenance) -> str:
     classifies = made_of.head is not None
     task = "classification" if classifies else "generation"
     maker = "AutoModelForCausalLM" if len(made_of.laid) > 1 else MAKERS.get(kind, "AutoModelForCausalLM")
+    maker = "AutoModelForSeq2SeqLM" if made_of.encodes else maker
     imports = [f"from transformers import {maker}, AutoTokenizer"]
     lines = [f"model = {maker}.from_pretrained({json.dumps(made_of.base) if made_of.base else 'folder'})"]
-    for place, (name, strategy) in enumerate(made_of.laid, start=1):
+    for place, (name, strategy, added) in enumerate(made_of.laid, start=1):
         last = place == len(made_of.laid)
         loading = strategy.loading(task=task if last else "generation")
         if last and classifies and place > 1:
@@ -170,7 +196,8 @@ def load_code(kind: str, made_of: Provenance) -> str:
             lines.append(f"folder = {json.dumps(name)}  # where the download of this model was unpacked")
         elif place > 1:
             lines.append(HERE)
-        imports += loading.imports
+        imports += (*loading.imports, *(("from safetensors.torch import load_file",) if added else ()))
+        lines += _NEW_TOKENS if added else ()
         lines += [line for line in (loading.lines, "" if last else loading.folds) if line]
     if len(made_of.laid) < 2:
         lines.insert(0, HERE)
@@ -207,6 +234,12 @@ def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
             'inputs = tokenizer("A text.", return_tensors="pt")',
             "vector = model(**inputs).last_hidden_state[0].mean(0)  # (width,)",
             "print(vector.shape)",
+        ]
+    if made_of.encodes:
+        return [], [
+            'inputs = tokenizer("A question?", return_tensors="pt")',
+            'answer = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=40)[0]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
         ]
     if kind == "generic":
         asked = ['inputs = tokenizer("The cat sat on", return_tensors="pt")']
@@ -270,6 +303,7 @@ def _settings(job: Job) -> str:
         "learning_rate", "schedule", "optimizer", "epochs", "max_tokens_per_step", "max_length", "rehearsal_fraction", "seed", "precision",
     )  # fmt: skip
     shown |= {name: run[name] for name in named if run.get(name) is not None}
+    shown |= {"new_tokens": len(run["new_tokens"])} if run.get("new_tokens") else {}
     return f"Settings: `{strategy['name']}`, " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
 
 

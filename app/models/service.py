@@ -19,6 +19,7 @@ from app.kit import ids, manifest
 from app.models import hub, interpolation
 from app.models.imports import order
 from app.models.model_card import AppliedAdapter, Provenance, upstream
+from app.models.vocabulary import has_new_tokens, shape_of_result
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
@@ -269,7 +270,7 @@ def register_tuned(session: Session, job: Job, finished: Finished) -> Model:
         adapter_sha256=finished.adapter_sha256,
         source={"from": "job", "job": ids.public(ids.JOB, job.id)},
         license=base.license,
-        shape=base.shape,
+        shape=shape_of_result(job, finished) or base.shape,
         labels=finished.labels,
         bytes=finished.bytes,
     )
@@ -302,12 +303,13 @@ def made_of(session: Session, model: Model) -> Provenance:
     laid: list[AppliedAdapter] = []
     part = model
     while part.adapter:
-        laid.insert(0, AppliedAdapter(part.name, _strategy_of(session, part)))
+        laid.insert(0, AppliedAdapter(part.name, _strategy_of(session, part), has_new_tokens(part.path)))
         part = session.get_one(Model, part.base_id)
     base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
     head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
     hidden = int((model.shape or {}).get("hidden") or 0)
-    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head)
+    encodes = model.shape is not None and Shape.model_validate(model.shape).encodes
+    return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head, encodes)
 
 
 def _strategy_of(session: Session, model: Model) -> Strategy:

@@ -291,7 +291,9 @@ def certify(folder: Path, shape: dict[str, Any], work: Path, beat: Callable[[], 
     made = ask_child("worker.evaluation.certificate", [str(folder)], [], work / "certificate", beat)
     if found := shape.get("structure"):
         refused = [(name, told["message"]) for name, told in made["strategies"].items() if not told["works"]]
-        shape = {**shape, "structure": {**found, "refused": refused, "packs": made["tier"] != "C"}}
+        refused += [(check["name"], check["message"]) for check in made["checks"] if check["name"] == "new_tokens" and not check["passed"]]
+        more = {"refused": refused, "packs": made["tier"] != "C", **({"step": made["step"]} if "step" in made else {})}
+        shape = {**shape, "structure": {**found, **more}}
     return {"shape": shape, "certificate": made}
 
 

@@ -31,6 +31,8 @@ class Objective:
     # Which run settings it takes ---------------------------------------------------------------------------------------
     turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
     rehearses: ClassVar[bool] = False  # general rows may be played in against forgetting (`rehearsal_fraction`)
+    encoders_write: ClassVar[bool] = False  # encoder–decoders can be trained for it
+    adds_tokens: ClassVar[bool] = False  # tokens may be added to the model's vocabulary (`new_tokens`)
     unpacked: ClassVar[bool] = False  # rows can be padded instead of packed
     fp8: ClassVar[bool] = False  # frozen products may be computed in fp8
     uniform: ClassVar[bool] = False  # packs may share one shape, so that a GPU's layers are compiled once

@@ -15,6 +15,8 @@ class CausalLM(Objective):
     copies: ClassVar = True
     turns: ClassVar = True
     rehearses: ClassVar = True
+    encoders_write: ClassVar = True
+    adds_tokens: ClassVar = True
     unpacked: ClassVar = True
     fp8: ClassVar = True
     uniform: ClassVar = True

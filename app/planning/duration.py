@@ -15,7 +15,7 @@ from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES
 from app.planning import rehearsal
-from app.planning.memory import MemoryParts, features_memory, memory_of, precision_of, recomputed_layers
+from app.planning.memory import MemoryParts, features_memory, memory_of, new_token_parameters, pads, precision_of, recomputed_layers
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec
@@ -89,7 +89,8 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
-    per_second = speed_of(spec, machine) / operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers)
+    work = operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers, everywhere=bool(run.new_tokens))
+    per_second = speed_of(spec, machine) / work
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
 
@@ -107,7 +108,8 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
         seconds=seconds,
         low_seconds=seconds / spread,
         high_seconds=seconds * spread,
-        trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels),
+        trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels)
+        + new_token_parameters(spec.model.shape, spec.run),
         fits=total <= 0.95 * machine.training_memory_bytes,
         steps=course.steps,
         tokens=course.tokens,
@@ -147,7 +149,7 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     train = rows * share
     learned_from = math.ceil(stats.rows * share)
     mean = train / max(learned_from, 1)
-    steps = total_steps(train, learned_from, longest, run)
+    steps = total_steps(train, learned_from, longest, run, pads=pads(spec.model.shape, run))
     own = int(min(run.epochs * train, steps * run.step_tokens(mean)))
     tokens = int(own / (1 - run.rehearsal_fraction))
     trained_share = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
@@ -177,10 +179,10 @@ def loss_share(stats: Stats) -> float:
     return min(1.0, stats.trained_tokens / stats.tokens)
 
 
-def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) -> int:
-    """Optimizer steps of a job with this many tokens and rows per epoch."""
+def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings, *, pads: bool = False) -> int:
+    """Optimizer steps of a job with this many tokens and rows per epoch; `pads` says that rows are padded to the longest of their pass."""
     batches = rows / run.batch_size if run.batch_size else train_tokens / ((run.max_tokens_per_step or 1) * (1 - run.rehearsal_fraction))
-    if not run.packing and not run.batch_size:  # at most, as if every row were as long as the longest
+    if pads and not run.batch_size:  # at most, as if every row were as long as the longest
         batches = rows / max(1, (run.max_tokens_per_step or 1) // longest)
     steps = max(1, math.ceil(run.epochs * max(1, math.ceil(batches)) / run.gradient_accumulation_steps))
     return min(steps, run.max_steps) if run.max_steps else steps
@@ -189,14 +191,16 @@ def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings) 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def operations_per_token(shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0) -> float:
+def operations_per_token(
+    shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0, *, everywhere: bool = False
+) -> float:
     """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
-    as gradients reach, and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
+    as gradients reach (`everywhere` where rows of the embedding learn), and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
     counts only for tokens with a loss."""
     blocks = shape.block_products()
     head = shape.vocabulary * shape.hidden * trained_share
     learns = min(strategy.trainable(shape), blocks + head)
-    passed = blocks * strategy.reaches(shape) / shape.layers
+    passed = blocks if everywhere else blocks * strategy.reaches(shape) / shape.layers
     return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
 
 
@@ -206,15 +210,19 @@ def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:
 
 
 def work_of(spec: JobSpec, precision: str) -> str:
-    """The kind of work of a job."""
-    return kind_of_work(spec.strategy.name, spec.model.shape.architecture, type(spec.strategy).recipe, precision)
+    """The kind of work of a job. One architecture without formulas may be far slower than another."""
+    shape = spec.model.shape
+    kind = f"{shape.architecture} {shape.model_type}" if shape.structure else shape.architecture
+    return kind_of_work(spec.strategy.name, kind, type(spec.strategy).recipe, precision)
 
 
 def speed_of(spec: JobSpec, machine: Machine) -> float:
-    """Expected operations per second: as measured here before, or a cautious default."""
+    """Expected operations per second: as measured here before, or of a step when the model was added, or a cautious default."""
     found, _ = pace_of(spec, machine)
     if found:
         return found.operations_per_second
+    if (step := spec.model.shape.step) is not None and not machine.cuda:
+        return step.operations_per_second * max(1.0, machine.cores / step.threads)
     if machine.cuda:
         return SPEED_GPU * machine.processes
     matrix_units = machine.bf16_pays and precision_of(spec.run, spec.strategy, machine) == "bf16"
@@ -237,8 +245,9 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
     shape = spec.model.shape
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
-    padded = 1.0 if spec.run.packing else max(1.0, course.longest * course.rows / max(course.train, 1))
-    return padded * course.tokens * operations_per_token(shape, spec.strategy, course.trained_share, recompute) / speed
+    padded = 1.0 if not pads(shape, spec.run) else max(1.0, course.longest * course.rows / max(course.train, 1))
+    work = operations_per_token(shape, spec.strategy, course.trained_share, recompute, everywhere=bool(spec.run.new_tokens))
+    return padded * course.tokens * work / speed
 
 
 def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:

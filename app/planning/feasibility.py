@@ -34,7 +34,7 @@ MIN_FP8_CAPABILITY = 8.9
 # Refused --------------------------------------------------------------------------------------------------------------
 
 GRADIENT_ONLY = (
-    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha", "rehearsal_fraction",
+    "batch_size", "gradient_accumulation_steps", "packing", "neftune_noise_alpha", "rehearsal_fraction", "new_tokens",
     "eval_steps", "save_steps", "save_total_limit", "metric_for_best", "load_best", "graded_rows",
 )  # fmt: skip
 """Settings without effect where frozen features are computed once and a classifier is fitted to them."""
@@ -91,6 +91,8 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
 
     Further fine-tuning starts from the plain model, so all its adapters must be merged into its weights first.
     """
+    if model.shape.encodes and not OBJECTIVES[task].encoders_write:
+        return f"{model.name} is an encoder–decoder, which is trained on writing answers to prompts, and not for {task}."
     if model.labels and not OBJECTIVES[task].classifies:
         return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
     if model.labels and model.adapters:
@@ -155,6 +157,17 @@ def refuse_turns(run: RunSettings, task: str, format_: str | None) -> None:
     )
 
 
+def refuse_without_prompt(shape: Shape, format_: str | None) -> None:
+    """Raises BadField for rows without a prompt, which an encoder–decoder has nothing to read of."""
+    if shape.encodes and format_ and not formats.asks(format_):
+        raise BadField(
+            "An encoder–decoder reads a prompt and writes the answer, and these rows are plain text.",
+            hint="Use rows with a prompt and an answer, or choose a decoder.",
+            param="training_file",
+            code="no_prompts",
+        )
+
+
 def refuse_rehearsal(run: RunSettings, task: str) -> None:
     """Raises BadField for general rows where a job does not train on writing text, and where rows are padded instead of packed."""
     if not run.rehearsal_fraction:
@@ -170,6 +183,35 @@ def refuse_rehearsal(run: RunSettings, task: str) -> None:
         reason, hint = "General rows fill up packs, and packing is off.", "Leave packing out, or rehearsal_fraction."
     if reason:
         raise BadField(reason, hint=hint, param="run.rehearsal_fraction", code="setting_without_use")
+
+
+def refuse_new_tokens(strategy: Strategy, run: RunSettings, task: str, shape: Shape) -> None:
+    """Raises BadField for new tokens where a job does not train on writing text, where a strategy saves whole tables beside them, and where a
+    model failed with them when it was added."""
+    if run.new_tokens is None:
+        return
+    if not OBJECTIVES[task].adds_tokens:
+        taking = " and ".join(name for name, entry in OBJECTIVES.items() if entry.adds_tokens)
+        raise BadField(
+            f"New tokens are learned where a model trains on writing text: in a job for {taking}, not for {task}.",
+            hint=f"Leave new_tokens out, or add them in a job for {taking} and fine-tune its result.",
+            param="run.new_tokens",
+            code="setting_without_use",
+        )
+    if reason := dict(shape.structure.refused if shape.structure else ()).get("new_tokens"):
+        raise BadField(
+            f"When the model was added, new tokens failed: {reason}.",
+            hint="Leave new_tokens out, or choose another model.",
+            param="run.new_tokens",
+            code="no_new_tokens",
+        )
+    if getattr(strategy, "modules_to_save", None):
+        raise BadField(
+            "The rows of new tokens learn by themselves; modules_to_save trains and saves every other row too.",
+            hint="Leave modules_to_save out, or new_tokens.",
+            param="strategy.modules_to_save",
+            code="setting_without_use",
+        )
 
 
 def refuse_template(run: RunSettings, task: str, kind: str, format_: str | None) -> None:

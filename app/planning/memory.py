@@ -112,6 +112,21 @@ def uses_full_tuning(strategy: Strategy, machine: Machine) -> bool:
     return not machine.cuda and machine.processes == 1 and not strategy.adapter
 
 
+def pads(shape: Shape, run: RunSettings) -> bool:
+    """Whether rows are padded to the longest of their pass, so that a pack counts what padding takes too."""
+    return not run.packing or shape.pads
+
+
+def new_token_parameters(shape: Shape, run: RunSettings) -> int:
+    """Rows of new tokens, in the embedding and in a head of its own."""
+    return len(run.new_tokens or ()) * shape.hidden * (1 if shape.tied else 2)
+
+
+def reached_layers(shape: Shape, strategy: Strategy, run: RunSettings) -> int:
+    """Layers that gradients pass through: all of them where rows of the embedding learn."""
+    return shape.layers if run.new_tokens else strategy.reaches(shape)
+
+
 def layer_bytes(
     shape: Shape,
     strategy: Strategy,
@@ -121,6 +136,7 @@ def layer_bytes(
     units: bool = False,
     fp16: bool = False,
     squeezed: bool = False,
+    longest: int = 0,
 ) -> tuple[int, int]:
     """What one layer keeps for the backward pass: (bytes per token, fixed bytes).
 
@@ -130,7 +146,8 @@ def layer_bytes(
     (`units`, `worker/kernels/cpu/attention.py`). In fp16 the residual stream is float32, and without the attention over packs, which is
     bf16's, keys and values are kept once per head of the queries. `squeezed`: the compiler computes the activation again from gate and
     up projection (`worker/modeling/fused_layers.py:compile_blocks`). Trainable weights add their own inputs. Counted tensor by tensor;
-    `tests/worker/training/test_memory.py` compares it with autograd's own count.
+    `tests/worker/training/test_memory.py` compares it with autograd's own count. Of a model that was measured when it was added, what passes
+    through is what was measured, with the pairs of rows as long as the `longest`.
     """
     compute = 2 if half else 4
     island = compute if cuda else 4
@@ -144,6 +161,10 @@ def layer_bytes(
     wide = (3 if cuda and not squeezed else 2) if shape.gated else 1
     passing = norms * read + attended * (compute if in_tiles else island) + wide * shape.intermediate * compute
     passing += 4 * shape.heads if cuda or in_tiles else 0  # log-sum-exp of each row of scores
+    if (step := shape.step) is not None:
+        # Under autocast a CPU keeps about half of it in float32.
+        width = 1.0 if not half else 0.5 if cuda else 0.75
+        passing = math.ceil((step.bytes_per_token + step.bytes_per_pair * longest) / shape.layers * width)
     per_token = passing + own.per_token * compute - (shape.intermediate * compute if whole and shape.gated else 0)
     # Float32 weights are rounded to bf16 for the products, and the copies are kept until the gradient has passed.
     rounded = 2 * sum(x.inputs * x.outputs for x in shape.linears()) if half and not strategy.adapter and not whole else 0
@@ -205,6 +226,8 @@ def memory_of(
     if run.optimizer == "muon":  # what its AdamW updates: embeddings and vectors
         others = strategy.trainable(shape) - sum(x.inputs * x.outputs for x in shape.each_linear())
         all_of = all_of._replace(optimizer=all_of.optimizer + (4 * max(0, others) if not strategy.adapter else 0))
+    new = new_token_parameters(shape, run)
+    all_of = Memory(all_of.weights + 4 * new, all_of.gradients + 4 * new, all_of.optimizer + OPTIMIZERS[run.optimizer].bytes * new)
     loaded = all_of.weights
     if run.frozen_weights == "fp8":  # a byte each, and four for the scale of a row
         saved = sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.each_linear())
@@ -214,8 +237,8 @@ def memory_of(
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes, strategy.virtual_tokens()), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)
-    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed)
-    reached = strategy.reaches(shape)
+    per_token, once = layer_bytes(shape, strategy, half, machine.cuda, whole, machine.matrix_units, fp16, squeezed, longest)
+    reached = reached_layers(shape, strategy, run)
     recompute = min(recompute, reached)
     everything = strategy.trainable(shape) >= shape.parameters()
     parts = parts_beside(shape, strategy, run, tokens, machine)
@@ -244,6 +267,8 @@ def memory_of(
         other += parts * min(PART_OF_WHOLE_BYTES if half else PART_BYTES, weights // 4)
     trains = weights + held.optimizer + peak + other
     loads = 0 if machine.cuda else FLOOR_CPU_BYTES + shape.parameters() * _loading_bytes(shape, frozen_bytes)
+    if new and not machine.cuda:  # a longer table is made beside the one that was loaded
+        loads += shape.vocabulary * shape.hidden * frozen_bytes
     if parts > 1:  # the model before fine-tuning is loaded on top of what the parts' arenas keep
         loads += parts * min(PART_LEFT_BYTES, weights // 8)
     if run.frozen_weights == "fp8":  # loaded in the stored dtype, and quantized one by one

@@ -167,6 +167,7 @@ def report_json(dataset: Dataset, found: list[Finding], more: bool) -> dict[str,
         "tokens": stats.tokens,
         "trained_tokens": stats.trained_tokens,
         "longest": stats.longest,
+        "new_tokens": [dict(zip(("text", "count", "saved"), one, strict=True)) for one in (dataset.report or {}).get("new_tokens", [])],
         "rules": datasets.rules(dataset),
         "unknown_roles": datasets.unknown_roles(dataset),
         "findings": [

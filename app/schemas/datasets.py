@@ -153,6 +153,14 @@ class UnknownRole(Schema):
     suggested: Literal["user", "assistant", "system", "tool"] | None
 
 
+class TokenSuggestion(Schema):
+    """A string that the tokenizer splits into many pieces: how often it was found, and the tokens fewer if it were one."""
+
+    text: str
+    count: int
+    saved: int
+
+
 class DatasetReport(Schema):
     """The report of a version, with one page of its issues."""
 
@@ -171,6 +179,9 @@ class DatasetReport(Schema):
     tokens: int | None
     trained_tokens: int | None
     longest: int | None
+    new_tokens: list[TokenSuggestion] = Field(
+        description="Strings that would save most tokens as `run.new_tokens` of a job on the model that counted, of the first two million characters."
+    )
     rules: list[RuleCount]
     unknown_roles: list[UnknownRole]
     findings: list[Finding]

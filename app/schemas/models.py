@@ -20,7 +20,7 @@ class ModelEngine(Schema):
 
 
 class CertificateCheck(Schema):
-    name: Literal["weights", "packed", "padded", "loss", "cached"]
+    name: Literal["weights", "packed", "padded", "loss", "cached", "step", "new_tokens"]
     passed: bool
     value: float | None = Field(description="What was measured; null where nothing was.")
     bound: float | None = Field(description="The largest value that passes.")
@@ -35,6 +35,15 @@ class CertificateStrategy(Schema):
     loss_after: float | None = None
 
 
+class MeasuredStep(Schema):
+    """What a training step was measured to keep and take, in float32 on a CPU with so many threads, all weights frozen."""
+
+    bytes_per_token: float = Field(description="Of all layers.")
+    bytes_per_pair: float = Field(description="Of all layers, for each pair of a text's tokens.")
+    operations_per_second: float
+    threads: int
+
+
 class Certificate(Schema):
     """What was tried on a model when it was added."""
 
@@ -45,6 +54,7 @@ class Certificate(Schema):
     strategies: dict[str, CertificateStrategy] = Field(
         description="By name; empty in tier A, whose strategies are tested with every release."
     )
+    step: MeasuredStep | None = Field(None, description="Null in tier A, which is estimated by formulas.")
     versions: dict[str, str] = Field(description="Of the libraries that it was tried with.")
     made_at: str
 

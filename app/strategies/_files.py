@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NEW_TOKENS = "new_tokens.safetensors"
+"""The rows of the tokens that a job added, next to an adapter (`worker/modeling/new_tokens.py`)."""
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -52,9 +52,10 @@ def is_norm(module: torch.nn.Module) -> bool:
 
 
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The transformer blocks, first to last."""
+    """The transformer blocks, first to last; of an encoder–decoder the encoder's first."""
     if found := structure_of(model):
-        return cast("torch.nn.ModuleList", _inside(model, found.stack))
+        own = cast("torch.nn.ModuleList", _inside(model, found.stack))
+        return cast("torch.nn.ModuleList", [*_inside(model, found.encoder_stack), *own]) if found.encoder_stack else own  # type: ignore[misc]
     body = backbone(model)
     return cast("torch.nn.ModuleList", body.get_submodule("layers" if hasattr(body, "layers") else "encoder.layer"))
 
@@ -108,11 +109,16 @@ def place_for_notes(device: torch.device) -> LayerNotes | NotesOfThreads:
 
 
 def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:
-    """Interpolate every parameter of `tuned` that is not the base's own between the base's value (0) and its own (1)."""
+    """Interpolate every parameter of `tuned` that is not the base's own between the base's value (0) and its own (1). Rows of new tokens,
+    which the base has not, stay as they are."""
     for name, weight in tuned.named_parameters():
         start = base.get(name)
-        if start is not None and start is not weight:
-            weight.data = (start.data.float() + share * (weight.data.float() - start.data.float())).to(weight.dtype)
+        if start is None or start is weight:
+            continue
+        blended = weight.data.clone()
+        own = blended[: start.shape[0]] if start.dim() else blended
+        own.copy_(start.data.float() + share * (own.float() - start.data.float()))
+        weight.data = blended
     return tuned
 
 

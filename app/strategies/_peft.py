@@ -30,7 +30,10 @@ class PeftStrategy(Strategy):
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         from peft import get_peft_model
 
-        attached: torch.nn.Module = get_peft_model(transformer(model), self.config(model, task=task))
+        config = self.config(model, task=task)
+        if getattr(transformer(model).config, "is_encoder_decoder", False):
+            config.task_type = "SEQ_2_SEQ_LM"
+        attached: torch.nn.Module = get_peft_model(transformer(model), config)
         return attached
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:

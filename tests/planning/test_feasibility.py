@@ -23,7 +23,7 @@ from app.kit.humanize import human_bytes
 from app.machines import heartbeats
 from app.planning import feasibility
 from app.run_settings import RunSettings
-from app.shapes import Shape
+from app.shapes import Shape, Structure
 from app.storage import files
 from app.strategies import STRATEGIES
 from app.strategies.lora import Lora
@@ -201,6 +201,42 @@ def test_general_rows_where_no_text_is_trained(session, user, tiny_registered, r
         assert refused(session, user, order_of(chats, strategy=lora, run={"rehearsal_fraction": wrong})).param == "run.rehearsal_fraction"
     built = spec_builder.build_spec(session, user, job_request.read_order(order_of(chats, strategy=lora, run=run)))
     assert built.run.rehearsal_fraction == 0.1
+
+
+def test_new_tokens_that_cannot_be_added(session, user, tiny_registered, read):
+    chats = read([{"prompt": f"{n}?", "completion": "Yes."} for n in range(20)], "chats.jsonl")
+    pairs = read([{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No."} for n in range(20)], "pairs.jsonl")
+    kinds, lora, frozen = read(labelled("card", "cash")), {"name": "lora"}, {"name": "feature_extraction"}
+    for data, strategy, said in (
+        (kinds, lora, "classification"),
+        (kinds, frozen, "reads the base once"),
+        (pairs, lora, "not for preference"),
+    ):
+        error = refused(session, user, order_of(data, strategy=strategy, run={"new_tokens": ["fingerboard"]}))
+        assert (error.param, error.code) == ("run.new_tokens", "setting_without_use") and said in error.message
+    wrong = {
+        "is empty or only white space": [" "], "It takes 1 to 1000": [], "these are 1,001": [f"word{n}" for n in range(1001)],
+        "a token may have 100": ["x" * 101], "form of a special token": ["<|tool|>"], "begins or ends with white space": [" violin"],
+        "another character that cannot be seen": ["a\nb"], "is there twice": ["viola", "viola"],
+    }  # fmt: skip
+    for said, tokens in wrong.items():
+        error = refused(session, user, order_of(chats, strategy=lora, run={"new_tokens": tokens}))
+        assert error.param == "run.new_tokens" and said in error.hint, error.hint
+    for tokens, said in ((["the"], "has a token for “the” already"), (["a<|im_end|>"], "form of a special token")):
+        error = refused(session, user, order_of(chats, strategy=lora, run={"new_tokens": tokens}))
+        assert said in error.message + (error.hint or "")
+    shape = Shape.model_validate(tiny_registered.shape)
+    structure = Structure(kinds=(), order=(), stack="h", embedding=1, parameters=1, refused=(("new_tokens", "it has a second table"),))
+    with pytest.raises(BadField, match="new tokens failed: it has a second table") as caught:
+        feasibility.refuse_new_tokens(
+            Lora(), RunSettings(new_tokens=("a b",)), "generation", shape.model_copy(update={"structure": structure})
+        )
+    assert caught.value.param == "run.new_tokens"
+    tables = {"name": "lora", "modules_to_save": "embed_tokens"}
+    error = refused(session, user, order_of(chats, strategy=tables, run={"new_tokens": ["fingerboard"]}))
+    assert error.param == "strategy.modules_to_save"
+    asked = order_of(chats, strategy=lora, run={"new_tokens": "fingerboard\n <tool>\n"})
+    assert spec_builder.build_spec(session, user, job_request.read_order(asked)).run.new_tokens == ("fingerboard", "<tool>")
 
 
 def test_a_chat_template_where_no_conversation_is_written(session, user, tiny_registered, read):

@@ -1,16 +1,19 @@
 """The pages of the data room as a browser without scripts sees them."""
 
+import html
 import re
 
 import pytest
+import yaml
 from sqlalchemy import select
 
 from app import formats
 from app.datasets import ingest_task, samples
 from app.datasets import service as datasets
+from app.jobs import config_file
 from app.kit import ids
 from app.storage import files
-from app.tables import Dataset, User
+from app.tables import Dataset, Job, User
 
 CHAT = '{"messages": [{"role": "user", "content": "<b>ask</b>"}, {"role": "assistant", "content": "tell"}]}\n'
 BAD = '{"messages": [{"role": "customer", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -169,3 +172,29 @@ def test_no_page_has_inline_scripts_or_styles(client, session):
     for address in ("/datasets", "/datasets/new", path):
         page = client.get(address).text
         assert not re.search(r"<[^>]+\s(style|on\w+)=", page)
+
+
+def test_strings_for_new_tokens_lead_to_a_run_with_them(client, session, tiny_registered):
+    row = '{{"messages": [{{"role": "user", "content": "{}?"}}, {{"role": "assistant", "content": "By <photosynthesis> it grows."}}]}}\n'
+    path = read(session, upload(client, data="".join(row.format(n) for n in range(20))))
+    key = path.rsplit("/", 1)[1]
+    found = client.get(f"/v1/datasets/{key}/report").json()["new_tokens"]
+    assert found[0]["text"] == "<photosynthesis>" and found[0]["count"] == 20 and found[0]["saved"] > 40
+    page = client.get(path).text
+    assert "by the tokens that tiny would save" in page and "&lt;photosynthesis&gt;" in page
+    link = html.unescape(re.search(r'href="(/jobs/new\?[^"]*run.new_tokens=[^"]*)"', page)[1])
+    form = client.get(link).text
+    typed = re.search(r'<textarea[^>]*name="run.new_tokens"[^>]*>([^<]*)</textarea>', form)[1]
+    assert html.unescape(typed).splitlines()[0] == "<photosynthesis>"
+    sent = {"model": "tiny", "dataset": key, "strategy": "lora", "run.new_tokens": "<photosynthesis>\n\n  \n", "run.samples": "0"}
+    answer = client.post("/jobs", data=sent, follow_redirects=False)
+    assert answer.status_code == 303, answer.text
+    job = session.scalars(select(Job)).one()
+    assert job.spec["run"]["new_tokens"] == ["<photosynthesis>"]
+    config = config_file.of_job(job)
+    assert "  new_tokens:\n  - <photosynthesis>\n" in config
+    assert yaml.safe_load(config)["run"]["new_tokens"] == ["<photosynthesis>"]
+    again = client.get(f"/jobs/new?clone={ids.public(ids.JOB, job.id)}").text
+    assert "&lt;photosynthesis&gt;</textarea>" in again
+    refused = client.post("/jobs", data={**sent, "run.new_tokens": "<|tool|>"}, follow_redirects=False)
+    assert refused.status_code == 422 and "form of a special token" in refused.text

@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
         if arguments[0] == "--examine":
             return examine(into)
         facts = from_gguf(source, into) if source.is_file() else from_folder(source, into)
-        return {**facts, "kind": kind or facts["kind"]}
+        # An encoder–decoder is asked by its template, whatever it is called.
+        return facts if Shape.model_validate(facts["shape"]).encodes else {**facts, "kind": kind or facts["kind"]}
 
     write_answer(answer, work)
 
@@ -192,12 +193,13 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
     found = examine(folder, rewrite=rewrite)
     written, shape = json.loads((folder / "config.json").read_text()), Shape.model_validate(found["shape"])
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from worker.modeling.auto import maker_of
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        maker = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
-        model = maker.from_config(config)
+        model = maker_of(shape).from_config(config)
     if shape.architecture == "decoder":
         model.tie_weights()
     counted = sum(p.numel() for p in model.parameters())
@@ -211,7 +213,7 @@ def inspect(folder: Path, *, rewrite: bool = False) -> dict[str, Any]:
         check_names(folder, model, shape)
     template = found["chat_template"]
     return {
-        "kind": "encoder" if shape.architecture == "encoder" else "dialogue" if template else "generic",
+        "kind": "encoder" if shape.architecture == "encoder" else "instruction" if shape.encodes else "dialogue" if template else "generic",
         "shape": found["shape"],
         "parameters": counted,
         "chat_template": template,

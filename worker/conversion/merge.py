@@ -20,7 +20,8 @@ with importing():
 
     from worker.conversion.convert import inspect, must_fit, name_type
     from worker.data.batching import Row
-    from worker.modeling import packed_attention
+    from worker.data.chat_template import render_prompt
+    from worker.modeling import packed_attention, padded
     from worker.modeling.classifier import load_classifier, save_classifier
     from worker.modeling.loading import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
     from worker.runtime.device import choose
@@ -47,12 +48,20 @@ def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
     if ref.labels:
         return _merge_classifier(ref, into)
     tokenizer = load_tokenizer(ref)
-    ids = tokenizer(TRIAL, return_tensors="pt").input_ids
+    ids = trial_ids(ref, tokenizer)
     expected = answers(load_model(ref), ids)
     model = load_plain(ref)
     _write(model, tokenizer, into)
     apart = _apart(expected, answers(model.float(), ids))
     return {**inspect(into), "kind": ref.kind, "labels": None, "apart": apart}
+
+
+def trial_ids(ref: ModelRef, tokenizer: Any) -> torch.Tensor:
+    """The trial text (1, T); for an encoder–decoder it is the answer to itself."""
+    if not ref.shape.encodes:
+        return torch.as_tensor(tokenizer(TRIAL, return_tensors="pt").input_ids)
+    _, prompt = render_prompt(tokenizer, ref.kind, [{"role": "user", "content": TRIAL}])
+    return torch.tensor([[*prompt, *tokenizer(TRIAL, add_special_tokens=False).input_ids]])
 
 
 def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
@@ -90,7 +99,8 @@ def _apart(expected: torch.Tensor, found: torch.Tensor) -> float:
 def answers(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the next token at each position, (T, V)."""
     with torch.no_grad():
-        return model(ids).logits[0].float().log_softmax(-1)
+        logits = padded.whole_texts(model, ids.tolist())[0] if padded.encodes(model) else model(ids).logits[0]
+        return logits.float().log_softmax(-1)
 
 
 if __name__ == "__main__":

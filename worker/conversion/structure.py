@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,9 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
     layers as long as its config says, no embedding of tokens, no output layer over its vocabulary, or a value that no config leaves
     out."""
     config = model.config.get_text_config()
-    stack, layers = _stack(model, config)
+    encoder_stack, encoder_layers = _lists_of(model, model.get_encoder(), "the encoder") if config.is_encoder_decoder else ("", ())
+    stack, own = _lists_of(model, model.get_decoder(), "the decoder") if config.is_encoder_decoder else _stack(model, config)
+    layers = [*encoder_layers, *own]
     embedding, head = model.get_input_embeddings(), _head(model, architecture)
     if embedding is None or (architecture == "decoder" and getattr(head, "weight", None) is None):
         raise _strange(config, "no embedding of tokens and output layer over them")
@@ -43,6 +46,8 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
         embedding=outside - own_head - norm_parameters,
         head=own_head,
         parameters=sum(every.values()),
+        encoder_stack=encoder_stack,
+        encoder_layers=len(encoder_layers),
     )
     wide = [linear.outputs for kind in kinds for linear in kind.linears]
     return Shape(
@@ -61,6 +66,15 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
         sliding_window=_number(config, "sliding_window"),
         structure=structure,
     )
+
+
+def _lists_of(model: Any, part: Any, which: str) -> tuple[str, torch.nn.ModuleList]:
+    """The list of modules in a part of a model that holds most parameters, with its name in the model."""
+    inside = {id(module) for module in part.modules()}
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and id(module) in inside]
+    if not found:
+        raise _strange(model.config, f"no list of layers in {which}")
+    return max(found, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
 
 
 def _head(model: Any, architecture: str) -> Any:
@@ -99,7 +113,7 @@ _FUSED = frozenset({"out_proj", "conv1d"})
 """Layers of these architectures whose weights a kernel reads past the layer, so that peft puts no LoRA next to them."""
 
 
-def _kinds(layers: torch.nn.ModuleList, config: Any) -> tuple[list[Block], list[int]]:
+def _kinds(layers: Sequence[torch.nn.Module], config: Any) -> tuple[list[Block], list[int]]:
     kinds: list[Block] = []
     order: list[int] = []
     share = _expert_share(config)

@@ -29,6 +29,9 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
         for name, value in kept.items():
             (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
     tokenizer = load(folder)
+    if shape.encodes and rewrite:
+        tokenizer.chat_template = question_and_answer(tokenizer, kept["config.json"])
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
     if len(tokenizer) > shape.vocabulary:
         raise BadData(
             f"The tokenizer has {len(tokenizer):,} tokens and the model {shape.vocabulary:,}.", hint="Take both from the same model."
@@ -40,11 +43,11 @@ def look_at(folder: Path, rewrite: bool) -> dict[str, Any]:
 def read_shape(config: dict[str, Any]) -> Shape:
     """The shape of a language model or an encoder, from the model built without weights. Raises Unsupported or BadData."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
     from transformers import __version__ as transformers_version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from worker.conversion.structure import shape_of_model
+    from worker.modeling.auto import maker_for
 
     kind = config["model_type"]
     if kind not in CONFIG_MAPPING:
@@ -60,7 +63,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
         made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != STRUCTURE})
         with torch.device("meta"):
             encoder = is_encoder(config) and not made.is_encoder_decoder
-            model: Any = AutoModel.from_config(made) if encoder else AutoModelForCausalLM.from_config(made)
+            model: Any = maker_for(made, encoder=encoder).from_config(made)
         if encoder:
             shape = shape_of_model(model, "encoder")
         else:
@@ -76,6 +79,30 @@ def read_shape(config: dict[str, Any]) -> Shape:
         ) from error
     import_checks.check_widths(shape)
     return shape
+
+
+_QUESTION_AND_ANSWER = """{{%- for message in messages -%}}
+{{%- if loop.first -%}}{lead}{{%- endif -%}}
+{{%- if message.role == "assistant" and loop.last -%}}{edge}{{{{ message.content }}}}{end}
+{{%- else -%}}{{%- if not loop.first %}}{{{{ "\n" }}}}{{% endif -%}}{{{{ message.content }}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{edge}{{%- endif -%}}"""
+
+
+def question_and_answer(tokenizer: Any, config: dict[str, Any]) -> str:
+    """The chat template of an encoder–decoder: what was said so far is the encoder's text, and the last answer the decoder's. Between them
+    stand the end of a text and the token that a decoder begins with, by which `worker/modeling/padded.py` tells them apart."""
+    if tokenizer.eos_token is None or config.get("decoder_start_token_id") is None:
+        raise Unsupported(
+            "The encoder–decoder names no end-of-text token, or no token that its answers begin with.",
+            hint="Add eos_token to tokenizer_config.json and decoder_start_token_id to config.json.",
+        )
+    framed = tokenizer("")["input_ids"]
+    lead = tokenizer.convert_ids_to_tokens(framed[:-1] if framed[-1:] == [tokenizer.eos_token_id] else [])
+    first = tokenizer.convert_ids_to_tokens(config["decoder_start_token_id"])
+    lead, edge, end = ("{{ " + json.dumps("".join(part)) + " }}" for part in (lead, [tokenizer.eos_token, first], [tokenizer.eos_token]))
+    return _QUESTION_AND_ANSWER.format(lead=lead, edge=edge, end=end)
 
 
 def is_encoder(config: dict[str, Any]) -> bool:

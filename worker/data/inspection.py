@@ -29,6 +29,7 @@ from worker.data.batch_rendering import BATCH_ROWS, Length, Renderer, counts_of,
 from worker.data.chat_template import prepare_tokenizer, render_row
 from worker.data.light_tokenizer import LightTokenizer
 from worker.data.packing import plan
+from worker.data.token_suggestions import StringCounter
 
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ALL = 1 << 30
@@ -117,6 +118,7 @@ class TokenCounter:
         self.lines, self.total, self.trained, self.first = array("q"), array("q"), array("q"), array("q")
         self._tokenizer, self._texts = tokenizer, list[tuple[int, str]]()
         self._frame = len(tokenizer("")["input_ids"]) if OBJECTIVES[task].classifies else 0
+        self._strings = StringCounter() if OBJECTIVES[task].adds_tokens else None
         self._renderer = Renderer(tokenizer, self._kind, counts_of, length_of, self._done, payload.get("train_on", "assistant"))
 
     def add(self, row: dict[str, Any], line: int) -> None:
@@ -125,6 +127,8 @@ class TokenCounter:
             if len(self._texts) >= BATCH_ROWS:
                 self._count_texts()
             return
+        if self._strings:
+            self._strings.add(row)
         for one in formats.of(row).sequences(row, self._kind):
             self._renderer.add(line, one)
 
@@ -192,6 +196,8 @@ class TokenCounter:
             "tokenizer": self._name,
         }
         report["cutoff"] = self.cutoff
+        if self._strings:
+            report["new_tokens"] = [list(one) for one in self._strings.suggestions(self._tokenizer)]
         report["rows_cut"] = [[at["cutoff"], at["rows_cut"]] for at in found["cutoffs"]]
         return {"report": report, "lengths": found | {"report": report}}
 

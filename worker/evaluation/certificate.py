@@ -29,16 +29,19 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
-from app.shapes import Shape, shape_of
+from app.planning.memory import layer_bytes
+from app.shapes import StepCost, Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
+from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer
+from worker.evaluation import step_cost
 from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
+from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
-from worker.modeling import padded
+from worker.modeling.auto import maker_of
 from worker.modeling.classifier import pool, without_pooler
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 
@@ -46,6 +49,8 @@ LENGTHS = (7, 19, 12)
 BOUND, LOSS_BOUND, STRATEGY_BOUND = 1e-3, 1e-4, 1e-3
 MAX_STRATEGY_PARAMETERS = 400_000_000
 """Of a larger model only `FIRST` is tried: each strategy needs another copy of the weights."""
+HEAD_ONLY = PromptTuning()
+"""A strategy whose layers keep nothing of their own."""
 FIRST = "lora"
 _SEED = 20
 
@@ -79,12 +84,14 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
         why = f"Its weights need {needed / 1e9:.1f} GB in float32, twice, and {free / 1e9:.1f} GB are free."
         return _certificate(shape, [CertificateCheck("weights", True, None, None, f"Nothing was tried: {why}")], True, {})
     model, checks = _load(folder, shape)
-    texts = _texts(shape)
+    texts = _texts(shape, padded.edge_of(model) if padded.encodes(model) else None)
     with torch.no_grad():
         alone = [_read(model, input_ids=text[None]) for text in texts]
     scale = float(max(logits.abs().max() for logits in alone)) or 1.0
-    checks.append(_packed(model, texts, alone, scale))
-    packs = checks[-1].passed
+    packs = False
+    if not padded.encodes(model):
+        checks.append(_packed(model, texts, alone, scale))
+        packs = checks[-1].passed
     if not packs:
         model = _load(folder, shape)[0]
         padded.pad_packs(model)
@@ -101,11 +108,28 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
             checks.append(_cached(model, texts[1], alone[1], scale, shape))
     if packs:
         model.set_attn_implementation(packed.NAME)
-    return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)) if shape.structure else {})
+    if shape.structure is None:
+        return _certificate(shape, checks, packs, {})
+    cost = step_cost.measure(model, shape, lambda reader, text: _states(reader, [_with_edge(reader, text)]))
+    checks.append(CertificateCheck("step", True, None, None, _told(cost, shape)))
+    if not _is_encoder(model):
+        checks.append(_learned_rows(model, texts))
+    return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)), cost)
 
 
-def _certificate(shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _told(cost: StepCost, shape: Shape) -> str:
+    by_formula, _ = layer_bytes(shape, HEAD_ONLY, half=False, cuda=False)
+    return (
+        f"a step keeps {cost.bytes_per_token / shape.layers / 1e3:.3g} kB per token and layer in float32, where the formula says "
+        f"{by_formula / 1e3:.3g}, and {cost.bytes_per_pair / shape.layers:.3g} bytes per pair of tokens"
+    )
+
+
+def _certificate(
+    shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]], cost: StepCost | None = None
+) -> dict[str, Any]:
     return {
+        **({"step": cost.model_dump()} if cost else {}),
         "tier": "A" if shape.structure is None else "B" if packs else "C",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "checks": [check._asdict() for check in checks],
@@ -115,8 +139,7 @@ def _certificate(shape: Shape, checks: list[CertificateCheck], packs: bool, stra
 
 
 def _load(folder: Path, shape: Shape) -> tuple[Any, list[CertificateCheck]]:
-    auto = AutoModel if shape.architecture == "encoder" else AutoModelForCausalLM
-    loaded: Any = auto.from_pretrained(
+    loaded: Any = maker_of(shape).from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     model, told = loaded
@@ -135,10 +158,22 @@ def _load(folder: Path, shape: Shape) -> tuple[Any, list[CertificateCheck]]:
     return model.eval(), [CertificateCheck("weights", True, 0.0, 0.0, "every tensor of the model is in the files, in its size, and finite")]
 
 
-def _texts(shape: Shape) -> list[torch.Tensor]:
+def _texts(shape: Shape, edge: padded.Edge | None = None) -> list[torch.Tensor]:
+    """Random texts; with an `edge` each is a prompt and an answer."""
     draw = torch.Generator().manual_seed(_SEED)
     high = max(2, shape.vocabulary - 1)
-    return [torch.randint(min(4, high - 1), high, (min(n, shape.positions // 4),), generator=draw) for n in LENGTHS]
+    found = [torch.randint(min(4, high - 1), high, (min(n, shape.positions // 4),), generator=draw) for n in LENGTHS]
+    return found if edge is None else [_with(edge, text) for text in found]
+
+
+def _with(edge: padded.Edge, text: torch.Tensor) -> torch.Tensor:
+    """A text whose second half is an answer."""
+    half = max(1, len(text) // 2)
+    return torch.cat([text[: half - 1], torch.tensor(edge), text[half + 1 :]])
+
+
+def _with_edge(model: Any, text: torch.Tensor) -> torch.Tensor:
+    return _with(padded.edge_of(model), text) if padded.encodes(model) and len(text) > 1 else text
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float:
@@ -196,7 +231,31 @@ def _read(model: Any, **arguments: Any) -> torch.Tensor:
     """Logits (T, V), or of an encoder its states (T, H)."""
     if _is_encoder(model):
         return model(**arguments).last_hidden_state[0]
+    if padded.encodes(model):
+        return _read_answers(model, **arguments)
     return model(**arguments, use_cache=False).logits[0]
+
+
+def _read_answers(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """Logits of an encoder–decoder: of a pack as the trainer reads it, or of one text by transformers' own call."""
+    if arguments:
+        states = model.get_decoder()(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state[0]
+        head = head_of(model)
+        logits = F.linear(states, head.weight) * head.scale + (0 if head.bias is None else head.bias)
+        return logits * states.any(-1, keepdim=True)  # none for the prompt
+    start = padded.answer_start(input_ids[0].tolist(), padded.edge_of(model))
+    answer = model(input_ids=input_ids[:, :start], decoder_input_ids=input_ids[:, start:], use_cache=False).logits[0]
+    return torch.cat([answer.new_zeros(start, answer.shape[-1]), answer])
+
+
+def _first(model: Any, text: torch.Tensor) -> int:
+    """The first position of a text whose next token has a loss."""
+    return padded.answer_start(text.tolist(), padded.edge_of(model)) if padded.encodes(model) else 0
+
+
+def _states(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    """The states (T, H) of a pack, as the trainer reads it."""
+    return _read(model, **_pack(model, texts)) if _is_encoder(model) else _hidden(model, texts)
 
 
 def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
@@ -207,24 +266,58 @@ def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
     """Mean loss of the next token over a pack, by the trainer's own head; of an encoder, the loss of telling the texts apart by the mean
     of their states."""
     if _is_encoder(model):
-        vectors = pool(_read(model, **_pack(model, texts)), [len(text) for text in texts], "mean")
+        vectors = pool(_states(model, texts), [len(text) for text in texts], "mean")
         head = torch.randn(vectors.shape[1], len(texts), generator=torch.Generator().manual_seed(_SEED))
         return F.cross_entropy(vectors @ head, torch.arange(len(texts)))
     whole = torch.cat(texts)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
-    sources = torch.tensor([i for i in range(len(whole)) if i not in set(ends.tolist())])
+    starts = [0, *(ends[:-1] + 1).tolist()]
+    sources = torch.cat(
+        [torch.arange(start + _first(model, text), end) for start, end, text in zip(starts, ends.tolist(), texts, strict=True)]
+    )
     hidden = _hidden(model, texts).index_select(0, sources)
     return linear_cross_entropy(hidden, head_of(model), whole[sources + 1], torch.float32) / len(sources)
 
 
 def _loss(model: Any, texts: list[torch.Tensor], alone: list[torch.Tensor]) -> CertificateCheck:
     def measure() -> float:
-        own = [F.cross_entropy(logits[:-1].float(), text[1:], reduction="sum") for text, logits in zip(texts, alone, strict=True)]
-        count = sum(len(text) - 1 for text in texts)
+        first = [_first(model, text) for text in texts]
+        rows = list(zip(texts, alone, first, strict=True))
+        own = [F.cross_entropy(logits[at:-1].float(), text[at + 1 :], reduction="sum") for text, logits, at in rows]
+        count = sum(len(text) - 1 - at for text, _, at in rows)
         with torch.no_grad():
             return abs(float(_mean_loss(model, texts)) - float(sum(own)) / count)
 
     return _check("loss", LOSS_BOUND, "the loss is that of the model's own logits", measure)
+
+
+def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
+    """The rows of new tokens beside frozen tables have the loss and the gradient that they have in tables that learn."""
+
+    def measure() -> float:
+        copied = copy.deepcopy(model).requires_grad_(False)
+        added = new_tokens.AddedTokens(copied.get_input_embeddings().num_embeddings, [[4, 5], [6, 7, 8]])
+        new_tokens.widen(copied, added)
+        given = [torch.cat([added.ids, text, added.ids]) for text in texts]  # in the prompt and in the answer, where there are two sides
+        with torch.no_grad():
+            _read(copied, input_ids=given[0][None])  # the model's own call reads them too
+        tables = {id(layer.weight): layer.weight for layer in (copied.get_input_embeddings(), copied.get_output_embeddings())}
+        for table in tables.values():
+            table.requires_grad_(True)
+        whole = _mean_loss(copied, given)
+        whole.backward()
+        wanted = [table.grad[added.ids] for table in tables.values()]
+        for table in tables.values():
+            table.requires_grad_(False)
+            table.grad = None
+        learned = new_tokens.learn(copied)
+        loss = _mean_loss(copied, given)
+        loss.backward()
+        found = {id(one.rows): one.rows.grad for one in learned}.values()
+        apart = [_apart(ours, theirs, float(theirs.abs().max()) or 1.0) for ours, theirs in zip(found, wanted, strict=True)]
+        return max(abs(float(loss.detach() - whole.detach())), *apart)
+
+    return _check("new_tokens", BOUND, "rows of new tokens learn as they would in tables that learn", measure)
 
 
 def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:

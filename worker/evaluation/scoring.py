@@ -194,7 +194,7 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
     scored = held_out.score_rows(reader.model, data, BUDGET, reader.engine, lambda share: say(0.6 * share, stage))
     losses = [nats / tokens for nats, tokens in zip(scored.nats, scored.tokens, strict=True)]
     general = None
-    if spec.forgetting:
+    if spec.forgetting and not reader.ref.shape.encodes:  # general texts have no prompt that an encoder could read
         say(0.6, f"Reading general texts with {reader.ref.name}")
         general = reader.probe()
     return ModelScores(held_out.measures(scored, reader.trained_bytes(data)), losses, general)

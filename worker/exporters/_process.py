@@ -23,6 +23,7 @@ from app.kit.manifest import sha256_of
 from app.models.exports import LINES, ExportSpec
 from app.models.model_card import export_card
 from app.spec import JobSpec, ModelRef
+from app.strategies._files import NEW_TOKENS
 from worker import exporters
 from worker.exporters._base import Exporter, ExportOptions, Progress, WrittenFile
 from worker.runtime.fast_import import importing
@@ -105,7 +106,7 @@ def export(spec: ExportSpec, into: Path, report: Reporter) -> dict[str, Any]:
     parity = prove(spec, exporter, into, written, options, report.part(WRITTEN, 1.0)) if exporter.format.proves and generates else None
     if fault := fault_of(parity):
         return {"files": [], "parity": parity, "fault": fault}
-    (into / CARD).write_text(export_card(spec.card, spec.format, files, parity))
+    (into / CARD).write_text(export_card(spec.card, spec.format, files, parity, encodes=spec.model.shape.encodes))
     return {"files": [*files, _about(into, WrittenFile(CARD, ""))], "parity": parity, "fault": None}
 
 
@@ -139,11 +140,16 @@ def prove(
 ) -> dict[str, Any]:
     """Run each file in the program that it is for, on held-out rows."""
     from worker.exporters import _parity
-    from worker.modeling.loading import load_model, load_tokenizer
+    from worker.modeling.loading import folder_of, load_model, load_tokenizer
 
     began, held = time.monotonic(), held_out(spec)
     found: dict[str, Any] = {"program": exporter.program, "rows": held.where, "smallest": None, "answers": [], "lines": []}
     found |= {"seconds": 0.0, "skipped": None}
+    if spec.model.shape.encodes:
+        return {
+            **found,
+            "skipped": "An encoder–decoder's files are not run: its merged weights were compared with the model when they were made.",
+        }
     if exporter.program == "llama.cpp" and find_spec("xllamacpp") is None:
         return {**found, "skipped": "The package xllamacpp is not installed with this worker, so the files were not run."}
     progress(0.0, "Answering in the studio")
@@ -151,7 +157,9 @@ def prove(
     def load(ref: ModelRef) -> Callable[[], Any]:
         return lambda: load_model(ref)
 
-    base, tokenizer = load(spec.base) if spec.base else None, load_tokenizer(spec.model)
+    # A base has no rows of the tokens that its adapter came with, so it cannot read the same ids.
+    reads = spec.base and not (folder_of(spec.model.adapters[-1].path) / NEW_TOKENS).is_file()
+    base, tokenizer = load(spec.base) if spec.base and reads else None, load_tokenizer(spec.model)
     ours = _parity.reference(load(spec.model), tokenizer, spec.model.kind, held.rows, base, held.questions)
     found["answers"] = ours.told
     known = into.parent / LINES

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.models.integrity import BadModel
+from app.strategies._files import NEW_TOKENS
 from worker.inference.kv_cache import Selection, current_step
 from worker.kernels.cpu.small_batch_linear import SmallBatchLinear
 
@@ -53,7 +54,7 @@ def read_lora(
     """Read a folder in peft's layout; None when it holds more than plain LoRA, so that peft itself must load it. `blend` scales
     the correction. Raises BadModel for non-finite values."""
     settings = folder / "adapter_config.json"
-    if not settings.is_file():
+    if not settings.is_file() or (folder / NEW_TOKENS).is_file():
         return None
     config = json.loads(settings.read_text("utf-8"))
     if not _plain(config):

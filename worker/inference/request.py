@@ -20,7 +20,7 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
     kind = request.model.kind
     if request.tokens is not None:
         room_for(request, len(request.tokens), context)
-        size = request.model.shape.vocabulary
+        size = max(request.model.shape.vocabulary, len(tokenizer))  # an adapter may have tokens that its base has not
         wrong = next((t for t in request.tokens if not 0 <= t < size), None)
         if wrong is not None:
             raise BadRequest(f"There is no token {wrong}: the vocabulary has {size}.", hint="Send text instead.", param="prompt")
@@ -39,6 +39,12 @@ def render(request: GenerateRequest, tokenizer: Any, context: int) -> tuple[str,
 
 def _write(request: GenerateRequest, tokenizer: Any, kind: str, most: int) -> tuple[str, list[int]]:
     if request.messages is None:
+        if request.model.shape.encodes:
+            raise BadRequest(
+                f"{request.model.name} is an encoder–decoder: it answers a prompt and continues no text.",
+                hint="Send messages.",
+                param="prompt",
+            )
         return chat_template.render_prompt(tokenizer, kind, request.prompt or "", None, most, SECONDS)
     answer_plan.check_tools(request, tokenizer)
     messages, options = answer_plan.messages_of(request, tokenizer), answer_plan.options_of(request, tokenizer)

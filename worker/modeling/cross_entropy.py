@@ -94,6 +94,21 @@ class WeightKeeper(Protocol):
         """Add `scale` times a gradient to the weight's."""
 
 
+ROWS = "new_tokens"
+"""The submodule of a frozen head, or of a frozen embedding, that has its learned rows (`worker/modeling/new_tokens.py:LearnedRows`)."""
+
+
+class NewRows(NamedTuple):
+    """Rows of a frozen head that learn: `rows` (n, H), whose values the head has from row `first` on."""
+
+    first: int
+    rows: torch.Tensor
+
+    @property
+    def place(self) -> slice:
+        return slice(self.first, self.first + len(self.rows))
+
+
 class Head(NamedTuple):
     """The language-model head and its logit transform: `cap` · tanh(logits · `scale` / `cap`)."""
 
@@ -102,10 +117,18 @@ class Head(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     keeper: WeightKeeper | None = None
+    new: NewRows | None = None
 
     def weight_in(self, kind: torch.dtype) -> torch.Tensor:
         """The weight in the type of the products."""
         return self.keeper.rounded() if self.keeper is not None and self.keeper.kind == kind else self.weight.to(kind)
+
+    def whole(self) -> torch.Tensor:
+        """The weight, with a gradient for its learned rows."""
+        if self.new is None:
+            return self.weight
+        place = self.new.place
+        return torch.cat([self.weight[: place.start], self.new.rows.to(self.weight.dtype), self.weight[place.stop :]])
 
 
 def head_of(model: torch.nn.Module) -> Head:
@@ -114,8 +137,16 @@ def head_of(model: torch.nn.Module) -> Head:
     layer, config = cast("torch.nn.Linear", whole.get_output_embeddings()), whole.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):  # T5, where embedding and head are one
+        scale *= config.d_model**-0.5
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, getattr(layer, "bias", None), scale / divisor, cap, getattr(layer, "keeper", None))
+    learned = getattr(layer, ROWS, None)
+    new = None if learned is None else NewRows(learned.first, learned.rows)
+    bias = getattr(layer, "bias", None)
+    fixed = getattr(whole, "final_logits_bias", None)  # of BART and its relatives: a buffer, zero in most
+    if bias is None and fixed is not None and bool(fixed.any()):
+        bias = fixed[0]
+    return Head(layer.weight, bias, scale / divisor, cap, getattr(layer, "keeper", None), new)
 
 
 CHUNK_BYTES_GPU = 2**30
@@ -160,12 +191,21 @@ def _softmax_(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, rest: Any) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        new_rows: torch.Tensor | None,
+        targets: torch.Tensor,
+        rest: Any,
+    ) -> Any:
+        """`rest` is the remainder of the head, and the dtype of the products; `new_rows` are the rows of its `new`, for autograd to see."""
         head, compute = Head(weight, bias, *rest[0]), rest[1]
         plain = head.bias is None and head.scale == 1.0 and head.cap is None
         gpu = devices.is_gpu(hidden.device)
         if gpu and plain and compute != torch.float32 and kernel_works(hidden.device):
-            return _on_gpu(ctx, hidden, weight, targets, compute)
+            return _on_gpu(ctx, hidden, weight, new_rows, targets, compute, head.new)
         # On a GPU this check would synchronize, so the mask is always applied there.
         kept = (targets >= 0)[:, None] if gpu or bool((targets < 0).any()) else None
         wanted, targets = targets, targets if kept is None else targets.clamp(min=0)
@@ -180,6 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts: list[torch.Tensor] = []
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not keeps else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        d_rows = torch.zeros_like(new_rows) if new_rows is not None and ctx.needs_input_grad[3] else None
         cast = head.weight_in(compute)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -187,7 +228,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             in_one = single and jit.supports(logits)
             if in_one:
                 losses = torch.empty(logits.shape[0])
-                softmax_loss_(logits, wanted[part], losses, head.scale, d_hidden is not None or needs_weight)
+                softmax_loss_(logits, wanted[part], losses, head.scale, d_hidden is not None or needs_weight or d_rows is not None)
                 total += losses.sum()
             for block, products in () if in_one else _blocks(logits):
                 own = slice(start + block.start, start + block.stop)
@@ -197,7 +238,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if real is not None and not gpu and bool(real.all()):
                     real = None
                 total += (nats * real).sum() if real is not None else nats.sum()
-                if d_hidden is None and not needs_weight:
+                if d_hidden is None and not needs_weight and d_rows is None:
                     continue
                 p.scatter_add_(1, targets[own, None], torch.full_like(nats, -1.0))  # d loss / d logits
                 if real is not None:
@@ -212,6 +253,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits[block] = p
             if d_hidden is not None:
                 d_hidden[part] = logits @ cast
+            if d_rows is not None and head.new is not None:
+                d_rows += logits[:, head.new.place].t() @ hidden[part].to(compute)
             if keeps:
                 parts += [logits, hidden[part].to(compute)]
             elif d_weight is not None:
@@ -219,23 +262,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_weight.addmm_(logits.t(), hidden[part].float())
                 else:
                     d_weight += logits.t() @ hidden[part].to(compute)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias, *parts)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, d_rows, *parts)
         ctx.keeper = head.keeper
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        d_hidden, d_weight, d_bias, *parts = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, d_rows, *parts = ctx.saved_tensors
         if ctx.keeper is not None:
             ctx.keeper.take_gradient(HeadGradient(d_weight, parts), float(grad))
             d_weight = None
         elif parts:
             d_weight = torch.cat([product for _, product in HeadGradient(None, parts).pieces()]).float()
-        d_hidden, d_weight, d_bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias))
-        return d_hidden, d_weight, d_bias, None, None
+        scaled = (None if g is None else g.mul_(grad.to(g.dtype)) for g in (d_hidden, d_weight, d_bias, d_rows))
+        return *scaled, None, None
 
 
-def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+def _on_gpu(
+    ctx: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    new_rows: torch.Tensor | None,
+    targets: torch.Tensor,
+    compute: torch.dtype,
+    new: NewRows | None,
+) -> torch.Tensor:
     """The loss with logits in `compute`, overwritten with their gradient by one kernel. Targets below 0 are ignored."""
     from worker.kernels.gpu.cross_entropy import softmax_gradient_
 
@@ -245,6 +296,7 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(source) if needs_hidden else None
     d_weight: torch.Tensor | None = None
+    d_rows = torch.zeros_like(new_rows) if new_rows is not None and ctx.needs_input_grad[3] else None
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         logits = source[part] @ cast.t()
@@ -254,8 +306,10 @@ def _on_gpu(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch
         if needs_weight:
             more = torch.mm(logits.t(), source[part], out_dtype=torch.float32)
             d_weight = more if d_weight is None else d_weight.add_(more)
+        if d_rows is not None and new is not None:
+            d_rows += torch.mm(logits[:, new.place].t(), source[part], out_dtype=torch.float32)
         del logits
-    ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None)
+    ctx.save_for_backward(d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, d_rows)
     ctx.keeper = None
     return losses.sum()
 
@@ -272,22 +326,25 @@ def pad_to_multiple(
 def linear_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
     """Sum of the cross-entropy, in nats, of `hidden` (K, H) against `targets` (K,), which are ignored below 0: a float32 scalar.
     Products run in the dtype `compute`, sums in float32. Differentiable in `hidden` and, where they are trained, the head's
-    weight and bias."""
+    weight, its bias and its learned rows."""
     if hidden.shape[0] == 0:
         return hidden.sum() * 0.0
     if not kernels.allowed():
         return plain_nats(hidden, head, targets, compute).sum()
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, targets = pad_to_multiple(hidden, targets, compute)
-        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, targets, (head[2:], compute))
+        rows = None if head.new is None else head.new.rows
+        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, rows, targets, (head[2:], compute))
 
 
 def plain_nats(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype = torch.float32) -> torch.Tensor:
     """The cross-entropy in nats of each of `hidden` (K, H) against `targets` (K,), 0 where that is -100: what the losses of this
     package have to equal, as one would write it. The logits of a chunk are recomputed in the backward pass, so that they fit."""
 
+    weight = head.whole()
+
     def chunk(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(states.to(compute), head.weight.to(compute)).to(torch.promote_types(compute, torch.float32))
+        logits = F.linear(states.to(compute), weight.to(compute)).to(torch.promote_types(compute, torch.float32))
         logits = logits if head.bias is None else logits + head.bias.to(logits.dtype)
         logits = logits * head.scale
         logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from app.errors import DoesNotFit
 from app.models import integrity
@@ -20,8 +20,9 @@ from app.settings import get_settings
 from app.spec import Adapter, ModelRef
 from app.strategies import AnyStrategy, Strategy
 from app.strategies._model import structure_of
+from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
-from worker.modeling import padded
+from worker.modeling.auto import maker_of
 from worker.runtime import devices
 
 devices.set_up()
@@ -62,7 +63,7 @@ def load_base(
     """The weights in `ref.path` without adapters, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode."""
     structure = ref.shape.structure
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = maker_of(ref.shape).from_pretrained(
             folder_of(ref.path),
             dtype=dtype,
             attn_implementation=attention if structure is None or structure.packs else None,
@@ -125,9 +126,10 @@ def load_strategy(folder: Path) -> Strategy:
 
 
 def lay_adapter(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
-    """Attach one adapter to a model, scaled by the adapter's blend."""
+    """Attach one adapter to a model, scaled by the adapter's blend; new tokens have the rows that they learned."""
     folder = folder_of(adapter.path)
     try:
+        new_tokens.load(model, folder)
         strategy = load_strategy(folder)
         return strategy.load(model, folder) if adapter.blend == 1 else strategy.load_blended(model, folder, adapter.blend)
     except (OSError, ValueError, KeyError) as error:

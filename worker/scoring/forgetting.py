@@ -111,5 +111,6 @@ def _size(entry: dict[str, Any]) -> int:
 
 
 def _digest(spec: JobSpec, engine: Compute) -> str:
-    about = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.rounding]
+    about: list[Any] = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.rounding]
+    about += [list(spec.run.new_tokens)] if spec.run.new_tokens else []
     return hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]

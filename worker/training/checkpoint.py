@@ -34,6 +34,7 @@ from app.older_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.strategies import Strategy
+from worker.modeling import new_tokens
 from worker.modeling.classifier import Classifier, save_classifier
 from worker.modeling.loading import STRATEGY_FILE
 from worker.runtime import devices
@@ -120,6 +121,8 @@ def write_weights(folder: Path, model: torch.nn.Module, strategy: Strategy, toke
         save_classifier(model, folder, model.labels)
         model = model.backbone
     strategy.save(model, folder)
+    if type(strategy).adapter:
+        new_tokens.save(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))
 

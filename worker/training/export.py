@@ -12,7 +12,8 @@ from app import formats
 from app.kit import manifest
 from app.models.model_card import AppliedAdapter, Provenance, load_code, requirements
 from app.run_settings import RunSettings
-from app.spec import JobSpec
+from app.spec import Adapter, JobSpec
+from app.strategies._files import NEW_TOKENS
 from worker.modeling.classifier import Classifier
 from worker.modeling.loading import folder_of, load_strategy
 from worker.training.checkpoint import State, WrittenCheckpoint, write_folder, write_weights
@@ -46,6 +47,7 @@ def card(spec: JobSpec, state: State, labels: int = 0) -> str:
     settings = "\n".join(f"| {key} | {value} |" for key, value in strategy.model_dump().items() if key != "name")
     scores = "".join(f"| {key} | {state.before[key]:.4f} | {state.best[key]:.4f} |\n" for key in state.before if key in state.best)
     table = f"\n## On validation rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
+    added = f"\n| new tokens | {len(run.new_tokens)} |" if run.new_tokens else ""
     kind = "classifier" if labels else formats.get(spec.dataset.format).tuned_kind(spec.model.kind)
     code = load_code(kind, made_of(spec, labels))
     return f"""---
@@ -68,7 +70,7 @@ tags: [luthier, {strategy.name}]
 | learning rate | {spec.learning_rate} |
 | optimizer | {run.optimizer} |
 | schedule | {run.schedule} |
-| seed | {run.seed} |
+| seed | {run.seed} |{added}
 | base revision | {spec.model.revision} |
 | dataset SHA-256 | {spec.dataset.sha256} |
 {table}
@@ -88,9 +90,15 @@ def _batch(run: RunSettings) -> str:
     return one if run.gradient_accumulation_steps == 1 else f"{run.gradient_accumulation_steps} × {one}"
 
 
+def _folders(spec: JobSpec) -> list[tuple[Adapter, Path]]:
+    return [(adapter, folder_of(adapter.path)) for adapter in spec.model.adapters]
+
+
 def made_of(spec: JobSpec, labels: int) -> Provenance:
     """What the result of a job is put together from."""
-    below = [AppliedAdapter(a.path, load_strategy(folder_of(a.path))) for a in spec.model.adapters]
+    below = [AppliedAdapter(a.path, load_strategy(folder), (folder / NEW_TOKENS).is_file()) for a, folder in _folders(spec)]
     own = type(spec.strategy).adapter
-    laid = (*below, AppliedAdapter(spec.name, spec.strategy)) if own else ()
-    return Provenance(spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None)
+    laid = (*below, AppliedAdapter(spec.name, spec.strategy, bool(spec.run.new_tokens))) if own else ()
+    return Provenance(
+        spec.model.name if own else None, laid, spec.model.shape.hidden, labels, spec.strategy if labels else None, spec.model.shape.encodes
+    )

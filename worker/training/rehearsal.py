@@ -107,6 +107,7 @@ def _digest(spec: JobSpec, tokenizer: Any, engine: Compute) -> str:
     """What the answers follow from: the model and how it computes, the chat template, and the prompts."""
     model, strategy = spec.model, type(spec.strategy)
     about = [model.revision, [a.key for a in model.adapters], model.kind, engine.rounding, str(engine.frozen), strategy.base_bits]
+    about += [list(spec.run.new_tokens)] if spec.run.new_tokens else []
     return hashlib.sha256(json.dumps([*about, template_of(tokenizer), SEED, ANSWER_TOKENS]).encode() + PROMPTS.read_bytes()).hexdigest()[
         :40
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from app.machines.hardware import this_machine
 from app.objectives import OBJECTIVES
 from app.planning.duration import operations_per_token, speed_of
+from app.planning.memory import pads
 from app.planning.rehearsal import ROW_TOKENS
 from app.spec import JobSpec
 from worker.data.packing import plan, stream, with_general
@@ -39,7 +40,8 @@ class StepPlan:
         """The packs of all epochs from number `start` on, as numbers of the lesson's `step_rows`."""
         run, lengths, share = lesson.spec.run, lesson.train.lengths, lesson.spec.run.rehearsal_fraction
         first = 0 if share else start
-        packs = stream(lengths, self.own, seed=run.seed, start=first, most=self.most, rows=self.rows, padded=not run.packing)
+        padded = pads(lesson.spec.model.shape, run)
+        packs = stream(lengths, self.own, seed=run.seed, start=first, most=self.most, rows=self.rows, padded=padded)
         if not share:
             return packs
         # What a pack gets of the general rows depends on those before it, so a resumed job plans from the beginning.
@@ -75,7 +77,7 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
     if engine.framed and decodes and OBJECTIVES[lesson.spec.task].uniform and run.packing and not rows:
         lesson.frames = packed_attention.frames_of([*lengths, general] if share else lengths, budget, per_row)
     most = lesson.frames[0].max_sequences() // per_row if lesson.frames else None
-    packs = len(plan(lengths, own, seed=run.seed, epoch=0, most=most, rows=rows, padded=not run.packing))
+    packs = len(plan(lengths, own, seed=run.seed, epoch=0, most=most, rows=rows, padded=pads(lesson.spec.model.shape, run)))
     total = max(1, math.ceil(run.epochs * packs / run.passes))
     total = min(total, run.max_steps or total)
     every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
@@ -84,5 +86,5 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
 
 def seconds_expected(spec: JobSpec, course: StepPlan) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
-    work = operations_per_token(spec.model.shape, spec.strategy, 1.0)
+    work = operations_per_token(spec.model.shape, spec.strategy, 1.0, everywhere=bool(spec.run.new_tokens))
     return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine().on(spec.run.device))

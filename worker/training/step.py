@@ -28,6 +28,7 @@ def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
     norm = backend.grad_norm()
     backend.step(optim.learning_rate_at(state.step, job.course.total_steps, job.spec.learning_rate, run), run.max_grad_norm)
     strategy.after_step(body_of(backend.model), state.step)
+    job.lesson.after_change()
     backend.zero_grad()
     return [loss, norm, *measured]
 

@@ -88,6 +88,25 @@ def test_lengths_say_what_a_cut_does(tmp_path):
     assert sum(count for _, _, count in result["histogram"]) == 3
 
 
+def test_strings_for_new_tokens_save_the_tokens_that_are_said(tmp_path):
+    from worker.modeling import new_tokens
+
+    build_tokenizer().save_pretrained(tmp_path)
+    told = "The <call> tool <call> answered: photosynthesis, quickly."
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": told}]} for n in range(30)]
+    rows.append({"messages": [{"role": "user", "content": "rarely"}, {"role": "assistant", "content": "xylophones " * 4}]})
+    payload = {"rows": parquet(tmp_path / "r.parquet", rows), "tokenizer": tmp_path, "kind": "dialogue", "count": len(rows)}
+    result = inspection.lengths(payload, lambda _: None)
+    found = {text: (count, saved) for text, count, saved in result["report"]["new_tokens"]}
+    assert found["<call>"][0] == 60 and found["photosynthesis"][0] == 30 and "xylophones" not in found, "it is found four times only"
+    assert [saved for _, saved in found.values()] == sorted((saved for _, saved in found.values()), reverse=True)
+    assert "The" not in found, "it is one token already"
+    real = build_tokenizer()
+    new_tokens.add_to(real, ["<call>", "photosynthesis"])
+    after = sum(len(render_row(real, row, "dialogue", 1 << 30).ids) for row in rows)
+    assert result["tokens"] - after == found["<call>"][1] + found["photosynthesis"][1]
+
+
 @pytest.fixture
 def encoder(tmp_path):
     """The folder of an encoder's tokenizer, which frames a text as [CLS] … [SEP]."""

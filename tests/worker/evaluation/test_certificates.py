@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
 import torch
 from sqlalchemy import select
+from transformers import AutoModelForCausalLM
 
 from app import queue
+from app.datasets.service import DatasetStats
 from app.db import transaction
 from app.errors import Unsupported
+from app.machines.hardware import Machine, Pace
 from app.models import imports
+from app.planning import duration
+from app.planning.memory import layer_bytes
 from app.shapes import STRUCTURE, Shape, shape_of
-from app.spec import ModelRef
+from app.spec import DatasetRef, ModelRef
 from app.strategies import STRATEGIES
 from app.tables import Outbox
 from benchmarks.architectures import small_model, write_small
 from tests.factories import make_dataset, make_spec
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, request, run
+from tests.worker.orders import order as make_order
+from tests.worker.orders import put_dataset
 from tests.worker.training.test_classification import run as classify
 from tests.worker.training.test_classification import sorting, texts, tuned_ref
 from worker.conversion import trial
@@ -29,12 +38,18 @@ from worker.data.batching import Row
 from worker.evaluation.certificate import certify
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
+from worker.modeling import new_tokens, padded
 from worker.modeling.classifier import load_classifier
 from worker.modeling.loading import load_tokenizer
-from worker.modeling.packed_attention import NAME
+from worker.modeling.packed_attention import NAME, packed
 from worker.runtime.device import choose
 from worker.train import train
+from worker.training.objectives import objective_of
 from worker.training.objectives.classification import probabilities, tokenise_texts
+from worker.training.schedule import course_of
+
+STATS = DatasetStats(rows=100, characters=20_000, tokens=5000, trained_tokens=2500, longest=60)
+DATA = DatasetRef(id=UUID(int=1), name="rows", path="rows", sha256="", format="chat", rows=100)
 
 
 def meta_model(kind: str):
@@ -96,7 +111,14 @@ def test_an_encoders_parameters_are_counted_too(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("mixtral", marks=pytest.mark.long), pytest.param("opt", marks=pytest.mark.long)])
 def test_a_certificate_says_what_was_tried(kind: str, tmp_path: Path) -> None:
     found = certify(tmp_path, kept(kind, tmp_path))
-    assert found["tier"] == "B" and [check["name"] for check in found["checks"]] == ["weights", "packed", "loss", "cached"]
+    assert found["tier"] == "B" and [check["name"] for check in found["checks"]] == [
+        "weights",
+        "packed",
+        "loss",
+        "cached",
+        "step",
+        "new_tokens",
+    ]
     assert all(check["passed"] for check in found["checks"]), found["checks"]
     works = {name for name, told in found["strategies"].items() if told["works"]}
     assert {"lora", "dora", "full", "top_layers", "layer_norm"} <= works, found["strategies"]
@@ -109,10 +131,64 @@ def test_a_certificate_says_what_was_tried(kind: str, tmp_path: Path) -> None:
 def test_one_whose_texts_would_see_each_other_gets_padded_batches(kind: str, tmp_path: Path) -> None:
     found = certify(tmp_path, kept(kind, tmp_path))
     assert found["tier"] == "C" and [(check["name"], check["passed"]) for check in found["checks"]] == [
-        ("weights", True), ("packed", False), ("padded", True), ("loss", True)
+        ("weights", True), ("packed", False), ("padded", True), ("loss", True), ("step", True),
+        ("new_tokens", True),
     ]  # fmt: skip
     works = {name for name, told in found["strategies"].items() if told["works"]}
     assert {"lora", "full", "top_layers", "prompt_tuning"} <= works, found["strategies"]
+
+
+@pytest.mark.parametrize(("kind", "near"), [("gpt2", 0.1), ("mamba", 0.15)])
+def test_memory_and_time_follow_from_a_measured_step(kind: str, near: float, tmp_path: Path, data_dir: Path) -> None:
+    """What a LoRA step over other rows keeps is what the estimate says, which by the formula it is not."""
+    from tests.worker.training.test_memory import Holding
+
+    shape = kept(kind, tmp_path)
+    certificate = certify(tmp_path, shape)
+    tiered = {"step": certificate["step"], "packs": certificate["tier"] == "B"}
+    known = Shape.model_validate({**shape.model_dump(), "structure": {**shape.structure.model_dump(), **tiered}})
+    strategy = STRATEGIES["lora"]()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME if known.structure.packs else None)
+    if known.pads:
+        padded.pad_packs(model)
+    model = strategy.attach(model).train()
+    ids, held = torch.arange(4, 100)[None], Holding(model)
+    with held:
+        given = packed(ids[0].numpy(), [48, 48], torch.device("cpu"))
+        states = model.get_base_model().get_decoder()(**given, use_cache=False).last_hidden_state
+    assert states.requires_grad
+    said, by_formula = (96 * known.layers * layer_bytes(s, strategy, False, False, longest=48)[0] for s in (known, shape))
+    assert said == pytest.approx(held.bytes, rel=near), (said, by_formula, held.bytes, certificate["step"])
+    spec = make_order(ModelRef(id=uuid4(), name=kind, kind="generic", path="", revision="", shape=known), DATA)
+    alone = Machine(cores=known.step.threads, memory_bytes=2**34)
+    estimated = duration.estimate(spec, STATS, alone)
+    work = duration.operations_per_token(known, strategy, duration.loss_share(STATS))
+    assert estimated.tokens_per_second == pytest.approx(known.step.operations_per_second / work)
+    own = {f"{alone.device} · lora · decoder {kind} · gradient · fp32": Pace(operations_per_second=7e9, fixed_seconds=1)}
+    others = {f"{alone.device} · lora · decoder · gradient · fp32": Pace(operations_per_second=8e9, fixed_seconds=1)}
+    assert duration.speed_of(spec, alone.model_copy(update={"paces": own | others})) == 7e9
+    assert duration.speed_of(spec, alone.model_copy(update={"paces": others})) == known.step.operations_per_second, (
+        "others say nothing of it"
+    )
+
+
+def test_new_tokens_that_would_not_learn_are_found_when_a_model_is_added(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(new_tokens, "_with_gradient", lambda layer, given, out: out)
+    (check,) = [check for check in certify(tmp_path, kept("gpt2", tmp_path))["checks"] if check["name"] == "new_tokens"]
+    assert not check["passed"] and check["value"] > check["bound"] and "they differ by" in check["message"]
+
+
+def test_a_pack_of_one_that_is_padded_holds_what_padding_takes_too(tmp_path: Path, data_dir: Path) -> None:
+    """A long row beside short ones would become a batch many times as large."""
+    shape = kept("mamba", tmp_path)
+    known = Shape.model_validate({**shape.model_dump(), "structure": {**shape.structure.model_dump(), "packs": False}})
+    rows = [{"text": "x" * 60}] + [{"text": "x"}] * 40
+    ref = ModelRef(id=uuid4(), name="m", kind="generic", path=str(tmp_path), revision="0" * 64, shape=known)
+    spec = make_order(ref, put_dataset(rows, "plain_text"), max_tokens_per_step=64, validation_fraction=0)
+    lesson = objective_of(spec, load_tokenizer(spec.model))
+    plan = course_of(lesson, choose(spec.run, spec.strategy))
+    packs = [[lesson.train.lengths[row] for row in pack] for _, _, pack in itertools.islice(plan.packs(lesson), plan.total_steps)]
+    assert max(len(pack) * max(pack) for pack in packs) <= 64 and max(map(len, packs)) > 5
 
 
 def test_one_that_is_wrong_in_padded_batches_too_is_refused(tmp_path: Path) -> None:

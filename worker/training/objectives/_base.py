@@ -13,6 +13,7 @@ from app import events
 from app.spec import JobSpec
 from worker.data.batching import Tokenised
 from worker.modeling.classifier import Classifier
+from worker.modeling.new_tokens import LearnedRows
 from worker.modeling.packed_attention import PackShape, frame_for
 from worker.runtime.device import Compute
 from worker.training import optim
@@ -57,6 +58,7 @@ class TrainingObjective(ABC):
     held_out: Tokenised
     played: Tokenised | None = None  # the training rows, and behind them general ones that are played in against forgetting
     labels: list[str] | None = None
+    learned_rows: Sequence[LearnedRows] = ()  # of new tokens, where the strategy keeps their table frozen
     frames: Sequence[PackShape] = ()  # the shapes of packs on a GPU, the smallest first
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
@@ -111,6 +113,11 @@ class TrainingObjective(ABC):
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
         """One pass over what `batch` made. Parts of a pack may pass side by side in threads, so it changes nothing that they share."""
+
+    def after_change(self) -> None:
+        """Called after every change of the trained weights: an optimizer step, or a checkpoint that was read."""
+        for rows in self.learned_rows:
+            rows.write()
 
     def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
         """The figures of a step's event from the sums that its passes measured."""

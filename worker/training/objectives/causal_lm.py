@@ -18,7 +18,7 @@ from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Row, make_batch
 from worker.data.chat_template import prepare_tokenizer, template_remark
-from worker.modeling import packed_attention, padded
+from worker.modeling import new_tokens, packed_attention, padded
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.modeling.loading import load_plain
 from worker.modeling.router_loss import RouterLoss, router_loss_of
@@ -62,10 +62,12 @@ class CausalLM(TrainingObjective):
     preparing: ClassVar = "Writing the base's answers to general prompts"
     accuracy: ClassVar = "token_accuracy"
 
+    added: new_tokens.AddedTokens | None = None
     router_loss: RouterLoss | None = None  # of a mixture of experts whose routers train; known once the strategy is attached
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self.plain_template = prepare_tokenizer(tokenizer, spec.run)
+        self.added = new_tokens.add_to(tokenizer, spec.run.new_tokens) if spec.run.new_tokens else None
         super().__init__(spec, tokenizer)
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batching.sides(spec)
@@ -95,10 +97,18 @@ class CausalLM(TrainingObjective):
                 yield f"{len(part.skipped)} {name} rows have no trainable tokens left and were excluded (lines {lines})."
         if self.plain_template and formats.get(self.spec.dataset.format).conversations:
             yield "The model has no chat template; it is given a plain one, which is saved with the result."
+        if self.added:
+            yield (
+                f"{len(self.added.pieces)} tokens were added, each as the mean of its pieces. The base is scored with them too, so its loss per token "
+                "is not that of a run without them; bits per byte are comparable."
+            )
 
     def load(self, engine: Compute) -> torch.nn.Module:
         spec = self.spec
-        return load_plain(spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(spec.strategy).base_bits)
+        model = load_plain(spec.model, engine.frozen, packed_attention.NAME, str(engine.device), type(spec.strategy).base_bits)
+        if self.added:
+            new_tokens.widen(model, self.added)
+        return model
 
     def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Have the base answer the general prompts that are played in, or read what it wrote before."""
@@ -113,6 +123,7 @@ class CausalLM(TrainingObjective):
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
         attached = self.spec.strategy.attach(model, task=self.spec.task)
         inner = held_out.plain_model(attached)
+        self.learned_rows = new_tokens.learn(inner) if self.added else ()
         self.router_loss = router_loss_of(inner) if self.balances and not padded.is_padded(inner) else None
         return attached
 
@@ -162,8 +173,9 @@ class CausalLM(TrainingObjective):
     def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
         return _means((yield from held_out.scoring(base(), self.train.without(len(self.lead)), budget, engine)))
 
-    def writer(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model
+    def writer(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """None for an encoder–decoder: general texts have no prompt that it could read."""
+        return None if self.spec.model.shape.encodes else model
 
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
