@@ -21,7 +21,22 @@ from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
 from app.kit.token_meter import TokenMeter
 from app.settings import get_settings
-from app.tables import JSON, Checkpoint, EvalRun, Evaluation, Export, File, Job, MachineUse, Model, Project, PromptRun, TokenUse, Upload, User
+from app.tables import (
+    JSON,
+    Checkpoint,
+    EvalRun,
+    Evaluation,
+    Export,
+    File,
+    Job,
+    MachineUse,
+    Model,
+    Project,
+    PromptRun,
+    TokenUse,
+    Upload,
+    User,
+)
 
 By = Literal["person", "project"]
 Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]

@@ -33,7 +33,7 @@ from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
 from app.planning.memory import layer_bytes
-from app.shapes import StepCost, Shape, shape_of
+from app.shapes import Shape, StepCost, shape_of
 from app.strategies import STRATEGIES, Strategy
 from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer

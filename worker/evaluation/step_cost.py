@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from app.shapes import StepCost, Shape
+from app.shapes import Shape, StepCost
 
 LONGEST = 128
 """Tokens of the longest text, where the model reads as many. A quarter of it is a multiple of what packs are padded to."""
