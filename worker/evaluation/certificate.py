@@ -317,7 +317,7 @@ def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
         apart = [_apart(ours, theirs, float(theirs.abs().max()) or 1.0) for ours, theirs in zip(found, wanted, strict=True)]
         return max(abs(float(loss.detach() - whole.detach())), *apart)
 
-    return _check("new_tokens", BOUND, "rows of new tokens learn as they would in tables that learn", measure)
+    return _check("new_tokens", BOUND, "rows of new tokens are trained as in tables that are trained", measure)
 
 
 def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:
