@@ -138,7 +138,7 @@ class RunSettings(BaseModel):
     )
     new_tokens: NewTokens | None = Field(
         None,
-        description="Strings, one a line, that become one token each and learn with any method. The dataset's report suggests some.",
+        description="Strings, one a line, that become one token each, trained by any method. The dataset's report suggests some.",
         json_schema_extra={"group": "Data", "rows": 3},
         exclude_if=unset,
     )

@@ -38,7 +38,7 @@ class Block(BaseModel):
     expert_share: float = 1.0
 
 
-class StepCost(BaseModel):
+class MeasuredStep(BaseModel):
     """What a step was measured to keep and take when the model was added (`worker/evaluation/step_cost.py`), in float32 on a CPU with so many
     `threads`, with all weights frozen: bytes of all layers per token, and per pair of a text's tokens, and operations per second."""
 
@@ -65,7 +65,7 @@ class Structure(BaseModel):
     parameters: int  # all, each once
     packs: bool = True  # false: a pack does not give the states of its texts alone, so it is read as a padded batch
     refused: tuple[tuple[str, str], ...] = ()  # strategies that failed when the model was added, each with the reason
-    step: StepCost | None = Field(None, exclude_if=lambda step: step is None)
+    step: MeasuredStep | None = Field(None, exclude_if=lambda step: step is None)
     # An encoder–decoder: the list of its encoder's layers, which are the first so many of `order`; `stack` is the decoder's.
     encoder_stack: str = Field("", exclude_if=lambda name: not name)
     encoder_layers: int = Field(0, exclude_if=lambda count: not count)
@@ -213,15 +213,15 @@ class Shape(BaseModel):
         return self.structure is not None and not self.structure.packs
 
     @property
-    def step(self) -> StepCost | None:
+    def step(self) -> MeasuredStep | None:
         return self.structure.step if self.structure else None
 
     def modules(self) -> Iterator[tuple[str, Linear]]:
         """Every linear layer of the blocks under its full name in the model."""
         if self.structure:
             for number, kind in enumerate(self.structure.layers()):
-                block = self.structure.name_of(number)
-                yield from ((f"{block}.{linear.name}", linear) for linear in kind.linears)
+                name = self.structure.name_of(number)
+                yield from ((f"{name}.{linear.name}", linear) for linear in kind.linears)
             return
         for block in range(self.layers):
             for linear in self.linears():

@@ -62,7 +62,7 @@ class Family(ABC):
 
 def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     """The schema of a function's parameters; empty for one that is not among the tools."""
-    found = next((tool["function"] for tool in tools if tool["function"]["name"] == name), {})
+    found: Mapping[str, Any] = next((tool["function"] for tool in tools if tool["function"]["name"] == name), {})
     return found.get("parameters") or {}
 
 

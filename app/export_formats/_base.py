@@ -63,7 +63,7 @@ class ExportFormat(ABC):
 def tokens_apart(facts: ModelFacts, program: str) -> str | None:
     """Why an adapter that added tokens cannot be written without its base."""
     if facts.new_tokens:
-        return f"It has new tokens, whose rows {program} would not read beside an adapter. Choose a format that merges it."
+        return f"It has new tokens, whose rows {program} would not read next to an adapter. Choose a format that merges it."
     return None
 
 

@@ -44,7 +44,7 @@ def refuse_known_tokens(tokens: Sequence[str], ref: ModelRef) -> None:
         if reason is None and (inside := next((one for one in special if one in token), None)):
             reason = f"“{token}” contains the special token {inside}, which would no longer be found."
         if reason:
-            raise BadField(reason, hint="Leave it out of new_tokens.", param="run.new_tokens", code="token_exists")
+            raise BadField(reason, hint="Omit it from new_tokens.", param="run.new_tokens", code="token_exists")
 
 
 def shape_of_result(job: Job, finished: Finished) -> JSON | None:

@@ -35,7 +35,7 @@ class CertificateStrategy(Schema):
     loss_after: float | None = None
 
 
-class MeasuredStep(Schema):
+class StepCost(Schema):
     """What a training step was measured to keep and take, in float32 on a CPU with so many threads, all weights frozen."""
 
     bytes_per_token: float = Field(description="Of all layers.")
@@ -54,7 +54,7 @@ class Certificate(Schema):
     strategies: dict[str, CertificateStrategy] = Field(
         description="By name; empty in tier A, whose strategies are tested with every release."
     )
-    step: MeasuredStep | None = Field(None, description="Null in tier A, which is estimated by formulas.")
+    step: StepCost | None = Field(None, description="Null in tier A, which is estimated by formulas.")
     versions: dict[str, str] = Field(description="Of the libraries that it was tried with.")
     made_at: str
 

@@ -335,7 +335,8 @@ def _on_behalf(request: Request, who: OnBehalf) -> User | None:
         return None
     request.state.project_role = found.role
     request.state.pass_ = Pass(project_id=who.project_id)
-    return found.User.work_in(who.project_id)
+    user: User = found.User
+    return user.work_in(who.project_id)
 
 
 def identify(request: Request) -> User | None:

@@ -133,7 +133,8 @@ class BackgroundRunner:
             return False
         task = asyncio.create_task(self._work(kind, row))
         tasks.add(task)
-        task.add_done_callback(lambda done: (tasks.discard(done), self.told.set()))
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(lambda _: self.told.set())
         return True
 
     async def _work(self, kind: WorkKind, row: Any) -> None:

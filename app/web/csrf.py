@@ -8,7 +8,8 @@ import secrets
 from fastapi import Request
 
 from app.errors import Forbidden
-from app.web.auth import ON_BEHALF, SAFE, cookie_name, given_key, is_public, secret, sha256
+from app.kit.secret import secret
+from app.web.auth import ON_BEHALF, SAFE, cookie_name, given_key, is_public, sha256
 
 
 def csrf_token(request: Request) -> str:

@@ -18,9 +18,10 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict, NotSignedIn
 from app.kit import totp
+from app.kit.secret import secret
 from app.tables import TwoStep, User
 from app.web import passwords
-from app.web.auth import address_of, known_browser, known_to, secret, sha256
+from app.web.auth import address_of, known_browser, known_to, sha256
 
 TICKET_SECONDS = 300
 NUM_RECOVERY = 10

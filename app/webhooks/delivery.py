@@ -11,6 +11,7 @@ import ssl
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import select
 
@@ -55,7 +56,12 @@ def attempt(url: str, event: JSON, keys: Sequence[str]) -> tuple[int | None, str
         webhooks.check_url(url)
         where, more = addresses.pinned(url)
         more["headers"] |= {"content-type": "application/json", "user-agent": "Luthier", **signed(event["id"], body, keys)}
-        options = {"timeout": SECONDS, "follow_redirects": False, "trust_env": False, "verify": ssl.create_default_context()}
+        options: dict[str, Any] = {
+            "timeout": SECONDS,
+            "follow_redirects": False,
+            "trust_env": False,
+            "verify": ssl.create_default_context(),
+        }
         with httpx.Client(**options) as client, client.stream("POST", where, content=body.encode(), **more) as answer:
             code = answer.status_code
     except StudioError as fault:

@@ -181,8 +181,8 @@ def deliver_to(session: Session, endpoint: WebhookEndpoint, event_type: str, obj
         "data": {"id": object_id},
     }  # fmt: skip
     session.flush()
-    queue.enqueue(session, queue.WEBHOOK, found.id)
-    return found.id
+    queue.enqueue(session, queue.WEBHOOK, delivery.id)
+    return delivery.id
 
 
 def last_deliveries(session: Session, endpoint: WebhookEndpoint, limit: int = 10) -> list[WebhookDelivery]:

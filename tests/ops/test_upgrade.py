@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tarfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,28 @@ from app import graders, limits, migrate, saved_graders
 from app.db import get_engine, transaction
 from app.jobs import service as jobs
 from app.models import aliases, exports
-from app.tables import AuditLog, Base, Evaluation, Event, Inspection, Job, MachineUse, Model, ModelAlias, Project, PromptRun, User
+from app.storage import files
+from app.tables import (
+    AuditLog,
+    Base,
+    BatchAnswer,
+    Eval,
+    EvalItem,
+    EvalRun,
+    Evaluation,
+    Event,
+    Inspection,
+    Job,
+    MachineUse,
+    Model,
+    ModelAlias,
+    Project,
+    PromptRun,
+    RequestBatch,
+    User,
+    WebhookDelivery,
+    WebhookEndpoint,
+)
 from app.web import oidc, people, projects, two_step
 from tests.conftest import PROJECT, PostgresServer, wait_until
 from tests.data_worker import data_worker
@@ -207,8 +229,25 @@ def fill(session: Session, user: User) -> None:
     session.add(AuditLog(type="job.cancelled", actor="console"))
     session.add(MachineUse(user_id=user.id, project_id=user.id, kind="jobs", row_id=user.id, fence=1))
     limits.count_tokens(session, user.id, user.id, read=3, written=4)
+    later(session, user)
     session.execute(update(Inspection).values(fence=3, lease_until=func.clock_timestamp(), status="running"))
     session.commit()
+
+
+def later(session: Session, user: User) -> None:
+    """A row of each table that came with 0029 and after."""
+    file = files.add_bytes(session, user, b"{}", "in.jsonl", "batch")
+    batch = RequestBatch(owner_id=user.id, endpoint="/v1/completions", input_file_id=file.id, expires_at=func.clock_timestamp())
+    endpoint = WebhookEndpoint(owner_id=user.id, name="ci", url="https://hooks.example.com/a", event_types=["batch.failed"])
+    made = Eval(owner_id=user.id, name="a", data_source_config={"type": "custom"}, criteria=[])
+    session.add_all([batch, endpoint, made])
+    session.flush()
+    run = EvalRun(owner_id=user.id, eval_id=made.id, name="a", data_source={"type": "jsonl"})
+    session.add(run)
+    session.flush()
+    session.add(BatchAnswer(batch_id=batch.id, line=1, custom_id="a", request_id="req_1", status_code=200, body={}))
+    session.add(WebhookDelivery(endpoint_id=endpoint.id, event_key=uuid.uuid4(), event={}))
+    session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
 def without_lease(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -229,6 +268,9 @@ NEW = {
     "machine_uses": "0024",
     "token_uses": "0025",
     "graders": "0026",
+    **dict.fromkeys(("batches", "batch_answers"), "0029"),
+    **dict.fromkeys(("webhook_endpoints", "webhook_deliveries"), "0030"),
+    **dict.fromkeys(("evals", "eval_runs", "eval_items"), "0031"),
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
@@ -237,6 +279,10 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0031",
+        "0030",
+        "0029",
+        "0028",
         "0027",
         "0026",
         "0025",

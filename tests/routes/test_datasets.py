@@ -197,4 +197,4 @@ def test_strings_for_new_tokens_lead_to_a_run_with_them(client, session, tiny_re
     again = client.get(f"/jobs/new?clone={ids.public(ids.JOB, job.id)}").text
     assert "&lt;photosynthesis&gt;</textarea>" in again
     refused = client.post("/jobs", data={**sent, "run.new_tokens": "<|tool|>"}, follow_redirects=False)
-    assert refused.status_code == 422 and "form of a special token" in refused.text
+    assert refused.status_code == 400 and "form of a special token" in refused.text

@@ -197,7 +197,7 @@ class TokenCounter:
         }
         report["cutoff"] = self.cutoff
         if self._strings:
-            report["new_tokens"] = [list(one) for one in self._strings.suggestions(self._tokenizer)]
+            report["new_tokens"] = [[one.text, one.count, one.saved] for one in self._strings.suggestions(self._tokenizer)]
         report["rows_cut"] = [[at["cutoff"], at["rows_cut"]] for at in found["cutoffs"]]
         return {"report": report, "lengths": found | {"report": report}}
 

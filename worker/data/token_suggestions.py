@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from app import formats
 from app.new_tokens import fault
@@ -18,7 +19,8 @@ _STRING = re.compile(r"<[^<>\s]{1,40}>|\w{3,60}")
 """A tag, or a word."""
 
 
-class TokenSuggestion(NamedTuple):
+@dataclass(frozen=True)
+class TokenSuggestion:
     """A string, how often it was found as a whole word or tag, and how many tokens fewer those places would have."""
 
     text: str

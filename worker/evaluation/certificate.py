@@ -33,7 +33,7 @@ from transformers import __version__ as transformers_version
 
 from app.errors import Unsupported
 from app.planning.memory import layer_bytes
-from app.shapes import Shape, StepCost, shape_of
+from app.shapes import MeasuredStep, Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
 from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer
@@ -117,7 +117,7 @@ def certify(folder: Path, shape: Shape) -> dict[str, Any]:
     return _certificate(shape, checks, packs, dict(_strategies(model, texts, shape, scale)), cost)
 
 
-def _told(cost: StepCost, shape: Shape) -> str:
+def _told(cost: MeasuredStep, shape: Shape) -> str:
     by_formula, _ = layer_bytes(shape, HEAD_ONLY, half=False, cuda=False)
     return (
         f"a step keeps {cost.bytes_per_token / shape.layers / 1e3:.3g} kB per token and layer in float32, where the formula says "
@@ -126,7 +126,7 @@ def _told(cost: StepCost, shape: Shape) -> str:
 
 
 def _certificate(
-    shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]], cost: StepCost | None = None
+    shape: Shape, checks: list[CertificateCheck], packs: bool, strategies: dict[str, dict[str, Any]], cost: MeasuredStep | None = None
 ) -> dict[str, Any]:
     return {
         **({"step": cost.model_dump()} if cost else {}),
@@ -317,7 +317,7 @@ def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
         apart = [_apart(ours, theirs, float(theirs.abs().max()) or 1.0) for ours, theirs in zip(found, wanted, strict=True)]
         return max(abs(float(loss.detach() - whole.detach())), *apart)
 
-    return _check("new_tokens", BOUND, "rows of new tokens learn as they would in tables that learn", measure)
+    return _check("new_tokens", BOUND, "rows of new tokens are trained as in tables that are trained", measure)
 
 
 def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from app.shapes import Shape, StepCost
+from app.shapes import MeasuredStep, Shape
 
 LONGEST = 128
 """Tokens of the longest text, where the model reads as many. A quarter of it is a multiple of what packs are padded to."""
 
 
-def measure(model: Any, shape: Shape, states: Callable[[Any, torch.Tensor], torch.Tensor]) -> StepCost:
+def measure(model: Any, shape: Shape, states: Callable[[Any, torch.Tensor], torch.Tensor]) -> MeasuredStep:
     """`states` gives the hidden states (T, H) of a text (T,), as the trainer reads it. The model is in float32 and evaluated, and is left so."""
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False).train()  # dropout keeps its masks
@@ -38,7 +38,7 @@ def measure(model: Any, shape: Shape, states: Callable[[Any, torch.Tensor], torc
             weight.requires_grad_(True)
     first, second = kept[1] - kept[0], kept[2] - kept[1]  # of a + b L + c L²
     pairs = max(0.0, (second - 2 * first) / (6 * short**2))
-    return StepCost(
+    return MeasuredStep(
         bytes_per_token=max(0.0, (first - 3 * pairs * short**2) / short),
         bytes_per_pair=pairs,
         operations_per_second=4 * shape.block_products() * len(texts[-1]) / min(seconds),

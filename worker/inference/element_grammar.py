@@ -39,7 +39,7 @@ def _value(name: str, schema: dict[str, Any], whole: dict[str, Any], where: str,
     if given and all(isinstance(one, str) for one in given):
         return {name: f"({' | '.join(map(json.dumps, given))}) {end}"}
     if not is_text(schema):
-        defined = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+        defined: dict[str, Any] = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
         return {name: f"{name}_json {end}", f"{name}_json": json_rule({**defined, **schema}, spaces)}
     if bound := next((key for key in _BOUNDS if key in schema), None):
         raise BadRequest(

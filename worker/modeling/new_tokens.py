@@ -52,9 +52,9 @@ def add_to(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
     known = tokenizer.get_vocab()
     for token, parts in zip(tokens, pieces, strict=True):
         if not parts:
-            raise BadData(f"The model's tokenizer drops “{token}” from a text.", hint="Leave it out of new_tokens.")
+            raise BadData(f"The model's tokenizer drops “{token}” from a text.", hint="Omit it from new_tokens.")
         if token in known or (len(parts) == 1 and parts != [tokenizer.unk_token_id]):
-            raise BadData(f"The model has a token for “{token}” already.", hint="Leave it out of new_tokens.")
+            raise BadData(f"The model has a token for “{token}” already.", hint="Omit it from new_tokens.")
         if special := next((s for s in tokenizer.all_special_tokens if s in token), None):
             raise BadData(f"“{token}” contains the special token {special}, which would no longer be found.", hint="Spell it differently.")
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])

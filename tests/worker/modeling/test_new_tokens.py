@@ -241,7 +241,7 @@ def test_llama_cpp_writes_what_the_model_does(data_dir: Path, tiny_model: Path, 
 
 
 @pytest.mark.parametrize(
-    ("token", "said"), [("the", "has a token for"), ("a<|im_end|>", "contains the special token"), ("<|im_end|>", "has a token for")]
+    ("token", "said"), [("e", "has a token for"), ("a<|im_end|>", "contains the special token"), ("<|im_end|>", "has a token for")]
 )
 def test_a_tokenizer_refuses_what_it_has_or_needs(token: str, said: str) -> None:
     with pytest.raises(BadData, match=said):
