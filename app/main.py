@@ -27,6 +27,7 @@ from app.errors import BadRequest, Forbidden
 from app.inference import external_server
 from app.kit import logs
 from app.kit.addresses import is_loopback
+from app.kit.secret import secret
 from app.settings import get_settings
 from app.web import audit, auth, csrf, error_responses, middleware, navigation
 from app.web import templates as web_templates
@@ -125,7 +126,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     from sqlalchemy.exc import DBAPIError
 
     def start() -> None:
-        auth.secret()
+        secret()
         web_templates.static_version()
         with contextlib.suppress(DBAPIError), transaction() as session:
             auth.first_user(session)

@@ -7,7 +7,6 @@ Its patterns are regular expressions of the model's author, which could take any
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from app.answer_syntax.hermes import Hermes
@@ -39,7 +38,7 @@ def fields_of(description: Any) -> dict[str, Any]:
 def thought_of(description: Any) -> tuple[str, str] | None:
     """The markers around reasoning; None where the description has none that can be read."""
     fields = fields_of(description)
-    field: Mapping[str, Any] = next((fields[name] for name in _THOUGHTS if name in fields), {})
+    field: dict[str, Any] = next((fields[name] for name in _THOUGHTS if name in fields), {})
     opens, closes = _marker(field, "open"), _marker(field, "close")
     return (opens, closes) if opens and closes else None
 

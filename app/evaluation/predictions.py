@@ -134,7 +134,7 @@ def _queued(session: Session, user: User, spec: EvaluationSpec, model_id: uuid.U
     )
     session.add(made)
     session.flush()
-    queue.enqueue(session, evaluations.work_of(spec.kind).task, made.id)
+    queue.enqueue(session, queue.PREDICT if spec.kind in evaluations.BESIDE_TRAINING else queue.EVALUATE, made.id)
     session.refresh(made)
     return made
 

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField
 from app.graders import Ask, EmbedAsk, GradeError, Grader, JudgeAsk, Reply
 from app.inference import playground
+from app.inference.answer_fold import AnswerFold
 from app.inference.client import raise_broke, stream
 from app.inference.protocol import Done, Embedded, Entry, ExternalEngine, GenerateRequest, Sampling, StreamError
 from app.kit.token_meter import TokenMeter
@@ -112,7 +113,7 @@ def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send, meter
 def _tokens(entries: Sequence[Entry]) -> tuple[int, int]:
     """(tokens read, tokens written) of a request, as far as it came."""
     embedded = sum(entry.tokens for entry in entries if isinstance(entry, Embedded))
-    usage = playground.AnswerFold.of(entries).usage()
+    usage = AnswerFold.of(entries).usage()
     return embedded + usage["prompt_tokens"], usage["completion_tokens"]
 
 
@@ -136,7 +137,7 @@ def _reply(judge: ResolvedJudge, entries: Sequence[Entry]) -> Reply:
     embedded = next((entry for entry in entries if isinstance(entry, Embedded)), None)
     if embedded is not None:
         return Reply(vectors=tuple(map(tuple, embedded.vectors)), tokens=embedded.tokens, model=judge.model.name)
-    fold = playground.AnswerFold.of(entries)
+    fold = AnswerFold.of(entries)
     done = next((entry for entry in entries if isinstance(entry, Done)), None)
     text = fold.choices[0].text if 0 in fold.choices else ""
     return Reply(text=text, tokens=done.prompt_tokens + done.completion_tokens if done else 0, model=judge.model.name)

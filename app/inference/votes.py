@@ -19,7 +19,8 @@ from app.datasets import service as datasets
 from app.datasets.row_store import row_at
 from app.errors import BadField, Conflict, NotFound
 from app.inference import playground
-from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.answer_fold import AnswerFold
+from app.inference.playground import PendingAnswer
 from app.inference.protocol import Sampling
 from app.kit import ids, stats
 from app.kit.json_safe import storable

@@ -19,8 +19,9 @@ from app import limits, schemas
 from app.db import transaction
 from app.errors import BadField
 from app.inference import playground
+from app.inference.answer_fold import AnswerFold, Choice
 from app.inference.client import BULK, stream
-from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.playground import PendingAnswer
 from app.inference.protocol import (
     AnswerStarted,
     ChoiceFinished,
@@ -114,10 +115,10 @@ class ChatWire:
         logs = self.logprobs(entry.logprobs) if isinstance(entry, TextPart) else None
         return {"index": index, "delta": _delta(entry), "logprobs": logs, "finish_reason": None}
 
-    def last(self, index: int, choice: playground.Choice) -> dict[str, Any]:
+    def last(self, index: int, choice: Choice) -> dict[str, Any]:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": _chat_reason(choice)}
 
-    def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
+    def choice(self, index: int, choice: Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
         content = None if choice.calls and not choice.text else choice.text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
         message |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
@@ -139,7 +140,7 @@ def _delta(entry: AnswerPart) -> dict[str, Any]:
     return {"tool_calls": [{"index": entry.place, **first, "function": function}]}
 
 
-def _chat_reason(choice: playground.Choice) -> str:
+def _chat_reason(choice: Choice) -> str:
     """tool_calls for an answer that calls tools and has come to its end."""
     reason = _reason(choice.finish_reason)
     return "tool_calls" if choice.calls and reason == "stop" else reason
@@ -173,10 +174,10 @@ class CompletionWire:
         assert isinstance(entry, TextPart), "its answers are not divided"
         return {"index": index, "text": entry.text, "logprobs": self._given(entry.logprobs, index), "finish_reason": None}
 
-    def last(self, index: int, choice: playground.Choice) -> dict[str, Any]:
+    def last(self, index: int, choice: Choice) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": _reason(choice.finish_reason)}
 
-    def choice(self, index: int, choice: playground.Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
+    def choice(self, index: int, choice: Choice, asked_logprobs: bool, prompt: str) -> dict[str, Any]:
         logs = self.logprobs([*self.prompts.get(index, []), *choice.logprobs], index) if asked_logprobs else None
         text = (prompt if self.echo else "") + choice.text
         return {"index": index, "text": text, "logprobs": logs, "finish_reason": _reason(choice.finish_reason)}
@@ -291,7 +292,7 @@ class Call:
         for p, heard in enumerate(self.heard):
             prompt = heard.started.rendered_prompt if heard.started else ""
             for i in range(n):
-                choices.append(self.shape.choice(p * n + i, heard.choices.get(i, playground.Choice()), self.sampling.logprobs, prompt))
+                choices.append(self.shape.choice(p * n + i, heard.choices.get(i, Choice()), self.sampling.logprobs, prompt))
         return JSONResponse({**self.head, "choices": choices, "usage": self._usage(), "luthier": self._proof()})
 
     async def _hear_all(self, streams: list[AsyncIterator[list[Entry]]]) -> None:

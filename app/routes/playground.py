@@ -18,7 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.inference import playground, residency, tryout, votes
-from app.inference.playground import AnswerFold, PendingAnswer
+from app.inference.answer_fold import AnswerFold
+from app.inference.playground import PendingAnswer
 from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
 from app.kit import forms, humanize
 from app.tables import Exchange, User

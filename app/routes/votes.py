@@ -15,7 +15,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.inference import playground, votes
-from app.inference.playground import AnswerFold
+from app.inference.answer_fold import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
 from app.schemas.chat import Message

@@ -66,7 +66,7 @@ def waiting(session: Session) -> list[QueueState]:
         (free, since), (held, until) = found[name, "free"], found[name, "held"]
         age = get_settings().lease_seconds - (until - clock).total_seconds() if until else 0.0
         wait = (clock - since).total_seconds() if since else 0.0
-        told.append(QueueState(name, ROUTES[work.task], free, max(0.0, wait), held, max(0.0, age)))
+        told.append(QueueState(name, ROUTES[work.task] if work.task else "web", free, max(0.0, wait), held, max(0.0, age)))
     return told
 
 

@@ -155,8 +155,8 @@ class EvalAttempt(BackgroundAttempt):
         if sent is None:
             return None, {}
         if sent.status_code != 200:
-            fault = sent.body.get("error") or {}
-            return _sample(messages, params, error={"code": str(fault.get("code")), "message": str(fault.get("message"))}), {}
+            said = sent.body.get("error") or {}
+            return _sample(messages, params, error={"code": str(said.get("code")), "message": str(said.get("message"))}), {}
         choice, used = sent.body["choices"][0], sent.body["usage"]
         counted = {name: used[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
         counted["cached_tokens"] = (used.get("prompt_tokens_details") or {}).get("cached_tokens", 0)

@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField, Conflict, Forbidden, NotFound, Unavailable
 from app.kit.addresses import is_loopback
 from app.kit.json_safe import storable
+from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import Identity, User
 from app.web import auth, people
@@ -69,7 +70,7 @@ def configured() -> bool:
 
 
 def _serializer() -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(auth.secret(), salt="oidc")
+    return URLSafeTimedSerializer(secret(), salt="oidc")
 
 
 def _cookie(request: Request) -> str:

@@ -174,7 +174,7 @@ def _unpack(cookie: str) -> list[list[str]]:
 def _signer() -> Any:
     from itsdangerous import URLSafeSerializer
 
-    from app.web.auth import secret
+    from app.kit.secret import secret
 
     return URLSafeSerializer(secret(), salt="messages")
 

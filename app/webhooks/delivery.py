@@ -35,7 +35,7 @@ def send(delivery_id: uuid.UUID) -> None:
         if delivery is None:
             return
         endpoint = session.get_one(WebhookEndpoint, delivery.endpoint_id)
-        keys = secrets(endpoint, session.scalar(select(leases.now())).timestamp())
+        keys = secrets(endpoint, session.execute(select(leases.now())).scalar_one().timestamp())
     status_code, error = attempt(endpoint.url, delivery.event, keys)
     with transaction() as session:
         webhooks.record(session, delivery, status_code, error)

@@ -306,14 +306,14 @@ def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
             table.requires_grad_(True)
         whole = _mean_loss(copied, given)
         whole.backward()
-        wanted = [table.grad[added.ids] for table in tables.values()]
+        wanted = [_gradient(table)[added.ids] for table in tables.values()]
         for table in tables.values():
             table.requires_grad_(False)
             table.grad = None
         learned = new_tokens.learn(copied)
         loss = _mean_loss(copied, given)
         loss.backward()
-        found = {id(one.rows): one.rows.grad for one in learned}.values()
+        found = {id(one.rows): _gradient(one.rows) for one in learned}.values()
         apart = [_apart(ours, theirs, float(theirs.abs().max()) or 1.0) for ours, theirs in zip(found, wanted, strict=True)]
         return max(abs(float(loss.detach() - whole.detach())), *apart)
 
@@ -416,3 +416,8 @@ def _outputs(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 if __name__ == "__main__":
     os.nice(5)
     main(sys.argv[1:])
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, "it has passed backward"
+    return parameter.grad

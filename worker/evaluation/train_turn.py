@@ -56,5 +56,5 @@ def _attempt(attempts: Attempts, one: Waiting, message: Mapping[str, Any] | None
     """With the ids of the request that this work comes from in every log line."""
     work = train_queue.WORK[one.kind]
     job = ids.public(ids.JOB, one.key) if one.kind == "jobs" else None
-    with tracing.work(work.task, message, job_id=job, key=None if job else str(one.key)):
+    with tracing.work(work.task or one.kind, message, job_id=job, key=None if job else str(one.key)):
         return attempts[one.kind](one.key, going_down)

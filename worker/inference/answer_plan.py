@@ -58,8 +58,8 @@ def _find_out(tokenizer: Any, template: str) -> Abilities:
 
     plain = text()
     with_tools = text([_TOOL]) if "tools" in template else plain
-    switch = next((name for name in SWITCHES if name in template and text(**{name: True}) != text(**{name: False})), None)
-    levels = LEVEL in template and text(**{LEVEL: "low"}) != text(**{LEVEL: "high"})
+    switch = next((name for name in SWITCHES if name in template and text(None, **{name: True}) != text(None, **{name: False})), None)
+    levels = LEVEL in template and text(None, **{LEVEL: "low"}) != text(None, **{LEVEL: "high"})
     return Abilities(tools=with_tools not in (None, plain), switch=switch, levels=levels)
 
 
@@ -79,7 +79,8 @@ def options_of(request: GenerateRequest, tokenizer: Any) -> dict[str, bool | str
         return {}
     able = abilities(tokenizer)
     if able.levels:
-        return {LEVEL: request.effort} | ({able.switch: request.effort != "none"} if able.switch else {})
+        levels: dict[str, bool | str] = {LEVEL: request.effort}
+        return levels | ({able.switch: request.effort != "none"} if able.switch else {})
     if able.switch:
         return {able.switch: request.effort != "none"}
     if request.effort == "none" and thought(tokenizer) is None:

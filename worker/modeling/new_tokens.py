@@ -146,7 +146,7 @@ def _put(model: torch.nn.Module, ids: torch.Tensor, rows: dict[str, torch.Tensor
     _tell_config(model, size, (size - before) * (embedding.embedding_dim + of_head))
 
 
-def _longer(table: torch.nn.Parameter, size: int, ids: torch.Tensor, rows: torch.Tensor) -> torch.nn.Parameter:
+def _longer(table: torch.Tensor, size: int, ids: torch.Tensor, rows: torch.Tensor) -> torch.nn.Parameter:
     longer = table.new_zeros(size, *table.shape[1:])
     longer[: len(table)] = table
     longer[ids.to(table.device)] = rows.to(longer)
