@@ -67,9 +67,9 @@ def delete(session: Db, user: CurrentUser, webhook_endpoint_id: str) -> Json:
 
 
 @api.post(f"{ONE}/rotate_secret", operation_id="rotate_webhook_secret", responses=answers(schemas.WebhookEndpointWithSecret))
-def rotate(session: Db, user: CurrentUser, webhook_endpoint_id: str, order: schemas.RotateWebhookSecret | None = None) -> Json:
+def rotate(session: Db, user: CurrentUser, webhook_endpoint_id: str, order: schemas.RotateWebhookSecret) -> Json:
     """Replace the signing secret of an endpoint."""
-    keep_old = bool(order and order.keep_old_secret_active_for_24_hours)
+    keep_old = order.keep_old_secret_active_for_24_hours
     return _with_secret(webhooks.rotate(session, _get(session, user, webhook_endpoint_id), keep_old=keep_old))
 
 
