@@ -139,7 +139,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    del app.state.background
+    app.state.background = None
     from app.queue import get_redis
 
     if get_engine.cache_info().currsize:
