@@ -106,7 +106,9 @@ def test_a_limit_lets_wait_and_nothing_else():
 
 def test_without_a_gpu_what_trains_on_the_cpu_may_run():
     gpu, cpu = waits("a"), waits("b", device="cpu")
-    assert without([gpu, cpu], set(), gpu=False) == [cpu] and without([gpu, cpu], {gpu.key}, gpu=True) == [cpu]
+    kinds = ("jobs",)
+    assert without([gpu, cpu], set(), kinds, gpu=False) == [cpu] and without([gpu, cpu], {gpu.key}, kinds, gpu=True) == [cpu]
+    assert without([gpu, cpu], set(), ("evaluations",), gpu=True) == []
 
 
 def test_half_of_the_use_is_left_after_the_half_life():

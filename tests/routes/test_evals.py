@@ -66,7 +66,7 @@ def test_answers_that_come_with_the_items_are_graded(client):
     ].score < 1
     assert by_place[0].sample.output[0].content == "yes" and by_place[3].sample.error.code == "invalid_item"
     failed = client.evals.runs.output_items.list(run.id, eval_id=made.id, status="fail")
-    assert [item.datasource_item_id for item in failed] == [1, 2]
+    assert sorted(item.datasource_item_id for item in failed) == [1, 2]
     assert client.evals.runs.output_items.retrieve(items[0].id, eval_id=made.id, run_id=run.id).id == items[0].id
 
 

@@ -146,7 +146,7 @@ def test_two_senders_at_once_cannot_mix_their_bytes(api, session):
 def test_a_crash_before_the_row_is_in_loses_nothing(api, session, user, monkeypatch):
     url = begin(api).headers["location"]
 
-    def power_cut(*rest):
+    def power_cut(*rest, **more):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
