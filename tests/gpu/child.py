@@ -240,11 +240,11 @@ def main() -> None:
     import peft  # noqa: F401
     import torch
 
-    from worker.modeling import classifier, loading
+    from worker.modeling import auto, classifier, loading
     from worker.training.objectives import dpo
 
     fake.as_cuda()
-    loading.AutoModelForCausalLM = fake.From(loading.AutoModelForCausalLM)  # type: ignore[misc,assignment]
+    auto.AutoModelForCausalLM = fake.From(auto.AutoModelForCausalLM)  # type: ignore[misc,assignment]
     classifier.AutoModel = fake.From(classifier.AutoModel)  # type: ignore[misc,assignment]
     loading.integrity.check = lambda *_, **__: None  # type: ignore[assignment]  # its weights are an empty file
 
