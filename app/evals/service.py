@@ -168,7 +168,7 @@ def run_json(run: EvalRun) -> JSON:
         "data_source": run.data_source,
         "error": run.error,
         "per_model_usage": [{"model_name": name, **used} for name, used in sorted(run.usage.items())],
-        "per_testing_criteria_results": [{"testing_criteria": name, **counts} for name, counts in run.criteria_counts.items()],
+        "per_testing_criteria_results": run.criteria_counts,
         "result_counts": {"total": run.total, "passed": run.passed, "failed": run.failed, "errored": run.errored},
         "report_url": f"{address}/evals/{eval_id}?run={ids.public(ids.EVAL_RUN, run.id)}",
         "metadata": run.user_metadata,
@@ -248,12 +248,13 @@ def store(session: Session, run_id: uuid.UUID, fence: int, rows: Sequence[JSON],
     return run
 
 
-def _counted(counts: JSON, rows: Sequence[JSON]) -> JSON:
-    found = {name: dict(one) for name, one in counts.items()}
+def _counted(counts: Sequence[JSON], rows: Sequence[JSON]) -> list[JSON]:
+    """The counts of every criterion, in the order of the criteria, with those of some more items."""
+    found = {one["testing_criteria"]: dict(one) for one in counts}
     for result in (result for row in rows for result in row["results"]):
-        one = found.setdefault(result["name"], {"passed": 0, "failed": 0})
+        one = found.setdefault(result["name"], {"testing_criteria": result["name"], "passed": 0, "failed": 0})
         one["passed" if result["passed"] else "failed"] += 1
-    return found
+    return list(found.values())
 
 
 def _used(usage: JSON, rows: Sequence[JSON]) -> JSON:

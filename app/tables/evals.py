@@ -43,7 +43,7 @@ class EvalRun(Leased, Base):
     passed: Mapped[int] = mapped_column(server_default="0")
     failed: Mapped[int] = mapped_column(server_default="0")
     errored: Mapped[int] = mapped_column(server_default="0")
-    criteria_counts: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="criterion → passed and failed")
+    criteria_counts: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="testing_criteria, passed and failed of each")
     usage: Mapped[JSON] = mapped_column(server_default=text("'{}'"), comment="model → invocations and tokens")
     error: Mapped[JSON | None]
     user_metadata: Mapped[JSON | None]

@@ -42,7 +42,9 @@ def upgrade() -> None:
         ),
         sa.Column("cancel_requested", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         *(sa.Column(name, sa.BigInteger(), server_default="0", nullable=False) for name in ("total", "passed", "failed", "errored")),
-        sa.Column("criteria_counts", json(), server_default=sa.text("'{}'"), nullable=False, comment="criterion → passed and failed"),
+        sa.Column(
+            "criteria_counts", json(), server_default=sa.text("'[]'"), nullable=False, comment="testing_criteria, passed and failed of each"
+        ),
         sa.Column("usage", json(), server_default=sa.text("'{}'"), nullable=False, comment="model → invocations and tokens"),
         sa.Column("error", json(), nullable=True),
         sa.Column("user_metadata", json(), nullable=True),
