@@ -1,4 +1,4 @@
-"""Soup: `soup.yaml` of https://pypi.org/project/soup-cli"""
+"""Soup (soup-cli): the sections of `soup.yaml`."""
 
 from __future__ import annotations
 
