@@ -151,9 +151,9 @@ def import_config(
             help="A configuration of LLaMA-Factory, Axolotl, Unsloth, Soup or a job of OpenAI's API.", exists=True, dir_okay=False
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the order is written.")] = Path("job.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the job is written.")] = Path("job.yaml"),
 ) -> None:
-    """Read a training configuration of another program as an order for `luthier train`, and say what has no counterpart."""
+    """Read a training configuration of another program as a job for `luthier train`, and say what has no counterpart."""
     from app import config_formats
 
     try:
@@ -163,7 +163,7 @@ def import_config(
     if output.exists():
         raise BadField(f"{output} exists.", hint="Name another file with --output.", param="output")
     output.write_text(config_formats.as_file(found, translation), encoding="utf-8")
-    say(f"{config.name} is a configuration of {found.title}. The order is in {output}.")
+    say(f"{config.name} is a configuration of {found.title}. The job is in {output}.")
     for note in translation.notes:
         say(f"  {note.key}: {note.message}.")
     say(f"Add the model {translation.order['model']} (Models, or luthier models add), then: luthier train {output}")

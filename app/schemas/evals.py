@@ -23,7 +23,7 @@ class CreateEval(BaseModel):
 
 
 class ChangeEval(BaseModel):
-    """What changes; fields that are left out stay."""
+    """What changes; fields that are omitted stay."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 

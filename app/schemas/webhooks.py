@@ -20,7 +20,7 @@ class CreateWebhookEndpoint(BaseModel):
 
 
 class ChangeWebhookEndpoint(BaseModel):
-    """What changes; fields that are left out stay."""
+    """What changes; fields that are omitted stay."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
