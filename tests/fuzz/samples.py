@@ -207,14 +207,6 @@ UNSAFE: dict[str, Sample] = {
     "POST /evals/{eval_id}/runs/{run_id}/{action}": Sample({"eval_id": "$eval", "run_id": "+eval_run", "action": "cancel"}),
     "DELETE /v1/evals/{eval_id}": Sample({"eval_id": "+eval"}),
     "DELETE /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "+eval_run"}),
-    "GET /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}),
-    "GET /evals/{eval_id}": Sample({"eval_id": "$eval"}),
-    "GET /v1/evals/{eval_id}/runs": Sample({"eval_id": "$eval"}),
-    "GET /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
-    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
-    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}": Sample(
-        {"eval_id": "$eval", "run_id": "$eval_run", "output_item_id": "outputitem-" + "0" * 32}, expect=(404,)
-    ),
     "POST /v1/webhook_endpoints": Sample(
         json={"name": "a", "url": "https://hooks.example.com/a", "event_types": ["batch.failed"]}, expect=(400,)
     ),
@@ -291,7 +283,7 @@ UNSAFE: dict[str, Sample] = {
     "PATCH /v1/graders/{grader_id}": Sample({"grader_id": "$grader"}, json={"grader": GRADER}),
     "DELETE /v1/graders/{grader_id}": Sample({"grader_id": "+grader"}),
     # the playground
-    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tool_choice": "auto", "parallel_tool_calls": False, "reasoning_effort": "none", "metadata": {"a": "b"}, "user": "u", "stream_options": {"include_usage": True}, **SAMPLING}),
+    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "reasoning_effort": "none", "metadata": {"a": "b"}, "user": "u", "stream_options": {"include_usage": True}, **SAMPLING}),
     "POST /v1/completions": Sample(json={"model": "$model_name", "prompt": "What wood?", "logprobs": 1, "echo": True, "best_of": 1, "suffix": None, **SAMPLING}),
     "POST /v1/embeddings": Sample(json={"model": "$model_name", "input": ["a"], "encoding_format": "float", "dimensions": 64}, expect=(400,)),
     "POST /v1/classify": Sample(json={"model": "$model_name", "input": ["a", "b"]}, expect=(400,)),
@@ -341,9 +333,17 @@ SAFE: dict[str, Sample] = {
     "GET /playground/batch/{prediction_id}/download": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/exports/{export_id}": Sample({"export_id": "$export"}),
     "GET /v1/exports/{export_id}/files/{name:path}": Sample({"export_id": "$export", "name:path": "a.gguf"}, expect=(409,)),
+    "GET /v1/evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /evals/{eval_id}": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs": Sample({"eval_id": "$eval"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items": Sample({"eval_id": "$eval", "run_id": "$eval_run"}),
+    "GET /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}": Sample(
+        {"eval_id": "$eval", "run_id": "$eval_run", "output_item_id": "outputitem-" + "0" * 32}, expect=(404,)
+    ),
     "GET /v1/webhook_endpoints/{webhook_endpoint_id}": Sample({"webhook_endpoint_id": "$webhook"}),
     "GET /v1/batches/{batch_id}": Sample({"batch_id": "$batch"}),
-    "GET /playground/batches/{batch_id}/{which}": Sample({"batch_id": "$batch", "which": "output"}, expect=(404,)),
+    "GET /playground/batches/{batch_id}/{which}": Sample({"batch_id": "$batch", "which": "output"}, expect=(200, 404)),
     "GET /v1/predictions/{prediction_id}": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /v1/predictions/{prediction_id}/content": Sample({"prediction_id": "pred-" + "0" * 32}, expect=(404,)),
     "GET /jobs/{job_id}/checkpoints/{step}/download": Sample({"job_id": "$job", "step": "4"}, expect=(404,)),
