@@ -44,6 +44,8 @@ ELSEWHERE = {
     "/models/terms/{name}",
     "/playground/predictions/{prediction_id}",
     "/datasets/{key}/findings.{kind}",
+    "/playground/batches/{batch_id}/{which}",
+    "/evals/{eval_id}",
 }
 """Pages that are not asked for: those of nobody, and of what is downloaded first."""
 

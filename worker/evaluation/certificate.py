@@ -320,6 +320,11 @@ def _learned_rows(model: Any, texts: list[torch.Tensor]) -> CertificateCheck:
     return _check("new_tokens", BOUND, "rows of new tokens are trained as in tables that are trained", measure)
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, "it has passed backward"
+    return parameter.grad
+
+
 def _cached(model: Any, text: torch.Tensor, alone: torch.Tensor, scale: float, shape: Shape) -> CertificateCheck:
     """The engine's cache: all but the last three tokens as a prompt, then one at a time."""
 
@@ -416,8 +421,3 @@ def _outputs(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 if __name__ == "__main__":
     os.nice(5)
     main(sys.argv[1:])
-
-
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None, "it has passed backward"
-    return parameter.grad
