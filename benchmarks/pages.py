@@ -45,7 +45,6 @@ ELSEWHERE = {
     "/playground/predictions/{prediction_id}",
     "/datasets/{key}/findings.{kind}",
     "/playground/batches/{batch_id}/{which}",
-    "/evals/{eval_id}",
 }
 """Pages that are not asked for: those of nobody, and of what is downloaded first."""
 
@@ -128,6 +127,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
     from app import graders, saved_graders
     from app.datasets import ingest_task, samples
+    from app.evals import service as evals
     from app.evaluation import comparisons, predictions
     from app.evaluation import service as evaluations
     from app.inference import playground
@@ -177,6 +177,8 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     session.add(vote)
     project = projects.create(session, user, "Violins")
     grader = saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
+    same = {"type": "string_check", "name": "same", "input": "{{ item.answer }}", "reference": "Yes.", "operation": "eq"}
+    eval_of_api = evals.create(session, user, "Short answers", {"type": "custom", "item_schema": {"type": "object"}}, [same], None)
     session.commit()
     of_jobs = {name: ids.public(ids.JOB, life.job_id) for name, life in (("queued", queued), ("running", running), ("finished", done))}
     return {
@@ -193,6 +195,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/settings/projects/{project_id}": {"": ids.public(ids.PROJECT, project.id)},
         "/graders/{grader_id}": {"": ids.public(ids.GRADER, grader.id)},
+        "/evals/{eval_id}": {"": ids.public(ids.EVAL, eval_of_api.id)},
         "/guide/{strategy}": {"": "lora"},
     }
 
