@@ -76,6 +76,17 @@ def one_of(path: str, names: Mapping[Any, Any]) -> Rule:
     return rule
 
 
+def if_positive(path: str) -> Rule:
+    """The key is a whole number at `path`; 0 and -1 say that it is not used."""
+    put = to(path, int)
+
+    def rule(found: Translation, key: str, value: Any) -> None:
+        if not isinstance(value, (int, float)) or value > 0:
+            put(found, key, value)
+
+    return rule
+
+
 def left(why: str) -> Rule:
     """The key means something else here; said in a note."""
     return lambda found, key, value: found.note(key, why)
@@ -113,6 +124,8 @@ class ConfigFormat:
             elif value is not None:
                 rule(found, key, value)
         self.finish(found)
+        if "warmup_steps" in (run := found.order.get("run", {})):
+            run.pop("warmup_fraction", None)
         _keep_known(found)
         if "model" not in found.order:
             raise BadData(f"The configuration of {self.title} names no model.", hint="Write it down there first.")

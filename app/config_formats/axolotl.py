@@ -15,6 +15,7 @@ from app.config_formats._base import (
     Note,
     Translation,
     forget_rank,
+    if_positive,
     left,
     low_rank,
     nothing,
@@ -84,11 +85,8 @@ def finish(found: Translation) -> None:
         found.put("run.max_tokens_per_step", rows * length)  # its batches are full sequences
     else:
         found.put("run.batch_size", rows)
-    if body.get("warmup_steps"):
-        found.order.get("run", {}).pop("warmup_fraction", None)
 
 
-_ours = nothing
 FORMAT = ConfigFormat(
     name="axolotl",
     title="Axolotl",
@@ -108,7 +106,7 @@ FORMAT = ConfigFormat(
         "lora_on_cpu": nothing, "gradient_accumulation_steps": to("run.gradient_accumulation_steps", int), "micro_batch_size": read_elsewhere,
         "eval_batch_size": nothing, "num_epochs": to("run.epochs", float), "max_steps": to("run.max_steps", int), "optimizer": one_of("run.optimizer", OPTIMIZERS),
         "lr_scheduler": one_of("run.schedule", SCHEDULES), "learning_rate": to("run.learning_rate", float), "cosine_min_lr_ratio": to("run.min_lr_fraction", float),
-        "warmup_steps": lambda f, k, v: f.put("run.warmup_steps", int(v)) if v else None, "warmup_ratio": to("run.warmup_fraction", float),
+        "warmup_steps": if_positive("run.warmup_steps"), "warmup_ratio": to("run.warmup_fraction", float),
         "weight_decay": to("run.weight_decay", float), "max_grad_norm": to("run.max_grad_norm", float), "adam_beta1": to("run.adam_beta1", float),
         "adam_beta2": to("run.adam_beta2", float), "adam_epsilon": to("run.adam_epsilon", float), "neftune_noise_alpha": to("run.neftune_noise_alpha", float),
         "train_on_inputs": lambda f, k, v: f.put("run.train_on", "all_turns") if v else None, "group_by_length": nothing,

@@ -15,6 +15,7 @@ from app.config_formats._base import (
     Note,
     Translation,
     forget_rank,
+    if_positive,
     left,
     low_rank,
     nothing,
@@ -80,8 +81,6 @@ def finish(found: Translation) -> None:
             found.note("pref_loss", "is not known here: DPO's loss is taken")
     else:
         found.order.pop("preference", None)
-    if body.get("warmup_steps"):
-        found.order.get("run", {}).pop("warmup_fraction", None)
     if body.get("packing") is False or "packing" not in body:
         found.notes.append(Note("packing", body.get("packing"), "rows are packed without seeing each other: the same loss, faster"))
 
@@ -98,8 +97,8 @@ FORMAT = ConfigFormat(
         "val_size": to("run.validation_fraction", float), "eval_dataset": left("add it and write its validation_dataset_id"),
         "per_device_train_batch_size": to("run.batch_size", int), "gradient_accumulation_steps": to("run.gradient_accumulation_steps", int),
         "per_device_eval_batch_size": nothing, "learning_rate": to("run.learning_rate", float), "num_train_epochs": to("run.epochs", float),
-        "max_steps": lambda f, k, v: f.put("run.max_steps", int(v)) if int(v) > 0 else None, "lr_scheduler_type": one_of("run.schedule", SCHEDULES),
-        "warmup_ratio": to("run.warmup_fraction", float), "warmup_steps": lambda f, k, v: f.put("run.warmup_steps", int(v)) if v else None,
+        "max_steps": if_positive("run.max_steps"), "lr_scheduler_type": one_of("run.schedule", SCHEDULES),
+        "warmup_ratio": to("run.warmup_fraction", float), "warmup_steps": if_positive("run.warmup_steps"),
         "weight_decay": to("run.weight_decay", float), "max_grad_norm": to("run.max_grad_norm", float), "optim": one_of("run.optimizer", OPTIMIZERS),
         "adam_beta1": to("run.adam_beta1", float), "adam_beta2": to("run.adam_beta2", float), "adam_epsilon": to("run.adam_epsilon", float),
         "neftune_noise_alpha": to("run.neftune_noise_alpha", float), "seed": to("run.seed", int), "data_seed": nothing,

@@ -11,6 +11,7 @@ from app.config_formats._base import (
     ConfigFormat,
     Translation,
     forget_rank,
+    if_positive,
     left,
     low_rank,
     nothing,
@@ -49,10 +50,6 @@ def finish(found: Translation) -> None:
         found.note("lora.use_loftq", "the correction begins at zero, as QLoRA's does")
 
 
-def _if_positive(path: str) -> Any:
-    return lambda found, key, value: found.put(path, int(value)) if int(value) > 0 else None
-
-
 FORMAT = ConfigFormat(
     name="unsloth",
     title="Unsloth",
@@ -64,8 +61,8 @@ FORMAT = ConfigFormat(
         "training.training_type": read_elsewhere, "training.max_seq_length": to("run.max_length", int), "training.load_in_4bit": read_elsewhere,
         "training.output_dir": nothing, "training.num_epochs": to("run.epochs", float), "training.learning_rate": to("run.learning_rate", float),
         "training.batch_size": to("run.batch_size", int), "training.gradient_accumulation_steps": to("run.gradient_accumulation_steps", int),
-        "training.warmup_steps": _if_positive("run.warmup_steps"), "training.warmup_ratio": to("run.warmup_fraction", float),
-        "training.max_steps": _if_positive("run.max_steps"), "training.save_steps": _if_positive("run.save_steps"),
+        "training.warmup_steps": if_positive("run.warmup_steps"), "training.warmup_ratio": to("run.warmup_fraction", float),
+        "training.max_steps": if_positive("run.max_steps"), "training.save_steps": if_positive("run.save_steps"),
         "training.weight_decay": to("run.weight_decay", float), "training.random_seed": to("run.seed", int), "training.packing": nothing,
         "training.optim": one_of("run.optimizer", OPTIMIZERS), "training.lr_scheduler_type": one_of("run.schedule", SCHEDULES),
         "training.train_on_completions": read_elsewhere, "training.gradient_checkpointing": nothing, "lora.lora_r": to("strategy.rank", int),

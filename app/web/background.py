@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -33,6 +35,7 @@ LOOK_SECONDS = 5.0
 BEAT_SECONDS = 2.0
 """Pause between two heartbeats, each of which stores what was done since the last."""
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class LeaseLost(Exception):
@@ -70,6 +73,28 @@ class BackgroundAttempt(ABC):
     @abstractmethod
     async def release(self) -> None:
         """Let another process go on."""
+
+    async def each(self, items: Iterable[Item], work: Callable[[Item], Coroutine[Any, Any, None]]) -> None:
+        """Do `work` for each item, several at a time and with heartbeats meanwhile, until all are done or the work has ended."""
+        rest = iter(items)
+        pending: set[asyncio.Task[None]] = set()
+        beaten = time.monotonic()
+        try:
+            while not self.ended.is_set():
+                for item in islice(rest, REQUESTS_AT_ONCE - len(pending)):
+                    pending.add(asyncio.create_task(work(item)))
+                if not pending:
+                    return
+                finished, pending = await asyncio.wait(pending, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    task.result()
+                if time.monotonic() - beaten > BEAT_SECONDS:
+                    beaten = time.monotonic()
+                    await self.store()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
 
     async def storing(self, work: asyncio.Future[T]) -> T:
         """The result of something that takes a while, with heartbeats meanwhile."""

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import uuid
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import File, RequestBatch
 from app.web.auth import OnBehalf
-from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, BackgroundAttempt, LeaseLost, WorkKind
+from app.web.background import BackgroundAttempt, LeaseLost, WorkKind
 from app.web.in_process import send_until_answered
 
 
@@ -51,7 +48,8 @@ class BatchAttempt(BackgroundAttempt):
             return
         done = await self.write(lambda session: batches.answered(session, key))
         await self.store()
-        await self._send_all(path, [place for place in found.places if place.line not in done])
+        todo = [place for place in found.places if place.line not in done]
+        await self.each(todo, lambda place: self._answer(path, place))
         await self._finish(found.places)
 
     def _input(self, session: Session) -> Path:
@@ -59,27 +57,6 @@ class BatchAttempt(BackgroundAttempt):
         if not path.is_file():
             raise NotFound("The input file was deleted.", hint="Upload it again.", code="input_file_missing")
         return path
-
-    async def _send_all(self, path: Path, places: list[RequestPlace]) -> None:
-        rest: Iterator[RequestPlace] = iter(places)
-        pending: set[asyncio.Task[None]] = set()
-        beaten = time.monotonic()
-        try:
-            while not self.ended.is_set():
-                for place in islice(rest, REQUESTS_AT_ONCE - len(pending)):
-                    pending.add(asyncio.create_task(self._answer(path, place)))
-                if not pending:
-                    return
-                finished, pending = await asyncio.wait(pending, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    task.result()
-                if time.monotonic() - beaten > BEAT_SECONDS:
-                    beaten = time.monotonic()
-                    await self.store()
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
 
     async def _answer(self, path: Path, place: RequestPlace) -> None:
         body = await run_in_threadpool(requests.body_of, path, place)

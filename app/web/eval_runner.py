@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -27,7 +26,7 @@ from app.kit.token_meter import TokenMeter
 from app.storage import files
 from app.tables import JSON, Eval, EvalRun, User
 from app.web.auth import OnBehalf
-from app.web.background import BEAT_SECONDS, REQUESTS_AT_ONCE, BackgroundAttempt, LeaseLost, WorkKind
+from app.web.background import BackgroundAttempt, LeaseLost, WorkKind
 from app.web.in_process import send_until_answered
 
 CHAT = "/v1/chat/completions"
@@ -57,7 +56,8 @@ class EvalAttempt(BackgroundAttempt):
             raise LeaseLost
         done = await self.write(lambda session: evals.graded_places(session, self.row.id))
         await self.store()
-        await self._grade_all([(place, one) for place, one in enumerate(items) if place not in done])
+        todo = [(place, one) for place, one in enumerate(items) if place not in done]
+        await self.each(todo, lambda item: self._grade(*item))
         await self.store()
         if not await self.write(lambda session: evals.finish(session, self.row.id, self.row.fence)):
             raise LeaseLost
@@ -89,27 +89,6 @@ class EvalAttempt(BackgroundAttempt):
     def _ask(self, request: GenerateRequest, hear: Hear) -> None:
         """What a grader asks a model, from the thread that grades."""
         asyncio.run_coroutine_threadsafe(judges.listen(request, hear), self.loop).result(GRADING_SECONDS)
-
-    async def _grade_all(self, items: list[tuple[int, SourceItem]]) -> None:
-        rest = iter(items)
-        pending: set[asyncio.Task[None]] = set()
-        beaten = time.monotonic()
-        try:
-            while not self.ended.is_set():
-                for place, one in islice(rest, REQUESTS_AT_ONCE - len(pending)):
-                    pending.add(asyncio.create_task(self._grade(place, one)))
-                if not pending:
-                    return
-                finished, pending = await asyncio.wait(pending, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    task.result()
-                if time.monotonic() - beaten > BEAT_SECONDS:
-                    beaten = time.monotonic()
-                    await self.store()
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
 
     async def _grade(self, place: int, one: SourceItem) -> None:
         """Ask the model, where the run has one, and grade the answer. What goes wrong with one item is that item's alone."""
