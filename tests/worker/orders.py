@@ -116,7 +116,8 @@ class WarmTrainer:
         folder = f"runs/{job}/a{attempt}"
         (root / folder).mkdir(parents=True, exist_ok=True)
         place = {"RANK": "0", **(place or {})}
-        path, pipe = root / folder / "spec.json", root / folder / f"events-{place['RANK']}.fifo"
+        # a file for each place: another one may be reading its own already
+        path, pipe = (root / folder / f"{name}-{place['RANK']}" for name in ("spec.json", "events.fifo"))
         path.write_text(spec.model_dump_json())
         os.mkfifo(pipe)
         arguments = ["--spec", str(path), "--folder", folder, "--resume-from", f"runs/{job}", "--events-fd"]

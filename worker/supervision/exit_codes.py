@@ -208,18 +208,25 @@ def classify(code: int, said: str, kernel_killed: bool) -> events.Failed:
     )
 
 
-_ENDED_FIRST = re.compile(r"Root Cause \(first observed failure\):.*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", re.DOTALL)
+_REPORT = re.compile(r"Failures:\n(.*?)Root Cause \(first observed failure\):(.*)", re.DOTALL)
+_ENDED = re.compile(r"\btime +: (\S+).*?\brank +: (\d+) .*?\bexitcode +: (-?\d+)", re.DOTALL)
 
 
 def of_process(said: str, size: int, kernel_killed: bool) -> events.Failed | None:
     """The failure of the process, of the `size` that torchrun started, which ended first, where a signal ended it; by the end of the log,
-    where torchrun names it. None where none is named, or it was only the first to give up waiting for another one."""
-    found = _ENDED_FIRST.search(said)
-    code = int(found[2]) if found else 0
-    if found is None or code >= 0 or -code == signal.SIGTERM or (failures.of_peer(said, "") is not None and -code == signal.SIGABRT):
+    where torchrun names it. None where none is named, or it was only the first to give up waiting for another one.
+
+    Processes that end within one look of torchrun have one time and the order of their ranks, so that the one it calls the first may
+    have waited for another of them; those that it killed itself afterwards have a later time."""
+    if (report := _REPORT.search(said)) is None or not (first := _ENDED.findall(report[2])):
         return None
-    fault = classify(code, "", kernel_killed)
-    return fault.model_copy(update={"message": f"Process {found[1]} of {size}: {fault.message}"})
+    gave_up = failures.of_peer(said, "") is not None
+    for when, rank, code in first + _ENDED.findall(report[1]):
+        number = -int(code)
+        if when == first[0][0] and number > 0 and number != signal.SIGTERM and not (gave_up and number == signal.SIGABRT):
+            fault = classify(-number, "", kernel_killed)
+            return fault.model_copy(update={"message": f"Process {rank} of {size}: {fault.message}"})
+    return None
 
 
 def _out_of_memory(message: str) -> events.Failed:

@@ -244,16 +244,35 @@ def test_who_is_behind_is_read_from_the_attendance(tmp_path):
     assert attendance.waited_for(attendance.read(tmp_path), 1) == ""
 
 
+def report(*ended: tuple[int, int], later: tuple[int, int] | None = None) -> str:
+    """What torchrun says of ranks and their exit codes: the first is the one that it saw first, `later` one that it killed itself."""
+    told = [
+        f"[0]:\n  time      : 2026-01-01_00:00:0{second}\n  host      : h\n  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 9)\n"
+        for second, (rank, code) in [(0, one) for one in ended] + [(2, one) for one in [later] if one]
+    ]
+    return f"Failures:\n{''.join(told[1:]) or '  <NO_OTHER_FAILURES>'}\n{'-' * 60}\nRoot Cause (first observed failure):\n{told[0]}{'=' * 60}\n"
+
+
 def test_an_abort_of_the_watchdog_is_laid_to_the_process_that_was_waited_for():
     """NCCL's watchdog ends the process that waits: the launcher names that one as the first that failed."""
     said = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)\n"
-    root = "Root Cause (first observed failure):\n[0]:\n  time      : now\n  host      : h\n  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 9)\n"
-    assert exit_codes.of_process(said + root, 2, False) is None
-    assert failures.of_peer(said + root, "process 1 of 2").message.startswith("Process 1 of 2 ended or hangs")
-    assert exit_codes.of_process(root, 2, False).message == "Process 0 of 2: The trainer ended by SIGABRT."
-    killed = root.replace("-6", "-9")
+    aborted, killed = report((0, -6)), report((0, -9))
+    assert exit_codes.of_process(said + aborted, 2, False) is None
+    assert failures.of_peer(said + aborted, "process 1 of 2").message.startswith("Process 1 of 2 ended or hangs")
+    assert exit_codes.of_process(aborted, 2, False).message == "Process 0 of 2: The trainer ended by SIGABRT."
     assert exit_codes.of_process(killed, 2, True).kind == "out_of_memory" and exit_codes.of_process(killed, 2, False).kind == "worker_lost"
     assert failures.of_peer("ValueError: rows of 3 places", "") is None
+
+
+@pytest.mark.parametrize("ended", [[(1, -9), (0, 1)], [(0, 1), (1, -9)], [(0, -15), (2, 1), (1, -9)], [(1, -9)]])
+def test_the_process_that_a_signal_ended_is_named_whichever_was_seen_first(ended):
+    """Processes that end within one look of torchrun come in the order of their ranks."""
+    assert exit_codes.of_process(report(*ended), 3, False).message == "Process 1 of 3: The trainer was killed by SIGKILL."
+    assert exit_codes.of_process(report((0, 1), (2, 1), (1, -15)), 3, False) is None
+
+
+def test_a_process_that_the_launcher_killed_is_not_the_first():
+    assert exit_codes.of_process(report((0, 1), later=(1, -9)), 2, False) is None
 
 
 @pytest.mark.long
