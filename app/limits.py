@@ -6,16 +6,18 @@ is, how much is used and when some of it is free again. An admin sets them; a pe
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
+import redis
 from sqlalchemy import BigInteger, ColumnElement, Date, Float, Select, cast, column, func, select, union_all
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
-from app import leases
+from app import leases, queue
 from app.db import on_commit
 from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
@@ -39,7 +41,7 @@ from app.tables import (
 )
 
 By = Literal["person", "project"]
-Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day"]
+Name = Literal["running_jobs", "queued_jobs", "gpu_hours_per_month", "storage_bytes", "tokens_per_day", "requests_per_minute"]
 HOUR = 3600.0
 
 
@@ -61,7 +63,7 @@ class Limit(NamedTuple):
     figure: Callable[[float], str]
     hint: str
     """What frees some of it."""
-    window: Literal["", "day", "month"] = ""
+    window: Literal["", "minute", "day", "month"] = ""
 
 
 def _number(value: float) -> str:
@@ -75,8 +77,10 @@ LIMITS: dict[Name, Limit] = {
     "gpu_hours_per_month": Limit("GPU-hours this month", "GPU-hours", _number, "They begin anew with the next month (UTC).", "month"),
     "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models, exports or runs that are no longer needed."),
     "tokens_per_day": Limit("Tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
+    "requests_per_minute": Limit("Requests this minute", "requests", _number, "They begin anew with the next minute.", "minute"),
 }
-"""In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour."""
+"""In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour. Requests are counted, and
+refused, by `app.web.request_rate`."""
 
 
 # What is used -----------------------------------------------------------------------------------------------------------
@@ -144,16 +148,34 @@ _USED: dict[Name, Callable[[By], Select[Any]]] = {
 }
 
 
+def requests_key(by: By, now: float) -> str:
+    """Where Redis has the requests of the minute of `now`, in seconds since 1970: a hash of counts by person, or by project."""
+    return f"{queue.PREFIX}requests:{by}:{int(now // 60)}"
+
+
+def _requests(by: By) -> dict[str, float]:
+    """Requests of this minute where they are limited; none while Redis is away."""
+    try:
+        found: Any = queue.get_redis().hgetall(requests_key(by, time.time()))
+    except redis.RedisError:
+        return {}
+    return {key.decode(): float(count) for key, count in found.items()}
+
+
 def used(session: Session, by: By) -> dict[uuid.UUID, dict[Name, float]]:
     """What each person, or what each project, uses of everything that is limited."""
     found: dict[uuid.UUID, dict[Name, float]] = {}
     for name, query in _USED.items():
         for key, amount in session.execute(query(by)):
             found.setdefault(key, {})[name] = float(amount or 0)
+    for text, count in _requests(by).items():
+        found.setdefault(uuid.UUID(text), {})["requests_per_minute"] = count
     return found
 
 
 def used_by(session: Session, by: By, key: uuid.UUID, name: Name) -> float:
+    if name == "requests_per_minute":
+        return _requests(by).get(str(key), 0.0)
     every = _USED[name](by).subquery()
     return float(session.scalar(select(every.c.amount).where(every.c.key == key)) or 0)
 

@@ -29,7 +29,7 @@ from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.kit.secret import secret
 from app.settings import get_settings
-from app.web import audit, auth, csrf, error_responses, middleware, navigation
+from app.web import audit, auth, csrf, error_responses, middleware, navigation, request_rate
 from app.web import templates as web_templates
 from app.web.background import BackgroundRunner
 
@@ -67,7 +67,7 @@ def create_app() -> FastAPI:
     for module in _route_modules():
         if isinstance(getattr(module, "api", None), APIRouter):
             _answer_head(module.api)
-            app.include_router(module.api, dependencies=[Depends(_refuse_unread_body)])
+            app.include_router(module.api, dependencies=[Depends(request_rate.counted), Depends(_refuse_unread_body)])
         if isinstance(getattr(module, "pages", None), APIRouter):
             app.include_router(module.pages, include_in_schema=False)
     app.mount("/static", StaticFiles(web_templates.STATIC), name="static")

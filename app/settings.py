@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     limit_tokens_per_day: int | None = Field(
         None, ge=0, description="Tokens that models write, embed or classify for one person in a day (UTC)."
     )
+    limit_requests_per_minute: int | None = Field(None, ge=0, description="Requests of the API by one person in a minute.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept per job, besides the best one.")
     keep_playground_days: float | None = Field(
         None, ge=0, description="Conversations of the playground and answers of the API are removed after so many days; saved ones stay."

@@ -43,13 +43,13 @@ REFUSALS: dict[int, str] = {
     415: "The body is of another type than this address takes.",
     422: "The model's chat template had to be stopped for this conversation.",
     423: "Another request is sending bytes of the same upload.",
-    429: "A limit is reached (`limit_reached`), too many requests of this account are being answered, or too many passwords are being tried.",
+    429: "A limit is reached (`limit_reached`), too many requests of this account came in a minute or are being answered, or too many passwords are being tried.",
     500: "A fault of the studio. Its log has the request id.",
     503: "A part of the studio is away. Nothing is lost; ask again.",
     507: "A disk of the studio is full.",
 }
 """Every error status and its description. All have the body `{"error": …}`."""
-ALWAYS = (400, 401, 403, 500, 503, 507)
+ALWAYS = (400, 401, 403, 429, 500, 503, 507)
 UNSAFE = (413,)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 HEADERS: dict[int, Json] = {

@@ -23,6 +23,7 @@ class ChangeLimits(Schema):
     )
     storage_bytes: int | None = Field(None, ge=0, le=10**15, description="Files, models and checkpoints.")
     tokens_per_day: int | None = Field(None, ge=0, le=10**15, description="Tokens that models write, embed or classify in a day of UTC.")
+    requests_per_minute: int | None = Field(None, ge=0, le=10**9, description="Requests of the API; pages are not counted.")
 
 
 class ResourceLimits(Schema):
@@ -33,6 +34,7 @@ class ResourceLimits(Schema):
     gpu_hours_per_month: float | None
     storage_bytes: int | None
     tokens_per_day: int | None
+    requests_per_minute: int | None
 
 
 class ResourceUse(Schema):
@@ -43,6 +45,7 @@ class ResourceUse(Schema):
     gpu_hours_per_month: float
     storage_bytes: int
     tokens_per_day: int
+    requests_per_minute: int
 
 
 class ChangePerson(Schema):

@@ -118,6 +118,8 @@ def _add_headers(request: Request, headers: MutableHeaders) -> None:
     headers["x-request-id"] = request.state.id
     for name, value in HEADERS.items():
         headers.setdefault(name, value)
+    for name, value in getattr(request.state, "rate_headers", {}).items():
+        headers[name] = value
     headers.setdefault("content-security-policy", policy(request.state.nonce))
     headers.setdefault("cache-control", "no-store")
     if secure(request):
