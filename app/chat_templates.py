@@ -10,10 +10,11 @@ import re
 from collections.abc import Container
 from typing import Any, Literal
 
-TemplateName = Literal["model", "chatml", "llama3", "gemma", "alpaca", "plain", "jinja"]
+TemplateName = Literal["model", "chatml", "hermes", "llama3", "gemma", "alpaca", "plain", "jinja"]
 SAMPLES = {
     "model": "the model's own; plain where it has none",
     "chatml": "chatml: <|im_start|>user ↵ Hello<|im_end|>",
+    "hermes": "hermes: chatml with tools and <tool_call>{…}</tool_call>",
     "llama3": "llama3: <|start_header_id|>user<|end_header_id|> ↵↵ Hello<|eot_id|>",
     "gemma": "gemma: <start_of_turn>user ↵ Hello<end_of_turn>",
     "alpaca": "alpaca: ### Instruction: ↵ Hello ↵↵ ### Response:",
@@ -40,6 +41,28 @@ _CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_HERMES = (
+    "{% set told = messages[0]['role'] == 'system' %}"
+    "{% if told or tools %}"
+    "{{ '<|im_start|>system\\n' + (messages[0]['content'] if told else '') }}"
+    "{% if tools %}{{ '\\n\\n' if told else '' }}{{ 'You may call these functions:\\n<tools>\\n' }}"
+    "{% for tool in tools %}{{ (tool['function'] if 'function' in tool else tool) | tojson + '\\n' }}{% endfor %}"
+    '{{ \'</tools>\\nA call is written as\\n<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>\' }}{% endif %}'
+    "{{ END + '\\n' }}{% endif %}"
+    "{% for message in (messages[1:] if told else messages) %}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' + END + '\\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% set made = call['function'] if 'function' in call else call %}"
+    "{{ '' if loop.first and not message['content'] else '\\n' }}"
+    "{{ '<tool_call>\\n{\"name\": ' + made['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ made['arguments'] if made['arguments'] is string else made['arguments'] | tojson }}{{ '}\\n</tool_call>' }}"
+    "{% endfor %}{{ END + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The form of Hermes' and Qwen's calls, for models whose own template knows no tools."""
 _LLAMA3 = (
     "{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + END }}"
@@ -66,6 +89,7 @@ _ALPACA = (
 )
 _NAMED = {
     "chatml": (_CHATML, "<|im_end|>"),
+    "hermes": (_HERMES, "<|im_end|>"),
     "llama3": (_LLAMA3, "<|eot_id|>"),
     "gemma": (_GEMMA, "<end_of_turn>"),
     "alpaca": (_ALPACA, ""),

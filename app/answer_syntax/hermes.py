@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from app.answer_syntax._base import NAME, CallForm, Family
 
@@ -19,3 +21,16 @@ class Hermes(Family):
     def form(self, template: str) -> CallForm:
         before = f'{self.opens}\n{{"name": "{NAME}", "arguments": '
         return CallForm(before, f"}}\n{self.closes}", between="\n")
+
+
+def with_calls(content: str, calls: Sequence[Mapping[str, Any]] | None) -> str:
+    """An answer with tool calls (OpenAI's, or `{"name", "arguments"}`) as one text, which graders read and pages show. All families'
+    are written in this form."""
+    written = [_written(call.get("function") or call) for call in calls or ()]
+    return "\n".join(part for part in (content.strip(), *written) if part)
+
+
+def _written(call: Mapping[str, Any]) -> str:
+    arguments = call.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    return f'{Hermes.opens}\n{{"name": {json.dumps(call.get("name"), ensure_ascii=False)}, "arguments": {text}}}\n{Hermes.closes}'

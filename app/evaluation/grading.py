@@ -127,9 +127,25 @@ def _summary(grader: Grader, rows: Sequence[JSON], found: Found) -> JSON:
         "base_interval": stats.interval(base) if base else None,
         "difference": stats.paired(base, tuned) if base else None,
         "errors": [{"message": message, "count": count} for message, count in sorted(errors.items(), key=lambda one: -one[1])[:5]],
+        "parts": _parts([sides for sides, scores in zip(every, scored, strict=True) if len(scores) == len(sides)]),
         "seconds": sum(one.seconds for one in grades),
         "tokens": tokens,
     }
+
+
+def _parts(rows: Sequence[Sequence[Graded]]) -> dict[str, JSON]:
+    """The means of the figures that a grade is made of. A row counts for those that its grade has, so that `rows` differ."""
+    found: dict[str, JSON] = {}
+    for name in dict.fromkeys(name for sides in rows for one in sides for name in one.parts):
+        tuned = [sides[-1].parts[name] for sides in rows if name in sides[-1].parts]
+        base = [sides[0].parts[name] for sides in rows if len(sides) == 2 and name in sides[0].parts]
+        found[name] = {
+            "score": sum(tuned) / len(tuned) if tuned else None,
+            "rows": len(tuned),
+            "base": sum(base) / len(base) if base else None,
+            "base_rows": len(base),
+        }
+    return found
 
 
 def _row(given: Sequence[Grader], row: JSON, found: Found) -> JSON:

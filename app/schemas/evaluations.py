@@ -27,6 +27,15 @@ class GraderProblem(Schema):
     count: int
 
 
+class GraderPart(Schema):
+    """The mean of one number that a grade is made of, as `right_tool`, over the rows whose grade has it."""
+
+    score: float | None
+    rows: int
+    base: float | None
+    base_rows: int
+
+
 class GraderScore(Schema):
     """The mean score of one grader over the rows that both models were graded on. `difference` is the 95% interval of fine-tuned less
     base; null for fewer than 5 rows."""
@@ -41,6 +50,7 @@ class GraderScore(Schema):
     base_interval: tuple[float, float] | None
     difference: tuple[float, float] | None
     errors: list[GraderProblem]
+    parts: dict[str, GraderPart] | None = None
     seconds: float = Field(description="Of all grades together.")
     tokens: int = Field(description="Of judges and encoders.")
 

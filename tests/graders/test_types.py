@@ -328,13 +328,40 @@ CALL = json.dumps({"name": "weather", "arguments": {"city": "Oslo", "days": 2}})
         ({"tool": "weather"}, f"<tool_call>\n{CALL}\n</tool_call>", 1), ({"tool": "weather"}, CALL, 1), ({"tool": "news"}, CALL, 0),
         ({"tool": "weather", "arguments": '{"days": 2.0, "city": "Oslo"}'}, CALL, 1), ({"tool": "weather", "arguments": '{"city": "Oslo"}'}, CALL, 0),
         ({"tool": "weather", "arguments": "{{item.call}}", "match": "subset"}, CALL, 1), ({"tool": "weather", "arguments": '{"city": "Rom"}', "match": "subset"}, CALL, 0),
-        ({"tool": ""}, "It is sunny.", 1), ({"tool": ""}, CALL, 0), ({"tool": "weather"}, "It is sunny.", 0),
+        ({"tool": ""}, "It is sunny.", 1), ({"tool": ""}, CALL, 0), ({"tool": "none"}, "Sunny.", 1), ({"tool": "none"}, CALL, 0), ({"tool": "weather"}, "It is sunny.", 0),
         ({"tool": "weather"}, f"<tool_call>{CALL}</tool_call><tool_call>{CALL}</tool_call>", 0),
         ({"tool": "weather"}, '{"tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]}', 1),
     ],
 )  # fmt: skip
 def test_tool_call(fields, text, expected):
     assert score(made("tool_call", **fields), text) == expected
+
+
+NEWS = '{"name": "news", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "expected", "parts"),
+    [
+        (CALL, CALL, 1, {"valid_json": 1, "right_tool": 1, "right_arguments": 1}),
+        (f"[{CALL}, {NEWS}]", f"<tool_call>{NEWS}</tool_call> <tool_call>{CALL}</tool_call>", 1, {"valid_json": 1, "right_tool": 1, "right_arguments": 1}),
+        (f"[{CALL}, {CALL}]", CALL, 0, {"valid_json": 1, "right_tool": 0, "right_arguments": 0}),
+        (CALL, '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}', 0, {"valid_json": 1, "right_tool": 1, "right_arguments": 0}),
+        (CALL, NEWS, 0, {"valid_json": 1, "right_tool": 0, "right_arguments": 0}),
+        (CALL, "<tool_call>weather in Oslo", 0, {"valid_json": 0, "right_tool": 0, "right_arguments": 0}),
+        (CALL, "Sunny.", 0, {"right_tool": 0, "right_arguments": 0}),
+        ("Sunny.", CALL, 0, {"valid_json": 1, "needless_call": 1}),
+        ("Sunny.", "Rainy.", 1, {"needless_call": 0}),
+    ],
+)  # fmt: skip
+def test_the_calls_of_the_reference_are_the_right_ones(reference, text, expected, parts):
+    found = graders.grade(made("tool_call"), GradedSample(text), {"reference": reference})
+    assert (found.reward, found.parts, found.error) == (expected, parts, None)
+
+
+def test_a_tool_call_without_anything_to_compare_with():
+    assert graders.grade(made("tool_call"), GradedSample(CALL), {}).error[0] == "invalid_variable_error"
+    assert "there is no tool" in refused("tool_call", arguments="{}").message
 
 
 @pytest.mark.parametrize(

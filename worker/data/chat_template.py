@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app import formats
+from app.answer_syntax.hermes import with_calls
 from app.chat_templates import source
 from app.errors import BadData, BadRequest
 from worker.data import special_tokens, template_pool
@@ -115,6 +116,7 @@ def lay_out(
         trained = [True] * len(ids)
     elif written is not None and chat is not None:
         turns = conversation(row)
+        _check_calls(turns, written)
         learnt = _trained_spans(written, [turn.get("weight", 1) != 0 for turn in turns], train_on)
         ids, trained = _tokens(tokenizer, written.text, learnt, [edge for span in written.answers.values() for edge in span], chat.kept)
     else:
@@ -125,6 +127,18 @@ def lay_out(
     if trained:
         trained[0] = False  # the first token has no predecessor that could predict it
     return RenderedRow(ids[:max_length], trained[:max_length], len(ids) > max_length)
+
+
+def _check_calls(turns: Sequence[dict[str, Any]], written: RenderedConversation) -> None:
+    """Raises BadData where the template leaves tool calls out: an answer of nothing would be learnt in their place."""
+    for i, (start, end) in written.answers.items():
+        for call in turns[i].get("tool_calls") or ():
+            name = (call.get("function") or call).get("name")
+            if isinstance(name, str) and name not in written.text[start:end]:
+                raise BadData(
+                    f"The chat template leaves the tool call {name!r} of turn {i + 1} out.",
+                    hint="Choose the chat template hermes, or a model whose own template writes tool calls.",
+                )
 
 
 def _trained_spans(written: RenderedConversation, weighed: Sequence[bool], train_on: TrainOn) -> list[Span]:
@@ -202,8 +216,11 @@ def sample_of(row: dict[str, Any], kind: str) -> tuple[str | list[dict[str, Any]
         return row["prompt"], row["completion"]
     messages = conversation(row)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-    reference = messages[last].get("content") or "" if last < len(messages) else ""
-    return messages[:last], reference
+    if last == len(messages):
+        return messages, ""
+    answer = messages[last]
+    calls = answer.get("tool_calls")
+    return messages[:last], with_calls(answer.get("content") or "", calls) if calls else answer.get("content") or ""
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from app.answer_syntax import FAMILIES, Family, Syntax, family_of, thought_markers
+from app.answer_syntax import Syntax
 from app.errors import BadData, BadRequest
 from app.inference.protocol import GenerateRequest
-from worker.data import template_pool
+from worker.data import answer_form, template_pool
+from worker.data.answer_form import family, thought
 from worker.data.chat_template import template_of
 from worker.data.template_pool import SECONDS, TemplateInput
 
@@ -61,16 +62,6 @@ def _find_out(tokenizer: Any, template: str) -> Abilities:
     switch = next((name for name in SWITCHES if name in template and text(None, **{name: True}) != text(None, **{name: False})), None)
     levels = LEVEL in template and text(None, **{LEVEL: "low"}) != text(None, **{LEVEL: "high"})
     return Abilities(tools=with_tools not in (None, plain), switch=switch, levels=levels)
-
-
-def family(tokenizer: Any) -> Family | None:
-    """The family of the tool calls that a model writes."""
-    return family_of(template_of(tokenizer), getattr(tokenizer, "response_template", None))
-
-
-def thought(tokenizer: Any) -> tuple[str, str] | None:
-    """The markers around a model's reasoning."""
-    return thought_markers(template_of(tokenizer), getattr(tokenizer, "response_template", None))
 
 
 def options_of(request: GenerateRequest, tokenizer: Any) -> dict[str, bool | str]:
@@ -126,26 +117,4 @@ def syntax_of(request: GenerateRequest, tokenizer: Any, prompt: str) -> Syntax |
     """How the answer to a rendered `prompt` is divided; None where it is not, and where there is nothing to divide."""
     if not request.split or request.messages is None:
         return None
-    calls, marks = family(tokenizer) if request.tools else None, thought(tokenizer)
-    if calls is None and marks is None:
-        return None
-    return Syntax(
-        thought=marks,
-        in_thought=marks is not None and prompt.rstrip().endswith(marks[0].rstrip()),
-        calls=calls.name if calls else None,
-        call_markers=(calls.opens, calls.closes) if calls and calls.name not in FAMILIES and calls.closes else None,
-        parallel=request.tool_use.parallel,
-    )
-
-
-def hidden_tokens(tokenizer: Any, syntax: Syntax | None) -> frozenset[int] | None:
-    """The special tokens that are no part of an answer's text, where some of its markers are special; None where none is."""
-    shown = special_markers(tokenizer, syntax)
-    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(special - shown) if shown else None
-
-
-def special_markers(tokenizer: Any, syntax: Syntax | None) -> set[int]:
-    """Ids of the markers of a syntax that are special tokens."""
-    names = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {names[marker] for marker in (syntax.markers if syntax else ()) if marker in names}
+    return answer_form.syntax(tokenizer, prompt, tools=bool(request.tools), parallel=request.tool_use.parallel)

@@ -24,6 +24,7 @@ import torch
 from app.errors import TooMany, Unavailable
 from app.inference.protocol import AnswerStarted, Done, Entry, GenerateRequest, StreamError
 from app.spec import ModelRef
+from worker.data import answer_form
 from worker.inference import answer_plan, constraint, emission, next_token, prompt_logprobs, scheduler
 from worker.inference.errors import broke
 from worker.inference.kv_cache import ForwardPass, Segment, Slot
@@ -126,7 +127,7 @@ class Engine:
         sampling = request.sampling
         most = self.room.longest_answer(request, place.lane, len(lead) + len(ids), min(sampling.max_tokens or room, room))
         syntax = answer_plan.syntax_of(request, place.tokenizer, text)
-        hidden = answer_plan.hidden_tokens(place.tokenizer, syntax)
+        hidden = answer_form.hidden_tokens(place.tokenizer, syntax)
         rows = [
             TokenSequence(
                 i,

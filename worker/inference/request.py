@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from app.errors import BadRequest
 from app.inference.protocol import GenerateRequest, RenderedPrompt
 from app.settings import get_settings
-from worker.data import chat_template
+from worker.data import answer_form, chat_template
 from worker.data.template_pool import SECONDS, TooLong
 from worker.inference import answer_plan
 from worker.inference.model_pool import ModelPool
@@ -61,7 +61,7 @@ def rendered(request: GenerateRequest, shelf: ModelPool) -> RenderedPrompt:
     syntax = answer_plan.syntax_of(request, tokenizer, text)
     return RenderedPrompt(
         text=text, tokens=ids, stop_tokens=sorted(stops), max_tokens=room, context=context,
-        syntax=syntax, special=bool(answer_plan.special_markers(tokenizer, syntax)),
+        syntax=syntax, special=bool(answer_form.special_markers(tokenizer, syntax)),
     )  # fmt: skip
 
 

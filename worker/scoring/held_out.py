@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from app.strategies._model import transformer, wrapped
+from worker.data import answer_form
 from worker.data.batching import Batch, Row, Tokenised, make_batch
 from worker.data.chat_template import render_prompt, sample_of, stop_ids
 from worker.data.packing import best_fit
@@ -24,11 +25,12 @@ from worker.runtime.progress import drained
 
 
 class HeldOutPrompt(NamedTuple):
-    """A prompt from a validation row: the text, its token ids, and the reference answer."""
+    """A prompt from a validation row: the text, its token ids, the reference answer, and the tools that the row offers."""
 
     text: str
     ids: list[int]
     reference: str
+    tools: Sequence[dict[str, Any]] = ()
 
 
 def plain_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -127,9 +129,10 @@ def questions(tokenizer: Any, rows: Sequence[Row], kind: str, count: int, longes
         prompt, reference = sample_of(row.row, kind)
         if not prompt:
             continue
-        _, ids = render_prompt(tokenizer, kind, prompt, row.row.get("tools"))
+        tools = row.row.get("tools") or ()
+        _, ids = render_prompt(tokenizer, kind, prompt, tools or None)
         if 0 < len(ids) <= longest:
-            found.append(HeldOutPrompt(_as_asked(prompt), ids, reference))
+            found.append(HeldOutPrompt(_as_asked(prompt), ids, reference, tools))
     return found
 
 
@@ -158,7 +161,14 @@ def answers(
     prompts = [[*lead, *q.ids] for q in asked]
     told = written(model, tokenizer, prompts, stops, most, engine, seconds)
     engine.meter.add(sum(map(len, prompts)), sum(map(len, told)))
-    return [tokenizer.decode([i for i in ids if i not in stops], skip_special_tokens=True).strip() for ids in told]
+    return [_as_text(tokenizer, q, [i for i in ids if i not in stops]) for q, ids in zip(asked, told, strict=True)]
+
+
+def _as_text(tokenizer: Any, asked: HeldOutPrompt, ids: list[int]) -> str:
+    if asked.tools:
+        return answer_form.in_one_form(tokenizer, ids, asked.tools)
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()
 
 
 def written(

@@ -6,8 +6,11 @@ import copy
 
 import pytest
 
+from app import chat_templates
 from app.errors import BadData, BadRequest
 from app.formats import FORMATS
+from app.graders import GradedSample
+from worker.data import answer_form
 from worker.data.chat_template import prepare_tokenizer, render_prompt, render_row, sample_of, stop_ids
 
 TALK = [
@@ -168,3 +171,42 @@ def test_the_placeholders_own_letters_stay_what_they_are(own) -> None:
     assert sum(i == own.convert_tokens_to_ids("<|im_end|>") for i in ids) == 1
     quiet = "\ue010\ue100\ue011"
     assert quiet in render_prompt(own, "dialogue", [{"role": "user", "content": quiet}])[0]
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weigh", "arguments": '{"of": "maple"}'}}
+CALLED = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+
+
+def test_calls_that_the_template_leaves_out_are_refused(own) -> None:
+    """An empty answer would be learnt in their place."""
+    with pytest.raises(BadData, match="leaves the tool call 'weigh' of turn 2 out") as caught:
+        render_row(own, {"messages": CALLED}, "dialogue", 999)
+    assert "hermes" in caught.value.hint
+    own.chat_template = chat_templates.source("hermes", None, {"<|im_end|>"}, begins=False)
+    found = learnt(own, render_row(own, {"messages": CALLED}, "dialogue", 999))
+    assert found == '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call><|im_end|>'
+
+
+def test_the_reference_of_a_row_that_calls_has_its_calls() -> None:
+    asked, reference = sample_of({"messages": CALLED}, "dialogue")
+    assert asked == TALK[:1] and reference == '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'
+    assert [call["function"] for call in GradedSample(reference).output_tools] == [CALL["function"]]
+    told = [TALK[0], {"role": "assistant", "content": "A moment.", "tool_calls": [CALL, CALL]}]
+    assert len(GradedSample(sample_of({"messages": told}, "dialogue")[1]).output_tools) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "markers", "text"),
+    [
+        ("{{ messages }}[TOOL_CALLS]", ["[TOOL_CALLS]"], '[TOOL_CALLS][{"name": "weigh", "arguments": {"of": "maple"}}]'),
+        ("{{ messages }}<tool_call>", [], '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'),
+    ],
+)
+def test_calls_of_every_family_are_graded_in_one_form(own, template: str, markers: list[str], text: str) -> None:
+    own.chat_template = template
+    own.add_tokens(markers, special_tokens=True)
+    read = answer_form.in_one_form(
+        own, own(text, add_special_tokens=False)["input_ids"], [{"type": "function", "function": CALL["function"]}]
+    )
+    assert read == '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'
+    assert answer_form.in_one_form(own, own("Spruce.", add_special_tokens=False)["input_ids"], []) == "Spruce."

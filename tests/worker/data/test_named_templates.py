@@ -29,6 +29,8 @@ TOLD = [*ASKED, {"role": "assistant", "content": "Spruce."}, {"role": "user", "c
 WRITTEN = {
     "chatml": "<|im_start|>system\nBe brief. <|im_end|>\n<|im_start|>user\n What wood?<|im_end|>\n<|im_start|>assistant\nSpruce.<|im_end|>\n"
     "<|im_start|>user\nThanks<|im_end|>\n<|im_start|>assistant\n",
+    "hermes": "<|im_start|>system\nBe brief. <|im_end|>\n<|im_start|>user\n What wood?<|im_end|>\n<|im_start|>assistant\nSpruce.<|im_end|>\n"
+    "<|im_start|>user\nThanks<|im_end|>\n<|im_start|>assistant\n",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat wood?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nSpruce.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nThanks<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",

@@ -12,6 +12,7 @@ from app.errors import BadRequest
 from app.inference.protocol import GenerateRequest, Sampling, ToolUse
 from app.spec import ModelRef
 from tests.tiny import AGENT_TEMPLATE, CHAT_TEMPLATE, build_tokenizer
+from worker.data import answer_form
 from worker.data.chat_template import render_prompt
 from worker.inference import answer_plan
 from worker.inference.answer_plan import Abilities, abilities
@@ -60,8 +61,8 @@ def asked(**more) -> GenerateRequest:
 )
 def test_a_template_is_asked_what_it_knows(template, tools, switch, levels, family, thought):
     tokenizer = with_template(template)
-    assert abilities(tokenizer) == Abilities(tools, switch, levels) and answer_plan.thought(tokenizer) == thought
-    found = answer_plan.family(tokenizer)
+    assert abilities(tokenizer) == Abilities(tools, switch, levels) and answer_form.thought(tokenizer) == thought
+    found = answer_form.family(tokenizer)
     assert (found.name if found else None) == family
 
 
@@ -128,7 +129,7 @@ def test_arguments_of_earlier_calls_are_written_as_objects():
 def test_markers_that_are_special_tokens_are_read_and_never_shown():
     tokenizer = with_template(AGENT_TEMPLATE, "<tool_call>", "</tool_call>", "<think>", "</think>")
     syntax = answer_plan.syntax_of(asked(tools=TOOLS), tokenizer, "x")
-    hidden = answer_plan.hidden_tokens(tokenizer, syntax)
+    hidden = answer_form.hidden_tokens(tokenizer, syntax)
     written = 'Let me see.<|im_start|>\n<tool_call>\n{"name": "weigh", "arguments": {}}\n</tool_call>'
     text, splitter, parts = Detokenizer(tokenizer, [5, 6], (), hidden), Splitter(syntax), []
     for token in tokenizer(written, add_special_tokens=False)["input_ids"]:
@@ -139,6 +140,6 @@ def test_markers_that_are_special_tokens_are_read_and_never_shown():
         "fields": {"tool_calls": {"open": "<c>", "close": "</c>", "content": "json", "transform": {"function": "{content}"}}}
     }
     assert answer_plan.syntax_of(asked(tools=TOOLS), tokenizer, "x").call_markers == ("<c>", "</c>"), "its own description comes first"
-    assert len(answer_plan.special_markers(tokenizer, syntax)) == 4
+    assert len(answer_form.special_markers(tokenizer, syntax)) == 4
     plain = with_template(AGENT_TEMPLATE)
-    assert answer_plan.hidden_tokens(plain, answer_plan.syntax_of(asked(tools=TOOLS), plain, "x")) is None
+    assert answer_form.hidden_tokens(plain, answer_plan.syntax_of(asked(tools=TOOLS), plain, "x")) is None
