@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -48,14 +49,14 @@ class ItemText(BaseModel):
 Texts = Annotated[list[ItemText], BeforeValidator(_as_parts, json_schema_input_type=str | list[ItemText]), Field(max_length=MAX_ITEMS)]
 
 
-class _Item(BaseModel):
+class _Item(BaseModel, ABC):
     model_config = ConfigDict(extra="ignore")
 
     id: str | None = Field(None, max_length=256)
 
+    @abstractmethod
     def as_item(self) -> Json:
         """The item as it is listed."""
-        raise NotImplementedError
 
     def _head(self, prefix: str, kind: str) -> Json:
         return {"id": self.id or f"{prefix}_{uuid.uuid4().hex}", "type": kind, "status": "completed"}
