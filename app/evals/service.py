@@ -32,7 +32,7 @@ from app.webhooks import service as webhooks
 OPEN = ("queued", "in_progress")
 STORED = ("logs", "stored_completions")
 """Types of evals whose items are stored chat completions; OpenAI's API has two names for one thing."""
-STORED_ITEM = {
+STORED_ITEM: JSON = {
     "type": "object",
     "properties": {
         "id": {"type": "string"},

@@ -112,7 +112,7 @@ class ResponseFold:
         return [*events, self._item_event("output_text.delta", content_index=0, delta=text, logprobs=logprobs)]
 
     def _write_reasoning(self, text: str) -> list[bytes]:
-        events = []
+        events: list[bytes] = []
         if not self.item or self.item["type"] != "reasoning":
             events += self._open({"id": _new_id("rs"), "type": "reasoning", "summary": [], "content": []})
             events += self._open_part({"type": "reasoning_text", "text": ""})
@@ -120,7 +120,7 @@ class ResponseFold:
         return [*events, self._item_event("reasoning_text.delta", content_index=0, delta=text)]
 
     def _write_call(self, entry: ToolCallPart) -> list[bytes]:
-        events = []
+        events: list[bytes] = []
         if entry.place >= self.num_calls:
             self.num_calls += 1
             call = {"id": _new_id("fc"), "type": "function_call", "call_id": entry.id, "name": entry.name or "", "arguments": ""}

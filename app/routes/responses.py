@@ -81,15 +81,15 @@ class ResponseCall(Call):
     source = stored.RESPONSE
 
     def __init__(self, user: User, sampling: Sampling, prompt: Json, record: Json, echoed: Json, items: Sequence[Json]) -> None:
-        super().__init__(ChatWire(echoed["model"]), user, sampling, [prompt], record, store=echoed["store"])
-        self.items = items
+        self.chat, self.items = ChatWire(echoed["model"]), items
+        super().__init__(self.chat, user, sampling, [prompt], record, store=echoed["store"])
         head = {"id": ids.public(ids.RESPONSE, self.key), "object": "response", "created_at": int(time.time()), "status": "in_progress"}
         empty = {"background": False, "completed_at": None, "error": None, "incomplete_details": None, "usage": None}
         self.fold = ResponseFold({**head, **empty, **echoed, "output": []}, self._spelt)
         self.last_events: list[bytes] | None = None
 
     def _spelt(self, logprobs: Sequence[Logprob]) -> list[Json]:
-        found = self.shape.logprobs(list(logprobs)) if self.sampling.logprobs and logprobs else None
+        found = self.chat.logprobs(list(logprobs)) if self.sampling.logprobs else None
         return found["content"] if found else []
 
     def _hear(self, place: int, entries: list[Entry]) -> None:

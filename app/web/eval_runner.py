@@ -137,16 +137,17 @@ class EvalAttempt(BackgroundAttempt):
 
     async def _sampled(self, one: SourceItem) -> tuple[JSON | None, JSON]:
         """(what was sent and answered, tokens by model); None where the run ended before."""
-        if isinstance(one, StoredItem) and one.sample and (self.source.model is None or one.sample["error"]):
+        asks = self.source if isinstance(self.source, CompletionsDataSource) and self.source.model is not None else None
+        if isinstance(one, StoredItem) and one.sample and (asks is None or one.sample["error"]):
             return dict(one.sample), {}
-        if not isinstance(self.source, CompletionsDataSource) or self.source.model is None:
+        if asks is None:
             return _given(one), {}
-        params = self.source.sampling_params.model_dump(exclude_none=True)
+        params = asks.sampling_params.model_dump(exclude_none=True)
         try:
-            messages = sources.messages_for(self.source, one.item)
+            messages = sources.messages_for(asks, one.item)
         except StudioError as fault:
             return _sample([], params, error={"code": fault.code or "invalid_item", "message": fault.message}), {}
-        body = {"model": self.source.model, "messages": messages, **params}
+        body = {"model": asks.model, "messages": messages, **params}
         sent = await send_until_answered(self.app, CHAT, body, self.who, self.slots, self.ended)
         if sent is None:
             return None, {}
@@ -155,8 +156,9 @@ class EvalAttempt(BackgroundAttempt):
             return _sample(messages, params, error={"code": str(said.get("code")), "message": str(said.get("message"))}), {}
         choice, counted = sent.body["choices"][0], _counted(sent.body["usage"])
         seed = (sent.body.get("luthier") or {}).get("seeds", [0])[0]
-        sample = _sample(messages, params | {"seed": seed}, choice["message"], choice["finish_reason"], self.source.model, counted)
-        return sample, {self.source.model: counted | {"invocation_count": 1}}
+        name = asks.model or ""
+        sample = _sample(messages, params | {"seed": seed}, choice["message"], choice["finish_reason"], name, counted)
+        return sample, {name: counted | {"invocation_count": 1}}
 
     async def store(self) -> None:
         rows, self.unstored = self.unstored, []

@@ -17,9 +17,9 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import Answer, Dataset, Exchange, User
 from app.web import auth
-from app.web.auth import OnBehalf
-from app.web.in_process import send
 from tests.generating import _workers, answering_dir, generate_worker, register_agent, register_tiny  # noqa: F401
+from tests.routes.test_batches import chat, lines_of, submit
+from tests.routes.test_batches import ended as batch_ended
 from tests.routes.test_evals import ended
 
 ASK = [
@@ -115,13 +115,14 @@ def test_what_is_deleted_is_gone_with_its_record(client, session):
     assert session.scalar(select(func.count()).select_from(Answer)) == 1
 
 
-def test_a_stored_one_goes_with_its_time_and_its_person_and_is_nobody_elses(client, api, session, user, monkeypatch, tmp_path):
+def test_a_stored_one_goes_with_its_time_and_its_person_and_is_nobody_elses(client, session, user, monkeypatch, tmp_path):
     old, new = answer(client, max_tokens=1), answer(client, max_tokens=1)
     eva = User(id=uuid.uuid4(), name="eva")
     session.add(eva)
     session.flush()
     _, key = auth.create_key(session, eva, "hers")
     session.commit()
+    eva_id = eva.id
     hers = client.with_options(api_key=key)
     own = answer(hers, max_tokens=1)
     assert [one.id for one in hers.chat.completions.list()] == [own.id]
@@ -135,20 +136,18 @@ def test_a_stored_one_goes_with_its_time_and_its_person_and_is_nobody_elses(clie
         assert retention.apply(other)["playground"] == 1
     assert [one.id for one in client.chat.completions.list()] == [new.id]
     with transaction() as other:
-        counts = personal_data.export(other, eva, tmp_path / "eva.zip")
+        counts = personal_data.export(other, other.get_one(User, eva_id), tmp_path / "eva.zip")
         assert counts["exchanges"] == 1
-        assert personal_data.remove(other, other.get_one(User, eva.id))["exchanges"] == 1
+        assert personal_data.remove(other, other.get_one(User, eva_id))["exchanges"] == 1
     assert [row.owner_id for row in session.scalars(select(Exchange))] == [user.id]
 
 
-def test_one_of_a_batch_is_stored_too(client, web, session, user):
+def test_one_of_a_batch_is_stored_too(client, session):
     """An answer of a batch is in its file alone, but for those that ask to be kept."""
-    import asyncio
-
-    body = {"model": "tiny", "messages": ASK[:1], "max_tokens": 1}
-    sent = [asyncio.run(send(web.app, "/v1/chat/completions", body | more, OnBehalf(user.id, user.id))) for more in ({}, {"store": True})]
-    assert [one.status_code for one in sent] == [200, 200]
-    assert [one.id for one in client.chat.completions.list()] == [sent[1].body["id"]]
+    lines = [chat("alone", messages=ASK[:1], max_tokens=1), chat("kept", messages=ASK[:1], max_tokens=1, store=True)]
+    batch = batch_ended(client, submit(client, lines))
+    answers = {line["custom_id"]: line["response"]["body"]["id"] for line in lines_of(client, batch.output_file_id)}
+    assert len(answers) == 2 and [one.id for one in client.chat.completions.list()] == [answers["kept"]]
     assert session.scalar(select(func.count()).select_from(Exchange)) == 1
 
 
