@@ -20,22 +20,31 @@ from sqlalchemy.orm import Session
 from app import graders, leases, ownership
 from app.errors import BadField, NotFound
 from app.evals import criteria, sources
-from app.evals.sources import CompletionsDataSource, DataSource, FileId
-from app.inference import judges, playground
+from app.evals.sources import CompletionsDataSource, DataSource, FileId, StoredCompletions
+from app.inference import judges, playground, stored
 from app.kit import ids, stats
 from app.kit.json_safe import storable
 from app.settings import get_settings
 from app.storage import files
-from app.tables import JSON, Eval, EvalItem, EvalRun, User
+from app.tables import JSON, Eval, EvalItem, EvalRun, Exchange, User
 from app.webhooks import service as webhooks
 
 OPEN = ("queued", "in_progress")
-NOT_HERE = {
-    "logs": "Take custom, and send the items with the run.",
-    "stored_completions": "Take custom, and send the items with the run.",
-    "responses": "Take the data source completions.",
+STORED = ("logs", "stored_completions")
+"""Types of evals whose items are stored chat completions; OpenAI's API has two names for one thing."""
+STORED_ITEM: JSON = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "model": {"type": "string"},
+        "created_at": {"type": "integer"},
+        "metadata": {"type": "object"},
+        "input": {"type": "array", "items": {"type": "object"}},
+        "tools": {"type": "array", "items": {"type": "object"}},
+    },
+    "required": ["input"],
 }
-"""What OpenAI's API has besides, and what to do instead."""
+"""The schema of such an item: `input` has the messages that were sent."""
 
 
 # Evals ------------------------------------------------------------------------------------------------------------------
@@ -43,14 +52,7 @@ NOT_HERE = {
 
 def create(session: Session, user: User, name: str, config: JSON, given: Sequence[Any], metadata: JSON | None) -> Eval:
     """A new eval. Raises BadField for criteria and data sources that do not work here, and NotFound for a judge that is not there."""
-    kind = config.get("type")
-    if kind != "custom":
-        hint = NOT_HERE.get(str(kind), "There is custom.")
-        raise BadField(f"data_source_config.type is {str(kind)[:40]!r}.", hint=hint, param="data_source_config.type")
-    if unknown := set(config) - {"type", "item_schema", "include_sample_schema"}:
-        raise BadField(f"data_source_config has no field {min(unknown)[:60]!r}.", param=f"data_source_config.{min(unknown)[:60]}")
-    if fault := graders.schema_fault(config.get("item_schema")):
-        raise BadField(f"data_source_config.item_{fault}.", hint="Send a JSON schema of an item.", param="data_source_config.item_schema")
+    _check_config(config)
     found = criteria.read(given)
     judges.resolve(session, user, [one.grader for one in found])
     made = Eval(
@@ -61,6 +63,27 @@ def create(session: Session, user: User, name: str, config: JSON, given: Sequenc
     session.flush()
     session.refresh(made)
     return made
+
+
+def _check_config(config: JSON) -> None:
+    """Raises BadField for the configuration of a data source that does not work here."""
+    kind, where = config.get("type"), "data_source_config"
+    if kind != "custom" and kind not in STORED:
+        raise BadField(f"{where}.type is {str(kind)[:40]!r}.", hint="There are custom, logs and stored_completions.", param=f"{where}.type")
+    if unknown := set(config) - {"type", *(("metadata",) if kind in STORED else ("item_schema", "include_sample_schema"))}:
+        raise BadField(f"{where} of the type {kind} has no field {min(unknown)[:60]!r}.", param=f"{where}.{min(unknown)[:60]}")
+    if kind == "custom" and (fault := graders.schema_fault(config.get("item_schema"))):
+        raise BadField(f"{where}.item_{fault}.", hint="Send a JSON schema of an item.", param=f"{where}.item_schema")
+    pairs = config.get("metadata")
+    if pairs is not None and not (isinstance(pairs, dict) and all(isinstance(value, str) for value in pairs.values())):
+        raise BadField(f"{where}.metadata holds something else than texts by name.", param=f"{where}.metadata")
+
+
+def item_schema(found: Eval) -> JSON:
+    """The JSON schema of the items of an eval."""
+    config = found.data_source_config
+    schema: JSON = STORED_ITEM if config["type"] in STORED else config["item_schema"]
+    return schema
 
 
 def get(session: Session, user: User, eval_id: uuid.UUID) -> Eval:
@@ -81,13 +104,14 @@ def delete_eval(session: Session, found: Eval) -> None:
 
 def to_json(found: Eval) -> JSON:
     config = found.data_source_config
-    sample = {"sample": {"type": "object"}} if config.get("include_sample_schema") else {}
-    schema = {"type": "object", "properties": {"item": config["item_schema"], **sample}, "required": ["item", *sample]}
+    of_stored = config["type"] in STORED
+    sample = {"sample": {"type": "object"}} if of_stored or config.get("include_sample_schema") else {}
+    schema = {"type": "object", "properties": {"item": item_schema(found), **sample}, "required": ["item", *sample]}
     return {
         "id": ids.public(ids.EVAL, found.id),
         "object": "eval",
         "name": found.name,
-        "data_source_config": {"type": "custom", "schema": schema},
+        "data_source_config": {"type": config["type"], "schema": schema, **({"metadata": config.get("metadata")} if of_stored else {})},
         "testing_criteria": found.criteria,
         "metadata": found.user_metadata,
         "created_at": int(found.created_at.timestamp()),
@@ -99,9 +123,12 @@ def to_json(found: Eval) -> JSON:
 
 def create_run(session: Session, user: User, found: Eval, name: str, source: DataSource, metadata: JSON | None) -> EvalRun:
     """A queued run. Raises NotFound for a file or a model that is not there, BadField for items that do not fit the eval's schema."""
-    if isinstance(source, CompletionsDataSource):
+    stored_ids = None
+    if isinstance(source, CompletionsDataSource) and source.model is not None:
         playground.speaker(session, user, source.model)
-    if isinstance(source.source, FileId):
+    if isinstance(source.source, StoredCompletions):
+        stored_ids = _stored_ids(session, user, found, source.source)
+    elif isinstance(source.source, FileId):
         file = files.get(session, user, ids.parse(ids.FILE, source.source.id, param="data_source.source.id"))
         files.content(session, user, file.id)
     else:
@@ -109,7 +136,7 @@ def create_run(session: Session, user: User, found: Eval, name: str, source: Dat
             check_item(found, one.item, f"data_source.source.content.{place}.item")
     run = EvalRun(
         id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, eval_id=found.id, name=name.strip() or "run",
-        data_source=storable(source.model_dump(mode="json", exclude_unset=True)), user_metadata=storable(metadata),
+        data_source=storable(source.model_dump(mode="json", exclude_unset=True)), stored_ids=stored_ids, user_metadata=storable(metadata),
     )  # fmt: skip
     session.add(run)
     session.flush()
@@ -117,9 +144,24 @@ def create_run(session: Session, user: User, found: Eval, name: str, source: Dat
     return run
 
 
+def _stored_ids(session: Session, user: User, found: Eval, wanted: StoredCompletions) -> list[str]:
+    """The stored chat completions of a run, newest first: those of the eval that the run means. Raises BadField for none and too many."""
+    query = stored.chosen(user, wanted.model_copy(update={"limit": wanted.limit or sources.MAX_ITEMS + 1}))
+    if pairs := found.data_source_config.get("metadata"):
+        query = query.where(Exchange.user_metadata.contains(pairs))
+    chosen = session.scalars(query.with_only_columns(Exchange.id)).all()
+    if not chosen:
+        hint = "Ask with store: true first, or widen the filters of the run and of the eval."
+        raise BadField("No stored chat completion fits this.", hint=hint, param="data_source.source")
+    if len(chosen) > sources.MAX_ITEMS:
+        hint = f"Send a limit of at most {sources.MAX_ITEMS:,}, or narrow the filters."
+        raise BadField(f"More than {sources.MAX_ITEMS:,} stored chat completions fit this.", hint=hint, param="data_source.source.limit")
+    return [str(key) for key in chosen]
+
+
 def check_item(found: Eval, item: JSON, where: str) -> None:
     """Raises BadField for an item that does not follow the eval's schema."""
-    if not graders.follows(found.data_source_config["item_schema"], item):
+    if not graders.follows(item_schema(found), item):
         raise BadField(f"{where} does not follow the item_schema of the eval.", hint="Change the item, or the eval.", param=where)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from app.errors import BadData, BadField
 from app.graders._base import GradedSample, GradeError
 from app.graders._templates import Template, fill
+from app.inference.stored import StoredFilter
 from app.kit.json_safe import too_deep
 from app.tables import JSON
 
@@ -31,6 +32,10 @@ class SourceItem(_Strict):
     sample: JSON | None = None
 
 
+class StoredItem(SourceItem):
+    """A stored chat completion. `sample` is its answer as the API returns one, with an error where it was deleted meanwhile."""
+
+
 class FileContent(_Strict):
     """The items themselves."""
 
@@ -43,6 +48,12 @@ class FileId(_Strict):
 
     type: Literal["file_id"]
     id: str
+
+
+class StoredCompletions(StoredFilter):
+    """Chat completions that were stored: an item has their messages as `input`."""
+
+    type: Literal["stored_completions"]
 
 
 Source = Annotated[FileContent | FileId, Field(discriminator="type")]
@@ -97,13 +108,24 @@ class JsonlDataSource(_Strict):
 
 
 class CompletionsDataSource(_Strict):
-    """Items that a model is asked for an answer to."""
+    """Items that a model is asked for an answer to; of stored completions without a model, the answers that are stored with them."""
 
     type: Literal["completions"]
-    source: Source
-    model: str = Field(min_length=1, max_length=512)
-    input_messages: Annotated[MessagesTemplate | ItemReference, Field(discriminator="type")]
+    source: Annotated[FileContent | FileId | StoredCompletions, Field(discriminator="type")]
+    model: str | None = Field(None, min_length=1, max_length=512)
+    input_messages: Annotated[MessagesTemplate | ItemReference, Field(discriminator="type")] | None = None
     sampling_params: EvalSamplingParams = EvalSamplingParams()
+
+    @model_validator(mode="after")
+    def _asks_or_reads(self) -> CompletionsDataSource:
+        """Raises BadField for a model without messages or the reverse, and for neither where the items bring no answers."""
+        asks = {"model": self.model is not None, "input_messages": self.input_messages is not None}
+        reads = isinstance(self.source, StoredCompletions) and "sampling_params" not in self.model_fields_set
+        if not all(asks.values()) and (any(asks.values()) or not reads):
+            missing = next(name for name, there in asks.items() if not there)
+            hint = "Send model and input_messages; without both, the answers of stored completions are graded as they are."
+            raise BadField(f"data_source.{missing} is missing.", hint=hint, param=f"data_source.{missing}")
+        return self
 
 
 DataSource = Annotated[JsonlDataSource | CompletionsDataSource, Field(discriminator="type")]
@@ -140,6 +162,7 @@ def items_of(path: Path) -> Iterator[SourceItem]:
 def messages_for(source: CompletionsDataSource, item: JSON) -> list[JSON]:
     """What the model is sent for an item. Raises BadField where the item lacks what the template names."""
     asked = source.input_messages
+    assert asked is not None, "a source with a model has messages"
     if isinstance(asked, ItemReference):
         found = item.get(asked.item_reference.removeprefix("item."))
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):

@@ -216,15 +216,17 @@ def record_call(
     heard: Sequence[tuple[PendingAnswer, AnswerFold]],
     sampling: Sampling,
     labels: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] | None = None,
     **asked: Any,
 ) -> Exchange:
-    """Store a call of the API, with the labels that it was given: its exchange and every answer."""
+    """Record a call of the API, with the labels and tools that it was given: its exchange and every answer. `asked` has the columns of the
+    exchange that are the call's own; `stored` among them is what `app.inference.stored` finds again."""
     exchange = Exchange(
-        id=uuid.uuid4(),
         owner_id=user.id,
         project_id=user.project_id,
-        source="api",
-        sampling=storable(sampling.model_dump(mode="json") | ({"labels": dict(labels)} if labels else {})),
+        sampling=storable(
+            sampling.model_dump(mode="json") | ({"labels": dict(labels)} if labels else {}) | ({"tools": list(tools)} if tools else {})
+        ),
         **storable(asked),
     )
     session.add(exchange)

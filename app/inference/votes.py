@@ -96,9 +96,9 @@ def answered(
         forget(session, user, vote_id)
         return vote
     exchange = playground.record_call(
-        session, user, list(zip(asked, heard, strict=True)), sampling, messages=vote.messages, prompt=vote.messages[-1]["content"]
-    )
-    exchange.source = "vote"
+        session, user, list(zip(asked, heard, strict=True)), sampling,
+        source="vote", messages=vote.messages, prompt=vote.messages[-1]["content"],
+    )  # fmt: skip
     vote.exchange_id = exchange.id
     vote.left_text, vote.right_text = (storable(h.choices[0].text if h.choices else "") for h in heard)
     session.flush()

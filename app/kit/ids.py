@@ -13,6 +13,7 @@ PREDICTION, RUN, EXPORT, GRADER, UPLOAD, PART = "pred", "run", "export", "grader
 USER, INVITATION, PROJECT = "user", "invite", "proj"
 BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
 EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
+CHAT_COMPLETION, RESPONSE = "chatcmpl", "resp"
 
 _NAMES = {
     FILE: "file",
@@ -33,16 +34,19 @@ _NAMES = {
     EVAL_RUN: "run of an eval",
     EVAL_ITEM: "item of a run",
     WEBHOOK: "webhook endpoint",
+    CHAT_COMPLETION: "stored chat completion",
+    RESPONSE: "stored response",
 }
 
 
 def public(prefix: str, key: uuid.UUID) -> str:
-    """`ftjob-0f3c…`. The ids of checkpoints, projects, uploads, batches and webhook endpoints are joined by an underscore, as in OpenAI's API."""
+    """`ftjob-0f3c…`. The ids of checkpoints, projects, uploads, batches, webhook endpoints and responses are joined by an underscore, as
+    in OpenAI's API."""
     return f"{prefix}{_joint(prefix)}{key.hex}"
 
 
 def _joint(prefix: str) -> str:
-    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART, BATCH, BATCH_REQUEST, WEBHOOK) else "-"
+    return "_" if prefix in (CHECKPOINT, PROJECT, UPLOAD, PART, BATCH, BATCH_REQUEST, WEBHOOK, RESPONSE) else "-"
 
 
 def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
@@ -70,4 +74,5 @@ parse_invitation = partial(parse, INVITATION, param="invite_id")
 parse_vote = partial(parse, VOTE, param="vote_id")
 parse_batch = partial(parse, BATCH, param="batch_id")
 parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
+parse_completion = partial(parse, CHAT_COMPLETION, param="completion_id")
 """`parse` for ids in the API's paths; an error names the parameter."""

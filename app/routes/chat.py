@@ -6,6 +6,7 @@ No database session is open while an answer streams: one transaction comes befor
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import limits, schemas
 from app.db import transaction
-from app.errors import BadField
-from app.inference import playground
+from app.errors import BadField, StudioError
+from app.inference import playground, stored
 from app.inference.answer_fold import AnswerFold, Choice
 from app.inference.client import BULK, stream
 from app.inference.playground import PendingAnswer
@@ -36,6 +38,7 @@ from app.inference.protocol import (
     TextPart,
     ToolCallPart,
 )
+from app.kit.json_safe import storable
 from app.schemas import tools
 from app.schemas.chat import ChatBody, CompletionBody, GenerationBody
 from app.schemas.openapi import answers
@@ -66,8 +69,10 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
     order = tools.order_of(body.tools, body.tool_choice, body.parallel_tool_calls)
     prompt = {"messages": messages, "tools": order.tools, "tool_use": order.use, "effort": body.reasoning_effort, "split": True}
-    call = Call(ChatWire(body.model), user, sampling, [prompt], {"messages": messages, "labels": body.labels()})
-    return await call.respond(request, body)
+    record: dict[str, Any] = {"messages": messages, "labels": body.labels(), "user_metadata": body.metadata}
+    if body.store:
+        record |= {"messages": [message.as_sent(i) for i, message in enumerate(body.messages)], "tools": order.tools}
+    return await Call(ChatWire(body.model), user, sampling, [prompt], record, store=bool(body.store)).respond(request, *_streamed(body))
 
 
 @api.post(
@@ -82,10 +87,15 @@ async def complete(request: Request, body: CompletionBody, user: CurrentUser) ->
     prompts = _prompts(body.prompt)
     sampling = body.sampling(logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, max_tokens=body.max_tokens or 1)
     sampling = sampling.model_copy(update={"max_tokens": body.max_tokens})
-    stored = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
+    prompt = body.prompt if isinstance(body.prompt, str) else json.dumps(body.prompt)
     labels = {"user": body.user} if body.user else {}
-    call = Call(CompletionWire(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": stored, "labels": labels})
-    return await call.respond(request, body)
+    call = Call(CompletionWire(body.model, bool(body.echo)), user, sampling, prompts, {"prompt": prompt, "labels": labels})
+    return await call.respond(request, *_streamed(body))
+
+
+def _streamed(body: GenerationBody) -> tuple[bool, bool]:
+    """Whether the answer is streamed, and whether the stream ends with the usage."""
+    return bool(body.stream), bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _prompts(given: str | list[Any]) -> list[dict[str, Any]]:
@@ -217,10 +227,22 @@ def _reason(reason: str | None) -> str:
 class Call:
     """One API call: several prompts with `n` answers each, returned whole or as a stream."""
 
+    source = stored.COMPLETION
+
     def __init__(
-        self, shape: ChatWire | CompletionWire, user: User, sampling: Sampling, prompts: list[dict[str, Any]], stored: dict[str, Any]
+        self,
+        shape: ChatWire | CompletionWire,
+        user: User,
+        sampling: Sampling,
+        prompts: list[dict[str, Any]],
+        record: dict[str, Any],
+        *,
+        store: bool = False,
     ) -> None:
-        self.shape, self.user, self.sampling, self.prompts, self.stored = shape, user, sampling, prompts, stored
+        """`record` is what is recorded of the request; with `store` the answer is kept too, as it was answered."""
+        self.shape, self.user, self.sampling, self.prompts, self.record, self.store = shape, user, sampling, prompts, record, store
+        self.key = uuid.uuid4()
+        self.recording, self.recorded = threading.Lock(), False
         self.head: dict[str, Any] = {}
         self.asked: list[PendingAnswer] = []
         self.heard: list[AnswerFold] = []
@@ -228,21 +250,20 @@ class Call:
         self.seen: list[list[SeenToken]] = []
         """`prompts` holds the tokens of each prompt, where they are returned (`echo`)."""
 
-    async def respond(self, request: Request, body: GenerationBody) -> Response:
+    async def respond(self, request: Request, streamed: bool, usage: bool = False) -> Response:
         await run_in_threadpool(self._resolve)
         looks = isinstance(self.shape, CompletionWire) and self.shape.echo and (self.sampling.logprobs or not self._writes)
         if looks and not await self._look(request):
             return left()
         streams = [stream(asked.request) if self._writes else self._echo(p) for p, asked in enumerate(self.asked)]
         self.head = {
-            "id": f"{self.shape.prefix}-{uuid.uuid4().hex}",
-            "object": self.shape.part if body.stream else self.shape.whole,
+            "id": f"{self.shape.prefix}-{self.key.hex}",
+            "object": self.shape.part if streamed else self.shape.whole,
             "created": int(time.time()),
             "model": self.shape.model,
             "system_fingerprint": playground.fingerprint(self.asked[0].speaker),
         }
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
+        if streamed:
             merged = merge(streams)
             first = await anext(merged)  # an error before the first token is an ordinary error response
             return Stream(self._events(first, merged, usage))
@@ -288,16 +309,28 @@ class Call:
             later(self._record)
             return left()
         await run_in_threadpool(self._record)
+        return JSONResponse(self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        """The whole answer, also of one that was streamed."""
         n, choices = self.sampling.n, []
         for p, heard in enumerate(self.heard):
             prompt = heard.started.rendered_prompt if heard.started else ""
             for i in range(n):
                 choices.append(self.shape.choice(p * n + i, heard.choices.get(i, Choice()), self.sampling.logprobs, prompt))
-        return JSONResponse({**self.head, "choices": choices, "usage": self._usage(), "luthier": self._proof()})
+        answer = {**self.head, "object": self.shape.whole, "choices": choices, "usage": self._usage(), "luthier": self._proof()}
+        return answer | ({"metadata": storable(self.record["user_metadata"] or {})} if self.store else {})
+
+    def _kept(self) -> dict[str, Any]:
+        """What is stored of the answer."""
+        return self._answer()
 
     async def _hear_all(self, streams: list[AsyncIterator[list[Entry]]]) -> None:
         async for place, entries in merge(streams):
-            self.heard[place].take(entries)
+            self._hear(place, entries)
+
+    def _hear(self, place: int, entries: list[Entry]) -> None:
+        self.heard[place].take(entries)
 
     async def _events(
         self, first: tuple[int, list[Entry]], merged: AsyncIterator[tuple[int, list[Entry]]], usage: bool
@@ -308,20 +341,17 @@ class Call:
             async for place, entries in merged:
                 for line in self._chunks(place, entries, usage):
                     yield line
-            proof: dict[str, Any] = {"luthier": self._proof()}
-            if self.held:
-                yield self._line(**self.held, **({} if usage else proof))
-                self.held = None
-            if usage:
-                yield self._line([], usage=self._usage(), **proof)
-            yield b"data: [DONE]\n\n"
+            chunks = self._last_chunks(usage)
+            if self.store:  # whoever has read the end may ask for it
+                await run_in_threadpool(self._record)
+            for line in chunks:
+                yield line
         except Exception as error:
-            if self.held:
-                yield self._line(**self.held)
             fault = fault_of(error)
             for heard in self.heard:
                 heard.error = heard.error or (None if heard.done else fault.as_problem())
-            yield b"data: " + json.dumps({"error": fault.as_json()}).encode() + b"\n\n"
+            for line in self._failure(fault):
+                yield line
         finally:
             later(self._record)
             await merged.aclose()  # type: ignore[attr-defined]
@@ -331,7 +361,7 @@ class Call:
         carries the proof, which is complete only at the end."""
         heard, n = self.heard[place], self.sampling.n
         fresh = heard.started is None
-        heard.take(entries)
+        self._hear(place, entries)
         more = {"usage": None} if usage else {}
         lines = []
         if fresh and heard.started is not None:
@@ -344,6 +374,16 @@ class Call:
                 lines += [self._line(**self.held)] if self.held else []
                 self.held = {"choices": [self.shape.last(place * n + entry.index, heard.choices[entry.index])], **more}
         return lines
+
+    def _last_chunks(self, usage: bool) -> list[bytes]:
+        proof: dict[str, Any] = {"luthier": self._proof()}
+        lines = [self._line(**self.held, **({} if usage else proof))] if self.held else []
+        lines += [self._line([], usage=self._usage(), **proof)] if usage else []
+        return [*lines, b"data: [DONE]\n\n"]
+
+    def _failure(self, fault: StudioError) -> list[bytes]:
+        lines = [self._line(**self.held)] if self.held else []
+        return [*lines, b"data: " + json.dumps({"error": fault.as_json()}).encode() + b"\n\n"]
 
     def _line(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return b"data: " + json.dumps({**self.head, "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
@@ -371,7 +411,16 @@ class Call:
         }
 
     def _record(self) -> None:
-        with transaction() as session:
-            if BULK.get():  # the answer is in the file of a batch
-                return playground.count_call(session, self.user, self.heard)
-            playground.record_call(session, self.user, list(zip(self.asked, self.heard, strict=True)), self.sampling, **self.stored)
+        """Record the call once, and the answer with it where that is to be kept and has ended."""
+        with self.recording:
+            if not self.recorded:
+                with transaction() as session:
+                    self._record_in(session)
+            self.recorded = True
+
+    def _record_in(self, session: Session) -> None:
+        if BULK.get() and not self.store:  # the answer is in the file of a batch
+            return playground.count_call(session, self.user, self.heard)
+        ended = self.store and all(heard.done and not heard.error for heard in self.heard)
+        asked = {"id": self.key, "source": self.source, "stored": self._kept() if ended else None, **self.record}
+        playground.record_call(session, self.user, list(zip(self.asked, self.heard, strict=True)), self.sampling, **asked)

@@ -25,7 +25,7 @@ from app.tables import CheckpointPermission, Event, Job, Project, User
 from app.views import job_json
 from app.web import event_stream
 from app.web.auth import CurrentUser
-from app.web.pagination import MAX_NUMBER, After, Limit, Offset, Order, Step, page
+from app.web.pagination import MAX_NUMBER, METADATA, After, Limit, Offset, Order, Step, page, with_metadata
 
 api = APIRouter(prefix="/v1/fine_tuning")
 Json = dict[str, Any]
@@ -35,15 +35,6 @@ class ResumeJob(BaseModel, extra="forbid"):
     """The checkpoint to resume from; without a body the newest one."""
 
     step: int | None = Field(None, ge=0, le=MAX_NUMBER, description="Of one of its checkpoints. The later ones are deleted.")
-
-
-METADATA: Json = {
-    "name": "metadata",
-    "in": "query",
-    "style": "deepObject",
-    "description": "Pairs that a job must carry.",
-    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
-}
 
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
@@ -68,12 +59,7 @@ def create(
 def list_jobs(session: Db, user: CurrentUser, request: Request, after: After = None, limit: Limit = 20) -> Json:
     """Jobs, newest first. `metadata[key]=value` filters by metadata, with all given pairs; `metadata=null` selects jobs without
     metadata."""
-    query = jobs.mine(user)
-    if request.query_params.get("metadata") == "null":
-        query = query.where(Job.user_metadata.is_(None))
-    wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[") and name.endswith("]")}
-    if wanted:
-        query = query.where(Job.user_metadata.contains(wanted))
+    query = with_metadata(jobs.mine(user), Job.user_metadata, request)
     with once.remembered():
         return page(query, after, limit, "desc", lambda job: job_json.of(session, job), session=session, key=ids.parse_job)
 

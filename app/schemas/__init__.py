@@ -50,6 +50,8 @@ from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
 from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NameProject, Project, ProjectContents, ProjectMember
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
+from app.schemas.response_answers import ListedItem, Response, ResponseEvent
+from app.schemas.stored import ChangeStored, CreateStoredDataset, StoredMessage, StoredRows
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
 from app.schemas.webhooks import (
@@ -73,6 +75,7 @@ __all__ = [
     "ChangeMember",
     "ChangePerson",
     "ChangeProject",
+    "ChangeStored",
     "ChangeWebhookEndpoint",
     "ChatCompletion",
     "ChatCompletionChunk",
@@ -94,6 +97,7 @@ __all__ = [
     "CreateJob",
     "CreatePrompt",
     "CreatePromptRun",
+    "CreateStoredDataset",
     "CreateUpload",
     "CreateUploadPart",
     "CreateWebhookEndpoint",
@@ -126,6 +130,7 @@ __all__ = [
     "HubModel",
     "Invite",
     "JobEstimate",
+    "ListedItem",
     "LoadedModels",
     "Model",
     "ModelAlias",
@@ -142,10 +147,14 @@ __all__ = [
     "PromptRun",
     "PromptRunRows",
     "PushExport",
+    "Response",
+    "ResponseEvent",
     "RevisePrompt",
     "RotateWebhookSecret",
     "RunGrader",
     "SavedGrader",
+    "StoredMessage",
+    "StoredRows",
     "Strategy",
     "StrategyAdvice",
     "StreamedJobEvent",

@@ -119,6 +119,7 @@ class ChatCompletion(_Head):
     choices: list[ChatChoice]
     usage: Usage
     luthier: Proof
+    metadata: dict[str, str] | None = Field(None, description="Of one that is stored.")
 
 
 class CalledFunctionDelta(Schema):

@@ -1,4 +1,4 @@
-"""Request bodies of `/v1/chat/completions` and `/v1/completions`."""
+"""Request bodies of `/v1/chat/completions` and `/v1/completions`, and what `/v1/responses` shares with them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+class ObfuscationOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(None, description="Chunks are not padded.")
 
 
-class GenerationBody(BaseModel):
-    """Fields of both calls; `null` means the default.
+class StreamOptions(ObfuscationOptions):
+    include_usage: bool = False
+
+
+class SamplingBody(BaseModel):
+    """Fields of all calls that generate; `null` means the default.
 
     Unknown parameters are ignored, as the clients expect. Of those that OpenAI's client knows none is: what is not a field here is
     in `refused`, with the values that ask for nothing else than is done.
@@ -37,8 +40,6 @@ class GenerationBody(BaseModel):
 
     model: str = Field(min_length=1, max_length=512)
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(1.0, ge=0, le=2)
@@ -46,7 +47,6 @@ class GenerationBody(BaseModel):
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512, description="A name of the caller's own, kept with the answer.")
     # Ours, through `extra_body`.
     top_k: int | None = Field(0, ge=0, le=1_000_000)
@@ -68,10 +68,18 @@ class GenerationBody(BaseModel):
         given = {name: getattr(self, name) for name in Sampling.model_fields if getattr(self, name, None) is not None}
         given |= {
             "stop": tuple(self.stop),
-            "max_tokens": self.max_tokens,
+            "max_tokens": getattr(self, "max_tokens", None),
             "temperature": 1.0 if self.temperature is None else self.temperature,
         }
         return Sampling(**({"top_p": 1.0} | given | more))
+
+
+class GenerationBody(SamplingBody):
+    """Fields of chat completions and completions."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
 
 
 class AssistantFunction(BaseModel):
@@ -118,6 +126,11 @@ class Message(BaseModel):
         extra = {name: value for name, value in extra.items() if value}
         return {"role": "system" if self.role == "developer" else self.role, "content": playground.readable(content or ""), **extra}
 
+    def as_sent(self, place: int) -> dict[str, Any]:
+        """The message in the form in which a stored one is returned: with its own role, and its parts where it had some."""
+        parts = {"content_parts": self.content} if isinstance(self.content, list) else {}
+        return self.plain(place) | {"role": self.role} | parts
+
 
 class JsonSchema(BaseModel):
     """Every answer follows the schema, whether `strict` asks for it or not."""
@@ -146,14 +159,16 @@ class ResponseFormat(BaseModel):
                 hint='Send {"type": "json_schema", "json_schema": {"name": …, "schema": {…}}}.',
                 param="response_format",
             )
-        if self.json_schema is None:
-            return {"type": "object"} if self.type == "json_object" else None
-        schema = self.json_schema.json_schema
-        if len(json.dumps(schema)) > MAX_SCHEMA_LENGTH:
-            raise BadField(
-                "The schema is too large.", hint=f"Send one of at most {MAX_SCHEMA_LENGTH:,} characters.", param="response_format"
-            )
-        return schema
+        return answer_schema(self.type, self.json_schema, "response_format")
+
+
+def answer_schema(kind: str, given: JsonSchema | None, param: str) -> dict[str, Any] | None:
+    """The JSON schema of an answer of this form; None for text. Raises BadField for one that is too large."""
+    if given is None:
+        return {"type": "object"} if kind == "json_object" else None
+    if len(json.dumps(given.json_schema)) > MAX_SCHEMA_LENGTH:
+        raise BadField("The schema is too large.", hint=f"Send one of at most {MAX_SCHEMA_LENGTH:,} characters.", param=param)
+    return given.json_schema
 
 
 class ChatBody(GenerationBody):
@@ -170,6 +185,7 @@ class ChatBody(GenerationBody):
     )
     response_format: ResponseFormat | None = None
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16, description="Pairs that are kept with the answer.")
+    store: bool | None = Field(None, description="Keep the answer, so that it can be listed, retrieved, evaluated and trained on.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
     prompt_cache_key: str | None = Field(
         None, max_length=512, description="The beginning of a prompt is reused wherever it was read before, by any key and without one."
@@ -185,7 +201,6 @@ class ChatBody(GenerationBody):
         "prompt_cache_options": ({"mode": "implicit"},),
         "prompt_cache_retention": ("in_memory",),
         "service_tier": ("auto", "default"),
-        "store": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -198,7 +213,7 @@ class ChatBody(GenerationBody):
 
     def labels(self) -> dict[str, Any]:
         """What is kept with the answer and has no effect on it."""
-        given = {"user": self.user, "safety_identifier": self.safety_identifier, "metadata": self.metadata}
+        given = {"user": self.user, "safety_identifier": self.safety_identifier}
         return {name: value for name, value in given.items() if value}
 
 

@@ -17,7 +17,9 @@ class CreateEval(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str | None = Field(None, max_length=200)
-    data_source_config: dict[str, Any] = Field(description='`{"type": "custom", "item_schema": {…}, "include_sample_schema": true}`')
+    data_source_config: dict[str, Any] = Field(
+        description='`{"type": "custom", "item_schema": {…}, "include_sample_schema": true}`, or `{"type": "logs", "metadata": {…}}` for stored completions.'
+    )
     testing_criteria: list[dict[str, Any]] = Field(description="Graders, each with a pass_threshold where it has one.")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
 
@@ -44,8 +46,9 @@ class CreateEvalRun(BaseModel):
 class EvalDataSourceConfig(Schema):
     """The schema of what a criterion reads: the item, and with include_sample_schema the answer."""
 
-    type: Literal["custom"]
+    type: Literal["custom", "logs", "stored_completions"]
     schema_: dict[str, Any] = Field(alias="schema")
+    metadata: dict[str, str] | None = Field(None, description="Pairs that each stored completion must carry.")
 
 
 class Eval(Schema):

@@ -37,6 +37,7 @@ class EvalRun(Leased, Base):
     eval_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("evals.id", ondelete="CASCADE"))
     name: Mapped[str]
     data_source: Mapped[JSON] = mapped_column(comment="as it was sent")
+    stored_ids: Mapped[list[Any] | None] = mapped_column(comment="the stored answers that are its items, as they were when it was made")
     status: Mapped[str] = mapped_column(server_default="queued", comment="queued, in_progress, completed, failed or canceled")
     cancel_requested: Mapped[bool] = mapped_column(server_default=false())
     total: Mapped[int] = mapped_column(server_default="0")

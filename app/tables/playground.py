@@ -6,27 +6,32 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index
+from sqlalchemy import ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import JSON, Base, new_key, now, of_project
 
 
 class Exchange(Base):
-    """One prompt sent to one or more models at once. `parent_id` is the turn before it in a conversation."""
+    """One prompt sent to one or more models at once, or one call of the API. `parent_id` is the turn before it in a conversation."""
 
     __tablename__ = "exchanges"
     id: Mapped[uuid.UUID] = new_key()
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     project_id: Mapped[uuid.UUID] = of_project()
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("exchanges.id", ondelete="SET NULL"), index=True)
-    source: Mapped[str] = mapped_column(server_default="playground", comment="playground, api or vote")
+    source: Mapped[str] = mapped_column(server_default="playground", comment="playground, api, responses or vote")
     title: Mapped[str | None] = mapped_column(comment="given when a person saves it as a comparison")
     messages: Mapped[list[Any] | None]
     prompt: Mapped[str | None]
     sampling: Mapped[JSON]
+    stored: Mapped[JSON | None] = mapped_column(comment="what the API answered, where it was asked to keep it (store)")
+    user_metadata: Mapped[JSON | None]
     created_at: Mapped[datetime] = now()
-    __table_args__ = (Index(None, "project_id", "created_at"),)
+    __table_args__ = (
+        Index(None, "project_id", "created_at"),
+        Index("ix_exchanges_stored", "project_id", "source", "created_at", postgresql_where=text("stored IS NOT NULL")),
+    )
 
 
 class Answer(Base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -16,15 +17,15 @@ from app.errors import BadData, StudioError
 from app.evals import criteria, sources
 from app.evals import service as evals
 from app.evals.criteria import Criterion
-from app.evals.sources import CompletionsDataSource, FileContent, SourceItem
+from app.evals.sources import CompletionsDataSource, FileContent, SourceItem, StoredCompletions, StoredItem
 from app.graders import Ask, GradedSample, Reply
-from app.inference import judges
+from app.inference import judges, stored
 from app.inference.judges import Hear
 from app.inference.protocol import GenerateRequest
 from app.kit import ids
 from app.kit.token_meter import TokenMeter
 from app.storage import files
-from app.tables import JSON, Eval, EvalRun, User
+from app.tables import JSON, Eval, EvalRun, Exchange, User
 from app.web.auth import OnBehalf
 from app.web.background import BackgroundAttempt, LeaseLost, WorkKind
 from app.web.in_process import send_until_answered
@@ -65,7 +66,9 @@ class EvalAttempt(BackgroundAttempt):
     def _items(self) -> list[SourceItem]:
         source = self.source.source
         if isinstance(source, FileContent):
-            return source.content
+            return list(source.content)
+        if isinstance(source, StoredCompletions):
+            return self.in_thread(self._stored_items)
 
         def read(session: Session) -> tuple[Any, Eval]:
             user = session.get_one(User, self.row.owner_id).work_in(self.row.project_id)
@@ -77,6 +80,18 @@ class EvalAttempt(BackgroundAttempt):
             raise BadData(f"The file has {'no' if not items else f'more than {sources.MAX_ITEMS:,}'} items.", hint="Send another file.")
         for number, one in enumerate(items, 1):
             evals.check_item(found, one.item, f"item {number}")
+        return items
+
+    def _stored_items(self, session: Session) -> list[SourceItem]:
+        """The stored chat completions that the run was made of, in its order."""
+        user = session.get_one(User, self.row.owner_id).work_in(self.row.project_id)
+        keys = [uuid.UUID(key) for key in self.row.stored_ids or ()]
+        rows = {row.id: row for row in session.scalars(stored.mine(user, stored.COMPLETION).where(Exchange.id.in_(keys)))}
+        items = [_stored_item(key, rows.get(key)) for key in keys]
+        found = session.get_one(Eval, self.row.eval_id)
+        for number, one in enumerate(items, 1):
+            if "input" in one.item:
+                evals.check_item(found, one.item, f"item {number}")
         return items
 
     def _prepare(self, session: Session) -> None:
@@ -122,26 +137,28 @@ class EvalAttempt(BackgroundAttempt):
 
     async def _sampled(self, one: SourceItem) -> tuple[JSON | None, JSON]:
         """(what was sent and answered, tokens by model); None where the run ended before."""
-        if not isinstance(self.source, CompletionsDataSource):
+        asks = self.source if isinstance(self.source, CompletionsDataSource) and self.source.model is not None else None
+        if isinstance(one, StoredItem) and one.sample and (asks is None or one.sample["error"]):
+            return dict(one.sample), {}
+        if asks is None:
             return _given(one), {}
-        params = self.source.sampling_params.model_dump(exclude_none=True)
+        params = asks.sampling_params.model_dump(exclude_none=True)
         try:
-            messages = sources.messages_for(self.source, one.item)
+            messages = sources.messages_for(asks, one.item)
         except StudioError as fault:
             return _sample([], params, error={"code": fault.code or "invalid_item", "message": fault.message}), {}
-        body = {"model": self.source.model, "messages": messages, **params}
+        body = {"model": asks.model, "messages": messages, **params}
         sent = await send_until_answered(self.app, CHAT, body, self.who, self.slots, self.ended)
         if sent is None:
             return None, {}
         if sent.status_code != 200:
             said = sent.body.get("error") or {}
             return _sample(messages, params, error={"code": str(said.get("code")), "message": str(said.get("message"))}), {}
-        choice, used = sent.body["choices"][0], sent.body["usage"]
-        counted = {name: used[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-        counted["cached_tokens"] = (used.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        choice, counted = sent.body["choices"][0], _counted(sent.body["usage"])
         seed = (sent.body.get("luthier") or {}).get("seeds", [0])[0]
-        sample = _sample(messages, params | {"seed": seed}, choice["message"], choice["finish_reason"], self.source.model, counted)
-        return sample, {self.source.model: counted | {"invocation_count": 1}}
+        name = asks.model or ""
+        sample = _sample(messages, params | {"seed": seed}, choice["message"], choice["finish_reason"], name, counted)
+        return sample, {name: counted | {"invocation_count": 1}}
 
     async def store(self) -> None:
         rows, self.unstored = self.unstored, []
@@ -163,6 +180,28 @@ class EvalAttempt(BackgroundAttempt):
 
 
 KIND = WorkKind("eval run", evals.claim_next, EvalAttempt)
+
+
+def _stored_item(key: uuid.UUID, row: Exchange | None) -> SourceItem:
+    """A stored chat completion as an item, with the answer that is stored."""
+    public = ids.public(ids.CHAT_COMPLETION, key)
+    if row is None or row.stored is None:
+        error = {"code": "deleted", "message": "This stored chat completion was deleted after the run was made."}
+        return StoredItem(item={"id": public}, sample=_sample([], {}, error=error))
+    messages = stored.messages_of(row)
+    item = {"id": public, "model": row.stored["model"], "created_at": row.stored["created"], "metadata": row.user_metadata or {}}
+    item |= {"input": messages} | ({"tools": row.sampling["tools"]} if row.sampling.get("tools") else {})
+    choice = row.stored["choices"][0]
+    params = {name: row.sampling.get(name) for name in ("temperature", "top_p")} | {"seed": row.stored["luthier"]["seeds"][0]}
+    params |= {"max_completion_tokens": row.sampling.get("max_tokens") or 0}
+    used = _counted(row.stored["usage"])
+    return StoredItem(item=item, sample=_sample(messages, params, choice["message"], choice["finish_reason"], row.stored["model"], used))
+
+
+def _counted(used: JSON) -> JSON:
+    """Tokens of an answer, by the names of evals."""
+    counted = {name: used[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return counted | {"cached_tokens": (used.get("prompt_tokens_details") or {}).get("cached_tokens", 0)}
 
 
 def _given(one: SourceItem) -> JSON:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import Path, Query
+from fastapi import Path, Query, Request
 from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,23 @@ Offset = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
 Step = Annotated[int, Path(ge=0, le=MAX_NUMBER, description="Optimizer step.")]
 PageNumber = Annotated[int, Query(ge=1, le=MAX_NUMBER)]
 Limit = Annotated[int, Query(ge=1, description="Objects on one page.")]
+
+METADATA: Json = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "description": "Pairs that each must carry.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+}
+"""The parameter that `with_metadata` reads, for `openapi_extra`."""
+
+
+def with_metadata(query: Select[Any], column: Any, request: Request) -> Select[Any]:
+    """The query of the rows that carry all pairs `metadata[key]=value` of the address; with `metadata=null`, of those without metadata."""
+    if request.query_params.get("metadata") == "null":
+        query = query.where(column.is_(None))
+    wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[") and name.endswith("]")}
+    return query.where(column.contains(wanted)) if wanted else query
 
 
 def page(

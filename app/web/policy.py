@@ -45,6 +45,8 @@ GET /datasets/{key}/split /datasets/{key}/state /evaluations /evaluations/{evalu
 GET /jobs/advice /jobs/compare /jobs/new /jobs/new/file /jobs/{job_id} /jobs/{job_id}/checkpoints/{step}/download /jobs/{job_id}/job.yaml
 GET /jobs/{job_id}/log.txt /jobs/{job_id}/results.csv /jobs/{job_id}/stream /models /models/loaded /models/terms/{name} /models/{key}
 GET /models/hub /v1/hub/models /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
+GET /v1/chat/completions /v1/chat/completions/{completion_id} /v1/chat/completions/{completion_id}/messages
+GET /v1/responses/{response_id} /v1/responses/{response_id}/input_items
 GET /evals /evals/{eval_id} /v1/evals /v1/evals/{eval_id} /v1/evals/{eval_id}/runs /v1/evals/{eval_id}/runs/{run_id}
 GET /v1/evals/{eval_id}/runs/{run_id}/output_items /v1/evals/{eval_id}/runs/{run_id}/output_items/{output_item_id}
 GET /settings/webhooks /v1/webhook_endpoints /v1/webhook_endpoints/{webhook_endpoint_id} /v1/webhook_event_types
@@ -66,7 +68,7 @@ OPTIONS /v1/tus
 HEAD /v1/tus/{key}
 """,
     "generate": """
-POST /v1/chat/completions /v1/classify /v1/completions /v1/embeddings /v1/next_tokens
+POST /v1/chat/completions /v1/classify /v1/completions /v1/embeddings /v1/next_tokens /v1/responses
 POST /v1/fine_tuning/alpha/graders/run /v1/fine_tuning/alpha/graders/validate
 """,
     "write": """
@@ -92,6 +94,8 @@ POST /v1/fine_tuning/jobs/{job_id}/pause /v1/fine_tuning/jobs/{job_id}/resume /v
 POST /v1/predictions/{prediction_id}/cancel /v1/prompts /v1/prompts/runs/{run_id}/cancel /v1/prompts/{prompt_id}
 POST /v1/prompts/{prompt_id}/runs /v1/tus /v1/uploads /v1/uploads/{upload_id}/parts
 POST /v1/uploads/{upload_id}/complete /v1/uploads/{upload_id}/cancel /v1/votes /v1/votes/dataset /{place}/bulk /{place}/{key}/name
+POST /v1/chat/completions/{completion_id} /v1/datasets/stored_completions
+DELETE /v1/chat/completions/{completion_id} /v1/responses/{response_id}
 POST /v1/evals /v1/evals/{eval_id} /v1/evals/{eval_id}/runs /v1/evals/{eval_id}/runs/{run_id} /v1/evals/{eval_id}/runs/{run_id}/cancel
 POST /evals/{eval_id}/delete /evals/{eval_id}/runs/{run_id}/{action}
 DELETE /v1/evals/{eval_id} /v1/evals/{eval_id}/runs/{run_id}

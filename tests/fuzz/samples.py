@@ -34,6 +34,13 @@ MESSAGES = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": [{"type": "text", "text": "What wood?"}], "name": "eva"},
 ]
+RESPONSE_ITEMS = [
+    {"role": "developer", "content": "Be short."},
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What wood?"}]},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+    {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "ok"}]},
+]
 SAMPLING = {
     "n": 1, "stop": ["\n"], "seed": 7, "temperature": 0.5, "top_p": 0.9, "frequency_penalty": 0.1, "presence_penalty": 0.1, "logit_bias": {"70": 1},
     "max_tokens": 2, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1, "stream": False,
@@ -181,6 +188,21 @@ UNSAFE: dict[str, Sample] = {
     "POST /{place}/{key}/name": Sample({"place": "datasets", "key": "$dataset"}, form=[("name", "A name"), ("tags", "a, b")]),
     "POST /{place}/bulk": Sample({"place": "datasets"}, form=[("do", "tag"), ("pick", "$dataset"), ("tag", "a"), ("query", "")]),
     "POST /playground/prefer": Sample(form=[("answer", "0" * 32)], expect=(404,)),
+    "POST /v1/chat/completions/{completion_id}": Sample({"completion_id": "$completion"}, json={"metadata": {"team": "b"}}),
+    "POST /v1/responses": Sample(
+        json={
+            "model": "$model_name", "input": [*RESPONSE_ITEMS], "instructions": "Be short.", "previous_response_id": "$response", "max_output_tokens": 2,
+            "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "strict": True}, "verbosity": "medium"},
+            "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "reasoning": {"effort": "none", "summary": None}, "store": True,
+            "include": ["message.output_text.logprobs"], "top_logprobs": 2, "truncation": "disabled", "metadata": {"a": "b"}, "user": "u",
+            "stream_options": {"include_obfuscation": False}, "stream": False, "seed": 7, "temperature": 0.5, "top_p": 0.9,
+        }
+    ),
+    "DELETE /v1/responses/{response_id}": Sample({"response_id": "+response"}),
+    "DELETE /v1/chat/completions/{completion_id}": Sample({"completion_id": "+completion"}),
+    "POST /v1/datasets/stored_completions": Sample(
+        json={"model": "$model_name", "metadata": {"team": "a"}, "created_after": 1, "created_before": 2**32, "limit": 5, "name": "Stored"}
+    ),
     "POST /v1/evals": Sample(
         json={
             "name": "a",
@@ -283,7 +305,7 @@ UNSAFE: dict[str, Sample] = {
     "PATCH /v1/graders/{grader_id}": Sample({"grader_id": "$grader"}, json={"grader": GRADER}),
     "DELETE /v1/graders/{grader_id}": Sample({"grader_id": "+grader"}),
     # the playground
-    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "reasoning_effort": "none", "metadata": {"a": "b"}, "user": "u", "stream_options": {"include_usage": True}, **SAMPLING}),
+    "POST /v1/chat/completions": Sample(json={"model": "$model_name", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}, "tools": [], "tool_choice": "none", "parallel_tool_calls": False, "reasoning_effort": "none", "metadata": {"a": "b"}, "store": True, "user": "u", "stream_options": {"include_usage": True}, **SAMPLING}),
     "POST /v1/completions": Sample(json={"model": "$model_name", "prompt": "What wood?", "logprobs": 1, "echo": True, "best_of": 1, "suffix": None, **SAMPLING}),
     "POST /v1/embeddings": Sample(json={"model": "$model_name", "input": ["a"], "encoding_format": "float", "dimensions": 64}, expect=(400,)),
     "POST /v1/classify": Sample(json={"model": "$model_name", "input": ["a", "b"]}, expect=(400,)),
@@ -372,7 +394,7 @@ SAFE: dict[str, Sample] = {
 
 NAMES = {
     "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
-    "grader_id": "$grader", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
+    "grader_id": "$grader", "completion_id": "$completion", "response_id": "$response", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
 }  # fmt: skip
 """What a parameter of a path names, wherever it stands."""
 

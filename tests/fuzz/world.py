@@ -22,13 +22,15 @@ from app.evals import service as evals
 from app.evals import sources
 from app.evaluation import comparisons
 from app.evaluation import service as evaluations
-from app.inference import playground, votes
+from app.inference import playground, stored, votes
 from app.inference.playground import AnswerFold
-from app.inference.protocol import AnswerStarted, Done, Sampling, TextPart
+from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, Sampling, TextPart
+from app.inference.responses import ResponseFold
 from app.kit import ids, manifest
 from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
+from app.schemas.responses import ResponseBody
 from app.storage import files
 from app.tables import (
     ApiKey,
@@ -112,7 +114,7 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run"
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run completion response"
         for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
@@ -138,6 +140,39 @@ class World:
         heard.take([*said, Done(prompt_tokens=3, completion_tokens=2, first_token_seconds=0.1, tokens_per_second=20.0)])
         playground.record(self.session, exchange.id, asked[0], heard)
         return exchange.id
+
+    def _new_completion(self) -> str:
+        """A chat completion that is stored."""
+        message = {"role": "assistant", "content": "Spruce.", "refusal": None, "annotations": []}
+        choices = [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+        usage = AnswerFold().usage()
+        answer = {"object": "chat.completion", "created": 1, "system_fingerprint": "fp_0", "choices": choices, "usage": usage}
+        return self._stored(ids.CHAT_COMPLETION, stored.COMPLETION, answer)
+
+    def _new_response(self) -> str:
+        """A response that is stored."""
+        made = ResponseFold({**ResponseBody(model=self.base.name, input="What wood?").echoed(), "object": "response", "output": []}, lambda _: [])  # fmt: skip
+        made.take([TextPart(index=0, text="Spruce.", tokens=3), ChoiceFinished(index=0, reason="stop", tokens=3)])
+        made.end(AnswerFold().usage(), {}, 2)
+        item = {
+            "id": "msg_1",
+            "type": "message",
+            "status": "completed",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "What wood?"}],
+        }
+        more = {"created_at": 1, "background": False, "error": None, "input": [item]}
+        return self._stored(ids.RESPONSE, stored.RESPONSE, {**made.response, **more})
+
+    def _stored(self, prefix: str, source: str, answer: Row) -> str:
+        proof = {"model": self.base.name, "revision": "0", "adapter_sha256": None, "engine": None, "seeds": [1]}
+        proof |= {"first_token_seconds": None, "tokens_per_second": None}
+        key = uuid.uuid4()
+        playground.record_call(
+            self.session, self.user, [], Sampling(), id=key, source=source, messages=[{"role": "user", "content": "What wood?"}],
+            user_metadata={"team": "a"}, stored={**answer, "id": ids.public(prefix, key), "model": self.base.name, "luthier": proof},
+        )  # fmt: skip
+        return ids.public(prefix, key)
 
     def _run(self) -> str:
         order = prompt_runs.RunOrder(rows=5)

@@ -150,7 +150,7 @@ def test_an_item_that_lacks_what_the_template_names_is_that_items_fault(client, 
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"data_source_config": {"type": "logs"}}, "data_source_config.type"),
+        ({"data_source_config": {"type": "responses"}}, "data_source_config.type"),
         ({"data_source_config": {"type": "custom", "item_schema": {"type": "thing"}}}, "data_source_config.item_schema"),
         ({"testing_criteria": []}, "testing_criteria"), ({"testing_criteria": [RIGHT, RIGHT]}, "testing_criteria"),
         ({"testing_criteria": [{**RIGHT, "operation": "resembles"}]}, "testing_criteria.0.operation"),

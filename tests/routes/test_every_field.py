@@ -15,16 +15,20 @@ from openai.types import completion_create_params, embedding_create_params, file
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.fine_tuning import dpo_hyperparameters_param, job_create_params, supervised_hyperparameters_param
+from openai.types.responses import response_create_params, response_text_config_param
+from openai.types.shared_params import reasoning
 
 from app.jobs.request import Hyperparameters, JobRequest
 from app.kit import ids
 from app.routes.embeddings import EmbeddingsBody
-from app.schemas.chat import ChatBody, CompletionBody, StreamOptions
+from app.schemas.chat import ChatBody, CompletionBody, ObfuscationOptions, StreamOptions
 from app.schemas.files import CreateFile
+from app.schemas.responses import ReasoningConfig, ResponseBody, TextConfig
 from tests.conftest import PROJECT
 from tests.factories import make_dataset
 
 CHAT, SAMPLING, TOOLS = "tests/routes/test_chat.py", "tests/worker/inference/test_sampling.py", "tests/routes/test_tools.py"
+STORED, RESPONSES = "tests/routes/test_stored_completions.py", "tests/routes/test_responses.py"
 JOBS, SERVICE, HERE = "tests/routes/test_fine_tuning.py", "tests/jobs/test_service.py", "tests/routes/test_every_field.py"
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 
@@ -81,7 +85,7 @@ DECISIONS: dict[str, dict[str, Honored | Refused]] = {
         "response_format": Honored({"type": "text"}, f"{CHAT}::test_an_answer_follows_the_schema_of_a_class_whole_and_streamed"),
         "safety_identifier": Honored("a", LABEL),
         "service_tier": Refused("flex", ("auto", "default")),
-        "store": Refused(True, (False,)),
+        "store": Honored(True, f"{STORED}::test_what_is_stored_is_retrieved_as_it_was_answered"),
         "tool_choice": Honored("auto", f"{TOOLS}::test_an_agent_of_three_turns_calls_gets_results_and_answers"),
         "tools": Honored([FUNCTION], f"{TOOLS}::test_an_agent_of_three_turns_calls_gets_results_and_answers"),
         "top_logprobs": Refused(2),  # without logprobs; with it, test_seed_n_and_logprobs
@@ -95,6 +99,40 @@ DECISIONS: dict[str, dict[str, Honored | Refused]] = {
         "logprobs": Honored(2, ECHO),
         "prompt": Honored("x", f"{CHAT}::test_completions_continue_text_and_take_tokens_and_lists"),
         "suffix": Refused("the end", ("",)),
+    },
+    "responses": {name: BOTH[name] for name in ("stream", "temperature", "top_p")}
+    | {
+        "access_programs": Refused({"cyber": "standard"}),
+        "background": Refused(True, (False,)),
+        "background_options": Refused({"completion_window": "2h"}),
+        "context_management": Refused([{"type": "compaction"}], ([],)),
+        "conversation": Refused("conv_1"),
+        "image": Refused({"context_compression": "auto"}),
+        "include": Refused(["reasoning.encrypted_content"], (["message.output_text.logprobs"], [])),
+        "input": Honored([{"role": "user", "content": "x"}], f"{RESPONSES}::test_a_conversation_goes_on_from_a_response"),
+        "instructions": Honored("x", f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
+        "max_output_tokens": Honored(5, f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
+        "max_tool_calls": Refused(3),
+        "metadata": Honored({"team": "a"}, f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
+        "model": Honored("none", f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
+        "moderation": Refused({"model": "m"}),
+        "parallel_tool_calls": Honored(False, f"{RESPONSES}::test_an_agent_of_two_turns_calls_gets_a_result_and_answers"),
+        "previous_response_id": Honored("resp_" + "0" * 32, f"{RESPONSES}::test_a_conversation_goes_on_from_a_response"),
+        "prompt": Refused({"id": "pmpt_1"}),
+        "prompt_cache_key": Honored("a", "tests/worker/inference/test_engine.py::test_a_conversation_goes_on_from_the_cache"),
+        "prompt_cache_options": Refused({"mode": "explicit"}, ({"mode": "implicit"},)),
+        "prompt_cache_retention": Refused("24h", ("in_memory",)),
+        "reasoning": Honored({"effort": "none"}, f"{RESPONSES}::test_reasoning_is_an_item_and_is_switched_off"),
+        "safety_identifier": Honored("a", f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
+        "service_tier": Refused("flex", ("auto", "default")),
+        "store": Honored(False, f"{RESPONSES}::test_a_conversation_goes_on_from_a_response"),
+        "stream_options": Honored({"include_obfuscation": False}, f"{HERE}::test_nested_fields_have_a_decision_too"),
+        "text": Honored({"format": {"type": "text"}}, f"{RESPONSES}::test_events_are_the_whole_response_in_parts"),
+        "tool_choice": Honored("auto", f"{RESPONSES}::test_an_agent_of_two_turns_calls_gets_a_result_and_answers"),
+        "tools": Honored([{"type": "function", "name": "f"}], f"{RESPONSES}::test_an_agent_of_two_turns_calls_gets_a_result_and_answers"),
+        "top_logprobs": Refused(2),  # without include; with it, test_log_probabilities_are_included_where_they_are_asked_for
+        "truncation": Refused("auto", ("disabled",)),
+        "user": Honored("me", f"{RESPONSES}::test_a_response_says_what_a_chat_completion_says"),
     },
     "embeddings": {
         "dimensions": Honored(3, "tests/routes/test_embeddings.py::test_bad_requests"),
@@ -123,14 +161,16 @@ DECISIONS: dict[str, dict[str, Honored | Refused]] = {
 CLIENTS = {
     "chat/completions": (chat_create_params.CompletionCreateParamsNonStreaming, chat_create_params.CompletionCreateParamsStreaming),
     "completions": (completion_create_params.CompletionCreateParamsNonStreaming, completion_create_params.CompletionCreateParamsStreaming),
+    "responses": (response_create_params.ResponseCreateParamsNonStreaming, response_create_params.ResponseCreateParamsStreaming),
     "embeddings": (embedding_create_params.EmbeddingCreateParams,),
     "fine_tuning/jobs": (job_create_params.JobCreateParams,),
     "files": (file_create_params.FileCreateParams,),
 }
-BODIES = {"chat/completions": ChatBody, "completions": CompletionBody, "embeddings": EmbeddingsBody, "fine_tuning/jobs": JobRequest, "files": CreateFile}  # fmt: skip
+BODIES = {"chat/completions": ChatBody, "completions": CompletionBody, "responses": ResponseBody, "embeddings": EmbeddingsBody, "fine_tuning/jobs": JobRequest, "files": CreateFile}  # fmt: skip
 LEAST = {
     "chat/completions": {"model": "none", "messages": [{"role": "user", "content": "x"}]},
     "completions": {"model": "none", "prompt": "x"},
+    "responses": {"model": "none", "input": "x"},
     "embeddings": {"model": "none", "input": "x"},
     "fine_tuning/jobs": {"model": "none", "training_file": "file-x"},
 }
@@ -188,6 +228,9 @@ def test_nested_fields_have_a_decision_too(api):
     assert set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__) == set(StreamOptions.model_fields)
     padded = api.post("/v1/chat/completions", json=LEAST["chat/completions"] | {"stream": True, "stream_options": {"include_obfuscation": True}})  # fmt: skip
     assert padded.status_code == 400 and padded.json()["error"]["param"] == "stream_options.include_obfuscation"
+    assert set(response_create_params.StreamOptions.__annotations__) == set(ObfuscationOptions.model_fields)
+    assert set(reasoning.Reasoning.__annotations__) == set(ReasoningConfig.model_fields)
+    assert set(response_text_config_param.ResponseTextConfigParam.__annotations__) == set(TextConfig.model_fields)
     for params in (
         dpo_hyperparameters_param.DpoHyperparametersParam,
         supervised_hyperparameters_param.SupervisedHyperparametersParam,

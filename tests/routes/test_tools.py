@@ -99,8 +99,9 @@ def test_thinking_is_told_from_the_answer(client, session):
 def test_labels_are_kept_with_the_answer(client, session):
     answer(client, max_tokens=1, user="me", safety_identifier="x", metadata={"team": "a"})
     client.completions.create(model="agent", prompt="The bridge", max_tokens=1, user="you")
-    kept = [row.sampling["labels"] for row in session.scalars(select(Exchange).order_by(Exchange.created_at))]
-    assert kept == [{"user": "me", "safety_identifier": "x", "metadata": {"team": "a"}}, {"user": "you"}]
+    rows = session.scalars(select(Exchange).order_by(Exchange.created_at)).all()
+    assert [row.sampling["labels"] for row in rows] == [{"user": "me", "safety_identifier": "x"}, {"user": "you"}]
+    assert [row.user_metadata for row in rows] == [{"team": "a"}, None]
 
 
 @pytest.mark.parametrize(
