@@ -127,18 +127,18 @@ class StoredRows(NamedTuple):
 def make_dataset(session: Session, user: User, wanted: StoredFilter, name: str | None) -> StoredRows:
     """A chat dataset of stored chat completions, oldest first: the messages, the first choice and the tools. Raises Conflict for none."""
     query = chosen(user, wanted.model_copy(update={"limit": wanted.limit or MAX_ROWS}))
-    found = session.scalars(query).all()
-    lines = [line for one in reversed(found) if (line := _training_row(one))]
+    rows = [_training_row(one) for one in session.scalars(query.execution_options(yield_per=500))]
+    lines = [row for row in reversed(rows) if row]
     if not lines:
         raise Conflict("No stored chat completion that ended fits this.", hint="Ask with store: true first, or widen the filter.")
-    data = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
+    data = "\n".join(lines).encode()
     file = files.add_bytes(session, user, data, "stored-completions.jsonl", "fine-tune")
     dataset = datasets.create(session, user, file, name=name or "Stored completions", format="chat")
-    return StoredRows(dataset, len(lines), len(found) - len(lines))
+    return StoredRows(dataset, len(lines), len(rows) - len(lines))
 
 
-def _training_row(found: Exchange) -> JSON | None:
-    """The conversation with its answer; None for one that was cut off or is empty."""
+def _training_row(found: Exchange) -> str | None:
+    """The conversation with its answer, as a line; None for one that was cut off or is empty."""
     choice = (found.stored or {})["choices"][0]
     answer = {name: choice["message"].get(name) for name in ("content", "reasoning_content", "tool_calls")}
     if choice["finish_reason"] not in ("stop", "tool_calls") or not any(answer.values()):
@@ -146,4 +146,5 @@ def _training_row(found: Exchange) -> JSON | None:
     said: dict[str, Any] = {"role": "assistant", "content": answer["content"] or ""}
     said |= {name: answer[name] for name in ("reasoning_content", "tool_calls") if answer[name]}
     tools = found.sampling.get("tools")
-    return {"messages": [*messages_of(found), said], **({"tools": tools} if tools else {})}
+    row = {"messages": [*messages_of(found), said], **({"tools": tools} if tools else {})}
+    return json.dumps(row, ensure_ascii=False)
