@@ -167,6 +167,7 @@ class From:
         import torch
         from transformers import AutoConfig
 
+        assert torch.device(rest["device_map"][""]).type == "cuda", "the whole model would stand in the machine's memory first"
         built = {key: value for key, value in rest.items() if key == "add_pooling_layer"}
         with torch.device("cuda"):
             config = AutoConfig.from_pretrained(folder)
