@@ -17,9 +17,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from app.shapes import Shape
 from worker.conversion import rotary, trial
 from worker.runtime.fast_import import importing
 from worker.runtime.limited_fork import limited
+
+if TYPE_CHECKING:
+    import torch
 
 SECONDS, FILE_BYTES = 1800, 64 * 2**30  # CPU seconds, and the largest file it may write
 TRIAL_SECONDS, TRIAL_BYTES = 60, 2 * 2**30  # CPU seconds and memory of the fork that opens tokenizer and template
@@ -81,7 +84,7 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     mend_tokenizer(tokenizer, keys, model.config.max_position_embeddings)
     make_plain(model)
     ids = tokenizer("The cat sat on the mat, and then it went to sleep in the sun.", return_tensors="pt").input_ids
-    must_fit(model)
+    must_fit(model.parameters())
     for parameter in model.parameters():  # parameters only: the frequencies of the rotary embedding, a buffer, stay exact
         parameter.data = parameter.data.to(torch.float16)
     model.save_pretrained(into)
@@ -97,9 +100,9 @@ def from_gguf(source: Path, into: Path) -> dict[str, Any]:
     return facts
 
 
-def must_fit(model: Any) -> None:
+def must_fit(weights: Iterable[torch.Tensor]) -> None:
     """Raises Unsupported when a weight exceeds the range of float16."""
-    largest = max(p.abs().max().item() for p in model.parameters())
+    largest = max(weight.abs().max().item() for weight in weights)
     if not largest < 65_504:
         raise Unsupported(f"A weight of {largest:g} does not fit into 16 bits.", hint="Use the model's safetensors version.")
 

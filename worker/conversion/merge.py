@@ -1,6 +1,6 @@
 """Merge a model's adapters into its base's weights: `python -m worker.conversion.merge REF.json INTO ANSWER`.
 
-The merge is computed in float32 and stored as float16, like the bases; the outputs of both forms are compared here.
+The merge is computed in float32, a layer at a time, and stored as float16, like the bases; the outputs of both forms are compared here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ with importing():
     import torch
 
     from worker.conversion.convert import inspect, must_fit, name_type
+    from worker.conversion.layerwise import Scratch, compute_in_float32, lay, merge_adapter, stored_dtype
     from worker.data.batching import Row
     from worker.data.chat_template import render_prompt
     from worker.modeling import packed_attention, padded
     from worker.modeling.classifier import load_classifier, save_classifier
-    from worker.modeling.loading import STRATEGY_FILE, folder_of, load_model, load_plain, load_strategy, load_tokenizer
+    from worker.modeling.loading import STRATEGY_FILE, folder_of, load_base, load_strategy, load_tokenizer
     from worker.runtime.device import choose
     from worker.training.objectives.classification import probabilities, tokenise_texts
 
@@ -47,12 +48,17 @@ def merge(ref: ModelRef, into: Path) -> dict[str, Any]:
     """Write the merged model with its tokenizer into a new folder. Raises BadData when its outputs differ."""
     if ref.labels:
         return _merge_classifier(ref, into)
-    tokenizer = load_tokenizer(ref)
+    tokenizer, scratch = load_tokenizer(ref), Scratch(into)
     ids = trial_ids(ref, tokenizer)
-    expected = answers(load_model(ref), ids)
-    model = load_plain(ref)
+    model: torch.nn.Module = compute_in_float32(load_base(ref, stored_dtype(ref)))
+    for adapter in ref.adapters[:-1]:
+        model = merge_adapter(lay(model, adapter), ref, adapter, scratch.put)
+    model = lay(model, ref.adapters[-1])
+    expected = answers(model, ids)
+    model = merge_adapter(model, ref, ref.adapters[-1], lambda weight: _rounded(weight, scratch))
+    _round(model, scratch)
+    apart = _apart(expected, answers(model, ids))
     _write(model, tokenizer, into)
-    apart = _apart(expected, answers(model.float(), ids))
     return {**inspect(into), "kind": ref.kind, "labels": None, "apart": apart}
 
 
@@ -65,24 +71,40 @@ def trial_ids(ref: ModelRef, tokenizer: Any) -> torch.Tensor:
 
 
 def _merge_classifier(ref: ModelRef, into: Path) -> dict[str, Any]:
-    """The same for a classifier: its backbone with everything merged, and its head and labels."""
-    tokenizer, (classifier, labels) = load_tokenizer(ref), load_classifier(ref, attention=packed_attention.NAME)
-    strategy = load_strategy(folder_of(ref.adapters[-1].path))
+    """The same for a classifier: its backbone with everything merged, and its head and labels. Adapters below its own are merged in
+    float32 when it is loaded, and then all of it is held so."""
+    tokenizer, scratch, last = load_tokenizer(ref), Scratch(into), ref.adapters[-1]
+    dtype = stored_dtype(ref) if len(ref.adapters) == 1 else torch.float32
+    classifier, labels = load_classifier(
+        ref, dtype, attention=packed_attention.NAME, lay=lambda model, adapter: lay(compute_in_float32(model), adapter)
+    )
+    strategy = load_strategy(folder_of(last.path))
     texts = tokenise_texts(tokenizer, [Row(1, {"text": TRIAL})], ref.shape.positions)
     engine = choose(RunSettings(precision="fp32"), strategy, {})
     expected = probabilities(classifier, texts, len(TRIAL), engine)
-    classifier.backbone = strategy.merge(classifier.backbone)
+    classifier.backbone = merge_adapter(classifier.backbone, ref, last, lambda weight: _rounded(weight, scratch))
+    _round(classifier.backbone, scratch)
+    apart = _apart(*(torch.from_numpy(p).log() for p in (expected, probabilities(classifier, texts, len(TRIAL), engine))))
     _write(classifier.backbone, tokenizer, into)
     save_classifier(classifier, into, labels)
     (into / STRATEGY_FILE).write_text(strategy.model_dump_json(indent=1))  # the strategy that built the head
-    apart = _apart(*(torch.from_numpy(p).log() for p in (expected, probabilities(classifier.float(), texts, len(TRIAL), engine))))
     return {"kind": ref.kind, "shape": ref.shape.model_dump(), "labels": labels, "apart": apart}
 
 
-def _write(model: Any, tokenizer: Any, into: Path) -> None:
-    must_fit(model)
+def _rounded(weight: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """A weight as it is stored, in float16. Raises Unsupported where it exceeds that."""
+    must_fit([weight])
+    return scratch.put(weight.to(torch.float16))
+
+
+def _round(model: torch.nn.Module, scratch: Scratch) -> None:
+    """Round every weight that no merge has rounded yet."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float16)
+        if parameter.dtype != torch.float16:
+            parameter.data = _rounded(parameter.data, scratch)
+
+
+def _write(model: Any, tokenizer: Any, into: Path) -> None:
     model.save_pretrained(into)
     name_type(into, "bfloat16")
     tokenizer.save_pretrained(into)

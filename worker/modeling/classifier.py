@@ -7,7 +7,7 @@ say where each begins.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from app.models.integrity import BadModel
-from app.spec import ModelRef
+from app.spec import Adapter, ModelRef
 from app.strategies import Strategy
 from app.strategies._model import backbone as body_without_head
 from app.strategies._model import transformer, wrapped
-from worker.modeling.loading import folder_of, lay_adapter, load_plain, load_strategy, made_ready
+from worker.modeling.loading import folder_of, lay_adapter, load_plain, load_strategy, made_ready, straight_to
 from worker.runtime.transfer import sent
 
 Pooling = Literal["mean", "last", "first"]
@@ -44,6 +44,7 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            **straight_to(device),
             **extra,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -189,9 +190,13 @@ def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> 
 
 
 def load_classifier(
-    ref: ModelRef, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
+    ref: ModelRef,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attention: str = "sdpa",
+    lay: Callable[[nn.Module, Adapter], nn.Module] = lay_adapter,
 ) -> tuple[Classifier, list[str]]:
-    """A fine-tuned classifier and its labels in order. Raises BadModel for a model that is none."""
+    """A fine-tuned classifier and its labels in order; `lay` attaches its own adapter. Raises BadModel for a model that is none."""
     folder = folder_of(ref.adapters[-1].path if ref.adapters else ref.path)
     if not (folder / HEAD_FILE).is_file():
         raise BadModel(f"{ref.name} is no classifier.", hint="Choose a model that was fine-tuned on labeled rows.")
@@ -201,7 +206,7 @@ def load_classifier(
     stack = ref.model_copy(update={"adapters": tuple(below), "labels": None})
     backbone = load_stack(stack, dtype, attention, device)
     if last is not None:
-        backbone = lay_adapter(backbone, last)
+        backbone = lay(backbone, last)
     head = load_strategy(folder).head(ref.shape.hidden, len(about["labels"]))
     head.load_state_dict(load_file(folder / HEAD_FILE))
     classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"], labels=about["labels"])

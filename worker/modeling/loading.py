@@ -70,7 +70,7 @@ def load_base(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            **_in_bits(bits, dtype, device),
+            **(straight_to(device) if bits is None else _in_bits(bits, dtype, device)),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -102,11 +102,15 @@ def made_ready(model: PreTrainedModel, ref: ModelRef, attention: str, device: st
     return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()  # type: ignore[arg-type]  # its decorator hides `self`
 
 
-def _in_bits(bits: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def straight_to(device: str) -> dict[str, Any]:
+    """Arguments that load each tensor straight to a GPU. Without them the whole model stands in RAM in its dtype first, where that is not
+    the dtype of its files."""
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
+def _in_bits(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments that load a base in 4 or 8 bits: NF4 with double quantization (Dettmers et al. 2023, QLoRA,
     https://arxiv.org/abs/2305.14314, section 3)."""
-    if bits is None:
-        return {}
     if find_spec("bitsandbytes") is None:
         raise DoesNotFit(
             f"A base in {bits} bits needs the package bitsandbytes, which is not installed with this worker's torch.",
