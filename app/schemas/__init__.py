@@ -42,6 +42,7 @@ from app.schemas.fine_tuning import (
     FineTuningJob,
     FineTuningJobEvent,
     JobEstimate,
+    JobTracker,
     StreamedJobEvent,
 )
 from app.schemas.graders import ChangeGrader, CreateGrader, GraderRun, RunGrader, SavedGrader, ValidateGrader, ValidGrader
@@ -126,6 +127,7 @@ __all__ = [
     "HubModel",
     "Invite",
     "JobEstimate",
+    "JobTracker",
     "LoadedModels",
     "Model",
     "ModelAlias",
