@@ -2,6 +2,7 @@
 # make test-all      the same and the long ones: deaths of every part, whole flows, journeys in the browser, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
+# make test-trackers sends jobs to a server of MLflow and of Trackio, and to Weights & Biases offline
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
@@ -15,10 +16,10 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test test-all test-oldest test-clients test-faults bench lint clean
+.PHONY: help studio test test-all test-oldest test-clients test-trackers test-faults bench lint clean
 
 help:
-	@sed -n '1,6p' Makefile
+	@sed -n '1,7p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
@@ -57,6 +58,14 @@ test-clients: $(VENV)/.installed-test
 	  $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(CLIENTS)/$$version distro jiter sniffio tqdm "openai==$$version.*" && \
 	  PYTHONPATH=$(CLIENTS)/$$version HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not fault and not browser' $(CLIENT_TESTS) $(ARGS) || exit; \
 	done
+
+# The servers in an environment of their own; wandb, which the studio imports, in a folder, with what the studio does not have of its needs.
+TRACKERS := .trackers
+test-trackers: $(VENV)/.installed-test
+	@test -x $(TRACKERS)/servers/bin/python || $(PYTHON) -m venv $(TRACKERS)/servers
+	@$(TRACKERS)/servers/bin/python -m pip install --quiet "mlflow>=3" trackio
+	@$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(TRACKERS)/wandb wandb cwevals xxhash
+	@PYTHONPATH=$(TRACKERS)/wandb HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not fault' tests/tracking $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'

@@ -99,9 +99,10 @@ def _reap(session: Session) -> None:
     from app.models import exports
     from app.models import imports as model_imports
     from app.prompts import runs as prompt_runs
+    from app.tracking import service as tracking
     from app.webhooks import service as webhooks
 
-    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches, evals, webhooks):
+    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches, evals, webhooks, tracking):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

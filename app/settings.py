@@ -159,6 +159,28 @@ class Settings(BaseSettings):
         "",
         description="Hosts that webhooks may be sent to, with commas, as `hooks.example.com`; with a port where it is none of 80 and 443.",
     )
+    trackers: str = Field(
+        "",
+        description="Trackers that every job is sent to, with commas, besides those in its `integrations`: tensorboard, mlflow, trackio, wandb.",
+    )
+    mlflow: str = Field(
+        "",
+        description="Addresses of MLflow servers that jobs may be sent to, with commas, the usual one first; a token or a name and password "
+        "go before the host, as in `https://:TOKEN@mlflow.example.org`.",
+        repr=False,
+    )
+    trackio: str = Field(
+        "",
+        description="Addresses of Trackio servers that jobs may be sent to, with commas, the usual one first; the write token goes before "
+        "the host, as in `http://:TOKEN@10.0.0.5:7860`.",
+        repr=False,
+    )
+    wandb: str = Field(
+        "",
+        description="Address of Weights & Biases with a key before the host, as `https://:KEY@api.wandb.ai`; or `offline`, to write each run "
+        "to a folder that `wandb sync` sends. Needs the extra `trackers`.",
+        repr=False,
+    )
     cpu_engine: str = Field(
         "luthier",
         pattern=r"^(luthier|llama\.cpp(:[A-Z0-9_]+)?)$",
@@ -180,6 +202,11 @@ class Settings(BaseSettings):
         "Needs the extra `otel`.",
     )
     log_level: str = Field("INFO", description="Least severe level that is logged.")
+
+    @property
+    def address(self) -> str:
+        """The address of this studio in a link."""
+        return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
 
     def folder(self, *parts: str) -> Path:
         """A folder under the data folder, created when missing, readable by its owner alone."""

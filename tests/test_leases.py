@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import func, select, true, update
 from sqlalchemy.orm import Session
 
-from app import leases, queue
+from app import leases, queue, trackers
 from app.batches import service as batches
 from app.datasets import ingest_task, inspections, token_counts
 from app.datasets import service as datasets
@@ -20,6 +20,7 @@ from app.db import transaction
 from app.evals import service as evals
 from app.evals import sources
 from app.evaluation import service as evaluations
+from app.events import Queued
 from app.jobs import lifecycle
 from app.kit import ids
 from app.leases import OVER, Work
@@ -29,7 +30,8 @@ from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.settings import get_settings
 from app.storage import files
-from app.tables import Base, Dataset, Leased, Model, Outbox, User, WebhookDelivery, WebhookEndpoint
+from app.tables import Base, Dataset, Job, Leased, Model, Outbox, User, WebhookDelivery, WebhookEndpoint
+from app.tracking import service as tracking
 from app.webhooks import service as webhooks
 from tests.factories import make_dataset, make_job
 
@@ -114,6 +116,14 @@ def a_delivery(world: World) -> Leased:
     return world.session.get_one(WebhookDelivery, key)
 
 
+def a_tracked_run(world: World) -> Leased:
+    job = a_job(world)
+    tracking.begin(world.session, job.id, [trackers.TRACKERS["tensorboard"]()])
+    lifecycle.record_event(world.session, job.id, 0, Queued())
+    (row,) = tracking.of_job(world.session, world.session.get_one(Job, job.id))
+    return row
+
+
 KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
@@ -127,6 +137,7 @@ KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "batches": (batches.WORK, a_batch),
     "eval runs": (evals.WORK, an_eval_run),
     "webhook deliveries": (webhooks.WORK, a_delivery),
+    "tracked runs": (tracking.WORK, a_tracked_run),
 }
 """Each kind of work, and how a row comes to wait for it."""
 UNCAPPED: tuple[Work[Any], ...] = (model_imports.EXAMINATIONS,)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from app.kit import tracing
-from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRAIN, WEBHOOK, celery
+from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRACK, TRAIN, WEBHOOK, celery
 
 
 def _never() -> bool:
@@ -132,3 +132,10 @@ def webhook(key: str) -> None:
     from app.webhooks import delivery
 
     delivery.send(uuid.UUID(key))
+
+
+@looks_at(TRACK)
+def track(key: str) -> None:
+    from app.tracking import sending
+
+    sending.send(uuid.UUID(key))

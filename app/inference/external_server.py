@@ -17,8 +17,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
 from app.errors import BadField, StudioError, Unavailable
 from app.inference import external_tools
@@ -34,6 +33,7 @@ from app.inference.protocol import (
     TextPart,
 )
 from app.kit import addresses
+from app.kit.addresses import Address
 from app.settings import get_settings
 
 if TYPE_CHECKING:
@@ -51,44 +51,12 @@ NO_LIMIT_TOKENS = 512
 """max_tokens of a request without a limit to a server that renders the prompt itself: only the server knows the room left."""
 
 
-class Address(NamedTuple):
-    """One entry of LUTHIER_ENGINES: its address without the key, and the key."""
-
-    url: str
-    key: str | None
-
-    @property
-    def host(self) -> str:
-        return urlsplit(self.url).netloc
-
-
 # Which servers there are ----------------------------------------------------------------------------------------------
 
 
 def allowed() -> dict[str, Address]:
     """The servers in the settings, by address. Raises BadField for an entry that is no server address."""
-    found = {}
-    for part in get_settings().engines.replace(",", " ").split():
-        address = _address(part)
-        found[address.url] = address
-    return found
-
-
-def _address(text: str) -> Address:
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise BadField(
-            "LUTHIER_ENGINES names something that is no address of a server.",
-            hint="Write addresses as http://127.0.0.1:8001/v1, with commas between them.",
-            param="engines",
-        )
-    named = f"[{host}]" if ":" in host else host
-    url = f"{parts.scheme}://{named}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
-    return Address(url, unquote(parts.password) if parts.password else None)
+    return addresses.listed(get_settings().engines, "engines")
 
 
 def find(url: str) -> Address:

@@ -61,13 +61,12 @@ def send(job_id: uuid.UUID) -> bool:
 def compose(job: Job) -> EmailMessage:
     """A short plain text: how it ended, why, and where to look."""
     settings, public = get_settings(), ids.public(ids.JOB, job.id)
-    address = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
     lines = [f"The run “{job.name}” ({public}) is {job.status} at step {job.step} of {job.total_steps or '?'}."]
     if job.error:
         lines += ["", str(job.error.get("message", "")), str(job.error.get("hint") or "")]
     if job.measured and job.status == "succeeded":
         lines += ["", f"It took {humanize.human_seconds(job.measured['seconds'])}."]
-    lines += ["", f"{address}/jobs/{public}"]
+    lines += ["", f"{settings.address}/jobs/{public}"]
     message = EmailMessage()
     message["Subject"] = " ".join(f"{job.name}: {job.status}".split())
     message["From"], message["To"] = settings.mail_from, ", ".join(recipients())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, create_model
 
+from app import trackers
 from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
@@ -96,7 +97,7 @@ class JobRequest(BaseModel):
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = Field(None, max_length=5, description="Refused: nothing is sent to other services.")
+    integrations: list[dict[str, Any]] | None = Field(None, max_length=5, description="Trackers that the job is sent to.")
     comparison_id: uuid.UUID | None = None
 
     def asked(self) -> Hyperparameters:
@@ -113,13 +114,7 @@ def read_order(body: Mapping[str, Any]) -> JobRequest:
         order = JobRequest.model_validate({name: value for name, value in body.items() if value is not None and name != "comparison_id"})
     except ValidationError as error:
         raise bad_field(error) from None
-    if order.integrations:
-        raise BadField(
-            "integrations are not supported: nothing is sent to other services.",
-            hint="Omit them; each run has its metrics as a CSV file and TensorBoard files.",
-            param="integrations",
-            code="unsupported_parameter",
-        )
+    trackers.read(order.integrations or [])
     return order
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import db, leases, limits, ownership, queue
+from app import db, leases, limits, ownership, queue, trackers
 from app import events as said
 from app.errors import Conflict, Forbidden, StudioError
 from app.jobs import lifecycle, split_leakage
@@ -29,6 +29,7 @@ from app.ownership import maker_of, owned
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Dataset, Event, Job, Model, User
+from app.tracking import service as tracking
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     limits.check(session, user, "queued_jobs", more=1)
     limits.check(session, user, "gpu_hours_per_month")
     limits.check(session, user, "storage_bytes")
+    chosen = trackers.read(order.integrations or [])
     spec = build_spec(session, user, order)
     job_id = uuid.uuid4()
     inserted = session.scalar(
@@ -78,6 +80,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     if _complete(spec):
         queue.enqueue(session, queue.TRAIN, job_id)
     record_event(session, job_id, 0, said.Queued(reason="submitted"))
+    tracking.begin(session, job_id, chosen)
     return session.get_one(Job, job_id)
 
 

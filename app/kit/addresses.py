@@ -1,12 +1,49 @@
-"""Classifies network addresses."""
+"""Classifies network addresses, and reads those of servers that whoever runs the studio lists in a setting."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 from collections.abc import Callable
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from app.errors import BadField
+
+
+class Address(NamedTuple):
+    """One entry of such a list: its address without name and key, the key, and the name before it."""
+
+    url: str
+    key: str | None
+    user: str = ""
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+
+def listed(text: str, setting: str) -> dict[str, Address]:
+    """The servers in a setting, by address. Raises BadField for an entry that is no server address."""
+    found = [_listed(part, setting) for part in text.replace(",", " ").split()]
+    return {address.url: address for address in found}
+
+
+def _listed(text: str, setting: str) -> Address:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise BadField(
+            f"LUTHIER_{setting.upper()} names something that is no address of a server.",
+            hint="Write addresses as http://127.0.0.1:8001/v1, with commas between them.",
+            param=setting,
+        )
+    named = f"[{host}]" if ":" in host else host
+    url = f"{parts.scheme}://{named}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+    return Address(url, unquote(parts.password) if parts.password else None, unquote(parts.username or ""))
 
 
 def is_loopback(host: str) -> bool:

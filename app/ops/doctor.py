@@ -37,7 +37,7 @@ class DoctorFinding(NamedTuple):
 def examine() -> Iterator[DoctorFinding]:
     """Run every check. One that raises is a finding itself, so that the others are still reported."""
     checks: list[Callable[[], DoctorFinding | list[DoctorFinding]]] = [
-        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, hub, versions
+        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, trackers, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
@@ -304,6 +304,20 @@ def engines() -> list[DoctorFinding]:
             found.append(DoctorFinding("engine", "good", f"{address.host} serves {', '.join(served[:5])}"))
         except StudioError as error:
             found.append(DoctorFinding("engine", "note", error.message, error.hint))
+    return found
+
+
+def trackers() -> list[DoctorFinding]:
+    """The trackers that every job is sent to, and whether each is set up. No server is called."""
+    from app import trackers as registry
+
+    found = []
+    for one in registry.named(get_settings().trackers):
+        try:
+            one.check()
+            found.append(DoctorFinding("tracker", "good", f"every job is sent to {one.title}"))
+        except StudioError as error:
+            found.append(DoctorFinding("tracker", "bad", error.message, error.hint))
     return found
 
 

@@ -14,6 +14,7 @@ from app.db import Db, transaction
 from app.errors import Forbidden, StudioError
 from app.inference import external_server, external_servers, handover, playground
 from app.inference.protocol import LLAMA_CPP
+from app.kit.addresses import Address
 from app.models import service as models
 from app.schemas.openapi import answers
 from app.tables import JSON, Model, User
@@ -47,7 +48,7 @@ def list_engines(user: CurrentUser) -> dict[str, Any]:
     return {"object": "list", "data": [look(address) for address in external_server.allowed().values()], "has_more": False}
 
 
-def look(address: external_server.Address) -> JSON:
+def look(address: Address) -> JSON:
     try:
         return {"url": address.url, "object": "engine", "models": external_server.names(address), "error": None}
     except StudioError as error:

@@ -42,6 +42,7 @@ from app.schemas.fine_tuning import (
     FineTuningJob,
     FineTuningJobEvent,
     JobEstimate,
+    JobTracker,
     StreamedJobEvent,
 )
 from app.schemas.graders import ChangeGrader, CreateGrader, GraderRun, RunGrader, SavedGrader, ValidateGrader, ValidGrader
@@ -131,6 +132,7 @@ __all__ = [
     "Invite",
     "JobEstimate",
     "ListedItem",
+    "JobTracker",
     "LoadedModels",
     "Model",
     "ModelAlias",

@@ -20,6 +20,7 @@ from app.planning.duration import Estimate
 from app.run_settings import RunSettings
 from app.schemas.base import UNBUILT, WAY_OUT, Problem, Schema
 from app.strategies import AnyStrategy
+from app.trackers import TRACKERS
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
@@ -190,6 +191,25 @@ class FineTuningJob(Schema):
     forgetting: Forgetting | WithoutMeasuring | None
     verdict: Verdict | None
     progress: JobProgress
+
+
+class _JobTracker(Schema):
+    """A tracker that a job is sent to. Under the name of its type are the settings it is sent with."""
+
+    object: Literal["fine_tuning.job.tracker"]
+    type: Literal[*TRACKERS]  # type: ignore[valid-type]
+    status: Literal["following", "retrying", "failed"] = Field(
+        description="retrying after an error, failed after three deaths of its workers."
+    )
+    url: str | None = Field(description="Where the tracker shows the run, once it was sent.")
+    folder: str | None = Field(description="Where its files are, of a tracker that has files.")
+    error: str | None = Field(description="Why the last try failed.")
+    sent_at: int | None
+    created_at: int
+
+
+_settings: dict[str, Any] = {kind: (cls | None, None) for kind, cls in TRACKERS.items()}
+JobTracker = create_model("JobTracker", __base__=_JobTracker, __module__=__name__, __doc__=_JobTracker.__doc__, **_settings)
 
 
 class FineTuningJobEvent(Schema):

@@ -18,6 +18,7 @@ from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
 from app.tables.projects import Project, ProjectMember, ShareLink
 from app.tables.prompts import Prompt, PromptResult, PromptRun, PromptVersion
+from app.tables.tracking import TrackedRun
 from app.tables.usage import MachineUse, TokenUse
 from app.tables.users import ApiKey, BrowserSession, Identity, Invitation, SignInLink, TwoStep, User
 from app.tables.webhooks import WebhookDelivery, WebhookEndpoint
@@ -63,6 +64,7 @@ __all__ = [
     "ShareLink",
     "SignInLink",
     "TokenUse",
+    "TrackedRun",
     "TwoStep",
     "Upload",
     "User",

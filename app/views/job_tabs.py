@@ -26,6 +26,8 @@ from app.objectives import OBJECTIVES
 from app.older_settings import renamed
 from app.spec import JobSpec
 from app.tables import Job, Model, User
+from app.trackers import TRACKERS
+from app.tracking import service as tracking
 from app.views import evaluation as evaluation_view
 from app.views import scores as score_view
 from app.views.evaluation import between, by_chance
@@ -334,6 +336,8 @@ def _config(session: Session, user: User, job: Job, top: Part, wish: Wish) -> Pa
         "yaml": config_file.of_job(job),
         "environment": [(name, as_text(value)) for name, value in (started.details if started else {}).items() if _plain(value)],
         "tensorboard": job_artifacts.tensorboard(job),
+        "trackers": [(TRACKERS[row.kind].title, row) for row in tracking.of_job(session, job)],
+        "more_trackers": tracking.possible(session, job),
         "lines": [line for line in reversed(progress.log) if _wanted(line.level, line.message, wish)],
         "all_lines": len(progress.log),
         "output": [line for line in job_artifacts.output(job) if _wanted("", line, wish)],

@@ -45,6 +45,7 @@ QUIET = frozenset(
         "prompt_results",
         "sign_in_links",
         "token_uses",
+        "tracked_runs",
         "uploads",
         "votes",
         "webhook_deliveries",

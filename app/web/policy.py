@@ -60,7 +60,7 @@ GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /
 GET /graders /graders/new /graders/{grader_id} /v1/graders /v1/graders/{grader_id} /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
 GET /v1/files/{file_id}/content /v1/files/{file_id}/report /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions /v1/fine_tuning/jobs
 GET /v1/fine_tuning/jobs/{job_id} /v1/fine_tuning/jobs/{job_id}/checkpoints /v1/fine_tuning/jobs/{job_id}/events
-GET /v1/fine_tuning/jobs/{job_id}/stream /v1/model_aliases /v1/models /v1/models/loaded /v1/models/{model:path} /v1/openapi.json
+GET /v1/fine_tuning/jobs/{job_id}/trackers /v1/fine_tuning/jobs/{job_id}/stream /v1/model_aliases /v1/models /v1/models/loaded /v1/models/{model:path} /v1/openapi.json
 GET /v1/predictions /v1/predictions/{prediction_id} /v1/predictions/{prediction_id}/content /v1/prompts /v1/prompts/runs/{run_id}
 GET /v1/prompts/runs/{run_id}/results /v1/prompts/{prompt_id} /v1/prompts/{prompt_id}/runs /v1/standby /v1/strategies /v1/studio /v1/votes
 GET /v1/votes/scores
@@ -103,6 +103,7 @@ POST /v1/webhook_endpoints /v1/webhook_endpoints/{webhook_endpoint_id} /v1/webho
 POST /v1/webhook_endpoints/{webhook_endpoint_id}/test /settings/webhooks /settings/webhooks/{webhook_endpoint_id}/{action}
 DELETE /v1/webhook_endpoints/{webhook_endpoint_id}
 POST /playground/batches /playground/batches/{batch_id}/cancel /v1/batches /v1/batches/{batch_id}/cancel
+POST /v1/fine_tuning/jobs/{job_id}/trackers /jobs/{job_id}/trackers
 POST /v1/graders /graders /graders/try /graders/{grader_id}/delete
 PATCH /v1/graders/{grader_id}
 DELETE /v1/graders/{grader_id} /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}

@@ -258,6 +258,8 @@ UNSAFE: dict[str, Sample] = {
     "POST /playground/vectors/{key}/cancel": Sample({"key": "eval-" + "0" * 32}, expect=(404,)),
     # jobs
     "POST /v1/fine_tuning/jobs": Sample(json=JOB),
+    "POST /v1/fine_tuning/jobs/{job_id}/trackers": Sample({"job_id": "$job"}, json={"integrations": [{"type": "tensorboard"}]}),
+    "POST /jobs/{job_id}/trackers": Sample({"job_id": "$job"}, form=[("kind", "tensorboard")]),
     "POST /v1/fine_tuning/jobs/{job_id}/cancel": Sample({"job_id": "+job"}),
     "POST /v1/fine_tuning/jobs/{job_id}/pause": Sample({"job_id": "+job"}),
     "POST /v1/fine_tuning/jobs/{job_id}/resume": Sample({"job_id": "+job"}, expect=(200, 409)),

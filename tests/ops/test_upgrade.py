@@ -38,6 +38,7 @@ from app.tables import (
     Project,
     PromptRun,
     RequestBatch,
+    TrackedRun,
     User,
     WebhookDelivery,
     WebhookEndpoint,
@@ -247,6 +248,7 @@ def later(session: Session, user: User) -> None:
     session.flush()
     session.add(BatchAnswer(batch_id=batch.id, line=1, custom_id="a", request_id="req_1", status_code=200, body={}))
     session.add(WebhookDelivery(endpoint_id=endpoint.id, event_key=uuid.uuid4(), event={}))
+    session.add(TrackedRun(job_id=session.scalars(select(Job.id)).first(), kind="tensorboard", wish={}))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -271,6 +273,7 @@ NEW = {
     **dict.fromkeys(("batches", "batch_answers"), "0029"),
     **dict.fromkeys(("webhook_endpoints", "webhook_deliveries"), "0030"),
     **dict.fromkeys(("evals", "eval_runs", "eval_items"), "0031"),
+    "tracked_runs": "0033",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""

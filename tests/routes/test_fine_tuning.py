@@ -232,7 +232,7 @@ def test_errors_have_openais_shape(openai_client, file_id):
     with pytest.raises(openai.BadRequestError) as caught:
         wish = {"type": "wandb", "wandb": {"project": "p"}}
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, integrations=[wish])
-    assert (caught.value.param, caught.value.code) == ("integrations", "unsupported_parameter")
+    assert caught.value.param == "integrations" and "LUTHIER_WANDB" in caught.value.message
     dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}
     with pytest.raises(openai.BadRequestError) as caught:
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=dpo)

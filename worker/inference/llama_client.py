@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import h11
 
-from app.inference.external_server import Address, away, refused, strange
+from app.inference.external_server import away, refused, strange
 from app.inference.llama_cpp import LlamaFold
 from app.inference.protocol import Entry, GenerateRequest, RenderedPrompt
+from app.kit.addresses import Address
 
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 0.25

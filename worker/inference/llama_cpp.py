@@ -22,10 +22,10 @@ from typing import Any
 
 from app.errors import StudioError, Unavailable
 from app.export_formats import FORMATS
-from app.inference.external_server import Address
 from app.inference.protocol import Entry, GenerateRequest, RenderedPrompt
 from app.inference.residency import LoadedModelInfo
 from app.kit import child_process
+from app.kit.addresses import Address
 from app.models.integrity import check
 from app.settings import get_settings
 from app.shapes import Shape

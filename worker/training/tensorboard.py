@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app import events
+from app.trackers import figures
 
 FLUSH_SECONDS = 30
-MEASURED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
 
 
 @contextlib.contextmanager
@@ -39,15 +39,6 @@ def curves(folder: Path, say: Callable[[events.Log], object]) -> Iterator[Callab
     finally:
         with contextlib.suppress(Exception):  # whatever it says, the result is on disk and told
             opened[0].close()
-
-
-def figures(event: events.TrainerEvent) -> dict[str, float]:
-    """Tag → value of one event; nothing where there is nothing to draw."""
-    if isinstance(event, events.Step):
-        return {f"train/{name}": getattr(event, name) for name in MEASURED}
-    if isinstance(event, events.Evaluated):
-        return {"validation/loss": event.loss, **{f"validation/{name}": value for name, value in event.metrics.items()}}
-    return {}
 
 
 def _writer(folder: Path) -> Any:
