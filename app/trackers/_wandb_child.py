@@ -13,7 +13,7 @@ def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
     settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True)
     run = wandb.init(settings=settings, **order["init"])
-    final = {}
+    final: dict[str, object] = {}
     for log in order["logs"]:
         ending = {tag: value for tag, value in log["values"].items() if tag.startswith("final/")}
         final |= ending

@@ -133,7 +133,7 @@ def _told(job: Job, ended: bool) -> TrackedJob:
 def parameters(job: Job) -> dict[str, Value]:
     """The settings of a job, flat: `run.epochs`, `strategy.rank`. What is not set is left out."""
     spec = JobSpec.model_validate(job.spec)
-    told = {
+    told: dict[str, Any] = {
         "task": spec.task, "model": spec.model.name, "dataset": spec.dataset.name, "rows": spec.dataset.rows,
         "strategy": spec.strategy.model_dump(mode="json"), "run": spec.run.model_dump(mode="json"), "preference": job.spec.get("preference"),
     }  # fmt: skip
