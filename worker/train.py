@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from app import events
-from app.planning.memory import reached_layers, recomputed_layers
+from app.planning.memory import captures_passes, reached_layers, recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
 from worker.modeling import fused_layers, packed_attention
@@ -136,7 +136,8 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     trained = trained_parameters(model)
     optimizer = optim.optimizer_of(trained, spec)
     strategy.begin(body_of(model), course.total_steps)
-    backend = backends.choose(engine, strategy, run)
+    graphed = bool(done.get("compiled_blocks")) and not recompute and get_settings().cuda_graphs == "auto" and captures_passes(*about)
+    backend = backends.choose(engine, strategy, run, graphed)
     parts = parts_of(backend, lesson, model, engine, course)
     if found:
         checkpoint.load_weights(found, trained)
@@ -193,8 +194,9 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         batch = next_batch(job, packs)
         while len(late) > unread:
             yield report(job, *late.popleft())
-        if (slow := backend.laps.slow()) and world.first:
-            yield _log("warn", slow)
+        told = backend.remarks()
+        if world.first:
+            yield from (_log("warn", text) for text in told)
         if state.step == before + 2 and (missed := fused_layers.given_up()):
             yield _log(
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."

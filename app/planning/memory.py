@@ -318,6 +318,19 @@ def recomputed_layers(
     return shape.layers
 
 
+MAX_CAPTURED_PARAMETERS = 500_000_000
+"""Of a larger model a GPU computes a pack for longer than the host takes to launch its kernels."""
+
+
+def captures_passes(shape: Shape, strategy: Strategy, run: RunSettings, longest: int, machine: Machine, task: str = "generation") -> bool:
+    """Whether the passes of a job on a GPU are worth being captured as CUDA graphs: one process trains a small model, and a step takes less
+    than half of the memory, because captured passes have memory of their own beside that of others."""
+    half = machine.model_copy(update={"gpu_memory_bytes": machine.training_memory_bytes // 2})
+    run = run.model_copy(update={"gradient_checkpointing": "auto"})
+    small = shape.architecture == "decoder" and shape.parameters() <= MAX_CAPTURED_PARAMETERS and machine.processes == 1
+    return small and task == "generation" and recomputed_layers(shape, strategy, run, longest, half, task) == 0
+
+
 def features_memory(
     shape: Shape, strategy: Strategy, run: RunSettings, tokens: int, rows: int, longest: int, machine: Machine
 ) -> MemoryParts:

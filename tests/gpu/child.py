@@ -40,7 +40,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from app.machines import hardware
     from app.settings import get_settings
     from worker import train
-    from worker.modeling import packed_attention
+    from worker.modeling import fused_layers, packed_attention
+    from worker.runtime.devices.cuda import Cuda
 
     kept = dict(fake.CARD)
     fake.CARD.update(case.get("card", {}))
@@ -50,7 +51,17 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     seen: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
     calls: list[tuple[str, ...]] = []
-    real_step, real_attention, real_batch = train.take_step, packed_attention.varlen_attn, train.next_batch
+    captured: list[fake.Graph] = []
+    real_step, real_attention, real_batch, real_seconds = (
+        train.take_step,
+        packed_attention.varlen_attn,
+        train.next_batch,
+        train.seconds_expected,
+    )
+    compile_blocks = fused_layers.compile_blocks
+    if case.get("hours"):  # a job that is worth compiling, which a device that computes nothing does not
+        train.seconds_expected = lambda *_: 3600.0 * case["hours"]
+        fused_layers.compile_blocks = lambda model, squeezed: len(fused_layers.blocks_of(model))  # type: ignore[assignment,misc]
 
     def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> Any:
         calls.append(tuple(str(x.dtype).removeprefix("torch.") for x in (q, k, v)))
@@ -69,7 +80,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 "passes": sum(len(parts) for parts in batch.batches),
                 "tokens": batch.batches[0][0].input_ids.shape[1] if hasattr(batch.batches[0][0], "input_ids") else 0,
                 "peak": watch.peak, "alive": watch.alive,
-                "devices": sorted({str(p.device.type) for p in itertools.chain(job.model.parameters(), job.model.buffers())}),
+                "addresses": addresses(job.backend), "devices": sorted({str(p.device.type) for p in itertools.chain(job.model.parameters(), job.model.buffers())}),
             })  # fmt: skip
             if len(seen) == case.get("steps", STEPS):
                 raise Enough
@@ -83,6 +94,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             return out
 
         train.take_step, train.next_batch, packed_attention.varlen_attn = take_step, next_batch, attention
+        Cuda.capture = lambda self, run, *, warm=True: fake.Graph(watch, captured, run)  # type: ignore[assignment,method-assign,misc]
         said: dict[str, Any] = {}
         try:
             for event in train.train(spec, Path(os.environ["LUTHIER_DATA_DIR"]) / "runs" / str(uuid.uuid4()) / "a1"):
@@ -94,6 +106,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             pass
         finally:
             train.take_step, train.next_batch, packed_attention.varlen_attn = real_step, real_batch, real_attention
+            train.seconds_expected, fused_layers.compile_blocks = real_seconds, compile_blocks
             share = fake.CARD.pop("share", None)
             fake.CARD.update(kept)
     return {
@@ -102,8 +115,17 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "layers": spec.model.shape.layers,
         "spec": spec.model_dump(mode="json"),
         "share": share,
+        "captured": [{"launches": one.launches, "copied": one.copied} for one in captured],
         **about,
     }
+
+
+def addresses(backend: Any) -> str:
+    """A digest of where everything is that captured passes read and write."""
+    held = [p for p in backend.model.parameters()] + [p.grad for p in backend.trained.values() if p.grad is not None]
+    for one in getattr(backend, "captured", {}).values():
+        held += [one.batch.input_ids, one.batch.position_ids, one.batch.arguments["cu_seq_lens"], one.gradient, one.ahead.out]
+    return f"{hash(tuple(x.untyped_storage()._cdata for x in held)):x}"
 
 
 def spec_of(case: dict[str, Any]) -> Any:
@@ -164,24 +186,12 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
         def logprob(self, *_: Any) -> Any:
             return next_token.say(tokenizer(), 5, -1.0)
 
-    class Graph:
-        """Running a step while it is captured launches nothing; replaying it is one launch."""
-
-        def __init__(self, step: Any) -> None:
-            before = watch.launched.copy()
-            self.out = step()
-            watch.launched = before
-            captured.append(self)
-
-        def replay(self) -> None:
-            watch.launched["a captured graph"] += 1
-
     def options(logits: Any, wanted: Any) -> list[Said]:
         parts, *_ = next_token.computed(logits, wanted)
         AsyncScalars(list(parts.values())).read()
         return [Said() for _ in wanted]
 
-    captured: list[Graph] = []
+    captured: list[fake.Graph] = []
     steps: list[dict[str, Any]] = []
     spec = spec_of(case)
     next_token.options, Sampler.number = options, lambda self: 0.5  # type: ignore[assignment,method-assign]
@@ -189,7 +199,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     with fake.fake() as watch:
         engine = Engine(model_pool.ModelPool(device="cuda"))  # whose own thread is never woken: the steps are taken here
         place = engine.shelf.place(spec.model)
-        place.lane.graphs.graph = Graph  # type: ignore[union-attr]
+        place.lane.graphs.graph = functools.partial(fake.Graph, watch, captured)  # type: ignore[union-attr]
         for i in range(case["answers"]):
             request = GenerateRequest(
                 id=uuid.uuid4(), owner=uuid.UUID(int=i), model=spec.model, prompt="wood " * 9, seed=i,
@@ -241,9 +251,11 @@ def main() -> None:
     import torch
 
     from worker.modeling import auto, classifier, loading
+    from worker.training.backends import graphed
     from worker.training.objectives import dpo
 
     fake.as_cuda()
+    graphed.same = graphed.agree = lambda *_: True  # type: ignore[assignment]  # no value is known
     auto.AutoModelForCausalLM = fake.From(auto.AutoModelForCausalLM)  # type: ignore[misc,assignment]
     classifier.AutoModel = fake.From(classifier.AutoModel)  # type: ignore[misc,assignment]
     loading.integrity.check = lambda *_, **__: None  # type: ignore[assignment]  # its weights are an empty file

@@ -245,6 +245,7 @@ def _watch() -> Any:
             self.launched: Counter[str] = Counter()
             self.waits: Counter[str] = Counter()
             self.on_host: Counter[str] = Counter()
+            self.copied: Counter[str] = Counter()  # from the host or to it, waited for or not
             self.peak = self.alive
 
         def _follow(self, tensor: Any) -> None:
@@ -270,6 +271,7 @@ def _watch() -> Any:
             if "cuda" in kinds and name not in VIEWS:
                 self.launched[name] += 1
                 between = len(kinds) > 1 and name in ("aten._to_copy", "aten.copy_")
+                self.copied[name] += between
                 if between and not kwargs.get("non_blocking", name == "aten.copy_" and len(args) > 2 and args[2]):
                     self.waits[f"{name} {[str(x.device) for x in (*read, *made)]} {tuple(made[0].shape)}"] += 1
             elif kinds == {"cpu"} and any(x.dim() for x in made) and name not in VIEWS:
@@ -280,3 +282,19 @@ def _watch() -> Any:
             return out
 
     return Watch()
+
+
+class Graph:
+    """In the place of a captured graph: running a step while it is captured launches nothing, and replaying it is one launch. Each made one is
+    in `made`, with what a replay would launch in `launches` and what it would copy from the host or to it, which nothing may, in `copied`."""
+
+    def __init__(self, watch: Any, made: list[Graph], step: Any) -> None:
+        before, copied = watch.launched.copy(), sum(watch.copied.values())
+        self.watch, self.out = watch, step()
+        self.launches = sum((watch.launched - before).values())
+        self.copied = sum(watch.copied.values()) - copied
+        watch.launched = before
+        made.append(self)
+
+    def replay(self) -> None:
+        self.watch.launched["a captured graph"] += 1

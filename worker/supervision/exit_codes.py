@@ -46,7 +46,7 @@ spinning and at 10 sleeping."""
 _HANDED_ON = {
     "PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
     "CC", "CXX",  # what Triton and torch's compiler build with
-    "LUTHIER_GPU_MEMORY_BYTES", "LUTHIER_KEEP_CHECKPOINTS", "LUTHIER_KERNELS", "LUTHIER_LOG_FORMAT", "LUTHIER_LOG_LEVEL",
+    "LUTHIER_CUDA_GRAPHS", "LUTHIER_GPU_MEMORY_BYTES", "LUTHIER_KEEP_CHECKPOINTS", "LUTHIER_KERNELS", "LUTHIER_LOG_FORMAT", "LUTHIER_LOG_LEVEL",
     "LUTHIER_STUDIO",  # the mark by which the warden knows a trainer, and whatever it started in turn, as this studio's
 }
 _HANDED_ON_PREFIXES = (

@@ -1,4 +1,4 @@
-"""Captured decoding steps, without a GPU: a tape of the operations that a step was, replayed on the same tensors, as a CUDA graph does."""
+"""Captured decoding steps, without a GPU, on a tape."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from app.inference.protocol import Sampling
+from tests.tape import Tape
 from tests.worker.inference.test_engine import PROMPTS, crowd, home, make_adapter, ref_of, request, run  # noqa: F401  # home is a fixture
 from worker import kernels
 from worker.inference import next_token
@@ -20,31 +19,6 @@ from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
 from worker.inference.next_token import NextTokenQuery
 from worker.inference.sampling import Sampler
-
-
-class Tape:
-    """What was computed once is computed again by `replay`, from what its tensors hold then. Nothing else of the step takes part."""
-
-    def __init__(self, run: Any) -> None:
-        self.done: list[tuple[Any, Any, Any, Any]] = []
-        tape = self
-
-        class Record(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                out = func(*args, **(kwargs or {}))
-                tape.done.append((func, args, kwargs or {}, out))
-                return out
-
-        with Record():
-            self.out = run()
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, out in self.done:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
 
 
 class Taped(ModelPool):

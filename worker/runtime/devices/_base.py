@@ -141,6 +141,7 @@ class Gpu(Device):
         made.record()  # type: ignore[attr-defined]
         return made
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
-        """The operations of `run`. Raises NotImplementedError for a kind that captures none."""
+    def capture(self, run: Callable[[], torch.Tensor], *, warm: bool = True) -> Graph:
+        """The operations of `run`, which is called once before, `warm`, unless the same was computed already. Raises NotImplementedError
+        for a kind that captures none."""
         raise NotImplementedError(f"operations of {self.kind} devices are not captured")

@@ -27,8 +27,8 @@ class Cuda(Gpu):
     def capability(self, device: torch.device) -> tuple[int, int]:
         return torch.cuda.get_device_capability(device)
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
-        return CudaGraph(run)
+    def capture(self, run: Callable[[], torch.Tensor], *, warm: bool = True) -> Graph:
+        return CudaGraph(run, warm)
 
 
 class CudaGraph:
@@ -36,13 +36,18 @@ class CudaGraph:
 
     pool: Any = None
 
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, run: Callable[[], torch.Tensor], warm: bool) -> None:
         CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
-        run()  # kernels are loaded when they are first used, which a capture does not allow
+        if warm:
+            run()  # kernels are loaded when they are first used, which a capture does not allow
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which load models meanwhile, may allocate.
-        with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-            self.out = run()
+        before = torch.cuda.current_stream()
+        try:
+            # Other threads, which load models meanwhile, may allocate.
+            with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
+                self.out = run()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that failed leaves its own
 
     def replay(self) -> None:
         self.graph.replay()

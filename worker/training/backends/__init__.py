@@ -11,13 +11,15 @@ from worker.kernels.cpu import jit, lora_products
 from worker.runtime import distributed
 from worker.runtime.device import Compute
 from worker.training.backends._base import PlainBackend, StepBackend
+from worker.training.backends.graphed import GraphedBackend
 from worker.training.backends.loss_scaled import LossScaledBackend
 from worker.training.backends.threaded_cpu import CpuPaths, ThreadedCpuBackend
 
 
-def choose(engine: Compute, strategy: Strategy, run: RunSettings) -> StepBackend:
+def choose(engine: Compute, strategy: Strategy, run: RunSettings, graphed: bool = False) -> StepBackend:
     """The fastest way for these to take a step here; the plain one with `LUTHIER_KERNELS=plain`, and on a GPU, where the layers alone
-    are faster than torch's (`worker/modeling/fused_layers.py:patch_layers`). In fp16 the one that scales the loss, with and without kernels."""
+    are faster than torch's (`worker/modeling/fused_layers.py:patch_layers`), unless its passes are to be `graphed`. In fp16 the one that
+    scales the loss, with and without kernels."""
     if engine.precision == "fp16":
         return LossScaledBackend(engine)
     if not kernels.allowed():
@@ -27,7 +29,7 @@ def choose(engine: Compute, strategy: Strategy, run: RunSettings) -> StepBackend
 
         return FsdpBackend(engine)
     if engine.device.type != "cpu":
-        return PlainBackend(engine)
+        return GraphedBackend(engine) if graphed else PlainBackend(engine)
     whole = not type(strategy).adapter
     alone = distributed.size() == 1
     half_adamw = alone and engine.compute == torch.bfloat16 and run.optimizer == "adamw"

@@ -82,6 +82,11 @@ class StepBackend(ABC):
     def zero_grad(self) -> None:
         """Forget the gradients."""
 
+    def remarks(self) -> list[str]:
+        """What a person should know of the steps so far, each said once. Called after every step, in every process."""
+        slow = self.laps.slow()
+        return [slow] if slow else []
+
     @abstractmethod
     def gathered(self, folder: Path) -> contextlib.AbstractContextManager[None]:
         """While inside, the first process holds the whole model, to be scored and saved. Every process enters. Files that are needed
