@@ -99,9 +99,9 @@ class Settings(BaseSettings):
         "threads over a batch and compiled layers, to find out whether one of them makes a result wrong. It is several times slower.",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
-        "auto",
-        description="Whether the passes of small models (to 500 M) over packs of one shape are captured and replayed as CUDA graphs in long jobs on a GPU; "
-        "off computes each as it is.",
+        "off",
+        description="auto captures the passes of small models (to 500 M parameters) over packs of one shape as CUDA graphs and replays them, in "
+        "long jobs on a GPU. Off until a GPU has run it.",
     )
     fair_share_half_life_hours: float = Field(
         24.0, gt=0, description="Half-life of what a person has used of the machine: who used least of it lately is next in the queue."

@@ -59,7 +59,7 @@ class FakeGpu:
     """`tests/gpu/child.py` in a process of its own, since torch must be imported with the device already there."""
 
     def __init__(self, home: Path) -> None:
-        environment = {**os.environ, "LUTHIER_DATA_DIR": str(home / "data"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "LUTHIER_DATA_DIR": str(home / "data"), "OMP_NUM_THREADS": "1", "LUTHIER_CUDA_GRAPHS": "auto"}
         self.log = (home / "child.log").open("wb+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.child", str(built())],

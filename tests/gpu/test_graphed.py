@@ -12,7 +12,7 @@ from worker.training.backends.graphed import COMPARED_AT
 
 AROUND = 10
 """Launches that a replayed step has and a computed one has not: what differs is copied to where graphs read it."""
-LAYERS = 6
+LAYERS = 2
 """Enough to tell them from what is launched once; each takes as many launches as the next."""
 
 
