@@ -282,6 +282,8 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0033",
+        "0032",
         "0031",
         "0030",
         "0029",

@@ -21,7 +21,7 @@ from app.objectives import OBJECTIVES
 from app.run_settings import RunSettings
 from app.spec import ModelRef
 from app.strategies.lora import Lora
-from worker.data import batching
+from worker.data import answer_form, batching
 from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import prepare_tokenizer
 from worker.modeling import packed_attention
@@ -133,6 +133,8 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     rows, _ = choose_rows(spec)
     own = Reader(spec.model, engine)
     readers = [Reader(spec.base, engine), own] if spec.base else [own]
+    if spec.base and any(turn.get("tool_calls") for row in rows for turn in row.row.get("messages", ())):
+        lend_template(own.tokenizer, readers[0].tokenizer)
     rows, skipped = same_rows(readers, rows, spec.max_length)
     asked = questions(own, rows, range(min(spec.answers, len(rows))), spec.answer_tokens)
     found: list[ModelScores] = []
@@ -173,6 +175,12 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
         "best": listed[len(worst) :],
         "forgetting": compare(general[0], general[1]).model_dump(mode="json") if len(general) == 2 and general[0] and general[1] else None,
     }
+
+
+def lend_template(own: Any, base: Any) -> None:
+    """Have a base whose chat template writes no tool calls read rows that have some with the template of the model that was made of it."""
+    if answer_form.family(base) is None and answer_form.family(own) is not None:
+        base.chat_template = own.chat_template
 
 
 def same_rows(readers: Sequence[Reader], rows: list[Row], longest: int) -> tuple[list[Row], int]:
