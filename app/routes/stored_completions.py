@@ -50,7 +50,8 @@ def retrieve(session: Db, user: CurrentUser, completion_id: str) -> Json:
 def update(session: Db, user: CurrentUser, completion_id: str, order: schemas.ChangeStored) -> Json:
     """Replace the metadata of a stored chat completion."""
     found = _get(session, user, completion_id)
-    stored.set_metadata(session, found, order.metadata)
+    if "metadata" in order.model_fields_set:
+        stored.set_metadata(session, found, order.metadata)
     return stored.completion_json(found)
 
 

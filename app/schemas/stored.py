@@ -14,11 +14,11 @@ from app.schemas.datasets import VoteDataset
 
 
 class ChangeStored(BaseModel):
-    """The metadata of a stored answer, in place of what it had."""
+    """The metadata of a stored answer, in place of what it had; without the field it stays."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    metadata: dict[MetadataKey, MetadataValue] | None = Field(max_length=16)
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
 
 
 class StoredMessage(Schema):
