@@ -201,7 +201,7 @@ UNSAFE: dict[str, Sample] = {
     "DELETE /v1/responses/{response_id}": Sample({"response_id": "+response"}),
     "DELETE /v1/chat/completions/{completion_id}": Sample({"completion_id": "+completion"}),
     "POST /v1/datasets/stored_completions": Sample(
-        json={"model": "$model_name", "metadata": {"team": "a"}, "created_after": 1, "created_before": 2**32, "limit": 5, "name": "Stored"}
+        json={"model": "$model_name", "metadata": {}, "created_after": 1, "created_before": 2**32, "limit": 5, "name": "Stored"}
     ),
     "POST /v1/evals": Sample(
         json={
