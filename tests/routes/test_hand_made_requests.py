@@ -66,7 +66,6 @@ def test_a_folder_that_cannot_be_followed(api, data_dir):
     ("path", "change"),
     [
         ("chat/completions", {"functions": [{"name": "f"}]}),
-        ("chat/completions", {"store": True}),
         ("chat/completions", {"service_tier": "flex"}),
         ("chat/completions", {"modalities": ["text", "audio"]}),
         ("completions", {"best_of": 3}),
