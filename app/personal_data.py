@@ -23,7 +23,7 @@ from app.db import on_commit, transaction
 from app.errors import Conflict, NotFound
 from app.kit import ids
 from app.settings import get_settings
-from app.storage import files
+from app.storage import atomic, files
 from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, Project, User
 
 Mine = Callable[[Any], ColumnElement[bool]]
@@ -80,7 +80,7 @@ def export(session: Session, user: User, target: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     partial = target.with_name(f"{target.name}.partial")
     try:
-        with files.disk_errors(), zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as archive:
+        with atomic.disk_errors(), zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as archive:
             for table, mine in belonging(user).items():
                 counts[table.name] = _write_rows(session, archive, table, mine)
             for name, path in _files_of(session, user):

@@ -30,7 +30,7 @@ from app.kit import sandbox
 from app.kit.json_safe import storable
 from app.ownership import maker_of
 from app.settings import get_settings
-from app.storage import files
+from app.storage import atomic, files
 from app.tables import Dataset, File, Finding, Model
 
 LIMITS = sandbox.Limits()
@@ -73,7 +73,7 @@ def read(dataset_id: uuid.UUID) -> None:
     rows = get_settings().data_dir / "rows" / str(dataset_id) / f"f{fence}.parquet"
     reading = _Reading(dataset_id, fence)
     try:
-        with files.disk_errors():
+        with atomic.disk_errors():
             get_settings().folder("rows", str(dataset_id))
             if payload["bring"]:
                 payload["sha256"], payload["filename"] = _bring(payload["bring"], reading)
@@ -244,7 +244,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         draft.replace(rows)
-        files.sync_folder(rows.parent)
+        atomic.sync_folder(rows.parent)
         return result
     finally:
         draft.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ def _put_back(rows: Path, damaged: Path) -> Path:
     damaged.parent.mkdir(parents=True, exist_ok=True)
     lines_path(rows).replace(lines_path(damaged))
     rows.replace(damaged)
-    files.sync_folder(damaged.parent)
+    atomic.sync_folder(damaged.parent)
     return damaged
 
 

@@ -32,8 +32,9 @@ from app.errors import BadField, Conflict, NotFound, StudioError, TooLarge
 from app.kit import ids
 from app.ownership import owned
 from app.settings import get_settings
-from app.storage import files
-from app.storage.files import Blob, disk_errors
+from app.storage import atomic, files
+from app.storage.atomic import disk_errors
+from app.storage.files import Blob
 from app.tables import Upload, User
 
 EXPIRES_SECONDS = 24 * 3600
@@ -216,7 +217,7 @@ def _store_blob(held: UploadHandle) -> Blob:
         with contextlib.suppress(FileExistsError):
             os.link(held.path, target)
         os.utime(target)  # a blob without a row is swept by its age
-        files.sync_folder(target.parent)
+        atomic.sync_folder(target.parent)
     return blob
 
 

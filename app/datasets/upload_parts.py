@@ -16,7 +16,8 @@ from app.datasets.resumable_upload import UploadHandle
 from app.db import transaction
 from app.errors import BadField, Conflict, NotFound, TooLarge
 from app.storage import files
-from app.storage.files import Blob, disk_errors
+from app.storage.atomic import disk_errors
+from app.storage.files import Blob
 from app.tables import User
 
 MAX_PART_BYTES = 64 * 2**20

@@ -38,7 +38,7 @@ from app.models import service as models
 from app.objectives import DEFAULT
 from app.settings import get_settings
 from app.spec import DatasetRef
-from app.storage import files
+from app.storage import atomic, files
 from app.tables import JSON, Evaluation, User
 
 MAX_ROWS = 100_000
@@ -176,13 +176,13 @@ def keep(evaluation_id: uuid.UUID, folder: Path) -> int:
     written = folder / OUTPUT
     if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
         raise BadData("The process left no predictions.", hint="Start it again.")
-    with files.disk_errors(), written.open("rb") as file:
+    with atomic.disk_errors(), written.open("rb") as file:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
     target = path_of(evaluation_id)
     get_settings().folder("predictions")
     os.replace(written, target)
-    files.sync_folder(target.parent)
+    atomic.sync_folder(target.parent)
     return size
 
 

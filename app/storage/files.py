@@ -6,15 +6,13 @@ data_dir/blobs/ab/<sha256> afterwards; several File rows may refer to one blob
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +22,11 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import limits
-from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
+from app.errors import BadField, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.ownership import mine, owned
 from app.settings import get_settings
+from app.storage.atomic import disk_errors, sync_folder
 from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
@@ -139,47 +138,6 @@ def store_bytes(data: bytes) -> Blob:
         return writer.finish()
     finally:
         writer.discard()
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file completely or not at all: temporary file, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with disk_errors():
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turns the system's error about a full disk into DiskFull."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(get_settings().data_dir).free
-            raise DiskFull(
-                f"The disk of {get_settings().data_dir} is full ({free:,} bytes left); nothing was saved.",
-                hint="Make room there, delete files or models, then try again.",
-            ) from error
-        raise
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------

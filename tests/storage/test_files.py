@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable
-from app.storage import files
+from app.storage import atomic, files
 from app.tables import User
 
 
@@ -46,7 +46,7 @@ def test_beyond_the_limit_or_on_a_full_disk_nothing_is_left(data_dir, monkeypatc
         store(b"abc")
     assert "Make room" in caught.value.hint
     with pytest.raises(DiskFull):
-        files.write_atomically(data_dir / "x.json", "{}")
+        atomic.write_atomically(data_dir / "x.json", "{}")
     assert left(data_dir) == [] and not (data_dir / "x.json").exists()
 
 
@@ -68,10 +68,10 @@ def test_only_a_hash_becomes_a_path(name):
 
 def test_a_failed_write_keeps_the_old_file(data_dir, monkeypatch):
     path = data_dir / "state.json"
-    files.write_atomically(path, b"old")
+    atomic.write_atomically(path, b"old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
-        files.write_atomically(path, b"new")
+        atomic.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in data_dir.iterdir()] == ["state.json"]
 
 

@@ -40,7 +40,7 @@ from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
-from app.storage.files import write_atomically
+from app.storage.atomic import write_atomically
 from app.tables import Evaluation
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease

@@ -20,6 +20,7 @@ from app.evaluation import forgetting as app_forgetting
 from app.evaluation.forgetting import TextScore, compare
 from app.settings import get_settings
 from app.spec import JobSpec
+from app.storage.atomic import write_atomically
 from worker.data.batching import Row, Tokenised, tokenise
 from worker.runtime.device import Compute
 from worker.scoring import held_out
@@ -76,7 +77,6 @@ def remembered(spec: JobSpec, engine: Compute) -> list[TextScore] | None:
 
 def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute) -> list[TextScore]:
     """Score the model before fine-tuning, and cache the scores for the next job on it."""
-    from app.storage.files import write_atomically  # it imports the database, which is slow and needed by nothing else here
 
     found = scores(spec, model, tokenizer, budget, engine)
     with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took

@@ -23,6 +23,7 @@ from app.errors import BadData
 from app.planning.rehearsal import ANSWER_TOKENS, ROW_TOKENS
 from app.settings import get_settings
 from app.spec import JobSpec
+from app.storage.atomic import write_atomically
 from worker.data.batching import Tokenised
 from worker.data.chat_template import CHAT_KINDS, render_prompt, stop_ids, template_of
 from worker.runtime import distributed
@@ -74,7 +75,6 @@ def _ids(tokenizer: Any, kind: str, prompt: str) -> list[int]:
 
 def _write(path: Path, model: torch.nn.Module, tokenizer: Any, asked: list[list[int]], engine: Compute, seed: int) -> None:
     """Let the base answer some prompts, and cache them with the answers."""
-    from app.storage.files import write_atomically  # it imports the database, which is slow and needed by nothing else here
 
     stops = stop_ids(tokenizer, held_out.plain_model(model).generation_config)
     told = held_out.written(model, tokenizer, asked, stops, ANSWER_TOKENS, engine, seed=seed)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app.storage.atomic import write_atomically
 from worker.data.batching import Tokenised
 
 FILE = "ledger.json"
@@ -30,7 +31,6 @@ def write(attempt: Path, parts: Sequence[LossPart]) -> None:
     """Nothing is written where a loss is not finite."""
     if not all(math.isfinite(loss) for part in parts for loss in (*part.before, *part.after)):
         return
-    from app.storage.files import write_atomically  # it knows the database, which is slow to import and needed by nothing else here
 
     columns: dict[str, list[Any]] = {"line": [], "before": [], "after": [], "tokens": [], "held_out": []}
     for rows, before, after, held_out in parts:

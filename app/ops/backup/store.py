@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData, Conflict, NotFound
 from app.kit import manifest as hashes
-from app.storage.files import disk_errors, sync_folder, write_atomically
+from app.storage.atomic import disk_errors, sync_folder, write_atomically
 
 VERSION = 1
 _PIECE = 4 * 2**20
