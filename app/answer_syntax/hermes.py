@@ -26,11 +26,11 @@ class Hermes(Family):
 def with_calls(content: str, calls: Sequence[Mapping[str, Any]] | None) -> str:
     """An answer with tool calls (OpenAI's, or `{"name", "arguments"}`) as one text, which graders read and pages show. All families'
     are written in this form."""
-    written = [_written(call.get("function") or call) for call in calls or ()]
-    return "\n".join(part for part in (content.strip(), *written) if part)
+    form = Hermes().form("")
 
+    def written(call: Mapping[str, Any]) -> str:
+        name, arguments = json.dumps(call.get("name") or "", ensure_ascii=False)[1:-1], call.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+        return form.before.replace(NAME, name) + text + form.after
 
-def _written(call: Mapping[str, Any]) -> str:
-    arguments = call.get("arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
-    return f'{Hermes.opens}\n{{"name": {json.dumps(call.get("name"), ensure_ascii=False)}, "arguments": {text}}}\n{Hermes.closes}'
+    return "\n".join(part for part in (content.strip(), *(written(call.get("function") or call) for call in calls or ())) if part)

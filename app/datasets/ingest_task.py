@@ -244,7 +244,7 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         draft.replace(rows)
-        atomic.sync_folder(rows.parent)
+        atomic.sync(rows.parent)
         return result
     finally:
         draft.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ def _put_back(rows: Path, damaged: Path) -> Path:
     damaged.parent.mkdir(parents=True, exist_ok=True)
     lines_path(rows).replace(lines_path(damaged))
     rows.replace(damaged)
-    atomic.sync_folder(damaged.parent)
+    atomic.sync(damaged.parent)
     return damaged
 
 

@@ -217,7 +217,7 @@ def _store_blob(held: UploadHandle) -> Blob:
         with contextlib.suppress(FileExistsError):
             os.link(held.path, target)
         os.utime(target)  # a blob without a row is swept by its age
-        atomic.sync_folder(target.parent)
+        atomic.sync(target.parent)
     return blob
 
 

@@ -182,7 +182,7 @@ def keep(evaluation_id: uuid.UUID, folder: Path) -> int:
     target = path_of(evaluation_id)
     get_settings().folder("predictions")
     os.replace(written, target)
-    atomic.sync_folder(target.parent)
+    atomic.sync(target.parent)
     return size
 
 

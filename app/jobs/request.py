@@ -123,7 +123,8 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadFie
     first = error.errors(include_url=False, include_context=False)[0]
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
-        _, now = RENAMED.get(param.rpartition(".")[2], ("", "Omit it, or look up the settings under /v1/strategies."))
+        where = "the settings under /v1/strategies" if prefix else "what this request takes in /v1/openapi.json"
+        _, now = RENAMED.get(param.rpartition(".")[2], ("", f"Omit it, or look up {where}."))
         return BadField(f"There is no setting {param!r}.", hint=now, param=param)
     if first["type"] == "missing":
         return BadField(f"{param} is missing.", hint=f"Send {param} with the request.", param=param, code="missing_required_parameter")

@@ -17,7 +17,6 @@ from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
 from app.models import hub, interpolation
-from app.models.imports import order
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result
 from app.settings import get_settings
@@ -319,51 +318,6 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
     job = session.get(Job, model.job_id) if model.job_id else None
     name = model.strategy or "lora"
     return STRATEGIES[name].model_validate(job.spec["strategy"] if job and job.spec["strategy"]["name"] == name else {"name": name})
-
-
-# Merging ------------------------------------------------------------------------------------------------------------
-
-
-def merged_id(model: Model) -> uuid.UUID:
-    """The id of the merged form of an adapter: derived from the adapter's, so that merging is idempotent."""
-    return uuid.uuid5(model.id, f"merged:{model.adapter_sha256}")
-
-
-def can_merge(session: Session, model: Model) -> bool:
-    """Whether every adapter in the lineage can be merged into the weights."""
-    parts = [part for part in lineage(session, model) if part.adapter]
-    return model.adapter and all(part.strategy in STRATEGIES and STRATEGIES[part.strategy].merges for part in parts)
-
-
-def merge(session: Session, user: User, model: Model) -> Model:
-    """Request the merged form of an adapter: plain weights that need no peft. Done by the task FETCH.
-
-    Raises Conflict for a whole model, and for a strategy whose result cannot be merged into the weights.
-    """
-    if not can_merge(session, model):
-        raise Conflict(
-            f"{model.name} cannot be merged.",
-            hint="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
-            param="model",
-        )
-    ref = reference(session, model)
-    merged = session.get(Model, merged_id(model), with_for_update=True)
-    if merged is not None and merged.deleted_at is None and merged.status in ("ready", "fetching"):
-        return merged
-    if merged is None:
-        merged = Model(
-            id=merged_id(model),
-            owner_id=user.id,
-            project_id=user.project_id,
-            name=f"{model.name}:merged",
-            base_id=model.id,
-            strategy=model.strategy,
-        )
-        session.add(merged)
-    merged.title, merged.kind, merged.license, merged.labels = f"{model.title}, merged"[:120], model.kind, model.license, model.labels
-    merged.shape, merged.deleted_at, merged.path = model.shape, None, None
-    merged.source = {"from": "merge", "model": model.name, "ref": ref.model_dump(mode="json")}
-    return order(session, merged)
 
 
 # Deleting -----------------------------------------------------------------------------------------------------------

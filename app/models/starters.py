@@ -27,6 +27,7 @@ from app.models import gguf_header, import_checks, wheels
 from app.models.license_text import text_of
 from app.models.wheels import Report, Wheel
 from app.settings import get_settings
+from app.storage.atomic import sync
 
 
 class Starter(NamedTuple):
@@ -222,11 +223,7 @@ def move_into_place(made: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(place, ignore_errors=True)
     made.rename(place)
-    handle = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(place.parent)
 
 
 def _need_room(work: Path, starter: Starter) -> None:

@@ -56,7 +56,7 @@ AnswerPart = TextPart | ReasoningPart | ToolCallPart
 @api.post(
     "/chat/completions",
     operation_id="create_chat_completion",
-    responses=answers(schemas.ChatCompletion, 404, 409, 422, 429, events=schemas.ChatCompletionChunk),
+    responses=answers(schemas.ChatCompletion, 404, 409, 422, events=schemas.ChatCompletionChunk),
 )
 async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
     """The next message of a conversation, as one response or as server-sent events."""
@@ -78,7 +78,7 @@ async def chat(request: Request, body: ChatBody, user: CurrentUser) -> Response:
 @api.post(
     "/completions",
     operation_id="create_completion",
-    responses=answers(schemas.Completion, 404, 409, 422, 429, events=schemas.CompletionChunk),
+    responses=answers(schemas.Completion, 404, 409, 422, events=schemas.CompletionChunk),
 )
 async def complete(request: Request, body: CompletionBody, user: CurrentUser) -> Response:
     """The continuation of one or several texts, as one response or as server-sent events."""

@@ -38,7 +38,7 @@ class ClassifyBody(BaseModel):
     input: str | list[str]
 
 
-@api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409, 429))
+@api.post("/classify", response_model=None, operation_id="classify_texts", responses=answers(schemas.Classifications, 404, 409))
 async def classify_texts(request: Request, body: ClassifyBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Probabilities of every label for each text. A text longer than the model's context is truncated, and the result says so."""
     texts = [body.input] if isinstance(body.input, str) else body.input

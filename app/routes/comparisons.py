@@ -40,7 +40,7 @@ Wish = Annotated[lists.ListQuery, Query()]
 @api.post(
     "/comparisons",
     operation_id="create_comparison",
-    responses=answers(schemas.Comparison, 404, 409, 429),
+    responses=answers(schemas.Comparison, 404, 409),
     openapi_extra=takes(schemas.CreateComparison),
 )
 def create(

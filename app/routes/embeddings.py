@@ -39,7 +39,7 @@ class EmbeddingsBody(BaseModel):
     user: str | None = Field(None, max_length=512, description="A name of the caller's own. Nothing of the call is kept, nor is this.")
 
 
-@api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409, 429))
+@api.post("/embeddings", response_model=None, operation_id="create_embeddings", responses=answers(schemas.Embeddings, 404, 409))
 async def embeddings(request: Request, body: EmbeddingsBody, user: CurrentUser) -> Response | dict[str, Any]:
     """Vectors of one or several texts, from an encoder."""
     texts = [body.input] if isinstance(body.input, str) else body.input

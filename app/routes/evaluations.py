@@ -45,7 +45,7 @@ FIELDS = {"model": "model", "dataset_id": "dataset", "rows": "rows", "part": "pa
 @api.post(
     "",
     operation_id="create_evaluation",
-    responses=answers(schemas.Evaluation, 404, 409, 429),
+    responses=answers(schemas.Evaluation, 404, 409),
     openapi_extra=takes(evaluations.EvaluationRequest),
 )
 def create(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:

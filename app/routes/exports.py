@@ -31,7 +31,7 @@ CONTENT = answers(None, 409, description="The bytes of the file.") | {
 CONTENT[200] |= {"content": {"application/octet-stream": {"schema": BYTES}}}
 
 
-@api.post("/models/{model:path}/exports", operation_id="create_export", responses=answers(schemas.Export, 404, 409, 415, 429, 507))
+@api.post("/models/{model:path}/exports", operation_id="create_export", responses=answers(schemas.Export, 404, 409, 415, 507))
 def create(session: Db, user: CurrentUser, model: str, order: schemas.CreateExport) -> Json:
     """Queue the files of a model, a checkpoint or a blend in a format. Each is run and compared with the model before it is handed out."""
     return export_json.to_json(exports.create(session, user, model, order.format, order.types, order.system or ""))

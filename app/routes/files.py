@@ -47,7 +47,7 @@ def to_json(file: File) -> dict[str, Any]:
 @api.post(
     "/files",
     operation_id="create_file",
-    responses=answers(schemas.UploadedFile, 415, 429),
+    responses=answers(schemas.UploadedFile, 415),
     openapi_extra=takes(schemas.CreateFile, "multipart/form-data"),
 )
 async def create(request: Request, user: CurrentUser) -> dict[str, Any]:

@@ -40,9 +40,7 @@ class ResumeJob(BaseModel, extra="forbid"):
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
 
-@api.post(
-    "/jobs", operation_id="create_job", responses=answers(schemas.FineTuningJob, 404, 409, 429), openapi_extra=takes(schemas.CreateJob)
-)
+@api.post("/jobs", operation_id="create_job", responses=answers(schemas.FineTuningJob, 404, 409), openapi_extra=takes(schemas.CreateJob))
 def create(
     session: Db,
     user: CurrentUser,
@@ -85,7 +83,7 @@ def pause(session: Db, user: CurrentUser, job_id: str) -> Json:
     return job_json.of(session, jobs.pause(session, user, ids.parse_job(job_id)))
 
 
-@api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409, 429))
+@api.post("/jobs/{job_id}/resume", operation_id="resume_job", responses=answers(schemas.FineTuningJob, 409))
 def resume(session: Db, user: CurrentUser, job_id: str, order: ResumeJob = ResumeJob()) -> Json:
     """Queue a paused, failed or cancelled job again, from its newest checkpoint or from the one of `step`, which deletes the
     later ones. A cancelled job without a checkpoint is refused."""

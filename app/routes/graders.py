@@ -45,9 +45,7 @@ ANSWER_TOKENS = 128
 """Of a model's answer in a trial."""
 
 
-@api.post(
-    f"{ALPHA}/run", operation_id="run_grader", responses=answers(schemas.GraderRun, 404, 409, 429), openapi_extra=takes(schemas.RunGrader)
-)
+@api.post(f"{ALPHA}/run", operation_id="run_grader", responses=answers(schemas.GraderRun, 404, 409), openapi_extra=takes(schemas.RunGrader))
 async def run(request: Request, user: CurrentUser, body: Given) -> Json:
     """Grade one answer. What goes wrong with the answer is in `metadata.errors`; a grader that does not work is refused."""
     given = _only(body, "grader", "model_sample", "item")

@@ -21,7 +21,7 @@ api = APIRouter(prefix="/v1")
 PAGE = "/models/hub"
 
 
-@api.get("/hub/models", operation_id="list_hub_models", responses=answers(schemas.list_of(schemas.HubModel), 429, 503))
+@api.get("/hub/models", operation_id="list_hub_models", responses=answers(schemas.list_of(schemas.HubModel), 503))
 def list_hub_models(user: CurrentUser, search: str, limit: Annotated[int, Query(ge=1, le=100)] = hub_search.LIMIT) -> dict[str, Any]:
     """Models of the hub with weights as safetensors, most downloaded first, and whether LoRA on them fits the machine that trains."""
     found = hub_search.search(search, training_machine(), limit)

@@ -19,7 +19,7 @@ from app.evaluation import verdict
 from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
-from app.models import aliases, export_json, exports, integrity, model_card, starters
+from app.models import aliases, export_json, exports, integrity, merging, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models
 from app.models.integrity import BadModel
@@ -119,7 +119,7 @@ def list_models(session: Db, user: CurrentUser) -> dict[str, Any]:
     return {"object": "list", "data": rows, "has_more": False}
 
 
-@api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415, 429))
+@api.post("/models", operation_id="create_model", responses=answers(schemas.Model, 404, 409, 415))
 def add_model(session: Db, user: CurrentUser, order: ModelOrder) -> dict[str, Any]:
     """Add a model. The response comes at once, with the status `fetching`."""
     return to_json(session, add(session, user, order))
@@ -293,7 +293,9 @@ def show_model(
     """The page of a model. `alias` is the input of its alias form."""
     chain, page = models.lineage(session, model), f"/models/{lists.public_id(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
-    merged = session.scalar(select(Model).where(Model.id == models.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
+    merged = (
+        session.scalar(select(Model).where(Model.id == merging.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
+    )
     named = aliases.list_(session, user)
     own = [one.alias.name for one in named if one.model.id == model.id]
     facts = exports.facts(session, model) if tab == "export" else None
@@ -334,7 +336,7 @@ def show_model(
         export_title=lambda name: FORMATS[name].title if name in FORMATS else name,
         exports=[export_json.to_json(one) for one in exported],
         exporting=any(one.status in exports.OPEN for one in exported),
-        merges=models.can_merge(session, model),
+        merges=merging.can_merge(session, model),
         public_id=lists.public_id,
         may_rename=model.project_id == user.project_id or user.role == "admin",
         engines=list(external_server.allowed()) if user.role == "admin" else [],
@@ -375,7 +377,7 @@ def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(al
 
 @pages.post("/models/{key}/merge")
 def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
-    merged = models.merge(session, user, models.get(session, user, key))
+    merged = merging.merge(session, user, models.get(session, user, key))
     flash(request, "The adapter is being merged. The merged model is listed below the fine-tuned one.")
     return RedirectResponse(f"/models/{lists.public_id(merged)}", status_code=303)
 

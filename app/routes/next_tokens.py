@@ -48,7 +48,7 @@ def _ask(user: User, models: list[str], prompt: str, top_k: int) -> list[Pending
     "/next_tokens",
     response_model=None,
     operation_id="predict_next_tokens",
-    responses=answers(schemas.NextTokensOfModels, 404, 409, 422, 429),
+    responses=answers(schemas.NextTokensOfModels, 404, 409, 422),
 )
 async def next_tokens_of(request: Request, body: NextTokens, user: CurrentUser) -> Response | dict[str, Any]:
     """The most likely next tokens of several models, and the probability of each token of the text."""

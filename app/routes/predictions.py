@@ -36,7 +36,7 @@ CONTENT = answers(None, 409, description="The file with its columns added.")
 CONTENT[200] |= {"content": {"application/octet-stream": {"schema": BYTES}}}
 
 
-@api.post("", operation_id="create_prediction", responses=answers(schemas.Prediction, 404, 409, 415, 429))
+@api.post("", operation_id="create_prediction", responses=answers(schemas.Prediction, 404, 409, 415))
 def create(session: Db, user: CurrentUser, order: PredictionOrder) -> Json:
     """Queue a run of a model over an uploaded file."""
     return to_json(predictions.create(session, user, order))

@@ -108,7 +108,7 @@ def list_runs(session: Db, user: CurrentUser, prompt_id: str, after: After = Non
 @api.post(
     "/{prompt_id}/runs",
     operation_id="create_prompt_run",
-    responses=answers(schemas.PromptRun, 409, 429),
+    responses=answers(schemas.PromptRun, 409),
     openapi_extra=takes(schemas.CreatePromptRun),
 )
 def create_run(session: Db, user: CurrentUser, prompt_id: str, body: Annotated[Json, Body()]) -> Json:

@@ -32,7 +32,7 @@ PARAMS = {"messages": "input", "response_format": "text.format", "reasoning_effo
 """What a field of chat completions is called here."""
 
 
-@api.post("", operation_id="create_response", responses=answers(schemas.Response, 404, 409, 422, 429, events=schemas.ResponseEvent))
+@api.post("", operation_id="create_response", responses=answers(schemas.Response, 404, 409, 422, events=schemas.ResponseEvent))
 async def create(request: Request, body: ResponseBody, user: CurrentUser) -> Response:
     """The answer to a text, to items or to what follows an earlier response, whole or as server-sent events."""
     try:

@@ -68,7 +68,7 @@ def list_messages(session: Db, user: CurrentUser, completion_id: str, after: Aft
     return page(stored.messages_json(_get(session, user, completion_id))[::-1], after, limit, order)
 
 
-@api.post("/datasets/stored_completions", operation_id="create_stored_completions_dataset", responses=answers(schemas.StoredRows, 409, 429))
+@api.post("/datasets/stored_completions", operation_id="create_stored_completions_dataset", responses=answers(schemas.StoredRows, 409))
 def make_dataset(session: Db, user: CurrentUser, order: schemas.CreateStoredDataset) -> Json:
     """Create a chat dataset of stored chat completions: the messages of each, with its first choice as the answer.
 

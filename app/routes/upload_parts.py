@@ -24,7 +24,7 @@ api = APIRouter(prefix="/v1/uploads")
 Json = dict[str, Any]
 
 
-@api.post("", operation_id="create_upload_in_parts", responses=answers(schemas.PartedUpload, 409, 415, 429))
+@api.post("", operation_id="create_upload_in_parts", responses=answers(schemas.PartedUpload, 409, 415))
 def create(user: CurrentUser, body: schemas.CreateUpload) -> Json:
     """Begin an upload of so many bytes; it expires after a day."""
     wishes = {"expires_after": str(body.expires_after.seconds)} if body.expires_after else {}
@@ -35,7 +35,7 @@ def create(user: CurrentUser, body: schemas.CreateUpload) -> Json:
 @api.post(
     "/{upload_id}/parts",
     operation_id="create_upload_part",
-    responses=answers(schemas.UploadPart, 404, 409, 410, 429),
+    responses=answers(schemas.UploadPart, 404, 409, 410),
     openapi_extra=takes(schemas.CreateUploadPart, "multipart/form-data"),
 )
 async def add(request: Request, user: CurrentUser, upload_id: str) -> Json:

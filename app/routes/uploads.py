@@ -68,7 +68,7 @@ def _sends(**headers: str) -> dict[str, Any]:
 
 EXPIRES, DATASET = "When the upload is forgotten.", "Id of the dataset that the file became."
 ABILITIES = answers(None, status=204, headers=_sends(Tus_Version="1.0.0", Tus_Extension="What is spoken.", Tus_Max_Size="Bytes."))
-BEGUN = answers(None, 412, 415, 429, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
+BEGUN = answers(None, 412, 415, status=201, headers=_sends(Location="Where the bytes go.", Upload_Expires=EXPIRES))
 HELD = answers(
     None,
     410,
@@ -77,7 +77,7 @@ HELD = answers(
     headers=_sends(Upload_Offset="Bytes.", Upload_Length="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET),
 )
 APPENDED = answers(
-    None, 409, 410, 412, 415, 423, 429, status=204, headers=_sends(Upload_Offset="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET)
+    None, 409, 410, 412, 415, 423, status=204, headers=_sends(Upload_Offset="Bytes.", Upload_Expires=EXPIRES, Luthier_Dataset=DATASET)
 )
 STOPPED = answers(None, 410, 412, status=204, headers=_sends())
 BODY = {"required": True, "content": {"application/offset+octet-stream": {"schema": BYTES}}}

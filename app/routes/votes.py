@@ -44,7 +44,7 @@ class NewVote(BaseModel):
     edited: str | None = Field(None, max_length=votes.MAX_EDIT_LENGTH)
 
 
-@api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409, 429))
+@api.post("", operation_id="create_vote", responses=answers(schemas.Vote, 404, 409))
 def create(session: Db, user: CurrentUser, body: NewVote) -> Json:
     """Store a vote that was cast elsewhere."""
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
@@ -73,7 +73,7 @@ class NewDataset(BaseModel):
     kind: str = Field("preference", pattern="^(preference|chat)$")
 
 
-@api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409, 429))
+@api.post("/dataset", operation_id="create_vote_dataset", responses=answers(schemas.VoteDataset, 409))
 def make_dataset(session: Db, user: CurrentUser, body: NewDataset) -> Json:
     """Create a preference dataset from the votes."""
     dataset = votes.make_dataset(session, user, body.kind)

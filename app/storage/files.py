@@ -26,7 +26,7 @@ from app.errors import BadField, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.ownership import mine, owned
 from app.settings import get_settings
-from app.storage.atomic import disk_errors, sync_folder
+from app.storage.atomic import disk_errors, sync
 from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
@@ -92,7 +92,7 @@ class BlobWriter:
             self._file.close()
             get_settings().folder("blobs", blob.sha256[:2])
             os.replace(self._path, target)
-            sync_folder(target.parent)
+            sync(target.parent)
         return blob
 
     def discard(self) -> None:
@@ -127,7 +127,7 @@ def adopt(path: Path, blob: Blob) -> Blob:
         get_settings().folder("blobs", blob.sha256[:2])
         os.replace(path, target)
         os.utime(target)  # a blob without a row is swept by its age
-        sync_folder(target.parent)
+        sync(target.parent)
     return blob
 
 

@@ -15,7 +15,7 @@ from app.evaluation import service as evaluations
 from app.jobs import service as jobs
 from app.kit import ids, manifest
 from app.models import imports as model_imports
-from app.models import integrity
+from app.models import integrity, merging
 from app.models import service as models
 from app.models.integrity import BadModel, Damaged
 from app.tables import Model
@@ -200,7 +200,7 @@ def test_a_damaged_adapter_is_not_downloaded_merged_or_tuned_on(session, user, c
     address = f"/models/{ids.public(ids.MODEL, tuned.id)}/download"
     assert manifest.SEEN not in client.get(address).text and client.get(address).status_code == 200
     ref = models.reference(session, tuned)
-    merged = models.merge(session, user, tuned)
+    merged = merging.merge(session, user, tuned)
     session.commit()
     flip(weights)
     with pytest.raises(Damaged, match=r"adapter_model\.safetensors"):

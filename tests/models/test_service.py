@@ -15,6 +15,7 @@ from app.events import Finished, Measured
 from app.kit import ids, manifest
 from app.leases import MAX_DEATHS, OVER
 from app.models import imports as model_imports
+from app.models import merging
 from app.models import service as models
 from app.tables import Checkpoint, Job, Model, Outbox, User
 from tests.factories import make_dataset, make_spec
@@ -426,8 +427,8 @@ def test_an_adapter_is_merged_into_plain_weights_with_the_same_answers(
 
     folder = tune_by_hand(data_dir / "runs" / "1" / "final", tiny_model)
     tuned = models.register_tuned(session, job_on(tiny_registered, status="succeeded"), finished("runs/1/final", "cd" * 32))
-    merged = models.merge(session, user, tuned)
-    assert models.merge(session, user, tuned) is merged
+    merged = merging.merge(session, user, tuned)
+    assert merging.merge(session, user, tuned) is merged
     session.commit()
     model_imports.fetch(merged.id)
     session.refresh(merged)
@@ -444,4 +445,4 @@ def test_an_adapter_is_merged_into_plain_weights_with_the_same_answers(
 
 def test_what_cannot_be_merged_says_why(session, user, tiny_registered) -> None:
     with pytest.raises(Conflict, match="cannot be merged"):
-        models.merge(session, user, tiny_registered)
+        merging.merge(session, user, tiny_registered)

@@ -130,9 +130,9 @@ def lay_out(
 
 
 def _check_calls(turns: Sequence[dict[str, Any]], written: RenderedConversation) -> None:
-    """Raises BadData where the template leaves tool calls out: an answer of nothing would be learnt in their place."""
+    """Raises BadData where the template leaves tool calls out of an answer that has a loss: nothing would be learnt in their place."""
     for i, (start, end) in written.answers.items():
-        for call in turns[i].get("tool_calls") or ():
+        for call in (turns[i].get("tool_calls") or ()) if turns[i].get("weight", 1) != 0 else ():
             name = (call.get("function") or call).get("name")
             if isinstance(name, str) and name not in written.text[start:end]:
                 raise BadData(

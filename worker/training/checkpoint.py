@@ -33,6 +33,7 @@ from app.kit import manifest
 from app.older_settings import RENAMED
 from app.settings import get_settings
 from app.spec import JobSpec
+from app.storage.atomic import sync
 from app.strategies import Strategy
 from worker.modeling import new_tokens
 from worker.modeling.classifier import Classifier, save_classifier
@@ -94,24 +95,16 @@ def write_folder(target: Path, fill: Callable[[Path], None], **facts: Any) -> Wr
         fill(aside)
         made = manifest.write(aside, **facts)
         for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+            sync(path)
         digest = manifest.sha256_of(aside / manifest.NAME)
         if target.exists():  # left by a kill between the rename and its announcement, or by a save at the same step
             shutil.rmtree(target)
         os.rename(aside, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return WrittenCheckpoint(target, made["bytes"], digest)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_weights(folder: Path, model: torch.nn.Module, strategy: Strategy, tokenizer: Any) -> None:
@@ -207,7 +200,7 @@ def write_piece(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write one such file and have it on the disk, since another process moves it."""
     path.parent.mkdir(exist_ok=True, mode=0o700)
     save_file(tensors, path)
-    _sync(path)
+    sync(path)
 
 
 Rows = Callable[[str, int], slice]

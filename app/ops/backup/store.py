@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData, Conflict, NotFound
 from app.kit import manifest as hashes
-from app.storage.atomic import disk_errors, sync_folder, write_atomically
+from app.storage.atomic import disk_errors, sync, write_atomically
 
 VERSION = 1
 _PIECE = 4 * 2**20
@@ -128,7 +128,7 @@ class Store:
     def add(self, name: str, told: dict[str, Any], keys: dict[str, str] | None) -> None:
         """Write a backup's manifest, last of all: before it, there is no backup of that name."""
         for made in (self.folder / "objects").glob("??"):
-            sync_folder(made)
+            sync(made)
         if keys is not None:
             (self.folder / "secrets").mkdir(mode=0o700, exist_ok=True)
             write_atomically(self.folder / "secrets" / f"{name}.json", json.dumps(keys))

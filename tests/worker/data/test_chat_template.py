@@ -182,6 +182,8 @@ def test_calls_that_the_template_leaves_out_are_refused(own) -> None:
     with pytest.raises(BadData, match="leaves the tool call 'weigh' of turn 2 out") as caught:
         render_row(own, {"messages": CALLED}, "dialogue", 999)
     assert "hermes" in caught.value.hint
+    masked = [CALLED[0], {**CALLED[1], "weight": 0}, *TALK[2:]]
+    assert learnt(own, render_row(own, {"messages": masked}, "dialogue", 999)) == "Maple.<|im_end|>", "what is not learnt is no harm"
     own.chat_template = chat_templates.source("hermes", None, {"<|im_end|>"}, begins=False)
     found = learnt(own, render_row(own, {"messages": CALLED}, "dialogue", 999))
     assert found == '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call><|im_end|>'
