@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+from app.answer_syntax.hermes import with_calls
+
 Row = dict[str, Any]
 
 
@@ -129,7 +131,11 @@ class Messages(RowShape):
         messages: list[Row] = row["messages"]
         last = last_answer(messages, -1)
         asked = max((i for i, m in enumerate(messages[:last]) if m["role"] == "user"), default=-1) if last > 0 else -1
-        return (words(messages[asked]), words(messages[last]), messages[:asked]) if asked >= 0 else ("", "", [])
+        if asked < 0:
+            return "", "", []
+        answer = words(messages[last])
+        calls = messages[last].get("tool_calls")
+        return words(messages[asked]), with_calls(answer, calls) if calls else answer, messages[:asked]
 
     def about(self, row: Row) -> str:
         return (self.exchange(row) or {"prompt": ""})["prompt"]

@@ -355,6 +355,19 @@ def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
         *feasibility.later_failed(dataset, later),
         *feasibility.few_steps(spec, found["steps"]),
         *feasibility.warnings(spec, dataset, validation),
+        *_refused_rows(spec, dataset),
         *warnings,
     ]
     return found | {"warnings": warnings, "overlap": both_sides}
+
+
+def _refused_rows(spec: JobSpec, dataset: Dataset) -> list[str]:
+    """A warning that the job would stop at rows that the model's own chat template refuses, where its dataset was read with this model."""
+    report = dataset.report or {}
+    count = (report.get("findings") or {}).get("template_refuses", {}).get("count", 0)
+    if not count or report.get("tokenizer") != spec.model.name or spec.run.chat_template != "model":
+        return []
+    return [
+        f"The chat template of {spec.model.name} refuses {count:,} of {dataset.rows:,} rows, and the run would stop at the first of them. "
+        "Choose another chat template under Advanced (hermes for rows with tool calls), or look at the rows under the dataset's issues."
+    ]

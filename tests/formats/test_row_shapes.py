@@ -9,6 +9,7 @@ import pytest
 from app import formats
 from app.formats import FORMATS, Format, RowFinding
 from app.formats._base import Columns, Field, Row, check_text
+from app.graders import GradedSample
 
 
 class Quiz(Format):
@@ -88,3 +89,10 @@ def test_a_trainer_renders_a_new_shape(monkeypatch, tiny_model):
     rendered = render_row(tokenizer, row, "dialogue", 999)
     assert rendered == render_row(tokenizer, quiz.render(row), "dialogue", 999) and any(rendered.trained)
     assert sample_of(row, "dialogue")[1] == "spruce"
+
+
+def test_the_answer_of_a_row_that_calls_tools_has_its_calls():
+    call = {"id": "call_1", "type": "function", "function": {"name": "weigh", "arguments": '{"of": "maple"}'}}
+    row = {"messages": [{"role": "user", "content": "How heavy?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    question, answer, _ = formats.of(row).solved(row)
+    assert question == "How heavy?" and [found["function"] for found in GradedSample(answer).output_tools] == [call["function"]]

@@ -377,6 +377,15 @@ def test_a_dataset_still_being_read_is_checked_when_it_is_ready(session, user, t
     assert job.status == "failed" and job.error["code"] == "one_class"
 
 
+def test_rows_that_the_template_refuses_are_told_before_the_launch(session, user, tiny_registered, read):
+    called = [{"type": "function", "function": {"name": "weigh", "arguments": "{}"}}]
+    row = {"messages": [{"role": "user", "content": "How heavy?"}, {"role": "assistant", "content": None, "tool_calls": called}]}
+    body = order_of(read([*chats(("Why?", "So.")), row], "called.jsonl"), strategy={"name": "lora"})
+    assert any("The chat template of tiny refuses 1 of 2 rows" in text and "hermes" in text for text in told(session, user, body))
+    body["run"] = {"chat_template": "hermes"}
+    assert not any("refuses" in text for text in told(session, user, body))
+
+
 @pytest.mark.long
 def test_the_api_and_the_form_say_the_same(api, client, session, user, tiny_registered, read):
     bad = read(labelled("card"))
