@@ -27,6 +27,12 @@ from tests.jobs.test_lifecycle import FINISHED
 from tests.web.test_people import made
 
 
+@pytest.fixture(autouse=True)
+def places_are_computed_anew(monkeypatch):
+    """Also where this machine is slow."""
+    monkeypatch.setattr(train_queue, "SLOW_SECONDS", float("inf"))
+
+
 @pytest.fixture
 def data(session, user, data_dir, tiny_registered):
     return make_dataset(session, user, data_dir)

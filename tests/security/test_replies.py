@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import uuid
 from contextlib import aclosing
 
@@ -34,13 +35,14 @@ async def read(request: GenerateRequest) -> list[str]:
     return heard
 
 
-def write(requests: list[GenerateRequest], draw: random.Random) -> None:
-    """All answers, a part at a time and in an order that is drawn, as several workers would."""
+def write(requests: list[GenerateRequest], draw: random.Random, left: threading.Event) -> None:
+    """All answers, a part at a time and in an order that is drawn, as several workers would; none ends before all have left that leave."""
     writers = [Publisher(get_redis(), one.id) for one in requests]
     for _ in range(PARTS):
         draw.shuffle(writers)
         for one in writers:
             one.say([TextPart(index=0, text=one.id.hex, tokens=1)])
+    left.wait()
     for one in writers:
         one.say([DONE])
 
@@ -60,11 +62,13 @@ def test_a_reader_who_leaves_in_the_middle_of_a_command_leaves_no_reply_to_other
     monkeypatch.setattr(client, "_send", sent)
 
     async def all_of_them() -> list[list[str] | BaseException]:
+        left = threading.Event()
         tasks = [asyncio.create_task(read(one)) for one in requests]
-        writing = asyncio.create_task(asyncio.to_thread(write, requests, draw))
+        writing = asyncio.create_task(asyncio.to_thread(write, requests, draw, left))
         for place in draw.sample(sorted(leaving), len(leaving)):
             await asyncio.sleep(draw.choice((0.0, 0.0005, 0.002)))
             tasks[place].cancel()
+        left.set()
         await writing
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
 
