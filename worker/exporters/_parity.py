@@ -41,6 +41,8 @@ LIMITS = {
     "F32": 1e-4, "F16": 1e-4, "BF16": 0.01, "Q8_0": 0.01, "Q6_K": 0.03, "Q5_K_M": 0.08, "Q4_K_M": 0.25, "Q4_0": 0.5, "IQ4_XS": 0.3,
 }  # fmt: skip
 """KL in nats that rounding to a type explains; small models lose the most. More is a fault of the weights, or a type too coarse."""
+FAR_OFF = 4
+"""Times the limit of a coarse type: rounding does not explain so much."""
 SPEED_TOKENS = 32
 EXACT = ("F32", "F16", "BF16", "Q8_0")
 
@@ -363,7 +365,8 @@ def _weights_fault(kind: str, ours: Reference, rows: Sequence[dict[str, Any]]) -
         return [ParityFault("weights", "The file computes no numbers for some texts: its weights are damaged, or too large for its type.")]
     if not tuned.kl > LIMITS[kind]:
         return []
-    if tuned.first_kl <= max(LIMITS[kind] / 10, 0.02 * tuned.kl):
+    far_off = kind in EXACT or tuned.kl > FAR_OFF * LIMITS[kind]  # coarse rounding too tells more on longer texts
+    if far_off and tuned.first_kl <= max(LIMITS[kind] / 10, 0.02 * tuned.kl):
         words = f"A single token is answered as in the studio (KL {tuned.first_kl:.2g} nats) and longer texts are not (KL {tuned.kl:.2g})"
         return [
             ParityFault("positions", f"{words}: query and key rows are in another order than the rotary embedding, or its base differs.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,16 @@ def test_swapped_rotary_rows_are_found(good, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "kl", "cause"), [("Q4_K_M", 0.29, "weights"), ("Q4_K_M", 1.3, "positions"), ("Q4_K_M", 0.2, None), ("F16", 0.29, "positions")]
+)
+def test_coarse_rounding_is_not_taken_for_swapped_rows(monkeypatch: pytest.MonkeyPatch, kind: str, kl: float, cause: str | None):
+    """Both tell more on longer texts than on a single token: the figures of a Gemma 3 of 270 M in Q4_K_M."""
+    monkeypatch.setattr(_parity, "compare", lambda *_: _parity.Divergence(kl, 0.0055, 0.67))
+    found = _parity._weights_fault(kind, SimpleNamespace(base=None, logprobs=[]), [])  # type: ignore[arg-type]
+    assert [fault.cause for fault in found] == ([cause] if cause else [])
+
+
 def test_an_adapter_that_was_not_applied_is_found(good, tmp_path: Path):
     base, _ = good
     tuned = copy_of(base, tmp_path / "tuned")
