@@ -46,16 +46,31 @@ METRICS: dict[str, Metric] = {
     "calibration_error": Metric("Calibration error", "mean gap between confidence and observed accuracy", True),
     "reward_accuracy": Metric(
         "Preference accuracy",
-        "share of pairs whose chosen answer became likelier than the rejected one",
+        "share of pairs whose chosen answer has the higher reward",
         False,
         "share",
         tile=2,
         base="Chance",
         beside="of a coin",
     ),
-    "reward_margin": Metric("Reward margin", "how much likelier, in rewards", False),
-    "chosen_reward": Metric("Reward of chosen answers", "against the base model", False),
-    "rejected_reward": Metric("Reward of rejected answers", "against the base model", True),
+    "ranking_accuracy": Metric(
+        "Preference accuracy", "share of pairs whose chosen answer has the higher reward, by its own likelihood", False, "share"
+    ),
+    "rating_accuracy": Metric(
+        "Rating accuracy",
+        "share of good answers with a reward above the KL baseline, and of bad ones below it",
+        False,
+        "share",
+        tile=2,
+        base="Chance",
+        beside="of a coin",
+    ),
+    "good_reward": Metric("Reward of good answers", "β × log-probability, less the base's", False),
+    "bad_reward": Metric("Reward of bad answers", "β × log-probability, less the base's", True),
+    "kl_baseline": Metric("KL baseline", "how far unrelated answers moved from the base, at least 0 (nats)", True),
+    "reward_margin": Metric("Reward margin", "reward of the chosen answer less that of the rejected one", False),
+    "chosen_reward": Metric("Reward of chosen answers", "β × log-probability, less the base's where the loss has a reference", False),
+    "rejected_reward": Metric("Reward of rejected answers", "β × log-probability, less the base's where the loss has a reference", True),
 }
 """In display order."""
 TILES = sorted((name for name, metric in METRICS.items() if metric.tile), key=lambda name: METRICS[name].tile)

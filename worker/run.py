@@ -211,7 +211,8 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
     everywhere = bool(spec.run.new_tokens)
-    per_token = duration.operations_per_token(shape, spec.strategy, share, recomputed, everywhere=everywhere)
+    beside = OBJECTIVES[spec.task].beside
+    per_token = duration.operations_per_token(shape, spec.strategy, share, recomputed, everywhere=everywhere, beside=beside)
     work = duration.forward_operations(shape, 0.0) if features else per_token
     speed = measured.tokens_per_second * work
     course = duration.Workload(

@@ -148,7 +148,7 @@ def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: 
     report = dataset.report or {}
     counts = list(report.get("labels", {}).values()) if objectives.get(dataset.task).classifies else []
     return Facts(
-        task=dataset.task or objectives.DEFAULT,
+        task=datasets.usual_task(dataset) or objectives.DEFAULT,
         rows=dataset.good_rows or 0,
         tokens=stats.tokens,
         classes=(report.get("label_count") or len(counts)) if counts else None,

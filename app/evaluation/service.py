@@ -235,7 +235,7 @@ def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: D
     """Why a model cannot be scored on these rows; None where it can."""
     entry, own = objectives.get(dataset.task), (dataset.report or {}).get("labels") or {}
     if not entry.scored:
-        return BadField("Preference rows cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
+        return BadField(f"Rows for {entry.name} cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
     if entry.classifies and not labels:
         return BadField(
             f"{name} is not a classifier, so it cannot be scored on labels.",

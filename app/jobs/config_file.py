@@ -24,6 +24,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
+from app.objectives import OBJECTIVES
 from app.older_settings import renamed
 from app.spec import JobSpec, usual_learning_rate
 from app.strategies import STRATEGIES
@@ -184,8 +185,14 @@ def typed_from(job: Job) -> dict[str, str]:
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
         **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
-        **{f"preference.{name}": as_text(value) for name, value in (spec.get("preference") or {}).items()},
+        **{f"preference.{name}": as_text(value) for name, value in _objective_settings(spec).items()},
     }
+
+
+def _objective_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job's objective, without those that follow from the others."""
+    kind = OBJECTIVES[spec["task"]].settings
+    return kind.model_validate(spec["preference"]).chosen() if kind and spec.get("preference") else {}
 
 
 def typed_of(session: Session, user: User, public_id: str) -> dict[str, str]:

@@ -19,9 +19,11 @@ def usual_run(
 ) -> dict[str, Any]:
     """The settings of a preset for this dataset on this machine (app/planning/schedule.py), with settings in `asked` unchanged;
     empty while the dataset is being parsed."""
+    from app.datasets import service as datasets
     from app.machines import heartbeats
 
-    if dataset.status != "ready" or dataset.task not in OBJECTIVES:
+    task = datasets.usual_task(dataset)
+    if dataset.status != "ready" or task not in OBJECTIVES:
         return {}
     try:
         wanted = RunSettings.model_validate({name: value for name, value in asked.items() if name in SIZED})
@@ -29,10 +31,10 @@ def usual_run(
         return {}  # errors in them are reported where the settings are parsed
     share = wanted.validation_fraction if "validation_fraction" in asked else held_out_share(dataset.good_rows or 0)
     rows = (dataset.good_rows or 0) * (1.0 if validated_elsewhere else 1 - share) * wanted.data_fraction
-    each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[dataset.task].sequences_per_row
+    each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[task].sequences_per_row
     machine = heartbeats.training_machine().on(wanted.device)
     found = schedule(
-        dataset.task,
+        task,
         rows,
         each,
         gpu_memory_bytes=machine.gpu_memory_bytes,
@@ -64,5 +66,7 @@ def mean_tokens(dataset: Dataset) -> float:
 
 def rows_per_step(dataset: Dataset, run: RunSettings) -> int:
     """The batch size as other tools count it: rows of mean length behind each optimizer step."""
-    each = mean_tokens(dataset) * objectives.get(dataset.task).sequences_per_row
+    from app.datasets import service as datasets
+
+    each = mean_tokens(dataset) * objectives.get(datasets.usual_task(dataset)).sequences_per_row
     return max(1, round(run.step_tokens(each) / each))

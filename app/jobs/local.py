@@ -68,13 +68,16 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     if reason:
         raise BadField(reason, hint="Choose another method or model.", param="strategy")
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
-    rest = {name: order[name] for name in ("split", "preference") if order.get(name)}
+    rest = {"split": order["split"]} if order.get("split") else {}
     if task in OBJECTIVES:
         graded = spec_builder.trainable_graders([graders.read(one) for one in order.get("graders") or []], task)
         spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None)
         rest["graders"] = graded
-    if task in OBJECTIVES and OBJECTIVES[task].settings:
-        rest.setdefault("preference", {})
+        if OBJECTIVES[task].settings is None and order.get("preference"):
+            raise BadField(
+                f"The settings “preference” mean nothing for {task}.", hint="Remove them, or set another task.", param="preference"
+            )
+        rest["preference"] = job_request.read_objective_settings(task, order.get("preference") or {})
     try:
         return JobSpec.model_validate({**about, "validation": held_out, "strategy": strategy, **rest})
     except ValidationError as error:

@@ -12,7 +12,7 @@ from app import trackers
 from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
-from app.objectives import METHODS, Task
+from app.objectives import METHODS, OBJECTIVES, Task
 from app.older_settings import RENAMED
 from app.planning.schedule import PresetName
 from app.spec import Split
@@ -145,3 +145,26 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
         return _strategies.validate_python({**asked, "name": name})
     except ValidationError as error:
         raise bad_field(error, "strategy", tag=name) from None
+
+
+def read_objective_settings(task: str, asked: Mapping[str, Any]) -> BaseModel | None:
+    """The settings of an objective, the field `preference`; None where it has none. Raises BadField, also for a setting that would
+    have no effect."""
+    kind = OBJECTIVES[task].settings
+    if kind is None:
+        return None
+    try:
+        found = kind.model_validate(dict(asked))
+    except ValidationError as error:
+        raise bad_field(error, "preference") from None
+    for name in found.unused():
+        if getattr(found, name) != kind.model_fields[name].default:
+            loss = getattr(found, "loss", task)
+            takes = ", ".join(one for one in kind.model_fields if one not in found.unused())
+            raise BadField(
+                f"{name} means nothing with the loss {loss}.",
+                hint=f"Omit it, or choose a loss that takes it: {loss} takes {takes}.",
+                param=f"preference.{name}",
+                code="setting_without_use",
+            )
+    return found

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 
-from app import graders, objectives, saved_graders
+from app import formats, graders, objectives, saved_graders
 from app.errors import BadField, StudioError
 from app.graders import Grader
 from app.jobs.defaults import mean_tokens, usual_run
-from app.jobs.request import JobRequest, bad_field, read_strategy
+from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
 from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, Task
@@ -190,10 +190,10 @@ def _task(order: JobRequest, dataset: Dataset) -> Task:
                 f"The method {order.method.type} is for {' and '.join(named)}, not {order.task}.", hint="Omit task.", param="task"
             )
         return order.task or named[0]
-    own = objectives.get(dataset.task).method
+    own = objectives.get(datasets.usual_task(dataset)).method
     if order.method and order.task is None and dataset.status == "ready" and own != SUPERVISED:
         raise BadField(
-            f"The method supervised needs single answers, and the dataset {dataset.name} is for {dataset.task}.",
+            f"The method supervised needs single answers, and the dataset {dataset.name} is for {datasets.usual_task(dataset)}.",
             hint=f"Set the method to {own}, or choose a dataset with one answer to each prompt.",
             param="method.type",
         )
@@ -212,6 +212,8 @@ def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
 
 def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
     """Check that the dataset can be trained on for this task. One that is still being parsed is checked when it is ready."""
+    from app.datasets import service as datasets
+
     if dataset.status == "reading":
         return
     if dataset.status == "error":
@@ -229,10 +231,11 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
             param=param,
             code="invalid_training_file",
         )
-    if dataset.task and dataset.task != task and dataset.format not in OBJECTIVES[task].formats:
+    if dataset.format and OBJECTIVES[task] not in formats.objectives_of(dataset.format):
+        usual = datasets.usual_task(dataset)
         raise BadField(
-            f"The dataset {dataset.name} holds rows for {dataset.task} ({dataset.format}), which cannot be used for {task}.",
-            hint=f"Set task to {dataset.task}, or choose a dataset for {task}.",
+            f"The dataset {dataset.name} holds rows for {usual} ({dataset.format}), which cannot be used for {task}.",
+            hint=f"Set task to {usual}, or choose a dataset for {task}.",
             param="task" if param != "validation_file" else param,
         )
 
@@ -312,10 +315,7 @@ def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> Base
         if not 0 < beta <= 10:
             raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
         settings.setdefault("beta", beta)
-    try:
-        return wanted.model_validate(settings)
-    except ValidationError as error:
-        raise bad_field(error, "preference") from None
+    return read_objective_settings(task, settings)
 
 
 def has_gpu(device: str = "auto") -> bool:

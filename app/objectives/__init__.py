@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from app.kit.registry import classes_in
 from app.objectives._base import Objective
+from app.objectives._settings import ObjectiveSettings
 
-__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "Task", "get"]
+__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "ObjectiveSettings", "Task", "get"]
 
 OBJECTIVES: dict[str, Objective] = {cls.name: cls() for cls in sorted(classes_in(__name__, Objective), key=lambda cls: cls.place)}
 """Every objective by name, in the order lists show them."""

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
+from app.objectives._settings import ObjectiveSettings
+
 Kinds = tuple[Literal["generic", "instruction", "dialogue", "encoder"], ...]
 
 
@@ -27,7 +29,7 @@ class Objective:
     copies: ClassVar[bool] = False  # every answer of a row is trained, so a row must hold no bad one
     compares: ClassVar[bool] = False  # it compares answers: strategies use a smaller learning rate (`preference_share`)
     scored: ClassVar[bool] = True  # a row has one right answer or label, by which a model or a prompt can be scored
-    settings: ClassVar[type[BaseModel] | None] = None  # its own settings, the field `preference` of a spec
+    settings: ClassVar[type[ObjectiveSettings] | None] = None  # its own settings, the field `preference` of a spec
     # Which run settings it takes ---------------------------------------------------------------------------------------
     turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
     rehearses: ClassVar[bool] = False  # general rows may be played in against forgetting (`rehearsal_fraction`)
@@ -38,7 +40,7 @@ class Objective:
     uniform: ClassVar[bool] = False  # packs may share one shape, so that a GPU's layers are compiled once
     # What it costs -----------------------------------------------------------------------------------------------------
     sequences_per_row: ClassVar[int] = 1  # sequences per row
-    reads_base: ClassVar[bool] = False  # the model before fine-tuning reads every row once
+    beside: ClassVar[int] = 0  # sequences per row that every pass reads too, without gradients
     min_rows_per_step: ClassVar[int] = 2
     rows_per_step: ClassVar[int | None] = None  # target number of rows per step; None: tokens
     min_step_tokens: ClassVar[int] = 256
@@ -46,9 +48,12 @@ class Objective:
     # How it is judged --------------------------------------------------------------------------------------------------
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # columns of a comparison, the deciding one first; keys of METRICS
     loss_unit: ClassVar[str] = ""  # the unit that a loss is averaged over, where that is not the trained token
-    loss_per: ClassVar[str] = "trained token"
     base_title: ClassVar[str] = "Base"  # what a finished job is compared with
     evaluation_base_title: ClassVar[str] = "Base"  # the same for an evaluation
     unfair: ClassVar[tuple[str, ...]] = ()  # metrics that cannot be better than that base's
     graded: ClassVar[bool] = False  # the model writes answers, which graders score at each evaluation
     few_shot: ClassVar[bool] = False  # at the end the base answers validation rows with few-shot examples
+
+    def base_reads(self, settings: BaseModel | None) -> int:
+        """How often the model before fine-tuning reads every row before the first step, with these settings of its own."""
+        return 0

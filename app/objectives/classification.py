@@ -20,7 +20,6 @@ class Classification(Objective):
     min_step_tokens: ClassVar = 64
     metrics: ClassVar = ("accuracy", "macro_f1", "loss")
     loss_unit: ClassVar = "nats per row"
-    loss_per: ClassVar = "text"
     base_title: ClassVar = "Prior baseline"
     evaluation_base_title: ClassVar = "Majority baseline"
     unfair: ClassVar = ("calibration_error",)  # always answering with the label frequencies is never overconfident

@@ -89,7 +89,14 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
-    work = operations_per_token(shape, strategy, course.trained_share, recompute / shape.layers, everywhere=bool(run.new_tokens))
+    work = operations_per_token(
+        shape,
+        strategy,
+        course.trained_share,
+        recompute / shape.layers,
+        everywhere=bool(run.new_tokens),
+        beside=OBJECTIVES[spec.task].beside,
+    )
     per_second = speed_of(spec, machine) / work
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
@@ -192,16 +199,16 @@ def total_steps(train_tokens: float, rows: int, longest: int, run: RunSettings, 
 
 
 def operations_per_token(
-    shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0, *, everywhere: bool = False
+    shape: Shape, strategy: Strategy, trained_share: float, recompute: float = 0.0, *, everywhere: bool = False, beside: int = 0
 ) -> float:
     """Floating-point operations of one training step per token: 2 per weight in the forward pass, 2 in the backward pass as far
-    as gradients reach (`everywhere` where rows of the embedding learn), and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice. The head
-    counts only for tokens with a loss."""
+    as gradients reach (`everywhere` where rows of the embedding learn), and 2 more per trained weight; `recompute` is the share of layers whose forward pass runs twice, `beside` how many tokens are read
+    without gradients for each. The head counts only for tokens with a loss."""
     blocks = shape.block_products()
     head = shape.vocabulary * shape.hidden * trained_share
     learns = min(strategy.trainable(shape), blocks + head)
     passed = blocks if everywhere else blocks * strategy.reaches(shape) / shape.layers
-    return 2 * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
+    return 2 * (1 + beside) * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
 
 
 def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:
@@ -246,7 +253,8 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
     padded = 1.0 if not pads(shape, spec.run) else max(1.0, course.longest * course.rows / max(course.train, 1))
-    work = operations_per_token(shape, spec.strategy, course.trained_share, recompute, everywhere=bool(spec.run.new_tokens))
+    beside = OBJECTIVES[spec.task].beside
+    work = operations_per_token(shape, spec.strategy, course.trained_share, recompute, everywhere=bool(spec.run.new_tokens), beside=beside)
     return padded * course.tokens * work / speed
 
 
@@ -255,7 +263,8 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     shape, run = spec.model.shape, spec.run
     if type(spec.strategy).recipe == "features":
         return _fit_seconds(spec, course)
-    classes = OBJECTIVES[spec.task].classifies
+    entry = OBJECTIVES[spec.task]
+    classes = entry.classifies
     forward = forward_operations(shape, course.trained_share)
     often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.own / max(course.train, 1)
     saves = judged = max(1, math.ceil(often))
@@ -263,17 +272,17 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
         saves = math.ceil(course.steps / run.save_steps)
     # Validation rows are scored before the first step and at every evaluation; classes once more at the end, for their
     # evaluation.
-    scored = (judged + 1 + classes) * course.held_out * forward
+    scored = (judged + 1 + classes) * course.held_out
     # At the end every training row is scored, except for classes by the model before fine-tuning too, and so is the general probe;
     # an encoder has none.
     passes = (1 if classes else 2) if run.row_losses else 0
-    scored += passes * course.train * forward
+    scored += passes * course.train
+    scored += entry.base_reads(spec.preference) * (course.train + course.held_out)
+    scored *= (1 + entry.beside) * forward
     probed = run.forgetting and shape.architecture == "decoder"
     if probed:
         scored += 2 * PROBE_TOKENS * forward_operations(shape, 1.0)
     scored += _contest_tokens(spec, course) * forward
-    if OBJECTIVES[spec.task].reads_base:
-        scored += (course.train + course.held_out) * forward
     # Generation is bound by reading the weights, about ten times slower per token than training.
     graded = run.graded_rows * run.sample_tokens * (judged + 1) if spec.graders else 0
     written = (

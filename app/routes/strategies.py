@@ -33,9 +33,9 @@ def list_strategies(session: Db, user: CurrentUser, model: str | None = None, da
     chosen = models.resolve(session, user, model) if model else None
     data = datasets.get(session, user, ids.parse(ids.DATASET, dataset, param="dataset")) if dataset else None
     if data is not None:
-        task = task or data.task
+        task = task or datasets.usual_task(data)
     ranking = {}
-    if chosen is not None and data is not None and data.status == "ready" and task == data.task:
+    if chosen is not None and data is not None and data.status == "ready" and task == datasets.usual_task(data):
         ranking = {a.strategy: a for a in advice.advise(session, user, chosen.model.name, data).ranking}
     return {
         "object": "list",

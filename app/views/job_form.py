@@ -24,7 +24,7 @@ from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
 from app.models import service as models
-from app.objectives import OBJECTIVES
+from app.objectives import OBJECTIVES, ObjectiveSettings
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
@@ -219,9 +219,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["dataset"] = _why_not(rows, typed["dataset"])
     if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
         errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
-    task = (dataset.task if dataset else None) or objectives.DEFAULT
+    task = (datasets.usual_task(dataset) if dataset else None) or objectives.DEFAULT
     own = OBJECTIVES[task].settings
-    checking = [d for d in usable if dataset is not None and d.id != dataset.id and d.task == dataset.task]
+    checking = [d for d in usable if dataset is not None and d.id != dataset.id and datasets.usual_task(d) == task]
     validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
     # A valid choice of another kind was made before the dataset was changed: it is dropped.
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
@@ -240,7 +240,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
-    compared = fill(own, typed, "preference") if own else None
+    compared = fill(own, typed, "preference", keep=own.derived) if own else None
+    learned = own.model_construct(None, **(compared.settings or compared.typed)) if own and compared else None
     errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
     first, more = _split(cards)
     form = OrderForm(
@@ -269,7 +270,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
                 **{name: as_text(value) for name, value in usual.items()},
             },
         ),
-        preference_controls=controls(own, "preference", typed=compared.typed, errors=compared.errors) if own and compared else [],
+        preference_controls=_objective_controls(learned, compared) if learned and compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
@@ -282,15 +283,22 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         for found in (form.strategy_controls, form.run_controls, form.preference_controls):
             found[:] = [replace(c, error=form.errors.get(c.key)) for c in found]
         form.run_controls[:] = with_rows(form.run_controls, form.rows_per_step)
-    _hide_unused(form, strategy.model_construct(None, **filled.settings))
+    _hide_unused(form, strategy.model_construct(None, **filled.settings), learned)
     return form
 
 
-def _hide_unused(form: OrderForm, strategy: Strategy) -> None:
+def _objective_controls(settings: ObjectiveSettings, compared: Filled) -> list[FormField]:
+    """The controls of an objective's settings. Those whose default depends on another setting are empty until a person changes them."""
+    usual = dict.fromkeys(settings.derived, "") | {name: as_text(value) for name, value in settings.usual().items()}
+    return controls(type(settings), "preference", typed=compared.typed, errors=compared.errors, placeholders=usual)
+
+
+def _hide_unused(form: OrderForm, strategy: Strategy, learned: ObjectiveSettings | None) -> None:
     """Without the settings that have no effect here, but for those that a person changed: they are seen, and refused at their field."""
-    own, run = strategy.unused(), feasibility.without_effect(strategy)
+    own, run, objective = strategy.unused(), feasibility.without_effect(strategy), learned.unused() if learned else ()
     form.strategy_controls[:] = [c for c in form.strategy_controls if c.name not in own or c.changed]
     form.run_controls[:] = [c for c in form.run_controls if c.name not in run or c.changed]
+    form.preference_controls[:] = [c for c in form.preference_controls if c.name not in objective or c.changed]
 
 
 def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Filled, compared: Filled | None) -> None:
@@ -349,8 +357,11 @@ def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:
 
 def _moved(usable: list[Dataset], typed: Mapping[str, str]) -> bool:
     """Whether a dataset for another task was chosen after the form was shown for `task`."""
+    from app.datasets import service as datasets
+
     dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == typed.get("dataset")), None)
-    return bool(typed.get("task") and dataset and dataset.task and dataset.task != typed["task"])
+    task = datasets.usual_task(dataset) if dataset else None
+    return bool(typed.get("task") and task and task != typed["task"])
 
 
 def _why_not(rows: list[Dataset], wanted: str) -> str:

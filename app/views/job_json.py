@@ -114,7 +114,7 @@ def _method(session: Session, job: Job, order: JobRequest) -> Json:
     """The requested method; by default the one of the dataset's task."""
     kind = order.method.type if order.method else OBJECTIVES[job.spec["task"]].method
     settings = _hyperparameters(session, job, order.asked())
-    if kind == "dpo":
+    if OBJECTIVES[job.spec["task"]].settings:
         beta = order.asked().beta
         settings["beta"] = job.spec["preference"]["beta"] if beta == "auto" and job.attempt and job.spec.get("preference") else beta
     return {"type": kind, kind: {"hyperparameters": settings}}

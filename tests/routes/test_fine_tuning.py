@@ -186,6 +186,13 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(openai_client, t
         model="tiny", training_file=pairs_id, extra_body={"preference": {"loss": "ipo", "beta": 0.5}}
     )
     assert (ours.preference["loss"], ours.preference["beta"]) == ("ipo", 0.5)
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}}
+    simpo = openai_client.fine_tuning.jobs.create(
+        model="tiny", training_file=pairs_id, method=method, extra_body={"preference": {"loss": "simpo", "gamma": 0.4}}
+    )
+    assert (simpo.preference["loss"], simpo.preference["beta"], simpo.preference["gamma"]) == ("simpo", 2.0, 0.4)
+    same = openai_client.fine_tuning.jobs.create(model="tiny", training_file=pairs_id, method=method)
+    assert same.run == simpo.run and simpo.estimate["seconds"] < same.estimate["seconds"], "the base is not read"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +203,13 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(openai_client, t
         ({"extra_body": {"strategy": {"name": "feature_extraction"}}}, "strategy", "does not support the task preference"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}}, "hyperparameters.beta", "beta cannot be -1"),
         ({"extra_body": {"preference": {"beta": 0}}}, "preference.beta", "beta cannot be 0"),
-        ({"extra_body": {"preference": {"gamma": 1}}}, "preference.gamma", "no setting"),
+        ({"extra_body": {"preference": {"delta": 1}}}, "preference.delta", "no setting"),
+        ({"extra_body": {"preference": {"gamma": 1}}}, "preference.gamma", "gamma means nothing with the loss dpo"),
+        ({"extra_body": {"preference": {"loss": "ipo", "label_smoothing": 0.2}}}, "preference.label_smoothing", "with the loss ipo"),
+        ({"extra_body": {"preference": {"loss": "orpo", "length_normalised": True}}}, "preference.length_normalised", "orpo takes beta"),
+        ({"extra_body": {"preference": {"loss": "simpo", "nll_weight": 1}}}, "preference.nll_weight", "simpo takes beta, loss, gamma"),
+        ({"extra_body": {"preference": {"loss": "robust_dpo", "label_smoothing": 0}}}, "preference.label_smoothing", "fraction above 0"),
+        ({"extra_body": {"preference": {"loss": "ppo"}}}, "preference.loss", "preference.loss cannot be 'ppo'"),
         ({"method": {"type": "reinforcement"}}, "method.type", "not offered"),
     ],
 )

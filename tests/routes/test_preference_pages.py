@@ -38,7 +38,7 @@ def chats(make):
 def test_the_form_has_the_settings_for_pairs_alone(client, tiny_registered, pairs, chats):
     page = client.get(f"/jobs/new?model=tiny&dataset={pairs}")
     beta = re.search(r'<input id="preference-beta"[^>]*>', page.text).group(0)
-    assert 'value="0.1"' in beta and 'type="number"' in beta and "Rafailov" in page.text
+    assert 'placeholder="0.1"' in beta and 'value=""' in beta and 'type="number"' in beta and "Rafailov" in page.text
     assert "does not support the task preference" in html.unescape(page.text), "strategies that cannot are named with the reason"
     assert "preference-beta" not in client.get(f"/jobs/new?model=tiny&dataset={chats}").text
 
@@ -52,6 +52,34 @@ def test_an_order_keeps_its_settings_and_can_be_cloned(client, session, user, ti
     assert job.spec["task"] == "preference" and job.spec["preference"]["beta"] == 0.4 and job.spec["preference"]["loss"] == "ipo"
     cloned = client.get(f"/jobs/new?clone={ids.public(ids.JOB, job.id)}").text
     assert 'value="0.4"' in re.search(r'<input id="preference-beta"[^>]*>', cloned).group(0)
+
+
+def shown(page: str) -> dict[str, str]:
+    """The settings of pairs that a form shows, with what stands in them while they are empty."""
+    inputs = re.findall(r'<(?:input|select)[^>]* name="preference\.(\w+)"[^>]*>', page)
+    return {name: (re.search(rf'name="preference\.{name}"[^>]*placeholder="([^"]*)"', page) or [""] * 2)[1] for name in inputs}
+
+
+def test_the_form_shows_the_settings_of_the_loss_alone(client, session, user, tiny_registered, pairs):
+    def page(**typed: str) -> str:
+        return client.get("/jobs/new", params={"model": "tiny", "dataset": pairs, **{f"preference.{k}": v for k, v in typed.items()}}).text
+
+    dpo, simpo, cpo = shown(page()), shown(page(loss="simpo")), shown(page(loss="cpo", beta=""))
+    assert dpo == {"beta": "0.1", "loss": "", "label_smoothing": "0", "length_normalised": ""}
+    assert simpo == {"beta": "2", "loss": "", "gamma": "1"} and cpo == {"beta": "0.1", "loss": "", "nll_weight": "1"}
+    assert shown(page(loss="robust_dpo"))["label_smoothing"] == "0.1" and "Fits in memory." in page(loss="robust_dpo")
+    # A setting of another loss that a person typed stays, and is refused at its field.
+    other = html.unescape(page(loss="cpo", gamma="0.5"))
+    assert "gamma" in shown(other) and re.search(r'id="preference-gamma-error">gamma means nothing with the loss cpo', other)
+    assert "gamma: 0.5" in page(loss="simpo", gamma="0.5") and "loss: simpo" in page(loss="simpo")
+    typed = {"model": "tiny", "dataset": pairs, "strategy": "lora", "preference.loss": "simpo", "preference.beta": "0.1"}
+    assert client.post("/jobs", data=typed, follow_redirects=False).status_code == 303
+    (job,) = jobs.list_(session, user)
+    assert (job.spec["preference"]["beta"], job.spec["preference"]["gamma"]) == (0.1, 1.0), "0.1 is another loss's default and was typed"
+    cloned = client.get(f"/jobs/new?clone={ids.public(ids.JOB, job.id)}").text
+    assert re.search(r'<input id="preference-beta"[^>]*value="0.1"', cloned) and re.search(
+        r'<input id="preference-gamma"[^>]*value=""', cloned
+    )
 
 
 def test_a_wrong_beta_is_said_beside_its_field(client, session, user, tiny_registered, pairs):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from app.errors import BadData
 from app.formats.preference import conversation_with
@@ -33,13 +34,17 @@ class PreferencePairs:
         part = slice(self.sequences.starts[sequence], self.sequences.starts[sequence + 1])
         return int(self.sequences.trained[part].sum())
 
+    def chosen_tokens(self) -> torch.Tensor:
+        """Number of tokens of each pair's chosen answer, (pairs,) float32."""
+        return torch.tensor([self.answer_tokens(2 * pair) for pair in range(len(self))], dtype=torch.float32)
+
     def without_lead(self) -> PreferencePairs:
         """The same without the virtual tokens, for a model without a trained soft prompt."""
         if not self.lead:
             return self
         s = self.sequences
         spans = [slice(start + self.lead, end) for start, end in zip(s.starts[:-1], s.starts[1:], strict=True)]
-        return _join([(s.ids[x], s.trained[x]) for x in spans], self.pairs.lines, self.pairs.cut, self.pairs.skipped, 0)
+        return join([(s.ids[x], s.trained[x]) for x in spans], self.pairs.lines, self.pairs.cut, self.pairs.skipped, 0)
 
 
 def sequences_of(pack: Sequence[int]) -> list[int]:
@@ -63,9 +68,9 @@ def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: i
         if not any(better.trained) or not any(worse.trained) or better.ids == worse.ids:
             skipped.append(line)
             continue
-        pieces += [_with_lead(rendered, lead) for rendered in (better, worse)]
+        pieces += [with_lead(rendered, lead) for rendered in (better, worse)]
         lines.append(line)
-    return _join(pieces, lines, cut, skipped, len(lead))
+    return join(pieces, lines, cut, skipped, len(lead))
 
 
 def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[RenderedRow, RenderedRow]:
@@ -79,11 +84,13 @@ def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: 
     return better, worse
 
 
-def _with_lead(rendered: RenderedRow, lead: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def with_lead(rendered: RenderedRow, lead: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids, whether each has a loss) of a sequence behind its virtual tokens."""
     return np.asarray([*lead, *rendered.ids], np.int32), np.asarray([False] * len(lead) + rendered.trained, bool)
 
 
-def _join(pieces: list[tuple[np.ndarray, np.ndarray]], lines: list[int], cut: int, skipped: list[int], lead: int) -> PreferencePairs:
+def join(pieces: list[tuple[np.ndarray, np.ndarray]], lines: list[int], cut: int, skipped: list[int], lead: int) -> PreferencePairs:
+    """Pairs from their sequences, the two of a pair next to each other."""
     ids = np.concatenate([p[0] for p in pieces]) if pieces else np.zeros(0, np.int32)
     trained = np.concatenate([p[1] for p in pieces]) if pieces else np.zeros(0, bool)
     starts = np.concatenate([[0], np.cumsum([len(p[0]) for p in pieces], dtype=np.int64)]).astype(np.int64)

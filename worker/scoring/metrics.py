@@ -170,6 +170,14 @@ def share_interval(share: float, rows: int, z: float = 1.96) -> tuple[float, flo
     return (middle - spread) / (1 + z * z / rows), (middle + spread) / (1 + z * z / rows)
 
 
+def difference_interval(one: float, other: float, rows: int) -> tuple[float, float]:
+    """95 % interval of `other` − `one`, two proportions of `rows` each (Newcombe 1998, method 10): wider than needed where they are
+    of the same rows, whose agreement it does not know."""
+    (low_one, high_one), (low, high) = share_interval(one, rows), share_interval(other, rows)
+    change = other - one
+    return change - math.hypot(other - low, high_one - one), change + math.hypot(high - other, one - low_one)
+
+
 def resampled(values: np.ndarray) -> tuple[float, float]:
     draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
     low, high = np.percentile(draws, (2.5, 97.5))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from app import events
+from app.objectives import OBJECTIVES
 from app.planning.duration import operations_per_token
 from app.spec import JobSpec
 from worker.runtime import devices
@@ -147,7 +148,8 @@ def floor_of(spec: JobSpec, seen: ProfileWindow) -> tuple[float, float]:
     """
     shape, strategy = spec.model.shape, spec.strategy
     attention = 7 * seen.length * shape.heads * shape.head_dim * shape.layers
-    work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1)) + attention) * seen.tokens
+    beside = OBJECTIVES[spec.task].beside
+    work = (operations_per_token(shape, strategy, seen.trained / max(seen.tokens, 1), beside=beside) + attention) * seen.tokens
     learnt = strategy.trainable_parameters(shape)
     bits = type(strategy).base_bits
     width = bits / 8 if bits else 2 if strategy.adapter else 4

@@ -86,5 +86,6 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
 
 def seconds_expected(spec: JobSpec, course: StepPlan) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
-    work = operations_per_token(spec.model.shape, spec.strategy, 1.0, everywhere=bool(spec.run.new_tokens))
+    beside = OBJECTIVES[spec.task].beside
+    work = operations_per_token(spec.model.shape, spec.strategy, 1.0, everywhere=bool(spec.run.new_tokens), beside=beside)
     return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine().on(spec.run.device))

@@ -20,6 +20,7 @@ def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
     """One optimizer step over the packs of `batch`. Returns its loss (nats per trained token), the gradient's norm, and the sums of
     what else the objective measures, still on the device."""
     run, state, backend, strategy = job.spec.run, job.state, job.backend, job.spec.strategy
+    job.lesson.before_step(backend.model, batch.batches, batch.learnt, job.engine, backend.world)
     loss, measured, tokens, losses = backend.backward(batch)
     state.step, state.tokens, state.trained_tokens = state.step + 1, state.tokens + tokens, state.trained_tokens + losses
     extra = strategy.regulariser(body_of(backend.model))

@@ -107,7 +107,8 @@ class Job:
         run = RunSettings(max_grad_norm=longest, schedule="constant", warmup_fraction=0.0, learning_rate=1e-2, micro_batches=micro_batches)
         fake = SimpleNamespace(regulariser=lambda model: None, after_step=self.note)
         self.spec, self.course = SimpleNamespace(run=run, strategy=fake, learning_rate=1e-2), SimpleNamespace(total_steps=9)
-        self.lesson, self.state = SimpleNamespace(loss=self.loss, measures=0, after_change=lambda: None), State()
+        nothing = {"before_step": lambda *_: None, "after_change": lambda: None}
+        self.lesson, self.state = SimpleNamespace(loss=self.loss, measures=0, **nothing), State()
         self.window = StepBatch(30 * tokens, [[make_batch(data_of(tokens), part, CPU) for part in PACKS[parts]]] * micro_batches)
         self.backend = backends.choose(self.engine, STRATEGIES[strategy](), run)
         self.backend.paths = self.backend.paths._replace(**without)

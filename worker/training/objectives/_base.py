@@ -16,6 +16,7 @@ from worker.modeling.classifier import Classifier
 from worker.modeling.new_tokens import LearnedRows
 from worker.modeling.packed_attention import PackShape, frame_for
 from worker.runtime.device import Compute
+from worker.runtime.distributed import ProcessGroup
 from worker.training import optim
 from worker.training.checkpoint import State
 
@@ -109,6 +110,12 @@ class TrainingObjective(ABC):
     @abstractmethod
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         """What `loss` needs of a pack of training rows, sent to the device; made while the step before still runs."""
+
+    def before_step(  # noqa: B027  # most objectives need nothing
+        self, model: torch.nn.Module, batches: Sequence[Sequence[Any]], rows: int, engine: Compute, world: ProcessGroup
+    ) -> None:
+        """What a step needs to know of all its packs before the loss of any: called in every process with its own packs, each as the
+        parts that `batch` made of it, and with the number of losses in all processes."""
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
