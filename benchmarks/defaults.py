@@ -21,8 +21,6 @@ from benchmarks.servers import PROJECT, STARTER, Studio, studio
 
 SETS = PROJECT / "benchmarks" / "sets"
 MAPPINGS = {"bibliothek.csv": {"format": "classification", "mapping": {"text": "Frage", "label": "Kategorie"}}}
-CONVERTED = {"rated": "preference"}
-"""Formats that no method trains on as they are, and what their page offers to make of them."""
 METHODS = {ENCODER: "feature_extraction", STARTER: "lora"}
 """What the form has chosen when it is opened with such data."""
 
@@ -62,9 +60,7 @@ def tune(here: Studio, model: str, path: Path, rows: int | None, method: str, ru
 
     with OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
         named = {"training_file": sent(client, path, rows, MAPPINGS.get(path.name))}
-        report = read(client, named["training_file"])
-        if report["format"] in CONVERTED:
-            named = {"dataset_id": converted(client, report["dataset"], CONVERTED[report["format"]])}
+        read(client, named["training_file"])
         began = time.monotonic()
         order = {"model": model, "strategy": {"name": method}, "run": run, **named}
         job = client.post("/fine_tuning/jobs", body=order, cast_to=FineTuningJob)
@@ -81,16 +77,6 @@ def tune(here: Studio, model: str, path: Path, rows: int | None, method: str, ru
             "verdict": more.get("verdict"),
             "error": job.error and job.error.message,
         }
-
-
-def converted(client: Any, dataset: str, shape: str) -> str:
-    """The id of the dataset in another format, as its page offers it, once it is read."""
-    order = {"operation": "convert", "datasets": [{"dataset": dataset}], "format": shape}
-    made: Any = client.post("/datasets", body=order, cast_to=object)
-    while made["status"] == "reading":
-        time.sleep(0.5)
-        made = client.get(f"/datasets/{made['id']}", cast_to=object)
-    return str(made["id"])
 
 
 def as_text(found: list[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from app.errors import BadData
+from app.objectives import OBJECTIVES
 from app.strategies import STRATEGIES
 
 NO_COUNTERPART = "has no counterpart here"
@@ -207,6 +208,22 @@ def low_rank(found: Translation, *, four_bit: bool, dora: bool = False, rslora: 
     if four_bit and (dora or rslora or pissa):
         found.notes.append(Note("quantization", "4bit", "DoRA, rsLoRA and PiSSA train on weights in full precision: QLoRA is taken"))
     found.put("strategy.name", kind)
+
+
+def preferences(found: Translation, loss: str | None = None, **usual: float) -> None:
+    """The settings of an objective that compares answers: its `loss`, and the other program's defaults where it names none. A setting
+    that has no effect here is taken out, and said."""
+    kind = OBJECTIVES[found.order["task"]].settings
+    given = found.order.pop("preference", {})
+    if kind is None:
+        return
+    settings = {**usual, **given} | ({"loss": loss} if loss else {})
+    unused = kind.model_construct(None, **settings).unused()
+    for name in [name for name in settings if name not in kind.model_fields or name in unused]:
+        value = settings.pop(name)
+        if given.get(name):
+            found.notes.append(Note(f"preference.{name}", value, f"means nothing with the loss {loss or found.order['task']}"))
+    found.order["preference"] = settings
 
 
 def forget_rank(found: Translation) -> None:

@@ -20,6 +20,7 @@ from app.config_formats._base import (
     low_rank,
     nothing,
     one_of,
+    preferences,
     read_elsewhere,
     targets,
     to,
@@ -27,7 +28,9 @@ from app.config_formats._base import (
 )
 from app.errors import BadData
 
-METHODS = {None: "generation", "dpo": "preference", "ipo": "preference"}
+METHODS = {
+    None: "generation", "dpo": "preference", "ipo": "preference", "orpo": "preference", "simpo": "preference", "kto": "kto",
+}  # fmt: skip
 
 
 def recognizes(body: Mapping[str, Any]) -> bool:
@@ -63,12 +66,12 @@ def _template(found: Translation, key: str, value: Any) -> None:
 def finish(found: Translation) -> None:
     body = found.body
     if body.get("rl") not in METHODS:
-        raise BadData(f"rl: {body['rl']} of Axolotl is not trained here.", hint="Known are dpo, ipo, and none.")
+        raise BadData(f"rl: {body['rl']} of Axolotl is not trained here.", hint="Known are dpo, ipo, orpo, simpo, kto, and none.")
     found.put("task", METHODS[body.get("rl")])
-    if found.get("task") == "preference":
-        found.put("preference.loss", "ipo" if body["rl"] == "ipo" else "dpo")
+    if body.get("rl") == "kto":
+        preferences(found, desirable_weight=1.0, undesirable_weight=1.0)
     else:
-        found.order.pop("preference", None)
+        preferences(found, body.get("rl"), **({"beta": 0.1, "gamma": 0.5} if body.get("rl") == "simpo" else {}))
     adapter = body.get("adapter")
     if adapter in ("lora", "qlora"):
         if adapter == "lora" and body.get("load_in_8bit"):
@@ -112,7 +115,10 @@ FORMAT = ConfigFormat(
         "train_on_inputs": lambda f, k, v: f.put("run.train_on", "all_turns") if v else None, "group_by_length": nothing,
         "early_stopping_patience": to("run.early_stopping_patience", int), "seed": to("run.seed", int), "data_seed": nothing, "chat_template": _template,
         "chat_template_jinja": to("run.chat_template_jinja", str), "rl": read_elsewhere, "rl_beta": to("preference.beta", float),
-        "dpo_beta": to("preference.beta", float), "evals_per_epoch": to("run.evaluations_per_epoch", float), "eval_steps": to("run.eval_steps", int),
+        "dpo_beta": to("preference.beta", float), "dpo_label_smoothing": to("preference.label_smoothing", float),
+        "orpo_alpha": to("preference.beta", float), "simpo_gamma": to("preference.gamma", float),
+        "kto_desirable_weight": to("preference.desirable_weight", float), "kto_undesirable_weight": to("preference.undesirable_weight", float),
+        "evals_per_epoch": to("run.evaluations_per_epoch", float), "eval_steps": to("run.eval_steps", int),
         "saves_per_epoch": nothing, "save_steps": to("run.save_steps", int), "save_total_limit": to("run.save_total_limit", int),
         "logging_steps": nothing, "bf16": nothing, "fp16": nothing, "tf32": nothing, "gradient_checkpointing": nothing, "gradient_checkpointing_kwargs": nothing,
         "flash_attention": nothing, "sdp_attention": nothing, "xformers_attention": nothing, "deepspeed": left("several GPUs are used by the studio itself"),

@@ -20,6 +20,7 @@ from app.config_formats._base import (
     low_rank,
     nothing,
     one_of,
+    preferences,
     read_elsewhere,
     targets,
     to,
@@ -27,7 +28,8 @@ from app.config_formats._base import (
 )
 from app.errors import BadData
 
-STAGES = {"sft": "generation", "pt": "generation", "dpo": "preference"}
+STAGES = {"sft": "generation", "pt": "generation", "dpo": "preference", "kto": "kto"}
+LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 
 
 def recognizes(body: Mapping[str, Any]) -> bool:
@@ -76,11 +78,11 @@ def finish(found: Translation) -> None:
             found.note("finetuning_type", "is not known here: LoRA is taken")
     if stage == "dpo":
         loss = body.get("pref_loss", "sigmoid")
-        found.put("preference.loss", {"sigmoid": "dpo", "ipo": "ipo"}.get(loss, "dpo"))
-        if loss not in ("sigmoid", "ipo"):
+        preferences(found, LOSSES.get(loss, "dpo"), **({"beta": 0.1, "gamma": 0.5} if loss == "simpo" else {}))
+        if loss not in LOSSES:
             found.note("pref_loss", "is not known here: DPO's loss is taken")
     else:
-        found.order.pop("preference", None)
+        preferences(found, **({"desirable_weight": 1.0, "undesirable_weight": 1.0} if stage == "kto" else {}))
     if body.get("packing") is False or "packing" not in body:
         found.notes.append(Note("packing", body.get("packing"), "rows are packed without seeing each other: the same loss, faster"))
 
@@ -108,7 +110,9 @@ FORMAT = ConfigFormat(
         "quantization_method": nothing, "double_quantization": nothing, "freeze_trainable_layers": read_elsewhere,
         "train_on_prompt": lambda f, k, v: f.put("run.train_on", "all_turns") if v else None,
         "mask_history": lambda f, k, v: f.put("run.train_on", "last_turn") if v else None, "packing": read_elsewhere, "neat_packing": nothing,
-        "pref_beta": to("preference.beta", float), "pref_loss": read_elsewhere, "save_steps": to("run.save_steps", int),
+        "pref_beta": to("preference.beta", float), "pref_loss": read_elsewhere, "simpo_gamma": to("preference.gamma", float),
+        "dpo_label_smoothing": to("preference.label_smoothing", float), "kto_chosen_weight": to("preference.desirable_weight", float),
+        "kto_rejected_weight": to("preference.undesirable_weight", float), "save_steps": to("run.save_steps", int),
         "save_total_limit": to("run.save_total_limit", int), "eval_steps": to("run.eval_steps", int), "output_dir": nothing,
         "logging_steps": nothing, "plot_loss": nothing, "overwrite_output_dir": nothing, "overwrite_cache": nothing, "save_only_model": nothing,
         "preprocessing_num_workers": nothing, "dataloader_num_workers": nothing, "ddp_timeout": nothing, "report_to": left("metrics are kept in the studio"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.config_formats._base import ConfigFormat, Note, Translation, left, nothing, read_elsewhere, to
 from app.errors import BadData
+from app.objectives import METHODS
 
 
 def recognizes(body: Mapping[str, Any]) -> bool:
@@ -21,11 +22,11 @@ def recognizes(body: Mapping[str, Any]) -> bool:
 def finish(found: Translation) -> None:
     method = found.body.get("method") or {}
     kind = method.get("type", "supervised")
-    if kind not in ("supervised", "dpo"):
-        raise BadData(f"The method {kind!r} of OpenAI is not trained here.", hint="Known are supervised and dpo.")
+    if kind not in METHODS:
+        raise BadData(f"The method {kind!r} of OpenAI is not trained here.", hint=f"Known are {', '.join(METHODS)}.")
     given = (method.get(kind) or {}).get("hyperparameters") or found.body.get("hyperparameters") or {}
     known = {name: value for name, value in given.items() if value not in (None, "auto")}
-    if known or kind == "dpo":
+    if known or kind != "supervised":
         found.put("method", {"type": kind, kind: {"hyperparameters": known}})
     found.notes.append(Note("model", found.body["model"], "write the name of a model of this studio: weights of OpenAI's cannot be had"))
     for name in ("training_file", "validation_file"):

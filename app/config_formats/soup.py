@@ -14,6 +14,7 @@ from app.config_formats._base import (
     low_rank,
     nothing,
     one_of,
+    preferences,
     read_elsewhere,
     targets,
     to,
@@ -39,10 +40,7 @@ def finish(found: Translation) -> None:
     if task not in TASKS:
         raise BadData(f"The task {task!r} of Soup is not trained here.", hint=f"Known are {', '.join(TASKS)}.")
     found.put("task", TASKS[task])
-    if TASKS[task] == "preference":
-        found.put("preference.loss", "ipo" if task == "ipo" else "dpo")
-    else:
-        found.order.pop("preference", None)
+    preferences(found, task if task in ("dpo", "ipo") else None)
     bits = str(body.get("training.quantization") or "none")
     if bits not in ("none", "4bit"):
         found.note("training.quantization", "bases are kept in 4 bits (QLoRA) or in 16")

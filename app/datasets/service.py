@@ -258,15 +258,14 @@ def with_rows(session: Session, user: User, *named: str | None) -> list[Dataset]
 
 
 def trainable(dataset: Dataset) -> bool:
-    """Whether a method trains on these rows as they are. True while that is unknown, since a job may wait for a dataset that is
+    """Whether there are rows to train on. True while that is unknown, since a job may wait for a dataset that is
     being parsed."""
-    return dataset.good_rows != 0 and (dataset.format is None or bool(formats.objectives_of(dataset.format)))
+    return dataset.good_rows != 0
 
 
 def usual_task(dataset: Dataset) -> str | None:
     """The default objective of a job on these rows."""
-    found = formats.objectives_of(dataset.format) if dataset.format else []
-    return found[0].name if found else dataset.task
+    return formats.get(dataset.format).task if dataset.format else dataset.task
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
@@ -274,15 +273,9 @@ def usual_task(dataset: Dataset) -> str | None:
 
 def reference(dataset: Dataset) -> DatasetRef:
     """The reference by which a trainer reads the rows. Its `format` is the shape of the rows. Raises Conflict before the dataset
-    is ready, BadField for rows that no objective trains on."""
+    is ready."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}, not ready.", hint="Wait until it is read, or look at its report.")
-    if not formats.objectives_of(dataset.format):
-        raise BadField(
-            f"The dataset {dataset.name} holds single answers with a rating. No method here trains on those as they are.",
-            hint="Convert it on its page: into preferences, where a prompt has a good and a bad answer, or into a chat of the good answers.",
-            param="dataset",
-        )
     return DatasetRef(
         id=dataset.id,
         name=dataset.name,

@@ -188,7 +188,7 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
 
 def show(facts: Facts, shape: Shape) -> list[ShownFact]:
     """The facts in words, in the order of their importance."""
-    found = [ShownFact(name="Rows", value=human_number(facts.rows), note=facts.task)]
+    found = [ShownFact(name="Rows", value=human_number(facts.rows), note=objectives.get(facts.task).title.lower())]
     if facts.tokens is not None:
         each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
         found.append(ShownFact(name="Tokens", value=human_number(facts.tokens), note=each))

@@ -77,9 +77,8 @@ def conversations(name: str | None) -> bool:
 
 def objectives_of(name: str) -> list[Objective]:
     """The objectives that train on rows of a format, the format's own first."""
-    entry = get(name)
-    own = [OBJECTIVES[entry.task]] if entry.trained else []
-    return own + [found for found in OBJECTIVES.values() if name in found.formats and found not in own]
+    own = OBJECTIVES[get(name).task]
+    return [own, *(found for found in OBJECTIVES.values() if name in found.formats and found is not own)]
 
 
 def suggest(rows: Sequence[Row]) -> tuple[str | None, dict[str, dict[str, str]]]:

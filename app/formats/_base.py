@@ -72,7 +72,6 @@ class Format(RowShape, ABC):
     example: ClassVar[Row]  # one valid raw row, shown in the help and checked by the tests
     fields: ClassVar[tuple[Field, ...]]
     place: ClassVar[int] = 100  # order in lists, and which format wins a tie
-    trained: ClassVar[bool] = True  # whether the objective of its task trains on it; False: only objectives that list it in `formats`
     model_kinds: ClassVar[Kinds | None] = None  # suitable kinds of models, where they differ from those of its objective
 
     conversions: ClassVar[Mapping[str, Conversion]] = {}  # shape → conversion of its rows to that shape

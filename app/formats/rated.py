@@ -12,6 +12,7 @@ from app.formats._conversions import Conversion, answer_of, as_it_is
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
 from app.formats._rows import given_and_all, last_of, said, texts_of, trained, with_rest, without_system
+from app.formats.preference import conversation_with
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
@@ -21,8 +22,7 @@ DROP = fix("Remove row", "drop_row")
 class Rated(Format):
     name: ClassVar = "rated"
     title: ClassVar = "Rated answers"
-    task: ClassVar = "preference"
-    trained: ClassVar = False
+    task: ClassVar = "kto"
     shape: ClassVar = "rated"
     summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
@@ -109,6 +109,9 @@ class Rated(Format):
 
     def render(self, row: Row) -> Row:
         return with_rest(row, {"messages": [*row["messages"], *row["answer"]]})
+
+    def sequences(self, row: Row, kind: str) -> list[Row]:
+        return [conversation_with(row, "answer", kind)]
 
     def texts(self, row: Row) -> Iterator[tuple[str, str]]:
         for key in ("messages", "answer"):

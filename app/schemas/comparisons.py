@@ -78,6 +78,7 @@ class ComparisonRow(Schema):
     accuracy: float | None
     macro_f1: float | None
     reward_accuracy: float | None
+    rating_accuracy: float | None
     rows: int | None
     forgetting: float | None
     interval: tuple[float, float] | None

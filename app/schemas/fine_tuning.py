@@ -71,11 +71,12 @@ class MethodSettings(Schema):
 
 
 class JobMethod(Schema):
-    """The training objective: supervised answers, or preference pairs."""
+    """The training objective: supervised answers, preference pairs, or rated answers."""
 
-    type: Literal["supervised", "dpo"]
+    type: Literal["supervised", "dpo", "kto"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
+    kto: MethodSettings | None = None
 
 
 class JobProgress(Schema):

@@ -24,6 +24,7 @@ GLOSSARY: dict[str, str] = {
     "Gradient": "The direction in which each trainable parameter would have to change to raise the loss; a step goes the other way.",
     "Gradient checkpointing": "Activations are recomputed in the backward pass instead of kept: less memory, slower.",
     "Hallucination": "A fluent answer that is not true.",
+    "KTO": "Kahneman–Tversky optimization: training on single answers that are rated good or bad.",
     "Learning rate": "The size of a step. Too high and the loss jumps or diverges; too low and nothing is learned.",
     "LoRA": "Low-rank adaptation: a frozen weight matrix plus the product of two small trainable matrices next to it.",
     "Loss": "What training lowers: the mean cross-entropy of the right tokens, in nats. 0 would be certain of every token.",

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
 from markupsafe import Markup, escape
 
-from app import formats, objectives
+from app import objectives
 from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
 from app.settings import RESOURCES, get_settings
 
@@ -68,7 +68,6 @@ def environment() -> Environment:
     env.globals |= {
         "metric_table": metrics.METRICS,
         "objective": objectives.get,
-        "objectives_of": formats.objectives_of,
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
         "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [], "projects": (),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from app import config_formats
 from app.errors import BadData
-from app.jobs.request import read_order
+from app.jobs.request import read_objective_settings, read_order
 from app.run_settings import RunSettings
 from app.spec import AnyStrategy
 
@@ -168,6 +168,33 @@ def test_unsloth_and_soup():
     found = order(SOUP)
     assert found["task"] == "preference" and found["preference"] == {"beta": 0.2, "loss": "dpo"} and found["run"]["learning_rate"] == 1e-5
     assert found["strategy"]["name"] == "lora" and "batch_size" not in found["run"] and found["training_file"] == "./data/pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "preference", "notes"),
+    [
+        (AXOLOTL + "rl: orpo\norpo_alpha: 0.2\n", "preference", {"loss": "orpo", "beta": 0.2}, set()),
+        (AXOLOTL + "rl: simpo\nrl_beta: 2.5\n", "preference", {"loss": "simpo", "beta": 2.5, "gamma": 0.5}, set()),
+        (AXOLOTL + "rl: kto\nkto_undesirable_weight: 0.3\n", "kto", {"desirable_weight": 1.0, "undesirable_weight": 0.3}, set()),
+        (AXOLOTL + "rl: ipo\ndpo_label_smoothing: 0.1\n", "preference", {"loss": "ipo"}, {"preference.label_smoothing"}),
+    ],
+)
+def test_losses_of_preferences(text, task, preference, notes):
+    """A default of the other program that is not ours is written down."""
+    found = order(text)
+    assert (found["task"], found["preference"]) == (task, preference) and noted(text) == noted(AXOLOTL) | notes
+    assert read_objective_settings(task, found["preference"])
+
+
+def test_preferences_of_llama_factory():
+    def of(**change):
+        return order(yaml.safe_dump({**yaml.safe_load(LLAMA_FACTORY), **change}))
+
+    assert of(stage="dpo", pref_loss="simpo")["preference"] == {"loss": "simpo", "beta": 0.1, "gamma": 0.5}
+    assert of(stage="dpo", pref_loss="orpo", pref_beta=0.3)["preference"] == {"loss": "orpo", "beta": 0.3}
+    kto = of(stage="kto", kto_chosen_weight=2.0)
+    assert kto["task"] == "kto" and kto["preference"] == {"desirable_weight": 2.0, "undesirable_weight": 1.0}
+    assert "preference" not in of()
 
 
 def test_a_job_of_openai():

@@ -166,7 +166,7 @@ PAIRS = [{"prompt": f"Ask {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} f
 def test_pairs_become_ratings_and_ratings_pairs(session, user, make, data_dir):
     pairs = make(PAIRS)
     rated = read(session, join(session, user, "convert", pairs, format="rated"))
-    assert rated.good_rows == 20 and rated.task == "preference"
+    assert rated.good_rows == 20 and rated.task == "kto"
     rows = rows_of(rated, data_dir)
     assert [row["good"] for row in rows[:4]] == [True, False, True, False] and rows[1]["answer"][0]["content"] == "bad 0"
     back = read(session, join(session, user, "convert", rated, format="preference"))
@@ -175,8 +175,7 @@ def test_pairs_become_ratings_and_ratings_pairs(session, user, make, data_dir):
     assert good.good_rows == 10 and good.origin["left_out"] == {"left_out": 10}
     with pytest.raises(BadField, match="can be converted to chat, preference"):
         join(session, user, "convert", rated, format="plain_text")
-    with pytest.raises(BadField, match="No method here trains on those"):
-        datasets.reference(rated)
+    assert datasets.reference(rated).format == "rated"
 
 
 def test_every_shape_is_read_back_from_its_file_row_for_row():
@@ -287,12 +286,3 @@ def test_programs_fix_edit_and_read_anew(session, user, make, api):
         answer = api.post(f"{base}/{path}", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
     assert api.delete(base).json()["deleted"] and api.get(base).status_code == 404
-
-
-def test_a_job_on_rated_answers_is_refused_with_the_hint(session, make, api, tiny_registered):
-    rated = make([{"prompt": f"Ask {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)], "r.jsonl")
-    assert (rated.format, rated.task, rated.report["labels"]) == ("rated", "preference", {"good": 10, "bad": 10})
-    order = {"model": "tiny", "training_file": ids.public(ids.FILE, rated.file_id)}
-    answer = api.post("/v1/fine_tuning/jobs", json=order)
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and "No method here trains on those" in error["message"] and "Convert" in error["message"], error

@@ -12,7 +12,7 @@ from app.kit import stats
 from app.shapes import shape_of
 from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
-from worker.scoring.metrics import contest, paired_hits, paired_losses
+from worker.scoring.metrics import contest, difference_interval, paired_hits, paired_losses
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 SHAPE = shape_of({"model_type": "llama", "max_position_embeddings": 256, "num_key_value_heads": 2, **SIZES})
@@ -146,3 +146,15 @@ def test_intervals_of_paired_shares_hold_in_a_simulation():
 def test_curves_that_fall_and_that_rise_again():
     assert still_falling(FALLING) and not still_falling(SETTLED) and not still_falling(RISING) and not still_falling([])
     assert overfitted(RISING) == 10 and overfitted(SETTLED) is None and overfitted([[0, 2.0], [1, 1.9]]) is None
+
+
+def test_shares_of_a_loss_without_a_reference_are_compared_with_the_base():
+    """Newcombe's interval of two shares is that of paired ones which have nothing to do with each other."""
+    one = np.repeat([1, 1, 0, 0], [40, 10, 40, 10])
+    other = np.repeat([1, 0, 1, 0], [40, 10, 40, 10])  # 0.5 and 0.8 right, independent
+    paired = paired_hits(one, other)
+    interval = difference_interval(0.5, 0.8, 100)
+    assert interval == pytest.approx(paired["interval"], rel=1e-4) and interval[0] < 0.3 < interval[1]
+    found = contest("ranking_accuracy", {"rows": 100, "one": 0.5, "other": 0.8, "interval": interval})
+    told = verdict("succeeded", spec(), {"contest": found, "rows": 100, "steps": 60})
+    assert told.outcome == "better" and "Preference accuracy 80% against 50% of the base" in told.sentence

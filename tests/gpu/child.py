@@ -239,6 +239,10 @@ def rows_of(task: str, count: int, words: int, long: int) -> tuple[list[dict[str
             {"messages": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [{"role": "assistant", "content": f"No {i}."}]}
             for i, row in enumerate(chats)
         ], "preference"
+    if task == "kto":
+        return [
+            {"messages": row["messages"][:1], "answer": row["messages"][1:], "good": i % 2 == 0} for i, row in enumerate(chats)
+        ], "rated"
     return chats, "chat"
 
 

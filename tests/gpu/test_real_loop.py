@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from app.objectives import OBJECTIVES
 from app.strategies import STRATEGIES
 from tests.gpu.conftest import HERE, FakeGpu
 
@@ -35,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{family} lora classification": {"family": family, "task": "classification"} for family in ("llama", *ENCODERS)},
     **{f"{name} classification": {"strategy": name, "task": "classification"} for name in GRADIENT if name not in WRITING},
     "lora preference": {"task": "preference"},
+    "lora kto": {"task": "kto"},
     "lora recomputed": {"run": {"gradient_checkpointing": "all"}},
     "lora 3 passes": {"run": {"micro_batches": 3}},
     "lora rows": {"run": {"max_tokens_per_step": None, "batch_size": 4}},
@@ -69,6 +71,7 @@ def test_a_step_keeps_the_device_busy(gpu: FakeGpu, table: dict[str, int], name:
         assert not one["on_host"], "computed on the host"
         assert one["devices"] == ["cuda"]
     again = 2 if case.get("run", {}).get("gradient_checkpointing") == "all" else 1
+    again += OBJECTIVES[case.get("task", "generation")].beside
     assert last["attention"] == (found["layers"] * last["passes"] * again if half else 0)
     assert not half or last["types"] == ["bfloat16"]
     if os.environ.get("WRITE_LAUNCHES"):

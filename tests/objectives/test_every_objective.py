@@ -43,7 +43,7 @@ def test_an_objective_is_whole(name):
 
 def test_every_format_has_an_objective():
     assert {entry.task for entry in FORMATS.values()} <= set(OBJECTIVES)
-    assert [name for name in FORMATS if not formats.objectives_of(name)] == ["rated"]
+    assert [name for name in FORMATS if not formats.objectives_of(name)] == []
 
 
 def test_rows_before_they_are_read_are_of_the_default():
@@ -68,12 +68,13 @@ def test_a_new_objective_is_known_everywhere_by_being_there(monkeypatch):
     with pytest.raises(KeyError):
         lora.unsupported("ratings")
     monkeypatch.setitem(OBJECTIVES, "ratings", Ratings())
-    assert [entry.name for entry in formats.objectives_of("rated")] == ["ratings"]
+    assert [entry.name for entry in formats.objectives_of("rated")] == ["kto", "ratings"]
     assert [entry.name for entry in formats.objectives_of("preference")] == ["preference"]
     assert lora.unsupported("ratings") is None and "does not support the task ratings" in str(features.unsupported("ratings"))
     assert lora.learning_rate_for("ratings") == lora.learning_rate_for("preference") < lora.learning_rate_for("generation")
-    assert datasets.trainable(Dataset(format="rated", good_rows=3)) and datasets.usual_task(Dataset(format="rated")) == "ratings"
 
 
-def test_without_it_rated_rows_are_not_trained_on():
-    assert not datasets.trainable(Dataset(format="rated", good_rows=3))
+def test_rated_rows_of_an_older_studio_are_for_kto():
+    """It read them as rows for preferences, which nothing trained on as they were."""
+    older = Dataset(format="rated", task="preference", good_rows=3)
+    assert datasets.trainable(older) and datasets.usual_task(older) == "kto"

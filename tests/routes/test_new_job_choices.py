@@ -223,13 +223,12 @@ def test_no_form_begins_with_data_that_nothing_can_be_done_with(client, session,
     rated = upload(session, user, [{"prompt": f"{n}?", "completion": "No.", "label": n % 2 == 0} for n in range(20)], "rated.jsonl")
     bare = upload(session, user, [{"messages": []}, {"messages": []}], "bare.jsonl")
     assert rated.format == "rated" and bare.good_rows == 0
-    assert pair(session, user, [tiny_registered], [bare, rated, chats], None, None)[1] is chats
-    assert pair(session, user, [tiny_registered], [rated], None, None)[1] is rated, "where there is no other, the form says why"
-    assert re.search(rf'value="{public(kinds)}" selected|value="{public(chats)}" selected', client.get("/jobs/new").text)
+    assert pair(session, user, [tiny_registered], [bare, rated, chats], None, None)[1] is rated
+    assert pair(session, user, [tiny_registered], [bare], None, None)[1] is bare, "where there is no other, the form says why"
+    assert re.search(rf'value="({"|".join(map(public, (kinds, chats, rated)))})" selected', client.get("/jobs/new").text)
     for path in ("/playground/prompts", "/playground/vectors", "/evaluations", "/datasets/combine"):
         assert public(bare) not in client.get(path).text, path
-    assert f"/datasets/combine?first={public(rated)}&amp;operation=convert" in client.get(f"/datasets/{public(rated)}").text
-    assert f"/jobs/new?dataset={public(rated)}" not in client.get(f"/datasets/{public(rated)}").text
+    assert f"/jobs/new?dataset={public(rated)}" in client.get(f"/datasets/{public(rated)}").text
 
 
 def test_text_begins_with_a_base_model(session, user, tiny_registered):

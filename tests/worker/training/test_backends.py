@@ -39,8 +39,9 @@ ROWS = {
         {"messages": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [{"role": "assistant", "content": f"No {i}."}]}
         for i, row in enumerate(chat_rows(48))
     ],
+    "kto": [{"messages": row["messages"][:1], "answer": row["messages"][1:], "good": i % 3 > 0} for i, row in enumerate(chat_rows(48))],
 }
-FORMATS = {"generation": "chat", "classification": "classification", "preference": "preference"}
+FORMATS = {"generation": "chat", "classification": "classification", "preference": "preference", "kto": "rated"}
 QUICK = {
     "max_tokens_per_step": 600,
     "max_steps": 6,
@@ -101,6 +102,7 @@ BOTH = [
     if precision == "fp32" or kind().trains_in_bf16()  # elsewhere nobody takes bf16 on a CPU but who asks for it
 ]
 MORE = [(name, task, precision) for name in ("lora", "full") for task in ("classification", "preference") for precision in ("fp32", "bf16")]
+MORE += [(name, "kto", "fp32") for name in ("lora", "full")]
 
 
 @pytest.mark.long
