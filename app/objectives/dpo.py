@@ -32,7 +32,7 @@ LOSSES: dict[str, PairLoss] = {
 
 
 class PreferenceSettings(ObjectiveSettings):
-    """Settings of preference training. A setting that is left out takes the default of the loss."""
+    """Settings of preference training. A setting that is omitted takes the default of the loss."""
 
     derived: ClassVar = ("beta", "gamma", "nll_weight", "label_smoothing")
 
@@ -46,7 +46,7 @@ class PreferenceSettings(ObjectiveSettings):
     loss: Literal["dpo", "ipo", "robust_dpo", "orpo", "simpo", "cpo"] = Field(
         "dpo",
         description="DPO, IPO and robust DPO measure from the base model; ORPO, SimPO and CPO do not, which saves reading it. IPO has a "
-        "target margin, robust DPO expects wrong labels, ORPO and CPO learn the chosen answer too, and SimPO compares means over tokens.",
+        "target margin, robust DPO expects wrong labels, ORPO and CPO add the cross-entropy of the chosen answer, and SimPO compares means over tokens.",
         json_schema_extra={
             "basic": True,
             "words": {"dpo": "DPO", "ipo": "IPO", "robust_dpo": "Robust DPO", "orpo": "ORPO", "simpo": "SimPO", "cpo": "CPO"},
@@ -81,7 +81,7 @@ class PreferenceSettings(ObjectiveSettings):
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, given: Any) -> Any:
-        """What was left out, or is null, as the loss has it."""
+        """The defaults of the loss for settings that are omitted or null."""
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}

@@ -126,7 +126,7 @@ class KTO(DPO):
         if not good or not bad:
             raise BadData(
                 f"All {good + bad} training answers are rated {'good' if good else 'bad'}.",
-                hint="KTO learns from both kinds: add rows of the other, or train on the good answers as chats.",
+                hint="KTO is trained on both kinds: add rows of the other, or train on the good answers as chats.",
             )
         self.beta, self.weights = settings.beta, Weights(*settings.weights(good, bad))
 
