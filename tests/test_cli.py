@@ -245,3 +245,19 @@ def test_a_wrong_order_is_refused_here_too(data_dir, tiny_model, tmp_path, chang
     order = {"model": str(tiny_model), "training_file": "rows.jsonl", **change}
     with pytest.raises(StudioError, match=re.escape(said)):
         spec_of(order, tmp_path)
+
+
+def test_settings_of_preferences_are_read_here_too(data_dir, tiny_model, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    (tmp_path / "rated.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "label": True}) + "\n")
+
+    def of(file: str, **preference: object):
+        return spec_of({"model": str(tiny_model), "training_file": file, "preference": preference}, tmp_path)
+
+    assert of("pairs.jsonl", loss="simpo").preference.model_dump(include={"beta", "gamma"}) == {"beta": 2.0, "gamma": 1.0}
+    kto = of("rated.jsonl", desirable_weight=2.0)
+    assert (kto.task, kto.preference.desirable_weight) == ("kto", 2.0)
+    for file, wrong, param in (("pairs.jsonl", {"gamma": 1.0}, "preference.gamma"), ("rated.jsonl", {"loss": "dpo"}, "preference.loss")):
+        with pytest.raises(BadField) as caught:
+            of(file, **wrong)
+        assert caught.value.param == param

@@ -148,7 +148,7 @@ class KTO(DPO):
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
         good = sent(torch.from_numpy(self.good["train"][list(pack)]), engine.device)
-        return RatedBatch(*(self._side(pack, side, engine.device) for side in (0, 1)), good)
+        return RatedBatch(self._side(pack, 0, engine.device), self._side(pack, 1, engine.device), good)
 
     def _side(self, pack: Sequence[int], side: int, device: torch.device) -> PairBatch:
         """The rows of a pack with their own answers (0) or with the unrelated ones (1)."""
