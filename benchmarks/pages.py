@@ -135,6 +135,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     from app.jobs import request as job_request
     from app.jobs import service as jobs
     from app.kit import ids
+    from app.models import aliases
     from app.prompts import runs as prompt_runs
     from app.prompts import service as prompts
     from app.tables import Vote
@@ -177,6 +178,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     session.add(vote)
     project = projects.create(session, user, "Violins")
     grader = saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
+    aliases.set_(session, user, "support-bot", model.name)
     same = {"type": "string_check", "name": "same", "input": "{{ item.answer }}", "reference": "Yes.", "operation": "eq"}
     eval_of_api = evals.create(session, user, "Short answers", {"type": "custom", "item_schema": {"type": "object"}}, [same], None)
     session.commit()
@@ -185,6 +187,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/datasets/{key}": key,
         "/jobs/{job_id}": of_jobs,
         "/jobs/compare": {"two jobs": "?" + "&".join(f"job={name}" for name in of_jobs.values())},
+        "/aliases/{alias:path}": {"": "support-bot"},
         "/models/{key}": {"base": ids.public(ids.MODEL, model.id)},
         "/compare/{comparison_id}": {"": ids.public(ids.COMPARISON, compared.id)},
         "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},

@@ -61,7 +61,7 @@ def test_what_was_deleted_is_gone_and_what_was_changed_elsewhere_is_seen(session
 
 
 def test_every_table_of_a_person_is_known():
-    """Models may belong to everyone, and aliases are found by their name."""
+    """Models may belong to everyone, and aliases and their moves are found by the name of the alias."""
     of_people = {mapper.class_ for mapper in Base.registry.mappers if "owner_id" in mapper.columns}
-    assert {table.__name__ for table in of_people - set(ownership._SHOWN)} == {"Model", "ModelAlias"}
+    assert {table.__name__ for table in of_people - set(ownership._SHOWN)} == {"Model", "ModelAlias", "AliasMove"}
     assert of_people == set(projects.owned_tables()), "what a person makes belongs to a project"

@@ -48,6 +48,12 @@ Part = Literal["all", "validation"]
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
 """Rows to evaluate when the request names no number."""
 OPEN = ("queued", "running")
+TRAINED_ON = (
+    "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
+)
+"""The note of an evaluation that says nothing about new rows."""
+MAX_ROW_SCORES = 5000
+"""Rows up to which an evaluation keeps the score of each."""
 
 
 class EvaluationRequest(BaseModel):
@@ -201,7 +207,7 @@ def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, 
     """A note for readers of the scores about rows that the model may have been trained on."""
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
-        return "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
+        return TRAINED_ON
     return "" if same else "The model was trained on another version of this dataset: a few of these rows may be among its training rows."
 
 

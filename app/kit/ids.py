@@ -14,6 +14,7 @@ USER, INVITATION, PROJECT = "user", "invite", "proj"
 BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
 EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 CHAT_COMPLETION, RESPONSE = "chatcmpl", "resp"
+ALIAS_MOVE = "aliasmove"
 
 _NAMES = {
     FILE: "file",
@@ -36,6 +37,7 @@ _NAMES = {
     WEBHOOK: "webhook endpoint",
     CHAT_COMPLETION: "stored chat completion",
     RESPONSE: "stored response",
+    ALIAS_MOVE: "move of an alias",
 }
 
 
@@ -75,4 +77,5 @@ parse_vote = partial(parse, VOTE, param="vote_id")
 parse_batch = partial(parse, BATCH, param="batch_id")
 parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
 parse_completion = partial(parse, CHAT_COMPLETION, param="completion_id")
+parse_alias_move = partial(parse, ALIAS_MOVE, param="after")
 """`parse` for ids in the API's paths; an error names the parameter."""

@@ -46,7 +46,7 @@ from app.schemas.fine_tuning import (
     StreamedJobEvent,
 )
 from app.schemas.graders import ChangeGrader, CreateGrader, GraderRun, RunGrader, SavedGrader, ValidateGrader, ValidGrader
-from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias
+from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias, ModelAliasMove
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
 from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NameProject, Project, ProjectContents, ProjectMember
@@ -136,6 +136,7 @@ __all__ = [
     "LoadedModels",
     "Model",
     "ModelAlias",
+    "ModelAliasMove",
     "NameProject",
     "NextTokensOfModels",
     "OpenAPIDocument",

@@ -74,6 +74,13 @@ class GradedRow(Schema):
     scores: dict[str, RowScore]
 
 
+class RowScores(Schema):
+    """The score of each row as `[line, value]`."""
+
+    metric: Literal["bits_per_byte", "accuracy"]
+    rows: list[tuple[int, float]]
+
+
 class EvaluationScores(_Measured):
     """Result of the kind scores: scores of the model and of its base by name, and the rows that differ most."""
 
@@ -88,6 +95,7 @@ class EvaluationScores(_Measured):
     forgetting: Forgetting | None = None
     graders: list[GraderScore] | None = None
     graded: list[GradedRow] | None = None
+    row_scores: RowScores | None = Field(None, description="Null for more than 5,000 rows.")
 
 
 class BlendPoint(Schema):

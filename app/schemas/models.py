@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from app.evaluation.gates import GateResult
 from app.schemas.base import Listing, Problem, Schema
 from app.shapes import Shape
 from app.spec import Kind
@@ -108,14 +109,40 @@ class HubModel(Schema):
     updated: str | None
 
 
+class AliasGate(Schema):
+    """What a model must pass before an alias is moved to it."""
+
+    dataset: str = Field(description="Id of the dataset on which both models are scored.")
+    grader: str = Field(description="Id of a saved grader, or bits_per_byte or accuracy.")
+    max_forgetting: float | None = Field(description="How much more bits per byte general texts may take than with the model's base.")
+
+
 class ModelAlias(Schema):
     """A name that you chose for a model."""
 
     id: str = Field(description="What `model` takes.")
     object: Literal["model.alias"]
     model: str = Field(description="The model that answers now.")
+    gate: AliasGate | None = Field(description="What a model must pass before the alias is moved to it.")
     created_at: int = Field(description="Seconds since 1970.")
     moved_at: int = Field(description="When it was last set: seconds since 1970.")
+
+
+class ModelAliasMove(Schema):
+    """One move of an alias."""
+
+    id: str
+    object: Literal["model.alias.move"]
+    alias: str
+    from_: str | None = Field(alias="from", description="Null for the first model of the alias.")
+    to: str
+    how: Literal["set", "gate", "force", "back"] = Field(
+        description="Set without a gate, through the gate, past it by force, or back to the model before."
+    )
+    by: str
+    reason: str | None
+    result: GateResult | None = Field(description="What the gate measured.")
+    created_at: int = Field(description="Seconds since 1970.")
 
 
 class EngineError(Schema):

@@ -203,7 +203,7 @@ TAGS = {
     "graders": "What scores an answer, saved under a name.",
     "hub": "Models of the Hugging Face hub.",
     "fine_tuning": "Jobs, their events and checkpoints.",
-    "model_aliases": "Names of your own for models, which can be moved from one to another.",
+    "model_aliases": "Names of your own for models, which can be moved from one to another, through a gate where they have one.",
     "models": "Base models and their fine-tunes, and which of them are loaded.",
     "next_tokens": "The next tokens a model predicts, and the likelihood of a text.",
     "openapi": "This document.",

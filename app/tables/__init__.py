@@ -13,7 +13,7 @@ from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
-from app.tables.models import Export, Model, ModelAlias
+from app.tables.models import AliasMove, Export, Model, ModelAlias
 from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
 from app.tables.projects import Project, ProjectMember, ShareLink
@@ -25,6 +25,7 @@ from app.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "JSON",
+    "AliasMove",
     "Answer",
     "ApiKey",
     "AuditLog",

@@ -70,8 +70,29 @@ class ModelAlias(Base):
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), comment="who chose the name")
     name: Mapped[str] = mapped_column(primary_key=True, index=True, comment="what `model=` takes; never the name of a model")
     model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("models.id"), index=True, comment="the model that answers now")
+    gate: Mapped[JSON | None] = mapped_column(comment="what a model must pass before it is moved there: app.evaluation.gates.PromotionGate")
     created_at: Mapped[datetime] = now()
     moved_at: Mapped[datetime] = now()
+
+
+class AliasMove(Base):
+    """One move of an alias to a model. Names are kept as they were, so that the history outlives the models."""
+
+    __tablename__ = "alias_moves"
+    id: Mapped[uuid.UUID] = new_key()
+    project_id: Mapped[uuid.UUID] = of_project()
+    owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), comment="who moved it")
+    user_name: Mapped[str] = mapped_column(comment="the name of that person then")
+    alias: Mapped[str]
+    from_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id", ondelete="SET NULL"), index=True)
+    from_name: Mapped[str | None] = mapped_column(comment="null for the first model of an alias")
+    to_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id", ondelete="SET NULL"), index=True)
+    to_name: Mapped[str]
+    how: Mapped[str] = mapped_column(comment="set without a gate, gate passed, force, or back to the model before")
+    reason: Mapped[str | None]
+    result: Mapped[JSON | None] = mapped_column(comment="what the gate measured: app.evaluation.gates.GateResult")
+    created_at: Mapped[datetime] = now()
+    __table_args__ = (Index(None, "project_id", "alias", "created_at"),)
 
 
 class Export(Leased, Base):

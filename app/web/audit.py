@@ -76,6 +76,7 @@ NOUNS = {
     "keys": "api_key",
     "compare": "comparison",
     "model_aliases": "model_alias",
+    "aliases": "model_alias",
     "permissions": "checkpoint.permission",
     "batch": "prediction",
     "batches": "batch",
@@ -88,7 +89,7 @@ DONE = {
     "resume": "resumed", "retry": "retried", "again": "retried", "stop": "stopped", "save": "saved", "delete": "deleted", "keep": "kept",
     "push": "pushed", "revoke": "deleted", "remove": "removed", "name": "renamed", "engine": "engine_set", "engine_check": "engine_checked",
     "aliases": "alias_set", "aliases_remove": "alias_removed", "bulk": "changed", "fix": "fixed", "fixes": "fixed", "edits": "edited",
-    "drop": "edited", "read": "read", "roles": "edited", "repair": "fixed",
+    "back": "moved_back", "model": "set", "gate": "gate_set", "evaluations": "evaluated", "drop": "edited", "read": "read", "roles": "edited", "repair": "fixed",
 }  # fmt: skip
 """What a method, or the words of a route after its last parameter, have done. Others are taken as they are."""
 

@@ -60,7 +60,7 @@ GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /
 GET /graders /graders/new /graders/{grader_id} /v1/graders /v1/graders/{grader_id} /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
 GET /v1/files/{file_id}/content /v1/files/{file_id}/report /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions /v1/fine_tuning/jobs
 GET /v1/fine_tuning/jobs/{job_id} /v1/fine_tuning/jobs/{job_id}/checkpoints /v1/fine_tuning/jobs/{job_id}/events
-GET /v1/fine_tuning/jobs/{job_id}/trackers /v1/fine_tuning/jobs/{job_id}/stream /v1/model_aliases /v1/models /v1/models/loaded /v1/models/{model:path} /v1/openapi.json
+GET /v1/fine_tuning/jobs/{job_id}/trackers /v1/fine_tuning/jobs/{job_id}/stream /v1/model_aliases /v1/model_aliases/{alias:path}/moves /aliases/{alias:path} /v1/models /v1/models/loaded /v1/models/{model:path} /v1/openapi.json
 GET /v1/predictions /v1/predictions/{prediction_id} /v1/predictions/{prediction_id}/content /v1/prompts /v1/prompts/runs/{run_id}
 GET /v1/prompts/runs/{run_id}/results /v1/prompts/{prompt_id} /v1/prompts/{prompt_id}/runs /v1/standby /v1/strategies /v1/studio /v1/votes
 GET /v1/votes/scores
@@ -111,6 +111,8 @@ DELETE /v1/files/{file_id} /v1/fine_tuning/checkpoints/{checkpoint:path}/permiss
 DELETE /v1/models/{model:path} /v1/predictions/{prediction_id} /v1/prompts/{prompt_id} /v1/tus/{key}
 PATCH /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/fine_tuning/jobs/{job_id} /v1/models/{model:path} /v1/tus/{key}
 PUT /v1/model_aliases/{alias:path}
+POST /v1/model_aliases/{alias:path}/back /v1/model_aliases/{alias:path}/evaluations
+POST /aliases/{alias:path}/model /aliases/{alias:path}/gate /aliases/{alias:path}/evaluations /aliases/{alias:path}/back
 """,
     "session": """
 POST /sign-out /theme

@@ -161,7 +161,13 @@ UNSAFE: dict[str, Sample] = {
     "POST /v1/models": Sample(json={"folder": "tiny", "name": "+name", "kind": "dialogue", "accept_terms": False}),
     "DELETE /v1/models/{model:path}": Sample({"model:path": "+model"}),
     "POST /models": Sample(form=[("starter", ""), ("folder", "tiny"), ("hub", ""), ("revision", ""), ("name", "+name"), ("kind", "dialogue"), ("next", "/models")]),
-    "PUT /v1/model_aliases/{alias:path}": Sample({"alias:path": "+name"}, json={"model": "$model_name"}),
+    "PUT /v1/model_aliases/{alias:path}": Sample({"alias:path": "+name"}, json={"model": "$model_name", "gate": {"dataset": "$dataset", "grader": "bits_per_byte", "max_forgetting": 0.02}, "force": True, "reason": "It is new."}),
+    "POST /v1/model_aliases/{alias:path}/back": Sample({"alias:path": "+moved_alias"}, json={"reason": "It was better."}),
+    "POST /v1/model_aliases/{alias:path}/evaluations": Sample({"alias:path": "+gated_alias"}, json={"model": "$tuned_name"}, expect=(200, 400, 409)),
+    "POST /aliases/{alias:path}/model": Sample({"alias:path": "+gated_alias"}, form=[("model", "$tuned_name"), ("force", "true"), ("reason", "It is new.")]),
+    "POST /aliases/{alias:path}/gate": Sample({"alias:path": "+alias"}, form=[("dataset", "$dataset"), ("grader", ""), ("max_forgetting", "2.5")]),
+    "POST /aliases/{alias:path}/evaluations": Sample({"alias:path": "+gated_alias"}, form=[("model", "$tuned")], expect=(303, 400, 409)),
+    "POST /aliases/{alias:path}/back": Sample({"alias:path": "+moved_alias"}),
     "DELETE /v1/model_aliases/{alias:path}": Sample({"alias:path": "+alias"}),
     "POST /models/{key}/aliases": Sample({"key": "$model"}, form=[("alias", "+name")]),
     "POST /models/{key}/aliases/remove": Sample({"key": "$model"}, form=[("alias", "+alias")]),
@@ -397,6 +403,7 @@ SAFE: dict[str, Sample] = {
 NAMES = {
     "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
     "grader_id": "$grader", "completion_id": "$completion", "response_id": "$response", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
+    "alias:path": "+moved_alias",
 }  # fmt: skip
 """What a parameter of a path names, wherever it stands."""
 

@@ -20,7 +20,7 @@ from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
 from app.evals import service as evals
 from app.evals import sources
-from app.evaluation import comparisons
+from app.evaluation import comparisons, gates
 from app.evaluation import service as evaluations
 from app.inference import playground, stored, votes
 from app.inference.playground import AnswerFold
@@ -33,6 +33,7 @@ from app.prompts import service as prompts
 from app.schemas.responses import ResponseBody
 from app.storage import files
 from app.tables import (
+    AliasMove,
     ApiKey,
     BrowserSession,
     Checkpoint,
@@ -372,11 +373,22 @@ class World:
     def _new_alias(self) -> str:
         return aliases.set_(self.session, self.user, self._new_name(), self.base.name).alias.name
 
+    def _new_gated_alias(self) -> str:
+        name = self._new_alias()
+        gates.apply(self.session, self.user, name, gates.AliasOrder(gate=gates.PromotionGate(dataset=self.ids["dataset"])))
+        return name
+
+    def _new_moved_alias(self) -> str:
+        name = self._new_alias()
+        aliases.set_(self.session, self.user, name, self.ids["tuned_name"])
+        return name
+
     def _new_name(self) -> str:
         return f"n{uuid.uuid4().hex[:12]}"
 
     def prune_keys(self) -> None:
         """A page lists every key and every alias, so those that were made by the way go."""
+        self.session.execute(delete(AliasMove))
         self.session.execute(delete(ModelAlias))
         for key in self.session.scalars(select(ApiKey).where(ApiKey.name == "a key")):
             self.session.delete(key)

@@ -22,6 +22,7 @@ from app.jobs import service as jobs
 from app.models import aliases, exports
 from app.storage import files
 from app.tables import (
+    AliasMove,
     AuditLog,
     Base,
     BatchAnswer,
@@ -249,6 +250,7 @@ def later(session: Session, user: User) -> None:
     session.add(BatchAnswer(batch_id=batch.id, line=1, custom_id="a", request_id="req_1", status_code=200, body={}))
     session.add(WebhookDelivery(endpoint_id=endpoint.id, event_key=uuid.uuid4(), event={}))
     session.add(TrackedRun(job_id=session.scalars(select(Job.id)).first(), kind="tensorboard", wish={}))
+    session.add(AliasMove(owner_id=user.id, user_name=user.name, alias="favorite", to_name="tiny", how="set"))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -274,6 +276,7 @@ NEW = {
     **dict.fromkeys(("webhook_endpoints", "webhook_deliveries"), "0030"),
     **dict.fromkeys(("evals", "eval_runs", "eval_items"), "0031"),
     "tracked_runs": "0033",
+    "alias_moves": "0034",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
@@ -282,6 +285,7 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0034",
         "0033",
         "0032",
         "0031",

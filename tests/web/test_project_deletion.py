@@ -12,7 +12,7 @@ from app.jobs import lifecycle, usage
 from app.kit import ids
 from app.models import aliases
 from app.storage import files
-from app.tables import Base, BrowserSession, Dataset, File, Job, MachineUse, Model, Project, Upload, User
+from app.tables import AliasMove, Base, BrowserSession, Dataset, File, Job, MachineUse, Model, Project, Upload, User
 from app.web import auth, project_deletion, projects
 from tests.factories import make_dataset, make_job
 from tests.web.test_people import made, signed_in
@@ -69,8 +69,8 @@ def test_the_preview_says_what_is_in_it(api, client, session, full):
 
 
 def test_everything_that_belongs_to_a_project_is_in_the_preview(session, user, full, data_dir):
-    unfinished = {Upload}  # parts of a file that is not there yet
-    assert set(project_deletion.SHOWN.values()) == set(projects.owned_tables()) - unfinished
+    parts = {Upload, AliasMove}  # of a file that is not there yet, and of an alias
+    assert set(project_deletion.SHOWN.values()) == set(projects.owned_tables()) - parts
     alone = projects.create(session, user, "Bows")
     saved_graders.create(session, user.work_in(alone.id), graders.read({"type": "length", "name": "short", "max": 9}))
     with pytest.raises(Conflict, match="not empty: 1 grader"):

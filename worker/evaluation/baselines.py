@@ -140,7 +140,7 @@ def first_bytes(reader: Reader, data: Tokenised, most: int) -> Tokenised:
 
 
 def bits_per_byte(reader: Reader, data: Tokenised) -> float | None:
-    size = reader.trained_bytes(data)
+    size = sum(reader.trained_bytes(data))
     if not size or not data.trained.any():
         return None
     nats = held_out.score_rows(reader.model, data, BUDGET, reader.engine).nats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from app.errors import BadData
 from app.evaluation.forgetting import TextScore, compare
-from app.evaluation.service import EvaluationSpec
+from app.evaluation.service import MAX_ROW_SCORES, EvaluationSpec
 from app.graders import item_of
 from app.objectives import OBJECTIVES
 from app.run_settings import RunSettings
@@ -83,21 +84,22 @@ class Reader:
         probe = Probe(self.tokenizer, self.ref.kind, self.ref.shape.positions, self.lead)
         return probe.score(self.model, BUDGET, self.engine)
 
-    def trained_bytes(self, data: Tokenised) -> int:
-        """UTF-8 bytes of all tokens with a loss."""
-        total = 0
+    def trained_bytes(self, data: Tokenised) -> list[int]:
+        """UTF-8 bytes of each row's tokens with a loss."""
+        found = []
         for start, end in zip(data.starts[:-1], data.starts[1:], strict=True):
             ids = data.ids[start:end][data.trained[start:end]].tolist()
-            total += len(self.tokenizer.decode(ids, skip_special_tokens=True).encode())
-        return total
+            found.append(len(self.tokenizer.decode(ids, skip_special_tokens=True).encode()))
+        return found
 
 
 @dataclass
 class ModelScores:
-    """One model on the rows: its scores, and the loss of each row in nats per token."""
+    """One model on the rows: its scores, the loss of each row in nats per token, and its bits per byte, None for a row without any."""
 
     scores: dict[str, Any]
     losses: list[float]
+    bits: list[float | None]
     general: list[TextScore] | None = None
 
 
@@ -164,6 +166,7 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     general = [one.general for one in found]
     return {
         "to_grade": graded,
+        "row_scores": row_scores("bits_per_byte", rows, found[-1].bits),
         "rows": len(rows),
         "skipped": skipped,
         "answers": answered.rows,
@@ -175,6 +178,13 @@ def write(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
         "best": listed[len(worst) :],
         "forgetting": compare(general[0], general[1]).model_dump(mode="json") if len(general) == 2 and general[0] and general[1] else None,
     }
+
+
+def row_scores(metric: str, rows: Sequence[Row], values: Sequence[float | None]) -> dict[str, Any] | None:
+    """The score of each row as `[line, value]`, for comparisons with another model; None for more rows than are kept."""
+    if len(rows) > MAX_ROW_SCORES:
+        return None
+    return {"metric": metric, "rows": [[row.line, value] for row, value in zip(rows, values, strict=True) if value is not None]}
 
 
 def lend_template(own: Any, base: Any) -> None:
@@ -205,7 +215,9 @@ def score(spec: EvaluationSpec, reader: Reader, rows: Sequence[Row], say: Say) -
     if spec.forgetting and not reader.ref.shape.encodes:  # general texts have no prompt that an encoder could read
         say(0.6, f"Reading general texts with {reader.ref.name}")
         general = reader.probe()
-    return ModelScores(held_out.measures(scored, reader.trained_bytes(data)), losses, general)
+    sizes = reader.trained_bytes(data)
+    bits = [nats / math.log(2) / size if size else None for nats, size in zip(scored.nats, sizes, strict=True)]
+    return ModelScores(held_out.measures(scored, sum(sizes)), losses, bits, general)
 
 
 def part(say: Say, place: int, of: int) -> Say:
@@ -292,6 +304,8 @@ def classify(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
         found.append(probabilities(classifier, data, BUDGET, engine))
     truth = np.asarray([known[row.row["label"]] for row in kept])
     seen = [known[row.row["label"]] for row in training if row.row["label"] in known] or truth.tolist()
-    result = evaluation_of(np.concatenate(found), np.asarray(seen), truth, kept, labels)
+    every = np.concatenate(found)
+    result = evaluation_of(every, np.asarray(seen), truth, kept, labels)
     result["scores"] = result.pop("tuned")
+    result["row_scores"] = row_scores("accuracy", kept, (every.argmax(1) == truth).astype(float).tolist())
     return {**result, "skipped": len(rows) - len(kept), "answers": 0, "forgetting": None}
