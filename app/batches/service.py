@@ -15,7 +15,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Select, delete, func, insert, select
@@ -32,7 +32,8 @@ from app.tables import JSON, BatchAnswer, RequestBatch, User
 from app.webhooks import service as webhooks
 
 WINDOW = timedelta(hours=24)
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+Endpoint = Literal["/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
 
 class OutputExpiresAfter(BaseModel):
@@ -246,10 +247,12 @@ def _added(usage: JSON, rows: Sequence[JSON]) -> JSON:
     """The tokens of a batch with those of some more answers."""
     total = {"input": 0, "cached": 0, "output": 0, "reasoning": 0} | usage
     for one in (row["body"].get("usage") or {} for row in rows if _is_good(row["status_code"])):
-        total["input"] += one.get("prompt_tokens", 0)
-        total["output"] += one.get("completion_tokens", 0)
-        total["cached"] += (one.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        total["reasoning"] += (one.get("completion_tokens_details") or {}).get("reasoning_tokens", 0)
+        total["input"] += one.get("prompt_tokens", one.get("input_tokens", 0))  # the second as responses call it
+        total["output"] += one.get("completion_tokens", one.get("output_tokens", 0))
+        read = one.get("prompt_tokens_details") or one.get("input_tokens_details") or {}
+        written = one.get("completion_tokens_details") or one.get("output_tokens_details") or {}
+        total["cached"] += read.get("cached_tokens", 0)
+        total["reasoning"] += written.get("reasoning_tokens", 0)
     return total
 
 

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import schemas
 from app.batches import service as batches
-from app.batches.service import BatchOrder, to_json
+from app.batches.service import ENDPOINTS, BatchOrder, to_json
 from app.db import Db, on_commit, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.kit import ids
@@ -28,7 +28,6 @@ pages = APIRouter()
 api = APIRouter(prefix="/v1/batches")
 Json = dict[str, Any]
 PAGE = "/playground/batches"
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 @api.post("", operation_id="create_batch", responses=answers(schemas.Batch, 404))

@@ -95,6 +95,37 @@ def test_texts_are_completed_and_files_expire_as_asked(client, session):
     assert file.purpose == "batch_output" and 3590 <= file.expires_at - file.created_at <= 3610
 
 
+def test_responses_are_answered_and_refused_as_the_endpoint_does(client, api):
+    """Answers, their tokens and the response before are those of `/v1/responses`; what it refuses is refused with its field."""
+    path = "/v1/responses"
+    first = client.responses.create(model="tiny", input="Say one.", temperature=0, max_output_tokens=6)
+
+    def line(name: str, **more) -> dict:
+        body = {"model": "tiny", "input": "Say one.", "temperature": 0, "max_output_tokens": 6, **more}
+        return {"custom_id": name, "method": "POST", "url": path, "body": body}
+
+    lines = [
+        line("same", store=False), line("next", previous_response_id=first.id, metadata={"a": "b"}),
+        line("background", background=True), line("hosted", tools=[{"type": "web_search"}]), line("gone", previous_response_id="resp_" + "0" * 32),
+    ]  # fmt: skip
+    batch = ended(client, submit(client, lines, path))
+    assert (batch.endpoint, batch.model, batch.status) == (path, "tiny", "completed")
+    good = {one["custom_id"]: one["response"]["body"] for one in lines_of(client, batch.output_file_id)}
+    assert list(good) == ["same", "next"] and good["same"]["object"] == "response"
+    assert good["same"]["output"][0]["content"][0]["text"] == first.output_text and good["next"]["previous_response_id"] == first.id
+    assert client.responses.retrieve(good["next"]["id"]).metadata == {"a": "b"}, "it was stored, as it is online"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(good["same"]["id"])
+    assert good["next"]["usage"]["input_tokens"] > good["same"]["usage"]["input_tokens"], "it reads the response before"
+    for side in ("input_tokens", "output_tokens", "total_tokens"):
+        assert getattr(batch.usage, side) == sum(one["usage"][side] for one in good.values()) > 0
+    bad = {one["custom_id"]: one["response"] for one in lines_of(client, batch.error_file_id)}
+    for one in lines[2:]:
+        online = api.post(path, json=one["body"])
+        assert (bad[one["custom_id"]]["status_code"], bad[one["custom_id"]]["body"]) == (online.status_code, online.json()), one
+    assert [response["body"]["error"]["param"] for response in bad.values()] == ["background", "tools.0.type", "previous_response_id"]
+
+
 def test_a_file_that_cannot_be_run_is_refused_with_its_lines(client):
     batch = ended(client, submit(client, [chat("a"), chat("a"), chat("b") | {"url": "/v1/embeddings"}]))
     assert batch.status == "failed" and batch.failed_at and batch.output_file_id is None
