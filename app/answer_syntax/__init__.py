@@ -26,7 +26,8 @@ THOUGHT = ("<think>", "</think>")
 
 class Syntax(BaseModel):
     """How the answer to one request is written. `thought` are the markers around reasoning; with `in_thought` the prompt has opened it
-    already. `calls` names the family of the tool calls, None where none is looked for; `call_markers` are those of a described one."""
+    already. `calls` names the family of the tool calls, None where none is looked for; `call_markers` are those of a described one.
+    `forced` is the exact form of the calls where a grammar binds the whole answer to them: their arguments are told as they come."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,6 +36,7 @@ class Syntax(BaseModel):
     calls: str | None = None
     call_markers: tuple[str, str] | None = None
     parallel: bool = True
+    forced: CallForm | None = None
 
     @property
     def family(self) -> Family | None:

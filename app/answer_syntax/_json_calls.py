@@ -24,6 +24,31 @@ def read_calls(text: str) -> list[tuple[str, str]]:
     return [call for call in calls if call is not None][:MAX_CALLS]
 
 
+class JsonEnd:
+    """Finds where a JSON object ends that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.depth, self.in_text, self.escaped, self.ended = 0, False, False, False
+
+    def find(self, piece: str) -> int:
+        """How much of the next piece is part of the object; all of it while the object is not `ended`."""
+        for place, character in enumerate(piece):
+            if self.escaped:
+                self.escaped = False
+            elif self.in_text:
+                self.escaped, self.in_text = character == "\\", character != '"'
+            elif character == '"':
+                self.in_text = True
+            elif character in "{[":
+                self.depth += 1
+            elif character in "}]":
+                self.depth -= 1
+                if self.depth == 0:
+                    self.ended = True
+                    return place + 1
+        return len(piece)
+
+
 def _call(value: Any) -> tuple[str, str] | None:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]

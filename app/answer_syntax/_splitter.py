@@ -1,7 +1,8 @@
 """Divides an answer that comes in pieces into reasoning, content and tool calls.
 
 Nothing that was told is taken back: a piece waits while a marker may begin at its end, and a call until it is complete. Whatever cannot
-be read as a call is content, with its markers, so no text is lost. White space between the parts is dropped.
+be read as a call is content, with its markers, so no text is lost. White space between the parts is dropped. Only where a grammar forces
+calls is their form known before they end: their arguments are then told piece by piece.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from app.answer_syntax import Syntax
+from app.answer_syntax import NAME, Syntax
 from app.answer_syntax._base import ToolCall
+from app.answer_syntax._json_calls import JsonEnd
 from app.kit.overlap import overlap
 
 
@@ -26,7 +28,14 @@ class Said(NamedTuple):
     text: str
 
 
-Part = Thought | Said | ToolCall
+class CallPiece(NamedTuple):
+    """A piece of a call that is being written. The first one has the function's name and no arguments yet."""
+
+    name: str | None
+    arguments: str
+
+
+Part = Thought | Said | ToolCall | CallPiece
 
 
 class Splitter:
@@ -46,6 +55,7 @@ class Splitter:
         self.has_thought = False
         self.after_part = False
         self.num_calls = 0
+        self.forced, self.arguments = syntax.forced, JsonEnd()
 
     def push(self, text: str) -> list[Part]:
         self.held += text
@@ -59,7 +69,7 @@ class Splitter:
         parts: list[Part] = []
         while getattr(self, f"_{self.state}")(parts, final):
             pass
-        return [part for part in parts if isinstance(part, ToolCall) or part.text]
+        return [part for part in parts if isinstance(part, ToolCall | CallPiece) or part.text]
 
     # The states. Each handles a part of what is held, and says whether another may follow at once. --------------------------
 
@@ -75,6 +85,14 @@ class Splitter:
         if self.after_part:
             self.held = words
         self.may_think, self.after_part = False, False
+        if self.forced is not None and not self.num_calls:
+            self.state, self.opening = "opening", self.forced.first + self.forced.before
+            return True
+        return self._free()
+
+    def _free(self) -> bool:
+        """The rest is text, in which calls may stand."""
+        words, self.forced = self.held.lstrip(), None
         self.state = "bare" if self.family and self.family.bare and words.startswith("{") else "content"
         return True
 
@@ -121,6 +139,44 @@ class Splitter:
             text, self.held = self.held, ""
             self._take_calls(parts, text, text, "")
         return False
+
+    # Where calls are forced: `opening` with the function's name, `arguments`, and `closing`, after which another call may open. ---
+
+    def _opening(self, parts: list[Part], final: bool) -> bool:
+        before, _, after = self.opening.partition(NAME)
+        if self.held.startswith(before) and (end := self.held.find(after, len(before))) >= 0:
+            parts.append(CallPiece(self.held[len(before) : end], ""))
+            self.held, self.state, self.arguments = self.held[end + len(after) :], "arguments", JsonEnd()
+            self.num_calls += 1
+            return True
+        waits = self.held.startswith(before) or before.startswith(self.held)
+        return False if waits and not final else self._free()
+
+    def _arguments(self, parts: list[Part], final: bool) -> bool:
+        end = self.arguments.find(self.held)
+        text, self.held = self.held[:end], self.held[end:]
+        if text:
+            parts.append(CallPiece(None, text))
+        if not self.arguments.ended:
+            return False
+        self.state = "closing"
+        return True
+
+    def _closing(self, parts: list[Part], final: bool) -> bool:
+        assert self.forced is not None
+        form, after = self.forced, self.forced.after
+        self.opening = (form.between or "") + form.before
+        begin = after + self.opening.partition(NAME)[0]
+        if form.between is not None and self.held.startswith(begin):
+            self.held, self.state = self.held[len(after) :], "opening"
+            return True
+        if not final and (begin.startswith(self.held) or (after + form.last).startswith(self.held)):
+            return False
+        self.held = self.held.removeprefix(after).removeprefix(form.last)
+        if (after + form.last).startswith(self.held):
+            self.held = ""  # it was cut off within the end of a call
+        self._begin_part(self.held)
+        return True
 
     # What the states share ----------------------------------------------------------------------------------------------
 

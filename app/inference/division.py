@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.answer_syntax._splitter import Part, Said, Splitter, Thought
+from app.answer_syntax._splitter import CallPiece, Part, Said, Splitter, Thought
 from app.inference.protocol import AnswerStarted, ChoiceFinished, Entry, ReasoningPart, TextPart, ToolCallPart
 
 
@@ -54,6 +54,8 @@ class Division:
             return TextPart(index=index, text=part.text, tokens=tokens)
         if isinstance(part, Thought):
             return ReasoningPart(index=index, text=part.text, tokens=tokens)
+        if isinstance(part, CallPiece) and part.name is None:
+            return ToolCallPart(index=index, place=self.calls[index] - 1, arguments=part.arguments, tokens=tokens)
         place = self.calls[index]
         self.calls[index] += 1
         return ToolCallPart(index=index, place=place, id=call_id(), name=part.name, arguments=part.arguments, tokens=tokens)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.answer_syntax import FAMILIES, NAME, THOUGHT, Syntax, ToolCall
-from app.answer_syntax._splitter import Said, Splitter, Thought
+from app.answer_syntax._splitter import CallPiece, Said, Splitter, Thought
 
 CALL = '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'
 WEIGH = ToolCall("weigh", '{"of": "maple"}')
@@ -28,7 +28,7 @@ def divided(syntax: Syntax, text: str, cuts: list[int] | None = None) -> list[Th
     edges = [0, *(sorted(set(cuts)) if cuts is not None else range(1, len(text))), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     for part in [part for piece in pieces for part in splitter.push(piece)] + splitter.end():
-        if found and type(found[-1]) is type(part) is not ToolCall:
+        if found and type(found[-1]) is type(part) in (Thought, Said):
             part = type(part)(found.pop().text + part.text)
         found.append(part)
     return found
@@ -75,7 +75,7 @@ def test_it_is_the_same_however_the_text_is_cut(syntax, text, cuts):
 def test_no_text_is_lost(syntax, text):
     """All that is not white space is in a part, but the markers of what was understood."""
     parts = divided(syntax, text)
-    told = "".join("\n" if isinstance(part, ToolCall) else part.text for part in parts)  # what a call parts stays parted
+    told = "\n".join("" if isinstance(part, ToolCall) else part.text for part in parts)  # what a marker parts stays parted
     calls = [part for part in parts if isinstance(part, ToolCall)]
     if not calls and not any(isinstance(part, Thought) for part in parts) and THOUGHT[0] not in text:
         assert told == text
@@ -97,6 +97,49 @@ def test_calls_are_read_as_they_are_written(family, calls, template):
     text = (form.between or "").join(form.before.replace(NAME, n) + json.dumps(a) + form.after for n, a in calls)
     parts = divided(Syntax(calls=name), form.first + text + form.last)
     assert [(part.name, json.loads(part.arguments)) for part in parts] == calls
+
+
+def forced(name: str, template: str, **more) -> Syntax:
+    return Syntax(calls=name, forced=FAMILIES[name].form(template), **more)
+
+
+@given(
+    st.sampled_from([name for name, how in FAMILIES.items() if not how.elements]),
+    st.lists(st.tuples(st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True), st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.lists(st.text('{}[]"\\', max_size=4)), max_size=3)), min_size=1, max_size=3),
+    st.sampled_from(["", "[ARGS]"]),
+    st.none() | st.lists(st.integers(0, 200), max_size=8),
+    st.sampled_from([None, 1]),
+)  # fmt: skip
+def test_arguments_of_forced_calls_come_in_pieces(name, calls, template, cuts, indent):
+    """However the text is cut, the pieces of each call are its arguments as they were written."""
+    syntax = forced(name, template)
+    form = syntax.forced
+    if form.between is None:
+        calls = calls[:1]
+    written = [(n, json.dumps(a, indent=indent, ensure_ascii=False)) for n, a in calls]
+    text = form.first + (form.between or "").join(form.before.replace(NAME, n) + a + form.after for n, a in written) + form.last
+    parts = divided(syntax, text, cuts if cuts is None else [cut for cut in cuts if cut < len(text)])
+    assert all(isinstance(part, CallPiece) for part in parts), parts
+    found: list[tuple[str, str]] = []
+    for part in parts:
+        if part.name is not None:
+            assert part.arguments == ""
+            found.append((part.name, ""))
+        else:
+            found[-1] = (found[-1][0], found[-1][1] + part.arguments)
+    assert found == written
+    if cuts is None:
+        assert len(parts) == sum(1 + len(a) for _, a in written), "character by character"
+
+
+def test_forced_calls_after_reasoning_cut_off_and_in_another_form():
+    thinks = forced("hermes", "", thought=THOUGHT, in_thought=True)
+    assert divided(thinks, f"It is.\n</think>\n\n{CALL}", [])[:2] == [Thought("It is."), CallPiece("weigh", "")]
+    syntax, begin = forced("hermes", ""), '<tool_call>\n{"name": "weigh", "arguments": '
+    assert divided(syntax, begin + '{"of": "ma', []) == [CallPiece("weigh", ""), CallPiece(None, '{"of": "ma')]
+    assert divided(syntax, begin + '{"of": "maple"}}\n</tool', []) == [CallPiece("weigh", ""), CallPiece(None, '{"of": "maple"}')]
+    assert divided(syntax, '<tool_call>\n{"name": "wei') == [Said('<tool_call>\n{"name": "wei')]
+    assert divided(syntax, f"Sure. {CALL}") == [Said("Sure."), WEIGH], "what is in another form is read when it is whole"
 
 
 XML = Syntax(calls="qwen_xml")

@@ -71,8 +71,36 @@ def test_streamed_calls_are_the_whole_ones(client):
     told = [[(c.function.name, c.function.arguments) for c in one.message.tool_calls] for one in (whole, streamed)]
     assert told[0] == told[1] == [(event.name, event.arguments) for event in seen] and weighed(whole.message.tool_calls[0])
     chunks = list(answer(client, stream=True, n=2, **order))
-    ids = {c.id for chunk in chunks for choice in chunk.choices for c in choice.delta.tool_calls or []}
-    assert len(ids) >= 2 and None not in ids and not any("<" in (c.delta.content or "") for chunk in chunks for c in chunk.choices)
+    pieces = [(choice.index, one) for chunk in chunks for choice in chunk.choices for one in choice.delta.tool_calls or []]
+    assert not any("<" in (choice.delta.content or "") for chunk in chunks for choice in chunk.choices)
+    for index in (0, 1):
+        first, *rest = [one for choice, one in pieces if choice == index]
+        assert first.id.startswith("call_") and (first.type, first.function.name, first.function.arguments) == ("function", "weigh", "")
+        assert len(rest) > 3 and {one.index for one in rest} == {0}, "the arguments come as they are written"
+        assert all((one.id, one.type, one.function.name) == (None, None, None) and one.function.arguments for one in rest)
+        jsonschema.validate(json.loads("".join(one.function.arguments for one in rest)), WEIGH)
+    said = "".join(one.function.arguments for choice, one in pieces if choice == 0)
+    assert said == whole.message.tool_calls[0].function.arguments, "the first answer is that of the same seed"
+
+
+def test_arguments_that_are_cut_off_stay_a_call(client):
+    """What was streamed is not taken back, so the whole answer has the piece of a call too."""
+    order = {"tools": TOOLS[:1], "tool_choice": "required", "max_tokens": 40}
+    whole = answer(client, **order).choices[0]
+    assert whole.finish_reason == "length" and whole.message.content is None
+    (call,) = whole.message.tool_calls
+    assert call.function.name == "weigh" and call.function.arguments.startswith("{") and not call.function.arguments.endswith("}")
+    deltas = [one for chunk in answer(client, stream=True, **order) for one in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(one.function.arguments for one in deltas) == call.function.arguments
+
+
+def test_responses_stream_the_same_pieces(client):
+    tools = [{"type": "function", **TOOLS[0]["function"]}]
+    events = list(client.responses.create(model="agent", input=ASK[0]["content"], tools=tools, tool_choice="required", max_output_tokens=120, temperature=1, stream=True))  # fmt: skip
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert len(deltas) > 3 and "".join(deltas) == done.arguments
+    jsonschema.validate(json.loads(done.arguments), WEIGH)
 
 
 def test_a_free_answer_is_content_and_log_probabilities_are_complete(client):

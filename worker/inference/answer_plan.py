@@ -117,4 +117,7 @@ def syntax_of(request: GenerateRequest, tokenizer: Any, prompt: str) -> Syntax |
     """How the answer to a rendered `prompt` is divided; None where it is not, and where there is nothing to divide."""
     if not request.split or request.messages is None:
         return None
-    return answer_form.syntax(tokenizer, prompt, tools=bool(request.tools), parallel=request.tool_use.parallel)
+    found = answer_form.syntax(tokenizer, prompt, tools=bool(request.tools), parallel=request.tool_use.parallel)
+    if found is None or found.family is None or found.family.elements or request.tool_use.calls != "required":
+        return found
+    return found.model_copy(update={"forced": found.family.form(template_of(tokenizer))})
