@@ -10,6 +10,7 @@ A judge and an embedding model are asked through a function that the caller give
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from app.errors import BadField, StudioError, field_path, plain
-from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply
+from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply, Steps
+from app.graders._judge import Judge
+from app.graders._pairwise import PairVerdict, SelfAgreement, pair_verdict, prefer, self_agreement
 from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
 from app.kit.json_safe import too_deep
 from app.kit.registry import classes_in
@@ -32,9 +35,13 @@ __all__ = [
     "Graded",
     "GradedSample",
     "Grader",
+    "Judge",
     "JudgeAsk",
+    "PairVerdict",
     "Reply",
+    "SelfAgreement",
     "as_openai",
+    "compare",
     "follows",
     "grade",
     "item_of",
@@ -42,6 +49,7 @@ __all__ = [
     "read",
     "schema_fault",
     "scored",
+    "self_agreement",
     "to_json",
 ]  # fmt: skip
 
@@ -145,9 +153,21 @@ def no_models(ask: Ask) -> Reply:
 
 def grade(grader: Grader, sample: GradedSample, item: Mapping[str, Any], answer: Callable[[Ask], Reply] = no_models) -> Graded:
     """Grade one answer; `answer` asks a model. What goes wrong with this answer is in the result and is not raised."""
+    return _through(functools.partial(grader.steps, sample, dict(item)), answer)
+
+
+def compare(judge: Judge, item: Mapping[str, Any], first: str, second: str, answer: Callable[[Ask], Reply]) -> PairVerdict:
+    """Which of two answers a judge finds better, asked in both orders."""
+    straight = _through(functools.partial(prefer, judge, dict(item), first, second), answer)
+    swapped = _through(functools.partial(prefer, judge, dict(item), second, first), answer)
+    rewards = [None if one.error else one.reward for one in (straight, swapped)]
+    return pair_verdict(rewards[0], rewards[1], straight.why or swapped.why)
+
+
+def _through(begin: Callable[[], Steps], answer: Callable[[Ask], Reply]) -> Graded:
     began, found = time.monotonic(), Graded()
     try:
-        steps = grader.steps(sample, dict(item))
+        steps = begin()
         ask = next(steps)
         while True:
             ask = steps.send(answer(ask))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from app.graders._base import JSON, GradedSample, Grader
+from app.graders._base import JSON, GradedSample, Grader, JudgeAsk
 from app.graders._templates import Template, fill
 
 _TEXTS = ("input_text", "output_text", "text")
@@ -43,6 +43,10 @@ class Judge(Grader):
 
     def models(self) -> Iterator[str | None]:
         yield self.model
+
+    def ask(self, messages: tuple[JSON, ...]) -> JudgeAsk:
+        """A question to the model."""
+        return JudgeAsk(self.model, messages, max_tokens=64)
 
     def messages(self, sample: GradedSample, item: JSON, instruction: str) -> tuple[JSON, ...]:
         """The filled messages, the last of which ends with how to answer."""

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from app.graders._base import JSON, GradedSample, GradeError, JudgeAsk, Result, Steps
+from app.graders._base import JSON, GradedSample, GradeError, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import label_in
 
@@ -38,7 +38,7 @@ class LabelModelGrader(Judge):
 
     def steps(self, sample: GradedSample, item: JSON) -> Steps:
         instruction = f"Answer with one of these labels and nothing else: {', '.join(self.labels)}."
-        reply = yield JudgeAsk(self.model, self.messages(sample, item, instruction), max_tokens=64)
+        reply = yield self.ask(self.messages(sample, item, instruction))
         found = result_in(reply.text)
         label = label_in(found if isinstance(found, str) else reply.text, self.labels)
         if label not in self.labels:

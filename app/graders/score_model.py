@@ -50,18 +50,21 @@ class ScoreModelGrader(Judge):
     def bounds(self) -> tuple[float, float]:
         return self.range
 
-    def steps(self, sample: GradedSample, item: JSON) -> Steps:
-        low, high = self.range
-        instruction = f'Answer with a JSON object {{"result": NUMBER}}, NUMBER from {low:g} to {high:g}, and nothing else.'
+    def ask(self, messages: tuple[JSON, ...]) -> JudgeAsk:
         given = self.sampling_params
-        reply = yield JudgeAsk(
+        return JudgeAsk(
             self.model,
-            self.messages(sample, item, instruction),
+            messages,
             temperature=given.temperature or 0.0,
             top_p=given.top_p or 1.0,
             max_tokens=given.max_completions_tokens or 256,
             seed=given.seed or 0,
         )
+
+    def steps(self, sample: GradedSample, item: JSON) -> Steps:
+        low, high = self.range
+        instruction = f'Answer with a JSON object {{"result": NUMBER}}, NUMBER from {low:g} to {high:g}, and nothing else.'
+        reply = yield self.ask(self.messages(sample, item, instruction))
         found = result_in(reply.text)
         number = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else number_in(str(found or reply.text))
         if number is None:

@@ -17,7 +17,7 @@ from app import graders, limits, saved_graders, schemas
 from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
-from app.graders import GRADERS, Ask, Graded, GradedSample, GradeError, Grader, JudgeAsk, Reply
+from app.graders import GRADERS, Ask, Graded, GradedSample, GradeError, Grader, Judge, JudgeAsk, PairVerdict, Reply
 from app.inference import judges, playground
 from app.inference.judges import Hear, ResolvedJudge
 from app.inference.protocol import GenerateRequest
@@ -43,6 +43,8 @@ ALPHA = "/fine_tuning/alpha/graders"
 Given = Annotated[Json, Body()]
 ANSWER_TOKENS = 128
 """Of a model's answer in a trial."""
+MAX_COMPARED = 50
+"""Rows of one comparison. Each is two questions to the judge."""
 
 
 @api.post(f"{ALPHA}/run", operation_id="run_grader", responses=answers(schemas.GraderRun, 404, 409), openapi_extra=takes(schemas.RunGrader))
@@ -52,10 +54,7 @@ async def run(request: Request, user: CurrentUser, body: Given) -> Json:
     sample, item = given.get("model_sample"), given.get("item")
     if not isinstance(sample, str):
         raise BadField("model_sample is missing or no text.", hint="Send the answer to be graded.", param="model_sample")
-    if not isinstance(item, dict | None) or too_deep(item) or len(json.dumps(item)) > MAX_ITEM_BYTES:
-        raise BadField(
-            "item is no JSON object, or is too large.", hint=f"Send an object of at most {MAX_ITEM_BYTES >> 20} MiB.", param="item"
-        )
+    _check_item({} if item is None else item, "item")
     grader = await run_in_threadpool(graders.read, given.get("grader"))
     found = await run_in_threadpool(grade_here, request, user, grader, [(GradedSample(sample), item or {})])
     return graders.as_openai(grader, found[0])
@@ -92,6 +91,24 @@ def grade_here(request: Request, user: User, grader: Grader, given: list[tuple[G
         return [graders.grade(grader, sample, item, answer) for sample, item in given]
 
 
+def compare_here(request: Request, user: User, judge: Judge, given: Sequence[tuple[Json, str, str]]) -> list[PairVerdict]:
+    """Ask a judge which of two answers to each item is better, in both orders, in the same way."""
+    with transaction() as session:
+        limits.check(session, user, "tokens_per_day")
+        known = judges.resolve(session, user, [judge])
+    with _asking(request, user, known) as answer:
+        return [graders.compare(judge, *one, answer) for one in given]
+
+
+def _judge(grader: Grader) -> Judge:
+    """Raises BadField for a grader that is no judge."""
+    if not isinstance(grader, Judge):
+        raise BadField(
+            f"A {grader.type} grader compares no answers.", hint="Send a judge: score_model or label_model.", param="grader.type"
+        )
+    return grader
+
+
 @contextlib.contextmanager
 def _asking(request: Request, user: User, known: Sequence[ResolvedJudge]) -> Iterator[Callable[[Ask], Reply]]:
     """What asks these models. At the end their tokens are counted, also where the client has left."""
@@ -106,6 +123,46 @@ def _asking(request: Request, user: User, known: Sequence[ResolvedJudge]) -> Ite
 async def _send(request: Request, asked: GenerateRequest, hear: Hear) -> None:
     if not await while_connected(request, judges.listen(asked, hear)):
         raise GradeError("model_grader_server_error", "The client left.")
+
+
+@api.post(
+    "/graders/compare",
+    operation_id="create_grader_comparison",
+    responses=answers(schemas.GraderComparison, 404, 409),
+    openapi_extra=takes(schemas.CompareAnswers),
+)
+async def compare(request: Request, user: CurrentUser, body: Given) -> Json:
+    """Ask a judge which of two answers to each row is better, in both orders, and how often it agrees with itself."""
+    rows = _only(body, "grader", "rows").get("rows")
+    if not isinstance(rows, list) or not 0 < len(rows) <= MAX_COMPARED:
+        raise BadField(f"rows is no list of 1 to {MAX_COMPARED} rows.", hint="Send rows, each with first and second.", param="rows")
+    given = [_compared(row, f"rows.{place}") for place, row in enumerate(rows)]
+    judge = _judge(await run_in_threadpool(graders.read, body.get("grader")))
+    return grader_view.comparison_json(await run_in_threadpool(compare_here, request, user, judge, given))
+
+
+def _compared(row: Any, where: str) -> tuple[Json, str, str]:
+    if not isinstance(row, dict):
+        raise BadField(f"{where} is no JSON object.", hint="Send item, first and second.", param=where)
+    try:
+        _only(row, "item", "first", "second")
+    except BadField as fault:
+        fault.param = f"{where}.{fault.param}"
+        raise
+    item = row.get("item") or {}
+    _check_item(item, f"{where}.item")
+    for side in ("first", "second"):
+        if not isinstance(row.get(side), str):
+            raise BadField(f"{where}.{side} is missing or no text.", hint="Send the answer.", param=f"{where}.{side}")
+    return item, row["first"], row["second"]
+
+
+def _check_item(item: Any, param: str) -> None:
+    """Raises BadField."""
+    if not isinstance(item, dict) or too_deep(item) or len(json.dumps(item)) > MAX_ITEM_BYTES:
+        raise BadField(
+            f"{param} is no JSON object, or is too large.", hint=f"Send an object of at most {MAX_ITEM_BYTES >> 20} MiB.", param=param
+        )
 
 
 # Saved graders --------------------------------------------------------------------------------------------------------
@@ -219,7 +276,7 @@ def _form(
         "kind": kind, "type": GRADERS[kind], "types": GRADERS, "name": name, "grader_id": grader_id, "fault": fault, "data": data,
         "controls": grader_view.controls(GRADERS[kind], typed, fault), "datasets": usable, "dataset": dataset, "ids": ids,
         "rows": grader_view.rows_of(dataset, data) if dataset else [], "labels": grader_view.LABELS, "agreement": None,
-        "choices": playground.choices(session, user, data.get("model", "")),
+        "choices": playground.choices(session, user, data.get("model", "")), "judges": issubclass(GRADERS[kind], Judge), "compared": None,
     }  # fmt: skip
 
 
@@ -258,27 +315,54 @@ def _save(request: Request, user: User, data: Typed) -> Response:
 
 
 def _try(request: Request, user: User, data: Typed) -> Response:
-    fault, rows, tried = None, [], None
+    fault: StudioError | None = None
+    tried: Json = {}
     try:
-        grader = _read(data | {"name": data.get("name", "").strip() or "trial"})
-        with transaction() as session:
-            if data.get("dataset"):
-                datasets.get(session, user, ids.parse(ids.DATASET, data["dataset"], param="dataset"))
-            rows = _of_form(session, user, data)["rows"]
-            writer = judges.writer(session, user, data.get("model", "")) if data.get("do") == "answer" else None
-            if writer is not None:
-                limits.check(session, user, "tokens_per_day")
-        if writer is not None:
-            rows = _answered(request, user, writer, rows)
-            data |= {f"answer.{row.line}": row.answer for row in rows}
-        tried = grader_view.with_grades(grader, rows, grade_here(request, user, grader, grader_view.samples_of(rows)))
+        tried = _compare(request, user, data) if data.get("do") == "compare" else _grade(request, user, data)
     except (StudioError, GradeError) as error:
         fault = error if isinstance(error, StudioError) else BadField(error.message, hint="Try again.", param="model")
     with transaction() as session:
-        context = _of_form(session, user, data, fault)
-        if tried is not None:
-            context |= {"rows": tried, "agreement": grader_view.agreement(tried)}
+        context = _of_form(session, user, data, fault) | tried
         return render(request, "grader.html", status_code=fault.status if fault else 200, **context)
+
+
+def _trial(session: Session, user: User, data: Typed) -> list[grader_view.TrialRow]:
+    """The rows of a filled form. Raises NotFound for another person's dataset."""
+    if data.get("dataset"):
+        datasets.get(session, user, ids.parse(ids.DATASET, data["dataset"], param="dataset"))
+    return list(_of_form(session, user, data)["rows"])
+
+
+def _typed_grader(data: Typed) -> Grader:
+    return _read(data | {"name": data.get("name", "").strip() or "trial"})
+
+
+def _grade(request: Request, user: User, data: Typed) -> Json:
+    grader = _typed_grader(data)
+    with transaction() as session:
+        rows = _trial(session, user, data)
+        writer = judges.writer(session, user, data.get("model", "")) if data.get("do") == "answer" else None
+        if writer is not None:
+            limits.check(session, user, "tokens_per_day")
+    if writer is not None:
+        rows = _answered(request, user, writer, rows)
+        data |= {f"answer.{row.line}": row.answer for row in rows}
+    tried = grader_view.with_grades(grader, rows, grade_here(request, user, grader, grader_view.samples_of(rows)))
+    return {"rows": tried, "agreement": grader_view.agreement(tried)}
+
+
+def _compare(request: Request, user: User, data: Typed) -> Json:
+    """Two models answer the rows, and the judge is asked in both orders which answer is better."""
+    judge = _judge(_typed_grader(data))
+    if data.get("model") == data.get("other"):
+        raise BadField("A model cannot be compared with itself.", hint="Choose two models.", param="other")
+    with transaction() as session:
+        rows = _trial(session, user, data)
+        writers = [judges.writer(session, user, data.get(name, "")) for name in ("model", "other")]
+        limits.check(session, user, "tokens_per_day")
+    first, second = (_answered(request, user, writer, rows) for writer in writers)
+    found = compare_here(request, user, judge, [(a.item, a.answer, b.answer) for a, b in zip(first, second, strict=True)])
+    return {"compared": grader_view.compared((data["model"], data["other"]), first, second, found)}
 
 
 def _answered(request: Request, user: User, writer: ResolvedJudge, rows: list[grader_view.TrialRow]) -> list[grader_view.TrialRow]:

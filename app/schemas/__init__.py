@@ -45,7 +45,17 @@ from app.schemas.fine_tuning import (
     JobTracker,
     StreamedJobEvent,
 )
-from app.schemas.graders import ChangeGrader, CreateGrader, GraderRun, RunGrader, SavedGrader, ValidateGrader, ValidGrader
+from app.schemas.graders import (
+    ChangeGrader,
+    CompareAnswers,
+    CreateGrader,
+    GraderComparison,
+    GraderRun,
+    RunGrader,
+    SavedGrader,
+    ValidateGrader,
+    ValidGrader,
+)
 from app.schemas.models import Engine, EngineCheck, EngineOfModel, HubModel, LoadedModels, Model, ModelAlias, ModelAliasMove
 from app.schemas.people import ChangePerson, CreateInvite, Invite, Person
 from app.schemas.predictions import Prediction
@@ -82,6 +92,7 @@ __all__ = [
     "ChatCompletionChunk",
     "CheckpointPermission",
     "Classifications",
+    "CompareAnswers",
     "Comparison",
     "ComparisonPlan",
     "CompleteUpload",
@@ -127,6 +138,7 @@ __all__ = [
     "FineTuningJob",
     "FineTuningJobEvent",
     "FixedDataset",
+    "GraderComparison",
     "GraderRun",
     "HubModel",
     "Invite",

@@ -87,6 +87,56 @@ class ValidGrader(Schema):
     grader: dict[str, Any]
 
 
+class TwoAnswers(BaseModel):
+    """Two answers to one row."""
+
+    model_config = ConfigDict(extra="forbid") | UNBUILT
+
+    item: dict[str, Any] | None = Field(None, description="The row; `item` in templates.")
+    first: str
+    second: str
+
+
+class CompareAnswers(BaseModel):
+    """A judge, and the answers that it compares. In its messages `sample.output_text` is both answers."""
+
+    model_config = ConfigDict(extra="forbid") | UNBUILT
+
+    grader: AnyGrader = Field(description="A judge: score_model or label_model.")
+    rows: list[TwoAnswers] = Field(min_length=1, max_length=50)
+
+
+class ComparedAnswers(Schema):
+    """Which answer the judge finds better with the first in front (`straight`) and with the second in front (`swapped`)."""
+
+    straight: Literal["first", "second", "tie"] | None
+    swapped: Literal["first", "second", "tie"] | None
+    winner: Literal["first", "second", "tie"] | None = Field(description="The verdict of both orders; null where they differ.")
+    position: Literal[1, 2] | None = Field(description="The place that it chose in both orders, whose answers had changed places.")
+    error: str | None
+
+
+class JudgeAgreement(Schema):
+    """How often the judge agrees with itself when the sides are swapped."""
+
+    rows: int = Field(description="Rows with a verdict in both orders.")
+    agreed: int
+    share: float
+    interval: tuple[float, float] = Field(description="Wilson's 95% interval of the share.")
+    by_position: int = Field(description="Rows on which it chose the same place twice.")
+    first_place: int = Field(description="Those of them on which that was the first.")
+    wins: dict[str, int] = Field(description="Rows by their winner in both orders: first, second, tie.")
+    failed: int
+
+
+class GraderComparison(Schema):
+    """Pairs of answers before a judge."""
+
+    object: Literal["grader.comparison"]
+    rows: list[ComparedAnswers]
+    agreement: JudgeAgreement | None = Field(description="Null where no row has both verdicts.")
+
+
 class ChangeGrader(BaseModel):
     """The grader as it shall be from now on."""
 

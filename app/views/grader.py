@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from app import graders
 from app.errors import BadField, StudioError
-from app.graders import GRADERS, Graded, GradedSample, Grader
+from app.graders import GRADERS, Graded, GradedSample, Grader, PairVerdict, SelfAgreement
 from app.kit import forms, stats
 from app.prompts import service as prompts
 from app.tables import Dataset
@@ -136,3 +136,63 @@ def agreement(rows: Sequence[TrialRow]) -> Agreement | None:
         return None
     agreed = sum(one == other for one, other in both)
     return Agreement(agreed, len(both), *stats.wilson(agreed, len(both)))
+
+
+# Two answers ----------------------------------------------------------------------------------------------------------
+
+
+class ComparedRow(NamedTuple):
+    """One row with the answers of two models, and the verdict of the judge in words."""
+
+    line: int
+    prompt: str
+    first: str
+    second: str
+    verdict: str
+    why: str
+
+
+class ComparedModels(NamedTuple):
+    """Two models' answers before a judge: the rows, and how often it agrees with itself."""
+
+    models: tuple[str, str]
+    rows: list[ComparedRow]
+    agreement: SelfAgreement | None
+
+
+def compared(
+    models: tuple[str, str], first: Sequence[TrialRow], second: Sequence[TrialRow], found: Sequence[PairVerdict]
+) -> ComparedModels:
+    rows = [
+        ComparedRow(a.line, a.prompt, a.answer, b.answer, _verdict(one, models), one.why)
+        for a, b, one in zip(first, second, found, strict=True)
+    ]
+    return ComparedModels(models, rows, graders.self_agreement(found))
+
+
+def _verdict(one: PairVerdict, models: tuple[str, str]) -> str:
+    """Empty where the judge gave no verdict in one of the two orders."""
+    if one.straight is None or one.swapped is None:
+        return ""
+    if one.position is not None:
+        return f"decided by position: answer {one.position} in both orders"
+    if one.winner is None:
+        return "a tie in one order and not in the other"
+    return {"first": models[0], "second": models[1], "tie": "a tie"}[one.winner]
+
+
+def comparison_json(found: Sequence[PairVerdict]) -> JSON:
+    """A comparison as the API returns it."""
+    told = graders.self_agreement(found)
+    agreement = None
+    if told is not None:
+        agreement = {
+            "rows": told.rows, "agreed": told.agreed, "share": told.agreed / told.rows, "interval": (told.low, told.high),
+            "by_position": told.by_position, "first_place": told.first_place,
+            "wins": dict(zip(("first", "second", "tie"), told.wins, strict=True)), "failed": told.failed,
+        }  # fmt: skip
+    rows = [
+        {"straight": one.straight, "swapped": one.swapped, "winner": one.winner, "position": one.position, "error": one.why or None}
+        for one in found
+    ]
+    return {"object": "grader.comparison", "rows": rows, "agreement": agreement}

@@ -69,7 +69,7 @@ HEAD /v1/tus/{key}
 """,
     "generate": """
 POST /v1/chat/completions /v1/classify /v1/completions /v1/embeddings /v1/next_tokens /v1/responses
-POST /v1/fine_tuning/alpha/graders/run /v1/fine_tuning/alpha/graders/validate
+POST /v1/fine_tuning/alpha/graders/run /v1/fine_tuning/alpha/graders/validate /v1/graders/compare
 """,
     "write": """
 POST /compare /compare/{comparison_id}/cancel /compare/{comparison_id}/delete /compare/{comparison_id}/keep /datasets /datasets/combine

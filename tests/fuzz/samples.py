@@ -78,6 +78,14 @@ GRADER = {
         "valid": {"type": "json_schema", "name": "valid", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
     },
 }  # fmt: skip
+JUDGE = {
+    "type": "label_model",
+    "name": "judge",
+    "model": "$model_name",
+    "input": [{"role": "user", "content": "{{sample.output_text}}"}],
+    "labels": ["a", "b"],
+    "passing_labels": ["a"],
+}
 GRADER_FORM = [
     ("type", "string_check"), ("name", "Same"), ("grader.input", "{{sample.output_text}}"), ("grader.operation", "eq"), ("grader.reference", "{{item.reference}}"),
 ]  # fmt: skip
@@ -307,6 +315,7 @@ UNSAFE: dict[str, Sample] = {
     "POST /v1/fine_tuning/alpha/graders/run": Sample(json={"grader": GRADER, "model_sample": "{\"a\": 1}", "item": {"reference": "b", "n": 2}}),
     "POST /v1/fine_tuning/alpha/graders/validate": Sample(json={"grader": GRADER}),
     "POST /v1/graders": Sample(json={"grader": GRADER}),
+    "POST /v1/graders/compare": Sample(json={"grader": JUDGE, "rows": [{"item": {"a": "b"}, "first": "Spruce.", "second": "Maple."}]}, expect=(200, 503)),
     "POST /graders": Sample(form=GRADER_FORM),
     "POST /graders/try": Sample(form=[*GRADER_FORM, ("dataset", "$dataset"), ("do", "grade"), ("answer.1", "Spruce."), ("label.1", "good")]),
     "POST /graders/{grader_id}/delete": Sample({"grader_id": "+grader"}),

@@ -17,6 +17,7 @@ from tests.generating import (  # noqa: F401
     register_tiny,
     stop_worker,
 )
+from tests.routes.test_advice import chats  # noqa: F401  a fixture
 
 STRING = {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}"}
 SIMILAR = {
@@ -137,3 +138,53 @@ def test_saved_changed_named_and_deleted(api, session):
     assert row.deleted_at is not None and json.dumps(row.body)
     types = [one.type for one in session.query(AuditLog).order_by(AuditLog.id)]
     assert [one for one in types if one.startswith("grader.")] == ["grader.created", "grader.updated", "grader.deleted"]
+
+
+PAIRS = [{"item": {"reference": "maple"}, "first": "Spruce.", "second": "Maple."}, {"first": "a", "second": "b"}]
+
+
+def test_pairs_are_judged_in_both_orders_by_the_worker(api, generate_worker, session):  # noqa: F811
+    register_tiny(session)
+    found = api.post("/v1/graders/compare", json={"grader": JUDGE, "rows": PAIRS}).json()
+    assert found["object"] == "grader.comparison" and len(found["rows"]) == 2
+    for row in found["rows"]:  # a model of 100,000 weights need not name an answer
+        verdicts = [row["straight"], row["swapped"]]
+        assert (row["error"] is None) == (None not in verdicts) and (row["winner"] is None or row["winner"] == row["straight"])
+    both = [row for row in found["rows"] if row["error"] is None]
+    assert (found["agreement"] is None) == (not both)
+    used = session.scalars(select(TokenUse)).one()
+    assert 4 <= used.written <= 4 * 8 and used.read > 4 * 40, "two rows, two orders"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"grader": STRING, "rows": PAIRS}, "grader.type"), ({"grader": MULTI, "rows": PAIRS}, "grader.type"),
+        ({"grader": JUDGE, "rows": []}, "rows"), ({"grader": JUDGE, "rows": PAIRS * 26}, "rows"), ({"grader": JUDGE, "rows": [3]}, "rows.0"),
+        ({"grader": JUDGE, "rows": [{"first": "a"}]}, "rows.0.second"), ({"grader": JUDGE, "rows": [{**PAIRS[1], "third": "c"}]}, "rows.0.third"),
+        ({"grader": JUDGE, "rows": [{**PAIRS[1], "item": [1]}]}, "rows.0.item"), ({"grader": JUDGE | {"model": "nobody"}, "rows": PAIRS}, "model"),
+        ({"grader": JUDGE, "rows": PAIRS, "swap": False}, "swap"),
+    ],
+)  # fmt: skip
+def test_a_comparison_that_is_none_is_refused(api, tiny_registered, body, param):
+    refused = api.post("/v1/graders/compare", json=body)
+    assert refused.status_code in (400, 404) and refused.json()["error"]["param"] == param, refused.text
+
+
+@pytest.mark.long
+def test_two_models_are_compared_on_the_page(client, generate_worker, session, chats):  # noqa: F811
+    """Both answer five rows, and the judge, one of them, is asked ten times."""
+    register_tiny(session), register_tiny(session, "other")
+    form = {"type": "label_model", "name": "j", "grader.model": "tiny", "grader.input": json.dumps(JUDGE["input"]), "grader.labels": '["a", "b"]', "grader.passing_labels": '["a"]'}  # fmt: skip
+    shown = client.get("/graders/new?type=label_model").text
+    assert "Compare the answers of both models" in shown and "Compare the answers" not in client.get("/graders/new?type=python").text
+    page = client.post("/graders/try", data={**form, "model": "tiny", "other": "other", "do": "compare"})
+    assert page.status_code == 200 and "Which of two answers is better" in page.text, page.text[-2000:]
+    table = page.text.partition('aria-label="Compared answers"')[2].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + 5 and ("The judge named none" in table or "self-agreement" in page.text)
+    same = client.post("/graders/try", data={**form, "model": "tiny", "other": "tiny", "do": "compare"})
+    assert same.status_code == 400 and "cannot be compared with itself" in same.text
+    other = client.post(
+        "/graders/try", data={"type": "length", "name": "l", "grader.max": "3", "model": "tiny", "other": "other", "do": "compare"}
+    )
+    assert other.status_code == 400 and "compares no answers" in other.text

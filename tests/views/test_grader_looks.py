@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.tables import SavedGrader
+from tests.generating import _workers, answering_dir, generate_worker, register_tiny  # noqa: F401
 from tests.looks import look_at
 from tests.routes.test_advice import chats  # noqa: F401  a fixture
 
@@ -47,6 +48,18 @@ def test_a_grader_is_written_tried_and_saved(page, served: str, session, chats, 
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete").click()
     page.get_by_text("Deleted “Polite”").wait_for()
+
+
+@pytest.mark.long
+def test_a_judge_compares_two_models(page, served: str, session, chats, generate_worker, tmp_path: Path):  # noqa: F811
+    register_tiny(session), register_tiny(session, "other")
+    page.goto(f"{served}/graders/new?type=label_model")
+    page.locator("[name='grader.model']").fill("tiny")
+    page.get_by_label("Other model").select_option("other")
+    page.get_by_role("button", name="Compare the answers of both models").click(timeout=120_000)
+    page.get_by_text("Which of two answers is better").wait_for()
+    assert page.get_by_role("region", name="Compared answers").locator("tbody tr").count() == 5
+    look_at(page, "grader-compared", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["text_similarity", "multi", "json_schema", "score_model"])
