@@ -2,6 +2,7 @@
 # make test-all      the same and the long ones: deaths of every part, whole flows, journeys in the browser, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
+# make test-tools    lm-eval, Inspect, LiteLLM and LangChain against a studio
 # make test-trackers sends jobs to a server of MLflow and of Trackio, and to Weights & Biases offline
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
@@ -16,17 +17,17 @@ STARTER := smollm2-135m-instruct
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test test-all test-oldest test-clients test-trackers test-faults bench lint clean
+.PHONY: help studio test test-all test-oldest test-clients test-tools test-trackers test-faults bench lint clean
 
 help:
-	@sed -n '1,7p' Makefile
+	@sed -n '1,8p' Makefile
 
 studio: $(VENV)/.installed
 	@$(BIN)/luthier models add $(STARTER) --files-only || echo "The studio starts without a model; the page Models can add one."
 	@exec $(BIN)/luthier up
 
-test: CHOSEN := not fault and not long
-test-all: CHOSEN := not fault
+test: CHOSEN := not fault and not tools and not long
+test-all: CHOSEN := not fault and not tools
 test test-all: $(VENV)/.installed-test $(VENV)/.browser lint
 	@# Two at a time; what failed beside others is tried once more alone, so that a busy machine is not called a defect, and is named
 	@# with the reason it is known to fail for (marker `flaky`), or as one to be mended or marked. Only failed tests (1) are
@@ -58,6 +59,19 @@ test-clients: $(VENV)/.installed-test
 	  $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(CLIENTS)/$$version distro jiter sniffio tqdm "openai==$$version.*" && \
 	  PYTHONPATH=$(CLIENTS)/$$version HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not fault and not browser' $(CLIENT_TESTS) $(ARGS) || exit; \
 	done
+
+# Each in an environment of its own; lm-eval's sees the studio's packages, because it needs some of the largest of them.
+TOOLS := .tools
+test-tools: $(VENV)/.installed-test
+	@for tool in lm-eval inspect-ai litellm langchain-openai; do \
+	  test -x $(TOOLS)/$$tool/bin/python || $(PYTHON) -m venv $(TOOLS)/$$tool || exit; \
+	done; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(TOOLS)/lm-eval/lib/python*/site-packages)/studio.pth && \
+	$(TOOLS)/lm-eval/bin/python -m pip install --quiet "lm-eval[api]" && \
+	$(TOOLS)/inspect-ai/bin/python -m pip install --quiet inspect-ai openai && \
+	$(TOOLS)/litellm/bin/python -m pip install --quiet litellm && \
+	$(TOOLS)/langchain-openai/bin/python -m pip install --quiet langchain-openai && \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tools tests/tools $(ARGS)
 
 # The servers in an environment of their own; wandb, which the studio imports, in a folder, with what the studio does not have of its needs.
 TRACKERS := .trackers
