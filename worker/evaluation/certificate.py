@@ -38,12 +38,12 @@ from app.strategies import STRATEGIES, Strategy
 from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer
 from worker.evaluation import step_cost
-from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
 from worker.modeling import new_tokens, padded
 from worker.modeling import packed_attention as packed
 from worker.modeling.auto import maker_of
 from worker.modeling.classifier import pool, without_pooler
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
+from worker.modeling.kv_cache import ATTENTION, Cache, ForwardPass, Segment, running
 
 LENGTHS = (7, 19, 12)
 BOUND, LOSS_BOUND, STRATEGY_BOUND = 1e-3, 1e-4, 1e-3

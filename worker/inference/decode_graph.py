@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from worker.inference.kv_cache import Blocks, DecodeGroup, ForwardPass, Segment, Selection
+from worker.modeling.kv_cache import Blocks, DecodeGroup, ForwardPass, Segment, Selection
 from worker.runtime.devices import Graph
 from worker.runtime.transfer import pinned
 

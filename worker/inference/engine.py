@@ -27,13 +27,13 @@ from app.spec import ModelRef
 from worker.data import answer_form
 from worker.inference import answer_plan, constraint, emission, next_token, prompt_logprobs, scheduler
 from worker.inference.errors import broke
-from worker.inference.kv_cache import ForwardPass, Segment, Slot
 from worker.inference.memory_budget import MemoryBudget
 from worker.inference.model_pool import LoadedModel, ModelHandle, ModelPool
 from worker.inference.next_token import NextTokenQuery
 from worker.inference.request import render, room_for
 from worker.inference.sampling import Detokenizer, Sampler, one_thread
 from worker.inference.scheduler import Request, TokenSequence
+from worker.modeling.kv_cache import ForwardPass, Segment, Slot
 from worker.runtime import devices
 
 MAX_ROWS = 16

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from app.models.integrity import BadModel
 from app.strategies._files import NEW_TOKENS
-from worker.inference.kv_cache import Selection, current_step
 from worker.kernels.cpu.small_batch_linear import SmallBatchLinear
+from worker.modeling.kv_cache import Selection, current_step
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in), and B (r, out) with the scaling factor applied
 

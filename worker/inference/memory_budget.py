@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from app.errors import DoesNotFit
 from app.inference.protocol import GenerateRequest
-from worker.inference.kv_cache import Slot
 from worker.inference.model_pool import LoadedModel, ModelPool
 from worker.inference.scheduler import Request
+from worker.modeling.kv_cache import Slot
 
 MIN_ANSWER = 64
 """Tokens reserved at least for an answer of unspecified length."""

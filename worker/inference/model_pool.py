@@ -29,10 +29,10 @@ from worker import kernels
 from worker.data import chat_template
 from worker.inference import model_cache
 from worker.inference.decode_graph import DecodeGraphs
-from worker.inference.kv_cache import ATTENTION, Cache, ForwardPass, running
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling import padded
+from worker.modeling.kv_cache import ATTENTION, Cache, ForwardPass, running
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 from worker.runtime import devices
 from worker.runtime.device import gpu_memory

@@ -14,7 +14,8 @@ import torch
 
 from app.inference.protocol import Logprob
 from worker.inference import sampling
-from worker.inference.sampling import CANDIDATES, Sampler, pick_each, say
+from worker.inference.sampling import CANDIDATES, Sampler, say
+from worker.modeling.draws import pick_each
 from worker.runtime import devices
 from worker.runtime.transfer import AsyncScalars, sent
 

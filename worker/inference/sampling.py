@@ -18,6 +18,7 @@ import torch
 from app.inference.protocol import Logprob, Sampling
 from app.kit.overlap import overlap
 from worker.inference.constraint import Constraint
+from worker.modeling.draws import pick
 from worker.runtime.transfer import sent
 
 CANDIDATES = 256
@@ -105,7 +106,7 @@ class Sampler:
         2024, https://arxiv.org/abs/2407.01082)."""
         total, size = logits.logsumexp(0), logits.shape[0]
         if self.takes_all(size):
-            return _pick((logits - total).exp(), u)
+            return pick((logits - total).exp(), u)
         count = min(self.sampling.top_k or size, size)
         best, tokens = logits.topk(min(count, CANDIDATES))
         found = self.draw_among(best, tokens, total, u, size)
@@ -131,7 +132,7 @@ class Sampler:
             # A token is kept while the probability before it is below top_p, so the one that crosses it is included.
             keep &= p.cumsum(0) - p < s.top_p
         keep[0] = True
-        return int(tokens[_pick(p[keep], u)])
+        return int(tokens[pick(p[keep], u)])
 
     def _enough(self, best: torch.Tensor, total: torch.Tensor, count: int) -> bool:
         """Whether the first candidates are certain to include every token that may be drawn."""
@@ -139,18 +140,6 @@ class Sampler:
             return True
         p = (best - total).exp()
         return bool(p[-1] < self.sampling.min_p * p[0]) or bool(p.sum() >= self.sampling.top_p and not self.sampling.top_k)
-
-
-def _pick(p: torch.Tensor, u: float) -> int:
-    """First index at which the cumulative sum of `p` exceeds `u` times its total; in float64, so that rounding does not hide the tail."""
-    edges = p.double().cumsum(0)
-    return min(int(torch.searchsorted(edges, u * edges[-1].item(), right=True)), len(p) - 1)
-
-
-def pick_each(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The same for each row of `p` (N, V) and each of `u` (N,) in float64."""
-    edges = p.double().cumsum(1)
-    return torch.searchsorted(edges, u[:, None] * edges[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 # Text ---------------------------------------------------------------------------------------------------------------

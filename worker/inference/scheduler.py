@@ -20,8 +20,8 @@ from worker.inference.sampling import Detokenizer, Sampler
 if TYPE_CHECKING:
     import torch
 
-    from worker.inference.kv_cache import Slot
     from worker.inference.model_pool import ModelHandle
+    from worker.modeling.kv_cache import Slot
 
 log = logging.getLogger(__name__)
 

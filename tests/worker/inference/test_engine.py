@@ -22,8 +22,8 @@ from app.shapes import shape_of
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 from worker.inference.engine import Engine
-from worker.inference.kv_cache import ForwardPass, Segment, current_step
 from worker.inference.model_pool import ModelPool
+from worker.modeling.kv_cache import ForwardPass, Segment, current_step
 from worker.modeling.loading import BadModel, load_model
 
 PROMPTS = [

@@ -16,11 +16,11 @@ from app.errors import DoesNotFit, TooMany, Unavailable
 from tests.conftest import wait_until
 from tests.worker.inference.test_engine import PROMPTS, by_transformers, crowd, home, make_adapter, ref_of, request, run  # noqa: F401
 from worker.inference import engine as engine_module
-from worker.inference import kv_cache
 from worker.inference import task as inference_task
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
 from worker.inference.sampling import Sampler
+from worker.modeling import kv_cache
 from worker.modeling.loading import BadModel
 
 ENDLESS = {"logit_bias": {70: 100}}
