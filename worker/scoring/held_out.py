@@ -161,10 +161,11 @@ def answers(
     prompts = [[*lead, *q.ids] for q in asked]
     told = written(model, tokenizer, prompts, stops, most, engine, seconds)
     engine.meter.add(sum(map(len, prompts)), sum(map(len, told)))
-    return [_as_text(tokenizer, q, [i for i in ids if i not in stops]) for q, ids in zip(asked, told, strict=True)]
+    return [as_text(tokenizer, q, [i for i in ids if i not in stops]) for q, ids in zip(asked, told, strict=True)]
 
 
-def _as_text(tokenizer: Any, asked: HeldOutPrompt, ids: list[int]) -> str:
+def as_text(tokenizer: Any, asked: HeldOutPrompt, ids: list[int]) -> str:
+    """The text of an answer, its calls of tools in one form where the prompt offers any."""
     if asked.tools:
         return answer_form.in_one_form(tokenizer, ids, asked.tools)
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
