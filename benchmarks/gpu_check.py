@@ -213,6 +213,7 @@ def main() -> int:
         check("evaluation of a compiled model", lambda: evaluation(folder, device, samples))
         if device == "cuda":
             check("softmax kernel", softmax)
+            check("steps as CUDA graphs", lambda: graphs(folder, Path(home)))
             lora = pass_through(folder, "cpu", torch.float32, fused=False, samples=samples, steps=4)
             for fused in (False, True):
                 check(
@@ -257,6 +258,67 @@ def evaluation(folder: Path, device: str, samples: list[list[int]]) -> str:
     found = held_out.validate(model, data_of(samples), 300, engine)
     assert np.isfinite(found["loss"])
     return f"loss {found['loss']:.4f} in {time.perf_counter() - began:.2f} s"
+
+
+def graphs(folder: Path, home: Path) -> str:
+    """A LoRA job whose passes are captured learns what it learns without, and is no slower."""
+    import os
+
+    from app import events
+    from app.settings import get_settings
+    from worker.train import train
+
+    found = {}
+    for mode in ("off", "auto"):
+        os.environ |= {"LUTHIER_CUDA_GRAPHS": mode, "LUTHIER_DATA_DIR": str(home / "data")}
+        get_settings.cache_clear()
+        torch._dynamo.reset()
+        spec = text_order(folder, max_steps=60, precision="bf16", max_tokens_per_step=TOKENS)
+        said = list(train(spec, get_settings().folder("runs") / mode / "a1"))
+        steps = [event for event in said if isinstance(event, events.Step)]
+        remarks = [event.message for event in said if isinstance(event, events.Log) and "CUDA graphs" in event.message]
+        backend = next(event.details["backend"] for event in said if isinstance(event, events.Started))
+        assert not remarks, remarks
+        assert backend == ("graphed" if mode == "auto" else "plain"), backend
+        found[mode] = [step.loss for step in steps], (steps[-1].seconds - steps[20].seconds) / (len(steps) - 21)
+    worst = max(abs(a - b) / abs(a) for a, b in zip(found["off"][0], found["auto"][0], strict=True))
+    assert worst < 2e-2, f"losses differ by {worst:.2e}"
+    return f"losses within {worst:.1e}, a step {1000 * found['off'][1]:.1f} ms without and {1000 * found['auto'][1]:.1f} ms with"
+
+
+def text_order(folder: Path, **run: Any) -> Any:
+    """A LoRA job on texts of drawn words, for a model that is given a tokenizer of words."""
+    import json
+    import uuid
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from app.datasets.row_store import write_rows
+    from app.settings import get_settings
+    from app.shapes import shape_of
+    from app.spec import DatasetRef, JobSpec, ModelRef, RunSettings
+    from app.strategies import STRATEGIES
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(CONFIG["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)
+    texts = draw_samples(CONFIG["vocab_size"], 9, 80, 0.6, 20, 200)
+    path = get_settings().folder("rows", "words") / "rows.parquet"
+    digest = write_rows(path, [{"text": " ".join(f"w{token}" for token in text)} for text in texts])
+    stored = path.relative_to(get_settings().data_dir).as_posix()
+    data = DatasetRef(id=uuid.UUID(int=2), name="words", path=stored, sha256=digest, format="plain_text", rows=len(texts))
+    shape = shape_of(json.loads((folder / "config.json").read_text()))
+    model = ModelRef(id=uuid.UUID(int=1), name="drawn", kind="generic", path=str(folder), revision="0" * 64, shape=shape)
+    quiet = {"epochs": 1000, "samples": 0, "forgetting": False, "row_losses": False, "evaluations_per_epoch": 0, "validation_fraction": 0.0}
+    return JobSpec(
+        name="graphs",
+        task="generation",
+        model=model,
+        dataset=data,
+        run=RunSettings(**quiet | run),
+        strategy=STRATEGIES["lora"](dropout=0.0),
+    )
 
 
 def softmax() -> str:

@@ -55,8 +55,16 @@ class Jobs:
     def __init__(self, tiny_model: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tiny_model, self.data_dir, self.monkeypatch, self.count = tiny_model, data_dir, monkeypatch, 0
 
-    def run(self, make: Callable[[Any], PlainBackend], name: str = "lora", settings: dict[str, Any] | None = None, **run: Any) -> Learned:
-        """A job of some steps, with evaluations in between, whose backend `make` makes."""
+    def run(
+        self,
+        make: Callable[[Any], PlainBackend],
+        name: str = "lora",
+        settings: dict[str, Any] | None = None,
+        until: int = STEPS,
+        attempt: int = 1,
+        **run: Any,
+    ) -> Learned:
+        """The steps of a job up to one, with evaluations in between, whose backend `make` makes. A later attempt goes on with the last job."""
         own = STRATEGIES[name]
         engine = Framed(CPU, "cpu", "bf16", torch.bfloat16 if own.adapter else torch.float32, 1)
         self.monkeypatch.setattr(train, "choose", lambda *_: engine)
@@ -74,14 +82,14 @@ class Jobs:
             put_model(self.tiny_model), put_dataset(chat_rows(60)), name, no_dropout | (settings or {}),
             **(given | run), row_losses=False, precision="bf16",
         )  # fmt: skip
-        self.count += 1
+        self.count += attempt == 1
         steps, log = [], []
-        for event in train.train(spec, self.data_dir / "runs" / str(self.count) / "a1"):
+        for event in train.train(spec, self.data_dir / "runs" / str(self.count) / f"a{attempt}"):
             if isinstance(event, events.Log):
                 log.append(event.message)
             if isinstance(event, events.Step):
                 steps.append((event.loss, event.grad_norm))
-                if event.step == STEPS:
+                if event.step == until:
                     break
         return Learned(steps, log, [p.detach().clone() for p in made[0].trained.values()])
 
@@ -129,6 +137,24 @@ def test_replayed_passes_learn_the_same_to_the_bit(jobs: Jobs, name: str, tmp_pa
     replays = sum(max(0, count - graphed.CAPTURED_AT) for count in made[0].seen.values())
     assert sum(tape.replays for tape in made[0].tapes) == 2 * replays > STEPS * PASSES
     assert not [text for text in taped.log if "CUDA graphs" in text]
+
+
+@pytest.mark.long
+def test_a_resumed_job_captures_again_and_learns_the_same(jobs: Jobs) -> None:
+    made: list[Taped] = []
+
+    def taped(engine: Any) -> Taped:
+        made.append(Taped(engine))
+        return made[-1]
+
+    plain = jobs.run(PlainBackend, max_steps=6, until=6)
+    first = jobs.run(taped, max_steps=6, until=3)  # its last checkpoint is that of step 2
+    again = jobs.run(taped, max_steps=6, until=6, attempt=2)
+    assert first.steps == plain.steps[:3] and again.steps == plain.steps[2:]
+    assert all(torch.equal(a, b) for a, b in zip(again.weights, plain.weights, strict=True))
+    assert [sum(tape.replays for tape in one.tapes) > 0 for one in made] == [True, True] and not [
+        t for t in again.log if "CUDA graphs" in t
+    ]
 
 
 @pytest.mark.long
