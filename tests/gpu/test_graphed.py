@@ -60,6 +60,7 @@ NOT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NOT)
 def test_what_is_none_of_these_is_computed_as_it_is(gpu: FakeGpu, name: str) -> None:
     assert gpu.run(**{**job("starter", **NOT[name]), "steps": 0})["started"]["backend"] == "plain"

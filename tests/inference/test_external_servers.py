@@ -101,6 +101,7 @@ def test_the_answer_is_the_same_wherever_it_is_given(openai_client, generate_wor
     assert there["usage"]["completion_tokens"] > 0 and there["usage"]["prompt_tokens"] > 10
 
 
+@pytest.mark.long
 def test_it_streams_with_usage_and_in_parts(openai_client, generate_worker, far, session):  # noqa: F811
     texts = []
     for model in ("tiny", "far"):

@@ -195,6 +195,7 @@ def test_in_the_browser(browser_page, served, session, user, two, generate_worke
     assert sorted(session.scalars(select(Vote.choice)).all()) == [0, 2]
 
 
+@pytest.mark.long
 def test_votes_become_a_preference_dataset_in_one_click(studio, browser_page):
     """In a whole studio: the votes over the API, one click on the page, and the data worker has read the pairs."""
     import openai

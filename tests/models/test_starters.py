@@ -141,6 +141,7 @@ def db_error():
     return pytest.raises(Conflict, match="accepted first")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("warm_children")
 def test_a_deleted_starter_stays_deleted_until_it_is_asked_for(session, user, tmp_path, data_dir, tiny_model, monkeypatch) -> None:
     sha = manifest.sha256_of(tiny_model / "model.safetensors")

@@ -108,6 +108,7 @@ def test_no_field_is_ignored(graders):
     assert caught.value.param == "item"
 
 
+@pytest.mark.long
 def test_a_judge_is_asked_through_the_worker(graders, generate_worker, session):  # noqa: F811
     register_tiny(session)
     graders.validate(grader=JUDGE)

@@ -103,6 +103,7 @@ def test_pages(page, served: str, session, user, tiny_registered, chats, tmp_pat
     assert page.locator("select[name=models]").nth(1).input_value() == f"{tuned.name}@0.75"
 
 
+@pytest.mark.long
 def test_a_running_evaluation_follows_and_is_stopped(page, served: str, session, user, tiny_registered, chats):  # noqa: F811
     order(session, user, tiny_registered)
     page.goto(f"{served}/evaluations")

@@ -61,6 +61,7 @@ def export(session, user, tiny_registered) -> Export:
     return made
 
 
+@pytest.mark.long
 def test_where_answers_part_is_said_and_they_stand_next_to_each_other(page: Page, served: str, export: Export, tmp_path: Path):
     page.set_viewport_size({"width": 1360, "height": 900})
     page.goto(f"{served}/models/{ids.public(ids.MODEL, export.model_id)}?tab=export")

@@ -88,6 +88,7 @@ def test_the_summary_stays_in_sight(page: Page, served: str, session, user, tiny
     look_at(page, "new-run" + path.replace("/", "-"), tmp_path)
 
 
+@pytest.mark.long
 def test_a_wrong_value_is_marked_where_it_stands(page: Page, served: str, session, user, tiny_registered, dataset):
     page.goto(f"{served}/jobs/new")
     open_settings(page)

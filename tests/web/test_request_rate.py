@@ -68,6 +68,7 @@ def test_the_setting_is_for_people_without_an_own_limit(web, api, session, ada, 
     assert "Requests this minute" in signed_in(web, session, ada).get("/settings/account").text
 
 
+@pytest.mark.long
 def test_nothing_is_refused_while_redis_is_away(api, session, user, monkeypatch):
     limited(session, user, requests_per_minute=0)
     request_rate.forget()
