@@ -83,6 +83,7 @@ class Sample(_Event):
     reference: str
     base: str | None = None
     answer: str
+    score: float | None = Field(None, exclude_if=lambda score: score is None)  # of the answer by the reward, 0 to 1
 
 
 class Sampled(_Event):

@@ -44,6 +44,8 @@ METRICS: dict[str, Metric] = {
     "macro_f1": Metric("Macro F1", "mean F1 over classes", False, "share"),
     "log_loss": Metric("Log loss", "nats per row, of its probabilities", True),
     "calibration_error": Metric("Calibration error", "mean gap between confidence and observed accuracy", True),
+    "reward": Metric("Reward", "mean score of the grader on validation prompts, 0 to 1", False, tile=1),
+    "kl": Metric("KL divergence", "from the base model, nats per token", True),
     "reward_accuracy": Metric(
         "Preference accuracy",
         "share of pairs whose chosen answer has the higher reward",

@@ -210,10 +210,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     share = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
-    everywhere = bool(spec.run.new_tokens)
-    beside = OBJECTIVES[spec.task].beside
-    per_token = duration.operations_per_token(shape, spec.strategy, share, recomputed, everywhere=everywhere, beside=beside)
-    work = duration.forward_operations(shape, 0.0) if features else per_token
+    work = duration.forward_operations(shape, 0.0) if features else duration.work_per_token(spec, share, recomputed)
     speed = measured.tokens_per_second * work
     course = duration.Workload(
         train=started.train_tokens,

@@ -114,6 +114,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
     yield from ProgressReporter(lesson.preparing)(lesson.prepare(model, engine, folder, course.budget))
+    yield from (_log("info", text) for text in lesson.prepared())
     model = lesson.attach(model).train()
     # Packs of so many rows have many shapes, so compiled layers would be compiled again and again.
     # Router logits are collected in passing, which the compiler takes for none of its blocks.
@@ -160,7 +161,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
         yield from _differences(state.facts, facts)
     state.facts = facts
     job = TrainState(spec, folder, engine, lesson, course, state, backend, began - state.wall_seconds)
-    done |= {"recomputed_layers": recompute, "backend": backend.name}
+    done |= {"recomputed_layers": recompute, "backend": backend.name, **lesson.details()}
     yield started(job, state.step if found else None, exact, done, time.monotonic() - began)
     if rehearsed := course.rehearsed(lesson):
         yield _log(
@@ -186,12 +187,13 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
     late: deque[tuple[events.Step, AsyncScalars]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
-    before, batch = state.step, next_batch(job, packs)
+    before, draws = state.step, job.lesson.draws
+    batch = None if draws else (yield from next_batch(job, packs))
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        figures = AsyncScalars(take_step(job, batch))
+        figures = AsyncScalars(take_step(job, batch or (yield from next_batch(job, packs))))
         late.append((step_event(job), figures))
         # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
-        batch = next_batch(job, packs)
+        batch = None if draws else (yield from next_batch(job, packs))
         while len(late) > unread:
             yield report(job, *late.popleft())
         told = backend.remarks()

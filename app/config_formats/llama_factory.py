@@ -82,7 +82,8 @@ def finish(found: Translation) -> None:
         if loss not in LOSSES:
             found.note("pref_loss", "is not known here: DPO's loss is taken")
     else:
-        preferences(found, **({"desirable_weight": 1.0, "undesirable_weight": 1.0} if stage == "kto" else {}))
+        weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0} if stage == "kto" else {}
+        preferences(found, None, **weights)
     if body.get("packing") is False or "packing" not in body:
         found.notes.append(Note("packing", body.get("packing"), "rows are packed without seeing each other: the same loss, faster"))
 

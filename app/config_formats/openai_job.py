@@ -26,8 +26,9 @@ def finish(found: Translation) -> None:
         raise BadData(f"The method {kind!r} of OpenAI is not trained here.", hint=f"Known are {', '.join(METHODS)}.")
     given = (method.get(kind) or {}).get("hyperparameters") or found.body.get("hyperparameters") or {}
     known = {name: value for name, value in given.items() if value not in (None, "auto")}
+    grader = {"grader": method[kind]["grader"]} if kind == "reinforcement" and (method.get(kind) or {}).get("grader") else {}
     if known or kind != "supervised":
-        found.put("method", {"type": kind, kind: {"hyperparameters": known}})
+        found.put("method", {"type": kind, kind: {**grader, "hyperparameters": known}})
     found.notes.append(Note("model", found.body["model"], "write the name of a model of this studio: weights of OpenAI's cannot be had"))
     for name in ("training_file", "validation_file"):
         if str(found.get(name) or "").startswith("file-"):

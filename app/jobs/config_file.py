@@ -64,6 +64,7 @@ def as_file(spec: JobSpec) -> str:
     """Everything that decides the job, as YAML for `luthier train`. Default values are marked."""
     named = {
         "name": spec.name,
+        **({"task": spec.task} if OBJECTIVES[spec.task].draws else {}),
         "model": spec.model.name,
         "dataset_id": ids.public(ids.DATASET, spec.dataset.id),
         **({"validation_dataset_id": ids.public(ids.DATASET, spec.validation.id)} if spec.validation else {}),
@@ -134,6 +135,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
         **({"validation": ids.public(ids.DATASET, validation.id)} if validation else {}),
         "strategy": str(order.strategy.get("name", "lora")),
         **({"preset": order.preset} if order.preset else {}),
+        **({"objective": order.task} if order.task else {}),
         **({"name": order.name} if order.name else {}),
         **({"priority": order.priority} if order.priority else {}),
         **_graders(order.graders or []),
@@ -179,6 +181,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "dataset": ids.public(ids.DATASET, job.dataset_id),
         **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
         "strategy": spec["strategy"]["name"],
+        **({"objective": spec["task"]} if OBJECTIVES[spec["task"]].draws else {}),
         "name": job.name,
         **({"priority": job.priority} if job.priority != "normal" else {}),
         **_graders(spec.get("graders") or []),
@@ -217,6 +220,7 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
         "model": order.model,
         **data,
         "validation_dataset_id": ids.public(ids.DATASET, order.validation_dataset_id) if order.validation_dataset_id else None,
+        "task": order.task,
         "preset": order.preset,
         "strategy": order.strategy,
         "run": order.run,
@@ -237,6 +241,7 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
         for key in (
             "dataset_id",
             "validation_dataset_id",
+            "task",
             "preset",
             "strategy",
             "run",

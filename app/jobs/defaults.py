@@ -9,16 +9,22 @@ from pydantic import ValidationError
 
 from app import objectives
 from app.objectives import OBJECTIVES
-from app.planning.schedule import PRESETS, PresetName, held_out_share, schedule
+from app.objectives.reinforcement import ReinforcementSettings
+from app.planning.schedule import PRESETS, PresetName, drawing_schedule, held_out_share, schedule
 from app.run_settings import RunSettings, displaced
 from app.tables import Dataset
 
 
 def usual_run(
-    dataset: Dataset, asked: Mapping[str, Any], *, validated_elsewhere: bool = False, preset: PresetName = "balanced"
+    dataset: Dataset,
+    asked: Mapping[str, Any],
+    *,
+    validated_elsewhere: bool = False,
+    preset: PresetName = "balanced",
+    drawn: ReinforcementSettings | None = None,
 ) -> dict[str, Any]:
     """The settings of a preset for this dataset on this machine (app/planning/schedule.py), with settings in `asked` unchanged;
-    empty while the dataset is being parsed."""
+    empty while the dataset is being parsed. `drawn` says what each step draws, where a job learns from answers that are drawn."""
     from app.datasets import service as datasets
     from app.machines import heartbeats
 
@@ -33,6 +39,12 @@ def usual_run(
     rows = (dataset.good_rows or 0) * (1.0 if validated_elsewhere else 1 - share) * wanted.data_fraction
     each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[task].sequences_per_row
     machine = heartbeats.training_machine().on(wanted.device)
+    given = {*asked, *displaced(dict(asked))}
+    if drawn is not None:
+        epochs = wanted.epochs if "epochs" in asked else None
+        planned = drawing_schedule(rows, drawn.prompts_per_step, gpu=machine.cuda, epochs=epochs, preset=preset)
+        usual = planned._asdict() | dict(PRESETS[preset].more) | {"validation_fraction": share}
+        return {name: value for name, value in usual.items() if name not in given}
     found = schedule(
         task,
         rows,
@@ -45,7 +57,6 @@ def usual_run(
     )._asdict() | dict(PRESETS[preset].more)
     found["max_tokens_per_step"] = max(16, found["max_tokens_per_step"] // wanted.gradient_accumulation_steps)
     found["validation_fraction"] = share
-    given = {*asked, *displaced(dict(asked))}
     return {name: value for name, value in found.items() if name not in given}
 
 

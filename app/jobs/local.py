@@ -71,7 +71,10 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     rest = {"split": order["split"]} if order.get("split") else {}
     if task in OBJECTIVES:
         graded = spec_builder.trainable_graders([graders.read(one) for one in order.get("graders") or []], task)
-        spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None)
+        if OBJECTIVES[task].draws:
+            own = order.get("preference") or {}
+            rest["preference"] = {**own, "grader": graders.to_json(graders.read(own.get("grader") or {}))}
+        spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None, reward=OBJECTIVES[task].draws)
         rest["graders"] = graded
         if OBJECTIVES[task].settings is None and order.get("preference"):
             raise BadField(

@@ -35,18 +35,41 @@ class MethodOrder(BaseModel):
     hyperparameters: Hyperparameters | None = None
 
 
+class ReinforcementHyperparameters(Hyperparameters):
+    batch_size: Annotated[Count, Field(description="Prompts of a step.")] = "auto"
+    compute_multiplier: Annotated[Number, Field(description="Multiplier of the answers that are drawn for each prompt, which are 8.")] = (
+        "auto"
+    )
+    eval_interval: Annotated[Count, Field(description="Steps between two evaluations.")] = "auto"
+    eval_samples: Annotated[Count, Field(description="Validation prompts that are answered and graded at each evaluation.")] = "auto"
+    reasoning_effort: Literal["default"] = "default"
+
+
+class ReinforcementOrder(MethodOrder):
+    grader: dict[str, Any] | str | None = Field(None, description="The reward: a grader, or the id of a saved one.")
+    hyperparameters: ReinforcementHyperparameters | None = None
+
+
 class _Method(BaseModel):
-    type: Literal[*METHODS, "reinforcement"]  # type: ignore[valid-type]
+    type: Literal[METHODS]  # type: ignore[valid-type]
+
+    def named(self) -> MethodOrder | None:
+        """What is under the type's name."""
+        found: MethodOrder | None = getattr(self, self.type, None)
+        return found
 
     def hyperparameters(self) -> Hyperparameters | None:
-        named: MethodOrder | None = getattr(self, self.type, None)
+        named = self.named()
         return named.hyperparameters if named else None
 
 
 if TYPE_CHECKING:
     Method = _Method
 else:
-    Method = create_model("Method", __base__=_Method, __module__=__name__, **dict.fromkeys(METHODS, (MethodOrder | None, None)))
+    _ORDERS = {"reinforcement": ReinforcementOrder}
+    Method = create_model(
+        "Method", __base__=_Method, __module__=__name__, **{m: (_ORDERS.get(m, MethodOrder) | None, None) for m in METHODS}
+    )
 """OpenAI's `method`: its type, and under the type's name the settings."""
 
 

@@ -16,12 +16,15 @@ from sqlalchemy.orm import Session
 from app import formats, graders, objectives, saved_graders
 from app.errors import BadField, StudioError
 from app.graders import Grader
+from app.jobs import reinforcement_order
 from app.jobs.defaults import mean_tokens, usual_run
 from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
 from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, Task
+from app.objectives.reinforcement import ReinforcementSettings
 from app.planning import feasibility
+from app.planning.reinforcement import refuse_drawn
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
@@ -39,6 +42,7 @@ class OrderContext(NamedTuple):
     validation: Dataset | None
     task: Task
     graders: tuple[JSON, ...] = ()
+    reward: JSON | None = None  # the grader of reinforcement
 
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
@@ -51,8 +55,6 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
     """The model and data of a request. Raises BadField, NotFound or Conflict with `param`."""
     from app.models import service as models
 
-    if order.method and order.method.type == "reinforcement":
-        raise BadField("Reinforcement fine-tuning is not offered.", hint="Use the method supervised.", param="method.type")
     resolved = _with_param("model", models.resolve, session, user, order.model)
     if resolved.model.status != "ready":
         raise BadField(
@@ -75,17 +77,19 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
             _check_dataset(named, task, where)
     feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     feasibility.refuse_labels(task, dataset, validation, param, validation_param)
-    return OrderContext(resolved.ref, dataset, validation, task, _graders(session, user, order, task))
+    reward = reinforcement_order.reward_of(session, user, order) if OBJECTIVES[task].draws else None
+    return OrderContext(resolved.ref, dataset, validation, task, _graders(session, user, order, task), reward)
 
 
 def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
-    model, dataset, validation, task, graded = found
+    model, dataset, validation, task, graded, reward = found
     strategy = read_strategy(order.strategy)
     feasibility.refuse_modules(strategy, model.shape, task)
-    run = _run_settings(order, strategy, dataset, task)
+    own = _objective_settings(order, task, dataset, reward)
+    run = _run_settings(order, strategy, dataset, task, own)
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device)
     if reason:
         hidden = run.device == "cpu" and has_gpu()
@@ -93,7 +97,9 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
-    check_graded(run, graded, validated_elsewhere=validation is not None)
+    check_graded(run, graded, validated_elsewhere=validation is not None, reward=reward is not None)
+    if isinstance(own, ReinforcementSettings):
+        refuse_drawn(strategy, run, own, model.shape)
     feasibility.refuse_without_prompt(model.shape, dataset.format)
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_rehearsal(run, task)
@@ -111,7 +117,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         split=_split(order, dataset),
         run=run,
         strategy=strategy,
-        preference=_objective_settings(order, task, dataset),
+        preference=own,
         graders=graded,
     )
 
@@ -134,11 +140,11 @@ def trainable_graders(found: Sequence[Grader], task: Task) -> tuple[JSON, ...]:
     return tuple(map(graders.to_json, found))
 
 
-def check_graded(run: RunSettings, graded: tuple[JSON, ...], *, validated_elsewhere: bool) -> None:
-    """Raises BadField for settings and graders that need each other."""
-    if run.graded_rows != RunSettings.model_fields["graded_rows"].default and not graded:
+def check_graded(run: RunSettings, graded: tuple[JSON, ...], *, validated_elsewhere: bool, reward: bool = False) -> None:
+    """Raises BadField for settings and graders that need each other. A `reward` is a grader too, and needs no validation rows."""
+    if not reward and run.graded_rows != RunSettings.model_fields["graded_rows"].default and not graded:
         raise BadField("graded_rows means nothing without graders.", hint="Omit it, or send graders.", param="run.graded_rows")
-    if run.metric_for_best == "grader" and not graded:
+    if run.metric_for_best == "grader" and not graded and not reward:
         raise BadField("No grader was named to choose the best checkpoint by.", hint="Send graders.", param="run.metric_for_best")
     if graded and not validated_elsewhere and run.validation_fraction == 0:
         raise BadField("Graders need validation rows, and none are held out.", hint="Set validation_fraction.", param="graders")
@@ -263,7 +269,7 @@ MAX_STEP_TOKENS = 1_048_576
 """Maximum of `max_tokens_per_step`. A batch of more rows is limited to it: a row has at least one token."""
 
 
-def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task) -> RunSettings:
+def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task: Task, own: BaseModel | None) -> RunSettings:
     """Our run settings; `run` takes precedence over OpenAI's settings.
 
     `n_epochs` is our epochs. `learning_rate_multiplier` multiplies the strategy's own learning rate. `batch_size` counts rows
@@ -282,12 +288,15 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
     if asked.learning_rate_multiplier != "auto":
         usual = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
         settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
-    if asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:
+    drawn = own if isinstance(own, ReinforcementSettings) else None
+    if drawn:
+        reinforcement_order.fill_run(settings, asked)
+    elif asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:
         settings.setdefault(
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
         )
     elsewhere = bool(order.validation_file or order.validation_dataset_id)
-    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced")
+    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced", drawn=drawn)
     if settings.get("learning_rate") is None:
         settings["learning_rate"] = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
     if order.seed is not None:
@@ -298,7 +307,7 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
         raise bad_field(error, "run") from None
 
 
-def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> BaseModel | None:
+def _objective_settings(order: JobRequest, task: Task, dataset: Dataset, reward: JSON | None) -> BaseModel | None:
     """The objective's own settings; `preference` takes precedence over OpenAI's `beta`."""
     wanted = OBJECTIVES[task].settings
     if wanted is None:
@@ -315,6 +324,8 @@ def _objective_settings(order: JobRequest, task: Task, dataset: Dataset) -> Base
         if not 0 < beta <= 10:
             raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
         settings.setdefault("beta", beta)
+    if reward is not None:
+        settings = {**reinforcement_order.asked_settings(order), **settings, "grader": reward}
     return read_objective_settings(task, settings)
 
 

@@ -8,6 +8,7 @@ without a line here.
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from collections.abc import Container, Mapping
@@ -165,9 +166,11 @@ def whole_number(text: str) -> int | None:
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as a browser would send it, a list as lines; empty for None."""
+    """A setting's value as a browser would send it, a list as lines, an object as JSON; empty for None."""
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
         return "\n".join(map(str, value))
     if isinstance(value, bool):

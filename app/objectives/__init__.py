@@ -14,7 +14,7 @@ from app.kit.registry import classes_in
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 
-__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "ObjectiveSettings", "Task", "get"]
+__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "ObjectiveSettings", "Task", "get", "of_rows"]
 
 OBJECTIVES: dict[str, Objective] = {cls.name: cls() for cls in sorted(classes_in(__name__, Objective), key=lambda cls: cls.place)}
 """Every objective by name, in the order lists show them."""
@@ -30,6 +30,12 @@ else:
     Task = Literal[tuple(OBJECTIVES)]
     SETTINGS = functools.reduce(operator.or_, (entry.settings for entry in OBJECTIVES.values() if entry.settings))
 """The name of an objective, and a pydantic union of the objectives' settings."""
+
+
+def of_rows(task: str | None, format_: str | None) -> list[str]:
+    """The objectives that train on rows of a dataset for `task` in this format, its own first."""
+    own = get(task).name
+    return [own, *(name for name, entry in OBJECTIVES.items() if name != own and format_ in entry.formats)]
 
 
 def get(task: str | None) -> Objective:

@@ -30,6 +30,7 @@ class Objective:
     compares: ClassVar[bool] = False  # it compares answers: strategies use a smaller learning rate (`preference_share`)
     scored: ClassVar[bool] = True  # a row has one right answer or label, by which a model or a prompt can be scored
     settings: ClassVar[type[ObjectiveSettings] | None] = None  # its own settings, the field `preference` of a spec
+    draws: ClassVar[bool] = False  # it trains on answers that the model draws to the prompts of the rows
     # Which run settings it takes ---------------------------------------------------------------------------------------
     turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
     rehearses: ClassVar[bool] = False  # general rows may be played in against forgetting (`rehearsal_fraction`)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES
+from app.objectives.reinforcement import ReinforcementSettings
 from app.planning import rehearsal
 from app.planning.memory import MemoryParts, features_memory, memory_of, new_token_parameters, pads, precision_of, recomputed_layers
 from app.run_settings import RunSettings
@@ -39,6 +40,11 @@ ANSWERED = 8
 SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, 32_768
 """The baselines of the verdict (worker/scoring/prompt_baseline.py): few-shot examples per question, examples per class, and
 maximum validation rows and tokens."""
+
+DRAWN_TIMES, DRAWN_MORE = 4, 16
+"""An answer that is drawn is assumed to have four times as many tokens as those of the rows, and 16, but at most half of the limit."""
+DRAWN_WORK = 2.5
+"""A token that is drawn in a large batch takes as long as the forward pass of so many in training."""
 
 FIT_SWEEPS, FIT_PASSES = 13, 60
 """Logistic regression takes as long as 13 fits (cross-validation of six strengths in three folds of two thirds each, and the
@@ -89,14 +95,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
-    work = operations_per_token(
-        shape,
-        strategy,
-        course.trained_share,
-        recompute / shape.layers,
-        everywhere=bool(run.new_tokens),
-        beside=OBJECTIVES[spec.task].beside,
-    )
+    work = work_per_token(spec, course.trained_share, recompute / shape.layers)
     per_second = speed_of(spec, machine) / work
     return _estimate(spec, machine, course, memory, per_second, recompute)
 
@@ -145,6 +144,8 @@ class Workload(NamedTuple):
 
 def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
     """The workload of a job."""
+    if isinstance(spec.preference, ReinforcementSettings):
+        return drawn_course_of(spec, spec.preference, stats)
     run = spec.run
     rows, longest = _placed(spec, stats)
     if spec.validation is None:
@@ -161,6 +162,26 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     tokens = int(own / (1 - run.rehearsal_fraction))
     trained_share = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
     return Workload(train, held_out, longest, tokens, own, steps, trained_share, learned_from, stats.labels or 0)
+
+
+def drawn_course_of(spec: JobSpec, own: ReinforcementSettings, stats: Stats) -> Workload:
+    """The workload of a job that trains on answers which it draws. Their length is assumed, since nobody knows it before."""
+    run, share = spec.run, spec.run.data_fraction * (1.0 if spec.validation else 1 - spec.run.validation_fraction)
+    total, longest = tokens_of(stats, run)
+    prompts = max(1, math.ceil(stats.rows * share))
+    prompt = total / max(stats.rows, 1) * (1 - loss_share(stats)) + spec.strategy.virtual_tokens()
+    answer = drawn_tokens(own, stats)
+    steps = max(1, math.ceil(run.epochs * math.ceil(prompts / own.prompts_per_step)))
+    steps = min(steps, run.max_steps or steps)
+    tokens = int(steps * own.prompts_per_step * own.group_size * (prompt + answer))
+    longest = min(run.max_length, longest) + own.answer_tokens
+    return Workload(prompts * prompt, 0.0, longest, tokens, tokens, steps, answer / (prompt + answer), prompts, 0)
+
+
+def drawn_tokens(own: ReinforcementSettings, stats: Stats) -> float:
+    """Mean tokens of an answer that is drawn."""
+    given = (stats.trained_tokens or 0) / max(stats.rows, 1)
+    return min(own.answer_tokens / 2, DRAWN_TIMES * given + DRAWN_MORE) if given else own.answer_tokens / 2
 
 
 def _placed(spec: JobSpec, stats: Stats) -> tuple[float, int]:
@@ -211,6 +232,14 @@ def operations_per_token(
     return 2 * (1 + beside) * (blocks + head) + 2 * (passed + head) + 2 * learns + 2 * recompute * blocks
 
 
+def work_per_token(spec: JobSpec, trained_share: float, recompute: float = 0.0) -> float:
+    """Floating-point operations of a job per token of its steps. Where answers are drawn, each token with a loss was drawn first."""
+    shape = spec.model.shape
+    beside, everywhere = OBJECTIVES[spec.task].beside, bool(spec.run.new_tokens)
+    found = operations_per_token(shape, spec.strategy, trained_share, recompute, everywhere=everywhere, beside=beside)
+    return found + (DRAWN_WORK * trained_share * forward_operations(shape, 1.0) if OBJECTIVES[spec.task].draws else 0.0)
+
+
 def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:
     """The pace of such a job here, and whether one like it was measured."""
     return machine.pace(work_of(spec, precision_of(spec.run, spec.strategy, machine)))
@@ -220,7 +249,8 @@ def work_of(spec: JobSpec, precision: str) -> str:
     """The kind of work of a job. One architecture without formulas may be far slower than another."""
     shape = spec.model.shape
     kind = f"{shape.architecture} {shape.model_type}" if shape.structure else shape.architecture
-    return kind_of_work(spec.strategy.name, kind, type(spec.strategy).recipe, precision)
+    recipe = "drawn" if OBJECTIVES[spec.task].draws else type(spec.strategy).recipe
+    return kind_of_work(spec.strategy.name, kind, recipe, precision)
 
 
 def speed_of(spec: JobSpec, machine: Machine) -> float:
@@ -253,8 +283,7 @@ def step_seconds(spec: JobSpec, course: Workload, speed: float, recompute: float
     if type(spec.strategy).recipe == "features":
         return (course.train + course.held_out) * forward_operations(shape, 0.0) / speed
     padded = 1.0 if not pads(shape, spec.run) else max(1.0, course.longest * course.rows / max(course.train, 1))
-    beside = OBJECTIVES[spec.task].beside
-    work = operations_per_token(shape, spec.strategy, course.trained_share, recompute, everywhere=bool(spec.run.new_tokens), beside=beside)
+    work = work_per_token(spec, course.trained_share, recompute)
     return padded * course.tokens * work / speed
 
 
@@ -284,7 +313,10 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
         scored += 2 * PROBE_TOKENS * forward_operations(shape, 1.0)
     scored += _contest_tokens(spec, course) * forward
     # Generation is bound by reading the weights, about ten times slower per token than training.
-    graded = run.graded_rows * run.sample_tokens * (judged + 1) if spec.graders else 0
+    graded: float = run.graded_rows * run.sample_tokens * (judged + 1) if spec.graders else 0
+    if isinstance(spec.preference, ReinforcementSettings):
+        answer = course.trained_share * course.tokens / max(course.steps * spec.preference.prompts_per_step * spec.preference.group_size, 1)
+        graded = answer * (run.graded_rows * (judged + 1) + spec.preference.check_prompts * spec.preference.group_size / 4)
     written = (
         0 if classes else graded + run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     )

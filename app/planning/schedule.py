@@ -98,6 +98,20 @@ def schedule(
     return Schedule(tokens, read, 2.0 if read <= EPOCHS else max(0.5, round(MAX_EVALUATIONS / read, 2)))
 
 
+DRAWN_TOKENS, GPU_DRAWN_TOKENS = 2048, 8192
+"""Tokens of a pass over answers that were drawn."""
+
+
+def drawing_schedule(
+    rows: float, prompts: int, *, gpu: bool = False, epochs: float | None = None, preset: PresetName = "balanced"
+) -> Schedule:
+    """The schedule of a job whose steps draw answers to `prompts` of its `rows`: as many epochs as give the preset's steps, at least one."""
+    aim = PRESETS[preset]
+    batches = max(1, math.ceil(rows / prompts))
+    read = epochs or max(1.0, round(aim.steps / batches, 2))
+    return Schedule(GPU_DRAWN_TOKENS if gpu else DRAWN_TOKENS, read, max(0.1, round(MAX_EVALUATIONS / read, 2)))
+
+
 def steps(epoch: float, max_tokens_per_step: int, epochs: float) -> int:
     """Optimizer steps for `epochs` epochs of `epoch` tokens each."""
     return max(1, math.ceil(epochs * math.ceil(epoch / max_tokens_per_step)))

@@ -77,6 +77,7 @@ class ComparisonRow(Schema):
     loss: float | None
     accuracy: float | None
     macro_f1: float | None
+    reward: float | None
     reward_accuracy: float | None
     rating_accuracy: float | None
     rows: int | None

@@ -70,13 +70,32 @@ class MethodSettings(Schema):
     hyperparameters: JobHyperparameters
 
 
-class JobMethod(Schema):
-    """The training objective: supervised answers, preference pairs, or rated answers."""
+class JobReinforcementHyperparameters(JobHyperparameters):
+    """OpenAI's hyperparameters of reinforcement; `batch_size` counts prompts."""
 
-    type: Literal["supervised", "dpo", "kto"]
+    compute_multiplier: float | Literal["auto"] = Field(
+        description="Multiplier of the answers that are drawn for each prompt, which are 8."
+    )
+    eval_interval: int | Literal["auto"] = Field(description="Steps between two evaluations.")
+    eval_samples: int | Literal["auto"] = Field(description="Validation prompts that are answered and graded at each evaluation.")
+    reasoning_effort: Literal["default"]
+
+
+class ReinforcementMethodSettings(Schema):
+    """The reward and the settings of reinforcement."""
+
+    grader: dict[str, Any]
+    hyperparameters: JobReinforcementHyperparameters
+
+
+class JobMethod(Schema):
+    """The training objective: supervised answers, preference pairs, rated answers, or a reward."""
+
+    type: Literal["supervised", "dpo", "kto", "reinforcement"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
     kto: MethodSettings | None = None
+    reinforcement: ReinforcementMethodSettings | None = None
 
 
 class JobProgress(Schema):

@@ -6,7 +6,6 @@ Input values are texts by the name of their input: `model`, `dataset`, `validati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +24,7 @@ from app.kit import ids
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
 from app.models import service as models
 from app.objectives import OBJECTIVES, ObjectiveSettings
+from app.objectives.reinforcement import ReinforcementSettings
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
@@ -32,6 +32,8 @@ from app.run_settings import RunSettings, displaced
 from app.spec import JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
+from app.views import reward_form
+from app.views.reward_form import from_json
 
 FIELDS = {
     "dataset_id": "dataset",
@@ -49,6 +51,7 @@ PLACES = {
     "strategy": "methods",
     "priority": "priority",
     "graders": "graders",
+    "preference.grader": "preference-grader",
     "split.method": "split.method",
     "split.column": "split.column",
 }
@@ -97,7 +100,8 @@ class OrderForm:
     more_cards: list[StrategyCard]
     strategy_controls: list[FormField]
     run_controls: list[FormField]
-    preference_controls: list[FormField]  # only for a preference dataset
+    preference_controls: list[FormField]  # the objective's own settings
+    tasks: list[str]  # the objectives that train on the dataset's rows, its own first
     kept: dict[str, str]
     errors: dict[str, str] = field(default_factory=dict)
     order: JobRequest | None = None
@@ -137,6 +141,11 @@ class OrderForm:
         return [name for name, value in self.typed.items() if value and (name == "graders" or name.startswith("grader."))]
 
     @property
+    def rewards(self) -> list[tuple[str, str]]:
+        """Values and names of the rewards to choose from, where the objective needs one: usual ones, saved graders, and the cloned run's."""
+        return reward_form.choices(self.saved, self.typed) if OBJECTIVES[self.task].draws else []
+
+    @property
     def overruled(self) -> list[FormField]:
         """Settings of a preset that a person changed."""
         return [c for c in self.run_controls if c.name in GOVERNED and c.changed and c.value]
@@ -144,7 +153,13 @@ class OrderForm:
     @property
     def rows_per_step(self) -> int | None:
         """None where steps do not count rows, or that is not known yet."""
-        if self.spec is None or self.dataset is None or self.dataset.status != "ready" or type(self.spec.strategy).recipe == "features":
+        if (
+            self.spec is None
+            or OBJECTIVES[self.task].draws
+            or self.dataset is None
+            or self.dataset.status != "ready"
+            or type(self.spec.strategy).recipe == "features"
+        ):
             return None
         return rows_per_step(self.dataset, self.spec.run)
 
@@ -192,6 +207,7 @@ class OrderForm:
             **{name: self.typed.get(name) for name in ("split.method", "split.column")},
             **{name: self.typed[name] for name in self.chosen},
             **{c.key: c.value for c in self.controls if c.changed},
+            **{name: self.typed.get(name) for name in ("objective", "preference.grader")},
             **self.kept,
             "name": self.typed.get("name"),
             "priority": self.priority if self.priority != "normal" else "",
@@ -219,7 +235,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["dataset"] = _why_not(rows, typed["dataset"])
     if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
         errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
-    task = (datasets.usual_task(dataset) if dataset else None) or objectives.DEFAULT
+    tasks = objectives.of_rows(datasets.usual_task(dataset) if dataset else None, dataset.format if dataset else None)
+    task = typed["objective"] if typed.get("objective") in tasks else tasks[0]
     own = OBJECTIVES[task].settings
     checking = [d for d in usable if dataset is not None and d.id != dataset.id and datasets.usual_task(d) == task]
     validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
@@ -235,18 +252,20 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     if typed.get("preset") and typed["preset"] != preset:
         errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
-    usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset) if dataset else {}
+    compared = fill(own, reward_form.left_out(typed), "preference", keep=own.derived) if own else None
+    drawn = ReinforcementSettings(**compared.settings) if compared and OBJECTIVES[task].draws else None
+    usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset, drawn=drawn) if dataset else {}
     usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
     }
-    compared = fill(own, typed, "preference", keep=own.derived) if own else None
     learned = own.model_construct(None, **(compared.settings or compared.typed)) if own and compared else None
     errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
     first, more = _split(cards)
     form = OrderForm(
         typed=typed,
         task=task,
+        tasks=tasks,
         moved=moved,
         presets=[PresetCard(name, p.title, p.summary, name == preset) for name, p in PRESETS.items()],
         models=ready,
@@ -270,7 +289,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
                 **{name: as_text(value) for name, value in usual.items()},
             },
         ),
-        preference_controls=_objective_controls(learned, compared) if learned and compared else [],
+        preference_controls=reward_form.without(_objective_controls(learned, compared)) if learned and compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
         machine_bytes=_memory(device),
@@ -314,7 +333,8 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         strategy={"name": form.method, **filled.settings},
         run=run.settings,
         split=None if form.validation else _split_asked(form.typed),
-        preference=(compared and compared.settings) or None,
+        task=form.task if form.task != form.tasks[0] else None,
+        preference=_preference_asked(form, compared),
         graders=_graders_asked(form.typed) if OBJECTIVES[form.task].graded else None,
     )
     try:
@@ -330,15 +350,19 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         form.errors[FIELDS.get(param, param)] = str(error)
 
 
+def _preference_asked(form: OrderForm, compared: Filled | None) -> dict[str, Any] | None:
+    settings = dict(compared.settings) if compared else {}
+    if rewards := form.rewards:
+        settings["grader"] = reward_form.asked(rewards, form.typed)
+    return settings or None
+
+
 def _graders_asked(typed: Mapping[str, str]) -> list[str | dict[str, Any]] | None:
     """Saved graders that are ticked, and those of a cloned job or a file, which the form carries as JSON."""
     saved: list[str | dict[str, Any]] = [
         name.removeprefix("grader.") for name, value in typed.items() if name.startswith("grader.") and value
     ]
-    try:
-        carried = json.loads(typed.get("graders") or "[]")
-    except (ValueError, RecursionError):
-        carried = []
+    carried = from_json(typed.get("graders") or "[]", [])
     return [*saved, *(one for one in carried if isinstance(one, dict))] or None
 
 

@@ -15,10 +15,11 @@ from app.evaluation import train_queue, verdict
 from app.jobs import config_file, usage
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
-from app.jobs.request import Hyperparameters, JobRequest
+from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
 from app.kit import ids
 from app.models import service as models
 from app.objectives import OBJECTIVES
+from app.objectives.reinforcement import ReinforcementSettings
 from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job
 from app.web import auth
@@ -100,11 +101,12 @@ def _hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json
     if not job.attempt:
         return settings
     spec = JobSpec.model_validate(job.spec)
+    own = spec.preference
     rate = usual_learning_rate(spec.strategy, spec.task, spec.run.optimizer)
     dataset = session.get_one(Dataset, job.dataset_id)
     came_to = {
         "n_epochs": max(1, round(spec.run.epochs)),
-        "batch_size": rows_per_step(dataset, spec.run),
+        "batch_size": own.prompts_per_step if isinstance(own, ReinforcementSettings) else rows_per_step(dataset, spec.run),
         "learning_rate_multiplier": float(f"{(spec.run.learning_rate or rate) / rate:.6g}"),
     }
     return {name: came_to[name] if value == "auto" else value for name, value in settings.items()}
@@ -114,6 +116,9 @@ def _method(session: Session, job: Job, order: JobRequest) -> Json:
     """The requested method; by default the one of the dataset's task."""
     kind = order.method.type if order.method else OBJECTIVES[job.spec["task"]].method
     settings = _hyperparameters(session, job, order.asked())
+    if kind == "reinforcement":
+        settings = ReinforcementHyperparameters(**order.asked().model_dump()).model_dump(exclude={"beta"}) | settings
+        return {"type": kind, kind: {"grader": job.spec["preference"]["grader"], "hyperparameters": settings}}
     if OBJECTIVES[job.spec["task"]].settings:
         beta = order.asked().beta
         settings["beta"] = job.spec["preference"]["beta"] if beta == "auto" and job.attempt and job.spec.get("preference") else beta

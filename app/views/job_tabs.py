@@ -5,6 +5,7 @@ A tab has a URL of its own and queries only what it shows.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -107,7 +108,7 @@ def tiles(job: Job, progress: JobProgress, spec: JobSpec) -> list[Tile]:
     coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and ability["figure"] == NOTHING
     seconds = measured.get("seconds") or (progress.latest.seconds if progress.latest else None)
     return [
-        _loss_tile(progress),
+        _reward_tile(progress) if OBJECTIVES[spec.task].draws else _loss_tile(progress),
         _score_tile(job, progress),
         Tile("General ability", ability["figure"], "measured at the end" if coming else ability["verdict"]),
         Tile("Peak memory", human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
@@ -129,6 +130,25 @@ def _cost_tile(session: Session, job: Job) -> list[Tile]:
 
 def _predicted(text: str) -> str:
     return f"predicted {text}" if text != NOTHING else ""
+
+
+SMOOTHED = 5
+"""Steps of whose drawn answers the mean reward is shown: a few prompts are easier or harder than others."""
+
+
+def _reward_tile(progress: JobProgress) -> Tile:
+    """The mean reward of the answers that the newest steps drew, against that of the first ones."""
+    rewards = [value for _, value in progress.step_metrics.get("reward", [])]
+    if not rewards:
+        return Tile("Training reward", NOTHING, "mean of drawn answers")
+    first, now = (statistics.fmean(some) for some in (rewards[:SMOOTHED], rewards[-SMOOTHED:]))
+    told = len(rewards) >= 2 * SMOOTHED
+    return Tile(
+        "Training reward",
+        human_number(now),
+        f"from {human_number(first)}" if told else "mean of drawn answers",
+        now > first if told else None,
+    )
 
 
 def _loss_tile(progress: JobProgress) -> Tile:

@@ -83,11 +83,13 @@ def charts(progress: JobProgress) -> list[Chart]:
     for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
         title, trained = _title(name), progress.step_metrics.get(name)
         judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
-        chart = Chart(name, title, "", [Series("training", "training", 1, trained), judged] if trained else [judged])
+        lines = [judged] if not trained else [Series("training", "training", 1, trained), *([judged] if name in METRICS else [])]
+        chart = Chart(name, title, "", lines)
         (own if trained else judged_only).append(chart)
     if progress.total_steps == 1:  # a recipe without optimizer steps has no curves
         return [loss, *judged_only]
-    return [loss, *own, *explaining, *judged_only]
+    rewards = [chart for chart in own if chart.name == "reward"]  # where one is raised, it says more than the loss
+    return [*rewards, loss, *(chart for chart in own if chart not in rewards), *explaining, *judged_only]
 
 
 def _title(name: str) -> str:

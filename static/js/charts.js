@@ -152,6 +152,7 @@ export class Chart {
     if (this.logarithmic) return value == null ? "" : String(Number(value.toPrecision(3)));
     if (this.unit === "bytes") return value === 0 ? "0" : bytes(value);
     if (this.unit === "rate") return value === 0 ? "0" : number(Number(value.toPrecision(2)));
+    if (gap < 1e-4) return value === 0 ? "0" : value.toExponential(1);
     return number(value, Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9))));
   }
 

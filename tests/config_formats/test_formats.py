@@ -227,7 +227,7 @@ def test_a_setting_that_the_method_does_not_have_is_said():
     [
         (LLAMA_FACTORY.replace("stage: sft", "stage: ppo"), "'ppo'"), (AXOLOTL + "rl: grpo\n", "grpo"), ("a: 1", "of no program"),
         ("[1, 2]", "no settings"), ("a: [", "neither YAML"), (SOUP.replace("task: dpo", "task: grpo"), "'grpo'"),
-        (OPENAI.replace("supervised", "reinforcement"), "'reinforcement'"), ("a: !!python/object/apply:os.system [id]", "neither YAML"),
+        (OPENAI.replace("supervised", "magic"), "'magic'"), ("a: !!python/object/apply:os.system [id]", "neither YAML"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused(text, said):

@@ -134,7 +134,7 @@ def test_a_gpu_takes_longer_steps_where_the_data_has_enough_of_them(session, use
         ({"metadata": {"a": "b" * 513}}, "metadata.a", "512"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata", "16"),
         ({"task": "classification"}, "task", "generation"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "Reinforcement"),
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement.grader", "needs a reward"),
         ({"method": {"type": "magic"}}, "method.type", "magic"),
         ({"model": None}, "model", "missing"),
     ],

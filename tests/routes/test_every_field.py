@@ -145,7 +145,7 @@ DECISIONS: dict[str, dict[str, Honored | Refused]] = {
         "hyperparameters": Honored({"n_epochs": 1}, f"{JOBS}::test_the_deprecated_form_and_auto_everywhere"),
         "integrations": Honored([{"type": "tensorboard"}], "tests/tracking/test_sending.py::test_an_order_names_trackers_and_the_job_says_how_it_goes"),
         "metadata": Honored({"team": "a"}, f"{JOBS}::test_lists_turn_pages_and_filter_by_metadata"),
-        "method": Refused({"type": "reinforcement", "reinforcement": {}}, ({"type": "supervised"},)),
+        "method": Honored({"type": "supervised"}, "tests/jobs/test_reinforcement_order.py::test_the_clients_words_are_ours"),
         "model": Honored("none", f"{JOBS}::test_create_answers_with_openais_fields_and_ours"),
         "seed": Honored(7, f"{JOBS}::test_create_answers_with_openais_fields_and_ours"),
         "suffix": Honored("mine", f"{JOBS}::test_create_answers_with_openais_fields_and_ours"),

@@ -210,7 +210,7 @@ def test_preferences_are_learnt_without_being_asked_for_by_name(openai_client, t
         ({"extra_body": {"preference": {"loss": "simpo", "nll_weight": 1}}}, "preference.nll_weight", "simpo takes beta, loss, gamma"),
         ({"extra_body": {"preference": {"loss": "robust_dpo", "label_smoothing": 0}}}, "preference.label_smoothing", "fraction above 0"),
         ({"extra_body": {"preference": {"loss": "ppo"}}}, "preference.loss", "preference.loss cannot be 'ppo'"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "not offered"),
+        ({"method": {"type": "reinforcement"}}, "task", "cannot be used for reinforcement"),
     ],
 )
 def test_what_preferences_cannot_be_combined_with(openai_client, tiny_registered, pairs_id, ask, param, says):

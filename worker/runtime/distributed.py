@@ -89,6 +89,15 @@ class ProcessGroup:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host)
         return int(told)
 
+    def tell(self, found: Any) -> Any:
+        """What the first process has found. It may take minutes, as `wait`."""
+        if self.size == 1:
+            return found
+        told = [found]
+        self._come()
+        dist.broadcast_object_list(told, 0, group=self.host)
+        return told[0]
+
     def wait(self) -> None:
         """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""
         if self.size > 1:

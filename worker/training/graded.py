@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,16 @@ SECONDS = 600.0
 """Time limit of the answers of one evaluation; a row that is not answered in time has no score at this evaluation."""
 
 
+class RowGrades(NamedTuple):
+    """Mean score of each grader by the name of its curve, the first grader's score of each row, why answers had no score, and the answers,
+    None for one that was not finished in time."""
+
+    means: dict[str, float]
+    first: list[float | None]
+    faults: list[str]
+    answers: list[str | None]
+
+
 class GradedRows:
     """The rows that a job's graders read, as prompts; made once."""
 
@@ -33,10 +43,7 @@ class GradedRows:
             raise BadData("No validation row has a prompt to grade answers to.", hint="Leave graders out, or take rows with prompts.")
         self.names = _curves([grader.name for grader in self.graders])
 
-    def measure(
-        self, model: torch.nn.Module, engine: Compute, lead: Sequence[int]
-    ) -> tuple[dict[str, float], list[float | None], list[str]]:
-        """(mean score of each grader by the name of its curve, the first grader's score of each row, why answers had no score)."""
+    def measure(self, model: torch.nn.Module, engine: Compute, lead: Sequence[int]) -> RowGrades:
         asked = [question for _, question in self.rows]
         told = held_out.answers_in_batches(model, self.tokenizer, asked, self.most, engine, lead, SECONDS)
         means, faults = dict[str, float](), list[str]()
@@ -54,7 +61,7 @@ class GradedRows:
             if known := [score for score in scores if score is not None]:
                 means[name] = sum(known) / len(known)
             first = first or scores
-        return means, first, faults
+        return RowGrades(means, first, faults, told)
 
 
 def _curves(names: Sequence[str]) -> list[str]:

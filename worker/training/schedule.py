@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from app.machines.hardware import this_machine
 from app.objectives import OBJECTIVES
-from app.planning.duration import operations_per_token, speed_of
+from app.planning.duration import speed_of, work_per_token
 from app.planning.memory import pads
 from app.planning.rehearsal import ROW_TOKENS
 from app.spec import JobSpec
@@ -68,8 +68,12 @@ class StepPlan:
 def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
     """The lesson's packs and steps, counted."""
     run, lengths, share = lesson.spec.run, lesson.train.lengths, lesson.spec.run.rehearsal_fraction
-    rows = run.batch_size and run.batch_size // run.micro_batches
-    own = sum(sorted(lengths)[-rows:]) if rows else math.ceil((run.max_tokens_per_step or 0) * (1 - share) / run.micro_batches)
+    rows = lesson.rows_per_pass or (run.batch_size and run.batch_size // run.micro_batches)
+    own = (
+        sum(sorted(lengths)[-rows:])
+        if rows and not lesson.draws
+        else math.ceil((run.max_tokens_per_step or 0) * (1 - share) / run.micro_batches)
+    )
     general = ROW_TOKENS + len(lesson.lead)
     budget = math.ceil(own / (1 - share)) + general if share else own
     per_row = OBJECTIVES[lesson.spec.task].sequences_per_row
@@ -86,6 +90,5 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
 
 def seconds_expected(spec: JobSpec, course: StepPlan) -> float:
     """How long the training steps will take here, from past speeds or a cautious guess."""
-    beside = OBJECTIVES[spec.task].beside
-    work = operations_per_token(spec.model.shape, spec.strategy, 1.0, everywhere=bool(spec.run.new_tokens), beside=beside)
+    work = work_per_token(spec, 1.0)
     return course.total_steps * spec.run.passes * course.budget * work / speed_of(spec, this_machine().on(spec.run.device))

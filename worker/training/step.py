@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 
+from app import events
 from worker.data.packing import divide
 from worker.runtime.device import Compute
+from worker.runtime.progress import ProgressReporter
 from worker.training import optim
 from worker.training.backends._base import StepBackend, StepBatch
 from worker.training.objectives._base import TrainingObjective, body_of
@@ -34,12 +36,25 @@ def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
     return [loss, norm, *measured]
 
 
-def next_batch(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> StepBatch:
+def next_batch(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> Generator[events.TaskProgress, None, StepBatch]:
     """The packs of the next step, this process's share of them sent to the device."""
     rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
+    if job.lesson.draws:
+        rows = yield from _drawn(job, rows)
     lengths, parts = job.lesson.step_rows.lengths, job.backend.parts
     batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, parts)] for pack in job.world.share(rows)]
     return StepBatch(job.lesson.learnt(rows), batches)
+
+
+def _drawn(job: Any, rows: list[list[int]]) -> Generator[events.TaskProgress, None, list[list[int]]]:
+    """The packs of what the first process draws from the model with its present weights."""
+    lesson, found = job.lesson, None
+    with job.backend.gathered(job.attempt):
+        if job.world.first:
+            drawing = lesson.draw(rows, job.state.step, job.model, job.engine, job.course.budget)
+            found = yield from ProgressReporter("Drawing and grading answers")(drawing)
+    packs: list[list[int]] = lesson.take(job.world.tell(found), job.course.budget)
+    return packs
 
 
 def parts_of(backend: StepBackend, lesson: TrainingObjective, model: torch.nn.Module, engine: Compute, course: StepPlan) -> int:

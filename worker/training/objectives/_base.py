@@ -54,6 +54,7 @@ class TrainingObjective(ABC):
     unit: ClassVar[str]  # what one loss is about
     preparing: ClassVar[str] = "Reading the rows with the base model"  # what `prepare` does
     accuracy: ClassVar[str] = "accuracy"  # which of the scores is the share that it gets right
+    draws: ClassVar[bool] = False  # the rows of a step are drawn from the model when the step begins (`draw`, `take`)
     measures: ClassVar[int] = 0  # how many sums `LossOutput.measured` has
     train: Tokenised
     held_out: Tokenised
@@ -71,6 +72,11 @@ class TrainingObjective(ABC):
     def longest(self) -> int:
         """Tokens of the longest row allowed, placeholders included."""
         return min(self.spec.run.max_length, self.spec.model.shape.positions)
+
+    @property
+    def rows_per_pass(self) -> int | None:
+        """Rows of a pass, where the objective says so."""
+        return None
 
     @property
     def step_rows(self) -> Tokenised:
@@ -94,6 +100,14 @@ class TrainingObjective(ABC):
     def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Done once with the model before the strategy is attached, in every attempt, packs having `budget` tokens."""
         yield from ()
+
+    def prepared(self) -> Iterator[str]:
+        """What a person should know of what `prepare` found."""
+        yield from ()
+
+    def details(self) -> dict[str, Any]:
+        """The same for the details of a started job."""
+        return {}
 
     @abstractmethod
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:

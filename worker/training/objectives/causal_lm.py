@@ -149,20 +149,25 @@ class CausalLM(TrainingObjective):
         found = EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MAX_REMEMBERED])
         if self.graded is None:
             return found
-        means, graded, faults = self.graded.measure(model, engine, self.lead)
-        return found._replace(metrics=found.metrics | means, graded=graded, faults=faults)
+        graded = self.graded.measure(model, engine, self.lead)
+        return found._replace(metrics=found.metrics | graded.means, graded=graded.first, faults=graded.faults)
 
     def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
-        return held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine)
+        return held_out.answers(model, self.tokenizer, self.questions, self.answer_limit, engine)
 
     def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         told = state.base_answers
         if state.step:
-            told = held_out.answers(model, self.tokenizer, self.questions, self.spec.run.sample_tokens, engine, self.lead)
+            told = held_out.answers(model, self.tokenizer, self.questions, self.answer_limit, engine, self.lead)
         return [
             events.Sample(prompt=q.text, reference=q.reference, base=base, answer=answer)
             for q, base, answer in zip(self.questions, state.base_answers, told, strict=True)
         ]
+
+    @property
+    def answer_limit(self) -> int:
+        """Tokens of an answer that is shown or scored, at most."""
+        return self.spec.run.sample_tokens
 
     def kind(self) -> str:
         return formats.get(self.spec.dataset.format).tuned_kind(self.spec.model.kind)
@@ -270,8 +275,7 @@ class CausalLM(TrainingObjective):
         return found
 
     def _answers(self, model: torch.nn.Module, asked: dict[int, HeldOutPrompt], engine: Compute, lead: list[int]) -> dict[int, str]:
-        most = self.spec.run.sample_tokens
-        told = held_out.answers_in_batches(model, self.tokenizer, list(asked.values()), most, engine, lead)
+        told = held_out.answers_in_batches(model, self.tokenizer, list(asked.values()), self.answer_limit, engine, lead)
         return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 

@@ -1,0 +1,101 @@
+"""Reinforcement: the model answers prompts several times, a grader scores the answers, and the better ones become more likely."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from app.objectives._base import Objective
+from app.objectives._settings import ObjectiveSettings
+
+Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
+
+
+class PolicyLoss(NamedTuple):
+    """What a variant of policy optimization changes."""
+
+    baseline: Literal["group", "others"]  # the mean reward of all answers to a prompt, or of the others
+    scaled: bool  # advantages are divided by the standard deviation of the group's rewards
+    average: Literal["answer", "token", "limit", "sum"]  # over the tokens of an answer, of the step, over the limit, or none
+    by_answer: bool  # the ratio of the probabilities is one of the whole answer, not one of each token
+    clip: tuple[float, float]
+    refills: bool = False  # prompts whose answers all have the same reward are replaced by others
+
+
+VARIANTS: dict[str, PolicyLoss] = {
+    "grpo": PolicyLoss("group", True, "answer", False, (0.2, 0.2)),
+    "dr_grpo": PolicyLoss("group", False, "limit", False, (0.2, 0.2)),
+    "dapo": PolicyLoss("group", True, "token", False, (0.2, 0.28), refills=True),
+    "gspo": PolicyLoss("group", True, "answer", True, (3e-4, 4e-4)),
+    "rloo": PolicyLoss("others", False, "sum", True, (0.2, 0.2)),
+}
+"""GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300. Dr. GRPO: Liu et al. 2025, https://arxiv.org/abs/2503.20783. DAPO: Yu et al. 2025,
+https://arxiv.org/abs/2503.14476. GSPO: Zheng et al. 2025, https://arxiv.org/abs/2507.18071. RLOO: Ahmadian et al. 2024,
+https://arxiv.org/abs/2402.14740."""
+
+
+class ReinforcementSettings(ObjectiveSettings):
+    """Settings of reinforcement. The descriptions are the help of the form."""
+
+    grader: dict[str, Any] = Field(
+        default_factory=dict,
+        description="The reward: a grader, whose score from 0 to 1 is raised. A request may name a saved one by its id.",
+        json_schema_extra={"basic": True, "type": ["object", "string"]},
+    )
+    variant: Variant = Field(
+        "grpo",
+        description="GRPO compares the answers to one prompt. Dr. GRPO removes its preference for long wrong answers and for easy prompts; DAPO "
+        "replaces prompts that teach nothing; GSPO weighs whole answers; RLOO compares each answer with the mean of the others.",
+        json_schema_extra={"basic": True},
+    )
+    group_size: int = Field(8, ge=2, le=64, description="Answers drawn for each prompt.", json_schema_extra={"basic": True})
+    prompts_per_step: int = Field(8, ge=1, le=512, description="Prompts of a step.", json_schema_extra={"basic": True})
+    answer_tokens: int = Field(256, ge=1, le=32_768, description="Maximum tokens of an answer.", json_schema_extra={"basic": True})
+    kl: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        title="KL penalty",
+        description="KL penalty β against the base model: higher stays closer to it. Above 0 each step reads its answers with the adapter off.",
+    )
+    clip_low: float | None = Field(
+        None, gt=0, lt=1, description="How far below 1 the ratio of an answer's probabilities counts; empty: the variant's."
+    )
+    clip_high: float | None = Field(
+        None, gt=0, le=10, description="How far above 1 the ratio of an answer's probabilities counts; empty: the variant's."
+    )
+    check_prompts: int = Field(
+        16,
+        ge=0,
+        le=512,
+        description="Prompts that the base model answers before training starts, to see whether the reward can teach; 0 for no check.",
+    )
+    despite_check: bool = Field(
+        False, title="Train despite the check", description="Train although the check finds no difference between rewards."
+    )
+
+    @property
+    def loss(self) -> PolicyLoss:
+        chosen = VARIANTS[self.variant]
+        low, high = chosen.clip
+        return chosen._replace(clip=(self.clip_low or low, self.clip_high or high))
+
+
+class Reinforcement(Objective):
+    name: ClassVar = "reinforcement"
+    title: ClassVar = "Reinforcement"
+    summary: ClassVar = (
+        "Reinforcement lets the model answer prompts several times, and makes the answers that a grader prefers more likely."
+    )
+    paper: ClassVar = ("Shao et al. 2024, DeepSeekMath (GRPO)", "https://arxiv.org/abs/2402.03300")
+    place: ClassVar = 40
+    method: ClassVar = "reinforcement"
+    formats: ClassVar = ("chat", "sharegpt", "instruction", "completion")
+    trains_as: ClassVar = "generation"
+    draws: ClassVar = True
+    settings: ClassVar = ReinforcementSettings
+    graded: ClassVar = True
+    metrics: ClassVar = ("reward", "loss")
+    loss_unit: ClassVar = "1 less the mean reward"
+    loss_per: ClassVar = "prompt"

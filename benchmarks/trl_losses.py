@@ -1,0 +1,85 @@
+"""Are losses and gradients of reinforcement those of TRL? The same numbers through TRL's own `GRPOTrainer._compute_loss`, in float64.
+
+    PYTHONPATH=FOLDER python -m benchmarks.trl_losses
+
+FOLDER has TRL and what it imports: `pip install --no-deps --target FOLDER trl datasets pandas multiprocess dill xxhash pytz python-dateutil six`.
+Leaves with 1 where an advantage, a loss or a gradient differs by more than 1e-5.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from app.objectives.reinforcement import ReinforcementSettings
+from worker.training.objectives.reinforcement import policy_losses
+from worker.training.rollouts import advantages
+
+COUNTS, LIMIT, GROUP = [3, 1, 5, 2, 6, 4, 2, 5], 9, 4
+REWARDS = [1.0, 0.0, 0.5, 0.25, 0.0, 0.0, 1.0, 0.3]
+TOLERANCE = 1e-5
+
+
+def main() -> int:
+    import trl
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    print(f"TRL {trl.__version__}")
+    draw = torch.Generator().manual_seed(0)
+    rows, longest = len(COUNTS), max(COUNTS)
+    mask = (torch.arange(longest) < torch.tensor(COUNTS)[:, None]).double()
+    now = -torch.rand(rows, longest, generator=draw, dtype=torch.float64)
+    old, base = (now + 0.3 * torch.randn(rows, longest, generator=draw, dtype=torch.float64) for _ in range(2))
+    worst = 0.0
+    for variant in ("grpo", "dr_grpo", "dapo", "gspo"):
+        for kl in (0.0, 0.2):
+            own = ReinforcementSettings(variant=variant, kl=kl, answer_tokens=LIMIT)
+            grouped = torch.tensor(REWARDS, dtype=torch.float64).view(-1, GROUP)
+            theirs = grouped - grouped.mean(1, keepdim=True)
+            theirs = (theirs / (grouped.std(1, keepdim=True) + 1e-4) if own.loss.scaled else theirs).reshape(-1)
+            ours = torch.tensor([a for group in grouped.tolist() for a in advantages(group, own.loss)], dtype=torch.float64)
+            new = now.clone().requires_grad_()
+            ids = torch.zeros(rows, longest, dtype=torch.long)
+            given = {
+                "prompt_ids": ids[:, :1], "prompt_mask": torch.ones(rows, 1), "completion_ids": ids, "completion_mask": mask, "advantages": theirs,
+                "old_per_token_logps": old, "ref_per_token_logps": base, "num_items_in_batch": mask.sum(),
+            }  # fmt: skip
+            loss = GRPOTrainer._compute_loss(_trainer(own, variant, new), None, given)
+            (gradient,) = torch.autograd.grad(loss, new)
+            flat = _flat(now).requires_grad_()
+            mean = sum(COUNTS) / rows
+            limit = float(LIMIT) if own.loss.average == "limit" else mean
+            found = policy_losses(flat, _flat(old), ours, COUNTS, own.loss, limit, _flat(base) if kl else None, kl).losses.mean()
+            (own_gradient,) = torch.autograd.grad(found, flat)
+            apart = [float(x.detach().abs().max()) for x in (theirs - ours, loss - found, _flat(gradient) - own_gradient)]
+            worst = max(worst, *apart)
+            print(f"{variant:8} kl {kl:g}  advantages {apart[0]:.1e}  loss {apart[1]:.1e}  gradient {apart[2]:.1e}")
+    return int(worst > TOLERANCE)
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([row[:count] for row, count in zip(rows, COUNTS, strict=True)])
+
+
+def _trainer(own: ReinforcementSettings, variant: str, new: torch.Tensor) -> Any:
+    """What the method reads of its trainer."""
+    low, high = own.loss.clip
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros_like(new), None),
+        importance_sampling_level="sequence" if variant == "gspo" else "token",
+        loss_type="grpo" if variant == "gspo" else variant,
+        beta=own.kl, epsilon_low=low, epsilon_high=high, max_completion_length=LIMIT,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, **_: x, gather_for_metrics=lambda x: x),
+        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        vllm_importance_sampling_correction=False, log_completions=False, _entropy_bonus_enabled=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

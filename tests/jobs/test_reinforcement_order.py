@@ -1,0 +1,114 @@
+"""Requests for reinforcement: in the words of OpenAI's client and in ours, what is refused, and the form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from app.kit import ids
+from app.spec import JobSpec
+from app.tables import Job
+from tests.factories import make_dataset
+
+NUMBER = {"type": "numeric", "name": "right", "reference": "{{item.reference}}"}
+JUDGE = {"type": "score_model", "name": "judge", "model": "tiny", "input": [{"role": "user", "content": "x"}]}
+
+
+@pytest.fixture
+def file_id(session, user, data_dir, tiny_registered) -> str:
+    return ids.public(ids.FILE, make_dataset(session, user, data_dir).file_id)
+
+
+def spec_of(session, job: Any) -> JobSpec:
+    session.expire_all()
+    return JobSpec.model_validate(session.get_one(Job, ids.parse(ids.JOB, job.id)).spec)
+
+
+def test_the_clients_words_are_ours(session, openai_client, file_id):
+    asked = {
+        "n_epochs": 2,
+        "batch_size": 3,
+        "compute_multiplier": 0.5,
+        "eval_interval": 4,
+        "eval_samples": 9,
+        "learning_rate_multiplier": 0.5,
+    }
+    method = {"type": "reinforcement", "reinforcement": {"grader": NUMBER, "hyperparameters": asked}}
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=method)
+    spec = spec_of(session, job)
+    assert (spec.task, spec.preference.grader) == ("reinforcement", NUMBER)
+    assert (spec.preference.prompts_per_step, spec.preference.group_size) == (3, 4)
+    assert (spec.run.epochs, spec.run.eval_steps, spec.run.evaluations_per_epoch, spec.run.graded_rows) == (2, 4, 0, 9)
+    told = openai_client.fine_tuning.jobs.retrieve(job.id).method
+    assert told.type == "reinforcement" and told.reinforcement.grader.type == "numeric"
+    assert {name: getattr(told.reinforcement.hyperparameters, name) for name in asked} == asked
+    plain = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    assert spec_of(session, plain).task == "generation"
+
+
+def test_a_saved_grader_is_copied_and_a_default_schedule_has_enough_steps(session, api, openai_client, file_id):
+    saved = api.post("/v1/graders", json={"grader": NUMBER}).json()["id"]
+    ours = {"task": "reinforcement", "preference": {"grader": saved, "variant": "dr_grpo", "prompts_per_step": 4}}
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours)
+    spec = spec_of(session, job)
+    assert spec.preference.grader == NUMBER and spec.preference.loss.average == "limit"
+    estimate = api.get(f"/v1/fine_tuning/jobs/{job.id}").json()["estimate"]
+    assert estimate["steps"] >= 60 and estimate["seconds"] > 0 and estimate["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "param", "says"),
+    [
+        ({}, "preference.grader", "needs a reward"),
+        ({"preference": {"grader": {"type": "numeric"}}}, "preference.grader.name", "missing"),
+        ({"preference": {"grader": "grader-" + "0" * 32}}, "preference.grader", "No such grader"),
+        ({"preference": {"grader": JUDGE}}, "preference.grader", "asks a model"),
+        ({"preference": {"grader": NUMBER, "group_size": 1}}, "preference.group_size", "cannot be 1"),
+        ({"preference": {"grader": NUMBER}, "run": {"batch_size": 4}}, "run.batch_size", "prompts_per_step"),
+        (
+            {"preference": {"grader": NUMBER}, "run": {"gradient_accumulation_steps": 2}},
+            "run.gradient_accumulation_steps",
+            "prompts_per_step",
+        ),
+        ({"preference": {"grader": NUMBER, "kl": 0.1}, "strategy": {"name": "full"}}, "preference.kl", "has none"),
+        ({"preference": {"grader": NUMBER, "answer_tokens": 4000}}, "preference.answer_tokens", "leave no room"),
+        ({"preference": {"grader": NUMBER, "beta": 1}}, "preference.beta", "no setting"),
+        ({"preference": {"grader": NUMBER}, "strategy": {"name": "feature_extraction"}}, "strategy", "does not support"),
+        ({"preference": {"grader": NUMBER}, "run": {"rehearsal_fraction": 0.1}}, "run.rehearsal_fraction", "does not train on"),
+        ({"preference": {"grader": NUMBER}, "run": {"packing": False}}, "run.packing", "always packed"),
+    ],
+)
+def test_what_cannot_be_honored_is_refused(openai_client, file_id, ask, param, says):
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"task": "reinforcement", **ask})
+    assert caught.value.param == param and says in caught.value.message
+
+
+def test_the_form_offers_the_objective_and_a_reward(session, client, api, user, data_dir, tiny_registered):
+    data = ids.public(ids.DATASET, make_dataset(session, user, data_dir).id)
+    saved = api.post("/v1/graders", json={"grader": NUMBER | {"name": "my own"}}).json()["id"]
+    page = client.get("/jobs/new", params={"model": "tiny", "dataset": data}).text
+    assert '<option value="reinforcement">' in page and 'name="preference.grader"' not in page
+    typed = {
+        "model": "tiny",
+        "dataset": data,
+        "strategy": "lora",
+        "objective": "reinforcement",
+        "task": "generation",
+        "preference.group_size": "4",
+    }
+    page = client.get("/jobs/new", params=typed).text
+    assert f'<option value="{saved}">my own</option>' in page and 'name="preference.group_size"' in page and "Fits in memory" in page
+    assert client.post("/jobs", data=typed | {"preference.grader": saved}, follow_redirects=False).status_code == 303
+    job = session.query(Job).one()
+    assert (job.spec["task"], job.spec["preference"]["grader"]["name"], job.spec["preference"]["group_size"]) == (
+        "reinforcement",
+        "my own",
+        4,
+    )
+    clone = client.get("/jobs/new", params={"clone": ids.public(ids.JOB, job.id)}).text
+    assert "that of the cloned run" in clone and '<option value="reinforcement" selected>' in clone
+    again = client.post("/jobs", data=typed | {"preference.grader": '{"type": "nothing"}'}, follow_redirects=False)
+    assert again.status_code == 400 and "There is no type of grader" in again.text

@@ -1,0 +1,360 @@
+"""Reinforcement: answers are drawn from the model, graded, and made more or less likely by how they compare with others to their prompt.
+
+Policy optimization without a value model, in the variants of `app/objectives/reinforcement.py`. Each step draws its answers with the
+weights that it changes, so the ratio of an answer's probabilities differs from 1 only by how the sampler's arithmetic differs from the
+trainer's; its spread is shown with each step. What a step draws follows from its number, the seed and the weights: a resumed job draws
+the same answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from app import events, graders
+from app.errors import BadData
+from app.kit import stats
+from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
+from app.spec import JobSpec
+from worker.data import batching
+from worker.data.batching import Batch, Row, make_batch
+from worker.data.chat_template import prepare_tokenizer
+from worker.data.packing import best_fit
+from worker.modeling.cross_entropy import head_of
+from worker.modeling.token_logprobs import token_nats
+from worker.runtime import distributed
+from worker.runtime.device import Compute
+from worker.runtime.transfer import sent
+from worker.scoring import held_out
+from worker.scoring.metrics import contest
+from worker.training import reward_check
+from worker.training.checkpoint import State
+from worker.training.graded import GradedRows, RowGrades
+from worker.training.objectives._base import EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
+from worker.training.objectives.causal_lm import CausalLM
+from worker.training.rollouts import FIGURES, MAX_REFILLS, RolloutPrompt, Rollouts, joined, only, rolled
+
+MEASURED = (*FIGURES, "kl", "clipped", "log_ratio", "log_ratio_squared", "read")
+"""Sums over a step's answers: `FIGURES`, and over their tokens the KL divergence from the base in nats, how many ratios were clipped, the
+logarithm of the ratio, its square, and how many tokens there are."""
+
+
+class AnswerBatch(NamedTuple):
+    """A pack of answers on the device."""
+
+    batch: Batch
+    counts: list[int]  # tokens of each answer
+    old: torch.Tensor  # (K,) log-probabilities when they were drawn; NaN where these are not known
+    base: torch.Tensor | None  # (K,) log-probabilities under the base
+    advantages: torch.Tensor  # (answers,)
+    figures: torch.Tensor  # of the step, in the pack with its first answer; zeros in others
+
+
+class PolicyLosses(NamedTuple):
+    losses: torch.Tensor  # (answers,)
+    sums: torch.Tensor  # those of MEASURED behind FIGURES
+
+
+def policy_losses(
+    new: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    counts: Sequence[int],
+    loss: PolicyLoss,
+    limit: float,
+    base: torch.Tensor | None = None,
+    kl: float = 0.0,
+) -> PolicyLosses:
+    """The loss of each answer from log-probabilities (K,) of its tokens, in nats, now and when they were drawn.
+
+    −min(ρ A, clip(ρ) A) (equation 7 of Schulman et al. 2017, https://arxiv.org/abs/1707.06347), ρ the ratio of a token's probabilities, or of
+    the answer's: their geometric mean in GSPO (equation 7 of Zheng et al. 2025), their product in RLOO. `limit` is what the sum over an
+    answer's tokens is divided by where that is not their number: the maximum number of tokens, or the step's mean number. `kl` adds
+    its estimate exp(base − new) − (base − new) − 1 of the divergence from the base (Schulman 2020, k3) to each token.
+    """
+    lengths = torch.tensor(counts, device=new.device)
+    answer = torch.repeat_interleave(torch.arange(len(counts), device=new.device), lengths, output_size=len(new))
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, answer, values)
+
+    def averaged(values: torch.Tensor) -> torch.Tensor:
+        if loss.average == "sum":
+            return summed(values)
+        return summed(values) / (lengths.clamp(min=1) if loss.average == "answer" else limit)
+
+    log_ratio = new - old
+    weighed = log_ratio
+    if loss.by_answer:
+        whole = summed(log_ratio)
+        weighed = whole if loss.average == "sum" else (whole / lengths.clamp(min=1)).index_select(0, answer)
+    each = advantages if loss.by_answer and loss.average == "sum" else advantages.index_select(0, answer)
+    ratio = weighed.exp()
+    low, high = 1 - loss.clip[0], 1 + loss.clip[1]
+    found = -torch.minimum(ratio * each, ratio.clamp(low, high) * each)
+    losses = found if found.shape == advantages.shape and loss.average == "sum" else averaged(found)
+    clipped = ((ratio < low) & (each < 0)) | ((ratio > high) & (each > 0))
+    divergence = torch.zeros_like(new)
+    if base is not None:
+        behind = base - new
+        divergence = behind.exp() - behind - 1
+        losses = losses + kl * averaged(divergence)
+    of_tokens = lengths if clipped.shape == lengths.shape and loss.average == "sum" else 1
+    told = [
+        divergence.detach().double().sum(),
+        (clipped.double() * of_tokens).sum(),
+        *(log_ratio.detach().double().pow(power).sum() for power in (1, 2)),
+    ]
+    return PolicyLosses(losses, torch.stack([*told, torch.tensor(float(len(new)), dtype=torch.float64, device=new.device)]))
+
+
+class Reinforcement(CausalLM):
+    unit: ClassVar = "answer"
+    balances: ClassVar = False
+    preparing: ClassVar = "Checking whether the reward can teach"
+    accuracy: ClassVar = "reward"
+    measures: ClassVar = len(MEASURED)
+    draws: ClassVar = True
+
+    def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
+        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
+        TrainingObjective.__init__(self, spec, tokenizer)
+        assert isinstance(spec.preference, ReinforcementSettings)
+        self.settings, self.grader = spec.preference, graders.parse(spec.preference.grader)
+        train_rows, held_rows = batching.sides(spec)
+        self.room = spec.model.shape.positions - self.settings.answer_tokens - len(self.lead)
+        longest = min(self.room, spec.run.max_length - self.settings.answer_tokens)
+        self.prompts = [
+            RolloutPrompt(row, one) for row in train_rows for one in held_out.questions(tokenizer, [row], spec.model.kind, 1, longest)
+        ]
+        if not self.prompts:
+            raise BadData(
+                f"None of the {len(train_rows)} rows has a prompt that leaves room for an answer of {self.settings.answer_tokens} tokens.",
+                hint="Lower answer_tokens, raise the max sequence length, or take rows with prompts.",
+            )
+        self.left_out = len(train_rows) - len(self.prompts)
+        self.train = _as_rows(self.prompts, self.lead, self.settings.answer_tokens, tokenizer)
+        self.graded = None
+        self.held_rows: list[Row] = []
+        if held_rows:
+            judged = [spec.preference.grader, *(one for one in spec.graders if one != spec.preference.grader)]
+            self.graded = GradedRows(
+                spec.model_copy(update={"graders": tuple(judged), "run": spec.run.model_copy(update={"sample_tokens": self.settings.answer_tokens})}),
+                tokenizer, held_rows, self.room,
+            )  # fmt: skip
+            self.held_rows = [row for row, _ in self.graded.rows]
+        held = [RolloutPrompt(row, one) for row, one in (self.graded.rows if self.graded else [])]
+        self.held_out = _as_rows(held, self.lead, 1, tokenizer)
+        self.tryout: dict[str, Any] = {}
+        self.questions = [prompt.asked for prompt in held[: spec.run.samples]]
+        self.rollouts: Rollouts | None = None
+        self.newest: RowGrades | None = None  # of the held-out prompts
+        self.base: np.ndarray | None = None
+        self.check: reward_check.RewardCheck | None = None
+
+    # Before training ----------------------------------------------------------------------------------------------------
+
+    def remarks(self) -> Iterator[str]:
+        yield from remarks_on(self)
+        if self.left_out:
+            yield f"{self.left_out} training rows have no prompt that leaves room for an answer, and were excluded."
+
+    @property
+    def rows_per_pass(self) -> int:
+        return self.settings.prompts_per_step
+
+    def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
+        """Have the base answer some prompts, unless an earlier attempt did. Raises BadData where the reward teaches nothing."""
+        if (
+            distributed.rank()
+            or not self.settings.check_prompts
+            or reward_check.was_made(attempt.parent, despite=self.settings.despite_check)
+        ):
+            return
+        draw = random.Random(f"luthier/check/{self.spec.run.seed}")
+        asked = draw.sample(self.prompts, min(self.settings.check_prompts, len(self.prompts)))
+        self.check = yield from reward_check.check(model, self.tokenizer, asked, self.settings, self.grader, self.spec.run.seed, engine)
+        reward_check.write(attempt, self.check)
+        if not self.check.teaches and not self.settings.despite_check:
+            raise BadData(f"Not worth starting: {self.check.why}", hint=self.check.hint)
+
+    def details(self) -> dict[str, Any]:
+        return {"reward_check": self.check._asdict()} if self.check else {}
+
+    def prepared(self) -> Iterator[str]:
+        if self.check:
+            yield self.check.sentence
+
+    # Training -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def answer_limit(self) -> int:
+        return self.settings.answer_tokens
+
+    @property
+    def step_rows(self) -> batching.Tokenised:
+        return self.train if self.rollouts is None else self.rollouts.data
+
+    def draw(
+        self, window: Sequence[Sequence[int]], step: int, model: torch.nn.Module, engine: Compute, budget: int
+    ) -> Generator[float, None, tuple[Rollouts, np.ndarray | None]]:
+        """Graded answers to the prompts of a step, and the base's log-probabilities of their tokens where these are needed."""
+        prompts = [self.prompts[row] for pack in window for row in pack]
+        order = random.Random(f"luthier/refill/{self.spec.run.seed}/{step}")
+        found = yield from self._rolled(model, prompts, step, 0, engine)
+        for turn in range(1, MAX_REFILLS + 1):
+            spread = found.spread()
+            if not self.settings.loss.refills or all(spread):
+                break
+            more = order.sample(self.prompts, min(spread.count(False), len(self.prompts)))
+            others = yield from self._rolled(model, more, step, turn, engine)
+            found = joined(found, others)
+            spread = found.spread()
+            best = sorted(range(len(spread)), key=lambda group: not spread[group])[: len(prompts)]
+            found = only(found, best)
+        if not self.settings.kl:
+            return found, None
+        with _without_adapter(model):
+            return found, (yield from self._log_probabilities(model, found, engine, budget))
+
+    def _rolled(
+        self, model: torch.nn.Module, prompts: Sequence[RolloutPrompt], step: int, turn: int, engine: Compute
+    ) -> Generator[float, None, Rollouts]:
+        seed = (self.spec.run.seed * 1_000_003 + step) * (MAX_REFILLS + 1) + turn
+        found = yield from rolled(model, self.tokenizer, prompts, self.settings, self.grader, seed, engine, self.lead)
+        return found
+
+    def _log_probabilities(
+        self, model: torch.nn.Module, found: Rollouts, engine: Compute, budget: int
+    ) -> Generator[float, None, np.ndarray]:
+        counts = found.data.trained_counts()
+        ends = np.cumsum([0, *counts])
+        told = np.zeros(len(found.nats), np.float32)
+
+        def read(pack: Sequence[int]) -> None:
+            values = self._now(model, make_batch(found.data, pack, engine.device), engine).float().cpu()
+            for row, part in zip(pack, values.split([counts[row] for row in pack]), strict=True):
+                told[ends[row] : ends[row + 1]] = part
+
+        yield from held_out.reading(model, read, found.data.lengths, budget, engine)
+        return told
+
+    def take(self, drawn: tuple[Rollouts, np.ndarray | None], budget: int) -> list[list[int]]:
+        """The packs of a step's answers."""
+        self.rollouts, self.base = drawn
+        counts = self.rollouts.data.trained_counts()
+        self.ends = np.cumsum([0, *counts])
+        mean = sum(counts) / max(len(counts), 1)
+        self.limit = float(self.settings.answer_tokens if self.settings.loss.average == "limit" else max(mean, 1.0))
+        return best_fit(range(len(counts)), self.rollouts.data.lengths, budget)
+
+    def learnt(self, window: Sequence[Sequence[int]]) -> int:
+        return sum(len(pack) for pack in window)
+
+    def batch(self, pack: Sequence[int], engine: Compute) -> Any:
+        batch = make_batch(self.step_rows, pack, engine.device)
+        if self.rollouts is None:  # nothing is drawn yet
+            empty = torch.zeros(len(batch.targets), device=engine.device)
+            counts = [self.train.trained_counts()[row] for row in pack]
+            nothing = torch.zeros(len(FIGURES), dtype=torch.float64, device=engine.device)
+            return AnswerBatch(batch, counts, empty * float("nan"), None, torch.zeros(len(pack), device=engine.device), nothing)
+        places = np.concatenate([np.arange(self.ends[row], self.ends[row + 1]) for row in pack])
+        figures = self.rollouts.figures() if 0 in pack else torch.zeros(len(FIGURES), dtype=torch.float64)
+        old, advantages = -self.rollouts.nats[places], self.rollouts.advantages[list(pack)]
+        tensors = [sent(torch.from_numpy(x), engine.device) for x in (old, advantages)]
+        base = sent(torch.from_numpy(self.base[places]), engine.device) if self.base is not None else None
+        return AnswerBatch(
+            batch, [int(self.ends[row + 1] - self.ends[row]) for row in pack], tensors[0], base, tensors[1], sent(figures, engine.device)
+        )
+
+    def _now(self, model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
+        hidden = held_out.hidden_states(model, batch, engine)
+        return -token_nats(hidden, head_of(held_out.plain_model(model)), batch.targets, engine.compute)
+
+    def loss(self, model: torch.nn.Module, batch: Any, engine: Compute) -> LossOutput:
+        new = self._now(model, batch.batch, engine)
+        old = torch.where(batch.old.isnan(), new.detach(), batch.old.to(new.dtype))
+        found = policy_losses(
+            new, old, batch.advantages.to(new.dtype), batch.counts, self.settings.loss, getattr(self, "limit", 1.0),
+            None if batch.base is None else batch.base.to(new.dtype), self.settings.kl,
+        )  # fmt: skip
+        return LossOutput(found.losses.sum(), batch.batch.tokens, batch.batch.trained, torch.cat([batch.figures, found.sums]))
+
+    def name_metrics(self, measured: torch.Tensor) -> dict[str, float]:
+        sums = dict(zip(MEASURED, measured.tolist(), strict=True))
+        read, answers = max(sums["read"], 1.0), max(sums["answers"], 1.0)
+        mean = sums["log_ratio"] / read
+        found = {
+            "reward": sums["reward"] / max(sums["graded"], 1.0),
+            "answer_tokens": sums["tokens"] / answers,
+            "entropy": sums["nats"] / max(sums["tokens"], 1.0),
+            "equal_groups": sums["dead"] / max(sums["groups"], 1.0),
+            "unfinished": sums["unfinished"] / answers,
+            "clipped": sums["clipped"] / read,
+            "ratio_spread": max(sums["log_ratio_squared"] / read - mean * mean, 0.0) ** 0.5,
+        }
+        return found | ({"kl": sums["kl"] / read} if self.settings.kl else {})
+
+    # Judging ------------------------------------------------------------------------------------------------------------
+
+    def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
+        """The likeliest answer to each held-out prompt, graded by the reward and by the job's other graders."""
+        yield 0.0
+        assert self.graded is not None
+        self.newest = self.graded.measure(model, engine, self.lead)
+        means, first, faults, _ = self.newest
+        known = [score for score in first if score is not None]
+        reward = sum(known) / max(len(known), 1)
+        own = self.graded.names[0]
+        rest = {name: value for name, value in means.items() if name != own}
+        return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, [1 - (score or 0.0) for score in first], first, faults)
+
+    def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
+        """The first answers of the newest validation, with their rewards."""
+        if self.newest is None:
+            return []
+        told = zip(self.questions, state.base_answers, self.newest.answers, self.newest.first, strict=False)
+        return [
+            events.Sample(prompt=q.text, reference=q.reference, base=base, answer=text or "", score=score) for q, base, text, score in told
+        ]
+
+    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
+        yield from ()
+        return []
+
+    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
+        yield from ()
+        return []
+
+    def _few_shot_rows(self) -> None:
+        return None
+
+    def _contest(self, state: State, *_: Any) -> dict[str, Any]:
+        """The rewards of the held-out prompts, before and after."""
+        one, other = ([1 - loss for loss in rows] for rows in (state.base_rows, state.best_rows or state.last_rows))
+        between = stats.paired(one, other) or (float("nan"), float("nan"))
+        found = {"rows": len(one), "one": state.before["reward"], "other": (state.best or state.last)["reward"], "interval": between}
+        return contest("reward", found)
+
+
+def _as_rows(prompts: Sequence[RolloutPrompt], lead: Sequence[int], answer: int, tokenizer: Any) -> batching.Tokenised:
+    """Prompts with room for an answer of so many tokens, as rows are planned and counted."""
+    pad = tokenizer.pad_token_id or 0
+    rows = [np.asarray([*lead, *prompt.asked.ids, *[pad] * answer], np.int32) for prompt in prompts]
+    trained = [np.arange(len(row)) >= len(row) - answer for row in rows]
+    starts = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    lines = [prompt.row.line for prompt in prompts]
+    empty = np.zeros(0, np.int32)
+    return batching.Tokenised(np.concatenate([empty, *rows]), np.concatenate([empty.astype(bool), *trained]), starts, lines, 0, [])
+
+
+@contextlib.contextmanager
+def _without_adapter(model: torch.nn.Module) -> Iterator[None]:
+    with model.disable_adapter():  # type: ignore[operator]  # peft's; `feasibility.refuse_kl` holds others off
+        yield

@@ -1,0 +1,188 @@
+"""The answers of a step of reinforcement: drawn, graded, and given their advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import graders
+from app.errors import BadData
+from app.graders import GradedSample, Grader, item_of
+from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
+from worker.data.batching import Row, Tokenised
+from worker.data.chat_template import stop_ids
+from worker.runtime.device import Compute
+from worker.scoring import held_out
+from worker.scoring.held_out import HeldOutPrompt
+from worker.scoring.sampler import DrawnAnswer, drawing
+
+EPSILON = 1e-4
+"""Added to the standard deviation of a group's rewards, as TRL does."""
+MAX_UNGRADED = 0.5
+"""Share of a step's answers without a reward above which the job ends: what it would learn is chance."""
+MAX_REFILLS = 3
+"""How often a step draws further prompts for those whose answers all have one reward."""
+
+
+@dataclass(frozen=True)
+class RolloutPrompt:
+    """A row to answer: its number among the rows, the row, and what is asked."""
+
+    row: Row
+    asked: HeldOutPrompt
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Graded answers as rows that can be packed. Answer i is row i of `data`, where its tokens are the trained ones."""
+
+    data: Tokenised
+    nats: np.ndarray  # (trained tokens,) float32: minus the log-probability under the model that drew it; NaN where it is not known
+    advantages: np.ndarray  # (answers,) float32
+    rewards: list[float | None]
+    groups: list[int]  # of each answer, the number of its prompt in the step
+    ended: list[bool]
+    texts: list[str]
+    faults: list[str]
+
+    def spread(self) -> list[bool]:
+        """For each prompt whether its answers have different rewards: only these teach."""
+        return [
+            len({r for r, g in zip(self.rewards, self.groups, strict=True) if g == group and r is not None}) > 1
+            for group in sorted(set(self.groups))
+        ]
+
+    def figures(self) -> torch.Tensor:
+        """Sums that `FIGURES` names, float64."""
+        known = [r for r in self.rewards if r is not None]
+        spread = self.spread()
+        entropy = float(np.nansum(self.nats)) if len(self.nats) else 0.0
+        return torch.tensor(
+            [
+                len(known),
+                sum(known),
+                len(self.rewards),
+                sum(not e for e in self.ended),
+                len(self.nats),
+                entropy,
+                len(spread),
+                spread.count(False),
+            ],
+            dtype=torch.float64,
+        )
+
+
+FIGURES = ("graded", "reward", "answers", "unfinished", "tokens", "nats", "groups", "dead")
+
+
+def advantages(rewards: Sequence[float | None], loss: PolicyLoss) -> list[float]:
+    """The advantage of each answer to one prompt; 0 for one without a reward.
+
+    GRPO: (r − mean) / (standard deviation + 1e-4), the deviation that of a sample (equation 3 of Shao et al. 2024); without the division in
+    Dr. GRPO; RLOO: r less the mean of the others.
+    """
+    known = np.asarray([r for r in rewards if r is not None], np.float64)
+    if len(known) < 2:
+        return [0.0] * len(rewards)
+    found = known - known.mean()
+    if loss.baseline == "others":  # the mean of the others is that much further away
+        found = found * len(known) / (len(known) - 1)
+    if loss.scaled:
+        found = found / (known.std(ddof=1) + EPSILON)
+    each = iter(found.tolist())
+    return [next(each) if r is not None else 0.0 for r in rewards]
+
+
+def rolled(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[RolloutPrompt],
+    settings: ReinforcementSettings,
+    grader: Grader,
+    seed: int,
+    engine: Compute,
+    lead: Sequence[int] = (),
+) -> Generator[float, None, Rollouts]:
+    """Draw `group_size` answers to each prompt and grade them; yields the share that is done. Raises BadData where most cannot be graded."""
+    stops = stop_ids(tokenizer, held_out.plain_model(model).generation_config)
+    texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
+    drawn = yield from drawing(model, tokenizer, texts, settings.group_size, settings.answer_tokens, stops, seed, engine)
+    answers = [(place, answer) for place, several in enumerate(drawn) for answer in several]
+    told = [held_out.as_text(tokenizer, prompts[place].asked, [i for i in answer.ids if i not in stops]) for place, answer in answers]
+    rewards: list[float | None] = []
+    faults: list[str] = []
+    for (place, _), text in zip(answers, told, strict=True):
+        row, asked = prompts[place].row, prompts[place].asked
+        graded = graders.scored(grader, graders.grade(grader, GradedSample(text), item_of(row.row, asked.text, asked.reference)))
+        rewards.append(graded.score)
+        faults += [graded.why] if graded.why else []
+    if len(faults) > MAX_UNGRADED * len(rewards):
+        raise BadData(
+            f"The grader {grader.name} could not grade {len(faults)} of {len(rewards)} answers. {faults[0]}",
+            hint="Try the grader on rows of this dataset on the page Graders.",
+        )
+    each = settings.group_size
+    found = [a for at in range(0, len(rewards), each) for a in advantages(rewards[at : at + each], settings.loss)]
+    return _packed(texts, answers, rewards, found, told, faults)
+
+
+def _packed(
+    texts: Sequence[list[int]],
+    answers: Sequence[tuple[int, DrawnAnswer]],
+    rewards: list[float | None],
+    found: Sequence[float],
+    told: list[str],
+    faults: list[str],
+) -> Rollouts:
+    ids = [np.asarray([*texts[place], *answer.ids], np.int32) for place, answer in answers]
+    trained = [np.arange(len(row)) >= len(texts[place]) for row, (place, _) in zip(ids, answers, strict=True)]
+    starts = np.cumsum([0, *map(len, ids)]).astype(np.int64)
+    nats = [answer.nats or [float("nan")] * len(answer.ids) for _, answer in answers]
+    return Rollouts(
+        Tokenised(np.concatenate(ids), np.concatenate(trained), starts, list(range(len(ids))), 0, []),
+        np.concatenate([np.asarray(values, np.float32) for values in nats]),
+        np.asarray(found, np.float32),
+        rewards,
+        [place for place, _ in answers],
+        [answer.ended for _, answer in answers],
+        told,
+        faults,
+    )
+
+
+def joined(one: Rollouts, other: Rollouts) -> Rollouts:
+    """Both, the prompts of the other numbered on."""
+    more = max(one.groups, default=-1) + 1
+    return Rollouts(
+        replace(one.data.with_rows(other.data), lines=list(range(len(one.rewards) + len(other.rewards)))),
+        np.concatenate([one.nats, other.nats]),
+        np.concatenate([one.advantages, other.advantages]),
+        [*one.rewards, *other.rewards],
+        [*one.groups, *(more + group for group in other.groups)],
+        [*one.ended, *other.ended],
+        [*one.texts, *other.texts],
+        [*one.faults, *other.faults],
+    )
+
+
+def only(rollouts: Rollouts, groups: Sequence[int]) -> Rollouts:
+    """The answers to these prompts, numbered from 0."""
+    numbers = {group: place for place, group in enumerate(groups)}
+    kept = [i for i, group in enumerate(rollouts.groups) if group in numbers]
+    counts = rollouts.data.trained_counts()
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    nats = [rollouts.nats[starts[i] : starts[i + 1]] for i in kept]
+    return Rollouts(
+        rollouts.data.only({rollouts.data.lines[i] for i in kept}),
+        np.concatenate(nats) if nats else rollouts.nats[:0],
+        rollouts.advantages[kept],
+        [rollouts.rewards[i] for i in kept],
+        [numbers[rollouts.groups[i]] for i in kept],
+        [rollouts.ended[i] for i in kept],
+        [rollouts.texts[i] for i in kept],
+        rollouts.faults,
+    )
