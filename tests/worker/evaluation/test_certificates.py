@@ -228,7 +228,9 @@ def test_a_config_that_makes_no_model_is_refused_in_words(change: dict, says: st
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "tier", "stack"), [("gpt_neox", "B", "gpt_neox.layers"), ("falcon", "C", "transformer.h")])
+@pytest.mark.parametrize(
+    ("kind", "tier", "stack"), [pytest.param("gpt_neox", "B", "gpt_neox.layers", marks=pytest.mark.fault), ("falcon", "C", "transformer.h")]
+)
 def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answers(
     kind: str, tier: str, stack: str, session, user, data_dir: Path
 ) -> None:
@@ -256,7 +258,9 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "tier"), [("distilbert", "B"), ("modernbert", "B"), ("deberta-v2", "C")])
+@pytest.mark.parametrize(
+    ("kind", "tier"), [pytest.param("distilbert", "B", marks=pytest.mark.fault), ("modernbert", "B"), ("deberta-v2", "C")]
+)
 def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, session, user, data_dir: Path) -> None:
     write_small(kind, data_dir / "import" / "small")
     model = imports.add_folder(session, user, "small")
