@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -12,6 +12,7 @@ from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperpara
 from app.objectives.reinforcement import ReinforcementSettings
 from app.tables import JSON, User
 
+Number = TypeVar("Number", int, float)
 USUAL_REWARDS: dict[str, JSON] = {
     "number": {"type": "numeric", "name": "Right number", "reference": "{{item.reference}}"},
     "text": {
@@ -34,7 +35,7 @@ def reward_of(session: Session, user: User, order: JobRequest) -> JSON:
         given, param = getattr(named, "grader", None), "method.reinforcement.grader"
     if not given:
         raise BadField(
-            "Reinforcement needs a reward.",
+            "Reinforcement learning needs a reward.",
             hint="Send method.reinforcement.grader: a grader as {“type”: …}, or the id of a saved one.",
             param=param,
             code="missing_required_parameter",
@@ -57,23 +58,26 @@ def asked_settings(order: JobRequest) -> dict[str, Any]:
     """OpenAI's hyperparameters as settings of reinforcement. Raises BadField."""
     asked, found = order.asked(), dict[str, Any]()
     if asked.batch_size != "auto":
-        found["prompts_per_step"] = asked.batch_size
+        found["prompts_per_step"] = _within("batch_size", asked.batch_size, 1, 512)
     if isinstance(asked, ReinforcementHyperparameters) and asked.compute_multiplier != "auto":
-        if not 0.25 <= asked.compute_multiplier <= 8:
-            raise BadField(
-                f"compute_multiplier cannot be {asked.compute_multiplier}.",
-                hint='Give a number from 0.25 to 8, or "auto".',
-                param="hyperparameters.compute_multiplier",
-            )
-        found["group_size"] = round(ReinforcementSettings.model_fields["group_size"].default * asked.compute_multiplier)
+        times = _within("compute_multiplier", asked.compute_multiplier, 0.25, 8)
+        found["group_size"] = round(ReinforcementSettings.model_fields["group_size"].default * times)
     return found
 
 
 def fill_run(settings: dict[str, Any], asked: Hyperparameters) -> None:
-    """OpenAI's hyperparameters that are run settings, unless these are set."""
+    """OpenAI's hyperparameters that are run settings, unless these are set. Raises BadField."""
     if isinstance(asked, ReinforcementHyperparameters):
         if asked.eval_interval != "auto":
-            settings.setdefault("eval_steps", asked.eval_interval)
+            settings.setdefault("eval_steps", _within("eval_interval", asked.eval_interval, 1, 100_000))
             settings.setdefault("evaluations_per_epoch", 0)
         if asked.eval_samples != "auto":
-            settings.setdefault("graded_rows", asked.eval_samples)
+            settings.setdefault("graded_rows", _within("eval_samples", asked.eval_samples, 5, 2000))
+
+
+def _within(name: str, value: Number, low: float, high: float) -> Number:
+    """The value of a hyperparameter. Raises BadField, which names it as the request does."""
+    if not low <= value <= high:
+        hint = f'Give a number from {low:g} to {high:g}, or "auto".'
+        raise BadField(f"{name} cannot be {value}.", hint=hint, param=f"hyperparameters.{name}")
+    return value

@@ -1,4 +1,4 @@
-"""Reinforcement: the model answers prompts several times, a grader scores the answers, and the better ones become more likely."""
+"""Reinforcement learning: the model answers prompts several times, a grader scores the answers, and the better ones become more likely."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class PolicyLoss(NamedTuple):
     baseline: Literal["group", "others"]  # the mean reward of all answers to a prompt, or of the others
     scaled: bool  # advantages are divided by the standard deviation of the group's rewards
     average: Literal["answer", "token", "limit", "sum"]  # over the tokens of an answer, of the step, over the limit, or none
-    by_answer: bool  # the ratio of the probabilities is one of the whole answer, not one of each token
+    ratio: Literal["token", "mean", "product"]  # of the probabilities of each token, or of an answer: their geometric mean, or product
     clip: tuple[float, float]
     refills: bool = False  # prompts whose answers all have the same reward are replaced by others
 
 
 VARIANTS: dict[str, PolicyLoss] = {
-    "grpo": PolicyLoss("group", True, "answer", False, (0.2, 0.2)),
-    "dr_grpo": PolicyLoss("group", False, "limit", False, (0.2, 0.2)),
-    "dapo": PolicyLoss("group", True, "token", False, (0.2, 0.28), refills=True),
-    "gspo": PolicyLoss("group", True, "answer", True, (3e-4, 4e-4)),
-    "rloo": PolicyLoss("others", False, "sum", True, (0.2, 0.2)),
+    "grpo": PolicyLoss("group", True, "answer", "token", (0.2, 0.2)),
+    "dr_grpo": PolicyLoss("group", False, "limit", "token", (0.2, 0.2)),
+    "dapo": PolicyLoss("group", True, "token", "token", (0.2, 0.28), refills=True),
+    "gspo": PolicyLoss("group", True, "answer", "mean", (3e-4, 4e-4)),
+    "rloo": PolicyLoss("others", False, "sum", "product", (0.2, 0.2)),
 }
 """GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300. Dr. GRPO: Liu et al. 2025, https://arxiv.org/abs/2503.20783. DAPO: Yu et al. 2025,
 https://arxiv.org/abs/2503.14476. GSPO: Zheng et al. 2025, https://arxiv.org/abs/2507.18071. RLOO: Ahmadian et al. 2024,
@@ -84,10 +84,8 @@ class ReinforcementSettings(ObjectiveSettings):
 
 class Reinforcement(Objective):
     name: ClassVar = "reinforcement"
-    title: ClassVar = "Reinforcement"
-    summary: ClassVar = (
-        "Reinforcement lets the model answer prompts several times, and makes the answers that a grader prefers more likely."
-    )
+    title: ClassVar = "Reinforcement learning"
+    summary: ClassVar = "Reinforcement learning (GRPO) lets the model answer prompts several times, and makes the answers that a grader prefers more likely."
     paper: ClassVar = ("Shao et al. 2024, DeepSeekMath (GRPO)", "https://arxiv.org/abs/2402.03300")
     place: ClassVar = 40
     method: ClassVar = "reinforcement"

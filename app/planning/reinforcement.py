@@ -28,6 +28,13 @@ def refuse_drawn(strategy: Strategy, run: RunSettings, own: ReinforcementSetting
             hint="Lower answer_tokens, or raise the max sequence length.",
             param="preference.answer_tokens",
         )
+    if own.kl and getattr(strategy, "bias", "none") != "none":
+        raise BadField(
+            "The KL penalty compares with the base by switching an adapter off, and biases that were trained stay.",
+            hint="Set kl to 0, or leave bias out.",
+            param="preference.kl",
+            code="setting_without_use",
+        )
     if own.kl and not isinstance(strategy, PeftStrategy):
         raise BadField(
             f"The KL penalty compares with the base by switching an adapter off, and {strategy.title} has none.",

@@ -25,7 +25,8 @@ from app.planning.schedule import DERIVED
 from app.run_settings import RunSettings, displaced
 from app.strategies import STRATEGIES, Strategy
 from app.tables import JSON, Dataset, Model, User
-from app.views.job_form import ranking_of, with_rows
+from app.views.job_form import with_rows
+from app.views.method_cards import ranking_of
 
 FAMILIES = {
     "reparametrized": "LoRA family",

@@ -26,13 +26,13 @@ from app.models import service as models
 from app.objectives import OBJECTIVES, ObjectiveSettings
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning import feasibility
-from app.planning.advisor import Advice
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
 from app.spec import JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
 from app.views import reward_form
+from app.views.method_cards import StrategyCard, cards_of, ranking_of, shown_first
 from app.views.reward_form import from_json
 
 FIELDS = {
@@ -56,16 +56,6 @@ PLACES = {
     "split.column": "split.column",
 }
 """Inputs that are no settings → the ids of their elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class StrategyCard:
-    """One strategy to choose. `reason` says why this model, data or machine cannot run it; `advised` marks the advisor's first choice."""
-
-    cls: type[Strategy]
-    chosen: bool
-    reason: str | None
-    advised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +235,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["validation"] = _why_not(rows, typed["validation"])
     device = typed.get("run.device", "auto")
     ranking = ranking_of(session, user, model, dataset, device)
-    cards = _cards(typed.get("strategy"), task, _reference(session, model), ranking, device)
+    cards = cards_of(typed.get("strategy"), task, _reference(session, model), ranking, device)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
@@ -261,7 +251,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     }
     learned = own.model_construct(None, **(compared.settings or compared.typed)) if own and compared else None
     errors |= {f"preference.{name}": text for name, text in compared.errors.items()} if compared else {}
-    first, more = _split(cards)
+    first, more = shown_first(cards)
     form = OrderForm(
         typed=typed,
         task=task,
@@ -402,50 +392,11 @@ def _memory(device: str) -> int | None:
     return heartbeats.training_machine().on(device).training_memory_bytes
 
 
-# Strategies ----------------------------------------------------------------------------------------------------------
-
-
-def ranking_of(session: Session, user: User, model: Model | None, dataset: Dataset | None, device: str = "auto") -> dict[str, Advice]:
-    """The advisor's result for every strategy by name; empty until there is a model and a parsed dataset."""
-    from app.evaluation import advice
-
-    if model is None or dataset is None or dataset.status != "ready" or not dataset.good_rows:
-        return {}
-    run = {"device": "cpu"} if device == "cpu" else None  # other input is checked where the job is built
-    try:
-        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset, run).ranking}
-    except StudioError:
-        return {}  # the form itself reports errors of the model or the data
-
-
 def _reference(session: Session, model: Model | None) -> ModelRef | None:
     try:
         return models.reference(session, model) if model and model.shape else None
     except StudioError:
         return None  # a part of it is gone: building the job reports that at the field
-
-
-def _cards(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str) -> list[StrategyCard]:
-    """Every strategy, with why it cannot run. Where none was named the recommended one is chosen, else the first that can run."""
-    cuda = spec_builder.has_gpu(device)
-    whole = feasibility.why_not_tuned(model, task) if model else None
-    reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
-    able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and cls.unsupported(task) is None]
-    advised = [name for name in able if name in ranking and ranking[name].advised]
-    chosen = wanted if wanted in STRATEGIES else (advised or able or list(STRATEGIES))[0]
-    return [StrategyCard(cls, name == chosen, reasons[name], name in advised) for name, cls in STRATEGIES.items()]
-
-
-def _split(cards: list[StrategyCard]) -> tuple[list[StrategyCard], list[StrategyCard]]:
-    """Visible: the chosen and the recommended ones, and of each family the first that can run. The others are collapsed."""
-    seen: set[str] = set()
-    first = []
-    for card in cards:
-        if card.chosen or card.advised or (card.reason is None and card.cls.family not in seen):
-            first.append(card)
-        if card.reason is None:
-            seen.add(card.cls.family)
-    return first, [card for card in cards if card not in first]
 
 
 def _carried(typed: Mapping[str, str], strategy: type[Strategy]) -> dict[str, str]:

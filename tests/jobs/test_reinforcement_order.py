@@ -7,13 +7,24 @@ from typing import Any
 import openai
 import pytest
 
+from app.errors import BadField
 from app.kit import ids
+from app.objectives.reinforcement import ReinforcementSettings
+from app.planning.reinforcement import refuse_drawn
+from app.run_settings import RunSettings
+from app.shapes import shape_of
 from app.spec import JobSpec
+from app.strategies import STRATEGIES
 from app.tables import Job
+from benchmarks.shapes import config_of
 from tests.factories import make_dataset
 
 NUMBER = {"type": "numeric", "name": "right", "reference": "{{item.reference}}"}
 JUDGE = {"type": "score_model", "name": "judge", "model": "tiny", "input": [{"role": "user", "content": "x"}]}
+
+
+def hyper(**given: Any) -> dict[str, Any]:
+    return {"method": {"type": "reinforcement", "reinforcement": {"hyperparameters": given}}}
 
 
 @pytest.fixture
@@ -73,6 +84,10 @@ def test_a_saved_grader_is_copied_and_a_default_schedule_has_enough_steps(sessio
             "prompts_per_step",
         ),
         ({"preference": {"grader": NUMBER, "kl": 0.1}, "strategy": {"name": "full"}}, "preference.kl", "has none"),
+        ({"preference": {"grader": NUMBER}, **hyper(batch_size=-1)}, "hyperparameters.batch_size", "batch_size cannot be -1"),
+        ({"preference": {"grader": NUMBER}, **hyper(compute_multiplier=9)}, "hyperparameters.compute_multiplier", "from 0.25 to 8"),
+        ({"preference": {"grader": NUMBER}, **hyper(eval_samples=1)}, "hyperparameters.eval_samples", "from 5 to 2000"),
+        ({"preference": {"grader": NUMBER}, **hyper(eval_interval=0)}, "hyperparameters.eval_interval", "eval_interval cannot be 0"),
         ({"preference": {"grader": NUMBER, "answer_tokens": 4000}}, "preference.answer_tokens", "leave no room"),
         ({"preference": {"grader": NUMBER, "beta": 1}}, "preference.beta", "no setting"),
         ({"preference": {"grader": NUMBER}, "strategy": {"name": "feature_extraction"}}, "strategy", "does not support"),
@@ -84,6 +99,15 @@ def test_what_cannot_be_honored_is_refused(openai_client, file_id, ask, param, s
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body={"task": "reinforcement", **ask})
     assert caught.value.param == param and says in caught.value.message
+
+
+def test_no_penalty_compares_with_biases_that_were_trained():
+    own, run = ReinforcementSettings(grader=NUMBER, kl=0.1), RunSettings(max_tokens_per_step=2048)
+    shape = shape_of(config_of("starter").to_dict())
+    refuse_drawn(STRATEGIES["lora"](), run, own, shape)
+    with pytest.raises(BadField, match="biases that were trained stay") as caught:
+        refuse_drawn(STRATEGIES["lora"](bias="all"), run, own, shape)
+    assert caught.value.param == "preference.kl"
 
 
 def test_the_form_offers_the_objective_and_a_reward(session, client, api, user, data_dir, tiny_registered):

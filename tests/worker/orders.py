@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -141,6 +142,29 @@ class WarmTrainer:
     def run(self) -> tuple[list[events.TrainerEvent], int]:
         said = list(self)
         return said, self.wait()
+
+
+def killed_at_random(spec: JobSpec, seed: int, kills: int, most: int) -> tuple[list[events.TrainerEvent], list[events.TrainerEvent]]:
+    """A job, `killed`, that is killed so many times, each after fewer than `most` steps and evaluations, and then comes to its end: what the
+    killed attempts said, and the last one. Steps differ in what follows them: some are followed by an evaluation and a save, which the kill then hits."""
+    draw = random.Random(seed)
+    said: list[events.TrainerEvent] = []
+    resumed: list[int | None] = []
+    for attempt in range(1, kills + 1):
+        trainer = WarmTrainer(spec, "killed", attempt)
+        until, seen = draw.randrange(2, most), 0
+        for event in trainer:
+            said.append(event)
+            seen += isinstance(event, (events.Step, events.Evaluated))
+            resumed += [event.resumed_from] if isinstance(event, events.Started) else []
+            if seen == until:
+                trainer.kill()
+                break
+        trainer.wait()
+    last, code = WarmTrainer(spec, "killed", kills + 1).run()
+    assert code == 0 and any(resumed), "no attempt got as far as a checkpoint, so nothing was tested"
+    assert all(event.exact for event in [*said, *last] if isinstance(event, events.Started))
+    return said, last
 
 
 def _forked(arguments: list[str], pipe: str, data_dir: str, die_at: int, place: dict[str, str], threads: int) -> None:

@@ -32,7 +32,7 @@ from worker.inference.decode_graph import DecodeGraphs
 from worker.inference.lora_stack import AdapterStack, LoraWeights, read_lora
 from worker.kernels.cpu.small_batch_linear import patch_small_batch
 from worker.modeling import padded
-from worker.modeling.kv_cache import ATTENTION, Cache, ForwardPass, running
+from worker.modeling.kv_cache import ATTENTION, Cache, ForwardPass, reads_slots, running
 from worker.modeling.loading import LOADING, folder_of, lay_adapter, load_base, load_model, load_strategy, load_tokenizer
 from worker.runtime import devices
 from worker.runtime.device import gpu_memory
@@ -388,8 +388,7 @@ def _use_slots(model: torch.nn.Module, ref: ModelRef) -> None:
             hint="Choose a model that reads forwards only.",
             param="model",
         )
-    shared = getattr(inner.config, "num_kv_shared_layers", 0)
-    if inner._supports_attention_backend and not shared:
+    if reads_slots(inner):
         inner.set_attn_implementation(ATTENTION)
     if inner.config._attn_implementation != ATTENTION:
         raise DoesNotFit(

@@ -241,6 +241,11 @@ class DecodeGroup:
         return self._masks[window]
 
 
+def reads_slots(model: Any) -> bool:
+    """Whether the attention of a transformers model can read from slots: it takes one from outside, and no layer borrows another's keys."""
+    return bool(model._supports_attention_backend) and not getattr(model.config, "num_kv_shared_layers", 0)
+
+
 @contextmanager
 def running(step: ForwardPass) -> Iterator[None]:
     """Set the step that attention and adapters see. It is no argument, because models differ in which arguments they pass on."""

@@ -20,7 +20,7 @@ import torch
 
 from worker.modeling import padded
 from worker.modeling.draws import pick_each
-from worker.modeling.kv_cache import ATTENTION, Blocks, ForwardPass, Segment, running
+from worker.modeling.kv_cache import ATTENTION, Blocks, ForwardPass, Segment, reads_slots, running
 from worker.runtime import devices
 from worker.runtime.device import Compute
 from worker.runtime.failures import Diverged
@@ -57,37 +57,28 @@ class _Written:
     nats: list[float] = field(default_factory=list)
 
 
-def can_batch(model: torch.nn.Module) -> bool:
-    """Whether the model can read from slots, as `worker/inference/model_pool.py` needs it too."""
+class DrawOrder(NamedTuple):
+    """`per_prompt` answers of at most `most` tokens to each of `prompts` (token ids, virtual tokens included); the tokens of `stops` end one."""
+
+    prompts: Sequence[list[int]]
+    per_prompt: int
+    most: int
+    stops: frozenset[int]
+    seed: int
+
+
+def drawing(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:
+    """The answers by prompt; yields the share that is done. Raises Diverged where the model's logits are not finite."""
     inner = plain_model(model)
-    config = inner.config
-    reads_both = getattr(config, "use_bidirectional_attention", False)
-    return bool(inner._supports_attention_backend and not getattr(config, "num_kv_shared_layers", 0) and not reads_both) and not (
-        padded.is_padded(inner)
-    )
-
-
-def drawing(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    count: int,
-    most: int,
-    stops: Sequence[int],
-    seed: int,
-    engine: Compute,
-) -> Generator[float, None, list[list[DrawnAnswer]]]:
-    """`count` answers of at most `most` tokens to each of `prompts` (token ids, virtual tokens included), by prompt; yields the share that is
-    done. Raises Diverged where the model's logits are not finite."""
-    draw = _in_slots if can_batch(model) else _padded
-    found = yield from draw(model, tokenizer, prompts, count, most, frozenset(stops), seed, engine)
-    engine.meter.add(sum(map(len, prompts)), sum(len(answer.ids) for answers in found for answer in answers))
+    batched = reads_slots(inner) and not getattr(inner.config, "use_bidirectional_attention", False) and not padded.is_padded(inner)
+    found = yield from _in_slots(model, order, engine) if batched else _padded(model, tokenizer, order, engine)
+    engine.meter.add(sum(map(len, order.prompts)), sum(len(answer.ids) for answers in found for answer in answers))
     return found
 
 
-def _numbers(seed: int, prompt: int, member: int, most: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + prompt * 1009 + member) % 2**63)
-    return torch.rand(most, generator=generator, dtype=torch.float64)
+def _numbers(order: DrawOrder, prompt: int, member: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((order.seed * 1_000_003 + prompt * 1009 + member) % 2**63)
+    return torch.rand(order.most, generator=generator, dtype=torch.float64)
 
 
 def _capacity(model: torch.nn.Module, size: int, count: int, engine: Compute) -> int:
@@ -100,51 +91,37 @@ def _capacity(model: torch.nn.Module, size: int, count: int, engine: Compute) ->
     return max(count, min(most, room // each))
 
 
-def _in_slots(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    count: int,
-    most: int,
-    stops: frozenset[int],
-    seed: int,
-    engine: Compute,
-) -> Generator[float, None, list[list[DrawnAnswer]]]:
-    size = max(map(len, prompts)) + most
-    capacity = min(_capacity(model, size, count, engine), count * len(prompts))
+def _in_slots(model: torch.nn.Module, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:
+    prompts, count = order.prompts, order.per_prompt
+    size, whole = max(map(len, prompts)) + order.most, count * len(prompts)
     blocks = Blocks(size)
-    blocks.grow(capacity)
-    free, waiting = list(range(capacity)), deque(range(len(prompts)))
-    found: list[list[DrawnAnswer | None]] = [[None] * count for _ in prompts]
+    blocks.grow(min(_capacity(model, size, count, engine), whole))
+    free, waiting = list(range(len(blocks.slots))), deque(range(len(prompts)))
+    found: dict[tuple[int, int], DrawnAnswer] = {}
     active: list[_Written] = []
-    done = 0
     while active or waiting:
-        yield done / (count * len(prompts))
+        yield len(found) / whole
         with _by_slots(model), evaluating(model), engine.autocast():  # for one pass, because the caller runs other code between two yields
-            began = _begin(blocks, free, waiting, prompts, count, most, seed)
-            active = _step(model, blocks, active, began, prompts, engine)
-        for one in list(active):
-            ended = one.ids[-1] in stops
-            if ended or len(one.ids) == most:
-                found[one.prompt][one.member] = DrawnAnswer(one.ids, one.nats, ended)
+            active = _step(model, blocks, active, _begin(blocks, free, waiting, order), prompts, engine)
+        for one in active:
+            ended = one.ids[-1] in order.stops
+            if ended or len(one.ids) == order.most:
+                found[one.prompt, one.member] = DrawnAnswer(one.ids, one.nats, ended)
                 heapq.heappush(free, one.segment.slot.index)
-                active.remove(one)
-                done += 1
-    return [[answer for answer in answers if answer is not None] for answers in found]
+        active = [one for one in active if (one.prompt, one.member) not in found]
+    return [[found[prompt, member] for member in range(count)] for prompt in range(len(prompts))]
 
 
-def _begin(
-    blocks: Blocks, free: list[int], waiting: deque[int], prompts: Sequence[list[int]], count: int, most: int, seed: int
-) -> list[list[_Written]]:
+def _begin(blocks: Blocks, free: list[int], waiting: deque[int], order: DrawOrder) -> list[list[_Written]]:
     """The answers to the next prompts for which there are slots, those of one prompt together."""
     found: list[list[_Written]] = []
     tokens = 0
-    while waiting and len(free) >= count and (not found or tokens + len(prompts[waiting[0]]) <= READ_TOKENS):
+    while waiting and len(free) >= order.per_prompt and (not found or tokens + len(order.prompts[waiting[0]]) <= READ_TOKENS):
         prompt = waiting.popleft()
-        tokens += len(prompts[prompt])
-        slots = [blocks.slots[heapq.heappop(free)] for _ in range(count)]
-        past = len(prompts[prompt])
-        found.append([_Written(prompt, i, Segment(slot, 0, 1, past), _numbers(seed, prompt, i, most)) for i, slot in enumerate(slots)])
+        past = len(order.prompts[prompt])
+        tokens += past
+        slots = [blocks.slots[heapq.heappop(free)] for _ in range(order.per_prompt)]
+        found.append([_Written(prompt, i, Segment(slot, 0, 1, past), _numbers(order, prompt, i)) for i, slot in enumerate(slots)])
     return found
 
 
@@ -211,22 +188,13 @@ def _by_slots(model: torch.nn.Module) -> Iterator[None]:
         inner.set_attn_implementation(before)
 
 
-def _padded(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    count: int,
-    most: int,
-    stops: frozenset[int],
-    seed: int,
-    engine: Compute,
-) -> Generator[float, None, list[list[DrawnAnswer]]]:
+def _padded(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:
     """The same for a model that does not read from slots: in padded batches, whose log-probabilities are not known."""
-    asked = [prompt for prompt in prompts for _ in range(count)]
+    asked = [prompt for prompt in order.prompts for _ in range(order.per_prompt)]
     told: list[DrawnAnswer] = []
     for start in range(0, len(asked), PADDED_AT_ONCE):
         yield start / len(asked)
-        batch = asked[start : start + PADDED_AT_ONCE]
-        for ids in written(model, tokenizer, batch, list(stops), most, engine, seed=(seed * 1_000_003 + start) % 2**63):
-            told.append(DrawnAnswer(ids, [], bool(ids) and ids[-1] in stops))
-    return [told[at : at + count] for at in range(0, len(told), count)]
+        batch, seed = asked[start : start + PADDED_AT_ONCE], (order.seed * 1_000_003 + start) % 2**63
+        for ids in written(model, tokenizer, batch, list(order.stops), order.most, engine, seed=seed):
+            told.append(DrawnAnswer(ids, [], bool(ids) and ids[-1] in order.stops))
+    return [told[at : at + order.per_prompt] for at in range(0, len(told), order.per_prompt)]

@@ -10,15 +10,21 @@ import torch
 
 from app import graders
 from app.errors import BadData
-from app.graders import GradedSample, item_of
+from app.graders import GradedSample, Grader, item_of
 from app.kit import stats
 from app.spec import JobSpec
 from worker.data.batching import Row
 from worker.runtime.device import Compute
 from worker.scoring import held_out
+from worker.scoring.held_out import HeldOutPrompt
 
 SECONDS = 600.0
 """Time limit of the answers of one evaluation; a row that is not answered in time has no score at this evaluation."""
+
+
+def grade_of(grader: Grader, row: Row, asked: HeldOutPrompt, text: str) -> graders.Graded:
+    """The grade of one answer to the prompt of a row."""
+    return graders.scored(grader, graders.grade(grader, GradedSample(text), item_of(row.row, asked.text, asked.reference)))
 
 
 class RowGrades(NamedTuple):
@@ -54,8 +60,7 @@ class GradedRows:
                 if text is None:
                     scores.append(None)
                     continue
-                item = item_of(row.row, question.text, question.reference)
-                found = graders.scored(grader, graders.grade(grader, GradedSample(text), item))
+                found = grade_of(grader, row, question, text)
                 scores.append(found.score)
                 faults += [f"{grader.name}: {found.why}"] if found.why else []
             if known := [score for score in scores if score is not None]:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from app import graders
-from app.graders import GradedSample, Grader, item_of
+from app.graders import Grader
 from app.objectives.reinforcement import ReinforcementSettings
 from app.storage.atomic import write_atomically
 from worker.runtime.device import Compute
+from worker.training.graded import grade_of
 from worker.training.rollouts import RolloutPrompt, Rollouts, rolled
 
 FILE = "reward_check.json"
@@ -26,7 +26,7 @@ MIN_SPREAD = 0.05
 """Share of the prompts whose answers must differ in their reward."""
 MIN_OF_REFERENCES = 0.5
 """Mean reward of the dataset's own answers below which the grader is doubted."""
-MAX_UNFINISHED = 0.5
+MAX_TRUNCATED = 0.5
 STRONG = 0.8
 """A correlation of the reward with the length of answers that is told."""
 SLOW_SECONDS = 1.0
@@ -43,7 +43,7 @@ class RewardCheck(NamedTuple):
     references: float | None  # mean reward of the dataset's own answers; None where there are none
     length_correlation: float | None  # Pearson's, of reward and tokens of an answer
     repetition_correlation: float | None  # of reward and the share of an answer's words that it said before
-    unfinished: float  # share of answers that the limit cut
+    truncated: float  # share of answers that the limit cut
     grader_seconds: float  # of one answer
     seconds: float
     teaches: bool
@@ -81,8 +81,7 @@ def _of_references(grader: Grader, prompts: Sequence[RolloutPrompt]) -> tuple[li
     for prompt in prompts:
         if prompt.asked.reference:
             asked += 1
-            item = item_of(prompt.row.row, prompt.asked.text, prompt.asked.reference)
-            graded = graders.scored(grader, graders.grade(grader, GradedSample(prompt.asked.reference), item))
+            graded = grade_of(grader, prompt.row, prompt.asked, prompt.asked.reference)
             found += [graded.score] if graded.score is not None else []
     return found, (time.monotonic() - began) / max(asked, 1)
 
@@ -95,18 +94,18 @@ def judged(found: Rollouts, references: Sequence[float], grader_seconds: float, 
     best = [
         max((r for r, g in zip(found.rewards, found.groups, strict=True) if g == group and r is not None), default=0.0) for group in groups
     ]
-    spread, unfinished = sum(found.spread()) / len(groups), found.ended.count(False) / len(found.ended)
+    spread, truncated = sum(found.spread()) / len(groups), found.ended.count(False) / len(found.ended)
     mean, of_references = float(np.mean(rewards)), float(np.mean(references)) if references else None
     by_length = _correlation(rewards, [n for _, n, _ in known])
-    teaches, why, hint = _verdict(mean, spread, of_references, unfinished, by_length, grader_seconds)
+    teaches, why, hint = _verdict(mean, spread, of_references, truncated, by_length, grader_seconds)
     return RewardCheck(
         len(groups), len(found.rewards), mean, float(np.mean(best)), spread, of_references, by_length,
-        _correlation(rewards, [_repeated(text) for _, _, text in known]), unfinished, grader_seconds, seconds, teaches, why, hint,
+        _correlation(rewards, [_repeated(text) for _, _, text in known]), truncated, grader_seconds, seconds, teaches, why, hint,
     )  # fmt: skip
 
 
 def _verdict(
-    mean: float, spread: float, references: float | None, unfinished: float, by_length: float | None, grader_seconds: float
+    mean: float, spread: float, references: float | None, truncated: float, by_length: float | None, grader_seconds: float
 ) -> tuple[bool, str, str]:
     """(whether to go on, why not or what to look at, what to do)."""
     doubted = references is not None and references < MIN_OF_REFERENCES
@@ -119,10 +118,10 @@ def _verdict(
                 f"{same}, and the dataset's own answers get {references:.2f}.",
                 "Try the grader on the dataset's answers: it may read the wrong field.",
             )
-        if unfinished > MAX_UNFINISHED:
+        if truncated > MAX_TRUNCATED:
             return (
                 False,
-                f"{same}; {unfinished:.0%} of the answers were cut by the limit.",
+                f"{same}; {truncated:.0%} of the answers were cut by the limit.",
                 "Raise answer_tokens, or ask for short answers in the prompt.",
             )
         if mean < 0.5:
@@ -130,8 +129,8 @@ def _verdict(
         return False, f"{same}: all are right.", "Take harder prompts, or a stricter grader."
     if doubted:
         return True, f"The dataset's own answers get only {references:.2f} by this grader: look whether it measures what is meant.", ""
-    if unfinished > MAX_UNFINISHED:
-        return True, f"{unfinished:.0%} of the answers were cut by the limit: raise answer_tokens where they need more.", ""
+    if truncated > MAX_TRUNCATED:
+        return True, f"{truncated:.0%} of the answers were cut by the limit: raise answer_tokens where they need more.", ""
     if by_length is not None and abs(by_length) > STRONG:
         longer = "longer" if by_length > 0 else "shorter"
         return True, f"The reward goes with the length (correlation {by_length:.2f}): answers may become {longer}.", ""

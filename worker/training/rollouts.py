@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import graders
 from app.errors import BadData
-from app.graders import GradedSample, Grader, item_of
+from app.graders import Grader
 from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
 from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import stop_ids
 from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
-from worker.scoring.sampler import DrawnAnswer, drawing
+from worker.scoring.sampler import DrawnAnswer, DrawOrder, drawing
+from worker.training.graded import grade_of
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group's rewards, as TRL does."""
@@ -30,7 +30,7 @@ MAX_REFILLS = 3
 
 @dataclass(frozen=True)
 class RolloutPrompt:
-    """A row to answer: its number among the rows, the row, and what is asked."""
+    """A row, and what is asked of the model."""
 
     row: Row
     asked: HeldOutPrompt
@@ -57,26 +57,13 @@ class Rollouts:
         ]
 
     def figures(self) -> torch.Tensor:
-        """Sums that `FIGURES` names, float64."""
-        known = [r for r in self.rewards if r is not None]
-        spread = self.spread()
-        entropy = float(np.nansum(self.nats)) if len(self.nats) else 0.0
-        return torch.tensor(
-            [
-                len(known),
-                sum(known),
-                len(self.rewards),
-                sum(not e for e in self.ended),
-                len(self.nats),
-                entropy,
-                len(spread),
-                spread.count(False),
-            ],
-            dtype=torch.float64,
-        )
+        """The sums that `FIGURES` names, float64."""
+        known, spread = [r for r in self.rewards if r is not None], self.spread()
+        answers, nats = (len(self.rewards), self.ended.count(False)), (len(self.nats), float(np.nansum(self.nats)))
+        return torch.tensor([len(known), sum(known), *answers, *nats, len(spread), spread.count(False)], dtype=torch.float64)
 
 
-FIGURES = ("graded", "reward", "answers", "unfinished", "tokens", "nats", "groups", "dead")
+FIGURES = ("graded", "reward", "answers", "truncated", "tokens", "nats", "groups", "dead")
 
 
 def advantages(rewards: Sequence[float | None], loss: PolicyLoss) -> list[float]:
@@ -108,16 +95,16 @@ def rolled(
     lead: Sequence[int] = (),
 ) -> Generator[float, None, Rollouts]:
     """Draw `group_size` answers to each prompt and grade them; yields the share that is done. Raises BadData where most cannot be graded."""
-    stops = stop_ids(tokenizer, held_out.plain_model(model).generation_config)
+    stops = frozenset(stop_ids(tokenizer, held_out.plain_model(model).generation_config))
     texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
-    drawn = yield from drawing(model, tokenizer, texts, settings.group_size, settings.answer_tokens, stops, seed, engine)
+    order = DrawOrder(texts, settings.group_size, settings.answer_tokens, stops, seed)
+    drawn = yield from drawing(model, tokenizer, order, engine)
     answers = [(place, answer) for place, several in enumerate(drawn) for answer in several]
     told = [held_out.as_text(tokenizer, prompts[place].asked, [i for i in answer.ids if i not in stops]) for place, answer in answers]
     rewards: list[float | None] = []
     faults: list[str] = []
     for (place, _), text in zip(answers, told, strict=True):
-        row, asked = prompts[place].row, prompts[place].asked
-        graded = graders.scored(grader, graders.grade(grader, GradedSample(text), item_of(row.row, asked.text, asked.reference)))
+        graded = grade_of(grader, prompts[place].row, prompts[place].asked, text)
         rewards.append(graded.score)
         faults += [graded.why] if graded.why else []
     if len(faults) > MAX_UNGRADED * len(rewards):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from app.settings import get_settings
 from app.spec import JobSpec, RunSettings
 from app.strategies import STRATEGIES
 from tests.tiny import SENTENCES
-from tests.worker.orders import WarmTrainer, order, put_dataset, put_model
+from tests.worker.orders import WarmTrainer, killed_at_random, order, put_dataset, put_model
 from tests.worker.training.test_pair_losses import by_the_papers
 from worker.data.batching import BadRow, Row
 from worker.data.chat_template import render_prompt
@@ -290,21 +289,7 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
     spec = pair_order(tiny_model, strategy, settings, micro_batches=2, evaluations_per_epoch=3, epochs=3, max_tokens_per_step=240)
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
-    draw, said, resumed = random.Random(5), [], []
-    for attempt in range(1, 4):
-        trainer = WarmTrainer(spec, "killed", attempt)
-        until, seen = draw.randrange(2, 7), 0
-        for event in trainer:
-            said.append(event)
-            seen += isinstance(event, (events.Step, events.Evaluated))
-            resumed += [event.resumed_from] if isinstance(event, events.Started) else []
-            if seen == until:
-                trainer.kill()
-                break
-        trainer.wait()
-    last, code = WarmTrainer(spec, "killed", 4).run()
-    assert code == 0 and any(resumed), "no attempt got as far as a checkpoint, so nothing was tested"
-    assert all(e.exact for e in [*said, *last] if isinstance(e, events.Started))
+    said, last = killed_at_random(spec, 5, 3, 7)
     assert facts([*said, *last]) == facts(whole)
     assert weights(last[-1]) == weights(whole[-1])
     kept = list((data_dir / "runs" / "killed").glob("a*/reference"))

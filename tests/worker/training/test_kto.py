@@ -19,7 +19,7 @@ from app.objectives.kto import KTOSettings
 from app.planning import duration
 from app.spec import JobSpec
 from tests.tiny import SENTENCES
-from tests.worker.orders import WarmTrainer, order, put_dataset, put_model
+from tests.worker.orders import WarmTrainer, killed_at_random, order, put_dataset, put_model
 from tests.worker.runtime.test_distributed import WarmPair
 from tests.worker.training.test_dpo import facts, float64, numbered, plainly, steps_of, weights
 from worker.data.batching import BadRow, Row
@@ -227,21 +227,7 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
     spec = rated_order(tiny_model, strategy, settings, **run)
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
-    draw, said, resumed = random.Random(6), [], []
-    for attempt in range(1, 4):
-        trainer = WarmTrainer(spec, "killed", attempt)
-        until, seen = draw.randrange(2, 7), 0
-        for event in trainer:
-            said.append(event)
-            seen += isinstance(event, (events.Step, events.Evaluated))
-            resumed += [event.resumed_from] if isinstance(event, events.Started) else []
-            if seen == until:
-                trainer.kill()
-                break
-        trainer.wait()
-    last, code = WarmTrainer(spec, "killed", 4).run()
-    assert code == 0 and any(resumed), "no attempt got as far as a checkpoint, so nothing was tested"
-    assert all(e.exact for e in [*said, *last] if isinstance(e, events.Started))
+    said, last = killed_at_random(spec, 6, 3, 7)
     assert facts([*said, *last]) == facts(whole)
     assert weights(last[-1]) == weights(whole[-1])
     assert len(list((data_dir / "runs" / "killed").glob("a*/reference"))) == 1, "the reference is scored once for all attempts"

@@ -18,6 +18,7 @@ from app.errors import BadData
 from app.objectives.reinforcement import VARIANTS, ReinforcementSettings
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
+from app.strategies._peft import PeftStrategy
 from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
 from tests.worker.training.test_train import of, run
 from worker.modeling import packed_attention
@@ -25,7 +26,7 @@ from worker.modeling.loading import load_tokenizer
 from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 from worker.scoring import sampler
-from worker.scoring.sampler import drawing
+from worker.scoring.sampler import DrawOrder, drawing
 from worker.training.objectives.reinforcement import policy_losses
 from worker.training.reward_check import judged
 from worker.training.rollouts import Rollouts, advantages, joined, only
@@ -68,7 +69,7 @@ def test_answers_have_the_log_probabilities_that_the_model_gives(data_dir: Path,
     prompts = [tokenizer(text).input_ids for text in ("The luthier bends", "What wood is the belly of a violin", "Yes.", "A", "How long")]
     monkeypatch.setattr(sampler, "AT_ONCE", 6)
     stops = [tokenizer.eos_token_id]
-    drawn = drained(drawing(model, tokenizer, prompts, 3, 10, stops, 7, CPU))
+    drawn = drained(drawing(model, tokenizer, DrawOrder(prompts, 3, 10, frozenset(stops), 7), CPU))
     assert [len(answers) for answers in drawn] == [3] * 5 and model.config._attn_implementation == packed_attention.NAME
     model.set_attn_implementation("eager")
     for prompt, answers in zip(prompts, drawn, strict=True):
@@ -88,7 +89,10 @@ def test_the_same_seed_draws_the_same_answers_whatever_stands_beside_them(
     prompts = [tokenizer(text).input_ids for text in ("The luthier bends", "What wood is")]
 
     def ids(seed: int) -> list[list[list[int]]]:
-        return [[answer.ids for answer in answers] for answers in drained(drawing(model, tokenizer, prompts, 4, 8, [0], seed, CPU))]
+        return [
+            [answer.ids for answer in answers]
+            for answers in drained(drawing(model, tokenizer, DrawOrder(prompts, 4, 8, frozenset({0}), seed), CPU))
+        ]
 
     first = ids(1)
     monkeypatch.setattr(sampler, "AT_ONCE", 4)
@@ -101,7 +105,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(data_dir: Path, tiny: Any)
     prompt, count = tokenizer("The luthier").input_ids, 1500
     with torch.no_grad():
         p = model(torch.tensor([prompt]), attention_mask=None).logits[0, -1].softmax(-1)
-    (answers,) = drained(drawing(model, tokenizer, [prompt], count, 1, [], 3, CPU))
+    (answers,) = drained(drawing(model, tokenizer, DrawOrder([prompt], count, 1, frozenset(), 3), CPU))
     seen = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=len(p)).double()
     top = p.topk(20)
     expected = torch.cat([top.values.double(), (1 - top.values.double().sum())[None]]) * count
@@ -210,7 +214,7 @@ def test_a_job_raises_its_reward(data_dir: Path, tiny_model: Path) -> None:
     assert isinstance(said[-1], events.Finished) and len(steps) == 16
     first, last = (sum(step.metrics["reward"] for step in some) / 4 for some in (steps[:4], steps[-4:]))
     assert last > first + 0.1 and all(step.metrics["reward"] > 0.1 for step in steps), (first, last)
-    assert all(step.metrics["ratio_spread"] < 1e-3 for step in steps), "the sampler and the trainer agree"
+    assert all(step.metrics["ratio_std"] < 1e-3 for step in steps), "the sampler and the trainer agree"
     held_out = [e.metrics["reward"] for e in scored]
     assert [e.loss for e in scored] == [pytest.approx(1 - reward) for reward in held_out] and held_out[-1] > held_out[0], held_out
     shown = of(said, events.Sampled)
@@ -248,19 +252,43 @@ def test_every_strategy_draws_with_the_weights_that_it_trains(data_dir: Path, ti
     spec = drawn_order(tiny_model, strategy, max_steps=3, learning_rate=2e-2)
     spec = spec.model_copy(update={"strategy": STRATEGIES[strategy](**own)})
     steps = of(run(spec, data_dir), events.Step)
-    assert all(0 <= step.metrics["ratio_spread"] < 2e-3 and step.metrics["entropy"] > 0 for step in steps), [step.metrics for step in steps]
+    assert all(0 <= step.metrics["ratio_std"] < 2e-3 and step.metrics["entropy"] > 0 for step in steps), [step.metrics for step in steps]
+
+
+PEFT = [name for name, cls in STRATEGIES.items() if issubclass(cls, PeftStrategy) and cls.base_bits is None]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", [pytest.param(n, marks=[] if n in ("lora", "pissa", "ia3") else [pytest.mark.fault]) for n in PEFT])
+def test_the_penalty_compares_with_the_base(data_dir: Path, tiny_model: Path, strategy: str) -> None:
+    """Before the first step the adapter is the base, whose log-probabilities with the adapter off are those of the untuned model."""
+    own = {"dropout": 0.0} if "dropout" in STRATEGIES[strategy].model_fields else {}
+    spec = drawn_order(tiny_model, strategy, {"kl": 0.1}, max_steps=3, learning_rate=2e-2)
+    spec = spec.model_copy(update={"strategy": STRATEGIES[strategy](**own)})
+    kls = [step.metrics["kl"] for step in of(run(spec, data_dir), events.Step)]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and min(kls[1:]) > 1e-7, kls
 
 
 def test_a_reward_that_teaches_nothing_is_not_begun(data_dir: Path, tiny_model: Path) -> None:
     with pytest.raises(BadData, match="Not worth starting: the answers to 100% of the prompts have the same reward"):
         run(drawn_order(tiny_model, own={"grader": SAME, "check_prompts": 4}), data_dir)
     said = run(drawn_order(tiny_model, own={"grader": SAME, "check_prompts": 4, "despite_check": True}, max_steps=1), data_dir, "despite")
-    assert isinstance(said[-1], events.Finished) and of(said, events.Step)[0].metrics["equal_groups"] == 1
+    assert isinstance(said[-1], events.Finished) and of(said, events.Step)[0].metrics["zero_variance_groups"] == 1
 
 
 def test_a_grader_that_fails_ends_the_job_with_its_reason(data_dir: Path, tiny_model: Path) -> None:
     with pytest.raises(BadData, match="The grader raises could not grade 16 of 16 answers"):
         run(drawn_order(tiny_model, own={"grader": RAISES}), data_dir)
+
+
+def test_an_answer_without_a_grade_is_no_zero(data_dir: Path, tiny_model: Path) -> None:
+    """It is left out of the mean and of the paired difference alike."""
+    some = {"type": "python", "name": "some", "source": "def grade(sample, item):\n    return 1.0 if len(item['prompt']) % 3 else 1 / 0"}
+    said = run(drawn_order(tiny_model, own={"grader": some}, max_steps=1, validation_fraction=0.5), data_dir)
+    assert [e.metrics["reward"] for e in of(said, events.Evaluated)] == [1.0, 1.0]
+    assert any("have no grade" in event.message for event in of(said, events.Log))
+    contest = said[-1].evaluation["contest"]["base"]
+    assert contest["score"] == contest["tuned"] == 1.0 and 0 < contest["rows"] < of(said, events.Started)[0].validation_rows
 
 
 def test_rows_without_room_for_an_answer_are_said(data_dir: Path, tiny_model: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from app import events
 from app.kit import manifest
 from app.settings import get_settings
-from tests.worker.orders import Trainer, WarmTrainer, chat_rows, order, put_dataset, put_model
+from tests.worker.orders import Trainer, WarmTrainer, chat_rows, killed_at_random, order, put_dataset, put_model
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -43,23 +42,7 @@ def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: st
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and isinstance(whole[-1], events.Finished)
 
-    draw, said, resumed = random.Random(seed), [], []
-    for attempt in range(1, kills + 1):
-        trainer = WarmTrainer(spec, "killed", attempt)
-        # Steps differ in what follows them: some are followed by an evaluation and a save, which the kill then hits.
-        until, seen = draw.randrange(2, 9), 0
-        for event in trainer:
-            said.append(event)
-            seen += isinstance(event, (events.Step, events.Evaluated))
-            resumed += [event.resumed_from] if isinstance(event, events.Started) else []
-            if seen == until:
-                trainer.kill()
-                break
-        trainer.wait()
-    last, code = WarmTrainer(spec, "killed", kills + 1).run()
-    assert code == 0
-    assert any(resumed), "no attempt got as far as a checkpoint, so nothing was tested"
-    assert all(e.exact for e in [*said, *last] if isinstance(e, events.Started))
+    said, last = killed_at_random(spec, seed, kills, 9)
     assert losses([*said, *last]) == losses(whole)
     evaluated = {e.step: e.loss for e in whole if isinstance(e, events.Evaluated)}
     assert {e.step: e.loss for e in [*said, *last] if isinstance(e, events.Evaluated)} == evaluated

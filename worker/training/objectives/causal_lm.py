@@ -58,6 +58,7 @@ class FewShotRows(NamedTuple):
 
 class CausalLM(TrainingObjective):
     unit: ClassVar = "token"
+    excluded: ClassVar = "rows have no trainable tokens left"
     balances: ClassVar = True  # a mixture of experts is trained with its load-balancing loss
     preparing: ClassVar = "Writing the base's answers to general prompts"
     accuracy: ClassVar = "token_accuracy"
@@ -94,7 +95,7 @@ class CausalLM(TrainingObjective):
         for name, part in (("training", self.train), ("validation", self.held_out)):
             if part.skipped:
                 lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} rows have no trainable tokens left and were excluded (lines {lines})."
+                yield f"{len(part.skipped)} {name} {self.excluded} and were excluded (lines {lines})."
         if self.plain_template and formats.get(self.spec.dataset.format).conversations:
             yield "The model has no chat template; it is given a plain one, which is saved with the result."
         if self.added:

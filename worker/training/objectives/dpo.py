@@ -9,7 +9,7 @@ a resumed job reads the very same numbers. Losses without a reference (ORPO, Sim
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ from app.objectives.dpo import PreferenceSettings
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
-from worker.data.chat_template import prepare_tokenizer, template_remark
+from worker.data.chat_template import prepare_tokenizer
 from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
 from worker.modeling.cross_entropy import head_of
 from worker.modeling.packed_attention import PackShape
@@ -36,7 +36,7 @@ from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest, difference_interval, share_interval
 from worker.training.checkpoint import State, write_folder
-from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
+from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, Loader, LossOutput, TrainingObjective
 from worker.training.objectives.causal_lm import CausalLM
 
 REFERENCE = "reference"
@@ -134,6 +134,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 
 
 class DPO(CausalLM):
+    excluded: ClassVar = "pairs have no two different answers left"
     unit: ClassVar = "pair"
     balances: ClassVar = False
     preparing: ClassVar = TrainingObjective.preparing
@@ -209,17 +210,6 @@ class DPO(CausalLM):
         return hashlib.sha256(f"{said}\n{engine.rounding}\n{engine.name}\n{as_what}".encode()).hexdigest()
 
     # Training -----------------------------------------------------------------------------------------------------------
-
-    def remarks(self) -> Iterator[str]:
-        yield from remarks_on(self)
-        if told := template_remark(self.tokenizer, self.spec.run):
-            yield told
-        for name, part in (("training", self.train), ("validation", self.held_out)):
-            if part.skipped:
-                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} pairs have no two different answers left and were excluded (lines {lines})."
-        if self.plain_template:
-            yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)

@@ -8,7 +8,7 @@ with one unrelated answer, and z₀ of a step is the mean over the rows of its b
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,14 +20,14 @@ from app.objectives.kto import KTOSettings
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
-from worker.data.chat_template import prepare_tokenizer, template_remark
+from worker.data.chat_template import prepare_tokenizer
 from worker.data.rated_rows import tokenise_rated
 from worker.runtime.device import Compute
 from worker.runtime.distributed import ProcessGroup
 from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
-from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, LossOutput, TrainingObjective, remarks_on
+from worker.training.objectives._base import MAX_REMEMBERED, EvalResult, LossOutput, TrainingObjective
 from worker.training.objectives.dpo import DPO, PairBatch, answer_likelihoods
 
 
@@ -86,6 +86,7 @@ def named(sums: torch.Tensor) -> dict[str, float]:
 
 
 class KTO(DPO):
+    excluded: ClassVar = "rows have no answer left"
     unit: ClassVar = "row"
     accuracy: ClassVar = "rating_accuracy"
     measures: ClassVar = 7  # those of `sums_of`
@@ -132,17 +133,6 @@ class KTO(DPO):
 
     def facts(self) -> dict[str, Any]:
         return {"desirable_weight": self.weights.desirable, "undesirable_weight": self.weights.undesirable}
-
-    def remarks(self) -> Iterator[str]:
-        yield from remarks_on(self)
-        if told := template_remark(self.tokenizer, self.spec.run):
-            yield told
-        for name, part in (("training", self.train), ("validation", self.held_out)):
-            if part.skipped:
-                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} rows have no answer left and were excluded (lines {lines})."
-        if self.plain_template:
-            yield "The model has no chat template; it is given a plain one, which is saved with the result."
 
     # Training -----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Reinforcement: answers are drawn from the model, graded, and made more or less likely by how they compare with others to their prompt.
+"""Reinforcement learning: answers are drawn from the model, graded, and made more or less likely by how they compare with others to their prompt.
 
 Policy optimization without a value model, in the variants of `app/objectives/reinforcement.py`. Each step draws its answers with the
 weights that it changes, so the ratio of an answer's probabilities differs from 1 only by how the sampler's arithmetic differs from the
@@ -8,10 +8,11 @@ the same answers.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import random
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ from worker.scoring.metrics import contest
 from worker.training import reward_check
 from worker.training.checkpoint import State
 from worker.training.graded import GradedRows, RowGrades
-from worker.training.objectives._base import EvalResult, Loader, LossOutput, TrainingObjective, remarks_on
+from worker.training.objectives._base import EvalResult, LossOutput, TrainingObjective
 from worker.training.objectives.causal_lm import CausalLM
 from worker.training.rollouts import FIGURES, MAX_REFILLS, RolloutPrompt, Rollouts, joined, only, rolled
 
@@ -57,6 +58,8 @@ class AnswerBatch(NamedTuple):
 
 
 class PolicyLosses(NamedTuple):
+    """What a pass over answers found."""
+
     losses: torch.Tensor  # (answers,)
     sums: torch.Tensor  # those of MEASURED behind FIGURES
 
@@ -80,38 +83,27 @@ def policy_losses(
     """
     lengths = torch.tensor(counts, device=new.device)
     answer = torch.repeat_interleave(torch.arange(len(counts), device=new.device), lengths, output_size=len(new))
+    divisor: Any = {"answer": lengths.clamp(min=1), "sum": 1}.get(loss.average, limit)
 
     def summed(values: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, answer, values)
 
-    def averaged(values: torch.Tensor) -> torch.Tensor:
-        if loss.average == "sum":
-            return summed(values)
-        return summed(values) / (lengths.clamp(min=1) if loss.average == "answer" else limit)
-
     log_ratio = new - old
-    weighed = log_ratio
-    if loss.by_answer:
-        whole = summed(log_ratio)
-        weighed = whole if loss.average == "sum" else (whole / lengths.clamp(min=1)).index_select(0, answer)
-    each = advantages if loss.by_answer and loss.average == "sum" else advantages.index_select(0, answer)
-    ratio = weighed.exp()
+    ratio, each = log_ratio.exp(), advantages.index_select(0, answer)
+    if loss.ratio != "token":
+        whole = summed(log_ratio) / (lengths.clamp(min=1) if loss.ratio == "mean" else 1)
+        ratio = whole.exp().index_select(0, answer)
     low, high = 1 - loss.clip[0], 1 + loss.clip[1]
     found = -torch.minimum(ratio * each, ratio.clamp(low, high) * each)
-    losses = found if found.shape == advantages.shape and loss.average == "sum" else averaged(found)
+    # Where an answer has one ratio, all of its tokens have the same loss, which counts once.
+    losses = summed(found) / (divisor if loss.ratio == "token" else lengths.clamp(min=1))
     clipped = ((ratio < low) & (each < 0)) | ((ratio > high) & (each > 0))
     divergence = torch.zeros_like(new)
     if base is not None:
-        behind = base - new
-        divergence = behind.exp() - behind - 1
-        losses = losses + kl * averaged(divergence)
-    of_tokens = lengths if clipped.shape == lengths.shape and loss.average == "sum" else 1
-    told = [
-        divergence.detach().double().sum(),
-        (clipped.double() * of_tokens).sum(),
-        *(log_ratio.detach().double().pow(power).sum() for power in (1, 2)),
-    ]
-    return PolicyLosses(losses, torch.stack([*told, torch.tensor(float(len(new)), dtype=torch.float64, device=new.device)]))
+        divergence = (base - new).exp() - (base - new) - 1
+        losses = losses + kl * summed(divergence) / divisor
+    measured = [divergence, clipped, log_ratio, log_ratio.square(), torch.ones_like(new)]
+    return PolicyLosses(losses, torch.stack([values.detach().double().sum() for values in measured]))
 
 
 class Reinforcement(CausalLM):
@@ -153,15 +145,14 @@ class Reinforcement(CausalLM):
         self.held_out = _as_rows(held, self.lead, 1, tokenizer)
         self.tryout: dict[str, Any] = {}
         self.questions = [prompt.asked for prompt in held[: spec.run.samples]]
-        self.rollouts: Rollouts | None = None
+        self._take(_nothing_drawn(self.train), None)
         self.newest: RowGrades | None = None  # of the held-out prompts
-        self.base: np.ndarray | None = None
         self.check: reward_check.RewardCheck | None = None
 
     # Before training ----------------------------------------------------------------------------------------------------
 
     def remarks(self) -> Iterator[str]:
-        yield from remarks_on(self)
+        yield from super().remarks()
         if self.left_out:
             yield f"{self.left_out} training rows have no prompt that leaves room for an answer, and were excluded."
 
@@ -199,7 +190,7 @@ class Reinforcement(CausalLM):
 
     @property
     def step_rows(self) -> batching.Tokenised:
-        return self.train if self.rollouts is None else self.rollouts.data
+        return self.rollouts.data
 
     def draw(
         self, window: Sequence[Sequence[int]], step: int, model: torch.nn.Module, engine: Compute, budget: int
@@ -220,7 +211,7 @@ class Reinforcement(CausalLM):
             found = only(found, best)
         if not self.settings.kl:
             return found, None
-        with _without_adapter(model):
+        with model.disable_adapter():  # type: ignore[operator]  # peft's; `app/planning/reinforcement.py` refuses others
             return found, (yield from self._log_probabilities(model, found, engine, budget))
 
     def _rolled(
@@ -247,31 +238,28 @@ class Reinforcement(CausalLM):
 
     def take(self, drawn: tuple[Rollouts, np.ndarray | None], budget: int) -> list[list[int]]:
         """The packs of a step's answers."""
-        self.rollouts, self.base = drawn
-        counts = self.rollouts.data.trained_counts()
-        self.ends = np.cumsum([0, *counts])
-        mean = sum(counts) / max(len(counts), 1)
-        self.limit = float(self.settings.answer_tokens if self.settings.loss.average == "limit" else max(mean, 1.0))
-        return best_fit(range(len(counts)), self.rollouts.data.lengths, budget)
+        self._take(*drawn)
+        return best_fit(range(len(self.counts)), self.rollouts.data.lengths, budget)
+
+    def _take(self, rollouts: Rollouts, base: np.ndarray | None) -> None:
+        self.rollouts, self.base = rollouts, base
+        self.counts = rollouts.data.trained_counts()
+        self.ends = np.cumsum([0, *self.counts])
+        mean = max(1.0, float(self.ends[-1]) / len(self.counts))
+        self.limit = float(self.settings.answer_tokens) if self.settings.loss.average == "limit" else mean
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        batch = make_batch(self.step_rows, pack, engine.device)
-        if self.rollouts is None:  # nothing is drawn yet
-            empty = torch.zeros(len(batch.targets), device=engine.device)
-            counts = [self.train.trained_counts()[row] for row in pack]
-            nothing = torch.zeros(len(FIGURES), dtype=torch.float64, device=engine.device)
-            return AnswerBatch(batch, counts, empty * float("nan"), None, torch.zeros(len(pack), device=engine.device), nothing)
         places = np.concatenate([np.arange(self.ends[row], self.ends[row + 1]) for row in pack])
         figures = self.rollouts.figures() if 0 in pack else torch.zeros(len(FIGURES), dtype=torch.float64)
-        old, advantages = -self.rollouts.nats[places], self.rollouts.advantages[list(pack)]
-        tensors = [sent(torch.from_numpy(x), engine.device) for x in (old, advantages)]
-        base = sent(torch.from_numpy(self.base[places]), engine.device) if self.base is not None else None
-        return AnswerBatch(
-            batch, [int(self.ends[row + 1] - self.ends[row]) for row in pack], tensors[0], base, tensors[1], sent(figures, engine.device)
+        old, advantages = (
+            sent(torch.from_numpy(values), engine.device) for values in (-self.rollouts.nats[places], self.rollouts.advantages[list(pack)])
         )
+        base = None if self.base is None else sent(torch.from_numpy(self.base[places]), engine.device)
+        batch = make_batch(self.step_rows, pack, engine.device)
+        return AnswerBatch(batch, [self.counts[row] for row in pack], old, base, advantages, sent(figures, engine.device))
 
     def _now(self, model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
         hidden = held_out.hidden_states(model, batch, engine)
@@ -281,7 +269,7 @@ class Reinforcement(CausalLM):
         new = self._now(model, batch.batch, engine)
         old = torch.where(batch.old.isnan(), new.detach(), batch.old.to(new.dtype))
         found = policy_losses(
-            new, old, batch.advantages.to(new.dtype), batch.counts, self.settings.loss, getattr(self, "limit", 1.0),
+            new, old, batch.advantages.to(new.dtype), batch.counts, self.settings.loss, self.limit,
             None if batch.base is None else batch.base.to(new.dtype), self.settings.kl,
         )  # fmt: skip
         return LossOutput(found.losses.sum(), batch.batch.tokens, batch.batch.trained, torch.cat([batch.figures, found.sums]))
@@ -292,12 +280,12 @@ class Reinforcement(CausalLM):
         mean = sums["log_ratio"] / read
         found = {
             "reward": sums["reward"] / max(sums["graded"], 1.0),
-            "answer_tokens": sums["tokens"] / answers,
+            "answer_length": sums["tokens"] / answers,
             "entropy": sums["nats"] / max(sums["tokens"], 1.0),
-            "equal_groups": sums["dead"] / max(sums["groups"], 1.0),
-            "unfinished": sums["unfinished"] / answers,
-            "clipped": sums["clipped"] / read,
-            "ratio_spread": max(sums["log_ratio_squared"] / read - mean * mean, 0.0) ** 0.5,
+            "zero_variance_groups": sums["dead"] / max(sums["groups"], 1.0),
+            "truncated_answers": sums["truncated"] / answers,
+            "clip_fraction": sums["clipped"] / read,
+            "ratio_std": max(sums["log_ratio_squared"] / read - mean * mean, 0.0) ** 0.5,
         }
         return found | ({"kl": sums["kl"] / read} if self.settings.kl else {})
 
@@ -313,7 +301,8 @@ class Reinforcement(CausalLM):
         reward = sum(known) / max(len(known), 1)
         own = self.graded.names[0]
         rest = {name: value for name, value in means.items() if name != own}
-        return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, [1 - (score or 0.0) for score in first], first, faults)
+        rows = [float("nan") if score is None else 1 - score for score in first]
+        return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, rows, first, faults)
 
     def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         """The first answers of the newest validation, with their rewards."""
@@ -324,23 +313,20 @@ class Reinforcement(CausalLM):
             events.Sample(prompt=q.text, reference=q.reference, base=base, answer=text or "", score=score) for q, base, text, score in told
         ]
 
-    def row_losses(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
-        yield from ()
-        return []
-
-    def row_losses_before(self, base: Loader, budget: int, engine: Compute) -> Generator[float, None, list[float]]:
-        yield from ()
-        return []
+    row_losses, row_losses_before = TrainingObjective.row_losses, TrainingObjective.row_losses_before  # the ledger has none
 
     def _few_shot_rows(self) -> None:
         return None
 
     def _contest(self, state: State, *_: Any) -> dict[str, Any]:
-        """The rewards of the held-out prompts, before and after."""
-        one, other = ([1 - loss for loss in rows] for rows in (state.base_rows, state.best_rows or state.last_rows))
-        between = stats.paired(one, other) or (float("nan"), float("nan"))
-        found = {"rows": len(one), "one": state.before["reward"], "other": (state.best or state.last)["reward"], "interval": between}
-        return contest("reward", found)
+        """The rewards of the held-out prompts, before and after, where both answers have one."""
+        both = zip(state.base_rows, state.best_rows or state.last_rows, strict=True)
+        graded = [(1 - before, 1 - after) for before, after in both if not math.isnan(before + after)]
+        one, other = ([pair[side] for pair in graded] for side in (0, 1))
+        if not graded:
+            return contest("reward", None)
+        between = stats.paired(one, other) or (math.nan, math.nan)
+        return contest("reward", {"rows": len(graded), "one": fmean(one), "other": fmean(other), "interval": between})
 
 
 def _as_rows(prompts: Sequence[RolloutPrompt], lead: Sequence[int], answer: int, tokenizer: Any) -> batching.Tokenised:
@@ -354,7 +340,8 @@ def _as_rows(prompts: Sequence[RolloutPrompt], lead: Sequence[int], answer: int,
     return batching.Tokenised(np.concatenate([empty, *rows]), np.concatenate([empty.astype(bool), *trained]), starts, lines, 0, [])
 
 
-@contextlib.contextmanager
-def _without_adapter(model: torch.nn.Module) -> Iterator[None]:
-    with model.disable_adapter():  # type: ignore[operator]  # peft's; `feasibility.refuse_kl` holds others off
-        yield
+def _nothing_drawn(data: batching.Tokenised) -> Rollouts:
+    """Rows as they are before the first step: no answer has a log-probability or an advantage."""
+    rows, tokens = len(data), int(data.trained.sum())
+    unknown, zeros = np.full(tokens, np.nan, np.float32), np.zeros(rows, np.float32)
+    return Rollouts(data, unknown, zeros, [None] * rows, list(range(rows)), [True] * rows, [""] * rows, [])
