@@ -72,7 +72,7 @@ def small_config(kind: str) -> Any:
         if isinstance(known.get(name), int):
             given[name] = value
     small = type(text)(**given)
-    if small.is_encoder_decoder and getattr(small, "decoder_start_token_id", None) is None:
+    if small.is_encoder_decoder and getattr(small, "decoder_start_token_id", None) not in range(_SIZES["vocab_size"]):
         small.decoder_start_token_id = small.pad_token_id
     return small
 

@@ -271,7 +271,8 @@ def measured(url: str, link: str, every: list[Page], times: int) -> list[dict[st
     with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
         _wait_for(client)
         client.get(link).raise_for_status()
-        for _ in range(times + 1):  # the first turn compiles the templates
+        for turn in range(times + 1):  # the first turn compiles the templates
+            print(f"turn {turn} of {times}, {len(every)} pages", file=sys.stderr, flush=True)
             for page in every:
                 began = time.perf_counter()
                 answer = client.get(page.path)

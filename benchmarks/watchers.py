@@ -92,8 +92,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from app.jobs import lifecycle
     from app.kit import ids
     from app.web import auth
+    from tests import lives
     from tests.factories import make_dataset, make_job
-    from tests.jobs.test_lifecycle import STARTED, step
 
     with transaction() as session:
         user = auth.first_user(session)
@@ -118,12 +118,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         connected = time.monotonic() - began
         with transaction() as session:
             held = lifecycle.claim(session, job.id, "benchmark")
-            lifecycle.record(session, held, 0, [STARTED])
+            lifecycle.record(session, held, 0, [lives.started()])
         before = sum(psutil.Process(web.pid).cpu_times()[:2])
         expected = int(options.seconds / options.interval)
         for n in range(1, expected + 1):
             with transaction() as session:
-                lifecycle.record(session, held, n, [step(n)])
+                lifecycle.record(session, held, n, list(lives.steps(n, n, every=expected + 1)))
             time.sleep(options.interval)
         settle(made, expected)
         full = psutil.Process(web.pid).memory_info().rss

@@ -59,7 +59,7 @@ def case_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.fault if "fp16, 16" in name else ()) for name in CASES])
 def test_the_peak_is_what_was_estimated(gpu: FakeGpu, name: str) -> None:
     """Within a tenth, and below the card's memory. The context, which no tensor holds, is left out of both."""
     _, _, tokens, memory = CASES[name]

@@ -98,9 +98,15 @@ def question_and_answer(tokenizer: Any, config: dict[str, Any]) -> str:
             "The encoder–decoder names no end-of-text token, or no token that its answers begin with.",
             hint="Add eos_token to tokenizer_config.json and decoder_start_token_id to config.json.",
         )
+    start = config["decoder_start_token_id"]
+    if start not in range(len(tokenizer)):
+        raise Unsupported(
+            f"The decoder begins with the token {start} (decoder_start_token_id of config.json), and the tokenizer has {len(tokenizer):,}.",
+            hint="Check that config.json and the tokenizer belong to one model.",
+        )
     framed = tokenizer("")["input_ids"]
     lead = tokenizer.convert_ids_to_tokens(framed[:-1] if framed[-1:] == [tokenizer.eos_token_id] else [])
-    first = tokenizer.convert_ids_to_tokens(config["decoder_start_token_id"])
+    first = tokenizer.convert_ids_to_tokens(start)
     lead, edge, end = ("{{ " + json.dumps("".join(part)) + " }}" for part in (lead, [tokenizer.eos_token, first], [tokenizer.eos_token]))
     return _QUESTION_AND_ANSWER.format(lead=lead, edge=edge, end=end)
 

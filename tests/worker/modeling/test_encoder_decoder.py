@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from app import events
-from app.errors import BadField, BadRequest
+from app.errors import BadField, BadRequest, Unsupported
 from app.export_formats import FORMATS
 from app.models import exports, imports
 from app.models import service as models
@@ -17,12 +17,14 @@ from app.planning import feasibility
 from app.spec import ModelRef
 from benchmarks.architectures import write_small
 from tests.card_code import run_card
+from tests.tiny import build_tokenizer
 from tests.worker.inference.test_engine import request, whole_characters
 from tests.worker.inference.test_engine import run as ask
 from tests.worker.modeling.test_new_tokens import WORDS, rows, tuned
 from tests.worker.orders import chat_rows, order, put_dataset
 from tests.worker.training.test_settings import TEN, in_two, of, run, same
 from worker.conversion.merge import merge
+from worker.conversion.trial import question_and_answer
 from worker.data.chat_template import render_prompt, render_row
 from worker.exporters import _process
 from worker.inference.engine import Engine
@@ -51,6 +53,13 @@ def added(session, user, data_dir: Path):
         return models.reference(session, model), model.certificate
 
     return add
+
+
+@pytest.mark.parametrize("start", [58_100, -1])
+def test_answers_that_begin_with_a_token_of_another_tokenizer_are_refused(start: int) -> None:
+    with pytest.raises(Unsupported, match=f"begins with the token {start} ") as caught:
+        question_and_answer(build_tokenizer(), {"decoder_start_token_id": start})
+    assert "belong to one model" in caught.value.hint
 
 
 @pytest.mark.long
