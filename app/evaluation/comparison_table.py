@@ -18,8 +18,9 @@ from app.errors import problem_json
 from app.evaluation import comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
-from app.metrics import METRICS
+from app.metrics import METRICS, Metric
 from app.objectives import DEFAULT, OBJECTIVES
+from app.shapes import Shape
 from app.strategies import STRATEGIES
 from app.tables import JSON, Comparison, Event, Job, Model
 
@@ -45,16 +46,25 @@ class Table(NamedTuple):
     columns: list[ScoreColumn]  # the first is the score
     rows: list[JSON]
     winners: dict[str, list[str]]  # column → id of the job that is best in it, beyond chance
-    base: JSON  # the scores before fine-tuning, by column
+    bases: dict[str, JSON]  # base model → its scores before fine-tuning, by column; empty where they are not on the same rows
+
+    @property
+    def base(self) -> JSON:
+        """The scores of the one base model; empty where there are several."""
+        return next(iter(self.bases.values())) if len(self.bases) == 1 else {}
 
 
-def score_columns(task: str) -> list[ScoreColumn]:
-    """The scores of a job, the deciding one first."""
-    found = [(name, METRICS[name]) for name in OBJECTIVES[task].metrics]
+def score_columns(task: str, several_models: bool = False) -> list[ScoreColumn]:
+    """The scores of a job, the deciding one first; with several base models those that do not depend on a tokenizer."""
+    names = OBJECTIVES[task].across_models if several_models else OBJECTIVES[task].metrics
+    found = [(name, METRICS[name]) for name in names or OBJECTIVES[task].metrics]
     return [ScoreColumn(name, metric.column or metric.title, metric.unit, metric.lower_is_better) for name, metric in found]
 
 
-SCORED = tuple(dict.fromkeys(name for entry in OBJECTIVES.values() for name in entry.metrics))
+SCORED = tuple(dict.fromkeys(name for entry in OBJECTIVES.values() for name in (*entry.metrics, *entry.across_models)))
+BASE = Metric._field_defaults["base"]
+"""What a score is compared with that depends on the base model."""
+PARAMETERS = ScoreColumn("parameters", "Parameters", "count", True)
 COSTS = [
     ScoreColumn("forgetting", "General ability", "change", True),
     ScoreColumn("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
@@ -67,36 +77,38 @@ COSTS = [
 def table(session: Session, comparison: Comparison) -> Table:
     """Metrics of every job of the comparison that was not deleted."""
     found = table_of(session, comparisons.jobs_of(session, comparison))
-    if comparison.kind == "learning_curve":
-        for row in found.rows:
+    for row in found.rows:
+        if comparison.kind == "learning_curve":
             row["title"] = f"{row['data_fraction']:.0%} of the rows"
+        elif comparison.kind == "models":
+            row["title"] = f"{row['base_model']}, {row['title']}"
     return found
 
 
 def table_of(session: Session, found: list[Job]) -> Table:
-    """Metrics of some jobs. Jobs evaluated on different rows can be shown together, but none is called the best in a score."""
+    """Metrics of some jobs. Jobs evaluated on different rows can be shown together, but none is called the best in a score. With
+    several base models the scores are those that do not depend on a tokenizer."""
     keys = [job.id for job in found]
     judged, counted, tuned = _judged(session, keys), _counted(session, keys), _tuned(session, keys)
     rows = [_row(job, judged.get(job.id, {}), counted.get(job.id), tuned.get(job.id)) for job in found]
     tasks = dict.fromkeys(job.spec["task"] for job in found) or [DEFAULT]
-    columns = [*{column.key: column for task in tasks for column in score_columns(task)}.values(), *COSTS]
+    several = len({row["base_model"] for row in rows}) > 1
+    scores = {column.key: column for task in tasks for column in score_columns(task, several)}
+    columns = [*scores.values(), *([PARAMETERS] if several else []), *COSTS]
     alike = len({_checked(job) for job in found}) == 1
-    base = next((_scores(job.evaluation, "base") for job in found if alike and (job.evaluation or {}).get("base")), {})
-    sure = [_sure(job, row, alike) for job, row in zip(found, rows, strict=True)]
-    return Table(columns, rows, {c.key: _winners(rows, sure, c) for c in columns}, base)
+    bases = {job.spec["model"]["name"]: scores for job in found if alike and (scores := _scores(job.evaluation, "base"))}
+    sure = [_sure(job, row, alike, several) for job, row in zip(found, rows, strict=True)]
+    winners = {c.key: [] if c is PARAMETERS else _winners(rows, sure, c) for c in columns}
+    if several and alike:
+        winners |= {name: _best_on_rows(session, rows, name) for name in ("bits_per_byte",) if name in winners}
+    return Table(columns, rows, winners, bases)
 
 
 def _checked(job: Job) -> tuple[str, ...]:
-    """What determines a job's base and validation rows."""
+    """What determines a job's validation rows."""
     spec = job.spec
     run = [str(spec["run"].get(name)) for name in ("seed", "validation_fraction", "max_length")]
-    return (
-        spec["model"]["name"],
-        spec["dataset"]["sha256"],
-        str((spec.get("validation") or {}).get("sha256")),
-        str(spec.get("split")),
-        *run,
-    )
+    return (spec["dataset"]["sha256"], str((spec.get("validation") or {}).get("sha256")), str(spec.get("split")), *run)
 
 
 def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
@@ -139,6 +151,8 @@ def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSO
         "job": ids.public(ids.JOB, job.id),
         "name": job.name,
         "status": job.status,
+        "base_model": job.spec["model"]["name"],
+        "parameters": Shape.model_validate(job.spec["model"]["shape"]).parameters(),
         "strategy": strategy,
         "title": _title(job),
         "data_fraction": job.spec["run"].get("data_fraction", 1.0),
@@ -173,9 +187,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
+def _sure(job: Job, row: JSON, alike: bool, several: bool) -> dict[str, Interval]:
     """95% interval of each measured value. On the same rows a score's interval is that of its difference from the base, which
-    all share."""
+    all share: with several base models that is so only where the base is chance or the commonest label."""
     found: dict[str, Interval] = {}
     if row["verdict"] == "nothing, by construction":
         found["forgetting"] = (0.0, 0.0)
@@ -187,7 +201,7 @@ def _sure(job: Job, row: JSON, alike: bool) -> dict[str, Interval]:
     found |= {name: tuple(between) for name, between in ((evaluation.get("tuned") or {}).get("intervals") or {}).items() if between}
     contest = evaluation.get("contest") or {}
     base = contest.get("base") or {}
-    if base.get("interval"):
+    if base.get("interval") and not (several and METRICS[contest.get("metric") or "loss"].base == BASE):
         found[contest.get("metric") or "loss"] = (base["score"] + base["interval"][0], base["score"] + base["interval"][1])
     return found
 
@@ -206,6 +220,15 @@ def _winners(rows: list[JSON], sure: list[dict[str, Interval]], column: ScoreCol
         known.append((between if column.less else (-between[1], -between[0]), row["job"]))
     known.sort()
     return [known[0][1]] if len(known) > 1 and all(known[0][0][1] < other[0] for other, _ in known[1:]) else []
+
+
+def _best_on_rows(session: Session, rows: list[JSON], score: str) -> list[str]:
+    """The job with the lowest bits per byte where, row by row of the same texts, it needs fewer nats than every other beyond chance."""
+    done = sorted((row for row in rows if row["status"] == "succeeded" and is_number(row[score])), key=lambda row: row[score])
+    if len(done) < 2:
+        return []
+    moved = (_moved_by(session, other["job"], done[0]["job"]) for other in done[1:])
+    return [done[0]["job"]] if all(between is not None and between[1] < 0 for between in moved) else []
 
 
 # The learning curve ---------------------------------------------------------------------------------------------------
@@ -257,7 +280,8 @@ def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> 
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
-    """95% interval of the change of the loss between two jobs, on the validation rows that both have row losses for."""
+    """95% interval of the change of the loss between two jobs, on the validation rows that both have row losses for. A row's loss is
+    that of its whole text, so that the tokens of the two may differ; it is in nats per token of the second job."""
     first, second = (
         {entry.line: entry for entry in row_losses.read(session, session.get_one(Job, ids.parse(ids.JOB, job))) if entry.held_out}
         for job in (before, now)
@@ -266,7 +290,9 @@ def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | 
     if len(both) < 2:
         return None
     usual = sum(second[line].tokens for line in both) / len(both)
-    return stats.spread([(second[line].after - first[line].after) * second[line].tokens / usual for line in both])
+    nats = ({line: one[line].after * one[line].tokens for line in both} for one in (first, second))
+    before_nats, now_nats = nats
+    return stats.spread([(now_nats[line] - before_nats[line]) / usual for line in both])
 
 
 def _by_share(moved: str, before: float, now: float, rows: int | None) -> MoreDataVerdict:
@@ -299,11 +325,13 @@ def to_json(session: Session, comparison: Comparison) -> JSON:
         "name": comparison.name,
         "kind": comparison.kind,
         "status": comparisons.status_of([row["status"] for row in found.rows]),
-        "model": comparison.order["model"],
+        "model": comparison.order.get("model"),
+        "models": comparison.order.get("models") or [comparison.order["model"]],
         "score": found.columns[0].key,
         "columns": [column._asdict() for column in found.columns],
         "data": found.rows,
         "base": found.base,
+        "bases": found.bases,
         "winners": found.winners,
         "refused": comparison.refused,
         "says": says._asdict() if says else None,

@@ -1,5 +1,8 @@
 """Comparisons: several jobs on the same data, split, seed and token budget, created together and shown in one table.
 
+Several base models are compared on the same rows with each of the chosen strategies. Their tokenizers differ, so generation is judged
+by bits per byte, not by the loss of a token.
+
 A learning curve compares one strategy with itself, on a quarter, half and all of the training rows. The validation rows are the
 same for all, and so is the number of tokens each job reads: with fewer rows there are more epochs, so that the data differs and
 not the training time.
@@ -13,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from sqlalchemy import Select, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
@@ -35,16 +38,20 @@ from app.spec import Split
 from app.strategies import Strategy
 from app.tables import JSON, Comparison, Job, Model, User
 
-Kind = Literal["strategies", "learning_curve"]
+Kind = Literal["strategies", "learning_curve", "models"]
 FRACTIONS = (0.25, 0.5, 1.0)
+MAX_MODELS = 8
+"""Base models of one comparison."""
 
 
 class ComparisonOrder(BaseModel):
-    """What is compared. `strategies` are names, or strategies with their settings as a job takes them; `run` holds for all."""
+    """What is compared. `strategies` are names, or strategies with their settings as a job takes them; `run` holds for all. Several
+    base models are named by `models` and the kind `models`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: str | None = None
+    models: list[str] | None = Field(None, min_length=2, max_length=MAX_MODELS)
     strategies: list[str | dict[str, Any]] = Field(min_length=1, max_length=40)
     dataset_id: DatasetId | None = None
     training_file: str | None = None
@@ -59,10 +66,26 @@ class ComparisonOrder(BaseModel):
     name: Annotated[str, StringConstraints(max_length=200)] | None = None
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
 
+    @model_validator(mode="after")
+    def _names_its_models(self) -> ComparisonOrder:
+        if (self.kind == "models") != (self.models is not None):
+            raise ValueError("the kind `models` compares the base models in `models`, and no other kind takes them")
+        if (self.model is None) == (self.models is None):
+            raise ValueError("name one base model in `model`, or several in `models` with the kind `models`")
+        if self.models and len(set(self.models)) < len(self.models):
+            raise ValueError("a base model is named twice in `models`")
+        return self
+
+    @property
+    def bases(self) -> list[str]:
+        """The base models that are compared: one, or several."""
+        return self.models or [self.model or ""]
+
 
 class Planned(NamedTuple):
     """One job that would be created, and its estimate."""
 
+    model: str
     strategy: str
     title: str
     order: JobRequest
@@ -72,7 +95,7 @@ class Planned(NamedTuple):
 class Plan(NamedTuple):
     dataset_name: str
     jobs: list[Planned]
-    refused: list[JSON]  # {strategy, title, reason} of those that cannot run
+    refused: list[JSON]  # {model, strategy, title, reason} of those that cannot run
 
     @property
     def seconds(self) -> float:
@@ -127,7 +150,8 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
 
     Raises NotFound, BadField or Conflict for an error of the request as a whole.
     """
-    found = spec_builder.context_of(session, user, _job_order(order, {}, None))
+    contexts = {name: spec_builder.context_of(session, user, _job_order(order, name, {}, None)) for name in order.bases}
+    found = contexts[order.bases[0]]
     plan = Plan(found.dataset.name, [], [])
     if found.dataset.status != "ready":
         raise Conflict(
@@ -138,22 +162,25 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
         )
     usual = usual_run(found.dataset, order.run, validated_elsewhere=found.validation is not None)
     with once.remembered():
-        _plan_jobs(session, order, found, usual, plan)
+        for name, context in contexts.items():
+            _plan_jobs(session, order, name, context, usual, plan)
     return plan
 
 
-def _plan_jobs(session: Session, order: ComparisonOrder, found: spec_builder.OrderContext, usual: JSON, plan: Plan) -> None:
-    """Put every job that can be had, and every refusal, into the plan."""
+def _plan_jobs(session: Session, order: ComparisonOrder, model: str, found: spec_builder.OrderContext, usual: JSON, plan: Plan) -> None:
+    """Put every job of a base model that can be had, and every refusal, into the plan."""
     for strategy in _read_strategies(order):
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
             asked = {"name": strategy.name, **strategy.model_dump(mode="json", exclude_defaults=True)}
-            one = _job_order(order, asked, fraction, usual)
+            one = _job_order(order, model, asked, fraction, usual)
             title = title_of(strategy) if fraction is None else f"{strategy.title}, {fraction:.0%} of the rows"
+            if order.models:
+                title = f"{model}, {title}"
             reason, estimate = _try(session, found, one)
             if estimate is None:
-                plan.refused.append({"strategy": strategy.name, "title": title, "reason": reason})
+                plan.refused.append({"model": model, "strategy": strategy.name, "title": title, "reason": reason})
             else:
-                plan.jobs.append(Planned(strategy.name, title, one, estimate))
+                plan.jobs.append(Planned(model, strategy.name, title, one, estimate))
 
 
 def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
@@ -175,14 +202,16 @@ def _read_strategies(order: ComparisonOrder) -> list[Strategy]:
     return found
 
 
-def _job_order(order: ComparisonOrder, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None) -> JobRequest:
+def _job_order(
+    order: ComparisonOrder, model: str, strategy: JSON, fraction: float | None, usual: Mapping[str, Any] | None = None
+) -> JobRequest:
     """One job of the comparison. None stops early, so that all read the same tokens; each keeps its best checkpoint. `usual` are
     the defaults for the whole dataset, the same for every job."""
     run: dict[str, Any] = {"early_stopping_patience": 0, **(usual or {}), **order.run}
     if fraction is not None:
         run |= _same_tokens(run, fraction)
     return JobRequest(
-        model=order.model,
+        model=model,
         dataset_id=order.dataset_id,
         training_file=order.training_file,
         validation_dataset_id=order.validation_dataset_id,
@@ -240,7 +269,7 @@ def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
     if len(plan.jobs) < 2:
         raise DoesNotFit(
             f"Only {plan.jobs[0].title} is left to compare. {reasons[:1500]}".strip(),
-            hint="Choose at least two methods that can run, or create one job.",
+            hint="Choose at least two methods or base models that can run, or create one job.",
             param="strategies",
             code="nothing_to_compare",
         )
@@ -256,6 +285,8 @@ def title_of(strategy: Strategy) -> str:
 def _title(order: ComparisonOrder, plan: Plan) -> str:
     if order.kind == "learning_curve":
         return f"Learning curve of {_read_strategies(order)[0].title}"
+    if order.models:
+        return f"{len({one.model for one in plan.jobs})} base models"
     return f"{len(plan.jobs)} methods"
 
 

@@ -194,6 +194,7 @@ _TOKENIZER = _rules(
     answers=(_either(_text, _object), "response_schema response_template"),
 )
 _CONFIG_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,80}")
+_PRIVATE_NAME = re.compile(r"_[a-z][a-z0-9_]{0,80}")
 _TOKEN_NAME = re.compile(r"[a-z0-9_]{1,48}_token")
 _SPECIAL = _rules(tokens=(_TOKENS, "additional_special_tokens extra_special_tokens"))
 
@@ -327,13 +328,15 @@ def check(name: str, value: Any) -> Any:
 
 def _rule_of(name: str, key: str) -> Rule | None:
     """The rule for a key that is recognized by its pattern. In config.json any key may stand that names no file: a model is judged
-    by what it computes, and its values cannot be paths."""
+    by what it computes, and its values cannot be paths. One that begins with _ may be a flag or a number, and no name."""
     if name in ("tokenizer_config.json", "special_tokens_map.json") and _TOKEN_NAME.fullmatch(key):
         return _TOKEN
     if name == "generation_config.json" and re.fullmatch(r"[a-z_]{1,40}_token_id", key):
         return _NUMBERS
     if name == "config.json" and _CONFIG_NAME.fullmatch(key) and key not in _OPENS and not key.endswith((*_OPENER_ENDS, "_class")):
         return _any_of_words
+    if name == "config.json" and _PRIVATE_NAME.fullmatch(key):  # of OPT: _remove_final_layer_norm
+        return _either(_flag, _number)
     return None
 
 

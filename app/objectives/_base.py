@@ -48,6 +48,7 @@ class Objective:
     larger_on_gpu: ClassVar[bool] = False  # the batch grows with the GPU's memory
     # How it is judged --------------------------------------------------------------------------------------------------
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # columns of a comparison, the deciding one first; keys of METRICS
+    across_models: ClassVar[tuple[str, ...]] = ()  # the same between base models of other tokenizers; empty: those above
     loss_unit: ClassVar[str] = ""  # the unit that a loss is averaged over, where that is not the trained token
     base_title: ClassVar[str] = "Base"  # what a finished job is compared with
     evaluation_base_title: ClassVar[str] = "Base"  # the same for an evaluation

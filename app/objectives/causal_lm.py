@@ -23,3 +23,4 @@ class CausalLM(Objective):
     larger_on_gpu: ClassVar = True
     graded: ClassVar = True
     few_shot: ClassVar = True
+    across_models: ClassVar = ("bits_per_byte",)

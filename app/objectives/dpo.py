@@ -126,6 +126,7 @@ class DPO(Objective):
     sequences_per_row: ClassVar = 2  # a pair is its prompt with the one answer and with the other
     uniform: ClassVar = True
     metrics: ClassVar = ("reward_accuracy", "loss")
+    across_models: ClassVar = ("reward_accuracy",)
     loss_unit: ClassVar = "nats per pair"
 
     def base_reads(self, settings: BaseModel | None) -> int:

@@ -68,6 +68,7 @@ class KTO(Objective):
     beside: ClassVar = 1  # an unrelated answer after each prompt, for the KL baseline
     min_rows_per_step: ClassVar = 8  # of whose unrelated answers the baseline is the mean
     metrics: ClassVar = ("rating_accuracy", "loss")
+    across_models: ClassVar = ("rating_accuracy",)
     loss_unit: ClassVar = "lost utility per row"
 
     def base_reads(self, settings: BaseModel | None) -> int:

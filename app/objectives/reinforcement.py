@@ -95,5 +95,6 @@ class Reinforcement(Objective):
     settings: ClassVar = ReinforcementSettings
     graded: ClassVar = True
     metrics: ClassVar = ("reward", "loss")
+    across_models: ClassVar = ("reward",)
     loss_unit: ClassVar = "1 less the mean reward"
     loss_per: ClassVar = "prompt"

@@ -46,7 +46,7 @@ Wish = Annotated[lists.ListQuery, Query()]
 def create(
     session: Db, user: CurrentUser, body: Annotated[Json, Body()], idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Json:
-    """Queue one job for each strategy, or for each share of the data."""
+    """Queue one job for each strategy and base model, or for each share of the data."""
     return comparison_table.to_json(session, comparisons.create(session, user, comparisons.read_order(body), idempotency_key))
 
 
@@ -60,7 +60,7 @@ def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """The jobs that a comparison would queue and refuse, and their total duration when they run one after the other. Nothing is
     queued."""
     found = comparisons.planned(session, user, comparisons.read_order(body))
-    jobs = [{"strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
+    jobs = [{"model": one.model, "strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
     return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}
 
 
@@ -158,10 +158,11 @@ def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_ke
 
 
 def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[comparison_form.CompareForm, dict[str, str]]:
-    """Of a repeated field the last value counts (a checkbox overrules the hidden field before it), except for the strategies,
-    which are a list."""
-    typed = {name: value for name, value in items if name != "strategy"}
-    return comparison_form.compare_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
+    """Of a repeated field the last value counts (a checkbox overrules the hidden field before it), except for the strategies and the
+    base models, which are lists."""
+    lists = {name: [value for key, value in items if key == name] for name in ("strategy", "base")}
+    typed = {name: value for name, value in items if name not in lists}
+    return comparison_form.compare_form(session, user, typed, lists["strategy"], lists["base"]), typed
 
 
 def _form_page(

@@ -1,4 +1,4 @@
-"""Comparisons: the same data with several strategies, or growing fractions of it with one."""
+"""Comparisons: the same data with several strategies or base models, or growing fractions of it with one."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class CreateComparison(ComparisonOrder):
 class RefusedStrategy(Schema):
     """A strategy that this model or machine cannot run."""
 
+    model: str | None = Field(None, description="The base model.")
     strategy: str
     title: str
     reason: str
@@ -38,6 +39,7 @@ class RefusedStrategy(Schema):
 class PlannedJob(Schema):
     """A job that would be queued, with its estimate."""
 
+    model: str
     strategy: str
     title: str
     estimate: JobEstimate | None
@@ -68,6 +70,8 @@ class ComparisonRow(Schema):
     job: str
     name: str
     status: str
+    base_model: str
+    parameters: int = Field(description="Of the base model.")
     strategy: str
     title: str
     data_fraction: float
@@ -75,6 +79,7 @@ class ComparisonRow(Schema):
     total_steps: int | None
     seconds_left: float | None
     loss: float | None
+    bits_per_byte: float | None = Field(description="Of the answers; comparable across tokenizers.")
     accuracy: float | None
     macro_f1: float | None
     reward: float | None
@@ -114,11 +119,13 @@ class Comparison(Schema):
     status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] = Field(
         description="Once all its jobs have ended: succeeded if one of them did."
     )
-    model: str
+    model: str | None = Field(description="The base model; null where several are compared.")
+    models: list[str] = Field(description="The base models.")
     score: str = Field(description="Key of the column the jobs are judged by.")
     columns: list[ComparisonColumn]
     data: list[ComparisonRow]
-    base: dict[str, float] = Field(description="The scores of the base model, by column.")
+    base: dict[str, float] = Field(description="The scores of the base model, by column; empty where several are compared.")
+    bases: dict[str, dict[str, float]] = Field(description="The same by base model.")
     winners: dict[str, list[str]] = Field(
         description="By column the id of the job that is best beyond chance; none where intervals meet or values tie."
     )

@@ -20,6 +20,7 @@ from app.web import charts
 from app.web.charts import Dot, Picture, Scale
 
 OPEN = ("queued", "running", "paused")
+KINDS = {"strategies": "methods", "learning_curve": "learning curve", "models": "base models"}
 
 
 def url(comparison: Comparison) -> str:
@@ -61,13 +62,13 @@ def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]
         "comparison": comparison,
         "key": ids.public(ids.COMPARISON, comparison.id),
         "url": url(comparison),
-        "kind": "learning curve" if comparison.kind == "learning_curve" else "strategies",
+        "kind": KINDS[comparison.kind],
         "status": (status := comparisons.status_of(states)),
         "open": status in OPEN,
         "jobs": len(found),
         "ended": sum(one not in OPEN for one in states),
         "failed": states.count("failed"),
-        "model": comparison.order["model"],
+        "model": ", ".join(comparison.order.get("models") or [comparison.order["model"]]),
         "dataset": found[0][1] if found else "",
     }
 
@@ -80,7 +81,7 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
     table = comparison_table.table(session, comparison)
     found = comparisons.jobs_of(session, comparison)
     curve = comparison.kind == "learning_curve"
-    across, up = _axes(table, x, y)
+    across, up = _axes(table, x or ("parameters" if comparison.kind == "models" else ""), y)
     picture = _curve(table) if curve else _scatter(table, across, up)
     return {
         "comparison": comparison,
@@ -93,7 +94,10 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "table": table,
         "verdicts": {row["verdict"] for row in table.rows},
         "lines": _lines(table),
-        "base": [(column, write(table.base.get(column.key), column.unit)) for column in table.columns],
+        "bases": [
+            (name, [(column, write(scores.get(column.key), column.unit) if column.key in scores else "") for column in table.columns])
+            for name, scores in table.bases.items()
+        ],
         "first": found[0] if found else None,
         "across": across,
         "up": up,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
@@ -71,6 +71,7 @@ class CompareForm:
     memory_bytes: int = 0
     rows_per_step: int = 0
     asked: list[str] = field(default_factory=list)  # strategies that were checked in the request
+    bases: list[Model] = field(default_factory=list)  # base models that are compared, where there are several
 
     @property
     def chosen(self) -> list[StrategyOption]:
@@ -84,7 +85,8 @@ class CompareForm:
 
     @property
     def jobs(self) -> int:
-        return len(self.chosen) * (len(comparisons.FRACTIONS) if self.kind == "learning_curve" else 1)
+        each = {"learning_curve": len(comparisons.FRACTIONS), "models": len(self.bases)}
+        return len(self.chosen) * each.get(self.kind, 1)
 
     @property
     def peak_bytes(self) -> int:
@@ -109,7 +111,9 @@ class CompareForm:
     @property
     def faults(self) -> list[FormError]:
         """The errors, each with the id of the element where it can be fixed."""
-        places = {"model": "model", "dataset": "dataset", "strategy": "methods"} | {c.key: c.id for c in self.run_controls}
+        places = {"model": "models" if self.kind == "models" else "model", "dataset": "dataset", "strategy": "methods"} | {
+            c.key: c.id for c in self.run_controls
+        }
         return [FormError(text, places.get(name)) for name, text in self.errors.items()]
 
     @property
@@ -125,7 +129,8 @@ class CompareForm:
             "kind": self.kind,
             "shown": self.kind,
             "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
-            "model": self.model.name if self.model else self.typed.get("model"),
+            "model": (self.model.name if self.model else self.typed.get("model")) if self.kind != "models" else None,
+            "base": [model.name for model in self.bases],
             "strategy": [pick.name for pick in self.chosen] or self.asked,
             **{c.key: c.value for c in self.run_controls if c.changed},
             "name": self.typed.get("name"),
@@ -138,17 +143,19 @@ class CompareForm:
         return [(title, sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
 
 
-def compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = ()) -> CompareForm:
+def compare_form(
+    session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = (), bases: Sequence[str] = ()
+) -> CompareForm:
     """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
     with once.remembered():
-        return _compare_form(session, user, typed, strategies)
+        return _compare_form(session, user, typed, strategies, bases)
 
 
-def _compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str]) -> CompareForm:
+def _compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str], bases: Sequence[str]) -> CompareForm:
     from app.datasets import service as datasets
 
     typed = dict(typed)
-    kind: Kind = "learning_curve" if typed.get("kind") == "learning_curve" else "strategies"
+    kind: Kind = next((one for one in get_args(Kind) if one == typed.get("kind")), "strategies")
     ready = [m for m in models.offered(session, user, typed.get("model")) if m.status == "ready"]
     usable = [d for d in datasets.offered(session, user, typed.get("dataset")) if d.status == "ready" and d.good_rows]
     errors: dict[str, str] = {}
@@ -172,12 +179,28 @@ def _compare_form(session: Session, user: User, typed: Mapping[str, str], strate
         memory_bytes=heartbeats.training_machine().on(run.settings.get("device", "auto")).training_memory_bytes,
         asked=[name for name in strategies if name in STRATEGIES],
     )
+    if kind == "models":
+        form.bases = _bases(form, bases)
     if model and dataset and not run.errors:
         form.rows_per_step = rows_per_step(dataset, RunSettings(**{**usual, **run.settings}))
         form.run_controls = with_rows(form.run_controls, form.rows_per_step)
         _fill_picks(session, user, form, run.settings)
         _try(form, run.settings)
     return form
+
+
+def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
+    """The base models that are checked; initially those of the kind of the usual one, untuned ones only."""
+    if form.typed.get("shown") != form.kind and not asked:
+        alike = [m for m in form.models if form.model and m.kind == form.model.kind and m.job_id is None]
+        return alike[: comparisons.MAX_MODELS]
+    unknown = set(asked) - {model.name for model in form.models}
+    if unknown:
+        form.errors["model"] = f"There is no model {min(unknown)[:80]} that is ready. It may have been deleted; choose another."
+    found = [model for model in form.models if model.name in asked]
+    if len(found) > comparisons.MAX_MODELS:
+        form.errors["model"] = f"At most {comparisons.MAX_MODELS} base models can be compared, and {len(found)} are chosen."
+    return found
 
 
 def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[FormField]:
@@ -192,7 +215,10 @@ def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mappin
 
 def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> None:
     """Every strategy with the estimate of its jobs. Initially each family's first that fits is checked."""
-    assert form.model and form.dataset
+    if form.kind == "models" and len(form.bases) < 2:
+        form.errors.setdefault("model", "Choose at least two base models to compare.")
+    if form.errors.get("model"):
+        return
     everything = _order(form, list(STRATEGIES), run)
     try:
         plan = comparisons.planned(session, user, everything)
@@ -202,7 +228,7 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
     costs = {name: [one.estimate for one in plan.jobs if one.strategy == name] for name in STRATEGIES}
     reasons = {r["strategy"]: r["reason"] for r in plan.refused}
     advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
-    fits = [name for name in STRATEGIES if costs[name] and name not in reasons]
+    fits = [name for name in STRATEGIES if costs[name] and (name not in reasons or form.kind == "models")]
     checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
@@ -211,7 +237,7 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
 
 def _by_default(kind: Kind, fits: list[str], advised: list[str]) -> list[str]:
     best = [name for name in fits if name in advised]
-    if kind == "learning_curve":
+    if kind != "strategies":
         return (best or fits)[:1]
     families = {STRATEGIES[name].family: name for name in reversed(fits)}
     return [*families.values(), *best]
@@ -224,8 +250,10 @@ def _together(costs: list[JSON]) -> JSON:
 
 def _order(form: CompareForm, strategies: list[str], run: JSON) -> ComparisonOrder:
     assert form.model and form.dataset
+    several = form.kind == "models"
     return ComparisonOrder(
-        model=form.model.name,
+        model=None if several else form.model.name,
+        models=[model.name for model in form.bases] if several else None,
         dataset_id=form.dataset.id,
         strategies=list(strategies),
         kind=form.kind,
@@ -243,6 +271,8 @@ def _try(form: CompareForm, run: JSON) -> None:
         form.errors["strategy"] = "No method fits this model, this data and this machine; each shows the reason."
     elif form.kind == "learning_curve" and len(names) != 1:
         form.errors["strategy"] = "A learning curve is for one method. Choose one."
+    elif form.kind == "models" and not names:
+        form.errors["strategy"] = "Choose at least one method."
     elif len(names) < 2 and form.kind == "strategies":
         form.errors["strategy"] = "Choose at least two methods to compare."
     else:

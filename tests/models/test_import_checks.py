@@ -50,6 +50,9 @@ def test_a_config_with_a_key_that_names_code_or_a_file_is_refused(key: str) -> N
 def test_any_other_key_of_a_config_is_judged_by_what_the_model_computes() -> None:
     assert import_checks.check_config({**LLAMA, "surprise": {"factors": [1, 2.5], "kind": "short"}}) is not None
     assert import_checks.check_config({"model_type": "gpt2", "n_embd": 64}) is None
+    assert import_checks.check_config({"model_type": "opt", "_remove_final_layer_norm": False}) is None
+    with pytest.raises(BadData, match="_remove_final_layer_norm"):
+        import_checks.check_config({"model_type": "opt", "_remove_final_layer_norm": "kernels/norm"})
     with pytest.raises(BadData, match="surprise"):
         import_checks.check_config({**LLAMA, "surprise": ["../secrets/postgres"]})
 
