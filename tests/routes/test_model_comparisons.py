@@ -26,7 +26,13 @@ def two(session, tiny_registered) -> Model:
     shape = tiny_registered.shape
     columns = {name: getattr(tiny_registered, name) for name in ("kind", "path", "revision", "source", "license", "bytes")}
     wide = Model(
-        id=uuid.uuid4(), name="wide", title="Wide", shape={**shape, "vocabulary": 2 * shape["vocabulary"]}, status="ready", owner_id=None, **columns
+        id=uuid.uuid4(),
+        name="wide",
+        title="Wide",
+        shape={**shape, "vocabulary": 2 * shape["vocabulary"]},
+        status="ready",
+        owner_id=None,
+        **columns,
     )
     session.add(wide)
     session.commit()
