@@ -91,7 +91,7 @@ ENDS_AN_ATTEMPT = ("trainer", "worker")
 QUICK = {"LUTHIER_LEASE_SECONDS": "4", "LUTHIER_BEAT_SECONDS": "1", "LUTHIER_REAP_SECONDS": "1"}
 
 
-@pytest.mark.long
+@pytest.mark.fault
 def test_a_job_survives_the_death_of_every_part(tiny_model: Path):
     """Its trainer, its worker, both servers, Ctrl-C and the death of the supervisor itself, each in the middle of its steps."""
     folder = Path(tempfile.mkdtemp(prefix="luthier-survival-"))
