@@ -18,6 +18,7 @@ FailureKind = Literal[
     "bad_data",
     "bad_model",  # the model's folder cannot be loaded, or cannot do what the strategy needs
     "disk_full",
+    "model_away",  # a model that a grader asks could not be asked
     "worker_lost",
     "no_progress",  # no step for a long time
     "crashed",  # anything else
@@ -25,6 +26,8 @@ FailureKind = Literal[
 
 TRANSIENT: frozenset[str] = frozenset({"worker_lost", "no_progress", "gpu_fault"})
 """Failures that a new attempt may survive with the same settings."""
+PAUSING: frozenset[str] = frozenset({"disk_full", "model_away"})
+"""Failures that pause a job: once their cause is gone it goes on from its checkpoint."""
 
 
 class _Event(BaseModel):
@@ -119,6 +122,7 @@ class Finished(_Event):
 
     type: Literal["finished"] = "finished"
     reason: Literal["completed", "early_stopped"]
+    why: str = Field("", description="why it stopped by itself, where that was not for a validation loss that no longer fell")
     step: int
     path: str
     bytes: int

@@ -26,6 +26,7 @@ from app.settings import get_settings
 from app.tables import (
     JSON,
     Checkpoint,
+    DistillationRun,
     EvalRun,
     Evaluation,
     Export,
@@ -202,7 +203,9 @@ def count_tokens(
     session.execute(row.on_conflict_do_update(index_elements=["user_id", "project_id", "day"], set_=more))
 
 
-def count_meter(session: Session, table: type[Evaluation | PromptRun | EvalRun], key: uuid.UUID, meter: TokenMeter) -> None:
+def count_meter(
+    session: Session, table: type[Evaluation | PromptRun | EvalRun | DistillationRun | Job], key: uuid.UUID, meter: TokenMeter
+) -> None:
     """Count the tokens of work in the background, for the person and the project whose it is. Once that is committed the meter has
     them no more; one thread at a time may do this."""
     counts = meter.counts()

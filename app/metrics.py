@@ -71,8 +71,16 @@ METRICS: dict[str, Metric] = {
     "bad_reward": Metric("Reward of bad answers", "β × log-probability, less the base's", True),
     "kl_baseline": Metric("KL baseline", "how far unrelated answers moved from the base, at least 0 (nats)", True),
     "reward_margin": Metric("Reward margin", "reward of the chosen answer less that of the rejected one", False),
-    "chosen_reward": Metric("Reward of chosen answers", "β × log-probability, less the base's where the loss has a reference", False),
-    "rejected_reward": Metric("Reward of rejected answers", "β × log-probability, less the base's where the loss has a reference", True),
+    "chosen_reward": Metric(
+        "Reward of chosen answers",
+        "β × log-probability, less the base's where the loss has a reference; of a reward model its own number",
+        False,
+    ),
+    "rejected_reward": Metric(
+        "Reward of rejected answers",
+        "β × log-probability, less the base's where the loss has a reference; of a reward model its own number",
+        True,
+    ),
 }
 """In display order."""
 TILES = sorted((name for name, metric in METRICS.items() if metric.tile), key=lambda name: METRICS[name].tile)

@@ -14,6 +14,7 @@ from app.kit import ids
 from app.tables import (
     Comparison,
     Dataset,
+    DistillationRun,
     Eval,
     EvalRun,
     Evaluation,
@@ -44,6 +45,7 @@ T = TypeVar(
     | Export
     | Prompt
     | PromptRun
+    | DistillationRun
     | SavedGrader
     | Vote
     | Exchange
@@ -76,6 +78,7 @@ _SHOWN: dict[type[Any], _Shown] = {
     Export: _Shown("export", ids.EXPORT, "export_id"),
     Prompt: _Shown("prompt", ids.PROMPT, "prompt_id"),
     PromptRun: _Shown("run", ids.RUN, "run_id"),
+    DistillationRun: _Shown("distillation", ids.DISTILLATION, "distillation_id"),
     SavedGrader: _Shown("grader", ids.GRADER, "grader_id"),
     Vote: _Shown("vote", ids.VOTE, "vote_id"),
     Exchange: _Shown("conversation", None, None, "The playground's history lists those that are stored."),

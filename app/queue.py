@@ -33,6 +33,7 @@ FETCH = "luthier.fetch"
 EXAMINE = "luthier.examine"
 GENERATE = "luthier.generate"
 PROMPT = "luthier.prompt"
+DISTILL = "luthier.distill"
 EVALUATE = "luthier.evaluate"
 PREDICT = "luthier.predict"
 INSPECT = "luthier.inspect"
@@ -43,7 +44,7 @@ TRACK = "luthier.track"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "evaluate", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
-    GENERATE: "generate", PROMPT: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data", WEBHOOK: "data",
+    GENERATE: "generate", PROMPT: "generate", DISTILL: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data", WEBHOOK: "data",
     TRACK: "data",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless

@@ -93,6 +93,7 @@ def take_over(session: Session) -> None:
 def _reap(session: Session) -> None:
     from app.batches import service as batches
     from app.datasets import ingest_task, inspections
+    from app.distillations import service as distillations
     from app.evals import service as evals
     from app.evaluation import service as evaluations
     from app.jobs import service as jobs
@@ -102,7 +103,20 @@ def _reap(session: Session) -> None:
     from app.tracking import service as tracking
     from app.webhooks import service as webhooks
 
-    for service in (jobs, evaluations, ingest_task, inspections, model_imports, exports, prompt_runs, batches, evals, webhooks, tracking):
+    for service in (
+        jobs,
+        evaluations,
+        ingest_task,
+        inspections,
+        model_imports,
+        exports,
+        prompt_runs,
+        distillations,
+        batches,
+        evals,
+        webhooks,
+        tracking,
+    ):
         found = service.reap(session)
         if found and (not isinstance(found, dict) or any(found.values())):
             log.info("reaped %s: %s", service.__name__.removeprefix("app."), found)

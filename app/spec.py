@@ -14,7 +14,9 @@ from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.strategies import AnyStrategy, Strategy
 
-Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder"]
+Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder", "reward"]
+SILENT = {"classifier": "a classifier", "encoder": "an encoder", "reward": "a reward model"}
+"""Kinds of models that write no text, and what one is called."""
 
 
 MAX_CLASSES = 5000
@@ -74,6 +76,13 @@ class Split(_Frozen):
     column: str | None = Field(None, max_length=200, description="The column whose values are the groups, or the labels.")
 
 
+class AskedModel(_Frozen):
+    """A model that graders of a job ask, by its name there, as it was when the job was created. An empty name is the encoder of the project."""
+
+    name: str
+    model: ModelRef
+
+
 class JobSpec(_Frozen):
     """Everything a trainer needs to know; two equal specs on one machine give equal weights."""
 
@@ -88,6 +97,8 @@ class JobSpec(_Frozen):
     strategy: AnyStrategy
     preference: SETTINGS | None = Field(None, exclude_if=lambda settings: settings is None)
     graders: tuple[dict[str, Any], ...] = Field((), exclude_if=lambda graders: not graders)  # as app.graders.to_json writes them
+    judges: tuple[AskedModel, ...] = Field((), exclude_if=lambda judges: not judges)  # the models that graders and reward ask
+    teacher: ModelRef | None = Field(None, exclude_if=lambda teacher: teacher is None)  # the model that is distilled
 
     @model_validator(mode="before")
     @classmethod

@@ -127,6 +127,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     """Something for every page; for each route with a name in it the names that are asked for, by what they are."""
     from app import graders, saved_graders
     from app.datasets import ingest_task, samples
+    from app.distillations import service as distillations
     from app.evals import service as evals
     from app.evaluation import comparisons, predictions
     from app.evaluation import service as evaluations
@@ -180,6 +181,8 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     grader = saved_graders.create(session, user, graders.read({"type": "length", "name": "short", "max": 9}))
     aliases.set_(session, user, "support-bot", model.name)
     same = {"type": "string_check", "name": "same", "input": "{{ item.answer }}", "reference": "Yes.", "operation": "eq"}
+    asked = distillations.DistillationOrder(rows=5, answers=1, allows_training=True, license="MIT")
+    distilled = distillations.create(session, user, model.name, data["support-replies"], asked)
     eval_of_api = evals.create(session, user, "Short answers", {"type": "custom", "item_schema": {"type": "object"}}, [same], None)
     session.commit()
     of_jobs = {name: ids.public(ids.JOB, life.job_id) for name, life in (("queued", queued), ("running", running), ("finished", done))}
@@ -194,6 +197,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
         "/playground/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},
         "/playground/prompts/runs/{run_id}": {"": ids.public(ids.RUN, run.id)},
+        "/distillations/{distillation_id}": {"": ids.public(ids.DISTILLATION, distilled.id)},
         "/playground/arena/{vote_id}": {"": ids.public(ids.VOTE, vote.id)},
         "/playground/{exchange_id:uuid}": {"": str(exchange.id)},
         "/settings/projects/{project_id}": {"": ids.public(ids.PROJECT, project.id)},

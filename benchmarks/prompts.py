@@ -27,13 +27,14 @@ from typing import Any
 from app.datasets.row_store import write_rows
 from app.events import Finished
 from app.kit import stats
+from app.kit.token_meter import TokenMeter
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec
 from app.prompts.service import PromptBody
 from app.shapes import shape_of
 from app.spec import Adapter, DatasetRef, JobSpec, ModelRef, RunSettings
 from app.strategies import STRATEGIES
-from worker.evaluation import prompt_runs
+from worker.evaluation import prompt_runs, row_answers
 from worker.evaluation.few_shot import Shots, Solved
 
 COMMON = {"score": "numeric", "reference": "after"}
@@ -71,14 +72,14 @@ def reference(folder: Path, kind: str) -> ModelRef:
 
 
 def score(spec: RunSpec, rows: list[Solved], shots: Shots) -> dict[str, Any]:
-    began = time.monotonic()
-    with ThreadPoolExecutor(prompt_runs.AT_ONCE) as pool:
-        asked: list[tuple[Solved, Future[prompt_runs.RowAnswer]]] = []
+    began, meter = time.monotonic(), TokenMeter()
+    with ThreadPoolExecutor(row_answers.AT_ONCE) as pool:
+        asked: list[tuple[Solved, Future[row_answers.RowAnswer]]] = []
         for row in rows:
             text = prompts.text_of(spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)])
-            asked.append((row, pool.submit(prompt_runs._ask, spec, text, [], row.line, [False])))
+            asked.append((row, pool.submit(prompt_runs._ask, spec, text, [], row.line, [False], meter)))
         heard = [(row, future.result()) for row, future in asked]
-    scores = [prompt_runs._scored(spec, row, said, [])["score"] for row, said in heard]
+    scores = [prompt_runs._scored(spec, row, said, [], meter)["score"] for row, said in heard]
     low, high = stats.interval(scores)
     return {
         "score": sum(scores) / len(scores),

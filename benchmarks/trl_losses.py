@@ -1,4 +1,5 @@
-"""Are losses and gradients of reinforcement those of TRL? The same numbers through TRL's own `GRPOTrainer._compute_loss`, in float64.
+"""Are losses and gradients of reinforcement, reward models and on-policy distillation those of TRL? The same numbers through TRL's
+own `GRPOTrainer._compute_loss`, `RewardTrainer.compute_loss` and `GKDTrainer.generalized_jsd_loss`, in float64.
 
     PYTHONPATH=FOLDER python -m benchmarks.trl_losses
 
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from app.objectives.reinforcement import ReinforcementSettings
+from worker.modeling.divergence import divergence_of
+from worker.training.objectives import reward
 from worker.training.objectives.reinforcement import policy_losses
 from worker.training.rollouts import advantages
 
@@ -58,7 +61,47 @@ def main() -> int:
             apart = [float(x.detach().abs().max()) for x in (theirs - ours, loss - found, _flat(gradient) - own_gradient)]
             worst = max(worst, *apart)
             print(f"{variant:8} kl {kl:g}  advantages {apart[0]:.1e}  loss {apart[1]:.1e}  gradient {apart[2]:.1e}")
+    for centering in (0.0, 0.01, 0.5):
+        apart = _of_rewards(centering)
+        worst = max(worst, *apart)
+        print(f"reward   centering {centering:g}  loss {apart[0]:.1e}  gradient {apart[1]:.1e}")
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        apart = _of_distillation(kind)
+        worst = max(worst, *apart)
+        print(f"{kind:10}  loss {apart[0]:.1e}  gradient {apart[1]:.1e}")
     return int(worst > TOLERANCE)
+
+
+def _of_distillation(kind: str) -> tuple[float, float]:
+    """How far the divergence of 32 positions and its gradient are from TRL's generalized Jensen–Shannon divergence."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    draw = torch.Generator().manual_seed(2)
+    student, teacher = (2 * torch.randn(32, 50, dtype=torch.float64, generator=draw) for _ in range(2))
+    ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+    beta = {"reverse_kl": 1, "forward_kl": 0, "jsd": 0.5}[kind]
+    loss = GKDTrainer.generalized_jsd_loss(theirs[None], teacher[None], labels=torch.zeros(1, 32, dtype=torch.long), beta=beta)
+    found = divergence_of(ours.log_softmax(1), teacher.log_softmax(1), kind).mean()
+    gradients = [torch.autograd.grad(one, given)[0] for one, given in ((loss, theirs), (found, ours))]
+    return float((loss - found).detach().abs()), float((gradients[0] - gradients[1]).abs().max())
+
+
+def _of_rewards(centering: float) -> tuple[float, float]:
+    """How far loss and gradient of 16 pairs are from TRL's."""
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    pairs = 3 * torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (pairs.clone().requires_grad_() for _ in range(2))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), args=SimpleNamespace(center_rewards_coefficient=centering or None),
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        _total_train_tokens=0, _tp_size=1, _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    logits = theirs.T.reshape(-1, 1)  # the chosen answers, and behind them the rejected ones
+    loss = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=logits), {"attention_mask": torch.ones(32, 4)})
+    found = reward.losses_of(ours, centering).mean()
+    gradients = [torch.autograd.grad(one, given)[0] for one, given in ((loss, theirs), (found, ours))]
+    return float((loss - found).detach().abs()), float((gradients[0] - gradients[1]).abs().max())
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:

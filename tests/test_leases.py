@@ -17,6 +17,7 @@ from app.batches import service as batches
 from app.datasets import ingest_task, inspections, token_counts
 from app.datasets import service as datasets
 from app.db import transaction
+from app.distillations import service as distillations
 from app.evals import service as evals
 from app.evals import sources
 from app.evaluation import service as evaluations
@@ -58,6 +59,11 @@ def an_evaluation(world: World) -> Leased:
 def a_prompt_run(world: World) -> Leased:
     _, version = prompts.create(world.session, world.user, "a prompt", prompts.read_body({"max_tokens": 2}))
     return prompt_runs.create(world.session, world.user, version, world.model.name, world.data, prompt_runs.RunOrder())
+
+
+def a_distillation(world: World) -> Leased:
+    order = distillations.DistillationOrder(answers=1, license="MIT", allows_training=True)
+    return distillations.create(world.session, world.user, world.model.name, world.data, order)
 
 
 def a_fetch(world: World) -> Leased:
@@ -128,6 +134,7 @@ KINDS: dict[str, tuple[Work[Any], Callable[[World], Leased]]] = {
     "jobs": (lifecycle.WORK, a_job),
     "evaluations": (evaluations.WORK, an_evaluation),
     "prompt runs": (prompt_runs.WORK, a_prompt_run),
+    "distillations": (distillations.WORK, a_distillation),
     "fetches": (model_imports.FETCHES, a_fetch),
     "examinations": (model_imports.EXAMINATIONS, an_examination),
     "readings": (ingest_task.WORK, a_reading),

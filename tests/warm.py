@@ -91,7 +91,11 @@ def warm_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(command: Any, *, env: Any, output: Any, cwd: Any = PROJECT, **more: Any) -> child_process.Child:
         planned = command(-1) if callable(command) else []  # the number of its pipe is known when it runs
         found = [at for at, word in enumerate(planned) if word in FORKED and planned[at - 1] == "-m"]
-        return WarmChild(planned[found[0] :], dict(env), output) if found else whole(command, env=env, output=output, cwd=cwd, **more)
+        return (
+            WarmChild(planned[found[0] :], dict(env), output, more.get("keeps", ()))
+            if found
+            else whole(command, env=env, output=output, cwd=cwd, **more)
+        )
 
     monkeypatch.setattr(child_process, "start", start)
 
@@ -104,9 +108,10 @@ def alive(*modules: str) -> list[psutil.Process]:
 class WarmChild(child_process.Child):
     """A child of this module's, looked after as one that `child_process.start` has started."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], output: Any) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], output: Any, keeps: Any = ()) -> None:
         reading, writing = os.pipe()
-        self._forked = FORKS.Process(target=_attempt, args=(command, environment, _Descriptors(writing, output.fileno())), daemon=True)
+        inherited = _Descriptors(writing, output.fileno(), *keeps)
+        self._forked = FORKS.Process(target=_attempt, args=(command, environment, inherited, list(keeps)), daemon=True)
         self._looking = threading.Lock()
         self._forked.start()
         os.close(writing)
@@ -151,15 +156,19 @@ def _duplicated(*numbers: Any) -> _Descriptors:
     return _Descriptors(*(number.detach() for number in numbers))
 
 
-def _attempt(command: list[str], environment: dict[str, str], descriptors: _Descriptors) -> None:
+def _attempt(command: list[str], environment: dict[str, str], descriptors: _Descriptors, keeps: list[int]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    pipe, out = descriptors.numbers
+    pipe, out, *kept = descriptors.numbers
     os.dup2(out, 1)
     os.dup2(out, 2)
     module, *arguments = command
     arguments[arguments.index("--events-fd") + 1] = str(pipe)
+    for option in ("--questions-fd", "--answers-fd"):
+        if option in arguments:
+            place = arguments.index(option) + 1
+            arguments[place] = str(kept[keeps.index(int(arguments[place]))])
     from app.settings import get_settings
 
     get_settings.cache_clear()

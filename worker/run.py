@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from app import events
 from app.errors import BadData, DoesNotFit, StudioError
+from app.graders import Ask, Reply, no_models
 from app.kit import logs, tracing
 from app.objectives import OBJECTIVES
 from app.settings import get_settings
@@ -43,11 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     root = get_settings().data_dir
     folder, runs = root / options.folder, root / options.resume_from
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    answer = no_models if options.questions_fd is None else _asker(options.questions_fd, options.answers_fd)
     with os.fdopen(_pipe(options.events_fd), "w", encoding="utf-8", buffering=1) as pipe:
-        return attempt(spec, folder, runs, pipe, options.profile)
+        return attempt(spec, folder, runs, pipe, options.profile, answer)
 
 
-def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False) -> int:
+def _asker(questions: int, answers: int) -> Callable[[Ask], Reply]:
+    from worker.training.asking import Asker
+
+    return Asker(questions, answers)
+
+
+def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False, answer: Callable[[Ask], Reply] = no_models) -> int:
     """One attempt at a job; returns its exit code. Every failure is reported on the pipe before the process ends."""
     asked = _Asked()
     log.info("training starts: %s", spec.strategy.name)
@@ -59,10 +67,10 @@ def attempt(spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = 
 
     try:
         if RANK:  # only rank 0 reports
-            collections.deque(_events(spec, folder, runs, asked), maxlen=0)
+            collections.deque(_events(spec, folder, runs, asked, answer), maxlen=0)
             return STOPPED if asked.stopped else 0
         with curves(folder / "tensorboard", tell) as note:
-            told = _events(spec, folder, runs, asked)
+            told = _events(spec, folder, runs, asked, answer)
             if profile:
                 from worker.training.profiler import profiled
 
@@ -106,14 +114,14 @@ class _Asked:
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save", True))
 
 
-def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked) -> Iterator[events.TrainerEvent]:
+def _events(spec: JobSpec, folder: Path, runs: Path, asked: _Asked, answer: Callable[[Ask], Reply]) -> Iterator[events.TrainerEvent]:
     with importing():
         from transformers.utils import logging as transformers_logging
 
         from worker.train import train
 
     transformers_logging.disable_progress_bar()
-    yield from train(spec, folder, runs, asked)  # type: ignore[arg-type]  # it has the fields that matter
+    yield from train(spec, folder, runs, asked, answer)  # type: ignore[arg-type]  # it has the fields that matter
 
 
 # What a failure is called ---------------------------------------------------------------------------------------------
@@ -176,6 +184,8 @@ def _of_studio(error: StudioError, spec: JobSpec, step: int | None) -> events.Fa
     if error.code == "diverged":
         kind = "diverged"
         suggestion = {"learning_rate": spec.learning_rate / 10}
+    elif error.code == "model_away":
+        kind = "model_away"
     elif error.code == "bad_model" or isinstance(error, DoesNotFit):
         kind = "bad_model"
     elif isinstance(error, BadData):
@@ -207,7 +217,7 @@ def _calibrate(spec: JobSpec, started: events.Started | None, finished: events.F
     measured, shape = finished.measured, spec.model.shape
     if started is None or started.resumed_from is not None or measured.tokens < MIN_TOKENS or not measured.tokens_per_second:
         return
-    share = 0.0 if OBJECTIVES[spec.task].classifies else measured.trained_tokens / measured.tokens
+    share = 0.0 if OBJECTIVES[spec.task].heads else measured.trained_tokens / measured.tokens
     recomputed = int(started.details.get("recomputed_layers", 0)) / shape.layers
     features = type(spec.strategy).recipe == "features"
     work = duration.forward_operations(shape, 0.0) if features else duration.work_per_token(spec, share, recomputed)
@@ -234,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", required=True, help="the attempt's folder, relative to the data folder")
     parser.add_argument("--resume-from", required=True, help="the job's folder; the newest whole checkpoint in it is gone on from")
     parser.add_argument("--events-fd", required=True, type=int, help="open file descriptor that takes one event per line")
+    parser.add_argument("--questions-fd", type=int, help="open file descriptor that takes one question of a grader to a model per line")
+    parser.add_argument("--answers-fd", type=int, help="open file descriptor from which the answers come")
     parser.add_argument("--profile", action="store_true", help="record a few steps: a trace and a summary in the attempt's folder")
     return parser
 

@@ -8,7 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 from app.kit import tracing
-from app.queue import EVALUATE, EXAMINE, EXPORT, FETCH, GENERATE, INSPECT, MAIL, PREDICT, PROMPT, READ, TRACK, TRAIN, WEBHOOK, celery
+from app.queue import (
+    DISTILL,
+    EVALUATE,
+    EXAMINE,
+    EXPORT,
+    FETCH,
+    GENERATE,
+    INSPECT,
+    MAIL,
+    PREDICT,
+    PROMPT,
+    READ,
+    TRACK,
+    TRAIN,
+    WEBHOOK,
+    celery,
+)
 
 
 def _never() -> bool:
@@ -104,6 +120,13 @@ def prompt(key: str) -> None:
     from worker.evaluation import prompt_runs
 
     prompt_runs.begin(uuid.UUID(key), lambda: going_down())
+
+
+@looks_at(DISTILL)
+def distill(key: str) -> None:
+    from worker.evaluation import distillations
+
+    distillations.begin(uuid.UUID(key), lambda: going_down())
 
 
 @looks_at(PREDICT)

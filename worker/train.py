@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from app import events
+from app.graders import Ask, Reply, no_models
 from app.planning.memory import captures_passes, reached_layers, recomputed_layers
 from app.settings import get_settings
 from app.spec import JobSpec
@@ -33,7 +34,7 @@ from worker.training import backends, checkpoint, final_evaluation, neftune, opt
 from worker.training.backends._base import StepBackend
 from worker.training.checkpoint import State, measured, relative, spec_digest
 from worker.training.export import export
-from worker.training.graded import clearly_better
+from worker.training.graded import ModelAway, clearly_better
 from worker.training.objectives import objective_of
 from worker.training.objectives._base import EvalResult, TrainingObjective, body_of, trained_parameters
 from worker.training.schedule import StepPlan, course_of, seconds_expected
@@ -41,6 +42,7 @@ from worker.training.step import next_batch, parts_of, take_step
 from worker.training.step_report import report, step_event
 
 SPEED_WINDOW = 20
+E, R = TypeVar("E"), TypeVar("R")
 
 
 @dataclass
@@ -75,14 +77,21 @@ class TrainState:
     @property
     def stopped_early(self) -> bool:
         patience = self.spec.run.early_stopping_patience
-        return bool(patience) and self.state.without_better >= patience
+        return bool(self.state.stop_reason) or (bool(patience) and self.state.without_better >= patience)
 
 
-def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSignals | None = None) -> Iterator[events.TrainerEvent]:
+def train(
+    spec: JobSpec,
+    folder: Path,
+    runs: Path | None = None,
+    control: StopSignals | None = None,
+    answer: Callable[[Ask], Reply] = no_models,
+) -> Iterator[events.TrainerEvent]:
     """Tune `spec.model` and say what happens; the result is written under `folder`, an attempt's folder.
 
     Goes on from the newest whole checkpoint under `runs` (by default the folder's parent). Ends after `Finished`, or without
-    it when `control.stop` was set and the state was saved. Raises BadData, BadModel, DoesNotFit, Diverged, or what torch raises.
+    it when `control.stop` was set and the state was saved. Graders ask models through `answer`. Raises BadData, BadModel, DoesNotFit,
+    Diverged, ModelAway, or what torch raises.
     """
     control = control or StopSignals()
     began = time.monotonic()
@@ -107,6 +116,7 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
 
     # The rows, and the model before and after its strategy is attached.
     lesson = objective_of(spec, load_tokenizer(spec.model))
+    lesson.answer = answer
     course = course_of(lesson, engine)
     yield from (_log("warn", text) for text in lesson.remarks())
     model = lesson.load(engine)
@@ -179,8 +189,12 @@ def train(spec: JobSpec, folder: Path, runs: Path | None = None, control: StopSi
 def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEvent]:
     """Optimizer steps until the end, until validation no longer improves, or until a stop is asked for and the state is saved."""
     run, state, course, world, backend = job.spec.run, job.state, job.course, job.world, job.backend
-    if world.first and state.evaluated_at < 0:
-        yield from evaluate(job)
+    due = course.due(state.step) or bool(state.stop_reason)
+    unjudged = state.step > 0 and due and state.evaluated_at != state.step  # a judge was away in this evaluation
+    if world.first and (state.evaluated_at < 0 or unjudged):
+        yield from kept_if_away(job, evaluate(job))
+        if unjudged and (course.saves(state.step) or (run.load_best and state.best_step == state.step)):
+            yield save(job)
     world.wait()
     backend.start(world)
     packs = course.packs(job.lesson, state.step * run.passes)
@@ -190,7 +204,7 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
     before, draws = state.step, job.lesson.draws
     batch = None if draws else (yield from next_batch(job, packs))
     while state.step < course.total_steps and not any(world.agree(job.stopped_early)):
-        figures = AsyncScalars(take_step(job, batch or (yield from next_batch(job, packs))))
+        figures = AsyncScalars(take_step(job, batch or (yield from kept_if_away(job, next_batch(job, packs)))))
         late.append((step_event(job), figures))
         # While a GPU computes this step the next one is laid out, and the figures of the one before are read: it never waits.
         batch = None if draws else (yield from next_batch(job, packs))
@@ -205,13 +219,14 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
             )
         # Wishes are only ever added to what was heard: one may come while the others are asked.
         stop, saving = world.agree(control.stop, control.save)
-        if course.due(state.step) or course.saves(state.step) or saving or stop:
+        due = course.due(state.step) or bool(state.stop_reason)
+        if due or course.saves(state.step) or saving or stop:
             while late:
                 yield report(job, *late.popleft())
             with backend.gathered(job.attempt):
                 if world.first:
-                    if course.due(state.step):
-                        yield from evaluate(job)
+                    if due:
+                        yield from kept_if_away(job, evaluate(job))
                     if course.saves(state.step) or saving or stop or (run.load_best and state.best_step == state.step):
                         yield save(job)
             world.wait()
@@ -220,6 +235,8 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
                 control.stopped = True
                 return
             job.lap = time.perf_counter()
+    if world.first and state.stop_reason:
+        yield _log("warn", f"Stopped at step {state.step}. {state.stop_reason}")
     backend.close()
 
 
@@ -267,10 +284,11 @@ def _log(level: str, message: str) -> events.Log:
 def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated | events.Sampled | events.Log]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
+    began = time.monotonic()
+    validating = lesson.validate(job.model, job.course.budget, job.engine)
+    scored = (yield from ProgressReporter("Scoring the validation rows")(validating)) if len(lesson.held_out) else None
     state.evaluated_at = state.step
-    if len(lesson.held_out):
-        began = time.monotonic()
-        scored = yield from ProgressReporter("Scoring the validation rows")(lesson.validate(job.model, job.course.budget, job.engine))
+    if scored is not None:
         best = _remember(job, scored)
         rest = {key: value for key, value in scored.metrics.items() if key != "loss"}
         seconds = time.monotonic() - began
@@ -282,12 +300,24 @@ def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated
         yield events.Sampled(step=state.step, samples=samples)
 
 
+def kept_if_away(job: TrainState, work: Generator[E, None, R]) -> Generator[E | events.Saved, None, R]:
+    """`work`; where a grader's model cannot be asked, the state is saved first, so that a resumed job does this work again and no other."""
+    try:
+        return (yield from work)
+    except ModelAway:
+        if job.state.step:
+            yield save(job)
+        raise
+
+
 def _remember(job: TrainState, scored: EvalResult) -> bool:
     state, loss = job.state, scored.metrics["loss"]
     metric = job.spec.run.metric_for_best
-    value = loss if metric == "loss" else -(_mean(scored.graded) if metric == "grader" else scored.metrics[job.lesson.accuracy])
+    by_loss = loss if scored.value is None else scored.value
+    value = by_loss if metric == "loss" else -(_mean(scored.graded) if metric == "grader" else scored.metrics[job.lesson.accuracy])
     state.curve = [*state.curve, (state.step, loss)]
     state.last, state.last_rows = scored.metrics, scored.rows
+    job.lesson.watch_evaluation(state)
     if state.step == 0:
         state.before, state.base_rows = scored.metrics, scored.rows
         return False
@@ -341,6 +371,7 @@ def finish(job: TrainState) -> Iterator[events.Log | events.TaskProgress | event
     state.wall_seconds = time.monotonic() - job.began
     yield events.Finished(
         reason="completed" if state.step >= job.course.total_steps else "early_stopped",
+        why=state.stop_reason,
         step=state.step,
         path=relative(written.path),
         bytes=written.bytes,

@@ -28,7 +28,7 @@ def counting_model(session: Session, task: str | None = None) -> Model | None:
     query = select(Model).where(Model.status == "ready", Model.base_id.is_(None), Model.path.is_not(None), Model.deleted_at.is_(None))
     able = [
         model
-        for model in session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at))
+        for model in session.scalars(query.where(Model.kind.not_in(("classifier", "reward"))).order_by(Model.created_at))
         if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists()
     ]
     encoders, writers = ([model for model in able if (model.kind == "encoder") == wanted] for wanted in (True, False))

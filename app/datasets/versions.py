@@ -284,5 +284,8 @@ def describe(dataset: Dataset) -> str:
         "deduplicate": "Deduplicated",
         "convert": "Converted",
         "repair": "Repaired line by line",
+        "distillation": f"Answers of {origin.get('teacher')} ({origin.get('license')}) to {origin.get('prompts') or 0:,} prompts, "
+        f"{origin.get('kept') or 0:,} of them kept"
+        + (f" by {origin['grader']} from {origin.get('threshold'):g}" if origin.get("grader") else ""),
         "hub": f"From Hugging Face: {', '.join(str(origin[part]) for part in ('repo', 'subset', 'split') if origin.get(part))}",
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))

@@ -16,6 +16,7 @@ from app.objectives import OBJECTIVES
 from app.planning.advisor import Advice, CostEstimate
 from app.run_settings import RunSettings
 from app.shapes import Shape
+from app.spec import SILENT
 from app.strategies import _advice
 from app.strategies._advice import Facts
 from app.tables import Dataset, Model
@@ -147,9 +148,9 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
         if small < large:
             text = f"Use the encoder {encoder.title} for labels: {human_count(small)} parameters instead of {human_count(large)}."
             return _take(encoder, dataset, text)
-    if not classifies and model.kind in ("encoder", "classifier"):
+    if not classifies and model.kind in SILENT:
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)
-        text = f"Use a model that generates text: {model.title} is {'an encoder' if model.kind == 'encoder' else 'a classifier'}."
+        text = f"Use a model that generates text: {model.title} is {SILENT[model.kind]}."
         return _take(writer, dataset, text) if writer else AdviceStep(about="model", text=text, label="Add a model", url="/models#add")
     return None
 

@@ -65,11 +65,11 @@ class WithoutMeasuring(BaseModel):
 
 
 def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) -> WithoutMeasuring | None:
-    """A classifier on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
-    if not OBJECTIVES[task].classifies:
+    """A head on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
+    if not OBJECTIVES[task].heads:
         return None
     if strategy.trainable_parameters(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
-        sentence = "Only the classifier on top was trained. The weights of the model below it are unchanged, and so is its general ability."
+        sentence = "Only the head on top was trained. The weights of the model below it are unchanged, and so is its general ability."
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":
         sentence = "An encoder writes no text, so its general ability cannot be measured in bits per byte. Its vectors did change: "

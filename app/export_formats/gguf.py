@@ -25,7 +25,7 @@ class Gguf(ExportFormat):
 
     def accepts(self, facts: ModelFacts) -> str | None:
         if facts.labels:
-            return "A classifier has an output layer of its own, which llama.cpp cannot read."
+            return "It has an output layer of its own, which llama.cpp cannot read."
         if facts.shape.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             return f"Its architecture, {facts.shape.model_type}, is not one of those that are written here: {known}."

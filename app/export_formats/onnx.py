@@ -15,6 +15,8 @@ class Onnx(ExportFormat):
     def accepts(self, facts: ModelFacts) -> str | None:
         if facts.kind != "encoder" and not facts.labels:
             return "Only embedding models and classifiers are written in it; export a model that writes text as GGUF."
+        if facts.kind == "reward":
+            return "A reward model reads conversations, and its one number is no probability."
         return needs_merging(facts)
 
     def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from app.errors import BadField, StudioError, field_path, plain
-from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply, Steps
+from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError, Grader, JudgeAsk, Reply, RewardAsk, Steps
 from app.graders._judge import Judge
 from app.graders._pairwise import PairVerdict, SelfAgreement, pair_verdict, prefer, self_agreement
 from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
@@ -39,12 +39,14 @@ __all__ = [
     "JudgeAsk",
     "PairVerdict",
     "Reply",
+    "RewardAsk",
     "SelfAgreement",
     "as_openai",
     "compare",
     "follows",
     "grade",
     "item_of",
+    "no_models",
     "parse",
     "read",
     "schema_fault",

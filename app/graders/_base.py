@@ -117,14 +117,23 @@ class EmbedAsk:
     texts: tuple[str, ...]
 
 
-Ask = JudgeAsk | EmbedAsk
+@dataclass(frozen=True)
+class RewardAsk:
+    """A conversation whose last message, an answer, gets a reward."""
+
+    model: str
+    messages: tuple[JSON, ...]
+
+
+Ask = JudgeAsk | EmbedAsk | RewardAsk
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: a text, or a vector for each text."""
+    """What came back: a text, a vector for each text, or a reward."""
 
     text: str = ""
+    reward: float = 0.0
     vectors: tuple[tuple[float, ...], ...] = ()
     tokens: int = 0
     model: str = ""

@@ -21,6 +21,7 @@ from app.models.service import Resolved
 from app.models.vocabulary import has_new_tokens
 from app.settings import get_settings
 from app.shapes import Shape
+from app.spec import SILENT
 from app.tables import JSON, Model
 
 
@@ -31,7 +32,7 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
     address = find(url)
     if via not in ("tokens", "chat"):
         raise BadField(f"{via[:20]!r} is no way to send a prompt.", hint="There are tokens and chat.", param="via")
-    if model.kind in ("classifier", "encoder"):
+    if model.kind in SILENT:
         raise BadField(f"{model.name} does not write text, so no engine can answer for it.", param="model")
     served = names(address)
     if name not in served:

@@ -1,9 +1,10 @@
-"""The models that graders ask: judges, and encoders for embeddings. They are resolved once, in the project of whoever grades, and asked
+"""The models that graders ask: judges, reward models, and encoders for embeddings. They are resolved once, in the project of whoever grades, and asked
 by the path that every answer takes: a worker of this studio, or a registered external server."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,16 +12,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
-from app.errors import BadField
+from app.errors import StudioError
 from app.graders import Ask, EmbedAsk, GradeError, Grader, JudgeAsk, Reply
-from app.inference import playground
+from app.inference import external_servers, playground
 from app.inference.answer_fold import AnswerFold
 from app.inference.client import raise_broke, stream
-from app.inference.protocol import Done, Embedded, Entry, ExternalEngine, GenerateRequest, Sampling, StreamError
+from app.inference.protocol import Done, Embedded, Entry, ExternalEngine, GenerateRequest, Rewarded, Sampling, StreamError
 from app.kit.token_meter import TokenMeter
+from app.models import asked_models
 from app.models import service as models
-from app.spec import ModelRef
-from app.tables import User
+from app.models.service import Resolved
+from app.spec import SILENT, AskedModel, ModelRef
+from app.tables import Model, User
 
 SECONDS = 120.0
 """Time limit of one question to a judge."""
@@ -39,48 +42,26 @@ class ResolvedJudge(BaseModel):
 
 def resolve(session: Session, user: User, graders: Iterable[Grader]) -> tuple[ResolvedJudge, ...]:
     """The models that these graders ask. Raises NotFound, Conflict and BadField, as asking them would."""
-    found: dict[str, ResolvedJudge] = {}
-    for grader in graders:
-        encodes = _encodes(grader)
-        for name in grader.models():
-            if (key := name or "") not in found:
-                found[key] = _encoder(session, user, name) if name in encodes else _judge(session, user, key)
-    return tuple(found.values())
-
-
-def _encodes(grader: Grader) -> set[str | None]:
-    """Names of the models that it asks for embeddings."""
-    parts = [grader, *grader.children().values()]
-    return {name for part in parts if part.type == "text_similarity" for name in part.models()}
-
-
-def _judge(session: Session, user: User, name: str) -> ResolvedJudge:
-    try:
-        return writer(session, user, name)
-    except BadField as error:
-        raise BadField(error.message, hint=error.hint, param="grader.model") from None
+    return tuple(_resolved(session, name, found) for name, found in asked_models.resolve(session, user, graders).items())
 
 
 def writer(session: Session, user: User, name: str) -> ResolvedJudge:
     """A model that answers in a trial. Raises as `resolve` does, naming the field `model`."""
-    who = playground.speaker(session, user, name)
-    return ResolvedJudge(name=name, model=who.ref, engine=who.engine)
+    return _resolved(session, name, asked_models.writer(session, user, name))
 
 
-def _encoder(session: Session, user: User, name: str | None) -> ResolvedJudge:
-    if name is None:
-        ready = [m for m in models.offered(session, user) if m.kind == "encoder" and m.status == "ready"]
-        if not ready:
-            raise BadField(
-                "The metric cosine needs an embedding model, and this project has none.",
-                hint="Add the starter all-minilm-l6-v2, or compare words: rouge_l.",
-                param="grader.evaluation_metric",
-            )
-        return ResolvedJudge(name="", model=models.resolve(session, user, ready[-1].name).ref)
-    ref = models.resolve(session, user, name).ref
-    if ref.kind != "encoder":
-        raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="grader.model")
-    return ResolvedJudge(name=name, model=ref)
+def pinned(session: Session, asked: AskedModel) -> ResolvedJudge:
+    """A model that a job asks: with the weights that it had when the job was created, and the server that answers for it now."""
+    model = session.get(Model, asked.model.id)
+    with contextlib.suppress(StudioError):  # a part of it is gone, and asking it will say so
+        if model is not None and models.reference(session, model) == asked.model:
+            return _resolved(session, asked.name, Resolved(model, None, asked.model))
+    return ResolvedJudge(name=asked.name, model=asked.model)
+
+
+def _resolved(session: Session, name: str, found: Resolved) -> ResolvedJudge:
+    writes = found.ref.kind not in SILENT
+    return ResolvedJudge(name=name, model=found.ref, engine=external_servers.engine_of(session, found) if writes else None)
 
 
 Hear = Callable[[Sequence[Entry]], None]
@@ -96,7 +77,7 @@ def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send, meter
         judge = known.get(ask.model or "")
         if judge is None:
             raise GradeError("model_grader_server_error", f"The model {ask.model} was not resolved.")
-        request = _embedding(owner, judge, ask) if isinstance(ask, EmbedAsk) else _question(owner, judge, ask)
+        request = request_of(owner, judge, ask)
         entries: list[Entry] = []
         try:
             send(request, entries.extend)
@@ -112,19 +93,30 @@ def answers(owner: uuid.UUID, judges: Sequence[ResolvedJudge], send: Send, meter
 
 def _tokens(entries: Sequence[Entry]) -> tuple[int, int]:
     """(tokens read, tokens written) of a request, as far as it came."""
-    embedded = sum(entry.tokens for entry in entries if isinstance(entry, Embedded))
+    embedded = sum(entry.tokens for entry in entries if isinstance(entry, Embedded | Rewarded))
     usage = AnswerFold.of(entries).usage()
     return embedded + usage["prompt_tokens"], usage["completion_tokens"]
 
 
-def _embedding(owner: uuid.UUID, judge: ResolvedJudge, ask: EmbedAsk) -> GenerateRequest:
-    texts = [playground.readable(text[:MAX_TEXT]) for text in ask.texts]
-    return GenerateRequest(id=uuid.uuid4(), owner=owner, model=judge.model, embed=texts, sampling=Sampling(), seed=0, seconds=SECONDS)
+def request_of(owner: uuid.UUID, judge: ResolvedJudge, ask: Ask) -> GenerateRequest:
+    """The request that a question is."""
+    if isinstance(ask, JudgeAsk):
+        return _question(owner, judge, ask)
+    given: dict[str, Any] = {}
+    if isinstance(ask, EmbedAsk):
+        given["embed"] = [playground.readable(text[:MAX_TEXT]) for text in ask.texts]
+    else:
+        given["reward"] = [_readable(ask.messages)]
+    return GenerateRequest(id=uuid.uuid4(), owner=owner, model=judge.model, sampling=Sampling(), seed=0, seconds=SECONDS, **given)
+
+
+def _readable(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": one["role"], "content": playground.readable(one["content"])} for one in messages]
 
 
 def _question(owner: uuid.UUID, judge: ResolvedJudge, ask: JudgeAsk) -> GenerateRequest:
     sampling = Sampling(temperature=ask.temperature, top_p=ask.top_p, max_tokens=ask.max_tokens, seed=ask.seed)
-    said = [{"role": one["role"], "content": playground.readable(one["content"])} for one in ask.messages]
+    said = _readable(ask.messages)
     prompt: dict[str, Any] = {"messages": said}
     if judge.model.kind == "generic" and judge.engine is None:  # it has no turns
         prompt = {"prompt": "\n\n".join(one["content"] for one in said) + "\n\n"}
@@ -137,6 +129,9 @@ def _reply(judge: ResolvedJudge, entries: Sequence[Entry]) -> Reply:
     embedded = next((entry for entry in entries if isinstance(entry, Embedded)), None)
     if embedded is not None:
         return Reply(vectors=tuple(map(tuple, embedded.vectors)), tokens=embedded.tokens, model=judge.model.name)
+    rewarded = next((entry for entry in entries if isinstance(entry, Rewarded)), None)
+    if rewarded is not None:
+        return Reply(reward=rewarded.rewards[0], tokens=rewarded.tokens, model=judge.model.name)
     fold = AnswerFold.of(entries)
     done = next((entry for entry in entries if isinstance(entry, Done)), None)
     text = fold.choices[0].text if 0 in fold.choices else ""

@@ -16,6 +16,7 @@ from app.inference.external_server import Fold
 from app.inference.protocol import LLAMA_CPP, AnswerStarted, ExternalEngine, GenerateRequest, Sampling
 from app.settings import get_settings
 from app.shapes import Shape
+from app.spec import SILENT
 
 TYPES = FORMATS["gguf"].types
 DEFAULT_TYPE = "F16"
@@ -33,7 +34,7 @@ def engine(kind: str, adapter: str | None = None) -> ExternalEngine:
 
 def runs(kind: str, shape: Shape) -> bool:
     """Whether llama.cpp computes a model of this kind and architecture as the studio does."""
-    return kind not in ("classifier", "encoder") and shape.model_type in ARCHITECTURES and not shape.mlp_bias
+    return kind not in SILENT and shape.model_type in ARCHITECTURES and not shape.mlp_bias
 
 
 def by_setting() -> str | None:

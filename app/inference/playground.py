@@ -23,11 +23,11 @@ from app.inference.answer_fold import AnswerFold, Choice
 from app.inference.protocol import ExternalEngine, GenerateRequest, Sampling
 from app.jobs import solved_examples
 from app.kit.json_safe import storable
-from app.models import aliases, interpolation
+from app.models import aliases, asked_models, interpolation
 from app.models import service as models
 from app.models.service import Resolved
 from app.ownership import owned
-from app.spec import ModelRef
+from app.spec import SILENT, ModelRef
 from app.tables import Answer, Checkpoint, Exchange, Job, Model, User
 
 MAX_PANES = 4
@@ -64,15 +64,8 @@ class PendingAnswer(NamedTuple):
 
 def speaker(session: Session, user: User, name: str) -> ResolvedModel:
     """The model of a name. Raises NotFound, Conflict or BadData, as `models.resolve` does, and BadField for one that is not generative."""
-    resolved = models.resolve(session, user, name, allowed=True)
-    found = ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
-    if found.ref.kind in ("classifier", "encoder"):
-        raise BadField(
-            f"{name} is {'a classifier' if found.ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
-            hint="Choose a generic, instruction or dialogue model.",
-            param="model",
-        )
-    return found
+    resolved = asked_models.writer(session, user, name)
+    return ResolvedModel(name, resolved, external_servers.engine_of(session, resolved))
 
 
 def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
@@ -331,7 +324,7 @@ def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]
     """The models on offer that can be prompted, by group, newest fine-tuned model first, and those named. Classifiers and encoders are
     not generative."""
     plain = [interpolation.split_name(name)[0] for name in named]
-    rows = [m for m in models.offered(session, user, *plain) if m.status == "ready" and m.kind not in ("classifier", "encoder")]
+    rows = [m for m in models.offered(session, user, *plain) if m.status == "ready" and m.kind not in SILENT]
     kinds: dict[uuid.UUID | None, str] = {m.id: m.kind for m in rows}
     few_shot = [m for m in tryout.with_few_shot(session, rows) if m.base_id in kinds]
     found = {
@@ -373,7 +366,7 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
             models.checkpoint_name(session, job, row.step), title := f"{job.name}, step {row.step}", kind, title, job.comparison_id is None
         )
         for row, job, kind in rows
-        if kind not in ("classifier", "encoder")
+        if kind not in SILENT
     ]
 
 

@@ -107,8 +107,8 @@ class GenerateRequest(_Frozen):
     """One prompt for one model. Exactly one of `messages`, `prompt`, `tokens` and `embed` is given; `seed` is always set.
 
     With `look` nothing is generated: the result is the log-probability of each token of the prompt, and the `look` likeliest next
-    ones. With `embed` the model is an encoder, and the result is a vector for each text; with `classify` it is a classifier. With
-    `render` nothing is generated either: the result is the rendered prompt, which goes to the request's `engine`.
+    ones. With `embed` the model is an encoder, and the result is a vector for each text; with `classify` it is a classifier; with `reward`
+    it is a reward model, and each conversation ends with the answer that gets a number. With `render` nothing is generated either: the result is the rendered prompt, which goes to the request's `engine`.
     """
 
     id: uuid.UUID
@@ -123,6 +123,7 @@ class GenerateRequest(_Frozen):
     tokens: list[int] | None = None
     embed: list[str] | None = Field(None, max_length=MAX_TEXTS)
     classify: list[str] | None = Field(None, max_length=MAX_TEXTS)
+    reward: list[list[dict[str, Any]]] | None = Field(None, max_length=MAX_TEXTS)
     look: int | None = Field(None, ge=1, le=MAX_NEXT)
     render: bool = False
     bulk: bool = Field(False, description="one of very many, as a run of the prompt lab asks: it leaves room for people who chat")
@@ -262,6 +263,14 @@ class Classified(BaseModel):
     cut: list[bool]
 
 
+class Rewarded(BaseModel):
+    """The reward of the last message of each conversation, in order."""
+
+    type: Literal["rewarded"] = "rewarded"
+    rewards: list[float]
+    tokens: int
+
+
 class Done(BaseModel):
     """Seconds are counted from the moment the worker took the request; `tokens_per_second` from the first token on."""
 
@@ -295,6 +304,7 @@ Entry = Annotated[
     | PromptLogprobs
     | Embedded
     | Classified
+    | Rewarded
     | Done
     | StreamError,
     Field(discriminator="type"),

@@ -19,6 +19,7 @@ from app.jobs.solved_examples import SolvedExample
 from app.models import interpolation
 from app.models import service as models
 from app.settings import get_settings
+from app.spec import SILENT
 from app.tables import JSON, Job, Model, User
 
 FEW_SHOT = "few-shot:"
@@ -63,11 +64,14 @@ def with_few_shot(session: Session, among: Sequence[Model], limit: int = 20) -> 
         .join(Job, Model.job_id == Job.id)
         .where(Model.id.in_([model.id for model in among]), Job.evaluation.has_key("tryout"), examples > 0)
     )
-    return list(session.scalars(query.where(Model.kind != "classifier").order_by(Model.created_at.desc()).limit(limit)))
+    return list(session.scalars(query.where(Model.kind.not_in(SILENT)).order_by(Model.created_at.desc()).limit(limit)))
 
 
 def address(base: str, tuned: str, kind: str, few_shot: bool = False) -> str:
-    """The page on which a model is tried: a result next to its base, zero-shot and few-shot; a classifier where texts are classified."""
+    """The page on which a model is tried: a result next to its base, zero-shot and few-shot; a classifier where texts are classified, a
+    reward model where graders are tried."""
+    if kind == "reward":
+        return f"/graders/new?{urlencode({'type': 'reward_model', 'model': tuned})}"
     if kind == "classifier":
         return f"/playground/classify?{urlencode({'models': tuned})}"
     names = [base, FEW_SHOT + tuned if few_shot else "", tuned]

@@ -53,7 +53,7 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
         project_id=job.project_id,
         name=f"{models.tuned_name(session, job)}:step-{row.step}",
         title=f"{job.name}, step {row.step}"[:120],
-        kind="classifier" if OBJECTIVES[job.spec["task"]].classifies else base.kind,
+        kind=OBJECTIVES[job.spec["task"]].result_kind or base.kind,
         base_id=base.id,
         job_id=job.id,
         step=row.step,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app import formats
 from app.datasets import service as datasets
 from app.errors import BadData, BadField, NotFound
 from app.jobs import request as job_request
@@ -64,7 +65,7 @@ def as_file(spec: JobSpec) -> str:
     """Everything that decides the job, as YAML for `luthier train`. Default values are marked."""
     named = {
         "name": spec.name,
-        **({"task": spec.task} if OBJECTIVES[spec.task].draws else {}),
+        **({"task": spec.task} if _chosen(spec.task, spec.dataset.format) else {}),
         "model": spec.model.name,
         "dataset_id": ids.public(ids.DATASET, spec.dataset.id),
         **({"validation_dataset_id": ids.public(ids.DATASET, spec.validation.id)} if spec.validation else {}),
@@ -81,6 +82,12 @@ def as_file(spec: JobSpec) -> str:
     if spec.graders:
         parts.append(_yaml({"graders": list(spec.graders)}))
     return "# Run this job again: luthier train job.yaml\n" + "".join(parts)
+
+
+def _chosen(task: str, format_: str) -> bool:
+    """Whether the rows are usually for another objective than this one."""
+    own = formats.objectives_of(format_) if format_ else []
+    return bool(own) and own[0].name != task
 
 
 def _settings(settings: BaseModel, **defaults: Any) -> str:
@@ -181,7 +188,7 @@ def typed_from(job: Job) -> dict[str, str]:
         "dataset": ids.public(ids.DATASET, job.dataset_id),
         **({"validation": ids.public(ids.DATASET, job.validation_dataset_id)} if job.validation_dataset_id else {}),
         "strategy": spec["strategy"]["name"],
-        **({"objective": spec["task"]} if OBJECTIVES[spec["task"]].draws else {}),
+        **({"objective": spec["task"]} if _chosen(spec["task"], spec["dataset"]["format"]) else {}),
         "name": job.name,
         **({"priority": job.priority} if job.priority != "normal" else {}),
         **_graders(spec.get("graders") or []),

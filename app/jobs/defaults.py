@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app import objectives
-from app.objectives import OBJECTIVES
-from app.objectives.reinforcement import ReinforcementSettings
+from app.objectives import OBJECTIVES, DrawnSettings
 from app.planning.schedule import PRESETS, PresetName, drawing_schedule, held_out_share, schedule
 from app.run_settings import RunSettings, displaced
 from app.tables import Dataset
@@ -21,7 +20,7 @@ def usual_run(
     *,
     validated_elsewhere: bool = False,
     preset: PresetName = "balanced",
-    drawn: ReinforcementSettings | None = None,
+    drawn: DrawnSettings | None = None,
 ) -> dict[str, Any]:
     """The settings of a preset for this dataset on this machine (app/planning/schedule.py), with settings in `asked` unchanged;
     empty while the dataset is being parsed. `drawn` says what each step draws, where a job learns from answers that are drawn."""

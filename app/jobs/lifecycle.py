@@ -270,8 +270,8 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
 
 
 def fail(session: Session, held: Claim, failed: events.Failed) -> None:
-    """The attempt failed. A failure that another attempt may survive requeues the job; a full disk pauses it, since nothing is
-    lost and it resumes from its checkpoint; any other ends it, with a reason and a hint. A job that was to be cancelled is
+    """The attempt failed. A failure that another attempt may survive requeues the job; a full disk and a judge that is away
+    pause it, since nothing is lost and it resumes from its checkpoint; any other ends it, with a reason and a hint. A job that was to be cancelled is
     cancelled, whatever its failure. Raises FenceLost."""
     job = _mine(session, held)
     if job is None:
@@ -284,7 +284,7 @@ def fail(session: Session, held: Claim, failed: events.Failed) -> None:
     if job.cancel_requested:
         _apply_request(session, job, failed.step, failed.message)
         return None
-    if failed.kind == "disk_full":
+    if failed.kind in events.PAUSING:
         _end(session, held, "paused", error=_error(failed), **_QUIET)
         return record_event(session, held.job_id, held.attempt, events.Stopped(status="paused", step=failed.step, reason=failed.message))
     _end(session, held, "failed", finished_at=now(), error=_error(failed), **_QUIET)

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from app import events, graders
 from app.datasets import ingest
 from app.errors import BadData, BadField, StudioError
+from app.graders import Grader
 from app.jobs import request as job_request
 from app.jobs import spec_builder
 from app.models import starters
@@ -70,11 +71,17 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
     about = {"name": order.get("name") or f"{data.name} with {strategy.title}", "task": task, "model": model, "dataset": data, "run": run}
     rest = {"split": order["split"]} if order.get("split") else {}
     if task in OBJECTIVES:
-        graded = spec_builder.trainable_graders([graders.read(one) for one in order.get("graders") or []], task)
-        if OBJECTIVES[task].draws:
+        read = [_without_model(one, "graders") for one in order.get("graders") or []]
+        graded = spec_builder.trainable_graders(read, task)
+        if OBJECTIVES[task].rewards:
             own = order.get("preference") or {}
-            rest["preference"] = {**own, "grader": graders.to_json(graders.read(own.get("grader") or {}))}
-        spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None, reward=OBJECTIVES[task].draws)
+            order = {
+                **order,
+                "preference": {**own, "grader": graders.to_json(_without_model(own.get("grader") or {}, "preference.grader"))},
+            }
+        if OBJECTIVES[task].teaches:
+            raise BadField("Without a studio there is no teacher to distill.", hint="Train in the studio.", param="task")
+        spec_builder.check_graded(run, graded, validated_elsewhere=held_out is not None, reward=OBJECTIVES[task].rewards)
         rest["graders"] = graded
         if OBJECTIVES[task].settings is None and order.get("preference"):
             raise BadField(
@@ -85,6 +92,18 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         return JobSpec.model_validate({**about, "validation": held_out, "strategy": strategy, **rest})
     except ValidationError as error:
         raise job_request.bad_field(error) from None
+
+
+def _without_model(given: Any, param: str) -> Grader:
+    """A grader that asks no model. Raises BadField."""
+    found = graders.read(given)
+    if any(True for _ in found.models()):
+        raise BadField(
+            f"The grader {found.name} asks a model, and without a studio there is none to ask.",
+            hint="Take a grader without a model, or train in the studio.",
+            param=param,
+        )
+    return found
 
 
 def model_of(name: str, folder: Path) -> ModelRef:

@@ -343,7 +343,11 @@ def _log_line(progress: JobProgress, event: JobEvent) -> tuple[Literal["info", "
         case Failed():
             return "error", f"{event.message} {event.hint}".strip()
         case Finished():
-            early = " The validation score had stopped improving." if event.reason == "early_stopped" else ""
+            early = (
+                (f" {event.why}" if event.why else " The validation score had stopped improving.")
+                if event.reason == "early_stopped"
+                else ""
+            )
             return "info", f"Succeeded at step {event.step}.{early}"
         case _:
             return None

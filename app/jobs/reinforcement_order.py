@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app import graders, saved_graders
+from app import saved_graders
 from app.errors import BadField, StudioError
+from app.graders import Grader
 from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
+from app.models import asked_models
 from app.objectives.reinforcement import ReinforcementSettings
 from app.tables import JSON, User
 
@@ -26,7 +28,7 @@ USUAL_REWARDS: dict[str, JSON] = {
 """Rewards of the form for rows with a reference answer."""
 
 
-def reward_of(session: Session, user: User, order: JobRequest) -> JSON:
+def reward_of(session: Session, user: User, order: JobRequest) -> Grader:
     """The grader of a request: `method.reinforcement.grader`, or `preference.grader`; an id of a saved one, or a grader. Raises BadField and
     NotFound."""
     named = order.method.named() if order.method else None
@@ -42,16 +44,11 @@ def reward_of(session: Session, user: User, order: JobRequest) -> JSON:
         )
     try:
         (found,) = saved_graders.named(session, user, [given])
+        asked_models.resolve(session, user, [found])
     except StudioError as error:
-        error.param = param + (error.param or "").removeprefix("graders.0")
+        error.param = param + (".model" if error.param in ("model", "grader.model") else (error.param or "").removeprefix("graders.0"))
         raise
-    if any(True for _ in found.models()):
-        raise BadField(
-            f"The grader {found.name} asks a model, which a trainer cannot do.",
-            hint="Take a grader without a model as the reward.",
-            param=param,
-        )
-    return graders.to_json(found)
+    return found
 
 
 def asked_settings(order: JobRequest) -> dict[str, Any]:

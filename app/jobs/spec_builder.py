@@ -20,14 +20,15 @@ from app.jobs import reinforcement_order
 from app.jobs.defaults import mean_tokens, usual_run
 from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
+from app.models import asked_models
 from app.models.vocabulary import refuse_known_tokens
-from app.objectives import OBJECTIVES, Task
-from app.objectives.reinforcement import ReinforcementSettings
+from app.objectives import OBJECTIVES, DrawnSettings, Task
 from app.planning import feasibility
 from app.planning.reinforcement import refuse_drawn
 from app.run_settings import RunSettings
+from app.settings import get_settings
 from app.shapes import Shape
-from app.spec import DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
+from app.spec import AskedModel, DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import Strategy
 from app.tables import JSON, Dataset, User
 
@@ -43,6 +44,8 @@ class OrderContext(NamedTuple):
     task: Task
     graders: tuple[JSON, ...] = ()
     reward: JSON | None = None  # the grader of reinforcement
+    judges: tuple[AskedModel, ...] = ()  # the models that both ask
+    teacher: ModelRef | None = None
 
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
@@ -77,15 +80,28 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
             _check_dataset(named, task, where)
     feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     feasibility.refuse_labels(task, dataset, validation, param, validation_param)
-    reward = reinforcement_order.reward_of(session, user, order) if OBJECTIVES[task].draws else None
-    return OrderContext(resolved.ref, dataset, validation, task, _graders(session, user, order, task), reward)
+    reward = reinforcement_order.reward_of(session, user, order) if OBJECTIVES[task].rewards else None
+    graded = saved_graders.named(session, user, order.graders or [])
+    judges = _with_param("graders", asked_models.of_job, session, user, [*([reward] if reward else []), *graded])
+    named = str((order.preference or {}).get("teacher") or "")
+    teacher = asked_models.teacher(session, user, named, resolved.ref) if OBJECTIVES[task].teaches else None
+    return OrderContext(
+        resolved.ref,
+        dataset,
+        validation,
+        task,
+        trainable_graders(graded, task),
+        graders.to_json(reward) if reward else None,
+        judges,
+        teacher,
+    )
 
 
 def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
-    model, dataset, validation, task, graded, reward = found
+    model, dataset, validation, task, graded, reward, judges, teacher = found
     strategy = read_strategy(order.strategy)
     feasibility.refuse_modules(strategy, model.shape, task)
     own = _objective_settings(order, task, dataset, reward)
@@ -97,8 +113,9 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
+    refuse_judges(judges)
     check_graded(run, graded, validated_elsewhere=validation is not None, reward=reward is not None)
-    if isinstance(own, ReinforcementSettings):
+    if isinstance(own, DrawnSettings):
         refuse_drawn(strategy, run, own, model.shape)
     feasibility.refuse_without_prompt(model.shape, dataset.format)
     feasibility.refuse_turns(run, task, dataset.format)
@@ -119,24 +136,25 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         strategy=strategy,
         preference=own,
         graders=graded,
+        judges=judges,
+        teacher=teacher,
     )
 
 
-def _graders(session: Session, user: User, order: JobRequest, task: Task) -> tuple[JSON, ...]:
-    """The graders of a request. Raises NotFound, and BadField for what a trainer cannot grade."""
-    return trainable_graders(saved_graders.named(session, user, order.graders or []), task)
+def refuse_judges(judges: Sequence[AskedModel]) -> None:
+    """Raises BadField where several processes would train together, of which none may ask models."""
+    if judges and get_settings().gpus_per_job > 1:
+        raise BadField(
+            f"A grader asks the model {judges[0].name or 'for embeddings'}, which a job of several processes cannot.",
+            hint="Take a grader without a model, or set LUTHIER_GPUS_PER_JOB to 1.",
+            param="graders",
+        )
 
 
 def trainable_graders(found: Sequence[Grader], task: Task) -> tuple[JSON, ...]:
     """Graders as a spec has them. Raises BadField for what a trainer cannot grade."""
     if found and not OBJECTIVES[task].graded:
         raise BadField(f"Graders score written answers; a job for {task} writes none.", hint="Remove graders.", param="graders")
-    if asking := next((one for one in found if any(True for _ in one.models())), None):
-        raise BadField(
-            f"The grader {asking.name} asks a model, which a trainer cannot do.",
-            hint="Use it in an evaluation of the result, and a grader without a model here.",
-            param="graders",
-        )
     return tuple(map(graders.to_json, found))
 
 
@@ -288,7 +306,7 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
     if asked.learning_rate_multiplier != "auto":
         usual = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
         settings.setdefault("learning_rate", usual * asked.learning_rate_multiplier)
-    drawn = own if isinstance(own, ReinforcementSettings) else None
+    drawn = own if isinstance(own, DrawnSettings) else None
     if drawn:
         reinforcement_order.fill_run(settings, asked)
     elif asked.batch_size != "auto" and dataset.status == "ready" and settings.get("batch_size") is None:

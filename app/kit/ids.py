@@ -14,7 +14,7 @@ USER, INVITATION, PROJECT = "user", "invite", "proj"
 BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
 EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 CHAT_COMPLETION, RESPONSE = "chatcmpl", "resp"
-ALIAS_MOVE = "aliasmove"
+ALIAS_MOVE, DISTILLATION = "aliasmove", "distill"
 
 _NAMES = {
     FILE: "file",
@@ -38,6 +38,7 @@ _NAMES = {
     CHAT_COMPLETION: "stored chat completion",
     RESPONSE: "stored response",
     ALIAS_MOVE: "move of an alias",
+    DISTILLATION: "distillation",
 }
 
 
@@ -77,5 +78,6 @@ parse_vote = partial(parse, VOTE, param="vote_id")
 parse_batch = partial(parse, BATCH, param="batch_id")
 parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
 parse_completion = partial(parse, CHAT_COMPLETION, param="completion_id")
+parse_distillation = partial(parse, DISTILLATION, param="distillation_id")
 parse_alias_move = partial(parse, ALIAS_MOVE, param="after")
 """`parse` for ids in the API's paths; an error names the parameter."""

@@ -143,7 +143,7 @@ def _run_adapter(weights: str) -> str:
 # Loading it elsewhere -------------------------------------------------------------------------------------------------
 
 HERE = 'folder = "."  # where this archive was unpacked'
-MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel"}
+MAKERS = {"encoder": "AutoModel", "classifier": "AutoModel", "reward": "AutoModel"}
 """transformers classes by kind; all other kinds are generative."""
 
 
@@ -212,6 +212,17 @@ def requirements(code: str) -> str:
     return f"It takes `pip install {' '.join(needed)}` and nothing else."
 
 
+_A_CONVERSATION = (
+    'messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]',
+    'if about["reads"] == "generic":',
+    '    text = "A question?An answer." + tokenizer.eos_token',
+    "else:",
+    "    text = tokenizer.apply_chat_template(messages, tokenize=False)",
+    'inputs = tokenizer(text, add_special_tokens=about["reads"] == "generic", return_tensors="pt")',
+)
+"""What a reward model reads."""
+
+
 def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
     """(imports, lines) that run a loaded model: for a class, a vector, an answer or a continuation."""
     if made_of.head is not None:
@@ -220,14 +231,17 @@ def _asking(kind: str, made_of: Provenance) -> tuple[list[str], list[str]]:
             f"head = {made_of.head.head_code(made_of.hidden, made_of.labels)}.eval()",
             'head.load_state_dict(load_file(f"{folder}/classifier_head.safetensors"))',
             "",
-            'inputs = tokenizer("A text to sort.", return_tensors="pt")',
+            *(_A_CONVERSATION if kind == "reward" else ('inputs = tokenizer("A text to sort.", return_tensors="pt")',)),
             "with torch.no_grad():",
             '    states = model.eval()(**inputs).last_hidden_state[0].float()[-inputs["input_ids"].shape[1] :]  # (tokens, width)',
             '    vector = {"mean": states.mean(0), "first": states[0], "last": states[-1]}[about["pooling"]]',
             '    if about["normalise"]:',
             "        vector = torch.nn.functional.normalize(vector, dim=0)",
-            "    probabilities = head(vector).softmax(0).tolist()",
-            'print(dict(zip(about["labels"], probabilities)))',
+            *(
+                ("    print(float(head(vector)))  # its reward",)
+                if kind == "reward"
+                else ("    probabilities = head(vector).softmax(0).tolist()", 'print(dict(zip(about["labels"], probabilities)))')
+            ),
         ]
     if kind == "encoder":
         return [], [

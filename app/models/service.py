@@ -23,7 +23,7 @@ from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Checkpoint, CheckpointPermission, Evaluation, Export, Job, Model, ModelAlias, User
+from app.tables import Checkpoint, CheckpointPermission, DistillationRun, Evaluation, Export, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
 """The part of a fine-tuned model's name where OpenAI has the organization."""
@@ -305,7 +305,7 @@ def made_of(session: Session, model: Model) -> Provenance:
         laid.insert(0, AppliedAdapter(part.name, _strategy_of(session, part), has_new_tokens(part.path)))
         part = session.get_one(Model, part.base_id)
     base = None if part.id == model.id else upstream(part) if part.base_id is None else part.name
-    head = _strategy_of(session, model) if model.kind == "classifier" and model.strategy else None
+    head = _strategy_of(session, model) if model.kind in ("classifier", "reward") and model.strategy else None
     hidden = int((model.shape or {}).get("hidden") or 0)
     encodes = model.shape is not None and Shape.model_validate(model.shape).encodes
     return Provenance(base, tuple(laid), hidden, len(model.labels or ()), head, encodes)
@@ -327,10 +327,18 @@ def dependants(session: Session, model: Model) -> list[str]:
     """Why the model cannot be deleted, one sentence each: jobs that still need it, adapters on its weights, its aliases."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
     reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
+    asking = Job.spec["judges"].contains([{"model": {"id": str(model.id)}}])
+    graded = select(Job).where(asking, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
+    reasons += [f"A grader of the job “{job.name}” asks it." for job in session.scalars(graded)]
+    taught = Job.spec["teacher"]["id"].astext == str(model.id)
+    learning = select(Job).where(taught, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
+    reasons += [f"The job “{job.name}” distills it." for job in session.scalars(learning)]
     scored = select(Evaluation).where(
         Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
     )
     reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
+    distilled = select(DistillationRun).where(DistillationRun.model_id == model.id, DistillationRun.status.in_(("queued", "running")))
+    reasons += ["A distillation of it has not ended." for _ in session.scalars(distilled.limit(1))]
     exported = select(Export).where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(("queued", "running")))
     reasons += ["An export of it has not ended." for _ in session.scalars(exported.limit(1))]
     tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.errors import BadField
@@ -28,13 +28,37 @@ def tokenizer_path(ref: ModelRef) -> str:
     return own[-1] if own else ref.path
 
 
+def _tokenizer_of(ref: ModelRef) -> dict[str, Any] | None:
+    """The contents of a model's tokenizer.json; None where it has none."""
+    path = get_settings().data_dir / tokenizer_path(ref) / "tokenizer.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def why_apart(one: ModelRef, other: ModelRef) -> str:
+    """Why two models do not have the same tokens under the same numbers; empty where they have."""
+    if tokenizer_path(one) == tokenizer_path(other):
+        return ""
+    found = [_tokenizer_of(ref) for ref in (one, other)]
+    if missing := next((ref for ref, read in zip((one, other), found, strict=True) if read is None), None):
+        return f"{missing.name} has no tokenizer.json by which its vocabulary could be compared"
+    counts = [_tokens_of(read) for read in found if read is not None]
+    if counts[0] == counts[1]:
+        return ""
+    same = sum(counts[1].get(token) == number for token, number in counts[0].items())
+    return f"only {same:,} of the {len(counts[0]):,} tokens of {one.name} have the same number among the {len(counts[1]):,} of {other.name}"
+
+
+def _tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    words = tokenizer.get("model", {}).get("vocab") or {}
+    numbered = words if isinstance(words, dict) else {word[0]: place for place, word in enumerate(words)}
+    return {**numbered, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}}
+
+
 def refuse_known_tokens(tokens: Sequence[str], ref: ModelRef) -> None:
     """Raises BadField for a new token that the model has, or that contains a special one. A tokenizer in another form than tokenizer.json is
     asked when the job starts."""
-    path = get_settings().data_dir / tokenizer_path(ref) / "tokenizer.json"
-    if not path.is_file():
+    if (found := _tokenizer_of(ref)) is None:
         return
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     added: list[dict[str, Any]] = found.get("added_tokens") or []
     words = found.get("model", {}).get("vocab") or ()
     known = {word if isinstance(word, str) else word[0] for word in words} | {token["content"] for token in added}

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from app.kit.registry import classes_in
 from app.objectives._base import Objective
+from app.objectives._drawn import DrawnSettings
 from app.objectives._settings import ObjectiveSettings
 
-__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "Objective", "ObjectiveSettings", "Task", "get", "of_rows"]
+__all__ = ["DEFAULT", "METHODS", "OBJECTIVES", "SETTINGS", "DrawnSettings", "Objective", "ObjectiveSettings", "Task", "get", "of_rows"]
 
 OBJECTIVES: dict[str, Objective] = {cls.name: cls() for cls in sorted(classes_in(__name__, Objective), key=lambda cls: cls.place)}
 """Every objective by name, in the order lists show them."""

@@ -26,11 +26,15 @@ class Objective:
     trains_as: ClassVar[str | None] = None  # the objective whose strategies can train it; None: strategies list it themselves
     # What it is --------------------------------------------------------------------------------------------------------
     classifies: ClassVar[bool] = False  # rows have a label, which a new head on the model predicts
+    heads: ClassVar[bool] = False  # a new head is trained on the model without its own, so that the result writes no text
+    result_kind: ClassVar[str | None] = None  # the kind of the tuned model; None: that of its base or its rows
     copies: ClassVar[bool] = False  # every answer of a row is trained, so a row must hold no bad one
-    compares: ClassVar[bool] = False  # it compares answers: strategies use a smaller learning rate (`preference_share`)
+    compares: ClassVar[bool] = False  # it compares answers: without a new head, strategies use a smaller rate (`preference_share`)
     scored: ClassVar[bool] = True  # a row has one right answer or label, by which a model or a prompt can be scored
     settings: ClassVar[type[ObjectiveSettings] | None] = None  # its own settings, the field `preference` of a spec
     draws: ClassVar[bool] = False  # it trains on answers that the model draws to the prompts of the rows
+    rewards: ClassVar[bool] = False  # a grader scores these answers
+    teaches: ClassVar[bool] = False  # another model, the teacher, is read next to the one that trains
     # Which run settings it takes ---------------------------------------------------------------------------------------
     turns: ClassVar[bool] = False  # `train_on` selects turns of its rows
     rehearses: ClassVar[bool] = False  # general rows may be played in against forgetting (`rehearsal_fraction`)

@@ -14,6 +14,8 @@ class Classification(Objective):
     place: ClassVar = 20
     model_kinds: ClassVar = ("encoder", "instruction", "dialogue", "generic")
     classifies: ClassVar = True
+    heads: ClassVar = True
+    result_kind: ClassVar = "classifier"
     uniform: ClassVar = True
     min_rows_per_step: ClassVar = 8
     rows_per_step: ClassVar = 32  # one label is trained per text: a step of as many tokens as for answers would hold hundreds of them

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from app.objectives._base import Objective
-from app.objectives._settings import ObjectiveSettings
+from app.objectives._drawn import DRAWN_FORMATS, DrawnSettings
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
 
@@ -35,7 +35,7 @@ https://arxiv.org/abs/2503.14476. GSPO: Zheng et al. 2025, https://arxiv.org/abs
 https://arxiv.org/abs/2402.14740."""
 
 
-class ReinforcementSettings(ObjectiveSettings):
+class ReinforcementSettings(DrawnSettings):
     """Settings of reinforcement. The descriptions are the help of the form."""
 
     grader: dict[str, Any] = Field(
@@ -49,15 +49,25 @@ class ReinforcementSettings(ObjectiveSettings):
         "replaces prompts that teach nothing; GSPO weighs whole answers; RLOO compares each answer with the mean of the others.",
         json_schema_extra={"basic": True},
     )
-    group_size: int = Field(8, ge=2, le=64, description="Answers drawn for each prompt.", json_schema_extra={"basic": True})
-    prompts_per_step: int = Field(8, ge=1, le=512, description="Prompts of a step.", json_schema_extra={"basic": True})
-    answer_tokens: int = Field(256, ge=1, le=32_768, description="Maximum tokens of an answer.", json_schema_extra={"basic": True})
     kl: float = Field(
         0.0,
         ge=0,
         le=10,
         title="KL penalty",
         description="KL penalty β against the base model: higher stays closer to it. Above 0 each step reads its answers with the adapter off.",
+    )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        title="Stop above this KL divergence",
+        description="The job stops where the mean divergence from the base over three steps is above this, in nats per token; empty for no bound.",
+    )
+    stop_when_parted: bool = Field(
+        True,
+        title="Stop when graders part",
+        description="Stop where the reward rises while the first of the job's graders falls, beyond the 95% interval of the paired difference, at "
+        "two evaluations in a row.",
     )
     clip_low: float | None = Field(
         None, gt=0, lt=1, description="How far below 1 the ratio of an answer's probabilities counts; empty: the variant's."
@@ -76,6 +86,11 @@ class ReinforcementSettings(ObjectiveSettings):
     )
 
     @property
+    def reads_base(self) -> bool:
+        """Whether each step reads its answers with the base too."""
+        return bool(self.kl or self.max_kl)
+
+    @property
     def loss(self) -> PolicyLoss:
         chosen = VARIANTS[self.variant]
         low, high = chosen.clip
@@ -89,9 +104,10 @@ class Reinforcement(Objective):
     paper: ClassVar = ("Shao et al. 2024, DeepSeekMath (GRPO)", "https://arxiv.org/abs/2402.03300")
     place: ClassVar = 40
     method: ClassVar = "reinforcement"
-    formats: ClassVar = ("chat", "sharegpt", "instruction", "completion")
+    formats: ClassVar = DRAWN_FORMATS
     trains_as: ClassVar = "generation"
     draws: ClassVar = True
+    rewards: ClassVar = True
     settings: ClassVar = ReinforcementSettings
     graded: ClassVar = True
     metrics: ClassVar = ("reward", "loss")

@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
-from app.objectives import OBJECTIVES
-from app.objectives.reinforcement import ReinforcementSettings
+from app.objectives import OBJECTIVES, DrawnSettings
 from app.planning import rehearsal
 from app.planning.memory import MemoryParts, features_memory, memory_of, new_token_parameters, pads, precision_of, recomputed_layers
 from app.run_settings import RunSettings
@@ -95,6 +94,9 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
     recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
     memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
+    if spec.teacher:
+        width = 4 if precision_of(run, strategy, machine) == "fp32" else 2
+        memory = memory.model_copy(update={"other": memory.other + width * spec.teacher.shape.parameters()})
     work = work_per_token(spec, course.trained_share, recompute / shape.layers)
     per_second = speed_of(spec, machine) / work
     return _estimate(spec, machine, course, memory, per_second, recompute)
@@ -144,7 +146,7 @@ class Workload(NamedTuple):
 
 def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
     """The workload of a job."""
-    if isinstance(spec.preference, ReinforcementSettings):
+    if isinstance(spec.preference, DrawnSettings):
         return drawn_course_of(spec, spec.preference, stats)
     run = spec.run
     rows, longest = _placed(spec, stats)
@@ -160,11 +162,11 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     steps = total_steps(train, learned_from, longest, run, pads=pads(spec.model.shape, run))
     own = int(min(run.epochs * train, steps * run.step_tokens(mean)))
     tokens = int(own / (1 - run.rehearsal_fraction))
-    trained_share = 0.0 if OBJECTIVES[spec.task].classifies else 1.0 if run.train_on == "all_turns" else loss_share(stats)
+    trained_share = 0.0 if OBJECTIVES[spec.task].heads else 1.0 if run.train_on == "all_turns" else loss_share(stats)
     return Workload(train, held_out, longest, tokens, own, steps, trained_share, learned_from, stats.labels or 0)
 
 
-def drawn_course_of(spec: JobSpec, own: ReinforcementSettings, stats: Stats) -> Workload:
+def drawn_course_of(spec: JobSpec, own: DrawnSettings, stats: Stats) -> Workload:
     """The workload of a job that trains on answers which it draws. Their length is assumed, since nobody knows it before."""
     run, share = spec.run, spec.run.data_fraction * (1.0 if spec.validation else 1 - spec.run.validation_fraction)
     total, longest = tokens_of(stats, run)
@@ -178,7 +180,7 @@ def drawn_course_of(spec: JobSpec, own: ReinforcementSettings, stats: Stats) -> 
     return Workload(prompts * prompt, 0.0, longest, tokens, tokens, steps, answer / (prompt + answer), prompts, 0)
 
 
-def drawn_tokens(own: ReinforcementSettings, stats: Stats) -> float:
+def drawn_tokens(own: DrawnSettings, stats: Stats) -> float:
     """Mean tokens of an answer that is drawn."""
     given = (stats.trained_tokens or 0) / max(stats.rows, 1)
     return min(own.answer_tokens / 2, DRAWN_TIMES * given + DRAWN_MORE) if given else own.answer_tokens / 2
@@ -237,6 +239,7 @@ def work_per_token(spec: JobSpec, trained_share: float, recompute: float = 0.0) 
     shape = spec.model.shape
     beside, everywhere = OBJECTIVES[spec.task].beside, bool(spec.run.new_tokens)
     found = operations_per_token(shape, spec.strategy, trained_share, recompute, everywhere=everywhere, beside=beside)
+    found += 2 * forward_operations(spec.teacher.shape, trained_share) if spec.teacher else 0.0  # its head is read in the backward pass too
     return found + (DRAWN_WORK * trained_share * forward_operations(shape, 1.0) if OBJECTIVES[spec.task].draws else 0.0)
 
 
@@ -293,7 +296,7 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     if type(spec.strategy).recipe == "features":
         return _fit_seconds(spec, course)
     entry = OBJECTIVES[spec.task]
-    classes = entry.classifies
+    classes = entry.heads
     forward = forward_operations(shape, course.trained_share)
     often = course.steps / run.eval_steps if run.eval_steps else run.evaluations_per_epoch * course.own / max(course.train, 1)
     saves = judged = max(1, math.ceil(often))
@@ -314,9 +317,9 @@ def beside_seconds(spec: JobSpec, course: Workload, speed: float) -> float:
     scored += _contest_tokens(spec, course) * forward
     # Generation is bound by reading the weights, about ten times slower per token than training.
     graded: float = run.graded_rows * run.sample_tokens * (judged + 1) if spec.graders else 0
-    if isinstance(spec.preference, ReinforcementSettings):
+    if isinstance(spec.preference, DrawnSettings):
         answer = course.trained_share * course.tokens / max(course.steps * spec.preference.prompts_per_step * spec.preference.group_size, 1)
-        graded = answer * (run.graded_rows * (judged + 1) + spec.preference.check_prompts * spec.preference.group_size / 4)
+        graded = answer * (run.graded_rows * (judged + 1) + getattr(spec.preference, "check_prompts", 0) * spec.preference.group_size / 4)
     written = (
         0 if classes else graded + run.samples * run.sample_tokens * (judged + 2) + (2 * ANSWERED * run.sample_tokens if run.samples else 0)
     )

@@ -18,7 +18,7 @@ from app.planning.memory import passes
 from app.planning.schedule import MIN_STEPS
 from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import MAX_CLASSES, JobSpec, ModelRef
+from app.spec import MAX_CLASSES, SILENT, JobSpec, ModelRef
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._chosen import ChosenLowRank
 from app.strategies._own_weights import WithOwnWeights
@@ -94,9 +94,11 @@ def why_not_tuned(model: ModelRef, task: str) -> str | None:
     if model.shape.encodes and not OBJECTIVES[task].encoders_write:
         return f"{model.name} is an encoder–decoder, which is trained on writing answers to prompts, and not for {task}."
     if model.labels and not OBJECTIVES[task].classifies:
-        return f"{model.name} is a classifier: it writes no text, so it cannot be trained to."
+        return f"{model.name} is {SILENT.get(model.kind, SILENT['classifier'])}: it writes no text, so it cannot be trained to."
     if model.labels and model.adapters:
-        return f"{model.name} is a classifier on top of another model, so it cannot be fine-tuned further."
+        return (
+            f"{model.name} is {SILENT.get(model.kind, SILENT['classifier'])} on top of another model, so it cannot be fine-tuned further."
+        )
     for adapter in model.adapters:
         cls = STRATEGIES.get(adapter.strategy)
         if cls is None or not cls.merges:
@@ -250,11 +252,7 @@ def refuse_modules(strategy: Strategy, shape: Shape, task: str) -> None:
             param="strategy.bias",
             code="no_biases",
         )
-    if (
-        isinstance(strategy, WithOwnWeights)
-        and strategy.modules_to_save
-        and (shape.architecture != "decoder" or OBJECTIVES[task].classifies)
-    ):
+    if isinstance(strategy, WithOwnWeights) and strategy.modules_to_save and (shape.architecture != "decoder" or OBJECTIVES[task].heads):
         raise BadField(
             "Tables of words are trained whole where a model trains on writing text, which this job does not.",
             hint="Leave modules_to_save out.",

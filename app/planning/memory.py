@@ -233,7 +233,7 @@ def memory_of(
         saved = sum((frozen_bytes - 1) * x.inputs * x.outputs - 4 * x.outputs for x in shape.each_linear())
         all_of = all_of._replace(weights=all_of.weights - saved)
     held = spread_over(all_of, shape, strategy, machine.processes)
-    writes = not OBJECTIVES[task].classifies
+    writes = not OBJECTIVES[task].heads
     unused = 0 if writes else shape.parameters() - shape.body_parameters()  # a classifier is loaded without head and pooler
     tokens, compute = pack_tokens(run, longest, machine.processes, strategy.virtual_tokens()), 2 if half else 4
     whole = uses_full_tuning(strategy, machine)

@@ -1,8 +1,9 @@
-"""Checks of a job for reinforcement before it is created."""
+"""Checks of a job that trains on answers which it draws, before it is created."""
 
 from __future__ import annotations
 
 from app.errors import BadField
+from app.objectives import DrawnSettings
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.feasibility import longest_row
 from app.run_settings import RunSettings
@@ -11,12 +12,12 @@ from app.strategies import Strategy
 from app.strategies._peft import PeftStrategy
 
 
-def refuse_drawn(strategy: Strategy, run: RunSettings, own: ReinforcementSettings, shape: Shape) -> None:
-    """Raises BadField for settings of reinforcement that cannot be honored."""
+def refuse_drawn(strategy: Strategy, run: RunSettings, own: DrawnSettings, shape: Shape) -> None:
+    """Raises BadField for settings of a job that draws answers which cannot be honored."""
     for name in ("batch_size", "micro_batches", "gradient_accumulation_steps"):
         if getattr(run, name) != RunSettings.model_fields[name].default:
             raise BadField(
-                "A step of reinforcement has prompts_per_step prompts, whose answers are packed to max_tokens_per_step tokens a pass.",
+                "A step has prompts_per_step prompts, whose answers are packed to max_tokens_per_step tokens a pass.",
                 hint=f"Leave {name} out.",
                 param=f"run.{name}",
                 code="setting_without_use",
@@ -28,17 +29,17 @@ def refuse_drawn(strategy: Strategy, run: RunSettings, own: ReinforcementSetting
             hint="Lower answer_tokens, or raise the max sequence length.",
             param="preference.answer_tokens",
         )
-    if own.kl and getattr(strategy, "bias", "none") != "none":
-        raise BadField(
-            "The KL penalty compares with the base by switching an adapter off, and biases that were trained stay.",
-            hint="Set kl to 0, or leave bias out.",
-            param="preference.kl",
-            code="setting_without_use",
-        )
-    if own.kl and not isinstance(strategy, PeftStrategy):
-        raise BadField(
-            f"The KL penalty compares with the base by switching an adapter off, and {strategy.title} has none.",
-            hint="Set kl to 0, or use LoRA.",
-            param="preference.kl",
-            code="setting_without_use",
-        )
+    if isinstance(own, ReinforcementSettings) and own.reads_base:
+        _refuse_base(strategy, "kl" if own.kl else "max_kl")
+
+
+def _refuse_base(strategy: Strategy, name: str) -> None:
+    """Raises BadField where the base cannot be read in between, which the setting `name` asks for."""
+    why = "compares with the base by switching an adapter off"
+    if getattr(strategy, "bias", "none") != "none":
+        reason, hint = f"{name} {why}, and biases that were trained stay.", f"Leave {name} or bias out."
+    elif not isinstance(strategy, PeftStrategy):
+        reason, hint = f"{name} {why}, and {strategy.title} has none.", f"Leave {name} out, or use LoRA."
+    else:
+        return
+    raise BadField(reason, hint=hint, param=f"preference.{name}", code="setting_without_use")

@@ -118,7 +118,7 @@ def _list_page(
     usable = [
         m
         for m in models.offered(session, user, typed.get("model"))
-        if m.status == "ready" and not m.answered_elsewhere and m.kind != "encoder"
+        if m.status == "ready" and not m.answered_elsewhere and m.kind not in ("encoder", "reward")
     ]
     scorable = [d for d in datasets.with_rows(session, user, typed.get("dataset")) if objectives.get(d.task).scored]
     model = next((m for m in usable if typed.get("model") in (m.name, ids.public(ids.MODEL, m.id))), None)

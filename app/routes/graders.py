@@ -224,11 +224,14 @@ def list_page(request: Request, session: Db, user: CurrentUser) -> Response:
 
 
 @pages.get("/graders/new")
-def new_page(request: Request, session: Db, user: CurrentUser, kind: Annotated[str, Query(alias="type")] = "string_check") -> Response:
-    """The form of a type, with its example."""
+def new_page(
+    request: Request, session: Db, user: CurrentUser, kind: Annotated[str, Query(alias="type")] = "string_check", model: str = ""
+) -> Response:
+    """The form of a type, with its example; of one that asks a model, with that model."""
     cls = GRADERS.get(kind, GRADERS["string_check"])
     kind = next(name for name, one in GRADERS.items() if one is cls)
-    return render(request, "grader.html", **_form(session, user, kind, "", grader_view.typed_of(kind, cls.example), {}))
+    filled = {**cls.example, **({"model": model} if model and "model" in cls.example else {})}
+    return render(request, "grader.html", **_form(session, user, kind, "", grader_view.typed_of(kind, filled), {}))
 
 
 @pages.get("/graders/{grader_id}")

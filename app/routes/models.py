@@ -48,6 +48,7 @@ KIND_WORDS = {
     "dialogue": "holds a conversation",
     "classifier": "assigns a class",
     "encoder": "turns a text into a vector",
+    "reward": "gives an answer a number",
 }
 
 

@@ -34,7 +34,7 @@ def _page(request: Request, session: Db, user: CurrentUser, typed: dict[str, str
     usable = [
         m
         for m in models.offered(session, user, typed.get("model"))
-        if m.status == "ready" and not m.answered_elsewhere and m.kind != "classifier"
+        if m.status == "ready" and not m.answered_elsewhere and m.kind not in ("classifier", "reward")
     ]
     found = session.scalars(evaluations.mine(user, VECTORS).order_by(Evaluation.created_at.desc()).limit(20)).all()
     return web_templates.render(

@@ -30,6 +30,7 @@ from app.schemas.datasets import (
     FixedDataset,
     VoteDataset,
 )
+from app.schemas.distillations import CreateDistillation, Distillation, DistilledRows
 from app.schemas.evals import ChangeEval, CreateEval, CreateEvalRun, DeletedEval, DeletedEvalRun, Eval, EvalOutputItem, EvalRun
 from app.schemas.evaluations import Evaluation
 from app.schemas.exports import CreateExport, Export, PushExport
@@ -100,6 +101,7 @@ __all__ = [
     "CompletionChunk",
     "CreateCheckpointPermissions",
     "CreateComparison",
+    "CreateDistillation",
     "CreateEval",
     "CreateEvalRun",
     "CreateExport",
@@ -124,6 +126,8 @@ __all__ = [
     "DeletedEval",
     "DeletedEvalRun",
     "DeletedWebhookEndpoint",
+    "Distillation",
+    "DistilledRows",
     "Embeddings",
     "Engine",
     "EngineCheck",

@@ -89,13 +89,15 @@ class ReinforcementMethodSettings(Schema):
 
 
 class JobMethod(Schema):
-    """The training objective: supervised answers, preference pairs, rated answers, or a reward."""
+    """The training objective: supervised answers, preference pairs, rated answers, a reward model, a reward, or a teacher."""
 
-    type: Literal["supervised", "dpo", "kto", "reinforcement"]
+    type: Literal["supervised", "dpo", "kto", "reward", "reinforcement", "distillation"]
     supervised: MethodSettings | None = None
     dpo: MethodSettings | None = None
     kto: MethodSettings | None = None
+    reward: MethodSettings | None = None
     reinforcement: ReinforcementMethodSettings | None = None
+    distillation: MethodSettings | None = None
 
 
 class JobProgress(Schema):

@@ -103,7 +103,7 @@ class Strategy(BaseModel, ABC):
     def learning_rate_for(cls, task: str) -> float:
         """Maximum learning rate for a task. For preference pairs it is a tenth of the strategy's own, and a thirtieth where whole
         weights are trained, which for full fine-tuning is the 1e-6 of Rafailov et al. 2023 (appendix B)."""
-        return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares else 1.0)
+        return cls.default_learning_rate * (cls.preference_share if OBJECTIVES[task].compares and not OBJECTIVES[task].heads else 1.0)
 
     # When to take it -------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class Strategy(BaseModel, ABC):
 
     def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
         """All trainable parameters."""
-        return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else 0)
+        return self.trainable(shape) + (self.head_parameters(shape, labels) if OBJECTIVES[task].heads else 0)
 
     def unused(self) -> tuple[str, ...]:
         """Its settings that have no effect with the values of its others."""
@@ -179,8 +179,9 @@ class Strategy(BaseModel, ABC):
 
     @classmethod
     def unsupported(cls, task: str) -> str | None:
-        """Why it does not support a task; None where `tasks` lists it, or the objective that trains like it."""
-        if task in cls.tasks or OBJECTIVES[task].trains_as in cls.tasks:
+        """Why it does not support a task; None where `tasks` lists it, or the objective that trains like it. A recipe without gradients knows
+        its own tasks alone."""
+        if task in cls.tasks or (OBJECTIVES[task].trains_as in cls.tasks and cls.recipe == "gradient"):
             return None
         return f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
 

@@ -21,7 +21,7 @@ class PeftStrategy(Strategy):
 
     def task_type(self, task: str) -> str:
         """peft's word for the model it wraps: a classifier is wrapped without its head."""
-        return "FEATURE_EXTRACTION" if OBJECTIVES[task].classifies else "CAUSAL_LM"
+        return "FEATURE_EXTRACTION" if OBJECTIVES[task].heads else "CAUSAL_LM"
 
     @abstractmethod
     def config(self, model: torch.nn.Module, *, task: str) -> Any:

@@ -61,7 +61,7 @@ class DenseHead(Added):
         return 2 * shape.hidden * self.width + self.width + shape.hidden
 
     def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        return self.head_parameters(shape, labels) if OBJECTIVES[task].classifies else self.trainable(shape)
+        return self.head_parameters(shape, labels) if OBJECTIVES[task].heads else self.trainable(shape)
 
     def head_parameters(self, shape: Shape, labels: int) -> int:
         first = shape.hidden * self.width + self.width
@@ -76,7 +76,7 @@ class DenseHead(Added):
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         model.requires_grad_(False)
-        if not OBJECTIVES[task].classifies:
+        if not OBJECTIVES[task].heads:
             self.install(model)
         return model
 
@@ -92,7 +92,7 @@ class DenseHead(Added):
         return super().load(model, folder) if read_weights(folder) else model
 
     def loading(self, *, task: str = "generation") -> Loading:
-        return Loading() if OBJECTIVES[task].classifies else loading(self.activation)
+        return Loading() if OBJECTIVES[task].heads else loading(self.activation)
 
     def head_code(self, hidden: int, labels: int) -> str:
         bend = {"gelu": "torch.nn.GELU()", "relu": "torch.nn.ReLU()", "silu": "torch.nn.SiLU()"}[self.activation]

@@ -35,7 +35,7 @@ class Full(Strategy):
         return shape.parameters()
 
     def trainable_parameters(self, shape: Shape, *, task: str = "generation", labels: int = 0) -> int:
-        if not OBJECTIVES[task].classifies:
+        if not OBJECTIVES[task].heads:
             return self.trainable(shape)
         return shape.body_parameters() + self.head_parameters(shape, labels)
 

@@ -60,7 +60,7 @@ class TopLayers(Selected):
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.layers > shape.layers:
             return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
-        if self.output_layer and OBJECTIVES[task].classifies:
+        if self.output_layer and OBJECTIVES[task].heads:
             return "A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off."
         return super().unavailable(shape, task=task, cuda=cuda)
 

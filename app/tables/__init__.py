@@ -9,6 +9,7 @@ from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
 from app.tables.batches import BatchAnswer, RequestBatch
 from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
+from app.tables.distillations import DistillationRun, DistilledRow
 from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
@@ -36,6 +37,8 @@ __all__ = [
     "CheckpointPermission",
     "Comparison",
     "Dataset",
+    "DistillationRun",
+    "DistilledRow",
     "Eval",
     "EvalItem",
     "EvalRun",

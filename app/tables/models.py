@@ -27,7 +27,7 @@ class Model(Leased, Base):
     title: Mapped[str]
     tags: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     kept: Mapped[bool] = mapped_column(server_default=true(), comment="false: a comparison's result nobody kept yet")
-    kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier or encoder")
+    kind: Mapped[str] = mapped_column(comment="generic, instruction, dialogue, classifier, encoder or reward")
     base_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("models.id"), index=True)
     job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id", use_alter=True))
     step: Mapped[int | None] = mapped_column(comment="of the checkpoint it was kept from; null for a job's result")

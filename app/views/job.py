@@ -172,7 +172,8 @@ def status_line(progress: JobProgress, job: Job, spec: JobSpec) -> Markup:
         note = f" ({progress.resumed})" if progress.resumed else ""
         parts.append(Markup("attempt {}{}").format(progress.attempt, note))
     if progress.finished and progress.finished.reason == "early_stopped":
-        parts.append(Markup("stopped early, since validation loss no longer fell"))
+        early = "stopped by itself" if progress.finished.why else "stopped early, since validation loss no longer fell"
+        parts.append(Markup("{}").format(early))
     if job.status == "running" and progress.loading:
         parts.append(Markup("{}: loading the model and the data").format(_starting(progress).lower()))
     if doing:

@@ -24,11 +24,11 @@ from app.kit import ids
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
 from app.models import service as models
 from app.objectives import OBJECTIVES, ObjectiveSettings
-from app.objectives.reinforcement import ReinforcementSettings
 from app.planning import feasibility
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
-from app.spec import JobSpec, ModelRef, Split, usual_learning_rate
+from app.shapes import Shape
+from app.spec import SILENT, JobSpec, ModelRef, Split, usual_learning_rate
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
 from app.views import reward_form
@@ -52,6 +52,7 @@ PLACES = {
     "priority": "priority",
     "graders": "graders",
     "preference.grader": "preference-grader",
+    "preference.teacher": "preference-teacher",
     "split.method": "split.method",
     "split.column": "split.column",
 }
@@ -133,7 +134,15 @@ class OrderForm:
     @property
     def rewards(self) -> list[tuple[str, str]]:
         """Values and names of the rewards to choose from, where the objective needs one: usual ones, saved graders, and the cloned run's."""
-        return reward_form.choices(self.saved, self.typed) if OBJECTIVES[self.task].draws else []
+        return reward_form.choices(self.saved, self.typed) if OBJECTIVES[self.task].rewards else []
+
+    @property
+    def teachers(self) -> list[tuple[str, str]]:
+        """Names and titles of the models that can be distilled, the largest first, where the objective needs one."""
+        if not OBJECTIVES[self.task].teaches:
+            return []
+        found = [m for m in self.models if m.kind not in SILENT and m.shape and not m.answered_elsewhere]
+        return [(m.name, m.title) for m in sorted(found, key=lambda m: -Shape.model_validate(m.shape).parameters())]
 
     @property
     def overruled(self) -> list[FormField]:
@@ -197,7 +206,7 @@ class OrderForm:
             **{name: self.typed.get(name) for name in ("split.method", "split.column")},
             **{name: self.typed[name] for name in self.chosen},
             **{c.key: c.value for c in self.controls if c.changed},
-            **{name: self.typed.get(name) for name in ("objective", "preference.grader")},
+            **{name: self.typed.get(name) for name in ("objective", "preference.grader", "preference.teacher")},
             **self.kept,
             "name": self.typed.get("name"),
             "priority": self.priority if self.priority != "normal" else "",
@@ -243,7 +252,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     compared = fill(own, reward_form.left_out(typed), "preference", keep=own.derived) if own else None
-    drawn = ReinforcementSettings(**compared.settings) if compared and OBJECTIVES[task].draws else None
+    drawn = own.model_validate(compared.settings) if compared and OBJECTIVES[task].draws else None
     usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset, drawn=drawn) if dataset else {}
     usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
@@ -344,6 +353,8 @@ def _preference_asked(form: OrderForm, compared: Filled | None) -> dict[str, Any
     settings = dict(compared.settings) if compared else {}
     if rewards := form.rewards:
         settings["grader"] = reward_form.asked(rewards, form.typed)
+    if teachers := form.teachers:
+        settings["teacher"] = form.typed.get("preference.teacher") or teachers[0][0]
     return settings or None
 
 

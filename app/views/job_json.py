@@ -18,8 +18,7 @@ from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
 from app.kit import ids
 from app.models import service as models
-from app.objectives import OBJECTIVES
-from app.objectives.reinforcement import ReinforcementSettings
+from app.objectives import OBJECTIVES, DrawnSettings
 from app.spec import JobSpec, usual_learning_rate
 from app.tables import Checkpoint, CheckpointPermission, Dataset, Event, Job
 from app.web import auth
@@ -106,7 +105,7 @@ def _hyperparameters(session: Session, job: Job, asked: Hyperparameters) -> Json
     dataset = session.get_one(Dataset, job.dataset_id)
     came_to = {
         "n_epochs": max(1, round(spec.run.epochs)),
-        "batch_size": own.prompts_per_step if isinstance(own, ReinforcementSettings) else rows_per_step(dataset, spec.run),
+        "batch_size": own.prompts_per_step if isinstance(own, DrawnSettings) else rows_per_step(dataset, spec.run),
         "learning_rate_multiplier": float(f"{(spec.run.learning_rate or rate) / rate:.6g}"),
     }
     return {name: came_to[name] if value == "auto" else value for name, value in settings.items()}
@@ -121,7 +120,7 @@ def _method(session: Session, job: Job, order: JobRequest) -> Json:
         return {"type": kind, kind: {"grader": job.spec["preference"]["grader"], "hyperparameters": settings}}
     if OBJECTIVES[job.spec["task"]].settings:
         beta = order.asked().beta
-        settings["beta"] = job.spec["preference"]["beta"] if beta == "auto" and job.attempt and job.spec.get("preference") else beta
+        settings["beta"] = (job.spec.get("preference") or {}).get("beta", beta) if beta == "auto" and job.attempt else beta
     return {"type": kind, kind: {"hyperparameters": settings}}
 
 

@@ -108,7 +108,7 @@ def tiles(job: Job, progress: JobProgress, spec: JobSpec) -> list[Tile]:
     coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and ability["figure"] == NOTHING
     seconds = measured.get("seconds") or (progress.latest.seconds if progress.latest else None)
     return [
-        _reward_tile(progress) if OBJECTIVES[spec.task].draws else _loss_tile(progress),
+        _reward_tile(progress) if OBJECTIVES[spec.task].rewards else _loss_tile(progress),
         _score_tile(job, progress),
         Tile("General ability", ability["figure"], "measured at the end" if coming else ability["verdict"]),
         Tile("Peak memory", human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
@@ -230,7 +230,7 @@ def _checkpoints(session: Session, job: Job, progress: JobProgress) -> list[Part
     for row in jobs.checkpoints(session, job):
         loss = losses.get(row.step, row.metrics.get("validation_loss", row.metrics.get("loss")))
         name = models.checkpoint_name(session, job, row.step)
-        where = tryout.address(job.spec["model"]["name"], name, "classifier" if OBJECTIVES[job.spec["task"]].classifies else "")
+        where = tryout.address(job.spec["model"]["name"], name, OBJECTIVES[job.spec["task"]].result_kind or "")
         found.append(
             {"step": row.step, "best": row.best, "loss": loss, "try_url": where, "resumable": again and checkpoints.resumable(row)}
         )

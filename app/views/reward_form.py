@@ -10,6 +10,8 @@ from app.jobs.reinforcement_order import USUAL_REWARDS
 from app.kit.forms import FormField
 
 KEY = "preference.grader"
+CHOSEN = (KEY, "preference.teacher")
+"""Settings that have a choice of their own above the others."""
 
 
 def choices(saved: Sequence[tuple[str, str]], typed: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -26,12 +28,12 @@ def asked(offered: Sequence[tuple[str, str]], typed: Mapping[str, str]) -> Any:
 
 
 def left_out(typed: Mapping[str, str]) -> dict[str, str]:
-    """The inputs without the reward, which is no setting of its own."""
-    return {name: value for name, value in typed.items() if name != KEY}
+    """The inputs without those that have a choice of their own."""
+    return {name: value for name, value in typed.items() if name not in CHOSEN}
 
 
 def without(controls: Sequence[FormField]) -> list[FormField]:
-    return [control for control in controls if control.key != KEY]
+    return [control for control in controls if control.key not in CHOSEN]
 
 
 def from_json(text: str, otherwise: Any) -> Any:

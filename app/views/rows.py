@@ -14,6 +14,7 @@ from app.jobs import row_losses
 from app.kit import ids
 from app.models import service as models
 from app.run_settings import TrainOn
+from app.spec import SILENT
 from app.tables import Dataset, Inspection, Model, User
 
 ROWS_PER_PAGE = 10
@@ -49,7 +50,7 @@ class RowsShown:
 def able_models(session: Session, user: User, dataset: Dataset, name: str | None = None) -> list[Model]:
     """The models on offer whose trainer can render the rows: all generative ones, and for labeled texts also encoders."""
     able = [m for m in models.offered(session, user, name) if m.status == "ready"]
-    return able if objectives.get(dataset.task).classifies else [m for m in able if m.kind not in ("encoder", "classifier")]
+    return able if objectives.get(dataset.task).classifies else [m for m in able if m.kind not in SILENT]
 
 
 def choose_model(session: Session, user: User, dataset: Dataset, name: str | None) -> Model | None:

@@ -68,6 +68,7 @@ SHOWN = {
     "eval_runs": ("eval.run", ids.EVAL_RUN),
     "webhook_endpoints": ("webhook_endpoint", ids.WEBHOOK),
     "prompt_runs": ("prompt_run", ids.RUN),
+    "distillation_runs": ("distillation", ids.DISTILLATION),
     "checkpoint_permissions": ("checkpoint.permission", "cp"),
     "api_keys": ("api_key", "key"),
 }

@@ -57,6 +57,7 @@ GET /playground/prompts/runs/{run_id} /playground/prompts/{prompt_id} /playgroun
 GET /playground/vectors/{key} /playground/{exchange_id:uuid} /playground/{exchange_id:uuid}/export /shell /standby /v1/comparisons
 GET /v1/comparisons/{comparison_id} /v1/datasets /v1/datasets/{key} /v1/datasets/{key}/changes /v1/datasets/{key}/lines/{line}
 GET /v1/datasets/{key}/report /v1/datasets/{key}/rows /v1/datasets/{key}/split /v1/evaluations /v1/evaluations/{evaluation_id}
+GET /distillations /distillations/{distillation_id} /v1/distillations /v1/distillations/{distillation_id} /v1/distillations/{distillation_id}/rows
 GET /graders /graders/new /graders/{grader_id} /v1/graders /v1/graders/{grader_id} /v1/exports /v1/exports/{export_id} /v1/exports/{export_id}/files/{name:path} /v1/files /v1/files/{file_id}
 GET /v1/files/{file_id}/content /v1/files/{file_id}/report /v1/fine_tuning/checkpoints/{checkpoint:path}/permissions /v1/fine_tuning/jobs
 GET /v1/fine_tuning/jobs/{job_id} /v1/fine_tuning/jobs/{job_id}/checkpoints /v1/fine_tuning/jobs/{job_id}/events
@@ -104,6 +105,9 @@ POST /v1/webhook_endpoints/{webhook_endpoint_id}/test /settings/webhooks /settin
 DELETE /v1/webhook_endpoints/{webhook_endpoint_id}
 POST /playground/batches /playground/batches/{batch_id}/cancel /v1/batches /v1/batches/{batch_id}/cancel
 POST /v1/fine_tuning/jobs/{job_id}/trackers /jobs/{job_id}/trackers
+POST /distillations /distillations/{distillation_id}/{action} /v1/distillations /v1/distillations/{distillation_id}/cancel
+POST /v1/distillations/{distillation_id}/resume
+DELETE /v1/distillations/{distillation_id}
 POST /v1/graders /graders /graders/try /graders/{grader_id}/delete
 PATCH /v1/graders/{grader_id}
 DELETE /v1/graders/{grader_id} /v1/comparisons/{comparison_id} /v1/datasets/{key} /v1/engines/{model:path} /v1/evaluations/{evaluation_id} /v1/exports/{export_id}

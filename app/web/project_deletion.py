@@ -13,6 +13,7 @@ from app.kit.humanize import plural
 from app.tables import (
     Comparison,
     Dataset,
+    DistillationRun,
     Eval,
     EvalRun,
     Evaluation,
@@ -35,7 +36,7 @@ from app.web import projects
 
 SHOWN: dict[str, Any] = {
     "files": File, "datasets": Dataset, "jobs": Job, "comparisons": Comparison, "models": Model, "aliases": ModelAlias,
-    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader,
+    "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader, "distillations": DistillationRun,
     "batches": RequestBatch, "conversations": Exchange, "votes": Vote, "webhook endpoints": WebhookEndpoint,
     "evals": Eval, "runs of evals": EvalRun,
 }  # fmt: skip

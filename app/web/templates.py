@@ -192,7 +192,14 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-KINDS = {"generic": "Base", "instruction": "Instruct", "dialogue": "Chat", "classifier": "Classifier", "encoder": "Embedding"}
+KINDS = {
+    "generic": "Base",
+    "instruction": "Instruct",
+    "dialogue": "Chat",
+    "classifier": "Classifier",
+    "encoder": "Embedding",
+    "reward": "Reward",
+}
 
 
 def kind_word(kind: str) -> str:

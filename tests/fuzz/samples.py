@@ -337,6 +337,13 @@ UNSAFE: dict[str, Sample] = {
     "POST /playground/arena": Sample(form=[("prompt", "What wood?"), ("models", "$model_name"), ("models", "$model_name@1"), ("dataset", ""), ("max_tokens", "2")], expect=(303, 400, 404)),
     "POST /playground/arena/{vote_id}": Sample({"vote_id": "+vote"}, form=[("choice", "1"), ("edited", "better")]),
     "POST /playground/arena-dataset": Sample(form=[("kind", "preference")]),
+    # distillations
+    "POST /v1/distillations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "rows": 5, "answers": 2, "grader": {"type": "length", "name": "short", "max": 9}, "threshold": 0.5, "temperature": 0.8, "max_tokens": 16, "system": "Be brief.", "seed": 1, "name": "Kept", "license": "MIT", "allows_training": True}),
+    "POST /v1/distillations/{distillation_id}/cancel": Sample({"distillation_id": "+distillation"}),
+    "POST /v1/distillations/{distillation_id}/resume": Sample({"distillation_id": "+ended_distillation"}),
+    "DELETE /v1/distillations/{distillation_id}": Sample({"distillation_id": "+ended_distillation"}),
+    "POST /distillations": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("grader", "similar"), ("order.rows", "5"), ("order.license", "MIT"), ("allows_training", "on")]),
+    "POST /distillations/{distillation_id}/{action}": Sample({"distillation_id": "+distillation", "action": "cancel"}),
     # prompts
     "POST /v1/prompts": Sample(json=PROMPT),
     "POST /v1/prompts/{prompt_id}": Sample({"prompt_id": "$prompt"}, json={k: v for k, v in PROMPT.items() if k != "name"}),

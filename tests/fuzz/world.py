@@ -18,6 +18,7 @@ from app import graders, saved_graders
 from app.batches import service as batches
 from app.datasets import ingest_task, resumable_upload
 from app.datasets import service as datasets
+from app.distillations import service as distillations
 from app.evals import service as evals
 from app.evals import sources
 from app.evaluation import comparisons, gates
@@ -39,6 +40,7 @@ from app.tables import (
     Checkpoint,
     CheckpointPermission,
     Dataset,
+    DistillationRun,
     Finding,
     Model,
     ModelAlias,
@@ -115,7 +117,7 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run completion response"
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run completion response distillation"
         for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
@@ -286,6 +288,15 @@ class World:
         )  # fmt: skip
         self.session.add(run)
         return ids.public(ids.RUN, run.id)
+
+    def _new_distillation(self) -> str:
+        order = distillations.DistillationOrder(rows=5, answers=1, license="MIT", allows_training=True)
+        return ids.public(ids.DISTILLATION, distillations.create(self.session, self.user, self.base.name, self.dataset, order).id)
+
+    def _new_ended_distillation(self) -> str:
+        key = self._new_distillation()
+        self.session.get_one(DistillationRun, ids.parse(ids.DISTILLATION, key)).status = "cancelled"
+        return key
 
     def _new_ended_run(self) -> str:
         key = self._new_run()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import openai
 import pytest
 
+from app.datasets import ingest_task
+from app.datasets import service as datasets
 from app.errors import BadField
 from app.kit import ids
+from app.models import service as models
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.reinforcement import refuse_drawn
 from app.run_settings import RunSettings
 from app.shapes import shape_of
 from app.spec import JobSpec
+from app.storage import files
 from app.strategies import STRATEGIES
-from app.tables import Job
+from app.tables import Job, Model
 from benchmarks.shapes import config_of
 from tests.factories import make_dataset
 
@@ -69,13 +75,22 @@ def test_a_saved_grader_is_copied_and_a_default_schedule_has_enough_steps(sessio
     assert estimate["steps"] >= 60 and estimate["seconds"] > 0 and estimate["memory_bytes"] > 0
 
 
+def test_a_judge_is_a_reward_with_the_weights_that_it_had(session, openai_client, file_id, tiny_registered):
+    ours = {"task": "reinforcement", "preference": {"grader": JUDGE}, "graders": [JUDGE | {"name": "second"}]}
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours)
+    (asked,) = spec_of(session, job).judges
+    assert (asked.name, asked.model.id, asked.model.revision) == ("tiny", tiny_registered.id, tiny_registered.revision)
+    assert any("A grader of the job" in why for why in models.dependants(session, tiny_registered))
+
+
 @pytest.mark.parametrize(
     ("ask", "param", "says"),
     [
         ({}, "preference.grader", "needs a reward"),
         ({"preference": {"grader": {"type": "numeric"}}}, "preference.grader.name", "missing"),
         ({"preference": {"grader": "grader-" + "0" * 32}}, "preference.grader", "No such grader"),
-        ({"preference": {"grader": JUDGE}}, "preference.grader", "asks a model"),
+        ({"preference": {"grader": JUDGE | {"model": "nobody"}}}, "preference.grader.model", "nobody"),
+        ({"preference": {"grader": {"type": "reward_model", "name": "r", "model": "tiny"}}}, "preference.grader.model", "no reward model"),
         ({"preference": {"grader": NUMBER, "group_size": 1}}, "preference.group_size", "cannot be 1"),
         ({"preference": {"grader": NUMBER}, "run": {"batch_size": 4}}, "run.batch_size", "prompts_per_step"),
         (
@@ -136,3 +151,70 @@ def test_the_form_offers_the_objective_and_a_reward(session, client, api, user, 
     assert "that of the cloned run" in clone and '<option value="reinforcement" selected>' in clone
     again = client.post("/jobs", data=typed | {"preference.grader": '{"type": "nothing"}'}, follow_redirects=False)
     assert again.status_code == 400 and "There is no type of grader" in again.text
+
+
+def pairs_file(session, user) -> str:
+    """A dataset of preference pairs, read by the data worker's own code."""
+    lines = [json.dumps({"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No idea."}) for i in range(30)]
+    file = files.add_bytes(session, user, "\n".join(lines).encode(), "pairs.jsonl", "fine-tune")
+    made = datasets.create(session, user, file)
+    session.commit()
+    ingest_task.read(made.id)
+    return ids.public(ids.DATASET, made.id)
+
+
+def test_pairs_train_a_reward_model_where_that_is_asked(session, user, client, openai_client, data_dir, tiny_registered):
+    data = pairs_file(session, user)
+    given = {"dataset_id": data, "preference": {"centering": 0.1}}
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file="", method={"type": "reward"}, extra_body=given)  # type: ignore[typeddict-item]
+    spec = spec_of(session, job)
+    assert (spec.task, spec.preference.centering, spec.strategy.name) == ("reward", 0.1, "lora")
+    assert spec.learning_rate == STRATEGIES["lora"].learning_rate_for("generation"), "a new head is trained"
+    told = openai_client.fine_tuning.jobs.retrieve(job.id)
+    assert told.method.type == "reward" and told.estimate["trainable_parameters"] > 0
+    assert "task: reward" in client.get(f"/jobs/{job.id}/job.yaml").text
+    form = {"model": "tiny", "dataset": data, "objective": "reward", "task": "preference"}
+    page = client.get("/jobs/new", params=form).text
+    assert '<option value="reward" selected>Reward model' in page and 'name="preference.centering"' in page and "Fits in memory" in page
+    clone = client.get("/jobs/new", params={"clone": job.id}).text
+    assert '<option value="reward" selected>' in clone
+    with pytest.raises(openai.BadRequestError, match="does not support the task reward"):
+        more = given | {"task": "reward", "strategy": {"name": "feature_extraction"}}
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file="", extra_body=more)
+    with pytest.raises(openai.BadRequestError, match="writes none"):
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file="", extra_body=given | {"task": "reward", "graders": [NUMBER]})
+
+
+def test_a_teacher_is_asked_for_and_has_the_same_vocabulary(session, client, api, openai_client, file_id, data_dir, tiny_registered):
+    row = session.get_one(Model, tiny_registered.id)
+    other = data_dir / "models" / "other"
+    shutil.copytree(data_dir / row.path, other)
+    told = json.loads((other / "tokenizer.json").read_text())
+    told["model"]["vocab"] = dict(zip(told["model"]["vocab"], reversed(told["model"]["vocab"].values()), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(told))
+    about = {name: getattr(row, name) for name in ("kind", "revision", "source", "shape", "bytes", "license")}
+    for name, path in (("teacher", row.path), ("stranger", "models/other")):
+        session.add(Model(name=name, title=name, path=path, **about))
+    session.commit()
+    own = {"task": "distillation", "preference": {"teacher": "teacher", "divergence": "jsd"}}
+    job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=own)
+    spec = spec_of(session, job)
+    assert (spec.teacher.name, spec.preference.divergence, spec.preference.group_size) == ("teacher", "jsd", 1)
+    estimate = api.get(f"/v1/fine_tuning/jobs/{job.id}").json()["estimate"]
+    plain = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    assert estimate["memory"]["other"] > api.get(f"/v1/fine_tuning/jobs/{plain.id}").json()["estimate"]["memory"]["other"]
+    assert any("distills it" in why for why in models.dependants(session, session.get_one(Model, spec.teacher.id)))
+    for teacher, says in (("", "needs a teacher"), ("stranger", "another vocabulary: only "), ("nobody", "nobody")):
+        with pytest.raises(openai.APIStatusError, match=says) as caught:
+            openai_client.fine_tuning.jobs.create(
+                model="tiny", training_file=file_id, extra_body={"task": "distillation", "preference": {"teacher": teacher}}
+            )
+        assert caught.value.param == "preference.teacher"
+    page = client.get(
+        "/jobs/new", params={"model": "tiny", "dataset": spec_dataset(spec), "objective": "distillation", "task": "generation"}
+    ).text
+    assert 'name="preference.teacher"' in page and '<option value="stranger"' in page
+
+
+def spec_dataset(spec: JobSpec) -> str:
+    return ids.public(ids.DATASET, spec.dataset.id)

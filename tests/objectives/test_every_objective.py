@@ -69,7 +69,7 @@ def test_a_new_objective_is_known_everywhere_by_being_there(monkeypatch):
         lora.unsupported("ratings")
     monkeypatch.setitem(OBJECTIVES, "ratings", Ratings())
     assert [entry.name for entry in formats.objectives_of("rated")] == ["kto", "ratings"]
-    assert [entry.name for entry in formats.objectives_of("preference")] == ["preference"]
+    assert [entry.name for entry in formats.objectives_of("preference")] == ["preference", "reward"]
     assert lora.unsupported("ratings") is None and "does not support the task ratings" in str(features.unsupported("ratings"))
     assert lora.learning_rate_for("ratings") == lora.learning_rate_for("preference") < lora.learning_rate_for("generation")
 

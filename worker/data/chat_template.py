@@ -64,6 +64,15 @@ def prepare_tokenizer(tokenizer: Any, run: RunSettings | None = None) -> bool:
     return True
 
 
+def prepare_for_answers(tokenizer: Any, run: RunSettings, kind: str) -> bool:
+    """The same for rows of answers to a prompt. Those of a generic model are texts, so no plain template is set or saved."""
+    if not prepare_tokenizer(tokenizer, run):
+        return False
+    if kind == "generic":
+        tokenizer.chat_template = None
+    return kind != "generic"
+
+
 def render_row(tokenizer: Any, row: dict[str, Any], kind: str, max_length: int, train_on: TrainOn = "assistant") -> RenderedRow:
     """Token ids of a normalized row (shapes in `app/formats`), truncated to `max_length`, and the loss mask, by `train_on`.
 

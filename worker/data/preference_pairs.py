@@ -73,6 +73,19 @@ def tokenise_pairs(tokenizer: Any, rows: Sequence[Row], kind: str, max_length: i
     return join(pieces, lines, cut, skipped, len(lead))
 
 
+def pairs_of_sides(
+    tokenizer: Any, train: Sequence[Row], held_out: Sequence[Row], kind: str, max_length: int, lead: Sequence[int]
+) -> dict[str, PreferencePairs]:
+    """The pairs of both sides, “train” and “held_out”. Raises BadData where no training pair is left."""
+    found = {name: tokenise_pairs(tokenizer, rows, kind, max_length, lead) for name, rows in (("train", train), ("held_out", held_out))}
+    if not len(found["train"]):
+        raise BadData(
+            f"None of the {len(train)} pairs has two different answers within {max_length} tokens.",
+            hint="Raise the max sequence length, or check the two answers of each row.",
+        )
+    return found
+
+
 def _render(tokenizer: Any, line: int, row: dict[str, Any], kind: str, longest: int) -> tuple[RenderedRow, RenderedRow]:
     if not all(isinstance(row.get(key), list) and row[key] for key in ("messages", "chosen", "rejected")):
         found = ", ".join(sorted(row))

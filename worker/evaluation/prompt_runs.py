@@ -8,13 +8,11 @@ A few runs go on at once, in their turns (worker/evaluation/turns.py), since eac
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from app import formats, graders, limits
 from app.datasets.splits import split_hash
@@ -22,70 +20,18 @@ from app.db import transaction
 from app.errors import BadData, StudioError
 from app.graders import GradedSample
 from app.inference import judges
-from app.inference.judges import Hear
-from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, GenerateRequest, Sampling, TextPart
+from app.inference.protocol import GenerateRequest, Sampling
 from app.kit.token_meter import TokenMeter
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.runs import RunSpec, TrainedRows
 from app.tables import PromptRun
+from worker.evaluation.row_answers import RowAnswer, RunStopped, RunTotals, answered, each_row, send_here
 from worker.evaluation.turns import Turns
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 8
-BEAT_SECONDS = 2.0
 RUNS_AT_ONCE = 2
-
-
-class RowAnswer(NamedTuple):
-    """The engine's answer to one row."""
-
-    prompt: str
-    texts: list[str]
-    prompt_tokens: int
-    tokens: int
-
-
-class RunStopped(Exception):
-    """The run was cancelled, deleted or taken over."""
-
-
-class RunTotals:
-    """Totals over the scored rows, from all workers that had the run, and the rows without an answer.
-
-    A failed request says nothing about the prompt, so its row is excluded from the score and counted. An error of the row itself
-    (too long for the model, refused by its template) affects that row only; other errors end the run when they occur in
-    succession.
-    """
-
-    def __init__(self, before: dict[str, Any]) -> None:
-        self.prompt_tokens, self.tokens = before.get("prompt_tokens", 0), before.get("tokens", 0)
-        self.seconds, self.began = before.get("seconds", 0.0), time.monotonic()
-        self.unanswered: list[int] = []
-        self.first_fault: StudioError | None = None
-        self.strikes = 0
-
-    def answered(self, said: RowAnswer) -> None:
-        self.prompt_tokens += said.prompt_tokens
-        self.tokens += said.tokens
-        self.strikes = 0
-
-    def failed(self, line: int, fault: StudioError) -> None:
-        """Exclude a row; raises the error when it is not that row's own."""
-        self.unanswered.append(line)
-        self.first_fault = self.first_fault or fault
-        self.strikes += fault.status != 400
-        if self.strikes >= AT_ONCE:
-            raise fault
-
-    def as_json(self, rows: int) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "seconds": self.seconds + time.monotonic() - self.began,
-            "unanswered": len(self.unanswered), "unanswered_lines": sorted(self.unanswered)[:20], "asked_of": rows,
-        }  # fmt: skip
-
-
 _runs = Turns(RUNS_AT_ONCE)
 
 
@@ -140,39 +86,27 @@ class PromptRunAttempt:
         self.store()  # reading many rows takes a while, and so does finding similar ones
         shots = Shots(self.spec.body, training, everything)
         self.store()
-        beaten = time.monotonic()
-        pending: dict[Future[tuple[RowAnswer, dict[str, Any]]], Any] = {}
-        rest = iter([row for row in held if row[0].line not in self.done])
-        leave = [False]
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prompt-run") as pool:
-            try:
-                while True:
-                    for row, before in _some(rest, AT_ONCE - len(pending)):
-                        text = prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels)
-                        pending[pool.submit(_ask_and_score, self.spec, text, before, row, labels, leave, self.meter)] = row
-                    if not pending:
-                        break
-                    finished, _ = wait(pending, timeout=BEAT_SECONDS, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        self.take(pending.pop(future), future)
-                    if going_down():
-                        raise RunStopped  # stored rows are not repeated by whoever takes over the run
-                    if time.monotonic() - beaten > BEAT_SECONDS:
-                        beaten = time.monotonic()
-                        self.store()
-            finally:
-                leave[0] = True
-                self.store()
+        rest = (
+            (row, before, prompts.text_of(self.spec.body, row.question, [(s.question, s.answer) for s in shots.of(row)], labels))
+            for row, before in held
+            if row.line not in self.done
+        )
+
+        def work(given: Any, leave: list[bool]) -> tuple[RowAnswer, dict[str, Any]]:
+            row, before, text = given
+            return _ask_and_score(self.spec, text, before, row, labels, leave, self.meter)
+
+        each_row(rest, work, self.take, self.store, going_down)
         if not self.done and self.totals.first_fault:
             fault = self.totals.first_fault
             message = f"None of the {self.rows} rows got an answer. The first: {fault.message}"
             raise StudioError(message, hint=fault.hint, code=fault.code)
 
-    def take(self, row: Any, future: Future[tuple[RowAnswer, dict[str, Any]]]) -> None:
+    def take(self, given: Any, future: Future[tuple[RowAnswer, dict[str, Any]]]) -> None:
         try:
             said, scored = future.result()
         except StudioError as fault:
-            self.totals.failed(row.line, fault)
+            self.totals.failed(given[0].line, fault)
             return
         self.totals.answered(said)
         self.scored.append(scored)
@@ -189,14 +123,6 @@ class PromptRunAttempt:
         self.scored.clear()
 
 
-def _some(rows: Iterator[Any], count: int) -> Iterator[Any]:
-    for _ in range(count):
-        row = next(rows, None)
-        if row is None:
-            return
-        yield row
-
-
 def _ask_and_score(
     spec: RunSpec, text: str, before: list[dict[str, Any]], row: Any, labels: list[str], leave: list[bool], meter: TokenMeter
 ) -> tuple[RowAnswer, dict[str, Any]]:
@@ -206,8 +132,6 @@ def _ask_and_score(
 
 def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leave: list[bool], meter: TokenMeter) -> RowAnswer:
     """Request the answer to one row. Raises what the engine raises; a cancelled answer is discarded, but its tokens count."""
-    from worker.inference.task import answer as answer_of
-
     body = spec.body
     sampling = Sampling(
         temperature=body.temperature, top_p=1.0, max_tokens=body.max_tokens, n=body.samples, stop=body.stops(), seed=body.seed
@@ -227,35 +151,7 @@ def _ask(spec: RunSpec, text: str, before: list[dict[str, Any]], line: int, leav
         seed=(body.seed + line * 31) % 2**31,
         **prompt,
     )
-    texts, rendered, tokens, read = [""] * body.samples, "", [0] * body.samples, 0
-    try:
-        with contextlib.closing(answer_of(request)) as answer:
-            for entries in answer:
-                if leave[0]:
-                    raise RunStopped
-                for entry in entries:
-                    match entry:
-                        case AnswerStarted():
-                            rendered, read = entry.rendered_prompt, entry.prompt_tokens
-                        case TextPart():
-                            texts[entry.index] += entry.text
-                            tokens[entry.index] = entry.tokens
-                        case ChoiceFinished():
-                            tokens[entry.index] = entry.tokens
-                        case Done():
-                            pass
-                        case _:
-                            raise _fault(entry)
-    finally:
-        meter.add(read, sum(tokens))
-    return RowAnswer(rendered, texts, read, sum(tokens))
-
-
-def _fault(entry: Any) -> StudioError:
-    """The engine's error entry as an exception with its status."""
-    fault = StudioError(getattr(entry, "message", "The model failed."), hint=getattr(entry, "hint", ""), code=getattr(entry, "code", None))
-    fault.status = getattr(entry, "status", 500)
-    return fault
+    return answered(request, body.samples, leave, meter)
 
 
 def _scored(spec: RunSpec, row: Any, said: RowAnswer, labels: list[str], meter: TokenMeter) -> dict[str, Any]:
@@ -281,24 +177,14 @@ def _graded(spec: RunSpec, row: Any, answer: str, meter: TokenMeter) -> float:
     """The grader's score of an answer. Raises StudioError for one that it cannot score, which excludes the row."""
     grader = graders.parse(spec.grader)
     item = graders.item_of({}, row.question, row.answer)
-    found = graders.scored(grader, graders.grade(grader, GradedSample(answer), item, judges.answers(spec.owner, spec.judges, _send, meter)))
+    found = graders.scored(
+        grader, graders.grade(grader, GradedSample(answer), item, judges.answers(spec.owner, spec.judges, send_here, meter))
+    )
     if found.score is None:
         fault = StudioError(f"The grader gave no score: {found.why}", hint="Try the grader on some rows first.", code="not_graded")
         fault.status = 503 if found.error and found.error[0] == "model_grader_server_error" else 400
         raise fault
     return found.score
-
-
-def _send(request: GenerateRequest, hear: Hear) -> None:
-    """What a grader asks a model, answered by this process."""
-    from worker.inference.embeddings import embed
-    from worker.inference.task import answer as answer_of
-
-    if request.embed is not None:
-        return hear([embed(request.model, request.embed)])
-    with contextlib.closing(answer_of(request)) as answer:
-        for entries in answer:
-            hear(entries)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ MAX_LOADED = 2
 TOKENS_AT_ONCE = 4096
 
 
-class _Loaded(NamedTuple):
+class LoadedClassifier(NamedTuple):
     tokenizer: Any
     classifier: Classifier
     labels: list[str]
     engine: Compute
 
 
-_kept: ModelCache[_Loaded] = ModelCache(MAX_LOADED, lambda one: one.classifier)
+_kept: ModelCache[LoadedClassifier] = ModelCache(MAX_LOADED, lambda one: one.classifier)
 
 
 def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
@@ -38,7 +38,7 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
 
     Raises BadModel for a model that is no classifier or whose files changed, BadRequest for a text without a token.
     """
-    tokenizer, classifier, labels, engine = _kept.get((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), lambda: _load(ref))
+    tokenizer, classifier, labels, engine = loaded(ref)
     lead = [tokenizer.pad_token_id or 0] * classifier.skip
     rows = [Row(place, {"text": text}) for place, text in enumerate(texts)]
     try:
@@ -52,7 +52,12 @@ def classify(ref: ModelRef, texts: list[str]) -> tuple[Classified, int]:
     return Classified(labels=labels, probabilities=found.tolist(), cut=cut), data.tokens
 
 
-def _load(ref: ModelRef) -> _Loaded:
+def loaded(ref: ModelRef) -> LoadedClassifier:
+    """A classifier or a reward model, loaded now or before. Raises BadModel."""
+    return _kept.get((ref.path, ref.revision, *(a.sha256 for a in ref.adapters)), lambda: _load(ref))
+
+
+def _load(ref: ModelRef) -> LoadedClassifier:
     check(ref.path, ref.name, ref.revision, may_be_plain=True)
     for adapter in ref.adapters:
         check(adapter.path, ref.name, may_be_plain=True)
@@ -61,4 +66,4 @@ def _load(ref: ModelRef) -> _Loaded:
     run = RunSettings(precision="auto" if devices.gpu() else "fp32")
     engine = choose(run, strategy, {})
     classifier, labels = load_classifier(ref, engine.frozen, str(engine.device), packed_attention.NAME)
-    return _Loaded(load_tokenizer(ref), classifier, labels, engine)
+    return LoadedClassifier(load_tokenizer(ref), classifier, labels, engine)

@@ -21,7 +21,7 @@ from app.inference.residency import LoadedModelInfo
 from app.machines.hardware import usable_memory
 from app.models.integrity import check
 from app.settings import get_settings
-from app.spec import ModelRef
+from app.spec import SILENT, ModelRef
 from app.strategies import STRATEGIES
 from app.strategies._model import transformer, wrapped
 from app.strategies.dora import Dora
@@ -127,9 +127,9 @@ class ModelPool:
 
     def place(self, ref: ModelRef) -> ModelHandle:
         """Find or load the model of `ref`. It is held until `release`. Raises DoesNotFit, BadModel or Unavailable."""
-        if ref.kind in ("classifier", "encoder"):
+        if ref.kind in SILENT:
             raise DoesNotFit(
-                f"{ref.name} is {'a classifier' if ref.kind == 'classifier' else 'an encoder'}: it does not write text.",
+                f"{ref.name} is {SILENT[ref.kind]}: it does not write text.",
                 hint="Choose a generic, instruction or dialogue model.",
                 param="model",
             )

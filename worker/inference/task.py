@@ -80,6 +80,12 @@ def _answer(publisher: Publisher, request: GenerateRequest) -> None:
             sorted_, tokens = classify(request.model, request.classify)
             done = Done(prompt_tokens=tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
             return publisher.say([sorted_, done])
+        if request.reward is not None:
+            from worker.inference.reward import reward
+
+            rewarded = reward(request.model, request.reward)
+            done = Done(prompt_tokens=rewarded.tokens, completion_tokens=0, first_token_seconds=None, tokens_per_second=None)
+            return publisher.say([rewarded, done])
         if request.render:
             from worker.inference.request import rendered
 

@@ -29,6 +29,7 @@ from worker.runtime.transfer import sent
 Pooling = Literal["mean", "last", "first"]
 _POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")
 """Encoders that come with a pooler of their own."""
+HEADED = "has a head of its own on another model, so it cannot be fine-tuned further."
 HEAD_FILE, ABOUT_FILE = "classifier_head.safetensors", "classifier.json"
 
 
@@ -69,7 +70,7 @@ def load_stack(
     Raises BadModel for a classifier that is an adapter, because its stack is not its own.
     """
     if ref.labels and ref.adapters:
-        raise BadModel(f"{ref.name} is a classifier, which cannot be fine-tuned further.", hint="Fine-tune the model it came from instead.")
+        raise BadModel(f"{ref.name} {HEADED}", hint="Fine-tune the model it came from instead.")
     if not ref.adapters and bits is None:
         return load_backbone(ref, dtype, attention, device)
     return body_without_head(load_plain(ref, dtype, attention, device, bits))
@@ -85,7 +86,8 @@ def pooling_of(strategy: Strategy, architecture: str) -> Pooling:
 
 class Classifier(nn.Module):
     """`backbone` is what the strategy is attached to; `head` was built by the strategy. The first `skip` tokens of every text are
-    virtual tokens of a soft prompt and excluded from a mean. `normalise` scales each pooled vector to length 1."""
+    virtual tokens of a soft prompt and excluded from a mean. `normalise` scales each pooled vector to length 1. `reads` is the kind of the
+    model it was made from, by which conversations are rendered; empty for one that reads texts."""
 
     def __init__(
         self,
@@ -96,9 +98,10 @@ class Classifier(nn.Module):
         skip: int = 0,
         normalise: bool = False,
         labels: Sequence[str] = (),
+        reads: str = "",
     ) -> None:
         super().__init__()
-        self.labels = list(labels)
+        self.labels, self.reads = list(labels), reads
         self.backbone, self.head = backbone, head
         self.pooling, self.skip, self.normalise = pooling, skip, normalise
 
@@ -185,6 +188,7 @@ def _output_weight(ref: ModelRef) -> torch.Tensor:
 def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> None:
     """Save the head and what is needed to use it next to what the strategy saved of the backbone."""
     about = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
+    about |= {"reads": classifier.reads} if classifier.reads else {}
     save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, folder / HEAD_FILE)
     (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -209,5 +213,6 @@ def load_classifier(
         backbone = lay(backbone, last)
     head = load_strategy(folder).head(ref.shape.hidden, len(about["labels"]))
     head.load_state_dict(load_file(folder / HEAD_FILE))
-    classifier = Classifier(backbone, head, about["pooling"], skip=about["skip"], normalise=about["normalise"], labels=about["labels"])
+    named = {name: about[name] for name in ("skip", "normalise", "labels")}
+    classifier = Classifier(backbone, head, about["pooling"], **named, reads=about.get("reads", ""))
     return classifier.to(device).eval(), about["labels"]

@@ -18,7 +18,7 @@ from worker.modeling.cross_entropy import Head, chunk_rows, pad_to_multiple, pla
 from worker.runtime import devices
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+def chunk_logits(hidden: torch.Tensor, weight: torch.Tensor, head: Head, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (rows, V) of a chunk in the dtype `wide`, and tanh of the capped ones, which the gradient needs."""
     logits = F.linear(hidden.to(weight.dtype), weight).to(wide)
     if head.bias is not None:
@@ -53,7 +53,7 @@ class _TokenNats(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits, bent = _logits(hidden[part], cast, head, wide)
+            logits, bent = chunk_logits(hidden[part], cast, head, wide)
             nats[part] = F.cross_entropy(logits, targets[part], reduction="none")
             if d_hidden is not None:
                 d_hidden[part] = _gradient(logits, bent, targets[part], head.scale).to(compute) @ cast
@@ -83,7 +83,7 @@ def _head_gradient(
     cast = head.weight_in(compute)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        logits, bent = _logits(hidden[part], cast, head, wide)
+        logits, bent = chunk_logits(hidden[part], cast, head, wide)
         p = _gradient(logits, bent, targets[part], head.scale).mul_(grad[part, None])
         if d_bias is not None:
             d_bias += p.sum(0)

@@ -34,7 +34,8 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
     folder is above it)."""
     settings = get_settings()
     data = settings.data_dir
-    models = [spec.model, *([spec.base] if isinstance(spec, EvaluationSpec) and spec.base else [])]
+    other = spec.base if isinstance(spec, EvaluationSpec) else spec.teacher
+    models = [spec.model, *([other] if other else [])]
     rows = [spec.dataset, *([spec.validation] if isinstance(spec, JobSpec) and spec.validation else [])]
     named = [model.path for model in models] + [row.path for row in rows] + [adapter.path for model in models for adapter in model.adapters]
     gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""

@@ -28,7 +28,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from app import events
+from app import events, limits
 from app.db import transaction
 from app.inference import residency
 from app.jobs import lifecycle, usage
@@ -43,8 +43,9 @@ from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
 from app.storage.atomic import write_atomically
+from app.tables import Job
 from worker.runtime import attendance, failures
-from worker.supervision import confinement, exit_codes, gpu_lease
+from worker.supervision import answering, confinement, exit_codes, gpu_lease
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -163,6 +164,7 @@ class Attempt:
         self.hung = False
         self.save_sent = False
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
+        self.desk: answering.QuestionDesk | None = None  # where graders ask models
 
     # The main path --------------------------------------------------------------------------------------------------
 
@@ -193,7 +195,8 @@ class Attempt:
 
     def _train(self) -> int:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
-        integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading a large one takes longer than a lease
+        for model in filter(None, (self.held.spec.model, self.held.spec.teacher)):
+            integrity.check_model(model, self._beat_when_due)  # reading a large one takes longer than a lease
         self._ask_room()
         self.trainer = self._start()
         self.trainer.listen(self._hear, over=self.woken.set)
@@ -213,13 +216,19 @@ class Attempt:
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device) | self.lease.environment()
         room = confinement.room_of(self.held.spec, self.folder, environment)
+        if self.held.spec.judges:
+            self.desk = _retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
+        options, files = (self.desk.options, self.desk.files) if self.desk else ([], ())
         with (self.folder / "trainer.log").open("ab") as out:
-            return child_process.start(
-                lambda pipe: confined(trainer_command(self.held, spec, pipe), room),
+            child = child_process.start(
+                lambda pipe: confined([*trainer_command(self.held, spec, pipe), *options], room),
                 env=environment,
                 output=out,
-                keeps=self.lease.files,
+                keeps=[*self.lease.files, *files],
             )
+        if self.desk:
+            self.desk.listen()
+        return child
 
     def _watch(self) -> None:
         """Record and watch until the trainer is gone."""
@@ -304,6 +313,8 @@ class Attempt:
             with transaction() as session:
                 self.wishes = lifecycle.heartbeat(session, self.held)
                 usage.record_energy(session, self.held.job_id, self.held.fence, self.meter.joules())
+                if self.desk:
+                    limits.count_meter(session, Job, self.held.job_id, self.desk.meter)
         except FenceLost:
             if not self.over.is_set():
                 self.fence_lost.set()

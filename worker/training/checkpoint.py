@@ -71,6 +71,11 @@ class State:
     last_rows: list[float] = field(default_factory=list)  # at the newest evaluation
     best_rows: list[float] = field(default_factory=list)  # the best checkpoint's
     best_graded: list[float | None] = field(default_factory=list)  # the first grader's scores of the best checkpoint, by row
+    recent_kl: list[float] = field(default_factory=list)  # of the newest steps, where a bound is set
+    judged: dict[str, Any] = field(
+        default_factory=dict
+    )  # the best evaluation of a grader that is not the reward, and how often both parted since
+    stop_reason: str = ""  # why the job stops by itself
     facts: dict[str, Any] = field(default_factory=dict)  # of the engine and the order; equal means bit-exact
 
 

@@ -11,6 +11,7 @@ import torch
 from app import formats
 from app.kit import manifest
 from app.models.model_card import AppliedAdapter, Provenance, load_code, requirements
+from app.objectives import OBJECTIVES
 from app.run_settings import RunSettings
 from app.spec import Adapter, JobSpec
 from app.strategies._files import NEW_TOKENS
@@ -48,7 +49,7 @@ def card(spec: JobSpec, state: State, labels: int = 0) -> str:
     scores = "".join(f"| {key} | {state.before[key]:.4f} | {state.best[key]:.4f} |\n" for key in state.before if key in state.best)
     table = f"\n## On validation rows\n\n| | before | after |\n|---|---:|---:|\n{scores}" if scores else ""
     added = f"\n| new tokens | {len(run.new_tokens)} |" if run.new_tokens else ""
-    kind = "classifier" if labels else formats.get(spec.dataset.format).tuned_kind(spec.model.kind)
+    kind = OBJECTIVES[spec.task].result_kind or formats.get(spec.dataset.format).tuned_kind(spec.model.kind)
     code = load_code(kind, made_of(spec, labels))
     return f"""---
 base_model: {spec.model.name}

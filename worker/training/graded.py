@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from app import graders
-from app.errors import BadData
-from app.graders import GradedSample, Grader, item_of
+from app.errors import BadData, StudioError
+from app.graders import Ask, GradedSample, Grader, Reply, item_of
 from app.kit import stats
 from app.spec import JobSpec
 from worker.data.batching import Row
@@ -18,23 +20,62 @@ from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
 
+Answer = Callable[[Ask], Reply]
+"""Asks a model for a grader."""
 SECONDS = 600.0
 """Time limit of the answers of one evaluation; a row that is not answered in time has no score at this evaluation."""
 
 
-def grade_of(grader: Grader, row: Row, asked: HeldOutPrompt, text: str) -> graders.Graded:
-    """The grade of one answer to the prompt of a row."""
-    return graders.scored(grader, graders.grade(grader, GradedSample(text), item_of(row.row, asked.text, asked.reference)))
+AT_ONCE = 8
+"""Answers that are graded at the same time where a model is asked."""
+
+
+class ModelAway(StudioError):
+    """A model that a grader asks could not be asked: what would be learned without it is not what was wanted."""
+
+    status, code, type = 503, "model_away", "server_error"
+
+
+class GivenAnswer(NamedTuple):
+    """An answer to the prompt of a row."""
+
+    row: Row
+    asked: HeldOutPrompt
+    text: str
+
+
+def grading(grader: Grader, answers: Sequence[GivenAnswer], answer: Answer) -> Generator[float, None, list[graders.Graded]]:
+    """The grades of answers, in their order; yields the share that is done. Raises ModelAway."""
+    found: list[graders.Graded] = []
+    at_once = AT_ONCE if any(True for _ in grader.models()) else 1
+    with ThreadPoolExecutor(at_once, thread_name_prefix="grading") if at_once > 1 else nullcontext() as pool:
+        for start in range(0, len(answers), at_once):
+            yield start / len(answers)
+            part = answers[start : start + at_once]
+            found += pool.map(lambda one: _grade(grader, one, answer), part) if pool else [_grade(grader, one, answer) for one in part]
+            if away := next((one.why for one in found[start:] if one.error and one.error[0] == AWAY), None):
+                hint = "Bring that model back, then resume: nothing is lost."
+                raise ModelAway(f"The grader {grader.name} could not ask its model. {away}", hint=hint)
+    return found
+
+
+AWAY = "model_grader_server_error"
+
+
+def _grade(grader: Grader, given: GivenAnswer, answer: Answer) -> graders.Graded:
+    item = item_of(given.row.row, given.asked.text, given.asked.reference)
+    return graders.scored(grader, graders.grade(grader, GradedSample(given.text), item, answer))
 
 
 class RowGrades(NamedTuple):
     """Mean score of each grader by the name of its curve, the first grader's score of each row, why answers had no score, and the answers,
-    None for one that was not finished in time."""
+    None for one that was not finished in time; `others` are the scores of each row by the further graders."""
 
     means: dict[str, float]
     first: list[float | None]
     faults: list[str]
     answers: list[str | None]
+    others: list[list[float | None]] = []  # noqa: RUF012  # never changed
 
 
 class GradedRows:
@@ -49,24 +90,21 @@ class GradedRows:
             raise BadData("No validation row has a prompt to grade answers to.", hint="Leave graders out, or take rows with prompts.")
         self.names = _curves([grader.name for grader in self.graders])
 
-    def measure(self, model: torch.nn.Module, engine: Compute, lead: Sequence[int]) -> RowGrades:
+    def measuring(self, model: torch.nn.Module, engine: Compute, lead: Sequence[int], answer: Answer) -> Generator[float, None, RowGrades]:
+        """The grades of the likeliest answers; yields the share of them that each grader has done. Raises ModelAway."""
         asked = [question for _, question in self.rows]
         told = held_out.answers_in_batches(model, self.tokenizer, asked, self.most, engine, lead, SECONDS)
         means, faults = dict[str, float](), list[str]()
-        first: list[float | None] = []
+        by_grader: list[list[float | None]] = []
+        given = {i: GivenAnswer(*row, text) for i, (row, text) in enumerate(zip(self.rows, told, strict=True)) if text is not None}
         for grader, name in zip(self.graders, self.names, strict=True):
-            scores: list[float | None] = []
-            for (row, question), text in zip(self.rows, told, strict=True):
-                if text is None:
-                    scores.append(None)
-                    continue
-                found = grade_of(grader, row, question, text)
-                scores.append(found.score)
-                faults += [f"{grader.name}: {found.why}"] if found.why else []
+            grades = dict(zip(given, (yield from grading(grader, list(given.values()), answer)), strict=True))
+            scores = [grades[i].score if i in grades else None for i in range(len(told))]
+            faults += [f"{grader.name}: {one.why}" for one in grades.values() if one.why]
             if known := [score for score in scores if score is not None]:
                 means[name] = sum(known) / len(known)
-            first = first or scores
-        return RowGrades(means, first, faults, told)
+            by_grader.append(scores)
+        return RowGrades(means, by_grader[0], faults, told, by_grader[1:])
 
 
 def _curves(names: Sequence[str]) -> list[str]:

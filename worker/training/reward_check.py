@@ -18,7 +18,7 @@ from app.graders import Grader
 from app.objectives.reinforcement import ReinforcementSettings
 from app.storage.atomic import write_atomically
 from worker.runtime.device import Compute
-from worker.training.graded import grade_of
+from worker.training.graded import Answer, GivenAnswer, grading
 from worker.training.rollouts import RolloutPrompt, Rollouts, rolled
 
 FILE = "reward_check.json"
@@ -65,25 +65,23 @@ def check(
     prompts: Sequence[RolloutPrompt],
     settings: ReinforcementSettings,
     grader: Grader,
+    answer: Answer,
     seed: int,
     engine: Compute,
 ) -> Generator[float, None, RewardCheck]:
     """Draw and grade answers of the base, and say what follows from them."""
     began = time.monotonic()
-    found = yield from rolled(model, tokenizer, prompts, settings, grader, seed, engine)
-    references, each = _of_references(grader, prompts)
+    found = yield from rolled(model, tokenizer, prompts, settings, grader, answer, seed, engine)
+    references, each = yield from _of_references(grader, prompts, answer)
     return judged(found, references, each, time.monotonic() - began)
 
 
-def _of_references(grader: Grader, prompts: Sequence[RolloutPrompt]) -> tuple[list[float], float]:
+def _of_references(grader: Grader, prompts: Sequence[RolloutPrompt], answer: Answer) -> Generator[float, None, tuple[list[float], float]]:
     """(rewards of the dataset's own answers, seconds of one)."""
-    found, began, asked = [], time.monotonic(), 0
-    for prompt in prompts:
-        if prompt.asked.reference:
-            asked += 1
-            graded = grade_of(grader, prompt.row, prompt.asked, prompt.asked.reference)
-            found += [graded.score] if graded.score is not None else []
-    return found, (time.monotonic() - began) / max(asked, 1)
+    began = time.monotonic()
+    given = [GivenAnswer(one.row, one.asked, one.asked.reference) for one in prompts if one.asked.reference]
+    grades = yield from grading(grader, given, answer)
+    return [one.score for one in grades if one.score is not None], (time.monotonic() - began) / max(len(given), 1)
 
 
 def judged(found: Rollouts, references: Sequence[float], grader_seconds: float, seconds: float) -> RewardCheck:

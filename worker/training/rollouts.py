@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from app.errors import BadData
 from app.graders import Grader
+from app.objectives import DrawnSettings
 from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
 from worker.data.batching import Row, Tokenised
 from worker.data.chat_template import stop_ids
@@ -18,7 +19,7 @@ from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
 from worker.scoring.sampler import DrawnAnswer, DrawOrder, drawing
-from worker.training.graded import grade_of
+from worker.training.graded import Answer, GivenAnswer, grading
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group's rewards, as TRL does."""
@@ -84,29 +85,55 @@ def advantages(rewards: Sequence[float | None], loss: PolicyLoss) -> list[float]
     return [next(each) if r is not None else 0.0 for r in rewards]
 
 
+class DrawnTexts(NamedTuple):
+    """The answers to some prompts: the prompts' token ids, each answer with the place of its prompt, and their texts."""
+
+    prompts: list[list[int]]
+    answers: list[tuple[int, DrawnAnswer]]
+    texts: list[str]
+
+
+def drawn_texts(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[RolloutPrompt],
+    settings: DrawnSettings,
+    seed: int,
+    engine: Compute,
+    lead: Sequence[int] = (),
+) -> Generator[float, None, DrawnTexts]:
+    """Draw `group_size` answers to each prompt; yields the share that is done."""
+    stops = frozenset(stop_ids(tokenizer, held_out.plain_model(model).generation_config))
+    texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
+    drawn = yield from drawing(model, tokenizer, DrawOrder(texts, settings.group_size, settings.answer_tokens, stops, seed), engine)
+    answers = [(place, one) for place, several in enumerate(drawn) for one in several]
+    told = [held_out.as_text(tokenizer, prompts[place].asked, [i for i in one.ids if i not in stops]) for place, one in answers]
+    return DrawnTexts(texts, answers, told)
+
+
+def ungraded(drawn: DrawnTexts) -> Rollouts:
+    """Answers without rewards, which teach by their tokens alone."""
+    return _packed(drawn, [None] * len(drawn.answers), [0.0] * len(drawn.answers), [])
+
+
 def rolled(
     model: torch.nn.Module,
     tokenizer: Any,
     prompts: Sequence[RolloutPrompt],
     settings: ReinforcementSettings,
     grader: Grader,
+    answer: Answer,
     seed: int,
     engine: Compute,
     lead: Sequence[int] = (),
 ) -> Generator[float, None, Rollouts]:
-    """Draw `group_size` answers to each prompt and grade them; yields the share that is done. Raises BadData where most cannot be graded."""
-    stops = frozenset(stop_ids(tokenizer, held_out.plain_model(model).generation_config))
-    texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
-    order = DrawOrder(texts, settings.group_size, settings.answer_tokens, stops, seed)
-    drawn = yield from drawing(model, tokenizer, order, engine)
-    answers = [(place, answer) for place, several in enumerate(drawn) for answer in several]
-    told = [held_out.as_text(tokenizer, prompts[place].asked, [i for i in answer.ids if i not in stops]) for place, answer in answers]
-    rewards: list[float | None] = []
-    faults: list[str] = []
-    for (place, _), text in zip(answers, told, strict=True):
-        graded = grade_of(grader, prompts[place].row, prompts[place].asked, text)
-        rewards.append(graded.score)
-        faults += [graded.why] if graded.why else []
+    """Draw `group_size` answers to each prompt and grade them; yields the share that is done, of either. Raises BadData where most cannot be
+    graded, and ModelAway."""
+    drawn = yield from drawn_texts(model, tokenizer, prompts, settings, seed, engine, lead)
+    told = zip(drawn.answers, drawn.texts, strict=True)
+    given = [GivenAnswer(prompts[place].row, prompts[place].asked, text) for (place, _), text in told]
+    grades = yield from grading(grader, given, answer)
+    rewards, faults = [one.score for one in grades], [one.why for one in grades if one.why]
     if len(faults) > MAX_UNGRADED * len(rewards):
         raise BadData(
             f"The grader {grader.name} could not grade {len(faults)} of {len(rewards)} answers. {faults[0]}",
@@ -114,17 +141,11 @@ def rolled(
         )
     each = settings.group_size
     found = [a for at in range(0, len(rewards), each) for a in advantages(rewards[at : at + each], settings.loss)]
-    return _packed(texts, answers, rewards, found, told, faults)
+    return _packed(drawn, rewards, found, faults)
 
 
-def _packed(
-    texts: Sequence[list[int]],
-    answers: Sequence[tuple[int, DrawnAnswer]],
-    rewards: list[float | None],
-    found: Sequence[float],
-    told: list[str],
-    faults: list[str],
-) -> Rollouts:
+def _packed(drawn: DrawnTexts, rewards: list[float | None], found: Sequence[float], faults: list[str]) -> Rollouts:
+    texts, answers, told = drawn
     ids = [np.asarray([*texts[place], *answer.ids], np.int32) for place, answer in answers]
     trained = [np.arange(len(row)) >= len(texts[place]) for row, (place, _) in zip(ids, answers, strict=True)]
     starts = np.cumsum([0, *map(len, ids)]).astype(np.int64)

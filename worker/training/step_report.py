@@ -49,10 +49,12 @@ def report(job: Any, step: events.Step, figures: AsyncScalars) -> events.Step:
             hint=f"Lower the learning rate to {job.spec.learning_rate / 10:.1g}, or raise the warm-up.",
         )
     watch_divergence(job, step.step, loss_value)
+    metrics = job.lesson.name_metrics(read[2:]) if len(read) > 2 else {}
+    job.lesson.watch_step(state, metrics)
     return step.model_copy(
         update={
             "loss": loss_value,
-            "metrics": job.lesson.name_metrics(read[2:]) if len(read) > 2 else {},
+            "metrics": metrics,
             "grad_norm": norm_value,
             "tokens_per_second": _speed(job),
             "memory_bytes": devices.of(job.engine.device).peak_memory(job.engine.device),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from app import events
+from app.graders import Ask, Reply, no_models
 from app.spec import JobSpec
 from worker.data.batching import Tokenised
 from worker.modeling.classifier import Classifier
@@ -42,6 +43,7 @@ class EvalResult(NamedTuple):
     rows: list[float]
     graded: list[float | None] = []  # noqa: RUF012  # never changed; the first grader's score of each graded row, where the job has graders
     faults: list[str] = []  # noqa: RUF012  # why answers had no score
+    value: float | None = None  # what the best checkpoint has least of, where that is not the loss
 
 
 Loader = Callable[[], torch.nn.Module]
@@ -52,6 +54,7 @@ class TrainingObjective(ABC):
     """One task. Made from an order and its tokenizer, it has read the data; raises BadData when nothing can be learnt."""
 
     unit: ClassVar[str]  # what one loss is about
+    excluded: ClassVar[str] = "rows have nothing left to train on"  # what is said of rows that were skipped
     preparing: ClassVar[str] = "Reading the rows with the base model"  # what `prepare` does
     accuracy: ClassVar[str] = "accuracy"  # which of the scores is the share that it gets right
     draws: ClassVar[bool] = False  # the rows of a step are drawn from the model when the step begins (`draw`, `take`)
@@ -60,6 +63,7 @@ class TrainingObjective(ABC):
     held_out: Tokenised
     played: Tokenised | None = None  # the training rows, and behind them general ones that are played in against forgetting
     labels: list[str] | None = None
+    answer: Callable[[Ask], Reply] = staticmethod(no_models)  # asks a model for a grader
     learned_rows: Sequence[LearnedRows] = ()  # of new tokens, where the strategy keeps their table frozen
     frames: Sequence[PackShape] = ()  # the shapes of packs on a GPU, the smallest first
 
@@ -144,6 +148,12 @@ class TrainingObjective(ABC):
         """The figures of a step's event from the sums that its passes measured."""
         return {}
 
+    def watch_step(self, state: State, metrics: dict[str, float]) -> None:  # noqa: B027  # most objectives watch nothing
+        """Set the state's `stop_reason` where the metrics of a step say that the job must stop."""
+
+    def watch_evaluation(self, state: State) -> None:  # noqa: B027
+        """The same after an evaluation."""
+
     @abstractmethod
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
         """Scores of the held-out rows."""
@@ -203,5 +213,8 @@ def remarks_on(lesson: TrainingObjective) -> Iterator[str]:
     for name, part in (("training", lesson.train), ("validation", lesson.held_out)):
         if part.cut:
             yield f"{part.cut} {name} rows were longer than {lesson.longest} tokens and were cut."
+        if part.skipped:
+            lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
+            yield f"{len(part.skipped)} {name} {lesson.excluded} and were excluded (lines {lines})."
     if not len(lesson.held_out):
         yield "No rows are held out, so the last weights are kept and training does not stop early."

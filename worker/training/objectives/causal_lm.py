@@ -92,10 +92,6 @@ class CausalLM(TrainingObjective):
         yield from remarks_on(self)
         if told := template_remark(self.tokenizer, self.spec.run):
             yield told
-        for name, part in (("training", self.train), ("validation", self.held_out)):
-            if part.skipped:
-                lines = ", ".join(map(str, part.skipped[:5])) + (", …" if len(part.skipped) > 5 else "")
-                yield f"{len(part.skipped)} {name} {self.excluded} and were excluded (lines {lines})."
         if self.plain_template and formats.get(self.spec.dataset.format).conversations:
             yield "The model has no chat template; it is given a plain one, which is saved with the result."
         if self.added:
@@ -150,7 +146,7 @@ class CausalLM(TrainingObjective):
         found = EvalResult(held_out.measures(scored, self.held_bytes), _means(scored)[:MAX_REMEMBERED])
         if self.graded is None:
             return found
-        graded = self.graded.measure(model, engine, self.lead)
+        graded = yield from self.graded.measuring(model, engine, self.lead, self.answer)
         return found._replace(metrics=found.metrics | graded.means, graded=graded.first, faults=graded.faults)
 
     def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:

@@ -152,6 +152,7 @@ def probabilities(model: Classifier, data: Tokenised, budget: int, engine: Compu
 
 class SequenceClassification(TrainingObjective):
     unit: ClassVar = "text"
+    reads: str = ""  # as `Classifier.reads`
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         super().__init__(spec, tokenizer)
@@ -172,10 +173,10 @@ class SequenceClassification(TrainingObjective):
 
     def attach(self, model: torch.nn.Module) -> Classifier:
         strategy, shape, labels = self.spec.strategy, self.spec.model.shape, self.labels or []
-        body = strategy.attach(model, task="classification", labels=len(labels))
+        body = strategy.attach(model, task=self.spec.task, labels=len(labels))
         head = strategy.head(shape.hidden, len(labels)).to(next(model.parameters()).device)
         pooling = pooling_of(strategy, shape.architecture)
-        return Classifier(body, head, pooling, skip=strategy.virtual_tokens(), labels=labels)
+        return Classifier(body, head, pooling, skip=strategy.virtual_tokens(), labels=labels, reads=self.reads)
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from app.errors import BadData, StudioError
+from app.errors import StudioError
 from app.formats.preference import conversation_with
 from app.jobs import solved_examples
 from app.kit import manifest
@@ -25,8 +25,8 @@ from app.objectives.dpo import PreferenceSettings
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
-from worker.data.chat_template import prepare_tokenizer
-from worker.data.preference_pairs import PreferencePairs, sequences_of, tokenise_pairs
+from worker.data.chat_template import prepare_for_answers
+from worker.data.preference_pairs import PreferencePairs, pairs_of_sides, sequences_of
 from worker.modeling.cross_entropy import head_of
 from worker.modeling.packed_attention import PackShape
 from worker.modeling.token_logprobs import token_nats
@@ -145,25 +145,15 @@ class DPO(CausalLM):
     counts_tokens: bool = False  # whether the loss asks for the number of tokens of the chosen answers
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
-        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
-        if self.plain_template and spec.model.kind == "generic":  # its pairs are texts, so no template is learnt or saved
-            tokenizer.chat_template, self.plain_template = None, False
+        self.plain_template = prepare_for_answers(tokenizer, spec.run, spec.model.kind)
         TrainingObjective.__init__(self, spec, tokenizer)
         self.settings = spec.preference or PreferenceSettings()
         self.means, self.reads_base = self.settings.means, self.settings.reads_base
         self.counts_tokens = self.settings.loss == "cpo"
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batching.sides(spec)
-        self.pairs = {
-            "train": tokenise_pairs(tokenizer, train_rows, kind, self.longest, self.lead),
-            "held_out": tokenise_pairs(tokenizer, held_rows, kind, self.longest, self.lead),
-        }
+        self.pairs = pairs_of_sides(tokenizer, train_rows, held_rows, kind, self.longest, self.lead)
         self.train, self.held_out = self.pairs["train"].pairs, self.pairs["held_out"].pairs
-        if not len(self.train):
-            raise BadData(
-                f"None of the {len(train_rows)} pairs has two different answers within {self.longest} tokens.",
-                hint="Raise the max sequence length, or check the two answers of each row.",
-            )
         kept = set(self.held_out.lines)
         # As rows that end with the better answer, which is what samples and evaluations compare with.
         self.held_rows = [Row(line, conversation_with(row, "chosen", kind)) for line, row in held_rows if line in kept]

@@ -20,7 +20,7 @@ from app.objectives.kto import KTOSettings
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Batch, Row, make_batch
-from worker.data.chat_template import prepare_tokenizer
+from worker.data.chat_template import prepare_for_answers
 from worker.data.rated_rows import tokenise_rated
 from worker.runtime.device import Compute
 from worker.runtime.distributed import ProcessGroup
@@ -92,9 +92,7 @@ class KTO(DPO):
     measures: ClassVar = 7  # those of `sums_of`
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
-        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
-        if self.plain_template and spec.model.kind == "generic":  # its rows are texts, so no template is learnt or saved
-            tokenizer.chat_template, self.plain_template = None, False
+        self.plain_template = prepare_for_answers(tokenizer, spec.run, spec.model.kind)
         TrainingObjective.__init__(self, spec, tokenizer)
         run, kind = spec.run, spec.model.kind
         train_rows, held_rows = batching.sides(spec)

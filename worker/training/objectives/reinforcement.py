@@ -18,15 +18,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from app import events, graders
+from app import graders
 from app.errors import BadData
 from app.kit import stats
 from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
 from app.spec import JobSpec
-from worker.data import batching
-from worker.data.batching import Batch, Row, make_batch
-from worker.data.chat_template import prepare_tokenizer
-from worker.data.packing import best_fit
+from worker.data.batching import Batch, make_batch
 from worker.modeling.cross_entropy import head_of
 from worker.modeling.token_logprobs import token_nats
 from worker.runtime import distributed
@@ -34,11 +31,10 @@ from worker.runtime.device import Compute
 from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest
-from worker.training import reward_check
+from worker.training import reward_check, watch
 from worker.training.checkpoint import State
-from worker.training.graded import GradedRows, RowGrades
-from worker.training.objectives._base import EvalResult, LossOutput, TrainingObjective
-from worker.training.objectives.causal_lm import CausalLM
+from worker.training.objectives._base import EvalResult, LossOutput
+from worker.training.objectives._drawn import DrawnAnswersObjective
 from worker.training.rollouts import FIGURES, MAX_REFILLS, RolloutPrompt, Rollouts, joined, only, rolled
 
 MEASURED = (*FIGURES, "kl", "clipped", "log_ratio", "log_ratio_squared", "read")
@@ -106,59 +102,24 @@ def policy_losses(
     return PolicyLosses(losses, torch.stack([values.detach().double().sum() for values in measured]))
 
 
-class Reinforcement(CausalLM):
+class Reinforcement(DrawnAnswersObjective):
     unit: ClassVar = "answer"
-    balances: ClassVar = False
     preparing: ClassVar = "Checking whether the reward can teach"
     accuracy: ClassVar = "reward"
     measures: ClassVar = len(MEASURED)
-    draws: ClassVar = True
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
-        self.plain_template = prepare_tokenizer(tokenizer, spec.run)
-        TrainingObjective.__init__(self, spec, tokenizer)
         assert isinstance(spec.preference, ReinforcementSettings)
         self.settings, self.grader = spec.preference, graders.parse(spec.preference.grader)
-        train_rows, held_rows = batching.sides(spec)
-        self.room = spec.model.shape.positions - self.settings.answer_tokens - len(self.lead)
-        longest = min(self.room, spec.run.max_length - self.settings.answer_tokens)
-        self.prompts = [
-            RolloutPrompt(row, one) for row in train_rows for one in held_out.questions(tokenizer, [row], spec.model.kind, 1, longest)
-        ]
-        if not self.prompts:
-            raise BadData(
-                f"None of the {len(train_rows)} rows has a prompt that leaves room for an answer of {self.settings.answer_tokens} tokens.",
-                hint="Lower answer_tokens, raise the max sequence length, or take rows with prompts.",
-            )
-        self.left_out = len(train_rows) - len(self.prompts)
-        self.train = _as_rows(self.prompts, self.lead, self.settings.answer_tokens, tokenizer)
-        self.graded = None
-        self.held_rows: list[Row] = []
-        if held_rows:
-            judged = [spec.preference.grader, *(one for one in spec.graders if one != spec.preference.grader)]
-            self.graded = GradedRows(
-                spec.model_copy(update={"graders": tuple(judged), "run": spec.run.model_copy(update={"sample_tokens": self.settings.answer_tokens})}),
-                tokenizer, held_rows, self.room,
-            )  # fmt: skip
-            self.held_rows = [row for row, _ in self.graded.rows]
-        held = [RolloutPrompt(row, one) for row, one in (self.graded.rows if self.graded else [])]
-        self.held_out = _as_rows(held, self.lead, 1, tokenizer)
-        self.tryout: dict[str, Any] = {}
-        self.questions = [prompt.asked for prompt in held[: spec.run.samples]]
-        self._take(_nothing_drawn(self.train), None)
-        self.newest: RowGrades | None = None  # of the held-out prompts
+        self.base: np.ndarray | None = None  # log-probabilities under the base, where they are needed
+        super().__init__(spec, tokenizer)
         self.check: reward_check.RewardCheck | None = None
 
+    def judging_graders(self) -> list[dict[str, Any]]:
+        """The reward, and behind it the others."""
+        return [self.settings.grader, *(one for one in self.spec.graders if one != self.settings.grader)]
+
     # Before training ----------------------------------------------------------------------------------------------------
-
-    def remarks(self) -> Iterator[str]:
-        yield from super().remarks()
-        if self.left_out:
-            yield f"{self.left_out} training rows have no prompt that leaves room for an answer, and were excluded."
-
-    @property
-    def rows_per_pass(self) -> int:
-        return self.settings.prompts_per_step
 
     def prepare(self, model: torch.nn.Module, engine: Compute, attempt: Path, budget: int) -> Generator[float, None, None]:
         """Have the base answer some prompts, unless an earlier attempt did. Raises BadData where the reward teaches nothing."""
@@ -170,7 +131,9 @@ class Reinforcement(CausalLM):
             return
         draw = random.Random(f"luthier/check/{self.spec.run.seed}")
         asked = draw.sample(self.prompts, min(self.settings.check_prompts, len(self.prompts)))
-        self.check = yield from reward_check.check(model, self.tokenizer, asked, self.settings, self.grader, self.spec.run.seed, engine)
+        self.check = yield from reward_check.check(
+            model, self.tokenizer, asked, self.settings, self.grader, self.answer, self.spec.run.seed, engine
+        )
         reward_check.write(attempt, self.check)
         if not self.check.teaches and not self.settings.despite_check:
             raise BadData(f"Not worth starting: {self.check.why}", hint=self.check.hint)
@@ -183,14 +146,6 @@ class Reinforcement(CausalLM):
             yield self.check.sentence
 
     # Training -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def answer_limit(self) -> int:
-        return self.settings.answer_tokens
-
-    @property
-    def step_rows(self) -> batching.Tokenised:
-        return self.rollouts.data
 
     def draw(
         self, window: Sequence[Sequence[int]], step: int, model: torch.nn.Module, engine: Compute, budget: int
@@ -209,7 +164,7 @@ class Reinforcement(CausalLM):
             spread = found.spread()
             best = sorted(range(len(spread)), key=lambda group: not spread[group])[: len(prompts)]
             found = only(found, best)
-        if not self.settings.kl:
+        if not self.settings.reads_base:
             return found, None
         with model.disable_adapter():  # type: ignore[operator]  # peft's; `app/planning/reinforcement.py` refuses others
             return found, (yield from self._log_probabilities(model, found, engine, budget))
@@ -218,7 +173,7 @@ class Reinforcement(CausalLM):
         self, model: torch.nn.Module, prompts: Sequence[RolloutPrompt], step: int, turn: int, engine: Compute
     ) -> Generator[float, None, Rollouts]:
         seed = (self.spec.run.seed * 1_000_003 + step) * (MAX_REFILLS + 1) + turn
-        found = yield from rolled(model, self.tokenizer, prompts, self.settings, self.grader, seed, engine, self.lead)
+        found = yield from rolled(model, self.tokenizer, prompts, self.settings, self.grader, self.answer, seed, engine, self.lead)
         return found
 
     def _log_probabilities(
@@ -238,21 +193,21 @@ class Reinforcement(CausalLM):
 
     def take(self, drawn: tuple[Rollouts, np.ndarray | None], budget: int) -> list[list[int]]:
         """The packs of a step's answers."""
-        self._take(*drawn)
-        return best_fit(range(len(self.counts)), self.rollouts.data.lengths, budget)
+        rollouts, self.base = drawn
+        self.take_rollouts(rollouts)
+        return self.packs_of_answers(budget)
 
-    def _take(self, rollouts: Rollouts, base: np.ndarray | None) -> None:
-        self.rollouts, self.base = rollouts, base
-        self.counts = rollouts.data.trained_counts()
-        self.ends = np.cumsum([0, *self.counts])
+    @property
+    def limit(self) -> float:
+        """What the sum over an answer's tokens is divided by, where that is not their number."""
         mean = max(1.0, float(self.ends[-1]) / len(self.counts))
-        self.limit = float(self.settings.answer_tokens) if self.settings.loss.average == "limit" else mean
+        return float(self.settings.answer_tokens) if self.settings.loss.average == "limit" else mean
 
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         return sum(len(pack) for pack in window)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        places = np.concatenate([np.arange(self.ends[row], self.ends[row + 1]) for row in pack])
+        places = self.token_places(pack)
         figures = self.rollouts.figures() if 0 in pack else torch.zeros(len(FIGURES), dtype=torch.float64)
         old, advantages = (
             sent(torch.from_numpy(values), engine.device) for values in (-self.rollouts.nats[places], self.rollouts.advantages[list(pack)])
@@ -287,36 +242,33 @@ class Reinforcement(CausalLM):
             "clip_fraction": sums["clipped"] / read,
             "ratio_std": max(sums["log_ratio_squared"] / read - mean * mean, 0.0) ** 0.5,
         }
-        return found | ({"kl": sums["kl"] / read} if self.settings.kl else {})
+        return found | ({"kl": sums["kl"] / read} if self.settings.reads_base else {})
+
+    def watch_step(self, state: State, metrics: dict[str, float]) -> None:
+        if self.settings.max_kl:
+            watch.watch_kl(state, metrics["kl"], self.settings.max_kl)
+
+    def watch_evaluation(self, state: State) -> None:
+        if self.settings.stop_when_parted and self.graded and self.newest and self.newest.others:
+            watch.watch_graders(state, self.graded.graders[1].name, state.last["reward"], self.newest.others[0])
 
     # Judging ------------------------------------------------------------------------------------------------------------
 
     def validate(self, model: torch.nn.Module, budget: int, engine: Compute) -> Generator[float, None, EvalResult]:
-        """The likeliest answer to each held-out prompt, graded by the reward and by the job's other graders."""
+        """The likeliest answer to each held-out prompt, graded by the reward and by the job's other graders. The best checkpoint is that of the
+        first of the others: the reward is what is optimized, and judges nothing."""
         yield 0.0
         assert self.graded is not None
-        self.newest = self.graded.measure(model, engine, self.lead)
-        means, first, faults, _ = self.newest
+        self.newest = yield from self.graded.measuring(model, engine, self.lead, self.answer)
+        means, first, faults = self.newest.means, self.newest.first, self.newest.faults
         known = [score for score in first if score is not None]
         reward = sum(known) / max(len(known), 1)
         own = self.graded.names[0]
         rest = {name: value for name, value in means.items() if name != own}
         rows = [float("nan") if score is None else 1 - score for score in first]
-        return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, rows, first, faults)
-
-    def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
-        """The first answers of the newest validation, with their rewards."""
-        if self.newest is None:
-            return []
-        told = zip(self.questions, state.base_answers, self.newest.answers, self.newest.first, strict=False)
-        return [
-            events.Sample(prompt=q.text, reference=q.reference, base=base, answer=text or "", score=score) for q, base, text, score in told
-        ]
-
-    row_losses, row_losses_before = TrainingObjective.row_losses, TrainingObjective.row_losses_before  # the ledger has none
-
-    def _few_shot_rows(self) -> None:
-        return None
+        other = [score for score in self.newest.others[0] if score is not None] if self.newest.others else []
+        value = 1 - fmean(other) if other else None
+        return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, rows, first, faults, value)
 
     def _contest(self, state: State, *_: Any) -> dict[str, Any]:
         """The rewards of the held-out prompts, before and after, where both answers have one."""
@@ -327,21 +279,3 @@ class Reinforcement(CausalLM):
             return contest("reward", None)
         between = stats.paired(one, other) or (math.nan, math.nan)
         return contest("reward", {"rows": len(graded), "one": fmean(one), "other": fmean(other), "interval": between})
-
-
-def _as_rows(prompts: Sequence[RolloutPrompt], lead: Sequence[int], answer: int, tokenizer: Any) -> batching.Tokenised:
-    """Prompts with room for an answer of so many tokens, as rows are planned and counted."""
-    pad = tokenizer.pad_token_id or 0
-    rows = [np.asarray([*lead, *prompt.asked.ids, *[pad] * answer], np.int32) for prompt in prompts]
-    trained = [np.arange(len(row)) >= len(row) - answer for row in rows]
-    starts = np.cumsum([0, *map(len, rows)]).astype(np.int64)
-    lines = [prompt.row.line for prompt in prompts]
-    empty = np.zeros(0, np.int32)
-    return batching.Tokenised(np.concatenate([empty, *rows]), np.concatenate([empty.astype(bool), *trained]), starts, lines, 0, [])
-
-
-def _nothing_drawn(data: batching.Tokenised) -> Rollouts:
-    """Rows as they are before the first step: no answer has a log-probability or an advantage."""
-    rows, tokens = len(data), int(data.trained.sum())
-    unknown, zeros = np.full(tokens, np.nan, np.float32), np.zeros(rows, np.float32)
-    return Rollouts(data, unknown, zeros, [None] * rows, list(range(rows)), [True] * rows, [""] * rows, [])
