@@ -28,6 +28,7 @@ from app.tables import (
     PromptRun,
     RequestBatch,
     SavedGrader,
+    StopVisit,
     Upload,
     User,
     Vote,
@@ -52,7 +53,8 @@ T = TypeVar(
     | Upload
     | WebhookEndpoint
     | Eval
-    | EvalRun,
+    | EvalRun
+    | StopVisit,
 )
 
 
@@ -82,6 +84,7 @@ _SHOWN: dict[type[Any], _Shown] = {
     SavedGrader: _Shown("grader", ids.GRADER, "grader_id"),
     Vote: _Shown("vote", ids.VOTE, "vote_id"),
     Exchange: _Shown("conversation", None, None, "The playground's history lists those that are stored."),
+    StopVisit: _Shown("result of the reading room", None, "visit", "The page of the stop lists yours."),
     Upload: _Shown("upload", None, None, "Begin again."),
 }
 

@@ -136,6 +136,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     from app.jobs import request as job_request
     from app.jobs import service as jobs
     from app.kit import ids
+    from app.learn import STOPS
     from app.models import aliases
     from app.prompts import runs as prompt_runs
     from app.prompts import service as prompts
@@ -204,6 +205,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/graders/{grader_id}": {"": ids.public(ids.GRADER, grader.id)},
         "/evals/{eval_id}": {"": ids.public(ids.EVAL, eval_of_api.id)},
         "/guide/{strategy}": {"": "lora"},
+        "/learn/{stop}": {name: name for name in STOPS},
     }
 
 

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -155,13 +156,14 @@ class Studio(NamedTuple):
 
 
 @contextmanager
-def studio(model: Path, name: str = STARTER) -> Iterator[Studio]:
-    """`luthier up` in a folder of its own with the starter model `name` in it, copied from the folder `model`."""
+def studio(model: Path, name: str = STARTER, others: Mapping[str, Path] = MappingProxyType({})) -> Iterator[Studio]:
+    """`luthier up` in a folder of its own with the starter model `name` in it, copied from the folder `model`, and `others` by their names."""
     from app.models import starters
 
     folder = Path(tempfile.mkdtemp(prefix="luthier-studio-"))
     folder.chmod(0o711)
-    shutil.copytree(model.resolve(), folder / "models" / str(starters.model_id(name)))
+    for starter, place in {name: model, **others}.items():
+        shutil.copytree(place.resolve(), folder / "models" / str(starters.model_id(starter)))
     port, log = free_port(), folder / "up.log"
     env = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
     env |= {"LUTHIER_DATA_DIR": str(folder), "LUTHIER_OFFLINE": "true", "PYTHONUNBUFFERED": "1"}

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from sqlalchemy.orm import Session
 
 from app.kit import ids
+from app.models import from_nothing, starters
 from app.models import service as models
-from app.models import starters
 from app.models.starters import Starter
 from app.tables import Model, User
 
@@ -37,7 +37,7 @@ class Offer(NamedTuple):
 def offer(session: Session, user: User) -> Offer | None:
     """The offer; None as soon as there is a model that can be used."""
     found = models.offered(session, user)
-    if any(model.status == "ready" for model in found):
+    if any(model.status == "ready" and not from_nothing.is_blank(model) for model in found):
         return None
     by_status = {model.status: model for model in found}
     return Offer(starters.find(FIRST), by_status.get("fetching") or by_status.get("error"))

@@ -19,13 +19,13 @@ from app.errors import NotFound
 from app.formats import FORMATS
 from app.jobs import spec_builder
 from app.kit.forms import FormField, controls, whole_number
+from app.learn import STOPS
 from app.models import service as models
 from app.planning import calculator
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Job
 from app.views.glossary import GLOSSARY
-from app.views.learning_path import PATH
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
 from app.web.templates import render
@@ -71,7 +71,7 @@ def guide(request: Request, user: CurrentUser, parameters: str = EXAMPLES[0], to
     ]
     wanted = calculate(parameters, tokens)
     return render(
-        request, "guide.html", status_code=400 if wanted.fault else 200, families=families, glossary=GLOSSARY, path=PATH,
+        request, "guide.html", status_code=400 if wanted.fault else 200, families=families, glossary=GLOSSARY, stops=list(STOPS.values()),
         formats=FORMATS.values(), name_of=name_of, address=str(request.base_url), wanted=wanted, bits=calculator.BITS, examples=EXAMPLES,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
 from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
+from app.tables.learning import StopVisit
 from app.tables.models import AliasMove, Export, Model, ModelAlias
 from app.tables.outbox import Outbox
 from app.tables.playground import Answer, Exchange, Vote
@@ -67,6 +68,7 @@ __all__ = [
     "SavedGrader",
     "ShareLink",
     "SignInLink",
+    "StopVisit",
     "TokenUse",
     "TrackedRun",
     "TwoStep",

@@ -14,6 +14,7 @@ from app.errors import Conflict
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
+from app.models import from_nothing
 from app.models import imports as model_imports
 from app.models import service as models
 from app.tables import Dataset, Job, Model, User
@@ -167,5 +168,5 @@ def add_dialogue(session: Session) -> Model:
 
 def _of_kind(ready: list[Model], kind: str, name: str) -> Model | None:
     """The tutorial's own model, or the first of the kind that was not fine-tuned here."""
-    mine = [m for m in ready if m.kind == kind]
+    mine = [m for m in ready if m.kind == kind and not from_nothing.is_blank(m)]
     return next((m for m in mine if m.name == name), None) or next((m for m in mine if m.base_id is None), None)

@@ -8,7 +8,7 @@ need no script. Pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,28 @@ def picture(points: Sequence[Dot], x: Scale, y: Scale, *, joined: bool = False, 
         line=" ".join(f"{d.x:.1f},{d.y:.1f}" for d in ordered) if joined else "",
         base=up(base) if base is not None else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LinesPicture:
+    """The same for several lines: each has a name, its points as text, and the number of its color."""
+
+    lines: list[tuple[str, str, int]]
+    frame: Picture
+
+
+def lines(named: Mapping[str, Sequence[tuple[float, float]]], x: Scale, y: Scale) -> LinesPicture | None:
+    """Several lines on common axes; None with fewer than two points in all."""
+    every = [point for points in named.values() for point in points]
+    if len(every) < 2:
+        return None
+    across, x_ticks = _axis([at for at, _ in every], x, LEFT, WIDTH - RIGHT)
+    up, y_ticks = _axis([value for _, value in every], y, HEIGHT - BOTTOM, TOP)
+    drawn = [
+        (name, " ".join(f"{across(at):.1f},{up(value):.1f}" for at, value in sorted(points)), color)
+        for color, (name, points) in enumerate(named.items(), start=1)
+    ]
+    return LinesPicture(drawn, Picture([], x.title, y.title, x_ticks, y_ticks))
 
 
 def _axis(values: Sequence[float], scale: Scale, start: float, end: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:

@@ -42,6 +42,7 @@ TABLE: dict[Scope, str] = {
 GET / /compare /compare/curves /compare/new /compare/{comparison_id} /datasets /datasets/combine /datasets/join /datasets/new
 GET /datasets/{key} /datasets/{key}/conflicts /datasets/{key}/findings.{kind} /datasets/{key}/rows /datasets/{key}/rows/{line}
 GET /datasets/{key}/split /datasets/{key}/state /evaluations /evaluations/{evaluation_id} /first-model /guide /guide/{strategy} /jobs
+GET /learn /learn/{stop}
 GET /jobs/advice /jobs/compare /jobs/new /jobs/new/file /jobs/{job_id} /jobs/{job_id}/checkpoints/{step}/download /jobs/{job_id}/job.yaml
 GET /jobs/{job_id}/log.txt /jobs/{job_id}/results.csv /jobs/{job_id}/stream /models /models/loaded /models/terms/{name} /models/{key}
 GET /models/hub /v1/hub/models /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
@@ -78,6 +79,7 @@ POST /datasets/hub /datasets/paste /datasets/samples/{name} /datasets/{key}/conf
 POST /datasets/{key}/fix /datasets/{key}/read /datasets/{key}/repair /datasets/{key}/retry /datasets/{key}/roles
 POST /datasets/{key}/rows/{line} /datasets/{key}/split/drop /evaluations /evaluations/{evaluation_id}/cancel
 POST /evaluations/{evaluation_id}/delete /exports/{export_id}/cancel /exports/{export_id}/delete /exports/{export_id}/push /jobs
+POST /learn/{stop}
 POST /jobs/advice /jobs/new/file /jobs/{job_id}/checkpoints/{step}/keep /jobs/{job_id}/delete /jobs/{job_id}/pause /jobs/{job_id}/resume
 POST /jobs/{job_id}/retry /jobs/{job_id}/save /jobs/{job_id}/stop /models /models/{key}/aliases /models/{key}/aliases/remove
 POST /models/{key}/delete /models/{key}/engine /models/{key}/engine/check /models/{key}/exports /models/{key}/keep /models/{key}/merge

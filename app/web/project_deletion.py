@@ -28,6 +28,7 @@ from app.tables import (
     PromptRun,
     RequestBatch,
     SavedGrader,
+    StopVisit,
     TokenUse,
     Vote,
     WebhookEndpoint,
@@ -39,9 +40,16 @@ SHOWN: dict[str, Any] = {
     "evaluations": Evaluation, "exports": Export, "prompts": Prompt, "prompt runs": PromptRun, "graders": SavedGrader, "distillations": DistillationRun,
     "batches": RequestBatch, "conversations": Exchange, "votes": Vote, "webhook endpoints": WebhookEndpoint,
     "evals": Eval, "runs of evals": EvalRun,
+    "results of the reading room": StopVisit,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
-WORDS = {"jobs": "run", "aliases": "alias", "batches": "batch", "runs of evals": "run of an eval"}
+WORDS = {
+    "jobs": "run",
+    "aliases": "alias",
+    "batches": "batch",
+    "runs of evals": "run of an eval",
+    "results of the reading room": "result of the reading room",
+}
 
 
 class Contents(NamedTuple):

@@ -1,0 +1,61 @@
+"""Jobs that a stop starts."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.jobs import request as job_request
+from app.jobs import service as jobs
+from app.kit import ids
+from app.learn._base import Stop
+from app.ownership import mine
+from app.tables import Dataset, Job, Model, User
+
+RECIPE = "reading-room"
+"""Metadata key `recipe` of a job that a stop created."""
+OPEN = ("queued", "running", "paused")
+
+
+def order_job(
+    session: Session,
+    user: User,
+    stop: Stop,
+    model: Model,
+    dataset: Dataset,
+    strategy: dict[str, Any],
+    run: dict[str, Any],
+    *,
+    title: str = "",
+) -> Job:
+    """A queued job. Raises any error of the request."""
+    order = {
+        "model": model.name, "dataset_id": ids.public(ids.DATASET, dataset.id), "strategy": strategy, "run": run,
+        "name": f"{stop.title}{f': {title}' if title else ''}"[:200], "metadata": {"recipe": RECIPE, "stop": stop.name},
+    }  # fmt: skip
+    return jobs.create(session, user, job_request.read_order(order))
+
+
+def job_of(session: Session, user: User, key: str) -> Job | None:
+    return session.scalar(mine(Job, user).where(Job.id == uuid.UUID(key)))
+
+
+def moving(job: Job) -> bool:
+    return job.status in OPEN
+
+
+def fault_of(job: Job) -> str:
+    """Why a job gave no result; empty while it may."""
+    if job.status == "failed":
+        return f"{(job.error or {}).get('message', 'The run failed.')} {(job.error or {}).get('hint', '')}".strip()
+    return "The run was cancelled." if job.status == "cancelled" else ""
+
+
+def share_done(job: Job) -> float:
+    return 1.0 if job.status == "succeeded" else job.step / job.total_steps if job.total_steps else 0.0
+
+
+def path_of(job: Job) -> str:
+    return f"/jobs/{ids.public(ids.JOB, job.id)}"

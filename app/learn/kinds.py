@@ -1,0 +1,90 @@
+"""Generic, instruction-tuned and dialogue-tuned: the same words in three kinds of prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from sqlalchemy.orm import Session
+
+from app.inference.protocol import Entry
+from app.learn import _asking, _visits
+from app.learn._base import Begun, Need, Stop, StopResult, Typed
+from app.models import service as models
+from app.tables import Model, StopVisit, User
+
+QUESTION = "What is the capital of France?"
+TEXT = f"Questions of the geography test:\n1. {QUESTION}\n2."
+"""For a generic model: it goes on with the list. Asked the question alone, a chat model in its place ends at once."""
+TURNS = (
+    {"role": "user", "content": "I am planning a journey to France in May."},
+    {"role": "assistant", "content": "That is a fine month to go. What would you like to know?"},
+    {"role": "user", "content": QUESTION},
+)
+
+
+class KindsStop(Stop):
+    name: ClassVar = "kinds"
+    title: ClassVar = "Generic, instruction-tuned, dialogue-tuned"
+    place: ClassVar = 40
+    idea: ClassVar = (
+        "A generic model predicts the next word of a text. An instruction-tuned model answers the instruction in its input. A "
+        "dialogue-tuned model is a special case of it: its prompt is a conversation whose roles are clearly marked."
+    )
+    do: ClassVar = f"“{QUESTION}” in a text that goes on, as one instruction, and as the last turn of a conversation."
+    words: ClassVar = ("Base model", "Chat template", "System prompt", "Fine-tuning")
+    needs: ClassVar[tuple[Need, ...]] = ("writes",)
+    button: ClassVar = "Ask all three"
+
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+        """Each kind answers with a model of its own where there is one; otherwise one model is prompted in all three ways."""
+        ready = _visits.bases(session, user)
+        chat = _visits.take_model(session, user, "writes")
+        generic, instruction = _first(ready, "generic") or chat, _newest(session, user) or _first(ready, "instruction") or chat
+        dialogue = chat if chat.kind == "dialogue" else _first(ready, "dialogue") or chat
+        begun = Begun({"exchanges": {}, "stand_ins": [key for key, m in (("generic", generic), ("instruction", instruction)) if m is chat]})
+        asked = {
+            "generic": _asking.ask_raw(session, user, generic.name, TEXT),
+            "instruction": _asking.ask(session, user, instruction.name, QUESTION),
+            "dialogue": _asking.ask_raw(session, user, dialogue.name, QUESTION, messages=list(TURNS)),
+        }
+        for key, (exchange, pending) in asked.items():
+            begun.refs["exchanges"][key], begun.asked[key] = str(exchange.id), pending
+        return begun
+
+    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+        _asking.record(session, begun, entries)
+
+    def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
+        titles = {
+            "generic": "Generic: it continues the text",
+            "instruction": "Instruction-tuned: it answers",
+            "dialogue": "Dialogue-tuned: it takes its turn",
+        }
+        found = _asking.answers(session, user, visit, titles)
+        fault = _asking.fault_of(session, visit)
+        stand_ins = visit.refs.get("stand_ins") or []
+        notes = ["The question is the same in all three prompts. Open each to see what is around it."]
+        if stand_ins:
+            notes.append(
+                f"No model of the kind {' or '.join(stand_ins)} is installed, so the chat model takes its place: without its chat template "
+                "it gets the text alone, as a generic model does. What it was trained on still shows."
+            )
+        return StopResult(
+            ended=len(found) == len(titles) and not fault,
+            fault=fault,
+            headline="One question, three kinds of prompt",
+            notes=notes,
+            texts=list(found.values()),
+            bars=_asking.token_bars(session, visit, titles, "prompt_tokens", "Tokens of each prompt: the question, and what is around it"),
+            links=[("Train the instruction model yourself", "/playground/tutorial")],
+        )
+
+
+def _first(found: Sequence[Model], kind: str) -> Model | None:
+    return next((m for m in found if m.kind == kind), None)
+
+
+def _newest(session: Session, user: User) -> Model | None:
+    """The instruction model that was fine-tuned here last."""
+    return next((m for m in reversed(models.offered(session, user)) if m.kind == "instruction" and m.base_id and m.status == "ready"), None)
