@@ -22,6 +22,7 @@ from app.tables import (
     Export,
     File,
     Job,
+    Model,
     Project,
     ProjectMember,
     Prompt,
@@ -40,6 +41,7 @@ T = TypeVar(
     bound=RequestBatch
     | File
     | Dataset
+    | Model
     | Job
     | Comparison
     | Evaluation

@@ -42,7 +42,8 @@ from worker.training.step import next_batch, parts_of, take_step
 from worker.training.step_report import report, step_event
 
 SPEED_WINDOW = 20
-E, R = TypeVar("E"), TypeVar("R")
+E = TypeVar("E")
+R = TypeVar("R")
 
 
 @dataclass
@@ -281,7 +282,7 @@ def _log(level: str, message: str) -> events.Log:
 # Now and then ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(job: TrainState) -> Iterator[events.TaskProgress | events.Evaluated | events.Sampled | events.Log]:
+def evaluate(job: TrainState) -> Generator[events.TaskProgress | events.Evaluated | events.Sampled | events.Log]:
     """Score the held-out rows and write the sample answers; remember whether this is the best so far."""
     state, lesson = job.state, job.lesson
     began = time.monotonic()

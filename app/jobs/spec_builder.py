@@ -83,8 +83,8 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
     reward = reinforcement_order.reward_of(session, user, order) if OBJECTIVES[task].rewards else None
     graded = saved_graders.named(session, user, order.graders or [])
     judges = _with_param("graders", asked_models.of_job, session, user, [*([reward] if reward else []), *graded])
-    named = str((order.preference or {}).get("teacher") or "")
-    teacher = asked_models.teacher(session, user, named, resolved.ref) if OBJECTIVES[task].teaches else None
+    teachers_name = str((order.preference or {}).get("teacher") or "")
+    teacher = asked_models.teacher(session, user, teachers_name, resolved.ref) if OBJECTIVES[task].teaches else None
     return OrderContext(
         resolved.ref,
         dataset,

@@ -96,18 +96,17 @@ def scored_result(session: Session, user: User, visit: StopVisit, wanted: Mappin
     runs = runs_of(session, user, {key: kept[key] for key in wanted if key in kept})
     titles = {key: wanted[key].title for key in runs}
     done = {key: run for key, run in runs.items() if run.status == "succeeded" and (run.result or {}).get("rows")}
+    scores = {key: float((run.result or {})["score"]) for key, run in done.items()}
     failed = next((run for run in runs.values() if run.status == "failed"), None)
     moving = [run for run in runs.values() if run.status in OPEN]
-    best = max((run.result["score"] for run in done.values()), default=0.0)
+    best = max(scores.values(), default=0.0)
     result = StopResult(
         ended=bool(done) and not moving and not failed,
         fault=f"{failed.error['message']} {failed.error['hint']}" if failed and failed.error else "" if runs else "Its runs were deleted.",
         doing=f"{len(runs) - len(moving)} of {plural(len(runs), 'prompt')} scored" if moving else "",
         progress=sum(run.progress or 0.0 for run in runs.values()) / max(len(runs), 1),
-        headline=", ".join(f"{titles[key].lower()} {human_percent(run.result['score'], 0)}" for key, run in done.items()),
-        bars=[StopBars("Right answers", [bar_of(titles[key], run, run.result["score"] == best > 0) for key, run in done.items()])]
-        if done
-        else [],
+        headline=", ".join(f"{titles[key].lower()} {human_percent(score, 0)}" for key, score in scores.items()),
+        bars=[StopBars("Right answers", [bar_of(titles[key], run, scores[key] == best > 0) for key, run in done.items()])] if done else [],
         texts=[text for key, run in done.items() for text in _example(session, titles[key], run)],
         links=[("Prompt lab: every prompt and every run", "/playground/prompts")],
     )

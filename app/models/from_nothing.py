@@ -136,7 +136,7 @@ def _tokenizer() -> dict[str, Any]:
     kind = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = {"id": 0, "content": END, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     vocabulary = {END: 0} | {letter: place for place, letter in enumerate(_letters(), start=1)}
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
         "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": [],
     }  # fmt: skip

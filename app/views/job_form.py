@@ -23,7 +23,7 @@ from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
 from app.models import service as models
-from app.objectives import OBJECTIVES, ObjectiveSettings
+from app.objectives import OBJECTIVES, DrawnSettings, ObjectiveSettings
 from app.planning import feasibility
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
@@ -252,7 +252,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     compared = fill(own, reward_form.left_out(typed), "preference", keep=own.derived) if own else None
-    drawn = own.model_validate(compared.settings) if compared and OBJECTIVES[task].draws else None
+    drawn = own.model_validate(compared.settings) if compared and own and issubclass(own, DrawnSettings) else None
     usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset, drawn=drawn) if dataset else {}
     usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {

@@ -104,7 +104,9 @@ def test_answers_are_kept_as_results(client, session, user, generate_worker):  #
     assert visit.refs["stand_ins"] == ["instruction"] and "No model of the kind instruction is installed" in page
     prompts = re.findall(r'aria-label="Prompt of [^"]*">(.*?)</pre>', page, re.DOTALL)
     assert (
-        prompts[0].endswith("1. What is the capital of France?\n2.") and prompts[1].count("<|im_start|>") == 2 and prompts[2].count("<|im_start|>") == 4
+        prompts[0].endswith("1. What is the capital of France?\n2.")
+        and prompts[1].count("<|im_start|>") == 2
+        and prompts[2].count("<|im_start|>") == 4
     )
 
     room = html.unescape(client.get("/learn").text)

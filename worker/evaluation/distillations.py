@@ -157,6 +157,10 @@ def _kept(
         {"text": text, "score": grade.score if grade else None, "why": grade.why if grade else "It was cut off by max_tokens."}
         for text, grade in zip(said.texts, grades, strict=True)
     ]
-    known = [(one["score"], -place) for place, one in enumerate(answers) if one["score"] is not None and one["text"].strip()]
+    known = [
+        (grade.score, -place)
+        for place, (text, grade) in enumerate(zip(said.texts, grades, strict=True))
+        if grade and grade.score is not None and text.strip()
+    ]
     score, place = max(known, default=(-1.0, 0))
     return {"line": line, "messages": list(messages), "answers": answers, "best": -place if score >= threshold else None}

@@ -13,7 +13,8 @@ from app.inference.judges import Hear
 from app.inference.protocol import AnswerStarted, ChoiceFinished, Done, GenerateRequest, TextPart
 from app.kit.token_meter import TokenMeter
 
-Row, Result = TypeVar("Row"), TypeVar("Result")
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 AT_ONCE = 8
 BEAT_SECONDS = 2.0
 

@@ -187,8 +187,9 @@ def _output_weight(ref: ModelRef) -> torch.Tensor:
 
 def save_classifier(classifier: Classifier, folder: Path, labels: list[str]) -> None:
     """Save the head and what is needed to use it next to what the strategy saved of the backbone."""
-    about = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
-    about |= {"reads": classifier.reads} if classifier.reads else {}
+    about: dict[str, Any] = {"labels": labels, "pooling": classifier.pooling, "skip": classifier.skip, "normalise": classifier.normalise}
+    if classifier.reads:
+        about["reads"] = classifier.reads
     save_file({name: value.detach().cpu().contiguous() for name, value in classifier.head.state_dict().items()}, folder / HEAD_FILE)
     (folder / ABOUT_FILE).write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
