@@ -53,7 +53,7 @@ class DistillationOrder(BaseModel):
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides which prompts are sampled, and every random draw.")
     name: str | None = Field(None, max_length=200, description="Name of the dataset.")
     license: str | None = Field(
-        None, max_length=200, description="License of the teacher, kept with the dataset; left out, the one that its model is known by."
+        None, max_length=200, description="License of the teacher, kept with the dataset. Without it, the one that its model is known by."
     )
     allows_training: bool = Field(False, description="That this license allows other models to be trained on the teacher's answers.")
 

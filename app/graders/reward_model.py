@@ -23,7 +23,7 @@ class RewardModelGrader(Grader):
     type: Literal["reward_model"]
     model: str = Field(min_length=1, max_length=300, description="The reward model, one of this studio.")
     input: tuple[JudgeMessage, ...] | None = Field(
-        None, min_length=1, max_length=50, description="Messages before the answer, with templates; left out, they are those of the row."
+        None, min_length=1, max_length=50, description="Messages before the answer, with templates. Without them, those of the row."
     )
 
     def models(self) -> Iterator[str | None]:

@@ -45,7 +45,7 @@ BEGIN, CALLBACK = "/oidc/begin", "/oidc/callback"
 _documents: dict[str, tuple[float, dict[str, Any]]] = {}
 
 
-class Begun(NamedTuple):
+class SignInBegun(NamedTuple):
     """What a sign-in that was begun must end with, kept in a signed cookie of the browser."""
 
     state: str
@@ -81,7 +81,7 @@ def begin(request: Request, next: str, invitation: str = "", connect: bool = Fal
     """The redirect to the provider. Raises NotFound where no provider is configured, and
     Unavailable where it cannot be asked."""
     document = _document()
-    begun = Begun(secrets.token_urlsafe(24), secrets.token_urlsafe(24), secrets.token_urlsafe(48), next, invitation, connect)
+    begun = SignInBegun(secrets.token_urlsafe(24), secrets.token_urlsafe(24), secrets.token_urlsafe(48), next, invitation, connect)
     asked = {
         "response_type": "code",
         "client_id": get_settings().oidc_client_id,
@@ -100,11 +100,11 @@ def begin(request: Request, next: str, invitation: str = "", connect: bool = Fal
     return response
 
 
-def end(request: Request) -> tuple[Begun, Claims]:
+def end(request: Request) -> tuple[SignInBegun, Claims]:
     """What was begun in this browser, and whom the provider says it is. Raises Forbidden for anything that does not fit together, and
     Unavailable where the provider cannot be asked."""
     try:
-        begun = Begun(*_serializer().loads(request.cookies.get(_cookie(request), ""), max_age=SECONDS))
+        begun = SignInBegun(*_serializer().loads(request.cookies.get(_cookie(request), ""), max_age=SECONDS))
     except (BadData, TypeError, ValueError):
         raise _refused("it was begun in another browser, or more than ten minutes ago") from None
     given = request.query_params
@@ -118,7 +118,7 @@ def end(request: Request) -> tuple[Begun, Claims]:
     return begun, _claims(request, document, begun, given.get("code", ""))
 
 
-def _claims(request: Request, document: dict[str, Any], begun: Begun, code: str) -> Claims:
+def _claims(request: Request, document: dict[str, Any], begun: SignInBegun, code: str) -> Claims:
     settings = get_settings()
     asked = {"grant_type": "authorization_code", "code": code, "redirect_uri": f"{public_address(request)}{CALLBACK}"}
     asked |= {"client_id": settings.oidc_client_id, "code_verifier": begun.verifier}
