@@ -30,6 +30,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from app import events
 from app.db import transaction
+from app.errors import BadData
 from app.inference import residency
 from app.jobs import lifecycle, usage
 from app.jobs.lifecycle import Claim, FenceLost
@@ -42,9 +43,10 @@ from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
+from app.storage import places
 from app.storage.atomic import write_atomically
 from worker.runtime import attendance, failures
-from worker.supervision import confinement, exit_codes, gpu_lease
+from worker.supervision import confinement, exit_codes, gpu_lease, storing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -162,6 +164,7 @@ class Attempt:
         self.stop_reason = ""
         self.hung = False
         self.save_sent = False
+        self.checkpoints = storing.CheckpointStore(held, self._say)
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
 
     # The main path --------------------------------------------------------------------------------------------------
@@ -175,9 +178,14 @@ class Attempt:
             self._conclude(code, memory)
         except FenceLost:
             raise
+        except storing.Leaving:
+            self._retry_until_database(lambda session: lifecycle.stopped(session, self.held, self.pace.step, "the object storage was away"))
         except BadModel as error:
             integrity.tell(error)
             fault = events.Failed(kind="bad_model", message=error.message, hint=error.hint)
+            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
+        except BadData as error:  # rows that are damaged in the object storage
+            fault = events.Failed(kind="bad_data", message=error.message, hint=error.hint)
             self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
         except OSError as error:
             fault = exit_codes.of_os_error(error)
@@ -190,9 +198,14 @@ class Attempt:
             self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
         finally:
             self.over.set()
+            self.checkpoints.end()
 
     def _train(self) -> int:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
+        with places.held(storing.bring(self.held, self._go_on, self._say), self._go_on):
+            return self._supervised()
+
+    def _supervised(self) -> int:
         integrity.check_model(self.held.spec.model, self._beat_when_due)  # reading a large one takes longer than a lease
         self._ask_room()
         self.trainer = self._start()
@@ -245,6 +258,8 @@ class Attempt:
             event = confinement.believed(events.read_line(line), self.held.folder)
         except ValidationError as error:
             event = events.Log(level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})")
+        if isinstance(event, events.Saved):
+            self.checkpoints.saved(event)
         self.pace.note(event)
         if isinstance(event, events.Finished | events.Failed):
             # Recorded with the end of the job, in one transaction. Processes that lost another one say so after its own last word.
@@ -252,6 +267,11 @@ class Attempt:
                 self.said_last = event
         else:
             self.heard.append(event)
+        self.woken.set()
+
+    def _say(self, words: str) -> None:
+        """Tell the job's watchers."""
+        self.heard.append(events.Log(level="warn", message=words))
         self.woken.set()
 
     def _record_some(self) -> None:
@@ -276,7 +296,7 @@ class Attempt:
     def _record(self, batch: list[events.TrainerEvent]) -> None:
         with transaction() as session:
             lifecycle.record(session, self.held, self.recorded, batch)
-            if any(isinstance(event, events.Saved) for event in batch):
+            if not self.checkpoints.used and any(isinstance(event, events.Saved) for event in batch):
                 lifecycle.sweep_checkpoints(session, self.held.job_id, get_settings().keep_checkpoints)
         for _ in batch:
             self.heard.popleft()
@@ -318,6 +338,23 @@ class Attempt:
         if self.fence_lost.is_set():
             raise FenceLost
 
+    def _go_on(self) -> None:
+        """A heartbeat before there is a trainer. Raises FenceLost, and Leaving where nobody waits for the trainer any more."""
+        self._beat_when_due()
+        self._record_some()
+        if self.wishes.cancel or self.wishes.pause or self.going_down():
+            raise storing.Leaving
+
+    def _go_on_storing(self) -> None:
+        """The same after the trainer has ended, while the beating thread renews the lease."""
+        self._record_some()
+        if self.fence_lost.is_set():
+            raise FenceLost
+        if self.going_down() and self.stop_at is None:
+            self.stop_at = time.monotonic()
+        if self.wishes.cancel or self._give_up():
+            raise storing.Leaving
+
     def _hear_wishes(self) -> None:
         """Stop or save as requested. A trainer that does not leave within its grace period is killed."""
         if not self.wishes.save:
@@ -351,6 +388,7 @@ class Attempt:
     def _conclude(self, code: int, memory: exit_codes.OomWatch) -> None:
         """Move the job to the state that the trainer's exit stands for."""
         last, held = self.said_last, self.held
+        self.checkpoints.finish(last.path if isinstance(last, events.Finished) and code == 0 else None, self._go_on_storing)
         if isinstance(last, events.Finished) and code == 0:
             return self._finish(last)
         if self.hung:
