@@ -140,7 +140,7 @@ def _storage_in_time() -> list[HealthCheck]:
 
 
 def _storage_away(said: str = "") -> HealthCheck:
-    hint = f"{said} Uploads are refused, and jobs wait, until it answers; `luthier doctor` tries it.".strip()
+    hint = f"{said} Uploads are refused, and runs wait, until it answers; `luthier doctor` tries it.".strip()
     return HealthCheck(name="storage", good=False, message="does not respond", hint=hint)
 
 

@@ -155,7 +155,7 @@ def survive(server, url, tmp_path, kills):
 
     def killer() -> None:
         for _ in range(kills):
-            time.sleep(random.uniform(0.05, 0.4))
+            time.sleep(random.uniform(0.1, 1.0))
             server.kill()
             time.sleep(random.uniform(0.0, 0.3))
             server.start()

@@ -48,6 +48,7 @@ def test_a_place_stays_while_a_row_names_it(stored, sweep, session, user, data_d
     twin = datasets.create(session, user, session.get(type(dataset), dataset.id) and files.get(session, user, dataset.file_id))
     assert twin.rows_path == dataset.rows_path, "it has the rows of the other"
     job = make_job(session, user, tiny_registered, dataset)
+    session.get_one(Job, job.id).status = "succeeded"
     run = f"runs/{job.id}/a1"
     kept, swept = (
         Checkpoint(id=uuid.uuid4(), job_id=job.id, step=n, path=f"{run}/checkpoint-{n}", manifest_sha256="", bytes=1, metrics={})
