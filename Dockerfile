@@ -15,7 +15,7 @@ COPY static static
 COPY samples samples
 
 FROM base AS web
-RUN pip install --editable '.[web]'
+RUN pip install --editable '.[web,s3]'
 USER luthier
 EXPOSE 8000
 CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--http", "app.web.http_protocol:Guarded", "--no-proxy-headers", "--no-access-log", "--timeout-graceful-shutdown", "5"]
@@ -23,6 +23,6 @@ CMD ["python", "-m", "uvicorn", "app.main:create_app", "--factory", "--host", "0
 FROM base AS gpu
 # Triton and torch's compiler build their kernels with it.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install --editable '.[gpu,export,onnx]'
+RUN pip install --editable '.[gpu,export,onnx,s3]'
 USER luthier
 CMD ["python", "-m", "celery", "-A", "worker.main", "worker", "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "train,evaluate", "--pool=prefork", "-c", "1", "-n", "train@%h"]

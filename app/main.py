@@ -29,6 +29,7 @@ from app.kit import logs
 from app.kit.addresses import is_loopback
 from app.kit.secret import secret
 from app.settings import get_settings
+from app.storage import objects
 from app.web import audit, auth, csrf, error_responses, middleware, navigation, request_rate
 from app.web import templates as web_templates
 from app.web.background import BackgroundRunner
@@ -52,6 +53,7 @@ def create_app() -> FastAPI:
     logs.configure()
     answer_people()
     _refuse_open_door()
+    objects.check()
     external_server.allowed()  # an invalid setting is reported now, and not on somebody's page
     app = FastAPI(
         title="Luthier",

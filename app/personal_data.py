@@ -23,7 +23,7 @@ from app.db import on_commit, transaction
 from app.errors import Conflict, NotFound
 from app.kit import ids
 from app.settings import get_settings
-from app.storage import atomic, files
+from app.storage import atomic, files, places
 from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, Project, User
 
 Mine = Callable[[Any], ColumnElement[bool]]
@@ -103,21 +103,22 @@ def _write_rows(session: Session, archive: zipfile.ZipFile, table: Table, mine: 
 
 def _files_of(session: Session, user: User) -> Iterator[tuple[str, Path]]:
     """(name in the archive, path) of every file on disk that is the person's."""
-    root = get_settings().data_dir
     for file in session.scalars(select(File).where(File.owner_id == user.id, File.deleted_at.is_(None))):
-        yield f"files/{ids.public(ids.FILE, file.id)}-{file.filename}", files.blob_path(file.sha256)
+        yield f"files/{ids.public(ids.FILE, file.id)}-{file.filename}", files.brought(file.sha256)
     for dataset in session.scalars(select(Dataset).where(Dataset.owner_id == user.id, Dataset.deleted_at.is_(None))):
-        if dataset.rows_path and (root / dataset.rows_path).is_file():
-            yield f"datasets/{ids.public(ids.DATASET, dataset.id)}.parquet", root / dataset.rows_path
-    for top, folder in _folders_of(session, lambda table: table.owner_id == user.id):
+        if dataset.rows_path and (rows := places.path(dataset.rows_path)).is_file():
+            yield f"datasets/{ids.public(ids.DATASET, dataset.id)}.parquet", rows
+    for top, folder in _folders_of(session, lambda table: table.owner_id == user.id, bring=True):
         yield from ((f"{top}/{path.relative_to(folder.parent).as_posix()}", path) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _folders_of(session: Session, mine: Mine) -> Iterator[tuple[str, Path]]:
-    """(kind, folder) of models, runs, evaluations and exports that are there."""
+def _folders_of(session: Session, mine: Mine, bring: bool = False) -> Iterator[tuple[str, Path]]:
+    """(kind, folder) of models, runs, evaluations and exports that are there; with `bring` after bringing what is stored of them."""
     root = get_settings().data_dir
     for table, top in ((Model, "models"), (Job, "runs"), (Evaluation, "evaluations"), (Export, "exports")):
         for key in session.scalars(select(table.id).where(mine(table))):
+            if bring:
+                places.bring_all(f"{top}/{key}")
             if (folder := root / top / str(key)).is_dir():
                 yield top, folder
 

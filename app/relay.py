@@ -28,6 +28,7 @@ from app.db import touched, transaction
 from app.kit import logs
 from app.machines import heartbeats
 from app.settings import get_settings
+from app.storage import objects, sweeping
 from app.tables import Base, Outbox
 
 log = logging.getLogger("luthier.relay")
@@ -193,6 +194,8 @@ def main() -> None:
     asked = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: asked.set())
+    objects.check()
+    sweeping.begin(asked)
     talking = heartbeats.keep_saying("relay")
     log.info("relaying")
     relay(asked.is_set)

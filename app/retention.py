@@ -21,6 +21,7 @@ from app.db import on_commit, touched
 from app.leases import now
 from app.models import exports
 from app.settings import get_settings
+from app.storage import places
 from app.tables import Base, Checkpoint, Evaluation, Exchange, Export, Job, User
 
 EVERY_SECONDS = 3600.0
@@ -100,13 +101,17 @@ def _remove_exchanges(session: Session, due: Sequence[Due]) -> None:
 
 
 def _logs(session: Session, before: ColumnElement[datetime], at_most: int | None) -> list[Due]:
-    """Logs of the attempts of jobs and evaluations that ended."""
-    root = get_settings().data_dir
-    found: list[Due] = []
+    """Logs of the attempts of jobs and evaluations that ended. What is in the object storage alone counts no bytes."""
+    root, found = get_settings().data_dir, list[Due]()
+    stored: dict[str, list[Path]] = {}
+    for name in places.stored("runs", "*/a*/trainer.log*"):
+        stored.setdefault(name.split("/")[1], []).append(root / name)
     for table, folder, pattern in ((Job, "runs", "a*/trainer.log*"), (Evaluation, "evaluations", "a*/assess.log*")):
         ended = select(table.id).where(table.status.in_(ENDED), table.finished_at < before).order_by(table.finished_at)
         for key in session.scalars(ended):
-            found += [Due(path, path.stat().st_size) for path in sorted((root / folder / str(key)).glob(pattern)) if path.is_file()]
+            here = {path: path.stat().st_size for path in sorted((root / folder / str(key)).glob(pattern)) if path.is_file()}
+            there = dict.fromkeys(stored.get(str(key), ()), 0)
+            found += [Due(path, size) for path, size in {**there, **here}.items()]
             if at_most is not None and len(found) >= at_most:
                 return found[:at_most]
     return found
@@ -115,6 +120,7 @@ def _logs(session: Session, before: ColumnElement[datetime], at_most: int | None
 def _remove_files(session: Session, due: Sequence[Due]) -> None:
     for one in due:
         on_commit(session, functools.partial(Path(one.key).unlink, missing_ok=True))
+        on_commit(session, functools.partial(places.forget, Path(one.key).relative_to(get_settings().data_dir).as_posix()))
 
 
 def _checkpoints(session: Session, before: ColumnElement[datetime], at_most: int | None) -> list[Due]:

@@ -63,6 +63,17 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."
     )
+    storage_url: str = Field(
+        "",
+        pattern=r"^$|^(s3|gs|az)://[^/\s]+(/\S*)?$|^file:///\S+$",
+        description="Object storage of files, models, checkpoints and results, as s3://bucket/folder, gs://…, az://… or file:///folder. The "
+        "data folder of each machine is then a cache of it, and no folder is shared. Empty: the data folder is all there is.",
+    )
+    storage_cache_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="What of the object storage each machine keeps in its data folder at most; otherwise four fifths of that disk.",
+    )
     offline: bool = Field(False, description="Never ask the Hugging Face hub for anything.")
     import_dirs: str = Field(
         "", description="Folders, with colons, below which a model folder may be added from the browser; `import` in data_dir always is."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from typing import Any
 
 from celery import signals
@@ -19,6 +20,8 @@ from app.machines import heartbeats
 from app.machines.gpus import CUDA_ORDER
 from app.queue import celery, get_redis
 from app.settings import get_settings
+from app.storage import objects, sweeping
+from app.storage.objects import StorageRefuses
 from worker import tasks
 from worker.kernels.cpu import warmup
 from worker.supervision import watchdog
@@ -46,6 +49,14 @@ def _leave(**_: Any) -> None:
     _leaving[0] = 1
 
 
+@signals.celeryd_init.connect
+def _check(**_: Any) -> None:
+    try:
+        objects.check()
+    except StorageRefuses as error:
+        raise SystemExit(f"{error.message} {error.hint}") from error
+
+
 @signals.setup_logging.connect
 def _log(**_: Any) -> None:
     logs.configure()
@@ -67,6 +78,7 @@ def _begin(sender: Any = None, **_: Any) -> None:
     queues = list(sender.app.amqp.queues.consume_from)
     for queue in queues:
         heartbeats.keep_saying(queue)
+    sweeping.begin(threading.Event(), cache_only=True)
     watchdog.watch(watchdog.Hearing(queues, sender.pool.num_processes, get_settings().deaf_seconds), going_down)
     if "train" in queues:
         warmup.begin()

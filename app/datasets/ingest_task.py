@@ -9,6 +9,7 @@ Which worker may parse it is decided by a claim (`app/leases.py`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -30,11 +31,21 @@ from app.kit import sandbox
 from app.kit.json_safe import storable
 from app.ownership import maker_of
 from app.settings import get_settings
-from app.storage import atomic, files
+from app.storage import atomic, files, places
+from app.storage.objects import Beat
 from app.tables import Dataset, File, Finding, Model
 
 LIMITS = sandbox.Limits()
-PASSING = ("disk_full", "out_of_memory", "out_of_time", "crashed", "unavailable", "hub_unreachable")
+PASSING = (
+    "disk_full",
+    "out_of_memory",
+    "out_of_time",
+    "crashed",
+    "unavailable",
+    "hub_unreachable",
+    "storage_unavailable",
+    "storage_refused",
+)
 """Codes of errors that another attempt may not meet: the machine or the network may be their cause as well as the file."""
 
 
@@ -78,6 +89,7 @@ def read(dataset_id: uuid.UUID) -> None:
             if payload["bring"]:
                 payload["sha256"], payload["filename"] = _bring(payload["bring"], reading)
             result = _in_child(payload, rows, reading)
+            _store(rows, reading.keep_going)
     except sandbox.Killed as killed:
         _drop(rows)
         if killed.kind != "stopped":
@@ -113,7 +125,7 @@ def read_again(session: Session, dataset: Dataset) -> None:
 def _rows_are_whole(dataset: Dataset) -> bool:
     assert dataset.rows_path and dataset.rows_sha256, "a dataset that is ready has rows"
     try:
-        verify_rows(get_settings().data_dir / dataset.rows_path, dataset.rows_sha256, dataset.name)
+        verify_rows(places.path(dataset.rows_path), dataset.rows_sha256, dataset.name)
     except BadData:
         return False
     return True
@@ -207,8 +219,7 @@ def _sha256(path: Path) -> str:
 
 def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any]:
     """Write the rows of a combined dataset; returns the child's result."""
-    data = get_settings().data_dir
-    sources = [{**source, "path": str(data / source["path"])} for source in origin["sources"]]
+    sources = [{**source, "path": str(places.path(source["path"], beat=reading.keep_going))} for source in origin["sources"]]
     result: dict[str, Any] = sandbox.run(
         "app.datasets.compose_rows:write",
         {**origin, "sources": sources, "out": str(out)},
@@ -223,9 +234,9 @@ def _join(origin: dict[str, Any], out: Path, reading: _Reading) -> dict[str, Any
 
 
 def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[str, Any]:
-    if not payload["sha256"] or not files.blob_path(payload["sha256"]).exists():
+    path = files.brought(payload["sha256"], reading.keep_going) if payload["sha256"] else None
+    if path is None or not path.exists():
         raise BadData("The file of this dataset was deleted before it was read.", hint="Upload it again.")
-    path = files.blob_path(payload["sha256"])
     draft = rows.with_suffix(".draft")
     job = {**payload, "path": str(path), "rows": str(draft), "lines": str(lines_path(rows))}
     try:
@@ -250,6 +261,13 @@ def _in_child(payload: dict[str, Any], rows: Path, reading: _Reading) -> dict[st
         draft.unlink(missing_ok=True)
 
 
+def _store(rows: Path, beat: Beat = lambda: None) -> None:
+    """Put the rows, and what is found in them, into the object storage, where there is one."""
+    for path in (rows, lines_path(rows)):
+        if path.exists():
+            places.push(path.relative_to(get_settings().data_dir).as_posix(), beat=beat)
+
+
 def _record(
     session: Session,
     dataset_id: uuid.UUID,
@@ -265,6 +283,7 @@ def _record(
         return False
     if ours.rows_path and ours.rows_sha256 == result["sha256"]:
         rows = _put_back(rows, get_settings().data_dir / ours.rows_path)
+        db.on_commit(session, functools.partial(_store, rows))
     session.execute(delete(Finding).where(Finding.dataset_id == dataset_id))
     for at in range(0, len(found), 1000):
         session.execute(insert(Finding), [{"dataset_id": dataset_id, **finding} for finding in found[at : at + 1000]])

@@ -28,7 +28,7 @@ from app.kit import sandbox
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.spec import ModelRef
-from app.storage import files
+from app.storage import files, places
 from app.tables import Dataset, File, Finding, Inspection, Model
 
 FUNCTIONS = {
@@ -146,20 +146,19 @@ def _payload(session: Session, found: Inspection) -> dict[str, Any] | None:
     dataset, model = session.get_one(Dataset, found.dataset_id), session.get(Model, found.model_id) if found.model_id else None
     if dataset.deleted_at is not None or not dataset.rows_path or (found.model_id and (model is None or model.deleted_at is not None)):
         return None
-    data = get_settings().data_dir
-    payload = {**found.arguments, "rows": str(data / dataset.rows_path), "count_of_rows": dataset.good_rows, "task": dataset.task}
+    payload = {**found.arguments, "rows": str(places.path(dataset.rows_path)), "count_of_rows": dataset.good_rows, "task": dataset.task}
     payload.setdefault("count", dataset.good_rows)
     for name in ("validation", "before"):
         if other := payload.get(f"{name}_rows"):
-            payload[name] = str(data / other)
+            payload[name] = str(places.path(other))
     if found.kind == "line":
         file = session.get(File, dataset.file_id) if dataset.file_id else None
         if file is None or file.deleted_at is not None:
             return None
-        payload |= {"path": str(files.blob_path(file.sha256)), "filename": file.filename, "format": dataset.format}
+        payload |= {"path": str(files.brought(file.sha256)), "filename": file.filename, "format": dataset.format}
         payload |= {"mapping": dataset.mapping, "edits": dataset.edits or []}
     if model is not None:
-        payload |= {"tokenizer": str(data / tokenizer_of(session, model)), "kind": model.kind}
+        payload |= {"tokenizer": str(places.path(tokenizer_of(session, model), weights=False)), "kind": model.kind}
     return payload
 
 
@@ -189,7 +188,7 @@ def sweep(session: Session, at_most: int = 1000) -> int:
 
 def counting(session: Session, model: Model) -> dict[str, Any]:
     """What a child needs to count a dataset's tokens as this model's trainer would, truncated at the default max sequence length."""
-    folder = str(get_settings().data_dir / tokenizer_of(session, model))
+    folder = str(places.path(tokenizer_of(session, model), weights=False))
     return {"tokenizer": folder, "tokenizer_name": model.name, "kind": model.kind, "cutoff": report_cutoff(model)}
 
 

@@ -188,10 +188,14 @@ def locked(path: Path) -> Iterator[int]:
 def finish(user: User, held: UploadHandle) -> str | None:
     """Turn the complete upload into a file, and a dataset; returns the dataset's id. Idempotent."""
     with transaction() as session:
+        upload = session.get_one(Upload, held.id)
+        if upload.file_id is not None:
+            return ticket(upload).dataset
+    blob = _store_blob(held)  # which may take long, so that no connection is held meanwhile
+    with transaction() as session:
         upload = session.scalars(select(Upload).where(Upload.id == held.id).with_for_update()).one()
         if upload.file_id is not None:
             return ticket(upload).dataset
-        blob = _store_blob(held)
         expires_after = upload.wishes.get("expires_after")
         expires = int(expires_after) if expires_after else None
         file = files.create(session, user, blob, upload.filename, upload.purpose, expires, reserved=True)
@@ -218,6 +222,7 @@ def _store_blob(held: UploadHandle) -> Blob:
             os.link(held.path, target)
         os.utime(target)  # a blob without a row is swept by its age
         atomic.sync(target.parent)
+    files.store_away(blob)
     return blob
 
 

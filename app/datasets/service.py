@@ -26,7 +26,7 @@ from app.kit import ids, once
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef
-from app.storage import files
+from app.storage import files, places
 from app.tables import Dataset, File, Finding, Job, User
 
 UNFINISHED = ("queued", "running", "paused")
@@ -131,7 +131,7 @@ def _twin(session: Session, dataset: Dataset, file: File) -> Dataset | None:
             other.format == dataset.format and (other.origin or {}).get("mapping", {}) == dataset.mapping
         )
         same = Path(filename).suffixes[-2:] == Path(file.filename).suffixes[-2:]
-        if wishes and same and other.rows_path and (get_settings().data_dir / other.rows_path).exists():
+        if wishes and same and other.rows_path and places.exists(other.rows_path):
             return other
     return None
 
@@ -153,7 +153,7 @@ def _copy_reading(session: Session, twin: Dataset, dataset: Dataset) -> None:
 def file_of(session: Session, dataset: Dataset) -> File:
     """The file it is parsed from. Raises Conflict when it was deleted."""
     file = session.get(File, dataset.file_id) if dataset.file_id else None
-    if file is None or file.deleted_at is not None or not files.blob_path(file.sha256).exists():
+    if file is None or file.deleted_at is not None or not files.is_kept(file.sha256):
         raise Conflict("The file of this dataset was deleted, so it cannot be read again.", hint="Upload the file again.")
     return file
 

@@ -16,6 +16,7 @@ from app.datasets import inspections
 from app.kit import sandbox
 from app.objectives import OBJECTIVES
 from app.settings import get_settings
+from app.storage import places
 from app.tables import Dataset, Model
 
 SECONDS = 590
@@ -29,7 +30,7 @@ def counting_model(session: Session, task: str | None = None) -> Model | None:
     able = [
         model
         for model in session.scalars(query.where(Model.kind.not_in(("classifier", "reward"))).order_by(Model.created_at))
-        if model.path and (get_settings().data_dir / model.path / "tokenizer.json").exists()
+        if model.path and places.exists(f"{model.path}/tokenizer.json")
     ]
     encoders, writers = ([model for model in able if (model.kind == "encoder") == wanted] for wanted in (True, False))
     return next(iter([*encoders, *writers] if objectives.get(task).classifies else writers), None)
@@ -73,8 +74,7 @@ def count(dataset_id: uuid.UUID) -> None:
         claimed = leases.claim(session, WORK, dataset_id)
         if claimed is None:
             return
-        data = get_settings().data_dir
-        payload = {"rows": str(data / str(claimed.rows_path)), "task": claimed.task, **inspections.counting(session, model)}
+        payload = {"rows": str(places.path(str(claimed.rows_path))), "task": claimed.task, **inspections.counting(session, model)}
     limits = sandbox.Limits(seconds=SECONDS, cpu_seconds=2 * SECONDS)
     said: list[dict[str, Any]] = []
     counted, fault = None, ""

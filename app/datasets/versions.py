@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import func, select
@@ -20,7 +21,7 @@ from app.errors import BadField, Conflict
 from app.formats._messages import CHOICES
 from app.kit import ids
 from app.kit.json_safe import DEEPEST, too_deep
-from app.settings import get_settings
+from app.storage import places
 from app.tables import Dataset, Finding, User
 
 _OF_THE_REPORT = {"drop_row", *edits.TEXT_EDITS}
@@ -118,7 +119,7 @@ def _edit(found: Finding, lines: Sequence[int]) -> dict[str, Any]:
 
 def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
     """Every line in which a rule with a fix found something."""
-    path = lines_path(get_settings().data_dir / (dataset.rows_path or "none"))
+    path = places.path(lines_path(Path(dataset.rows_path or "none")).as_posix())
     try:
         kept: list[int] | None = json.loads(path.read_text()).get(rule)
     except FileNotFoundError:

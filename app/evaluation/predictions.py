@@ -28,7 +28,7 @@ from app.datasets import readers
 from app.datasets import service as datasets
 from app.datasets.findings_export import guarded
 from app.db import on_commit
-from app.errors import BadData, BadField, Conflict, problem_json
+from app.errors import BadData, BadField, Conflict, NotFound, problem_json
 from app.evaluation import service as evaluations
 from app.evaluation.service import EvaluationSpec, Kind
 from app.inference import tryout
@@ -38,7 +38,8 @@ from app.models import service as models
 from app.objectives import DEFAULT
 from app.settings import get_settings
 from app.spec import DatasetRef
-from app.storage import atomic, files
+from app.storage import atomic, files, places
+from app.storage.objects import Beat
 from app.tables import JSON, Evaluation, User
 
 MAX_ROWS = 100_000
@@ -68,11 +69,11 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
     resolved = models.resolve(session, user, order.model)
     _check_is_here(resolved)
     file = files.get(session, user, ids.parse(ids.FILE, order.file, param="file"))
-    files.content(session, user, file.id)
+    if not files.is_kept(file.sha256):
+        raise NotFound(f"The bytes of {file.filename} are gone from the disk.", hint="Upload the file again.", param="file")
     readers.kind_of(file.filename)
     look = tryout.of_name(session, user, order.model) if resolved.ref.kind in ("dialogue", "instruction") else None
-    data = get_settings().data_dir
-    path = files.blob_path(file.sha256).relative_to(data).as_posix()
+    path = files.blob_path(file.sha256).relative_to(get_settings().data_dir).as_posix()
     spec = EvaluationSpec(
         kind="predictions",
         task="classification" if resolved.ref.labels else "generation",
@@ -168,10 +169,14 @@ def to_json(found: Evaluation) -> JSON:
 
 
 def path_of(evaluation_id: uuid.UUID) -> Path:
-    return get_settings().data_dir / "predictions" / f"{evaluation_id.hex}.jsonl"
+    return get_settings().data_dir / _place(evaluation_id)
 
 
-def keep(evaluation_id: uuid.UUID, folder: Path) -> int:
+def _place(evaluation_id: uuid.UUID) -> str:
+    return f"predictions/{evaluation_id.hex}.jsonl"
+
+
+def keep(evaluation_id: uuid.UUID, folder: Path, beat: Beat = lambda: None) -> int:
     """Move the process's output out of its folder; returns its size in bytes. Raises BadData for anything but a plain file."""
     written = folder / OUTPUT
     if not written.exists() or not stat.S_ISREG(written.lstat().st_mode):
@@ -183,6 +188,7 @@ def keep(evaluation_id: uuid.UUID, folder: Path) -> int:
     get_settings().folder("predictions")
     os.replace(written, target)
     atomic.sync(target.parent)
+    places.push(_place(evaluation_id), beat=beat)
     return size
 
 
@@ -206,12 +212,12 @@ def usual_format(filename: str) -> Format:
 
 def content(found: Evaluation, format: Format) -> Iterator[str]:
     """The file with its added columns, in pieces. Raises Conflict before there is one."""
-    if found.status != "succeeded" or not path_of(found.id).is_file():
+    if found.status != "succeeded" or not (path := places.path(_place(found.id))).is_file():
         raise Conflict(f"The predictions are {found.status}.", hint="Wait until they have succeeded.", code="not_ready")
     if format == "jsonl":
-        return _lines(path_of(found.id))
+        return _lines(path)
     result = found.result or {}
-    return _csv(path_of(found.id), result.get("columns") or [], frozenset(result.get("added") or ()))
+    return _csv(path, result.get("columns") or [], frozenset(result.get("added") or ()))
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -35,6 +35,7 @@ from app.inference.protocol import (
 from app.kit import addresses
 from app.kit.addresses import Address
 from app.settings import get_settings
+from app.storage import places
 
 if TYPE_CHECKING:
     import httpx
@@ -158,7 +159,7 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
     if engine.adapter is None or (address.url, engine.model) in _loaded:
         return
     where, more = await asyncio.to_thread(addresses.pinned, f"{address.url}/load_lora_adapter")
-    folder = str((get_settings().data_dir / engine.adapter).resolve())
+    folder = str((await asyncio.to_thread(places.path, engine.adapter)).resolve())
     answer = await client.post(where, json={"lora_name": engine.model, "lora_path": folder}, **more)
     if answer.status_code != 200 and "already" not in answer.text[:2000]:
         raise Unavailable(

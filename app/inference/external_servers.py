@@ -19,9 +19,9 @@ from app.inference.external_server import find, names
 from app.inference.protocol import LLAMA_CPP, ExternalEngine
 from app.models.service import Resolved
 from app.models.vocabulary import has_new_tokens
-from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import SILENT
+from app.storage import places
 from app.tables import JSON, Model
 
 
@@ -102,7 +102,7 @@ def _plain_lora(path: str) -> bool:
     if has_new_tokens(path):
         return False
     try:
-        config = json.loads((get_settings().data_dir / path / "adapter_config.json").read_text())
+        config = json.loads((places.path(path, weights=False) / "adapter_config.json").read_text())
     except (OSError, ValueError):
         return False
     extras = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "alpha_pattern", "rank_pattern", "layer_replication")

@@ -18,8 +18,8 @@ from app.inference.protocol import Sampling
 from app.jobs.solved_examples import SolvedExample
 from app.models import interpolation
 from app.models import service as models
-from app.settings import get_settings
 from app.spec import SILENT
+from app.storage import places
 from app.tables import JSON, Job, Model, User
 
 FEW_SHOT = "few-shot:"
@@ -93,7 +93,7 @@ def own_sampling(session: Session, user: User, names: Sequence[str]) -> JSON:
 
 def _own_sampling(model: Model, session: Session) -> JSON:
     try:
-        text = (get_settings().data_dir / str(models.base_of(session, model).path) / "generation_config.json").read_text()
+        text = (places.path(str(models.base_of(session, model).path), weights=False) / "generation_config.json").read_text()
         given = json.loads(text)
         own = {name: given[name] for name in _OWN if given.get(name) is not None} if given.get("do_sample") else {}
         Sampling(**own)

@@ -25,8 +25,7 @@ from app.inference.protocol import Sampling
 from app.kit import ids, stats
 from app.kit.json_safe import storable
 from app.ownership import owned
-from app.settings import get_settings
-from app.storage import files
+from app.storage import files, places
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
 
 MAX_EDIT_LENGTH = 100_000  # characters
@@ -41,7 +40,7 @@ def draw(dataset: Dataset) -> list[JSON]:
         raise Conflict(f"{dataset.name} has no rows that can be read.", hint="Wait until it is read, or choose another.", param="dataset")
     for _ in range(20):
         place = secrets.randbelow(dataset.good_rows)
-        messages = _asks(json.loads(row_at(get_settings().data_dir / dataset.rows_path, place, dataset.name)))
+        messages = _asks(json.loads(row_at(places.path(dataset.rows_path), place, dataset.name)))
         if messages and str(messages[-1].get("content") or "").strip():
             return messages
     raise BadField(

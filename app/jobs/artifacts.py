@@ -12,8 +12,10 @@ from app.events import from_row
 from app.jobs import service as jobs
 from app.jobs.progress import JobProgress, fold
 from app.settings import get_settings
+from app.storage import places
 from app.tables import Job
 
+LOG = "a*/trainer.log"
 TAIL_BYTES = 64 * 1024
 """Part of a trainer's output that the page shows; the download has all of it."""
 
@@ -62,5 +64,7 @@ def _written(job: Job) -> Iterator[bytes]:
 
 
 def _logs(job: Job) -> list[Path]:
-    """`trainer.log` of each attempt, newest last."""
-    return sorted(folder(job).glob("a*/trainer.log"), key=lambda path: int(path.parent.name[1:] or 0))
+    """`trainer.log` of each attempt, newest last. Each is stored at the end of its attempt, which may run on another machine."""
+    own, ended = f"runs/{job.id}", job.status in jobs.ENDED
+    found = places.below(own, LOG) if ended else get_settings().data_dir.joinpath(own).glob(LOG)
+    return sorted(found, key=lambda path: int(path.parent.name[1:] or 0))

@@ -19,6 +19,7 @@ from app.kit import ids, manifest
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.settings import get_settings
+from app.storage import places
 from app.strategies import STRATEGIES
 from app.tables import Checkpoint, Job, Model, User
 
@@ -36,7 +37,7 @@ def get(session: Session, job: Job, step: int) -> Checkpoint:
 
 def folder_of(row: Checkpoint) -> Path:
     """Its folder, after checking the sizes of its files and that its manifest is the recorded one. Raises BadData."""
-    folder = get_settings().data_dir / row.path
+    folder = places.path(row.path)
     manifest.verify(folder, deep=False)
     if manifest.sha256_of(folder / manifest.NAME) != row.manifest_sha256:
         raise BadData(f"The checkpoint of step {row.step} is no longer whole on disk.", hint="Choose another checkpoint of the job.")
@@ -70,7 +71,7 @@ def model_of(session: Session, job: Job, row: Checkpoint) -> Model:
 
 def _labels(job: Job, row: Checkpoint) -> list[str] | None:
     """The classes of a classifier, from its own files."""
-    head = get_settings().data_dir / row.path / WEIGHTS / HEAD
+    head = places.path(row.path, weights=False) / WEIGHTS / HEAD
     labels: list[str] | None = json.loads(head.read_text())["labels"] if head.is_file() else job.spec["model"].get("labels")
     return labels
 
@@ -113,6 +114,7 @@ def _link(source: Path, target: Path) -> dict[str, Any]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    places.push(target.relative_to(get_settings().data_dir).as_posix())
     return made
 
 
@@ -152,10 +154,10 @@ def resumable(row: Checkpoint) -> bool:
         best = _best_of(row)
     except (OSError, ValueError):
         return False
-    return best is None or (get_settings().data_dir / best).is_dir()
+    return best is None or places.exists(best)
 
 
 def _best_of(row: Checkpoint) -> str | None:
     """The path of the best checkpoint at the time this one was saved, which it records. Raises OSError, ValueError."""
-    best: str | None = json.loads((get_settings().data_dir / row.path / STATE).read_text()).get("best_path")
+    best: str | None = json.loads((places.path(row.path, weights=False) / STATE).read_text()).get("best_path")
     return best

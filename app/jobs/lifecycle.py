@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
+from app.errors import Unavailable
 from app.jobs import mail, usage
 from app.kit import ids
 from app.kit.json_safe import storable
@@ -262,7 +263,7 @@ def finish(session: Session, held: Claim, finished: events.Finished) -> None:
     session.flush()
     try:
         metrics_csv.write_results(session, job)
-    except OSError as error:  # the model is what matters; its page draws the same metrics from the events
+    except (OSError, Unavailable) as error:  # the model is what matters; its page draws the same metrics from the events
         log.warning("Job %s: the file of its metrics could not be written: %s", job.id, error)
         why = getattr(error, "message", None) or str(error)
         message = f"The metrics of the steps are not kept as a file. {why} They are on this page and can be downloaded from it."

@@ -6,13 +6,13 @@ A row that stays hard while others became easy is often wrong or mislabeled, so 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.settings import get_settings
+from app.storage import places
 from app.tables import Dataset, Event, Job, User
 
 FILE = "ledger.json"
@@ -39,7 +39,7 @@ def path_of(session: Session, job: Job) -> Path | None:
     found = session.scalar(select(Event.data).where(Event.job_id == job.id, Event.type == "finished").order_by(Event.id.desc()).limit(1))
     if not found or not found.get("path"):
         return None
-    path = get_settings().data_dir / Path(str(found["path"])).parent / FILE
+    path = places.path((PurePosixPath(str(found["path"])).parent / FILE).as_posix())
     return path if path.is_file() else None
 
 

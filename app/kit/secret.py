@@ -10,6 +10,11 @@ from functools import cache
 from app.settings import get_settings
 
 
+def is_here(name: str) -> bool:
+    """Whether this machine has the secret already, as opposed to one that another machine of the studio made."""
+    return (get_settings().data_dir / "secrets" / f"{name}.key").exists()
+
+
 @cache
 def secret(name: str = "session") -> bytes:
     """A random secret of this studio, created at the first start and readable by its owner alone (0600)."""

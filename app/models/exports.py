@@ -15,7 +15,6 @@ model does, so nobody sees half of an export.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -38,11 +37,11 @@ from app.models.vocabulary import has_new_tokens
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import ModelRef
+from app.storage import places
 from app.strategies import STRATEGIES
 from app.strategies._peft import PeftStrategy
 from app.tables import JSON, Export, Model, User
 
-_TOKEN = re.compile(r"[\x21-\x7e]{3,500}")
 OPEN = ("queued", "running")
 LINES = "parity-lines.json"
 """In the folder of an attempt: the files that were compared, each with its line of the table."""
@@ -50,8 +49,6 @@ SECONDS = 6 * 3600
 """How long one export may take: a large model in many types on a few cores takes hours."""
 SPARE_BYTES = 256 * 2**20
 """Room that an export leaves on the disk, which the database needs too."""
-
-
 FULL_BYTES = 2**20
 """A disk with less room than this is full."""
 
@@ -225,8 +222,8 @@ def push(session: Session, user: User, export_id: uuid.UUID, repo: str, private:
         raise BadField(f"{repo[:80]!r} names no owner.", hint="It looks like `owner/name`.", param="repo")
     if token is None and user.role != "admin":
         raise BadField("A token of the hub is needed.", hint="Make one with write permission in its settings.", param="token")
-    if token is not None and not _TOKEN.fullmatch(token):
-        raise BadField("That is no token of the hub.", hint="It is one word, as hf_….", param="token")
+    if token is not None:
+        hub_upload.check_token(token)
     hub.must_be_allowed()
     found = owned(session, Export, user, export_id)
     wanted: JSON = {"repo": repo, "private": private, "status": "queued", "url": None, "commit": None, "error": None}
@@ -242,15 +239,20 @@ def push(session: Session, user: User, export_id: uuid.UUID, repo: str, private:
 
 
 def folder_of(export_id: uuid.UUID) -> Path:
-    return get_settings().data_dir / "exports" / str(export_id)
+    return get_settings().data_dir / _place(export_id)
+
+
+def _place(export_id: uuid.UUID) -> str:
+    return f"exports/{export_id}"
 
 
 def file_path(export: Export, name: str) -> Path:
     """Where one file of an export lies. Raises Conflict before it has succeeded, NotFound for a name that is not in its list."""
     if not export.files:
         raise Conflict(f"The export is {export.status}.", hint="Wait until it has succeeded.", code="not_ready")
-    path = folder_of(export.id) / name
-    if name not in {file["name"] for file in export.files} or not path.is_file():
+    listed = name in {file["name"] for file in export.files}
+    path = places.path(f"{_place(export.id)}/{name}") if listed else folder_of(export.id)
+    if not listed or not path.is_file():
         raise NotFound(f"The export has no file {name[:120]!r}.", hint="Its list of files has the names.", param="name")
     return path
 
@@ -392,12 +394,14 @@ def _written(held: Held, work: Path, tell: Callable[[], None]) -> JSON:
         gone = session.get_one(Model, held.model_id).deleted_at is not None
     if gone:
         raise Conflict(f"{spec.model.name} was deleted.", hint="Export a model that is there.")
-    integrity.check_model(spec.model, tell)
     order, into = work / "order.json", work / "out"
     order.write_text(spec.model_dump_json())
-    facts = starters.ask_child(
-        "worker.exporters._process", [str(order), str(into)], [], into, tell, _readable(spec), seconds=SECONDS, sockets="loopback"
-    )
+    with places.held(reads := _reads(spec), tell):
+        integrity.check_model(spec.model, tell)
+        readable = [get_settings().data_dir / path for path in reads]
+        facts = starters.ask_child(
+            "worker.exporters._process", [str(order), str(into)], [], into, tell, readable, seconds=SECONDS, sockets="loopback"
+        )
     found = {"parity": storable(facts["parity"]), "progress": 1.0}
     if facts["fault"]:
         return {**found, "status": "failed", "error": facts["fault"]}
@@ -405,6 +409,8 @@ def _written(held: Held, work: Path, tell: Callable[[], None]) -> JSON:
     names = sorted(path.relative_to(into).as_posix() for path in there)
     if names != sorted(file["name"] for file in facts["files"]) or any(path.is_symlink() for path in there):
         raise BadData("The exporter left other files than it named.", hint="Report this.")
+    for one in sorted(into.iterdir()):
+        places.push(f"{_place(held.id)}/{one.name}", source=one, beat=tell)
     return {**found, "status": "succeeded", "files": storable(facts["files"])}
 
 
@@ -412,14 +418,15 @@ def _pushed(held: Held, work: Path, tell: Callable[[], None]) -> JSON:
     """Have the files uploaded to the hub; the columns that say so. Raises ExportLost and StudioError."""
     assert held.hub is not None, "an export with files is only queued to be pushed"
     order = {"repo": held.hub["repo"], "private": held.hub["private"], "files": [file["name"] for file in held.files]}
-    found = hub_upload.upload(held.id, folder_of(held.id), order, work, tell)
+    with places.held([f"{_place(held.id)}/{file['name']}" for file in held.files], tell):
+        found = hub_upload.upload(held.id, folder_of(held.id), order, work, tell)
     return {"status": "succeeded", "progress": 1.0, "hub": {**held.hub, **found, "status": "succeeded"}}
 
 
-def _readable(spec: ExportSpec) -> list[Path]:
-    data = get_settings().data_dir
+def _reads(spec: ExportSpec) -> list[str]:
+    """What the child reads, in paths relative to the data folder."""
     rows = [part["path"] for name in ("dataset", "validation") if (part := (spec.job or {}).get(name))]
-    return [data / path for path in (spec.model.path, *(adapter.path for adapter in spec.model.adapters), *rows) if path]
+    return [path for path in (spec.model.path, *(adapter.path for adapter in spec.model.adapters), *rows) if path]
 
 
 def _finish(held: Held, work: Path, **values: Any) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app.errors import BadData, Conflict, Forbidden, NotSignedIn, StudioError, TooLarge, Unavailable
+from app.errors import BadData, BadField, Conflict, Forbidden, NotSignedIn, StudioError, TooLarge, Unavailable
 from app.kit import child_process
 from app.models import hub
 from app.settings import get_settings
 
+_TOKEN = re.compile(r"[\x21-\x7e]{3,500}")
 SECONDS = 24 * 3600
 """Time limit of one upload."""
 
@@ -53,6 +55,19 @@ def upload(export_id: uuid.UUID, folder: Path, order: dict[str, Any], work: Path
 
 def token_file(export_id: uuid.UUID) -> Path:
     return get_settings().data_dir / "exports" / f".{export_id}.token"
+
+
+def check_token(token: str) -> None:
+    """Raises BadField for what is no token, Unavailable where the export worker may be on a machine with another data folder."""
+    if not _TOKEN.fullmatch(token):
+        raise BadField("That is no token of the hub.", hint="It is one word, as hf_….", param="token")
+    if get_settings().storage_url:
+        raise Unavailable(
+            "A token of one's own does not reach the export worker of a studio with an object storage.",
+            hint="Let an admin push with the worker's own token (HF_TOKEN), or download the files and push them from there.",
+            param="token",
+            code="token_stays_here",
+        )
 
 
 def keep_token(export_id: uuid.UUID, token: str) -> None:

@@ -29,6 +29,7 @@ from app.models import hub, import_checks, integrity, starters
 from app.models.model_card import license_of
 from app.settings import get_settings
 from app.spec import ModelRef
+from app.storage import places
 from app.tables import Model, ModelAlias, User
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,9 @@ def adopt_starters(session: Session) -> list[Model]:
         facts = starters.present(name)
         if facts is None or is_a_model(session, name, None):
             continue
+        if get_settings().storage_url:
+            added.append(add_starter(session, name, accept_terms=True))  # an import worker finds the files, and stores them
+            continue
         model = Model(id=key, name=name, title=starter.title, kind=starter.kind, license=starter.license, **_ready(key, facts))
         model.source = {"starter": name, **facts["source"]}
         session.add(model)
@@ -254,6 +258,7 @@ def fetch(model_id: uuid.UUID) -> None:
             _see_again(model_id, beat)
             return _end(model_id, fence, status="ready", error=None, progress=None)
         facts = _bring(model_id, source, beat)
+        places.push(f"models/{model_id}", beat=lambda: beat(0.98))
         _end(model_id, fence, status="ready", error=None, **_ready(model_id, facts), **_found(source, facts))
     except FetchLost:
         return
@@ -373,8 +378,8 @@ def examine(model_id: uuid.UUID) -> None:
         return
     with db.transaction() as session:
         model = session.get_one(Model, model_id)
-        place, source, shape = get_settings().data_dir / str(model.path), dict(model.source), dict(model.shape or {})
-    beat, made = _Beat(EXAMINATIONS, model_id, fence), {}
+        path, source, shape = str(model.path), dict(model.source), dict(model.shape or {})
+    place, made = places.path(path, beat=(beat := _Beat(EXAMINATIONS, model_id, fence))), {}
     with tempfile.TemporaryDirectory(prefix="examine-", dir=get_settings().folder("tmp")) as work:
         refused = None
         try:

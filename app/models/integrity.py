@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from app.errors import BadData
 from app.kit import manifest
-from app.settings import get_settings
 from app.spec import ModelRef
+from app.storage import places
 
 log = logging.getLogger(__name__)
 Beat = Callable[[], object]
@@ -44,9 +46,10 @@ def check_model(ref: ModelRef, beat: Beat = lambda: None) -> None:
 def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bool = False, beat: Beat = lambda: None) -> None:
     """Check one folder, relative to the data folder; a checkpoint's manifest is in the folder above its weights.
 
-    A folder without a manifest was never registered: `may_be_plain` accepts it, as a person's own folder.
+    A folder without a manifest was never registered: `may_be_plain` accepts it, as a person's own folder. Where there is an object
+    storage it is brought first, and once more where it is damaged here.
     """
-    folder = get_settings().data_dir / path
+    folder = places.path(path, beat=beat)
     home = next((f for f in (folder, folder.parent) if manifest.read(f) is not None), None)
     if not folder.is_dir():
         raise Damaged(path, f"The folder of {name}, {path}, is gone.")
@@ -55,13 +58,22 @@ def check(path: str, name: str, revision: str | None = None, *, may_be_plain: bo
             return
         raise Damaged(path, f"The folder of {name}, {path}, has no manifest, so its files cannot be trusted.")
     try:
-        found = manifest.check(home, beat)
+        found = _checked(home, path, beat)
     except BadData as error:
         raise Damaged(path, f"The files of {name} are not what was saved. {error.message}") from error
     except OSError as error:
         raise BadModel(f"The files of {name} cannot be read: {error}", hint="Look at the disk, then try again.") from error
     if revision and revision not in (manifest.revision_of(found["files"]), manifest.sha256_of(home / manifest.NAME)):
         raise Damaged(path, f"The files of {name} are not those of revision {revision[:12]}.")
+
+
+def _checked(home: Path, path: str, beat: Beat) -> dict[str, Any]:
+    try:
+        return manifest.check(home, beat)
+    except BadData:
+        if not places.bring_again(path, beat):
+            raise
+        return manifest.check(home, beat)
 
 
 def tell(damaged: BadModel) -> None:

@@ -22,6 +22,7 @@ from app.models.vocabulary import has_new_tokens, shape_of_result
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
+from app.storage import places
 from app.strategies import STRATEGIES, Strategy
 from app.tables import Checkpoint, CheckpointPermission, DistillationRun, Evaluation, Export, Job, Model, ModelAlias, User
 
@@ -167,9 +168,8 @@ def _resolve_checkpoint(session: Session, user: User, name: str, allowed: bool) 
 
 def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: Checkpoint) -> ModelRef:
     """The base with the checkpoint's adapter, or the checkpoint's own weights where it is a whole model."""
-    folder = get_settings().data_dir / checkpoint.path
     try:
-        manifest.verify(folder, deep=False)
+        folder = places.verified(checkpoint.path)
         whole = manifest.sha256_of(folder / manifest.NAME) == checkpoint.manifest_sha256
     except BadData:
         whole = False
@@ -384,8 +384,7 @@ def own_folder(model: Model) -> Path | None:
 
 def hashes(model: Model) -> dict[str, dict[str, Any]]:
     """`{file: {"bytes", "sha256"}}` from the model's manifest; empty when it has none."""
-    folder = own_folder(model)
-    found = manifest.read(folder) if folder else None
+    found = manifest.read(places.path(str(model.path), weights=False)) if own_folder(model) else None
     return found["files"] if found else {}
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from app.errors import BadField
 from app.events import Finished
-from app.settings import get_settings
 from app.shapes import shape_of
 from app.spec import ModelRef
+from app.storage import places
 from app.strategies import STRATEGIES
 from app.strategies._files import NEW_TOKENS
 from app.tables import JSON, Job
@@ -18,19 +18,18 @@ from app.tables import JSON, Job
 
 def has_new_tokens(path: str | None) -> bool:
     """Whether the adapter in a folder, relative to the data folder, came with new tokens."""
-    return path is not None and (get_settings().data_dir / path / NEW_TOKENS).is_file()
+    return path is not None and places.exists(f"{path}/{NEW_TOKENS}")
 
 
 def tokenizer_path(ref: ModelRef) -> str:
     """The folder of a model's tokenizer, relative to the data folder: the newest adapter's own, or the base's."""
-    data = get_settings().data_dir
-    own = [adapter.path for adapter in ref.adapters if (data / adapter.path / "tokenizer_config.json").is_file()]
+    own = [adapter.path for adapter in ref.adapters if places.exists(f"{adapter.path}/tokenizer_config.json")]
     return own[-1] if own else ref.path
 
 
 def _tokenizer_of(ref: ModelRef) -> dict[str, Any] | None:
     """The contents of a model's tokenizer.json; None where it has none."""
-    path = get_settings().data_dir / tokenizer_path(ref) / "tokenizer.json"
+    path = places.path(tokenizer_path(ref), weights=False) / "tokenizer.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
@@ -75,5 +74,5 @@ def shape_of_result(job: Job, finished: Finished) -> JSON | None:
     """The shape of a whole model that new tokens made larger; None where it is its base's, as an adapter's is."""
     if STRATEGIES[job.spec["strategy"]["name"]].adapter or not job.spec["run"].get("new_tokens"):
         return None
-    config = json.loads((get_settings().data_dir / finished.path / "config.json").read_text())
+    config = json.loads((places.path(finished.path, weights=False) / "config.json").read_text())
     return shape_of(config).model_dump(mode="json")

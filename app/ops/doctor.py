@@ -22,6 +22,7 @@ from app.kit import confinement
 from app.machines import gpus
 from app.machines.gpus import CUDA_ORDER
 from app.settings import get_settings
+from app.storage import objects, places
 
 Verdict = Literal["good", "note", "bad"]
 MIN_FREE_BYTES = 5 * 2**30
@@ -37,7 +38,7 @@ class DoctorFinding(NamedTuple):
 def examine() -> Iterator[DoctorFinding]:
     """Run every check. One that raises is a finding itself, so that the others are still reported."""
     checks: list[Callable[[], DoctorFinding | list[DoctorFinding]]] = [
-        python, torch_build, gpu, gpu_parts, memory, disk, database, broker, walls, chromium, models, engines, trackers, hub, versions
+        python, torch_build, gpu, gpu_parts, memory, disk, storage, database, broker, walls, chromium, models, engines, trackers, hub, versions
     ]  # fmt: skip
     for check in checks:
         try:
@@ -188,6 +189,20 @@ def disk() -> DoctorFinding:
         return DoctorFinding("disk", "bad", f"{folder} cannot be written to", "Choose another folder with --data-dir or LUTHIER_DATA_DIR.")
     hint = "" if free > MIN_FREE_BYTES else "Checkpoints need room: free some, or choose another folder with LUTHIER_DATA_DIR."
     return DoctorFinding("disk", "good" if free > MIN_FREE_BYTES else "note", f"{gib(free)} free for {get_settings().data_dir}", hint)
+
+
+def storage() -> list[DoctorFinding]:
+    """Writes, reads and removes a small object, where there is an object storage."""
+    try:
+        there = objects.storage(0.0)
+        if there is None:
+            return []
+        there.check()
+    except StudioError as error:
+        return [DoctorFinding("storage", "bad", error.message, error.hint)]
+    return [
+        DoctorFinding("storage", "good", f"{there.url} can be read and written; {gib(places.cache_limit())} of it are kept here at most")
+    ]
 
 
 def database() -> DoctorFinding:

@@ -41,7 +41,7 @@ def create(user: CurrentUser, body: schemas.CreateUpload) -> Json:
 async def add(request: Request, user: CurrentUser, upload_id: str) -> Json:
     """Add a part of at most 64 MiB. Parts may come side by side and in any order."""
     held = resumable_upload.ticket(await run_in_threadpool(_find, user, upload_id))
-    form = await read_form(request, upload_parts.MAX_PART_BYTES, "data")
+    form = await read_form(request, upload_parts.MAX_PART_BYTES, "data", passing=True)
     if form.upload is None:
         raise BadField("The form has no part.", hint="Send the bytes in the field called “data”.", param="data")
     key = await run_in_threadpool(upload_parts.add, held, form.upload.blob)

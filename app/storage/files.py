@@ -2,6 +2,8 @@
 
 data_dir/tmp/upload-…      while the bytes arrive
 data_dir/blobs/ab/<sha256> afterwards; several File rows may refer to one blob
+
+With an object storage a blob is in it before there is a row of it, whichever machine took the upload.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from app.errors import BadField, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.ownership import mine, owned
 from app.settings import get_settings
+from app.storage import places
 from app.storage.atomic import disk_errors, sync
+from app.storage.objects import Beat
 from app.tables import File, User
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
@@ -49,19 +53,39 @@ class Blob(NamedTuple):
 
 def blob_path(sha256: str) -> Path:
     """The path of the blob with this SHA-256. Only hexadecimal digits pass, so no path can be injected."""
+    return get_settings().data_dir / _place(sha256)
+
+
+def _place(sha256: str) -> str:
     if len(sha256) != 64 or not all(c in "0123456789abcdef" for c in sha256):
         raise ValueError("not a SHA-256")
-    return get_settings().data_dir / "blobs" / sha256[:2] / sha256
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def brought(sha256: str, beat: Beat = lambda: None) -> Path:
+    """The path of a blob, brought from the object storage where it is there and not here. It need not exist."""
+    return places.path(_place(sha256), beat=beat)
+
+
+def is_kept(sha256: str) -> bool:
+    """Whether the bytes are here, or in the object storage."""
+    return places.exists(_place(sha256))
+
+
+def store_away(blob: Blob) -> None:
+    """Put a blob into the object storage, where there is one. Raises StorageAway, StorageRefuses."""
+    places.push(_place(blob.sha256))
 
 
 class BlobWriter:
-    """Writes bytes as they arrive, hashing them; `finish` returns the blob, `discard` leaves no trace.
+    """Writes bytes as they arrive, hashing them; `finish` returns the blob, `discard` leaves no trace. `passing` bytes stay on this
+    machine: they become part of another blob.
 
     Raises TooLarge beyond `limit` bytes and DiskFull when the disk is full.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, passing: bool = False) -> None:
+        self.limit, self.passing = limit, passing
         self.bytes = 0
         self._hash = hashlib.sha256()
         with disk_errors():
@@ -93,6 +117,8 @@ class BlobWriter:
             get_settings().folder("blobs", blob.sha256[:2])
             os.replace(self._path, target)
             sync(target.parent)
+        if not self.passing:
+            store_away(blob)
         return blob
 
     def discard(self) -> None:
@@ -128,6 +154,7 @@ def adopt(path: Path, blob: Blob) -> Blob:
         os.replace(path, target)
         os.utime(target)  # a blob without a row is swept by its age
         sync(target.parent)
+    store_away(blob)
     return blob
 
 
@@ -159,7 +186,7 @@ def create(
     if purpose not in (RESULTS, BATCH_OUTPUT) and not reserved:  # what the studio itself writes of work that was allowed to run
         limits.check(session, user, "storage_bytes", more=blob.bytes)
     _lock(session, blob.sha256)
-    if not blob_path(blob.sha256).exists():
+    if not is_kept(blob.sha256):
         raise Unavailable("The uploaded bytes are gone.", hint="Upload the file again.")
     file = File(
         id=uuid.uuid4(),
@@ -230,7 +257,7 @@ def list_(session: Session, user: User, purpose: str | None = None, order: str =
 
 def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
     """The path of a file's bytes. Raises NotFound when they are missing."""
-    path = blob_path(get(session, user, file_id).sha256)
+    path = brought(get(session, user, file_id).sha256)
     if not path.exists():
         raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", hint="Upload the file again.")
     return path
@@ -275,6 +302,7 @@ def discard_if_unused(session: Session, blob: Blob) -> None:
     _lock(session, blob.sha256)
     if not _used(session, blob.sha256):
         blob_path(blob.sha256).unlink(missing_ok=True)
+        places.forget(_place(blob.sha256))
 
 
 def _used(session: Session, sha256: str) -> bool:

@@ -21,10 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, defer
 
 from app.db import get_engine
+from app.errors import StudioError
 from app.machines.heartbeats import Worker, alive
 from app.migrate import is_current
 from app.queue import cannot_write, get_redis
 from app.settings import get_settings
+from app.storage import objects, sweeping
 from app.tables import Answer, Base, Dataset, Exchange, Job, Model, User
 
 T = TypeVar("T")
@@ -47,8 +49,9 @@ class HealthCheck(BaseModel):
 
 
 def checks(session: Session | None = None) -> list[HealthCheck]:
-    """The essential components: database, its schema, broker. Checked over `session` where there is one."""
-    return [*_database(session), _broker()]
+    """The essential components: database, its schema, broker, and the object storage where there is one. Checked over `session` where
+    there is one."""
+    return [*_database(session), _broker(), *_storage_in_time()]
 
 
 def _away(name: str) -> HealthCheck:
@@ -56,30 +59,35 @@ def _away(name: str) -> HealthCheck:
 
 
 CHECK_SECONDS = 2.0
-_checkers = ThreadPoolExecutor(3, thread_name_prefix="check")
+_checkers = ThreadPoolExecutor(4, thread_name_prefix="check")
 _checking: dict[str, Future[Any]] = {}
 
 
 async def checks_in_time() -> tuple[list[HealthCheck], list[Worker]]:
     """`checks` and the living workers, each in a dedicated thread with a timeout of two seconds."""
-    database, broker, workers = await asyncio.gather(
+    database, broker, storage, workers = await asyncio.gather(
         _in_time("database", lambda: _database(None), [_away("database")]),
         _in_time("redis", _broker, _away("redis")),
+        _in_time("storage", _storage, [_storage_away()]),
         _in_time("workers", alive, list[Worker]()),
     )
-    return [*database, broker], workers
+    return [*database, broker, *storage], workers
 
 
 async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
     """The result of `ask`, or `otherwise` after a timeout. A call that is still running is awaited again instead of started
     twice: there is one at a time, however many requests there are."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(_asked(name, ask))), CHECK_SECONDS)
+    except TimeoutError:
+        return otherwise
+
+
+def _asked(name: str, ask: Callable[[], T]) -> Future[T]:
     asked = _checking.get(name)
     if asked is None or asked.done():
         asked = _checking[name] = _checkers.submit(ask)
-    try:
-        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), CHECK_SECONDS)
-    except TimeoutError:
-        return otherwise
+    return asked
 
 
 def _database(session: Session | None) -> list[HealthCheck]:
@@ -108,6 +116,32 @@ def _broker() -> HealthCheck:
     except RuntimeError:
         return _away("redis")
     return HealthCheck(name="redis", good=True, message="online")
+
+
+def _storage() -> list[HealthCheck]:
+    """None where the data folder is all there is."""
+    try:
+        storage = objects.storage(0.0)
+        if storage is not None:
+            storage.read(sweeping.STUDIO)
+    except StudioError as error:
+        return [_storage_away(error.message)]
+    return [] if storage is None else [HealthCheck(name="storage", good=True, message="online")]
+
+
+def _storage_in_time() -> list[HealthCheck]:
+    """The same for a page, which does not wait long for it."""
+    if not get_settings().storage_url:
+        return []
+    try:
+        return _asked("storage", _storage).result(CHECK_SECONDS)
+    except TimeoutError:
+        return [_storage_away()]
+
+
+def _storage_away(said: str = "") -> HealthCheck:
+    hint = f"{said} Uploads are refused, and runs wait, until it answers; `luthier doctor` tries it.".strip()
+    return HealthCheck(name="storage", good=False, message="does not respond", hint=hint)
 
 
 MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."

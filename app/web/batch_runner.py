@@ -53,7 +53,7 @@ class BatchAttempt(BackgroundAttempt):
         await self._finish(found.places)
 
     def _input(self, session: Session) -> Path:
-        path = files.blob_path(session.get_one(File, self.row.input_file_id).sha256)
+        path = files.brought(session.get_one(File, self.row.input_file_id).sha256)
         if not path.is_file():
             raise NotFound("The input file was deleted.", hint="Upload it again.", code="input_file_missing")
         return path

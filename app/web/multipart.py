@@ -38,12 +38,12 @@ class Form(NamedTuple):
     upload: UploadedPart | None
 
 
-async def read_form(request: Request, limit: int, file_field: str = "file") -> Form:
-    """Read a form to its end. `limit` is for the file, in bytes.
+async def read_form(request: Request, limit: int, file_field: str = "file", passing: bool = False) -> Form:
+    """Read a form to its end. `limit` is for the file, in bytes; `passing` says that it becomes part of another one.
 
     Raises BadRequest for a form that is malformed or incomplete, TooLarge beyond the limit; nothing is kept then.
     """
-    reader = _Reader(limit, file_field)
+    reader = _Reader(limit, file_field, passing)
     try:
         parser = MultipartParser(_boundary(request), reader.callbacks(), max_header_count=16, max_header_size=16 * 1024)
         async for chunk in request.stream():
@@ -73,8 +73,8 @@ def _boundary(request: Request) -> bytes:
 class _Reader:
     """The parser's callbacks. The file's bytes wait in `pending` until the route's loop flushes them in a thread."""
 
-    def __init__(self, limit: int, file_field: str) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, file_field: str, passing: bool) -> None:
+        self.limit, self.passing = limit, passing
         self.file_field = file_field
         self.fields: dict[str, str] = {}
         self.pending = bytearray()
@@ -120,7 +120,7 @@ class _Reader:
         if self.writer is not None:
             raise BadField("The form holds more than one file.", hint="Send one file in one request.", param=self.file_field)
         self.filename = filename or ""
-        self.writer = BlobWriter(self.limit)
+        self.writer = BlobWriter(self.limit, self.passing)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._value is None:

@@ -19,11 +19,13 @@ from app import leases
 from app.db import transaction
 from app.errors import StudioError
 from app.kit import addresses
+from app.kit.secret import is_here
 from app.tables import JSON, WebhookEndpoint
 from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
 
+NO_KEY = "The data worker's machine has no key to sign with. Copy secrets/webhooks.key from the data folder of the web process to its own."
 SECONDS = 10.0
 """How long an endpoint may take to answer."""
 
@@ -34,9 +36,9 @@ def send(delivery_id: uuid.UUID) -> None:
         delivery = leases.claim(session, webhooks.WORK, delivery_id)
         if delivery is None:
             return
-        endpoint = session.get_one(WebhookEndpoint, delivery.endpoint_id)
-        keys = secrets(endpoint, session.execute(select(leases.now())).scalar_one().timestamp())
-    status_code, error = attempt(endpoint.url, delivery.event, keys)
+        endpoint, known = session.get_one(WebhookEndpoint, delivery.endpoint_id), is_here(webhooks.KEY)
+        keys = secrets(endpoint, session.execute(select(leases.now())).scalar_one().timestamp()) if known else []
+    status_code, error = attempt(endpoint.url, delivery.event, keys) if known else (None, NO_KEY)
     with transaction() as session:
         webhooks.record(session, delivery, status_code, error)
 

@@ -136,9 +136,13 @@ def rotate(session: Session, endpoint: WebhookEndpoint, *, keep_old: bool = Fals
     return endpoint
 
 
+KEY = "webhooks"
+"""The key of the studio that the secrets of all endpoints are derived from."""
+
+
 def signing_secret(endpoint: WebhookEndpoint, back: int = 0) -> str:
     """The secret of the endpoint, or that of `back` generations before: `whsec_` and 32 bytes in base64."""
-    made = hmac.new(secret("webhooks"), f"{endpoint.id}.{endpoint.generation - back}".encode(), hashlib.sha256)
+    made = hmac.new(secret(KEY), f"{endpoint.id}.{endpoint.generation - back}".encode(), hashlib.sha256)
     return f"whsec_{base64.b64encode(made.digest()).decode()}"
 
 

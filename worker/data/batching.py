@@ -16,8 +16,8 @@ from app.datasets import row_store as stored
 from app.datasets.splits import divide, split_hash
 from app.errors import BadData
 from app.run_settings import TrainOn
-from app.settings import get_settings
 from app.spec import DatasetRef, JobSpec, Split
+from app.storage import places
 from worker.data.batch_rendering import Renderer, filled, ids_of
 from worker.data.chat_template import RenderedRow
 from worker.modeling.packed_attention import PackShape, filling, packed_arguments
@@ -41,7 +41,7 @@ class BadRow(BadData):
 
 def read_rows(ref: DatasetRef) -> list[Row]:
     """All rows of a dataset, in order. Raises BadData when its file is missing, empty or changed."""
-    path = get_settings().data_dir / ref.path
+    path = places.path(ref.path)
     stored.verify_rows(path, ref.sha256, ref.name)
     rows = [Row(line, json.loads(row)) for line, row in stored.read_rows(path, ref.name)]
     if not rows:
@@ -81,8 +81,8 @@ def share(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
     for place, row in enumerate(rows):
         parts[row.row.get("label")].append(place)
     kept: set[int] = set()
-    for places in parts.values():
-        drawn = sorted(places, key=lambda place: (split_hash(rows[place].row, f"{seed} share"), place))
+    for members in parts.values():
+        drawn = sorted(members, key=lambda place: (split_hash(rows[place].row, f"{seed} share"), place))
         kept.update(drawn[: max(1, round(fraction * len(drawn)))])
     return [row for place, row in enumerate(rows) if place in kept]
 

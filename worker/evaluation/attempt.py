@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from app import events, graders, limits
 from app.db import transaction
-from app.errors import StudioError
+from app.errors import BadData, StudioError
 from app.evaluation import grading, predictions
 from app.evaluation import service as evaluations
 from app.evaluation.service import EvaluationClaim, EvaluationSpec
@@ -40,10 +40,11 @@ from app.machines.hardware import this_machine
 from app.models import integrity
 from app.models.integrity import BadModel
 from app.settings import get_settings
+from app.storage import places
 from app.storage.atomic import write_atomically
 from app.tables import Evaluation
 from worker.evaluation.turns import Turns
-from worker.supervision import confinement, exit_codes, gpu_lease
+from worker.supervision import confinement, exit_codes, gpu_lease, storing
 from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
@@ -147,11 +148,18 @@ class EvaluationAttempt:
     def run(self) -> None:
         memory = exit_codes.OomWatch()
         try:
-            code = self._assess()
+            brought = storing.patiently(lambda: storing.bring_spec(self.held.spec, self._go_on), self._go_on, self._say)
+            with places.held(brought, self._go_on):
+                code = self._assess()
             if not self.lost:
                 self._conclude(code, memory.killed_since())
+        except storing.Leaving:
+            if not self.lost:
+                self._record(lambda session: evaluations.release(session, self.held))
         except BadModel as error:
             integrity.tell(error)
+            self._finish(error=error.as_problem())
+        except BadData as error:  # rows that are damaged in the object storage
             self._finish(error=error.as_problem())
         except OSError as error:
             failed = exit_codes.of_os_error(error)
@@ -200,6 +208,15 @@ class EvaluationAttempt:
             self.next_beat = time.monotonic() + get_settings().beat_seconds
             residency.ask_room(self.held.id, weight_bytes(self.held.spec), gpus=self.lease.gpus)
             self.lost = not self._beat()
+
+    def _say(self, words: str) -> None:
+        self.stage = words
+
+    def _go_on(self) -> None:
+        """A heartbeat while what it reads is brought. Raises Leaving."""
+        self._beat_when_due()
+        if self.lost or self.going_down():
+            raise storing.Leaving
 
     def _beat(self) -> bool:
         try:
@@ -267,7 +284,7 @@ class EvaluationAttempt:
         size = 0
         if self.held.spec.kind == "predictions":
             try:
-                size = predictions.keep(self.held.id, self.folder)
+                size = predictions.keep(self.held.id, self.folder, self._beat_when_due)
             except StudioError as fault:
                 return self._finish(error=fault.as_problem())
         self._finish(result=self.result, output_bytes=size)

@@ -12,7 +12,7 @@ from app.datasets import readers
 from app.errors import BadData
 from app.evaluation.predictions import MAX_ROWS
 from app.evaluation.service import EvaluationSpec
-from app.settings import get_settings
+from app.storage import places
 from worker.data.batching import Row
 from worker.data.chat_template import CHAT_KINDS, render_prompt
 from worker.evaluation.scoring import BUDGET, Reader, Say
@@ -66,7 +66,7 @@ def predict(spec: EvaluationSpec, engine: Compute, say: Say, out: Path) -> dict[
 
 def _rows(spec: EvaluationSpec) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    path = get_settings().data_dir / spec.dataset.path
+    path = places.path(spec.dataset.path)
     if not path.is_file():
         raise BadData(f"The bytes of {spec.dataset.name} are gone.", hint="Upload the file again.")
     for raw in readers.read(path, spec.dataset.name):

@@ -34,19 +34,24 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
     folder is above it)."""
     settings = get_settings()
     data = settings.data_dir
-    other = spec.base if isinstance(spec, EvaluationSpec) else spec.teacher
-    models = [spec.model, *([other] if other else [])]
-    rows = [spec.dataset, *([spec.validation] if isinstance(spec, JobSpec) and spec.validation else [])]
-    named = [model.path for model in models] + [row.path for row in rows] + [adapter.path for model in models for adapter in model.adapters]
     gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""
     several = settings.gpus_per_job > 1 and isinstance(spec, JobSpec)
     return Confinement(
-        read=[folder.parent, *(data / path for path in named if path)],
+        read=[folder.parent, *(data / path for path in reads(spec))],
         write=[folder, *(settings.folder(name) for name in KEPT_BY_JOBS), *cache_folders(environment)],
         sockets="loopback" if several else "local" if gpu else "none",
         gpu=gpu,
         memory_bytes=None if gpu else 2 * usable_memory() + psutil.swap_memory().total + 4 * 2**30,
     )
+
+
+def reads(spec: JobSpec | EvaluationSpec) -> list[str]:
+    """The models and rows that such a process reads, relative to the data folder."""
+    other = spec.base if isinstance(spec, EvaluationSpec) else spec.teacher
+    models = [spec.model, *([other] if other else [])]
+    rows = [spec.dataset, *([spec.validation] if isinstance(spec, JobSpec) and spec.validation else [])]
+    adapters = [adapter.path for model in models for adapter in model.adapters]
+    return [path for path in (*(model.path for model in models), *(row.path for row in rows), *adapters) if path]
 
 
 def environment_in(folder: Path) -> dict[str, str]:

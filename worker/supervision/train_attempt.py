@@ -30,6 +30,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from app import events, limits
 from app.db import transaction
+from app.errors import BadData
 from app.inference import residency
 from app.jobs import lifecycle, usage
 from app.jobs.lifecycle import Claim, FenceLost
@@ -40,12 +41,12 @@ from app.kit.logs import turn_over
 from app.machines import energy
 from app.machines.hardware import this_machine
 from app.models import integrity
-from app.models.integrity import BadModel
 from app.settings import get_settings
+from app.storage import places
 from app.storage.atomic import write_atomically
 from app.tables import Job
 from worker.runtime import attendance, failures
-from worker.supervision import answering, confinement, exit_codes, gpu_lease
+from worker.supervision import answering, confinement, exit_codes, gpu_lease, storing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -163,6 +164,7 @@ class Attempt:
         self.stop_reason = ""
         self.hung = False
         self.save_sent = False
+        self.checkpoints = storing.CheckpointStore(held, self._say)
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
         self.desk: answering.QuestionDesk | None = None  # where graders ask models
 
@@ -177,24 +179,33 @@ class Attempt:
             self._conclude(code, memory)
         except FenceLost:
             raise
-        except BadModel as error:
+        except storing.Leaving:
+            self._retry_until_database(lambda session: lifecycle.stopped(session, self.held, self.pace.step, "the object storage was away"))
+        except integrity.BadModel as error:
             integrity.tell(error)
-            fault = events.Failed(kind="bad_model", message=error.message, hint=error.hint)
-            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
+            self._fail(events.Failed(kind="bad_model", message=error.message, hint=error.hint))
+        except BadData as error:  # rows that are damaged in the object storage
+            self._fail(events.Failed(kind="bad_data", message=error.message, hint=error.hint))
         except OSError as error:
-            fault = exit_codes.of_os_error(error)
-            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
+            self._fail(exit_codes.of_os_error(error))
         except Exception as error:
             if isinstance(error, DBAPIError) and exit_codes.is_away(error):
                 raise  # this worker is leaving and the database is gone: the reaper finds the expired lease
             log.exception("Job %s: the supervisor failed.", self.held.job_id)
-            fault = events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", hint="Look at the worker's log.")
-            self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
+            self._fail(events.Failed(kind="crashed", message=f"The job could not be recorded: {error}", hint="Look at the worker's log."))
         finally:
             self.over.set()
+            self.checkpoints.end()
+
+    def _fail(self, fault: events.Failed) -> None:
+        self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
 
     def _train(self) -> int:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
+        with places.held(storing.bring(self.held, self._go_on, self._say), self._go_on):
+            return self._supervised()
+
+    def _supervised(self) -> int:
         for model in filter(None, (self.held.spec.model, self.held.spec.teacher)):
             integrity.check_model(model, self._beat_when_due)  # reading a large one takes longer than a lease
         self._ask_room()
@@ -254,6 +265,8 @@ class Attempt:
             event = confinement.believed(events.read_line(line), self.held.folder)
         except ValidationError as error:
             event = events.Log(level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})")
+        if isinstance(event, events.Saved):
+            self.checkpoints.saved(event)
         self.pace.note(event)
         if isinstance(event, events.Finished | events.Failed):
             # Recorded with the end of the job, in one transaction. Processes that lost another one say so after its own last word.
@@ -261,6 +274,11 @@ class Attempt:
                 self.said_last = event
         else:
             self.heard.append(event)
+        self.woken.set()
+
+    def _say(self, words: str) -> None:
+        """Tell the job's watchers."""
+        self.heard.append(events.Log(level="warn", message=words))
         self.woken.set()
 
     def _record_some(self) -> None:
@@ -285,7 +303,7 @@ class Attempt:
     def _record(self, batch: list[events.TrainerEvent]) -> None:
         with transaction() as session:
             lifecycle.record(session, self.held, self.recorded, batch)
-            if any(isinstance(event, events.Saved) for event in batch):
+            if not self.checkpoints.used and any(isinstance(event, events.Saved) for event in batch):
                 lifecycle.sweep_checkpoints(session, self.held.job_id, get_settings().keep_checkpoints)
         for _ in batch:
             self.heard.popleft()
@@ -329,6 +347,23 @@ class Attempt:
         if self.fence_lost.is_set():
             raise FenceLost
 
+    def _go_on(self) -> None:
+        """A heartbeat before there is a trainer. Raises FenceLost, and Leaving where nobody waits for the trainer any more."""
+        self._beat_when_due()
+        self._record_some()
+        if self.wishes.cancel or self.wishes.pause or self.going_down():
+            raise storing.Leaving
+
+    def _go_on_storing(self) -> None:
+        """The same after the trainer has ended, while the beating thread renews the lease."""
+        self._record_some()
+        if self.fence_lost.is_set():
+            raise FenceLost
+        if self.going_down() and self.stop_at is None:
+            self.stop_at = time.monotonic()
+        if self.wishes.cancel or self._give_up():
+            raise storing.Leaving
+
     def _hear_wishes(self) -> None:
         """Stop or save as requested. A trainer that does not leave within its grace period is killed."""
         if not self.wishes.save:
@@ -362,20 +397,19 @@ class Attempt:
     def _conclude(self, code: int, memory: exit_codes.OomWatch) -> None:
         """Move the job to the state that the trainer's exit stands for."""
         last, held = self.said_last, self.held
+        self.checkpoints.finish(last.path if isinstance(last, events.Finished) and code == 0 else None, self._go_on_storing)
         if isinstance(last, events.Finished) and code == 0:
             return self._finish(last)
         if self.hung:
-            failed = events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log.")
-            return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
+            return self._fail(events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log."))
         if isinstance(last, events.Failed):
-            lost = self._lost_process(memory) if last.kind == "worker_lost" else None
-            return self._retry_until_database(lambda session: lifecycle.fail(session, held, lost or last))
+            return self._fail((self._lost_process(memory) if last.kind == "worker_lost" else None) or last)
         if code == exit_codes.STOPPED or self.stop_at is not None:
             return self._retry_until_database(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
         said = exit_codes.tail(self.folder / "trainer.log")
         failed = self._lost_process(memory) or exit_codes.classify(code, said, memory.killed_since())
         log.error("Job %s: %s", held.job_id, failed.message)
-        return self._retry_until_database(lambda session: lifecycle.fail(session, held, failed))
+        return self._fail(failed)
 
     def _lost_process(self, memory: exit_codes.OomWatch) -> events.Failed | None:
         """What became of the process that the others of this job lost, as the log and their attendance tell it."""
@@ -387,9 +421,9 @@ class Attempt:
 
     def _finish(self, finished: events.Finished) -> None:
         fault = exit_codes.check_result(get_settings().data_dir / finished.path)
-        if fault is not None:
-            return self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
-        return self._retry_until_database(lambda session: lifecycle.finish(session, self.held, finished))
+        if fault is None:
+            return self._retry_until_database(lambda session: lifecycle.finish(session, self.held, finished))
+        return self._fail(fault)
 
     def _retry_until_database(self, move: Callable[..., None]) -> None:
         def once() -> None:

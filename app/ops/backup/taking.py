@@ -57,13 +57,15 @@ def take(folder: Path, *, secrets: bool = True, keep: int = 7, say: Callable[[st
 
 def _taken(store: Store, say: Callable[[str], None]) -> tuple[BackupReport, dict[str, Any]]:
     root, lost = get_settings().data_dir, None
+    if url := get_settings().storage_url:
+        say(f"The files are in {url} and are not copied: keep versions or a copy of it.")
     known = store.manifest()["files"] if store.snapshots() else {}
     written = 0
     for turn in range(TRIES):
         with rows.snapshot() as connection:
             report = BackupReport(_name(store))
             told = _rows(store, connection, report)
-            found = named(connection, root)
+            found = named(connection, root) if not get_settings().storage_url else BackupContents()
         told["files"] = known = _files(store, root, found, report, known)
         written += report.written
         report.written = written

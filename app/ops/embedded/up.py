@@ -25,6 +25,7 @@ from app.ops.embedded.postgres import DATABASE, Postgres
 from app.ops.embedded.supervisor import ServiceProcess, Supervisor
 from app.ops.embedded.valkey import Valkey
 from app.settings import Settings, get_settings
+from app.storage import objects
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -38,6 +39,7 @@ def up(say: Callable[[str], None]) -> None:
     """Start everything, print the sign-in link, supervise until Ctrl-C, and stop it in order."""
     settings = get_settings()
     refuse_open_address(settings)
+    objects.check()
     make_data_dir(settings.data_dir)
     lock = Lock(settings.data_dir)
     lock.take()
