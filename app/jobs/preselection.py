@@ -50,6 +50,11 @@ def _alike(session: Session, data: Dataset, dataset_id: object) -> bool:
     return other is not None and (other.task, formats.asks(other.format)) == (data.task, formats.asks(data.format))
 
 
+def suits(model: Model, data: Dataset | None) -> bool:
+    """Whether a model of its kind is usually trained on such data."""
+    return _rank(model, data) < 9
+
+
 def _rank(model: Model, data: Dataset | None) -> int:
     """The place of a model among those that suit the data: a base before what was made from it, 9 and more for the unsuited."""
     shape = formats.get(data.format) if data and data.format else None

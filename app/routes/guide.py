@@ -31,7 +31,7 @@ from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
-MENU = (MenuPage("Learn", "/guide", "end", 10),)
+MENU = (MenuPage("Guide", "/guide", "end", 10),)
 
 FAMILIES = {
     "feature": ("Feature extraction", "The model is frozen; a small classifier is trained on its vectors."),

@@ -190,10 +190,10 @@ def _compare_form(session: Session, user: User, typed: Mapping[str, str], strate
 
 
 def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
-    """The base models that are checked; initially those of the kind of the usual one, untuned ones only."""
+    """The base models that are checked; initially the untuned ones that suit the data."""
     if form.typed.get("shown") != form.kind and not asked:
-        alike = [m for m in form.models if form.model and m.kind == form.model.kind and m.job_id is None]
-        return alike[: comparisons.MAX_MODELS]
+        fitting = [m for m in form.models if m.kept and m.job_id is None and preselection.suits(m, form.dataset)]
+        return fitting[: comparisons.MAX_MODELS]
     unknown = set(asked) - {model.name for model in form.models}
     if unknown:
         form.errors["model"] = f"There is no model {min(unknown)[:80]} that is ready. It may have been deleted; choose another."
