@@ -192,6 +192,7 @@ TAGS = {
     "comparisons": "Several methods on the same data.",
     "completions": "Continuations of texts.",
     "datasets": "Datasets: their versions, reports, rows and splits.",
+    "distillations": "Datasets of a teacher's best answers.",
     "embeddings": "Vectors of texts.",
     "engines": "Servers that answer for models.",
     "estimates": "What a job would take.",

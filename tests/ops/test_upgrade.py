@@ -26,6 +26,9 @@ from app.tables import (
     AuditLog,
     Base,
     BatchAnswer,
+    Dataset,
+    DistillationRun,
+    DistilledRow,
     Eval,
     EvalItem,
     EvalRun,
@@ -251,6 +254,11 @@ def later(session: Session, user: User) -> None:
     session.add(WebhookDelivery(endpoint_id=endpoint.id, event_key=uuid.uuid4(), event={}))
     session.add(TrackedRun(job_id=session.scalars(select(Job.id)).first(), kind="tensorboard", wish={}))
     session.add(AliasMove(owner_id=user.id, user_name=user.name, alias="favorite", to_name="tiny", how="set"))
+    dataset, teacher = session.scalars(select(Dataset.id)).first(), session.scalars(select(Model.id)).first()
+    distillation = DistillationRun(owner_id=user.id, model_id=teacher, dataset_id=dataset, spec={})
+    session.add(distillation)
+    session.flush()
+    session.add(DistilledRow(run_id=distillation.id, line=1, messages=[], answers=[]))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -277,6 +285,7 @@ NEW = {
     **dict.fromkeys(("evals", "eval_runs", "eval_items"), "0031"),
     "tracked_runs": "0033",
     "alias_moves": "0034",
+    **dict.fromkeys(("distillation_runs", "distilled_rows"), "0035"),
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
@@ -285,6 +294,7 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0035",
         "0034",
         "0033",
         "0032",
