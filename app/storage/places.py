@@ -62,8 +62,7 @@ def place_of(path: str) -> str | None:
 def path(relative: str, *, weights: bool = True, beat: Beat = lambda: None) -> Path:
     """Where this lies on this machine, after bringing it where it is stored and not here. It need not exist. Without `weights` the
     weights of a model may be missing. Raises StorageAway, StorageRefuses, ObjectDamaged, DiskFull."""
-    storage, place = objects.storage(), place_of(relative)
-    if storage is not None and place is not None:
+    if (storage := objects.storage()) is not None and (place := place_of(relative)) is not None:
         _bring(storage, place, weights, beat)
     return get_settings().data_dir / relative
 
