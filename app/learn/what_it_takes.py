@@ -26,7 +26,7 @@ GPU_BYTES = 80 * 10**9
 """Memory of the GPU that the time is told for; a larger run is spread over several, which divide the time."""
 
 
-class Rule(NamedTuple):
+class RuleOfThumb(NamedTuple):
     """A rule of thumb, who says so, and what our arithmetic has beside it."""
 
     says: str
@@ -149,23 +149,23 @@ def rules(shapes: dict[float, Shape]) -> StopTable:
     full, lora = _row(shapes[7.0], "full"), _row(shapes[175.0], "lora")
     assert full is not None and lora is not None
     found = (
-        Rule(
+        RuleOfThumb(
             "1.5 B needs 16 GB to answer", "introductions, for a whole computer",
             f"weights {human_bytes(weights[1.5][1])} in 16 bits, {human_bytes(weights[1.5][0])} in 32; the rest is the system, the program and room",
         ),
-        Rule(
+        RuleOfThumb(
             "175 B needs about 400 GB to answer", "introductions",
             f"weights {human_bytes(weights[175.0][1])} in 16 bits; the rest is keys, values and activations",
         ),
-        Rule(
+        RuleOfThumb(
             "16 bytes a parameter to train all of it", "Rajbhandari et al. 2020 (ZeRO), mixed precision with Adam",
             f"7 B: {human_bytes(16 * shapes[7.0].parameters())} by the rule, {human_bytes(full.bytes[1])} with activations",
         ),
-        Rule(
+        RuleOfThumb(
             "GPT-3 175 B: 1.2 TB in full, 350 GB with LoRA", "Hu et al. 2021 (LoRA)",
             f"LoRA in 16 bits: {human_bytes(lora.bytes[1])}, on a batch of {BATCH_TOKENS:,} tokens",
         ),
-        Rule(
+        RuleOfThumb(
             "6 operations for each parameter and token", "Kaplan et al. 2020",
             f"7 B in full: {duration.operations_per_token(shapes[7.0], STRATEGIES['full'](), 1.0) / shapes[7.0].parameters():.1f}",
         ),
