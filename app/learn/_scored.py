@@ -122,6 +122,8 @@ def _example(session: Session, title: str, run: PromptRun) -> Sequence[StopText]
     """The first row of a run, as it was asked and answered."""
     found = prompt_runs.results(session, run, limit=1)
     return [
-        StopText(title, row.said[0] if row.said else "", row.rendered_prompt, row.score == 1, path_of(run), f"Reference: {row.expected}")
+        StopText(
+            title, row.said[0].strip() if row.said else "", row.rendered_prompt, row.score == 1, path_of(run), f"Reference: {row.expected}"
+        )
         for row in found
     ]
