@@ -9,6 +9,7 @@ light, in dark and 320 px wide: by axe, by its width and by its size. Exit code 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import sys
@@ -25,10 +26,11 @@ LOOKS = (("light", 1280), ("dark", 1280), ("light", 320))
 
 
 class Walked(NamedTuple):
-    """One stop: the seconds of each of its clicks, the bytes of its page, its result in a line, and what is wrong."""
+    """One stop: the seconds of each of its clicks, those of a CPU that the studio took for it, the bytes of its page, its result in a line, and what is wrong."""
 
     name: str
     seconds: list[float]
+    cpu: float
     bytes: int
     headline: str
     faults: list[str]
@@ -47,7 +49,7 @@ def main() -> None:
         given.pictures.mkdir(parents=True, exist_ok=True)
     first = found.pop(STARTER)
     with studio(first, STARTER, found) as own:
-        walked = walk(own.url, own.link, re.compile(given.only), given.pictures)
+        walked = walk(own.url, own.link, own.folder, re.compile(given.only), given.pictures)
     print(as_text(walked))
     sys.exit(1 if any(one.faults for one in walked) else 0)
 
@@ -59,7 +61,7 @@ def starters_in(folder: Path) -> dict[str, Path]:
     return {name: place for name, place in places.items() if (place / "config.json").is_file()}
 
 
-def walk(url: str, link: str, only: re.Pattern[str], pictures: Path | None) -> list[Walked]:
+def walk(url: str, link: str, folder: Path, only: re.Pattern[str], pictures: Path | None) -> list[Walked]:
     from playwright.sync_api import sync_playwright
 
     from app.learn import STOPS
@@ -69,12 +71,13 @@ def walk(url: str, link: str, only: re.Pattern[str], pictures: Path | None) -> l
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(url + link if link.startswith("/") else link)
-        found = [done(page, url, name, pictures) for name in STOPS if only.search(name)]
+        found = [done(page, url, folder, name, pictures) for name in STOPS if only.search(name)]
         page.goto(f"{url}/learn")
         found.append(
             Walked(
                 "(the room)",
                 [],
+                0.0,
                 len(page.content().encode()),
                 page.locator("main p.muted").first.inner_text(),
                 looked(page, "room", pictures),
@@ -84,11 +87,11 @@ def walk(url: str, link: str, only: re.Pattern[str], pictures: Path | None) -> l
     return found
 
 
-def done(page: Any, url: str, name: str, pictures: Path | None) -> Walked:
+def done(page: Any, url: str, folder: Path, name: str, pictures: Path | None) -> Walked:
     """Press every button that leads on, and wait for what each starts."""
     page.goto(f"{url}/learn/{name}")
     steps = [button for button in page.locator("form[data-learn] button").all() if re.match(r"\d\.", button.inner_text())]
-    seconds = []
+    seconds, used = [], cpu_of(folder)
     for place in range(max(1, len(steps))):
         button = page.locator("form[data-learn] button").nth(place)
         began = time.monotonic()
@@ -96,6 +99,7 @@ def done(page: Any, url: str, name: str, pictures: Path | None) -> Walked:
             button.click(no_wait_after=True)
         page.locator("#stop[hx-get]").wait_for(state="detached", timeout=PATIENCE)
         seconds.append(time.monotonic() - began)
+    used = cpu_of(folder) - used
     faults = [f"takes {sum(seconds):.0f} s"] if sum(seconds) > MOST_SECONDS else []
     faults += [f"says: {one}" for one in page.locator(".error").all_inner_texts()]
     if not faults and page.locator("#result-title").inner_text() != "Your result":
@@ -107,7 +111,19 @@ def done(page: Any, url: str, name: str, pictures: Path | None) -> Walked:
     headline = page.locator(f'li:has(a[href="/learn/{name}"]) a[href*="visit="]')
     said = headline.inner_text() if headline.count() else ""
     page.goto(f"{url}/learn/{name}")
-    return Walked(name, seconds, size, said, faults + looked(page, name, pictures))
+    return Walked(name, seconds, used, size, said, faults + looked(page, name, pictures))
+
+
+def cpu_of(folder: Path) -> float:
+    """Seconds of a CPU that the processes of a studio have used, with those that have ended: on a busy machine they say more than the clock."""
+    import psutil
+
+    found = 0.0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LUTHIER_DATA_DIR") == str(folder):
+                found += sum(process.cpu_times()[:4])
+    return found
 
 
 def looked(page: Any, name: str, pictures: Path | None) -> list[str]:
@@ -129,8 +145,11 @@ def looked(page: Any, name: str, pictures: Path | None) -> list[str]:
 
 def as_text(walked: list[Walked]) -> str:
     """A Markdown table, and below it what is wrong."""
-    lines = ["| stop | seconds | kB | result |", "|---|---:|---:|---|"]
-    lines += [f"| {one.name} | {' + '.join(f'{s:.0f}' for s in one.seconds)} | {one.bytes / 1000:.0f} | {one.headline} |" for one in walked]
+    lines = ["| stop | seconds | CPU s | kB | result |", "|---|---:|---:|---:|---|"]
+    lines += [
+        f"| {one.name} | {' + '.join(f'{s:.0f}' for s in one.seconds)} | {one.cpu:.0f} | {one.bytes / 1000:.0f} | {one.headline} |"
+        for one in walked
+    ]
     return "\n".join([*lines, "", *(f"{one.name}: {fault}" for one in walked for fault in one.faults)]).rstrip()
 
 

@@ -41,4 +41,4 @@ def loss_curve(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *
         for name, points in lines.items()
         if points
     ]
-    return [StopCurve(title, found, StopTable(f"{title}, first and last", ("", "First", "Last"), rows, (1, 2)))]
+    return [StopCurve(title, found, StopTable(f"{title}, first and last", ("Run", "First", "Last"), rows, (1, 2)))]

@@ -24,10 +24,11 @@ OPEN = ("queued", "running")
 
 
 class ScoredPrompt(NamedTuple):
-    """One prompt of a stop: what it is called there, and its body."""
+    """One prompt of a stop: what it is called there, its body, and whether it is sent without a chat template."""
 
     title: str
     body: PromptBody
+    raw: bool = False
 
 
 def start(
@@ -35,7 +36,7 @@ def start(
 ) -> PromptRun:
     """A run of a prompt, saved under the stop's name; a prompt that is there already is not made twice."""
     version = _version(session, user, f"{stop}: {prompt.title.lower()}", prompt.body)
-    return prompt_runs.create(session, user, version, model.name, dataset, order)
+    return prompt_runs.create(session, user, version, model.name, dataset, order.model_copy(update={"raw": prompt.raw}))
 
 
 def _version(session: Session, user: User, name: str, body: PromptBody) -> PromptVersion:
@@ -82,7 +83,7 @@ class ScoredPromptsStop(Stop):
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
         model = _visits.take_model(session, user, "writes")
         dataset = samples.add(session, user, self.samples[0])
-        order = prompt_runs.RunOrder(rows=self.rows, validation_fraction=0.25)
+        order = prompt_runs.RunOrder(rows=self.rows, validation_fraction=0.5)
         runs = {key: start(session, user, self.title, one, model, dataset, order) for key, one in self.prompts.items()}
         return Begun({"runs": {key: str(run.id) for key, run in runs.items()}, "model": model.name})
 
@@ -120,6 +121,8 @@ def _example(session: Session, title: str, run: PromptRun) -> Sequence[StopText]
     """The first row of a run, as it was asked and answered."""
     found = prompt_runs.results(session, run, limit=1)
     return [
-        StopText(title, row.said[0] if row.said else "", row.rendered_prompt, row.score == 1, path_of(run), f"Reference: {row.expected}")
+        StopText(
+            title, row.said[0].strip() if row.said else "", row.rendered_prompt, row.score == 1, path_of(run), f"Reference: {row.expected}"
+        )
         for row in found
     ]

@@ -44,8 +44,8 @@ COWS = WordProblem(
 )
 AT_ONCE = "{question}\nAnswer with the number only."
 STEPS = "{worked}Question: {question}\nReasoning:"
-CHAIN = {**STARTS["chain_of_thought"], "template": STEPS.format(worked=PENS.worked(), question="{{input}}"), "max_tokens": 96}
-ROWS = 12
+CHAIN = {**STARTS["chain_of_thought"], "template": STEPS.format(worked=PENS.worked(), question="{{input}}"), "max_tokens": 80}
+ROWS = 8
 
 
 class ChainOfThoughtStop(Stop):
@@ -57,8 +57,8 @@ class ChainOfThoughtStop(Stop):
         "symbols, in large models. In self-consistency several chains are drawn, and the most frequent answer counts."
     )
     do: ClassVar = (
-        "Two word problems are asked with and without a worked example, then twelve others of the sample are scored: answered at once, with "
-        "the worked example, and by the majority of five chains."
+        "Two word problems are asked with and without a worked example, then eight others of the sample are scored: answered at once, with "
+        "the worked example, and by the majority of three chains."
     )
     words: ClassVar = ("Chain-of-thought", "Sampling", "Temperature", "Hallucination")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
@@ -72,7 +72,7 @@ class ChainOfThoughtStop(Stop):
             ),
         ),
         "chain": ScoredPrompt("Worked example", PromptBody(**CHAIN)),
-        "majority": ScoredPrompt("Majority of five chains", PromptBody(**CHAIN | {"samples": 5, "temperature": 0.7})),
+        "majority": ScoredPrompt("Majority of three chains", PromptBody(**CHAIN | {"samples": 3, "temperature": 0.7})),
     }
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:

@@ -105,7 +105,7 @@ def _before_and_after(job: Job) -> StopTable:
     rows = [["Clinical notes, loss in nats per token", human_number(base, 3), human_number(tuned, 3)]]
     if told.get("change") is not None:
         rows.append(["General text, bits per byte", human_number(told.get("before"), 3), human_number(told.get("after"), 3)])
-    return StopTable("Own text and general text", ("", "Before", "After"), rows, (1, 2))
+    return StopTable("Own text and general text", ("Text", "Before", "After"), rows, (1, 2))
 
 
 def _show_blend(session: Session, user: User, key: str, result: StopResult) -> None:

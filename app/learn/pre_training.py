@@ -20,11 +20,11 @@ from app.tables import Dataset, Job, Model, StopVisit, User
 
 SIZE = BlankSize(128, 4)
 RUN: dict[str, Any] = {
-    "max_tokens_per_step": 2048, "max_length": 256, "epochs": 1000, "samples": 1, "sample_tokens": 60, "forgetting": False, "row_losses": False,
+    "max_tokens_per_step": 1024, "max_length": 256, "epochs": 1000, "samples": 1, "sample_tokens": 60, "forgetting": False, "row_losses": False,
     "early_stopping_patience": 0, "schedule": "cosine", "warmup_fraction": 0.05,
 }  # fmt: skip
 FROM_NOTHING = RUN | {"max_steps": 160, "eval_steps": 16, "learning_rate": 3e-3, "validation_fraction": 0.05}
-TUNED = RUN | {"max_steps": 24, "eval_steps": 4, "learning_rate": 1e-3, "validation_fraction": 0.2}
+TUNED = RUN | {"max_steps": 20, "eval_steps": 4, "learning_rate": 1e-3, "validation_fraction": 0.2}
 
 TITLES = {"first": "The pre-training", "tuned": "Fine-tuned after it", "twin": "The twin without it"}
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from app.learn._scored import ScoredPrompt, ScoredPromptsStop
-from app.learn.shots import LABELED
 from app.prompts.service import PromptBody
 
-VAGUE = "What is this about?\n\n{{input}}"
-CLEAR = "Which kind of request is this message to a music shop? Answer with one of: {{labels}}.\n\nMessage: {{input}}\nKind:"
-ENGINEERED = (
-    "You sort the mail of a shop for stringed instruments. Kinds and their keywords:\n{{keywords}}\n"
-    "Examples:\n\n{{examples}}Message: {{input}}\nKind:"
-)
-KEYWORDS = (
-    "delivery: arrive, ship, parcel, track\nlesson: teacher, learn, course, hour\npayment: invoice, card, pay, price\n"
-    "rental: rent, hire, month, borrow\nrepair: broken, crack, buzz, fix\nreturn: send back, refund, exchange, money back"
-)
+READ: dict[str, Any] = {"extract": "first_line", "max_tokens": 16}
+ENGINEERED = "A list of words and their opposites. Keywords: antonym, contrary, one word.\n\n{{examples}}{{input}}:"
 
 
 class PromptDesignStop(ScoredPromptsStop):
@@ -29,18 +20,21 @@ class PromptDesignStop(ScoredPromptsStop):
         "Prompt design makes a prompt for one task: clear and concise. Prompt engineering makes it perform better, with knowledge of the "
         "domain, examples of the output and keywords, and measures whether it does."
     )
-    do: ClassVar = "A vague, a clear and an engineered prompt answer the same customer messages, and each is scored."
+    do: ClassVar = (
+        "Wanted is the opposite of a word, and that word alone. A vague and a clear prompt ask for it; the engineered one has keywords and six "
+        "examples, and is sent as a text, since a small model continues a pattern better than it follows an instruction."
+    )
     words: ClassVar = ("Prompt design", "Prompt engineering", "Few-shot", "Accuracy")
-    samples: ClassVar = ("shop-questions",)
+    samples: ClassVar = ("opposites",)
     prompts: ClassVar[Mapping[str, ScoredPrompt]] = {
-        "vague": ScoredPrompt("Vague", PromptBody(template=VAGUE, score="label", max_tokens=24)),
-        "clear": ScoredPrompt("Clear", PromptBody(template=CLEAR, **LABELED)),
+        "vague": ScoredPrompt("Vague", PromptBody(template="{{input}}?", **READ)),
+        "clear": ScoredPrompt("Clear", PromptBody(template="What is the opposite of “{{input}}”? Answer with one word only.", **READ)),
         "engineered": ScoredPrompt(
             "Engineered",
             PromptBody(
-                builder="few_shot", template=ENGINEERED, example="Message: {{input}}\nKind: {{answer}}", shots=6, choose="similar",
-                variables={"keywords": KEYWORDS}, **LABELED,
+                builder="few_shot", template=ENGINEERED, example="{{input}}: {{answer}}", separator="\n", shots=6, choose="similar", **READ
             ),
+            raw=True,
         ),
-    }  # fmt: skip
+    }
     button: ClassVar = "Score all three"

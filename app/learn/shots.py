@@ -6,18 +6,23 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from app.learn._scored import ScoredPrompt, ScoredPromptsStop
-from app.prompts.service import STARTS, PromptBody
+from app.prompts.service import PromptBody
 
-TASK = "Classify the customer's message as one of: {{labels}}.\n\n"
-LABELED = {"score": "label", "max_tokens": 12}
+TASK = "Write the opposite.\n\n{{examples}}{{input}}:"
+EXAMPLE = "{{input}}: {{answer}}"
 
 
 def shots_body(count: int) -> PromptBody:
-    """The same task with `count` solved examples before the question."""
-    if not count:
-        return PromptBody(builder="zero_shot", template=TASK + "Message: {{input}}\nClass:", **LABELED)
-    lines = {"template": TASK + "{{examples}}Message: {{input}}\nClass:", "example": "Message: {{input}}\nClass: {{answer}}"}
-    return PromptBody(**{**STARTS["few_shot"], **lines, **LABELED, "shots": count, "choose": "balanced"})
+    """The task with `count` solved examples before the question; the answer is the first line, and must be the word alone."""
+    shots = {"builder": "few_shot", "shots": count} if count else {"builder": "zero_shot"}
+    return PromptBody(
+        template=TASK if count else TASK.replace("{{examples}}", ""),
+        example=EXAMPLE,
+        separator="\n",
+        extract="first_line",
+        max_tokens=8,
+        **shots,
+    )
 
 
 class ShotsStop(ScoredPromptsStop):
@@ -28,12 +33,15 @@ class ShotsStop(ScoredPromptsStop):
         "A general model does decently with little data of yours: with none (zero-shot), or with a few examples in the prompt (few-shot). "
         "Nothing is trained either way."
     )
-    do: ClassVar = "The same question about the same customer messages, without an example, with two and with six."
+    do: ClassVar = (
+        "The model is to write opposites: “hot: cold”. It gets the task without an example, with two and with six, as a text that it "
+        "continues, and is right where it writes the word alone."
+    )
     words: ClassVar = ("Zero-shot", "Few-shot", "Context window", "Accuracy")
-    samples: ClassVar = ("shop-questions",)
+    samples: ClassVar = ("opposites",)
     prompts: ClassVar[Mapping[str, ScoredPrompt]] = {
-        "zero": ScoredPrompt("Zero-shot", shots_body(0)),
-        "two": ScoredPrompt("Two examples", shots_body(2)),
-        "six": ScoredPrompt("Six examples", shots_body(6)),
+        "zero": ScoredPrompt("Zero-shot", shots_body(0), raw=True),
+        "two": ScoredPrompt("Two examples", shots_body(2), raw=True),
+        "six": ScoredPrompt("Six examples", shots_body(6), raw=True),
     }
     button: ClassVar = "Score all three"

@@ -81,6 +81,7 @@ class RunOrder(BaseModel):
     validation_fraction: float | None = Field(None, gt=0, lt=1)
     split_seed: int | None = Field(None, ge=0, le=2**31 - 1)
     beside: list[str] = Field([], max_length=16, description="Models this one is compared with.")
+    raw: bool = Field(False, description="Send the prompt as plain text, without the model's chat template: the model continues it.")
 
 
 def read_order(given: JSON) -> RunOrder:
@@ -114,8 +115,9 @@ def create(
             param="part",
         )
     graded = saved_graders.named(session, user, [body.grader], "grader") if body.grader else []
+    ref_asked = who.ref.model_copy(update={"kind": "generic"}) if order.raw else who.ref  # which is sent the text alone
     spec = RunSpec(
-        owner=user.id, body=body, model=who.ref, engine=who.engine, dataset=ref, task=entry.name, part=order.part,
+        owner=user.id, body=body, model=ref_asked, engine=who.engine, dataset=ref, task=entry.name, part=order.part,
         rows=order.rows, grader=graders.to_json(graded[0]) if graded else None, judges=judges.resolve(session, user, graded), trial=trial, **held,
     )  # fmt: skip
     run = PromptRun(

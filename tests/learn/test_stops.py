@@ -24,7 +24,7 @@ from app.models.from_nothing import BlankSize
 from app.planning import calculator
 from app.shapes import Shape
 from app.strategies import STRATEGIES
-from app.tables import Dataset, Evaluation, Exchange, Job, Model, PromptRun, StopVisit, User
+from app.tables import Dataset, Evaluation, Exchange, Job, Model, PromptResult, PromptRun, StopVisit, User
 from app.views.glossary import GLOSSARY
 from tests.factories import carry_out, read
 from tests.generating import _workers, answering_dir, generate_worker, register_long, register_tiny  # noqa: F401
@@ -134,13 +134,15 @@ def test_prompts_are_scored_by_runs(client, session, user, data_dir, tiny_model)
 
     shutil.copytree(tiny_model, data_dir / "models" / "tiny", dirs_exist_ok=True)
     register_tiny(session)
-    with_sample(session, user, "shop-questions")
+    with_sample(session, user, "opposites")
     assert press(client, "shots").status_code == 303
     assert "0 of 3 prompts scored" in shown(client, "shots")
     runs = session.scalars(select(PromptRun)).all()
     assert [run.spec["body"]["shots"] for run in runs] == [0, 2, 6] and len({run.spec["split_seed"] for run in runs}) == 1
     for run in runs:
         worker_runs.work(run.id)
+    said = session.scalars(select(PromptResult).order_by(PromptResult.line)).all()
+    assert all(row.rendered_prompt.startswith("Write the opposite.\n\n") and row.rendered_prompt.endswith(f"{row.input}:") for row in said)
     page = shown(client, "shots")
     assert page.count('<rect class="between"') == 3 and "of 24 rows" in page and "exact paired test" in page
     visit = visit_of(session, "shots")
