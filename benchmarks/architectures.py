@@ -33,11 +33,11 @@ SMALL = {
     96: "intermediate_size hidden_dim ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size attention_window_size",
     16: "head_dim kv_lora_rank qk_nope_head_dim v_head_dim state_size ssm_state_size mamba_d_state mamba_d_head linear_key_head_dim "
-    "linear_value_head_dim sliding_window",
+    "linear_value_head_dim sliding_window hidden_size_per_layer_input",
     8: "qk_rope_head_dim rotary_dim mamba_n_heads time_step_rank",
     1: "n_shared_experts n_group topk_group mamba_n_groups n_groups",
     128: "max_position_embeddings n_positions n_ctx max_seq_len block_size",
-    512: "vocab_size",
+    512: "vocab_size vocab_size_per_layer_input",
 }
 """Values of the keys that a small model of any architecture has."""
 _SIZES = {name: value for value, names in SMALL.items() for name in names.split()}

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from app.errors import Unsupported
 from app.shapes import Block, Linear, Shape, Structure
 from app.strategies._model import is_norm
+from worker.modeling.auto import width_of
 
 _EXPERTS = "experts"
 
@@ -36,7 +37,7 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
     norm_parameters = sum(weight.numel() for weight in last[1].parameters()) if last else 0
     outside = sum(count for key, count in every.items() if key not in inside)
     width = int(config.hidden_size)
-    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    heads = width_of(config, "num_attention_heads") or 1
     structure = Structure(
         kinds=tuple(kinds),
         order=tuple(order),
@@ -55,15 +56,15 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
         architecture=architecture,
         layers=len(layers),
         hidden=width,
-        intermediate=_number(config, "intermediate_size") or max(wide, default=width),
+        intermediate=width_of(config, "intermediate_size") or max(wide, default=width),
         heads=heads,
-        kv_heads=_number(config, "num_key_value_heads") or (1 if getattr(config, "multi_query", False) else heads),
-        head_dim=_number(config, "head_dim") or width // heads,
+        kv_heads=width_of(config, "num_key_value_heads") or (1 if getattr(config, "multi_query", False) else heads),
+        head_dim=width_of(config, "head_dim") or width // heads,
         vocabulary=int(embedding.weight.shape[0]),
-        positions=(_number(config, "max_position_embeddings") or 2048) - _reserved_positions(model),
+        positions=(width_of(config, "max_position_embeddings") or 2048) - _reserved_positions(model),
         tied=tied,
         gated=any("gate" in linear.name for kind in kinds for linear in kind.linears),
-        sliding_window=_number(config, "sliding_window"),
+        sliding_window=width_of(config, "sliding_window"),
         structure=structure,
     )
 
@@ -86,11 +87,6 @@ def _reserved_positions(model: Any) -> int:
     """Rows of its table of positions that no text uses: RoBERTa and its relatives count from the padding index + 1."""
     counted = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
     return next((module.padding_idx + 1 for module in counted if isinstance(getattr(module, "padding_idx", None), int)), 0)
-
-
-def _number(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _strange(config: Any, what: str) -> Unsupported:
@@ -155,19 +151,19 @@ def _block(block: torch.nn.Module, share: float, left_out: frozenset[str]) -> Bl
 def _expert_share(config: Any) -> float:
     """Of its routed experts, the share that a token passes."""
     every = next(
-        (n for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if (n := _number(config, name))), None
+        (n for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if (n := width_of(config, name))), None
     )
-    some = next((n for name in ("num_experts_per_tok", "moe_topk", "moe_k") if (n := _number(config, name))), None)
+    some = next((n for name in ("num_experts_per_tok", "moe_topk", "moe_k") if (n := width_of(config, name))), None)
     return min(1.0, some / every) if every and some else 1.0
 
 
 def _final_norm(model: Any, stack: str, inside: set[int]) -> tuple[str, torch.nn.Module] | None:
-    """The norm after the layers: the last one that is next to their list."""
+    """The norm after the layers: the last one that is next to their list, and not of something else that stands there."""
     place = stack.rpartition(".")[0]
     found = [
         (f"{place}.{name}".strip("."), module)
         for name, module in model.get_submodule(place).named_children()
         if is_norm(module) and not any(id(weight) in inside for weight in module.parameters())
     ]
-    named = [pair for pair in found if not any(word in pair[0].rsplit(".", 1)[-1] for word in ("emb", "input", "first"))]
+    named = [pair for pair in found if not any(word in pair[0].rsplit(".", 1)[-1] for word in ("emb", "input", "first", "per_layer"))]
     return named[-1] if named else None

@@ -1,4 +1,4 @@
-"""Which class of transformers a model is made by."""
+"""Which class of transformers a model is made by, and the widths in its config."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def maker_for(config: Any, *, encoder: bool) -> Any:
     if encoder:
         return AutoModel
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder and config.model_type in WITH_ENCODER else AutoModelForCausalLM
+
+
+def width_of(config: Any, name: str) -> int | None:
+    """A whole number above zero of a config: the largest one, where its layers have values of their own."""
+    apart = name in (getattr(config, "per_layer_attributes", None) or ())
+    values = [getattr(layer, name, None) for layer in config.per_layer_config] if apart else [getattr(config, name, None)]
+    return max((value for value in values if isinstance(value, int) and value > 0), default=None)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from worker.modeling import padded
+from worker.modeling.auto import width_of
 from worker.modeling.draws import pick_each
 from worker.modeling.kv_cache import ATTENTION, Blocks, ForwardPass, Segment, reads_slots, running
 from worker.runtime import devices
@@ -84,8 +85,8 @@ def _numbers(order: DrawOrder, prompt: int, member: int) -> torch.Tensor:
 def _capacity(model: torch.nn.Module, size: int, count: int, engine: Compute) -> int:
     """Answers at once: at least the `count` of one prompt."""
     config = plain_model(model).config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = width_of(config, "num_key_value_heads") or config.num_attention_heads
+    width = width_of(config, "head_dim") or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * width * size * (2 if engine.precision != "fp32" else 4)
     most, room = (GPU_AT_ONCE, GPU_CACHE_BYTES) if devices.is_gpu(engine.device) else (AT_ONCE, CACHE_BYTES)
     return max(count, min(most, room // each))

@@ -84,6 +84,16 @@ def test_every_parameter_is_counted_once_and_in_its_place(kind: str) -> None:
     assert shape_of({"model_type": kind, STRUCTURE: shape.model_dump(mode="json")}) == shape
 
 
+def test_layers_may_have_widths_of_their_own() -> None:
+    """Of Gemma 4: the layers that read everything have wider heads, and transformers says no width of them all."""
+    model = meta_model("gemma4_text")
+    shape = shape_of_model(model)
+    widest = max(layer.head_dim for layer in model.config.per_layer_config)
+    assert shape.structure is not None and len(shape.structure.kinds) == 2 and shape.head_dim == widest
+    assert shape.structure.final_norm == "model.norm"
+    assert shape.parameters() == sum(weight.numel() for weight in model.parameters())
+
+
 def test_a_shape_with_formulas_has_the_counts_of_one_that_was_read() -> None:
     model = meta_model("qwen3")
     read, known = shape_of_model(model), shape_of(model.config.to_dict())
