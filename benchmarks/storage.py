@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.servers import PROJECT, Servers, servers, tiny_model
 
 RUN = {
-    "epochs": 40, "max_tokens_per_step": 128, "evaluations_per_epoch": 1, "samples": 0, "early_stopping_patience": 0, "forgetting": False,
+    "epochs": 10, "max_tokens_per_step": 128, "evaluations_per_epoch": 1, "samples": 0, "early_stopping_patience": 0, "forgetting": False,
     "row_losses": False,
 }  # fmt: skip
 LEASE = {"LUTHIER_LEASE_SECONDS": "6", "LUTHIER_BEAT_SECONDS": "1", "LUTHIER_REAP_SECONDS": "1", "LUTHIER_ANNOUNCE_AGAIN_SECONDS": "2"}
