@@ -24,7 +24,7 @@ from app.models import service as models
 from app.ownership import mine
 from app.tables import Dataset, Evaluation, Model, StopVisit, User
 
-TEXT = "My new cello has a crack in its back."
+TEXT = "Can you fix the crack in my guitar?"
 NUMBERS = 12
 COLORS = 8
 
