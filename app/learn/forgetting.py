@@ -21,8 +21,8 @@ from app.ownership import mine
 from app.tables import Evaluation, Job, Model, StopVisit, User
 
 RUN: dict[str, Any] = {
-    "max_steps": 10, "max_tokens_per_step": 512, "epochs": 100, "learning_rate": 2e-4, "validation_fraction": 0.2, "samples": 1,
-    "sample_tokens": 32, "row_losses": False, "eval_steps": 10, "early_stopping_patience": 0, "load_best": False,
+    "max_steps": 6, "max_tokens_per_step": 384, "epochs": 100, "learning_rate": 3e-4, "validation_fraction": 0.2, "samples": 0,
+    "row_losses": False, "eval_steps": 6, "early_stopping_patience": 0, "load_best": False,
 }  # fmt: skip
 BLEND_ROWS = 12
 
