@@ -8,9 +8,9 @@ registry: one file per stop. Files that begin with an underscore hold what sever
 from __future__ import annotations
 
 from app.kit.registry import classes_in
-from app.learn._base import Begun, Stop, StopResult
+from app.learn._base import StartedStop, Stop, StopResult
 
-__all__ = ["STOPS", "Begun", "Stop", "StopResult"]
+__all__ = ["STOPS", "StartedStop", "Stop", "StopResult"]
 
 STOPS: dict[str, Stop] = {cls.name: cls() for cls in sorted(classes_in(__name__, Stop), key=lambda cls: cls.place)}
 """Every stop by its name, in the order of the page."""

@@ -14,7 +14,7 @@ from app.inference.playground import PendingAnswer
 from app.inference.protocol import Entry, Sampling
 from app.kit.humanize import plural
 from app.kit.json_safe import storable
-from app.learn._base import Begun, StopBar, StopBars, StopText
+from app.learn._base import StartedStop, StopBar, StopBars, StopText
 from app.tables import Exchange, StopVisit, User
 
 TOKENS = 64
@@ -40,7 +40,7 @@ def ask_raw(session: Session, user: User, model: str, prompt: str, *, tokens: in
     return exchange, PendingAnswer(who, request)
 
 
-def record(session: Session, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+def record(session: Session, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
     """Keep every answer with its exchange; `begun.refs["exchanges"]` has the id of each by its key."""
     for key, heard in entries.items():
         playground.record(session, uuid.UUID(begun.refs["exchanges"][key]), begun.asked[key], AnswerFold.of(heard))

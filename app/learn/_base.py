@@ -102,7 +102,7 @@ class StopResult:
 
 
 @dataclass
-class Begun:
+class StartedStop:
     """What a click started: ids and choices for `StopVisit.refs`, and the requests that the click itself waits for, each under a key. `at` is when the
     click came, by the clock of the database."""
 
@@ -138,10 +138,10 @@ class Stop(ABC):
         return [StopButton("", self.button)]
 
     @abstractmethod
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         """Start what the click asks for. `visit` is the newest one, for a stop of several clicks. Raises StudioError."""
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:  # noqa: B027  most wait for nothing
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:  # noqa: B027  most wait for nothing
         """Put the entries of the requests into `begun.refs`, or into rows of their own."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ from app.datasets import samples
 from app.kit import ids, stats
 from app.kit.humanize import human_percent, human_seconds, plural
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopBar, StopBars, StopResult, StopText, Typed
+from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopText, Typed
 from app.ownership import mine
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs
@@ -80,12 +80,12 @@ class ScoredPromptsStop(Stop):
     prompts: ClassVar[Mapping[str, ScoredPrompt]]
     rows: ClassVar[int] = 24
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         model = _visits.take_model(session, user, "writes")
         dataset = samples.add(session, user, self.samples[0])
         order = prompt_runs.RunOrder(rows=self.rows, validation_fraction=0.5)
         runs = {key: start(session, user, self.title, one, model, dataset, order) for key, one in self.prompts.items()}
-        return Begun({"runs": {key: str(run.id) for key, run in runs.items()}, "model": model.name})
+        return StartedStop({"runs": {key: str(run.id) for key, run in runs.items()}, "model": model.name})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         return scored_result(session, user, visit, self.prompts)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict
 from app.kit.json_safe import storable
-from app.learn._base import Begun, Need, Stop, StopResult
+from app.learn._base import Need, StartedStop, Stop, StopResult
 from app.models import first_model, from_nothing, starters
 from app.models import service as models
 from app.ownership import mine, owned
@@ -68,7 +68,7 @@ def get(session: Session, user: User, key: uuid.UUID, stop: str) -> StopVisit:
     return owned(session, StopVisit, user, key, StopVisit.owner_id == user.id, StopVisit.stop == stop)
 
 
-def add(session: Session, user: User, stop: Stop, begun: Begun) -> StopVisit:
+def add(session: Session, user: User, stop: Stop, begun: StartedStop) -> StopVisit:
     visit = StopVisit(
         owner_id=user.id,
         project_id=user.project_id,

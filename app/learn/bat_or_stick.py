@@ -13,7 +13,7 @@ from app.datasets import samples
 from app.kit import stats
 from app.kit.humanize import human_percent, human_seconds, plural
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopBar, StopBars, StopResult, StopTable, Typed
+from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopTable, Typed
 from app.learn._jobs import fault_of, job_of, moving, order_job, path_of
 from app.learn._scored import OPEN, ScoredPrompt, bar_of, runs_of, start
 from app.prompts import runs as prompt_runs
@@ -51,13 +51,13 @@ class BatOrStickStop(Stop):
     samples: ClassVar = ("bat-or-stick",)
     button: ClassVar = "Score all three"
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         writer, encoder = (_visits.take_model(session, user, need) for need in self.needs)
         dataset = samples.add(session, user, self.samples[0])
         job = order_job(session, user, self, encoder, dataset, {"name": "feature_extraction"}, dict(SPLIT))
         order = prompt_runs.RunOrder(rows=200, validation_fraction=SPLIT["validation_fraction"], split_seed=int(SPLIT["seed"]))
         run = start(session, user, self.title, ASKED, writer, dataset, order)
-        return Begun({"job": str(job.id), "runs": {"prompt": str(run.id)}})
+        return StartedStop({"job": str(job.id), "runs": {"prompt": str(run.id)}})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         job, run = job_of(session, user, visit.refs["job"]), runs_of(session, user, visit.refs["runs"]).get("prompt")

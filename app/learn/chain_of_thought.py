@@ -11,7 +11,7 @@ from app.datasets import samples
 from app.inference.protocol import Entry
 from app.kit.answers import number_in
 from app.learn import _asking, _visits
-from app.learn._base import Begun, Need, Stop, StopResult, StopText, Typed
+from app.learn._base import Need, StartedStop, Stop, StopResult, StopText, Typed
 from app.learn._scored import ScoredPrompt, scored_result, start
 from app.prompts import runs as prompt_runs
 from app.prompts.service import STARTS, PromptBody, take
@@ -75,12 +75,12 @@ class ChainOfThoughtStop(Stop):
         "majority": ScoredPrompt("Majority of three chains", PromptBody(**CHAIN | {"samples": 3, "temperature": 0.7})),
     }
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         model = _visits.take_model(session, user, "writes")
         dataset = samples.add(session, user, self.samples[0])
         order = prompt_runs.RunOrder(part="all", rows=ROWS)
         runs = {key: start(session, user, self.title, one, model, dataset, order) for key, one in self.prompts.items()}
-        begun = Begun({"exchanges": {}, "runs": {key: str(run.id) for key, run in runs.items()}, "model": model.name})
+        begun = StartedStop({"exchanges": {}, "runs": {key: str(run.id) for key, run in runs.items()}, "model": model.name})
         for problem, other in ((PENS, COWS), (COWS, PENS)):
             asked = {
                 f"{problem.title} at once": AT_ONCE.format(question=problem.question),
@@ -91,7 +91,7 @@ class ChainOfThoughtStop(Stop):
                 begun.refs["exchanges"][key] = str(exchange.id)
         return begun
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         _asking.record(session, begun, entries)
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:

@@ -13,7 +13,7 @@ from app.evaluation import service as evaluations
 from app.kit import ids
 from app.kit.humanize import human_number
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopButton, StopResult, StopTable, Typed
+from app.learn._base import Need, StartedStop, Stop, StopButton, StopResult, StopTable, Typed
 from app.learn._jobs import fault_of, job_of, moving, order_job, path_of, share_done
 from app.metrics import ability
 from app.models import interpolation
@@ -21,8 +21,8 @@ from app.ownership import mine
 from app.tables import Evaluation, Job, Model, StopVisit, User
 
 RUN: dict[str, Any] = {
-    "max_steps": 10, "max_tokens_per_step": 512, "epochs": 100, "learning_rate": 2e-4, "validation_fraction": 0.2, "samples": 1,
-    "sample_tokens": 32, "row_losses": False, "eval_steps": 10, "early_stopping_patience": 0, "load_best": False,
+    "max_steps": 6, "max_tokens_per_step": 384, "epochs": 100, "learning_rate": 3e-4, "validation_fraction": 0.2, "samples": 0,
+    "row_losses": False, "eval_steps": 6, "early_stopping_patience": 0, "load_best": False,
 }  # fmt: skip
 BLEND_ROWS = 12
 
@@ -51,17 +51,17 @@ class ForgettingStop(Stop):
             StopButton("blend", "2. Blend it with its base", "" if ready else "as soon as the model is trained."),
         ]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         if typed.get("do") != "blend":
             model, dataset = _visits.take_model(session, user, "writes"), samples.add(session, user, self.samples[0])
-            return Begun({"job": str(order_job(session, user, self, model, dataset, {"name": "full"}, RUN).id)})
+            return StartedStop({"job": str(order_job(session, user, self, model, dataset, {"name": "full"}, RUN).id)})
         tuned = _tuned(session, user, visit.refs["job"]) if visit else None
         if visit is None or tuned is None:
             raise Conflict("There is no trained model yet.", hint="Train it on the notes first, and wait for its end.")
         dataset = samples.add(session, user, self.samples[0])
         request = {"model": tuned.name, "dataset_id": ids.public(ids.DATASET, dataset.id), "kind": "blend", "rows": BLEND_ROWS}
         made = evaluations.create(session, user, evaluations.read_order(request))
-        return Begun({"job": visit.refs["job"], "blend": str(made.id)})
+        return StartedStop({"job": visit.refs["job"], "blend": str(made.id)})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         job = job_of(session, user, visit.refs["job"])

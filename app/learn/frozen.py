@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField
 from app.kit.humanize import human_count, human_percent
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopField, StopResult, StopTable, Typed
+from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.tables import StopVisit, User
@@ -63,12 +63,12 @@ class FrozenStop(Stop):
         choices = tuple((name, f"{STRATEGIES[name].title} ({family_of(name)})") for name in SHOWN)
         return [StopField("method", "Method", visit.refs["method"] if visit else "lora", choices)]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         method = typed.get("method", "")
         if method not in SHOWN:
             raise BadField(f"There is no method {method[:40]!r} here.", hint="Choose one of the list.", param="method")
         model = _visits.take_model(session, user, "writes")
-        return Begun({"method": method, "model": model.title, "shape": model.shape})
+        return StartedStop({"method": method, "model": model.title, "shape": model.shape})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         shape, method = Shape.model_validate(visit.refs["shape"]), visit.refs["method"]

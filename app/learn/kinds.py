@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.inference.protocol import Entry
 from app.learn import _asking, _visits
-from app.learn._base import Begun, Need, Stop, StopResult, Typed
+from app.learn._base import Need, StartedStop, Stop, StopResult, Typed
 from app.models import service as models
 from app.tables import Model, StopVisit, User
 
@@ -36,13 +36,15 @@ class KindsStop(Stop):
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
     button: ClassVar = "Ask all three"
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         """Each kind answers with a model of its own where there is one; otherwise one model is prompted in all three ways."""
         ready = _visits.bases(session, user)
         chat = _visits.take_model(session, user, "writes")
         generic, instruction = _first(ready, "generic") or chat, _newest(session, user) or _first(ready, "instruction") or chat
         dialogue = chat if chat.kind == "dialogue" else _first(ready, "dialogue") or chat
-        begun = Begun({"exchanges": {}, "stand_ins": [key for key, m in (("generic", generic), ("instruction", instruction)) if m is chat]})
+        begun = StartedStop(
+            {"exchanges": {}, "stand_ins": [key for key, m in (("generic", generic), ("instruction", instruction)) if m is chat]}
+        )
         asked = {
             "generic": _asking.ask_raw(session, user, generic.name, TEXT),
             "instruction": _asking.ask(session, user, instruction.name, QUESTION),
@@ -52,7 +54,7 @@ class KindsStop(Stop):
             begun.refs["exchanges"][key], begun.asked[key] = str(exchange.id), pending
         return begun
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         _asking.record(session, begun, entries)
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:

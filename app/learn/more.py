@@ -12,7 +12,7 @@ from app.evaluation import comparison_table, comparisons
 from app.kit import ids
 from app.kit.humanize import human_count, human_number, human_percent, plural
 from app.learn import _text, _visits
-from app.learn._base import Begun, Need, Stop, StopCurve, StopResult, StopTable, Typed
+from app.learn._base import Need, StartedStop, Stop, StopCurve, StopResult, StopTable, Typed
 from app.learn._events import validation_losses
 from app.learn._jobs import OPEN, fault_of, job_of, moving, order_job, path_of, share_done
 from app.learn.pre_training import RUN
@@ -48,7 +48,7 @@ class MoreStop(Stop):
     def datasets(self, session: Session, user: User) -> list[Dataset]:
         return [samples.add(session, user, self.samples[0]), _text.dataset(session, user)]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         labeled, text = self.datasets(session, user)
         encoder = _visits.take_model(session, user, "encoder")
         order = {
@@ -61,7 +61,7 @@ class MoreStop(Stop):
             blank = from_nothing.ensure(session, user, size)
             job = order_job(session, user, self, blank, text, {"name": "full"}, STEPS, title=blank.title)
             found[str(job.id)] = Shape.model_validate(blank.shape).parameters()
-        return Begun({"comparison": str(made.id), "sizes": found})
+        return StartedStop({"comparison": str(made.id), "sizes": found})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         comparison = session.scalar(mine(Comparison, user).where(Comparison.id == uuid.UUID(visit.refs["comparison"])))

@@ -13,7 +13,7 @@ from app.inference import next_tokens
 from app.inference.protocol import Entry
 from app.kit.humanize import human_percent
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopBar, StopBars, StopField, StopResult, Typed
+from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopField, StopResult, Typed
 from app.tables import StopVisit, User
 
 TEXT = "The cat sat on"
@@ -37,13 +37,13 @@ class NextTokenStop(Stop):
     def fields(self, session: Session, user: User, visit: StopVisit | None) -> list[StopField]:
         return [StopField("text", "Text", visit.refs["text"] if visit else TEXT, long=True)]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         model = _visits.take_model(session, user, "writes")
         text = typed.get("text", "")
         (asked,) = next_tokens.ask(session, user, [model.name], text, SHOWN)
-        return Begun({"text": text, "model": model.name}, asked={"next": asked})
+        return StartedStop({"text": text, "model": model.name}, asked={"next": asked})
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         found = next_tokens.view(begun.asked["next"], entries["next"])
         if found.error:
             raise Unavailable(found.error["message"], hint=found.error["hint"] or "Try it again.")

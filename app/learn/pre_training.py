@@ -10,7 +10,7 @@ from app.datasets import samples
 from app.errors import Conflict
 from app.kit.humanize import human_count, human_number
 from app.learn import _events, _text
-from app.learn._base import Begun, Stop, StopButton, StopResult, StopText, Typed
+from app.learn._base import StartedStop, Stop, StopButton, StopResult, StopText, Typed
 from app.learn._jobs import fault_of, job_of, moving, order_job, path_of, share_done
 from app.models import from_nothing
 from app.models.from_nothing import BlankSize
@@ -51,18 +51,18 @@ class PreTrainingStop(Stop):
         ready = visit is not None and _trained(session, user, visit.refs["first"]) is not None
         return [first, StopButton("tune", "2. Fine-tune both", "" if ready else "as soon as the model is pre-trained.")]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         blank = from_nothing.ensure(session, user, SIZE)
         general, own = self.datasets(session, user)
         if typed.get("do") != "tune":
             job = order_job(session, user, self, blank, general, {"name": "full"}, FROM_NOTHING, title="from nothing")
-            return Begun({"first": str(job.id)})
+            return StartedStop({"first": str(job.id)})
         trained = _trained(session, user, visit.refs["first"]) if visit else None
         if visit is None or trained is None:
             raise Conflict("There is no pre-trained model yet.", hint="Pre-train one first, and wait for its end.")
         tuned = order_job(session, user, self, trained, own, {"name": "full"}, TUNED, title="pre-trained, then fine-tuned")
         twin = order_job(session, user, self, blank, own, {"name": "full"}, TUNED, title="the same without pre-training")
-        return Begun({"first": visit.refs["first"], "tuned": str(tuned.id), "twin": str(twin.id)})
+        return StartedStop({"first": visit.refs["first"], "tuned": str(tuned.id), "twin": str(twin.id)})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         found = {name: job_of(session, user, visit.refs[name]) for name in TITLES if name in visit.refs}

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.inference.protocol import Entry
 from app.kit.humanize import plural
 from app.learn import _asking, _visits
-from app.learn._base import Begun, Need, Stop, StopButton, StopResult, Typed
+from app.learn._base import Need, StartedStop, Stop, StopButton, StopResult, Typed
 from app.tables import StopVisit, User
 
 REVIEW = "The violin arrived two weeks late and the bow was broken, but the shop answered at once and sent a new one."
@@ -43,18 +43,18 @@ class SixTasksStop(Stop):
     def buttons(self, session: Session, user: User, visit: StopVisit | None) -> list[StopButton]:
         return [StopButton("", "All six"), *(StopButton(key, title) for key, (title, _) in TASKS.items())]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         """All six, or one more of them next to those of the visit before."""
         one = typed.get("do", "")
         kept = dict((visit.refs.get("exchanges") or {}) if visit and one in TASKS else {})
         model = _visits.take_model(session, user, "writes")
-        begun = Begun({"exchanges": kept, "model": model.name})
+        begun = StartedStop({"exchanges": kept, "model": model.name})
         for key in [one] if one in TASKS else TASKS:
             exchange, begun.asked[key] = _asking.ask(session, user, model.name, TASKS[key][1])
             kept[key] = str(exchange.id)
         return begun
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         _asking.record(session, begun, entries)
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:

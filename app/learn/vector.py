@@ -19,12 +19,12 @@ from app.inference.protocol import Embedded, Entry, GenerateRequest, Sampling, S
 from app.kit import ids
 from app.kit.humanize import human_number
 from app.learn import _visits
-from app.learn._base import Begun, Need, Stop, StopField, StopResult, StopTable, Typed
+from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.models import service as models
 from app.ownership import mine
 from app.tables import Dataset, Evaluation, Model, StopVisit, User
 
-TEXT = "My new cello has a crack in its back."
+TEXT = "Can you fix the crack in my guitar?"
 NUMBERS = 12
 COLORS = 8
 
@@ -48,7 +48,7 @@ class VectorStop(Stop):
     def fields(self, session: Session, user: User, visit: StopVisit | None) -> list[StopField]:
         return [StopField("text", "Text", visit.refs["text"] if visit else TEXT, long=True)]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         text = typed.get("text", "").strip()[:2000]
         if not text:
             raise BadField("The text is empty.", hint="Write at least one word.", param="text")
@@ -57,9 +57,9 @@ class VectorStop(Stop):
         rows = _rows(dataset)
         found = predictions.create_vectors(session, user, model.name, ids.public(ids.DATASET, dataset.id))
         refs = {"text": text, "rows": rows, "map": str(found.id), "model": model.name}
-        return Begun(refs, asked={"vectors": _request(session, user, model, [text, *(row["text"] for row in rows)])})
+        return StartedStop(refs, asked={"vectors": _request(session, user, model, [text, *(row["text"] for row in rows)])})
 
-    def heard(self, session: Session, user: User, begun: Begun, entries: Mapping[str, Sequence[Entry]]) -> None:
+    def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         found = next((entry for entry in entries["vectors"] if isinstance(entry, Embedded)), None)
         if found is None:
             broke = next((entry for entry in entries["vectors"] if isinstance(entry, StreamError)), None)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField
 from app.kit.forms import whole_number
 from app.kit.humanize import human_bytes, human_count, human_seconds
-from app.learn._base import Begun, Stop, StopBar, StopBars, StopField, StopResult, StopTable, Typed
+from app.learn._base import StartedStop, Stop, StopBar, StopBars, StopField, StopResult, StopTable, Typed
 from app.planning import calculator, duration
 from app.planning.calculator import MemoryRow
 from app.shapes import Shape
@@ -54,13 +54,13 @@ class WhatItTakesStop(Stop):
             StopField("tokens", "Tokens it is trained on, or writes", str(chosen["tokens"])),
         ]
 
-    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> Begun:
+    def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         tokens, method = whole_number(typed.get("tokens", "").replace(",", "").strip()), typed.get("method", "")
         if _row(calculator.shape_for(SIZES[0]), method) is None:
             raise BadField(f"There is no method {method[:40]!r}.", hint="Choose one of the list.", param="method")
         if tokens is None or not 1 <= tokens <= 10**15:
             raise BadField("Tokens are a whole number from 1 to 1,000,000,000,000,000.", hint="Write one, such as 1000000.", param="tokens")
-        return Begun({"method": method, "tokens": tokens})
+        return StartedStop({"method": method, "tokens": tokens})
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         method, tokens = visit.refs["method"], int(visit.refs["tokens"])

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
 from app.inference import reading
-from app.learn import STOPS, Begun, Stop, StopResult, _visits
+from app.learn import STOPS, StartedStop, Stop, StopResult, _visits
 from app.tables import User
 from app.views.glossary import GLOSSARY
 from app.web import templates as web_templates
@@ -99,7 +99,7 @@ async def start(request: Request, user: CurrentUser, stop: str) -> Response:
     return RedirectResponse(f"{PAGE}/{stop}#result", status_code=303)
 
 
-def _begin(user: User, stop: Stop, typed: dict[str, str]) -> Begun:
+def _begin(user: User, stop: Stop, typed: dict[str, str]) -> StartedStop:
     """What is started, with its visit where nothing is waited for: a visit without answers would be an empty page."""
     with transaction() as session:
         before = next(iter(_visits.newest(session, user, stop.name, 1)), None)
@@ -111,7 +111,7 @@ def _begin(user: User, stop: Stop, typed: dict[str, str]) -> Begun:
         return begun
 
 
-def _keep(user: User, stop: Stop, begun: Begun, heard: list[Any]) -> None:
+def _keep(user: User, stop: Stop, begun: StartedStop, heard: list[Any]) -> None:
     if stop.reads:
         reading.count(user, heard, encoded=stop.reads == "encoded")
     if begun.asked:
