@@ -94,6 +94,16 @@ class Settings(BaseSettings):
     )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
+    labels: str = Field(
+        "",
+        pattern=r"^\s*([A-Za-z0-9][A-Za-z0-9._-]{0,62}\s*(,\s*|$))*$",
+        description="Labels of this machine's train workers, with commas, as `a100, team-x`: a job that asks for a label runs only where it is.",
+    )
+    reserve_after_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="A job that has waited so long and is next for a machine of which too few GPUs are free has them kept for it.",
+    )
     gpu_memory_bytes: int | None = Field(
         None,
         ge=2**30,
@@ -218,6 +228,10 @@ class Settings(BaseSettings):
     def address(self) -> str:
         """The address of this studio in a link."""
         return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def worker_labels(self) -> tuple[str, ...]:
+        return tuple(sorted({label.strip() for label in self.labels.split(",")} - {""}))
 
     def folder(self, *parts: str) -> Path:
         """A folder under the data folder, created when missing, readable by its owner alone."""

@@ -146,11 +146,12 @@ def equal_parts(orders: list[Order]) -> list[float]:
 def simulate(session: Session, orders: list[Order], people: int) -> tuple[list[float], list[float]]:
     """When each ends in the studio, and the seconds of each choice with its claim."""
     from app import leases
-    from app.evaluation import train_queue
+    from app.evaluation import claims
     from app.jobs import lifecycle
+    from app.machines.placement import Capacity
     from app.tables import MachineUse
 
-    make = studio(session, people)
+    make, machine = studio(session, people), Capacity("here", memory_bytes=2**40)
     keys: dict[uuid.UUID, int] = {}
     ends, choices = [0.0] * len(orders), []
     now, coming, done = 0.0, 0, 0
@@ -161,7 +162,7 @@ def simulate(session: Session, orders: list[Order], people: int) -> tuple[list[f
             keys[make(orders[coming])] = coming
             coming += 1
         began = time.perf_counter()
-        one = train_queue.next_one(session, set(), gpu=True, at=now)
+        one = claims.choose(session, machine, machine, at=now)
         assert one is not None
         held = lifecycle.claim(session, one.key, "simulated")
         session.commit()
@@ -200,10 +201,10 @@ def studio(session: Session, people: int) -> Any:
     session.flush()
     spec = make_spec(model, data).model_dump(mode="json")
 
-    def make(order: Order) -> uuid.UUID:
+    def make(order: Order, **more: Any) -> uuid.UUID:
         job = Job(
             owner_id=made[order.person].id, name="a run", spec=spec, model_id=model.id, dataset_id=data.id,
-            estimate={"seconds": order.estimate}, created_at=datetime.fromtimestamp(order.at, UTC),
+            estimate={"seconds": order.estimate}, created_at=datetime.fromtimestamp(order.at, UTC), **more,
         )  # fmt: skip
         session.add(job)
         session.flush()

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from app import limits
 from app.db import transaction
 from app.errors import BadField
-from app.evaluation import train_queue
+from app.evaluation import claims
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.jobs.request import read_order
@@ -24,6 +24,7 @@ from app.settings import get_settings
 from app.storage import files
 from app.tables import Checkpoint, Evaluation, Export, Job, MachineUse, Model, Project, TokenUse, User
 from app.web import projects
+from tests.evaluation.test_train_queue import ANYTHING
 from tests.factories import make_dataset, make_job
 from tests.web.test_people import made, signed_in
 from tests.web.test_projects import program, within
@@ -219,15 +220,15 @@ def test_running_jobs_wait_and_say_so(session, user, api, client, data, tiny_reg
     limited(session, user, running_jobs=1)
     assert lifecycle.claim(session, first.id, "w") is not None
     session.commit()
-    assert train_queue.next_one(session, set(), gpu=True) is None, "a free worker takes nothing of who has reached the limit"
+    assert claims.choose(session, ANYTHING, ANYTHING) is None, "a free worker takes nothing of who has reached the limit"
     shown = api.get(f"/v1/fine_tuning/jobs/{ids.public(ids.JOB, second.id)}").json()
     assert "1 running, 1 allowed" in shown["waits_for"] and shown["status"] == "queued"
     heartbeats.say_alive("train", 0.0)
     assert "1 running, 1 allowed" in client.get(f"/jobs/{ids.public(ids.JOB, second.id)}").text
     other = make_job(session, ada, tiny_registered, data)
-    assert train_queue.next_one(session, set(), gpu=True).key == other.id
+    assert claims.choose(session, ANYTHING, ANYTHING).key == other.id
     limited(session, user, running_jobs=None)
-    assert train_queue.next_one(session, set(), gpu=True) is not None
+    assert claims.choose(session, ANYTHING, ANYTHING) is not None
 
 
 # Projects, settings, and who sets them -------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     not supported here."""
     asked = dict(run or {})
     settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
-    feasibility.refuse_device(settings, heartbeats.training_machine())
+    feasibility.refuse_device(settings, heartbeats.training_machine(device=settings.device))
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
         raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Ask again when it has been read.", param="dataset_id")
@@ -144,7 +144,7 @@ def result_of(measured: Evaluation | None) -> JSON:
 def facts_of(dataset: Dataset, result: Mapping[str, Any] | None = None, device: str = "auto") -> Facts:
     """The facts of the data and of the machine that computes on `device`, and the results of an evaluation of the kind `advice`."""
     metric, zero, few = prompted(result or {})
-    stats, here = datasets.stats(dataset), heartbeats.training_machine().on(device)
+    stats, here = datasets.stats(dataset), heartbeats.training_machine(device=device).on(device)
     report = dataset.report or {}
     counts = list(report.get("labels", {}).values()) if objectives.get(dataset.task).classifies else []
     return Facts(

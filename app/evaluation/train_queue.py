@@ -1,6 +1,7 @@
 """What waits for a train worker, in the order of `app.jobs.fair_share`: jobs, and evaluations, which the same workers run.
 
-A message of the queue only says that there is work; a worker that is free takes what is next then. An evaluation takes part as a job of
+A message of the queue only says that there is work; a worker that is free takes what is next then and fits its machine
+(`app.evaluation.claims`). An evaluation takes part as a job of
 its person would, of normal priority, and is charged like any other use. Evaluate workers take evaluations alone, in the same order, beside
 what trains; one that has no room there waits for its turn among the jobs.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Container, Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Float, Select, case, cast, exists, func, literal, select
+from sqlalchemy import BigInteger, ColumnElement, Float, Select, case, cast, exists, func, literal, null, select
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from app import leases, limits
@@ -23,7 +25,8 @@ from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
 from app.kit import once
-from app.machines import heartbeats
+from app.machines import heartbeats, placement
+from app.machines.placement import Needs
 from app.settings import get_settings
 from app.tables import JSON, Evaluation, Job, MachineUse, Outbox, Project
 
@@ -42,66 +45,81 @@ class Place(NamedTuple):
     position: int
     begins: datetime | None
     waits_for: str | None = None
-    """What keeps it waiting now, in words: a limit of running jobs, or memory."""
+    """What keeps it waiting now, in words: a limit of running jobs, memory, or a machine that there is not."""
+    nowhere: bool = False
+    """No train worker that is online could ever take it."""
 
     def seconds_left(self) -> float | None:
         """Seconds until it begins."""
         return None if self.begins is None else (self.begins - datetime.now(UTC)).total_seconds()
 
 
-def situation(session: Session, at: float | None = None) -> Situation:
-    """What waits, what runs and what was used, at this moment or at a time of a simulation."""
+def situation(session: Session, at: float | None = None, *, waiting: bool = True) -> Situation:
+    """What waits (unless that is not asked for), what runs and what was used, at this moment or at a time of a simulation."""
     clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
-    waiting = [Waiting(*row) for kind in WORK for row in session.execute(_waiting(kind))]
+    waits = [Waiting(*row, Needs(*needs, tuple(labels))) for *row, needs, labels in _all_waiting(session)] if waiting else []
     running = [_running(kind, clock, *row) for kind in WORK for row in session.execute(_held(kind))]
     used = usage.recent(session, clock)
-    return Situation(clock, waiting, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
+    return Situation(clock, waits, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
 
 
-def _seconds_of(kind: str) -> Any:
+def seconds_of(kind: str) -> Any:
     """The time that a row of this kind will take, from its estimate and the steps that are done."""
     if kind == "evaluations":
         return literal(EVALUATION_SECONDS)
-    estimate = func.coalesce(cast(Job.estimate["seconds"].astext, Float), UNKNOWN_SECONDS)
+    estimate = func.coalesce(Job.estimated_seconds, UNKNOWN_SECONDS)
     done = case((Job.total_steps > 0, func.least(1.0, cast(Job.step, Float) / Job.total_steps)), else_=0.0)
     return estimate * (1.0 - done)
 
 
-def _waiting(kind: str) -> Select[Any]:
-    work = WORK[kind]
-    table = work.table
-    is_job = table is Job
-    since = func.coalesce(Job.resumed_at, Job.created_at) if is_job else Evaluation.created_at
-    interrupted = exists().where(MachineUse.row_id == table.id, MachineUse.started_at > since)
-    query = select(
-        table.id, literal(kind), table.owner_id, table.project_id, cast(func.extract("epoch", since), Float), _seconds_of(kind),
-        Project.weight, Job.priority if is_job else literal("normal"), interrupted,
-        func.coalesce(Job.spec["run"]["device"].astext, "auto") if is_job else literal("auto"),
-    )  # fmt: skip
-    return query.join(Project, Project.id == table.project_id).where(work.free())
+def since_of(kind: str) -> Any:
+    """When a row of this kind was queued, last."""
+    return func.coalesce(Job.resumed_at, Job.created_at) if kind == "jobs" else Evaluation.created_at
+
+
+def interrupted(kind: str) -> ColumnElement[bool]:
+    """Whether it was claimed since, so that it must have lost its worker: nobody stopped it."""
+    table = WORK[kind].table
+    return (table.fence > 0) & exists().where(MachineUse.row_id == table.id, MachineUse.started_at > since_of(kind))
+
+
+def needs_of(kind: str) -> tuple[Any, ...]:
+    """The columns of `Needs`, in its order; an evaluation takes one GPU, or the CPU."""
+    if kind == "evaluations":
+        return literal(0, BigInteger), literal(0, BigInteger), literal(1, BigInteger), null(), literal([], JSONB)
+    gpu_bytes = case((Job.device == "cpu", null()), else_=Job.gpu_bytes)
+    cpu_bytes = case((Job.device == "cuda", null()), else_=Job.cpu_bytes)
+    return gpu_bytes, cpu_bytes, Job.num_gpus, Job.gpu_type, Job.labels
+
+
+def _all_waiting(session: Session) -> Iterator[tuple[Any, ...]]:
+    """The fields of `Waiting`, the last of them as those of `Needs` and its labels."""
+    for kind, work in WORK.items():
+        table = work.table
+        query = select(
+            table.id, literal(kind), table.owner_id, table.project_id, cast(func.extract("epoch", since_of(kind)), Float), seconds_of(kind),
+            Project.weight, Job.priority if kind == "jobs" else literal("normal"), interrupted(kind), *needs_of(kind),
+        )  # fmt: skip
+        for row in session.execute(query.join(Project, Project.id == table.project_id).where(work.free())):
+            yield *row[:9], row[9:13], row[13]
 
 
 def _held(kind: str) -> Select[Any]:
     work = WORK[kind]
     table = work.table
-    left = func.coalesce(Job.seconds_left, _seconds_of(kind)) if table is Job else literal(EVALUATION_SECONDS)
-    return select(table.owner_id, table.project_id, left, Project.weight).join(Project, Project.id == table.project_id).where(work.taken())
+    left: Any = literal(EVALUATION_SECONDS)
+    gpus: Any = literal(1)
+    if table is Job:
+        left, gpus = func.coalesce(Job.seconds_left, seconds_of(kind)), func.coalesce(Job.num_gpus, 1)
+    query = select(table.owner_id, table.project_id, left, gpus, Project.weight)
+    return query.join(Project, Project.id == table.project_id).where(work.taken())
 
 
-def _running(kind: str, clock: float, person: Hashable, project: Hashable, left: float, weight: float) -> Running:
-    return Running(person, project, clock + left, left, weight, kind)
+def _running(kind: str, clock: float, person: Hashable, project: Hashable, left: float, gpus: int, weight: float) -> Running:
+    return Running(person, project, clock + left, left * gpus, weight, kind)
 
 
 # The worker's part --------------------------------------------------------------------------------------------------------
-
-
-def next_one(
-    session: Session, tried: set[uuid.UUID], *, gpu: bool, kinds: Container[str] = tuple(WORK), at: float | None = None
-) -> Waiting | None:
-    """What a worker of these kinds that is free takes now: not what it has `tried` in vain, and only what trains on the CPU where no GPU
-    is free."""
-    now = situation(session, at)
-    return fair_share.next_one(replace(now, waiting=fair_share.without(now.waiting, tried, kinds, gpu=gpu)))
 
 
 def message_of(session: Session, key: uuid.UUID) -> dict[str, Any] | None:
@@ -163,13 +181,30 @@ def _places(session: Session) -> dict[uuid.UUID, Place]:
     alive = heartbeats.alive()
     trainers = {worker.name for worker in alive if worker.queue == "train"}
     found: dict[uuid.UUID, Place] = {}
-    for position, (one, begins) in enumerate(fair_share.order(at, max(len(trainers), 1)), 1):
-        found[one.key] = Place(position, datetime.fromtimestamp(begins, UTC) if trainers else None, _waits_for(at, one))
+    nowhere, kept = _nowhere(at) if trainers else {}, _kept_for(session)
+    for position, (one, begins) in enumerate(fair_share.order(at, max(len(trainers), 1), lambda one: one.key not in nowhere), 1):
+        found[one.key] = Place(
+            position, datetime.fromtimestamp(begins, UTC) if trainers else None, kept.get(one.key) or _waits_for(at, one)
+        )
     for one in sorted(at.waiting, key=Waiting.arrival):
-        found.setdefault(one.key, Place(len(found) + 1, None, _waits_for(at, one)))
+        why = nowhere.get(one.key)
+        found.setdefault(one.key, Place(len(found) + 1, None, why or _waits_for(at, one), nowhere=why is not None))
     if beside := len({worker.name for worker in alive if worker.queue == "evaluate"} - trainers):
         _place_beside_training(at, beside, found)
     return found
+
+
+def _nowhere(at: Situation) -> dict[uuid.UUID, str]:
+    """Why no train worker that is online could ever take it, of everything of which this is so."""
+    known = heartbeats.capacities()
+    why = {needs: placement.why_nowhere(needs, known) for needs in {one.needs for one in at.waiting}}
+    return {one.key: said for one in at.waiting if (said := why[one.needs]) is not None}
+
+
+def _kept_for(session: Session) -> dict[uuid.UUID, str]:
+    """The jobs for which a machine keeps GPUs, in words."""
+    kept = select(Job.id, Job.reserved_by).where(Job.reserved_until > leases.now(), Job.status == "queued")
+    return {key: f"Its turn has come: {host} keeps every suitable GPU that gets free for it." for key, host in session.execute(kept)}
 
 
 def _place_beside_training(at: Situation, workers: int, found: dict[uuid.UUID, Place]) -> None:

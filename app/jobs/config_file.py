@@ -21,10 +21,12 @@ from app import formats
 from app.datasets import service as datasets
 from app.errors import BadData, BadField, NotFound
 from app.jobs import request as job_request
+from app.jobs import resources_form
 from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
+from app.machines.placement import Resources
 from app.objectives import OBJECTIVES
 from app.older_settings import renamed
 from app.spec import JobSpec, usual_learning_rate
@@ -50,6 +52,7 @@ KEYS = frozenset(
         "seed",
         "task",
         "priority",
+        "resources",
     }
 )
 
@@ -145,6 +148,7 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
         **({"objective": order.task} if order.task else {}),
         **({"name": order.name} if order.name else {}),
         **({"priority": order.priority} if order.priority else {}),
+        **resources_form.typed_from(order.resources),
         **_graders(order.graders or []),
         **{
             f"{part}.{name}": as_text(value)
@@ -191,6 +195,7 @@ def typed_from(job: Job) -> dict[str, str]:
         **({"objective": spec["task"]} if _chosen(spec["task"], spec["dataset"]["format"]) else {}),
         "name": job.name,
         **({"priority": job.priority} if job.priority != "normal" else {}),
+        **resources_form.typed_from(Resources.model_validate(job.order.get("resources") or {})),
         **_graders(spec.get("graders") or []),
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
@@ -236,6 +241,7 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
         "graders": order.graders,
         "name": order.name,
         "priority": order.priority,
+        "resources": order.resources.model_dump(mode="json", exclude_none=True) if order.resources else None,
     }
     return {key: value for key, value in body.items() if value not in (None, {})}
 
@@ -257,6 +263,7 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
             "graders",
             "name",
             "priority",
+            "resources",
         )
         if key in body
     }

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app import objectives
+from app.machines.placement import Resources
 from app.objectives import OBJECTIVES, DrawnSettings
 from app.planning.schedule import PRESETS, PresetName, drawing_schedule, held_out_share, schedule
 from app.run_settings import RunSettings, displaced
@@ -21,9 +22,11 @@ def usual_run(
     validated_elsewhere: bool = False,
     preset: PresetName = "balanced",
     drawn: DrawnSettings | None = None,
+    resources: Resources | None = None,
 ) -> dict[str, Any]:
     """The settings of a preset for this dataset on this machine (app/planning/schedule.py), with settings in `asked` unchanged;
-    empty while the dataset is being parsed. `drawn` says what each step draws, where a job learns from answers that are drawn."""
+    empty while the dataset is being parsed. `drawn` says what each step draws, where a job learns from answers that are drawn;
+    `resources` what it asks of the machine."""
     from app.datasets import service as datasets
     from app.machines import heartbeats
 
@@ -37,7 +40,7 @@ def usual_run(
     share = wanted.validation_fraction if "validation_fraction" in asked else held_out_share(dataset.good_rows or 0)
     rows = (dataset.good_rows or 0) * (1.0 if validated_elsewhere else 1 - share) * wanted.data_fraction
     each = min(mean_tokens(dataset), wanted.max_length) * OBJECTIVES[task].sequences_per_row
-    machine = heartbeats.training_machine().on(wanted.device)
+    machine = heartbeats.training_machine(resources, wanted.device).on(wanted.device)
     given = {*asked, *displaced(dict(asked))}
     if drawn is not None:
         epochs = wanted.epochs if "epochs" in asked else None

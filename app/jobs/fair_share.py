@@ -20,9 +20,13 @@ import itertools
 import math
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from app.machines.placement import Needs
+
+ANYWHERE = Needs()
 
 Priority = Literal["low", "normal", "high"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -45,11 +49,16 @@ class Waiting:
     priority: str = "normal"
     interrupted: bool = False
     """It lost its worker, and nobody stopped it."""
-    device: str = "auto"
+    needs: Needs = ANYWHERE
 
     @property
     def lane(self) -> tuple[Hashable, Hashable]:
         return self.person, self.project
+
+    @property
+    def charge(self) -> float:
+        """What it will count as used: each of its GPUs counts."""
+        return self.seconds * (self.needs.num_gpus or 1) / self.weight
 
     def arrival(self) -> tuple[bool, float, str]:
         """The order within one lane."""
@@ -64,6 +73,7 @@ class Running:
     project: Hashable
     ends: float
     seconds_left: float
+    """Of its time; of each of its GPUs, where it asked for several."""
     weight: float = 1.0
     kind: str = "jobs"
 
@@ -95,41 +105,71 @@ def decayed(began: float, ended: float, now: float, half_life: float) -> float:
     return (math.exp(-rate * (now - ended)) - math.exp(-rate * (now - began))) / rate
 
 
-def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
-    """What waits, in the order in which `workers` will take it, each with the time when that will be; without what no limit lets run.
+class Standing:
+    """What counts as used of each person, when the last of it ends, and how much runs of each person and each project, numbered 0 and 1.
+    What runs is charged for what is left of it."""
+
+    def __init__(self, at: Situation) -> None:
+        self.used: dict[Hashable, float] = defaultdict(float, {person: use.seconds for person, use in at.used.items()})
+        self.ended: dict[Hashable, float] = defaultdict(lambda: -math.inf, {person: use.ended for person, use in at.used.items()})
+        self.running: Counter[tuple[int, Hashable]] = Counter()
+        for one in at.running:
+            self.begin((one.person, one.project), ends_of(one, at.now), one.seconds_left / one.weight)
+
+    def begin(self, lane: tuple[Hashable, Hashable], ends: float, charge: float) -> None:
+        self.used[lane[0]] += charge
+        self.ended[lane[0]] = max(self.ended[lane[0]], ends)
+        self.running.update(enumerate(lane))
+
+    def at_limit(self, at: Situation) -> tuple[set[Hashable], set[Hashable]]:
+        """The people, and the projects, of whom no more may run."""
+        people = {key for key, most in at.people_limits.items() if self.running[0, key] >= most}
+        return people, {key for key, most in at.project_limits.items() if self.running[1, key] >= most}
+
+
+def ends_of(running: Running, now: float) -> float:
+    """When it ends, as far as is known: what takes longer than estimated still runs."""
+    return max(now + 1, running.ends)
+
+
+def anything(_: Waiting) -> bool:
+    return True
+
+
+def order(at: Situation, workers: int, takes: Callable[[Waiting], bool] = anything) -> Iterator[tuple[Waiting, float]]:
+    """What waits, in the order in which `workers` will take it, each with the time when that will be; without what no limit lets run, and
+    without what they do not take.
 
     What runs now is charged for what is left of it, and each turn for all that it will take, so that the order is the one that will be.
     """
-    used: dict[Hashable, float] = defaultdict(float, {person: use.seconds for person, use in at.used.items()})
-    ended: dict[Hashable, float] = defaultdict(lambda: -math.inf, {person: use.ended for person, use in at.used.items()})
+    standing = Standing(at)
+    used, ended = standing.used, standing.ended
     busy: list[tuple[float, int, tuple[Hashable, Hashable]]] = []
-    count: Counter[tuple[int, Hashable]] = Counter()
+    count = standing.running
     limits = {(0, key): most for key, most in at.people_limits.items()} | {(1, key): most for key, most in at.project_limits.items()}
     lanes: dict[tuple[Hashable, Hashable], list[Waiting]] = defaultdict(list)
-    for one in at.waiting:
+    for one in filter(takes, at.waiting):
         lanes[one.lane].append(one)
     for coming in lanes.values():
         coming.sort(key=Waiting.arrival, reverse=True)
 
-    present = Counter(lane[0] for lane in lanes)  # who has something to do: lanes that wait, and work that runs
+    # Who has something to do: what waits by its lane, whoever takes it, and what runs.
+    present = Counter(lane[0] for lane in {one.lane for one in at.waiting})
     number = itertools.count()
     now, people = at.now, 1
 
-    def begin(lane: tuple[Hashable, Hashable], ends: float, charge: float) -> None:
-        used[lane[0]] += charge
-        ended[lane[0]] = max(ended[lane[0]], ends)
-        count.update(enumerate(lane))
+    def runs(lane: tuple[Hashable, Hashable], ends: float) -> None:
         present[lane[0]] += 1
         heapq.heappush(busy, (ends, next(number), lane))
 
     def rank(lane: tuple[Hashable, Hashable]) -> tuple[bool, float, float, str]:
         one = lanes[lane][-1]
         due = max(0.0, now - max(one.since, ended[one.person])) / people
-        after = used[one.person] + one.seconds / one.weight - due - ADVANCE[one.priority]
+        after = used[one.person] + one.charge - due - ADVANCE[one.priority]
         return not one.interrupted, after, one.since, one.key.hex
 
     for running in at.running:
-        begin((running.person, running.project), max(at.now + 1, running.ends), running.seconds_left / running.weight)
+        runs((running.person, running.project), ends_of(running, at.now))
     while lanes:
         free: Collection[tuple[Hashable, Hashable]] = lanes if len(busy) < workers else ()
         if limits and free:
@@ -142,7 +182,8 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
                 del lanes[chosen]
                 present[chosen[0]] -= 1
             yield one, now
-            begin(chosen, now + one.seconds, one.seconds / one.weight)
+            standing.begin(chosen, now + one.seconds, one.charge)
+            runs(chosen, now + one.seconds)
         elif busy:
             now, _, lane = heapq.heappop(busy)
             count.subtract(enumerate(lane))
@@ -151,13 +192,8 @@ def order(at: Situation, workers: int) -> Iterator[tuple[Waiting, float]]:
             return
 
 
-def next_one(at: Situation) -> Waiting | None:
-    """What a worker that is free now takes; None where nothing may run."""
-    for one, begins in order(at, len(at.running) + 1):
+def next_one(at: Situation, takes: Callable[[Waiting], bool] = anything) -> Waiting | None:
+    """What a worker that is free now takes; None where nothing may run. `app.evaluation.claims` says the same in SQL."""
+    for one, begins in order(at, len(at.running) + 1, takes):
         return one if begins <= at.now else None
     return None
-
-
-def without(waiting: Iterable[Waiting], keys: set[uuid.UUID], kinds: Container[str], *, gpu: bool) -> list[Waiting]:
-    """Those of these kinds that may still be tried: none of `keys`, and only what trains on the CPU where no GPU is free."""
-    return [one for one in waiting if one.kind in kinds and one.key not in keys and (gpu or one.device == "cpu")]

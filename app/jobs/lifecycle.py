@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy import ColumnElement, delete, false, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -34,6 +34,7 @@ from app.jobs import mail, usage
 from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
+from app.machines.placement import Needs
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Event, Job, Outbox
@@ -52,6 +53,8 @@ class Claim:
     spec: JobSpec
     memory_bytes: int = 0
     """Estimated memory of the attempt; 0 when unknown."""
+    processes: int = 1
+    """How many train it together, each with a GPU where there are any."""
 
     @property
     def folder(self) -> str:
@@ -75,9 +78,7 @@ class FenceLost(Exception):
 
 def has_rows() -> ColumnElement[bool]:
     """The spec names rows that can be read; false while a dataset of the job is still being parsed."""
-    validation = func.coalesce(Job.spec["validation"]["path"].astext, "none")
-    both: ColumnElement[bool] = (Job.spec["dataset"]["path"].astext != "") & (validation != "")
-    return both
+    return func.coalesce(Job.rows_ready, false())
 
 
 def is_complete(session: Session, job_id: uuid.UUID) -> bool:
@@ -133,19 +134,23 @@ def _tell_webhooks(session: Session, job_id: uuid.UUID, said: Sequence[tuple[uui
 def claim(session: Session, job_id: uuid.UUID, worker: str, gpus: int = 0) -> Claim | None:
     """Claim a queued job, or one whose holder stopped sending heartbeats. None: there is nothing to do, drop the message."""
     started = func.coalesce(Job.started_at, now())
-    job = leases.claim(session, WORK, job_id, attempt=Job.attempt + 1, worker=worker, started_at=started, save_requested=False)
+    values = {"attempt": Job.attempt + 1, "worker": worker, "started_at": started, "save_requested": False}
+    job = leases.claim(session, WORK, job_id, **values, reserved_by=None, reserved_until=None)
     if job is None:
         return None
-    held = Claim(job_id, job.fence, job.attempt, JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0)))
+    spec, memory_bytes = JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0))
+    held = Claim(job_id, job.fence, job.attempt, spec, memory_bytes, job.num_gpus or get_settings().gpus_per_job)
     usage.hold_gpus(session, job_id, job.fence, gpus)
     record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return held
 
 
-def device_of(session: Session, job_id: uuid.UUID) -> str | None:
-    """The device that a job asks for; None where there is no such job."""
-    return session.scalar(select(Job.spec["run"]["device"].astext).where(Job.id == job_id))
+def needs_of(job: Job) -> Needs:
+    """What it needs of a machine."""
+    gpu_bytes = None if job.device == "cpu" else job.gpu_bytes
+    cpu_bytes = None if job.device == "cuda" else job.cpu_bytes
+    return Needs(gpu_bytes, cpu_bytes, job.num_gpus, job.gpu_type, tuple(job.labels))
 
 
 def heartbeat(session: Session, held: Claim) -> ControlFlags:

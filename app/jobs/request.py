@@ -12,6 +12,7 @@ from app import trackers
 from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
+from app.machines.placement import Resources
 from app.objectives import METHODS, OBJECTIVES, Task
 from app.older_settings import RENAMED
 from app.planning.schedule import PresetName
@@ -117,6 +118,7 @@ class JobRequest(BaseModel):
         None,
         description="low, normal or high: worth a day of use more or less in the queue. high is for admins, unless a setting says else.",
     )
+    resources: Resources | None = Field(None, description="What it asks of the machine that trains it, beyond what the estimate says.")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None

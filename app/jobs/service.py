@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from app import db, leases, limits, ownership, queue, trackers
 from app import events as said
 from app.errors import Conflict, Forbidden, StudioError
-from app.jobs import lifecycle, split_leakage
+from app.jobs import lifecycle, needs, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
@@ -70,7 +70,8 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
             priority=order.priority or "normal",
             user_metadata=order.metadata,
             idempotency_key=idempotency_key,
-            estimate=estimate_of(session, spec),
+            estimate=estimate_of(session, spec, order.resources),
+            **needs.columns(session, spec, order.resources),
         )
         .on_conflict_do_nothing(index_elements=["project_id", "owner_id", "idempotency_key"])
         .returning(Job.id)
@@ -323,9 +324,9 @@ def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) 
 
 
 def _resolve_waiting_job(session: Session, job: Job) -> None:
-    owner = maker_of(session, job)
+    owner, order = maker_of(session, job), JobRequest.model_validate(job.order)
     try:
-        spec = build_spec(session, owner, JobRequest.model_validate(job.order))
+        spec = build_spec(session, owner, order)
     except StudioError as error:
         failed = said.Failed(kind="bad_data", message=error.message, hint=error.hint)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
@@ -335,7 +336,9 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
         return
     if job.name == job.spec["name"]:  # nobody renamed it while it waited
         job.name = spec.name
-    job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec)
+    job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec, order.resources)
+    for name, value in needs.columns(session, spec, order.resources).items():
+        setattr(job, name, value)
     # A file's id may stand for another version by now, where the one that was waited for failed.
     job.dataset_id, job.validation_dataset_id = spec.dataset.id, spec.validation.id if spec.validation else None
     session.flush()

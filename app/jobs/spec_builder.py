@@ -20,6 +20,7 @@ from app.jobs import reinforcement_order
 from app.jobs.defaults import mean_tokens, usual_run
 from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
+from app.machines.placement import Resources
 from app.models import asked_models
 from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, DrawnSettings, Task
@@ -106,7 +107,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     feasibility.refuse_modules(strategy, model.shape, task)
     own = _objective_settings(order, task, dataset, reward)
     run = _run_settings(order, strategy, dataset, task, own)
-    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device)
+    reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device, order.resources)
     if reason:
         hidden = run.device == "cpu" and has_gpu()
         hint = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
@@ -124,7 +125,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     feasibility.refuse_new_tokens(strategy, run, task, model.shape)
     if run.new_tokens:
         refuse_known_tokens(run.new_tokens, model)
-    feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine())
+    feasibility.refuse_without_gpu(strategy, run, task, heartbeats.training_machine(order.resources, run.device))
     return JobSpec(
         name=order.name or f"{dataset.name} with {strategy.title}",
         task=task,
@@ -168,10 +169,10 @@ def check_graded(run: RunSettings, graded: tuple[JSON, ...], *, validated_elsewh
         raise BadField("Graders need validation rows, and none are held out.", hint="Set validation_fraction.", param="graders")
 
 
-def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto") -> str | None:
-    """Why this strategy cannot fine-tune such a model here, on `device`; None where it can. Without a task, as while rows are
+def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto", asked: Resources | None = None) -> str | None:
+    """Why this strategy cannot fine-tune such a model here, on `device`, with what was asked for; None where it can. Without a task, as while rows are
     still being parsed, any task that it supports will do."""
-    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu(device)) for one in ((task,) if task else strategy.tasks)]
+    reasons = [strategy.unavailable(shape, task=one, cuda=has_gpu(device, asked)) for one in ((task,) if task else strategy.tasks)]
     return reasons[0] if all(reasons) else None
 
 
@@ -314,7 +315,8 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
             "max_tokens_per_step", max(16, min(round(min(asked.batch_size, MAX_STEP_TOKENS) * mean_tokens(dataset)), MAX_STEP_TOKENS))
         )
     elsewhere = bool(order.validation_file or order.validation_dataset_id)
-    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=order.preset or "balanced", drawn=drawn)
+    preset = order.preset or "balanced"
+    settings |= usual_run(dataset, settings, validated_elsewhere=elsewhere, preset=preset, drawn=drawn, resources=order.resources)
     if settings.get("learning_rate") is None:
         settings["learning_rate"] = usual_learning_rate(strategy, task, str(settings.get("optimizer", "adamw")))
     if order.seed is not None:
@@ -347,15 +349,16 @@ def _objective_settings(order: JobRequest, task: Task, dataset: Dataset, reward:
     return read_objective_settings(task, settings)
 
 
-def has_gpu(device: str = "auto") -> bool:
-    """Whether a job on this device has a GPU."""
+def has_gpu(device: str = "auto", asked: Resources | None = None) -> bool:
+    """Whether a job on this device, which asks for this, has a GPU."""
     from app.machines import heartbeats
 
-    return heartbeats.training_machine().on(device).cuda
+    return heartbeats.training_machine(asked, device).on(device).cuda
 
 
-def figures_of(session: Session, spec: JobSpec) -> JSON | None:
-    """Memory, time and steps of a job on the training machine; None while its rows are not known."""
+def figures_of(session: Session, spec: JobSpec, asked: Resources | None = None) -> JSON | None:
+    """Memory, time and steps of a job on the weakest machine that has what it asks for and holds it, or on the strongest; None while its rows
+    are not known."""
     from app.datasets import inspections
     from app.machines import heartbeats
     from app.planning import duration
@@ -364,16 +367,20 @@ def figures_of(session: Session, spec: JobSpec) -> JSON | None:
         return None
     stats = inspections.stats_for(session, session.get_one(Dataset, spec.dataset.id), spec.model)
     checked_on = inspections.stats_for(session, session.get_one(Dataset, spec.validation.id), spec.model) if spec.validation else None
-    return duration.estimate(spec, stats, heartbeats.training_machine(), checked_on).model_dump(mode="json")
+    for machine in heartbeats.training_machines(asked, spec.run.device):
+        found = duration.estimate(spec, stats, machine, checked_on)
+        if found.fits:
+            break
+    return found.model_dump(mode="json")
 
 
-def estimate_of(session: Session, spec: JobSpec) -> JSON | None:
+def estimate_of(session: Session, spec: JobSpec, asked: Resources | None = None) -> JSON | None:
     """The job's estimate, with `warnings` about its data and the leakage of its split (`overlap`, see there); None while its rows
     are not known."""
     from app.datasets import service as datasets
     from app.jobs import split_leakage
 
-    found = figures_of(session, spec)
+    found = figures_of(session, spec, asked)
     if found is None:
         return None
     dataset = session.get_one(Dataset, spec.dataset.id)

@@ -66,6 +66,26 @@ def visible_gpus() -> tuple[str, ...]:
     return _uuids(_visible())
 
 
+def visible_cards() -> list[GpuCard]:
+    """The GPUs that processes started here use, each with the memory that they may take of it: that of its MIG instance, and at most
+    `gpu_memory_bytes`."""
+    most = get_settings().gpu_memory_bytes or sys.maxsize
+    return [card._replace(memory_bytes=min(card.memory_bytes, most)) for card in _cards(visible_gpus(), tuple(all_cards()))]
+
+
+@functools.cache
+def _cards(uuids: tuple[str, ...], cards: tuple[GpuCard, ...]) -> list[GpuCard]:
+    """The cards or MIG instances of these UUIDs; a part of a card is named by its own."""
+    places = {card.uuid: card for card in cards}
+    parts = {uuid: cards[number]._replace(memory_bytes=memory) for number, uuid, memory in _mig_instances() if number < len(cards)}
+    found = []
+    for uuid in uuids:
+        part = next((card for name, card in parts.items() if name.startswith(uuid)), None)
+        if (card := part or places.get(uuid)) is not None:
+            found.append(card._replace(uuid=uuid))
+    return found
+
+
 def selection(uuids: Sequence[str]) -> dict[str, str]:
     """The environment of a process that is to use these GPUs and no others."""
     places = {card.uuid: str(place) for place, card in enumerate(all_cards()) if card.hip}

@@ -57,6 +57,8 @@ class Machine(BaseModel):
     gpu_memory_bytes: int | None = None
     gpu_capability: float | None = Field(None, description="NVIDIA's compute capability, where its driver tells: 8.9 is Ada, 9.0 Hopper")
     processes: int = Field(1, description="how many train one job together, each with a GPU or with its share of this memory")
+    cards: tuple[gpus.GpuCard, ...] = Field((), description="the GPUs that workers here may use")
+    labels: tuple[str, ...] = Field((), description="the labels of its workers")
     paces: dict[str, Pace] = Field(default_factory=dict)
 
     @property
@@ -86,7 +88,7 @@ class Machine(BaseModel):
         if device != "cpu" or not self.cuda:
             return self
         pays = self.matrix_units if self.bf16_measured is None else self.bf16_measured >= BF16_WORTHWHILE
-        return self.model_copy(update={"gpu_name": None, "gpu_memory_bytes": None, "gpu_capability": None, "bf16_pays": pays})
+        return self.model_copy(update={"gpu_name": None, "gpu_memory_bytes": None, "gpu_capability": None, "cards": (), "bf16_pays": pays})
 
     @property
     def training_memory_bytes(self) -> int:
@@ -99,6 +101,7 @@ def this_machine() -> Machine:
     facts, gain = _facts(), read_bf16()
     pays = facts.bf16_pays if gain is None or facts.cuda else gain >= BF16_WORTHWHILE
     known = {"paces": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
+    known |= {"labels": get_settings().worker_labels}
     return facts.model_copy(update=known)
 
 
@@ -116,6 +119,7 @@ def _facts() -> Machine:
         gpu_name=name,
         gpu_memory_bytes=memory,
         gpu_capability=capability,
+        cards=tuple(gpus.visible_cards()),
     )
 
 

@@ -15,9 +15,11 @@ import redis
 from pydantic import ValidationError
 
 from app.kit import once
-from app.machines import hardware
+from app.machines import hardware, placement
 from app.machines.hardware import Machine
+from app.machines.placement import Resources
 from app.queue import PREFIX, get_redis
+from app.settings import get_settings
 
 FADES_SECONDS = 30
 REPEAT_SECONDS = 10
@@ -81,22 +83,41 @@ def alive() -> list[Worker]:
 def say_machine(here: Machine | None = None, *, name: str | None = None) -> None:
     """Publish this machine's hardware and measured speeds, for estimates of jobs."""
     found = {"seen_at": clock(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
-    get_redis().hset(MACHINES, name or socket.gethostname(), json.dumps(found))
+    get_redis().hset(MACHINES, name or machine_name(), json.dumps(found))
 
 
-def training_machine() -> Machine:
-    """The machine that the next job is planned for: the one that trains. Of several, the weakest, since any may take the job.
+def machine_name() -> str:
+    """This machine as its train workers see it: the host, with the GPUs that they are confined to and their labels, where there are any."""
+    seen = os.environ.get("HIP_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    parts = [f"GPU {seen}"] if seen else []
+    return " ".join([socket.gethostname(), *(f"[{part}]" for part in (*parts, *get_settings().worker_labels))])
+
+
+def training_machine(asked: Resources | None = None, device: str = "auto") -> Machine:
+    """The machine that a job is planned for: one that trains, and has what is asked for. Of several, the weakest, since any may take the job.
     This one where none was ever heard of, and while Redis is unreachable."""
-    return once.of("the machine that trains", _training_machine)
+    return training_machines(asked, device)[0]
 
 
-def _training_machine() -> Machine:
+def training_machines(asked: Resources | None = None, device: str = "auto") -> list[Machine]:
+    """All that may take such a job, from the weakest to the strongest; all there are where none has what is asked for."""
+    there = once.of("the machines that train", _training_machines)
+    found = placement.weakest(placement.matching(there, asked, device) or there)
+    if asked is None or asked.gpus is None:
+        return found
+    return [machine.model_copy(update={"processes": asked.gpus}) for machine in found]
+
+
+def _training_machines() -> list[Machine]:
     heard = machines()
     newest = min((silent for _, silent, _ in heard), default=FORGOTTEN_SECONDS)
     there = [found for _, silent, found in heard if silent - newest < FADES_SECONDS]
-    if not there or newest >= FORGOTTEN_SECONDS:
-        return hardware.this_machine()
-    return min(there, key=lambda found: (found.cuda, found.training_memory_bytes))
+    return there if there and newest < FORGOTTEN_SECONDS else [hardware.this_machine()]
+
+
+def capacities() -> list[placement.Capacity]:
+    """What the train workers have that were heard of lately."""
+    return [placement.capacity_of(host, machine) for host, silent, machine in machines() if silent < FADES_SECONDS]
 
 
 def machines() -> list[tuple[str, float, Machine]]:

@@ -27,6 +27,8 @@ SPEED_PER_CORE_MATRIX_UNITS = 120e9
 SPEED_GPU = 150e12
 """Operations per second assumed until a job has been measured on this machine."""
 
+FITS = 0.95
+"""A job fits that takes at most this share of the memory."""
 FIXED_SECONDS = 4.0
 """Loading libraries, tokenizing rows and writing results, until a job has been measured here; loading the weights is added."""
 MIN_BESIDE, MIN_FIXED_SECONDS = 0.1, 0.1
@@ -118,7 +120,7 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
         high_seconds=seconds * spread,
         trainable_parameters=spec.strategy.trainable_parameters(spec.model.shape, task=spec.task, labels=course.labels)
         + new_token_parameters(spec.model.shape, spec.run),
-        fits=total <= 0.95 * machine.training_memory_bytes,
+        fits=total <= FITS * machine.training_memory_bytes,
         steps=course.steps,
         tokens=course.tokens,
         tokens_per_second=per_second,

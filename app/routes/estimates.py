@@ -27,12 +27,13 @@ WAIT_SECONDS = 2.0
 def estimate(user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """The memory, time and steps of a job on this machine, from the body that would create it."""
     with transaction() as session:
-        spec = spec_builder.build_spec(session, user, job_request.read_order(body))
+        order = job_request.read_order(body)
+        spec = spec_builder.build_spec(session, user, order)
         asked = split_leakage.ask(session, spec)
     if asked is not None:
         inspections.wait(asked.id, WAIT_SECONDS)
     with transaction() as session:
-        found = spec_builder.estimate_of(session, spec)
+        found = spec_builder.estimate_of(session, spec, order.resources)
     if found is None:
         raise Conflict("The dataset is still being read.", hint="Ask again in a moment.", param="training_file", code="still_reading")
     return found

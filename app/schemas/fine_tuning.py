@@ -37,6 +37,19 @@ class CreateJob(JobRequest):
     comparison_id: SkipJsonSchema[None] = None
 
 
+class JobResources(Schema):
+    """What the job needs of the machine that trains it: what was asked for, and the memory of its estimate with every layer recomputed that
+    may be."""
+
+    gpus: int | None = Field(description="GPUs that train it together; null where it takes as many as its worker's jobs usually do.")
+    gpu: str | None = Field(description="Part of the name of the GPU.")
+    gpu_memory_bytes: int | None = Field(description="Memory of each GPU; 0 where it is not known, null where it trains on the CPU alone.")
+    memory_bytes: int | None = Field(
+        description="Memory of each process without a GPU; 0 where it is not known, null where it needs a GPU."
+    )
+    labels: list[str]
+
+
 class SplitOverlap(Schema):
     """Validation rows that are in the training set too, once they are counted, and the page that lists them."""
 
@@ -198,9 +211,12 @@ class FineTuningJob(Schema):
     name: str
     tags: list[str]
     priority: Priority
+    resources: JobResources
     position: int | None = Field(description="Place in the queue, from 1, while it is queued and its dataset is read.")
     expected_start: int | None = Field(description="By the estimates of what runs and what is before it; null where no worker is online.")
-    waits_for: str | None = Field(description="The limit of running jobs that keeps it waiting, where there is one.")
+    waits_for: str | None = Field(
+        description="What keeps it waiting: a limit of running jobs, a machine that keeps GPUs for it, or that no worker has what it needs."
+    )
     task: Task
     strategy: AnyStrategy
     run: RunSettings

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Identity, Index, UniqueConstraint, false, text
+from sqlalchemy import CheckConstraint, Computed, ForeignKey, Identity, Index, UniqueConstraint, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import JSON, Base, Leased, new_key, now, of_project
@@ -31,6 +31,26 @@ class Job(Leased, Base):
     idempotency_key: Mapped[str | None]
     priority: Mapped[str] = mapped_column(server_default="normal", comment="low, normal or high")
     resumed_at: Mapped[datetime | None] = mapped_column(comment="when a person queued it again, last")
+    # What it needs of a machine: `app.machines.placement.Needs`.
+    num_gpus: Mapped[int | None] = mapped_column(comment="GPUs that train it; null: as many as usual")
+    gpu_type: Mapped[str | None] = mapped_column(comment="part of the name of the GPU")
+    labels: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="that its worker must have")
+    gpu_bytes: Mapped[int | None] = mapped_column(server_default="0", comment="memory of each GPU; null: it does not train on one")
+    cpu_bytes: Mapped[int | None] = mapped_column(server_default="0", comment="memory of each process without a GPU; null: it needs one")
+    reserved_by: Mapped[str | None] = mapped_column(comment="the machine that keeps free GPUs for it")
+    reserved_until: Mapped[datetime | None]
+    # What a claim reads of every waiting job, from the two documents that are long.
+    rows_ready: Mapped[bool | None] = mapped_column(
+        Computed(
+            "((((spec -> 'dataset'::text) ->> 'path'::text) <> ''::text) AND "
+            "(COALESCE(((spec -> 'validation'::text) ->> 'path'::text), 'none'::text) <> ''::text))",
+            persisted=True,
+        )
+    )
+    device: Mapped[str | None] = mapped_column(
+        Computed("COALESCE(((spec -> 'run'::text) ->> 'device'::text), 'auto'::text)", persisted=True)
+    )
+    estimated_seconds: Mapped[float | None] = mapped_column(Computed("((estimate ->> 'seconds'::text))::double precision", persisted=True))
     # The lease: who holds the job, and until when.
     attempt: Mapped[int] = mapped_column(server_default="0")
     worker: Mapped[str | None]
@@ -56,6 +76,7 @@ class Job(Leased, Base):
         UniqueConstraint("project_id", "owner_id", "idempotency_key"),
         Index(None, "project_id", "created_at"),
         Index(None, "status", "lease_until"),
+        Index("ix_jobs_reserved", "reserved_by", postgresql_where=text("reserved_by IS NOT NULL")),
         CheckConstraint("priority IN ('low', 'normal', 'high')", name="priority"),
     )
 

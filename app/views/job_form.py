@@ -15,16 +15,19 @@ from sqlalchemy.orm import Session
 
 from app import objectives, saved_graders
 from app.errors import StudioError
-from app.jobs import preselection, spec_builder
+from app.jobs import preselection, resources_form, spec_builder
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step, usual_run
 from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
+from app.jobs.resources_form import Offers
 from app.kit import ids
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
+from app.machines.placement import Resources
 from app.models import service as models
 from app.objectives import OBJECTIVES, DrawnSettings, ObjectiveSettings
 from app.planning import feasibility
+from app.planning.duration import FITS
 from app.planning.schedule import DERIVED, GOVERNED, PRESETS, PresetName
 from app.run_settings import RunSettings, displaced
 from app.shapes import Shape
@@ -55,6 +58,7 @@ PLACES = {
     "preference.teacher": "preference-teacher",
     "split.method": "split.method",
     "split.column": "split.column",
+    **{name: name for name in resources_form.INPUTS.values()},
 }
 """Inputs that are no settings → the ids of their elements."""
 
@@ -100,6 +104,8 @@ class OrderForm:
     estimate: dict[str, Any] | None = None
     machine_bytes: int | None = None
     may_hurry: bool = False  # order a high priority
+    resources: Resources | None = None
+    offers: Offers | None = None  # what may be asked of a machine; None where there is nothing to choose from
     saved: list[tuple[str, str]] = field(default_factory=list)  # public ids and names of the saved graders
     coming: list[str] = field(default_factory=list)  # titles of models that are being added
 
@@ -210,6 +216,7 @@ class OrderForm:
             **self.kept,
             "name": self.typed.get("name"),
             "priority": self.priority if self.priority != "normal" else "",
+            **{name: self.typed.get(name) for name in resources_form.INPUTS.values()},
         }
         return f"/jobs/new?{urlencode({name: value for name, value in chosen.items() if value})}"
 
@@ -244,7 +251,8 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         errors["validation"] = _why_not(rows, typed["validation"])
     device = typed.get("run.device", "auto")
     ranking = ranking_of(session, user, model, dataset, device)
-    cards = cards_of(typed.get("strategy"), task, _reference(session, model), ranking, device)
+    resources = resources_form.asked(typed, errors)
+    cards = cards_of(typed.get("strategy"), task, _reference(session, model), ranking, device, resources)
     strategy = next(card.cls for card in cards if card.chosen)
     asked = _carried(typed, strategy)
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
@@ -253,7 +261,10 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     compared = fill(own, reward_form.left_out(typed), "preference", keep=own.derived) if own else None
     drawn = own.model_validate(compared.settings) if compared and own and issubclass(own, DrawnSettings) else None
-    usual = usual_run(dataset, run.settings, validated_elsewhere=validation is not None, preset=preset, drawn=drawn) if dataset else {}
+    elsewhere = validation is not None
+    usual = (
+        usual_run(dataset, run.settings, validated_elsewhere=elsewhere, preset=preset, drawn=drawn, resources=resources) if dataset else {}
+    )
     usual = RunSettings().model_dump(include={"early_stopping_patience", "validation_fraction"}) | usual
     errors |= {f"strategy.{name}": text for name, text in filled.errors.items()} | {
         f"run.{name}": text for name, text in run.errors.items()
@@ -291,7 +302,9 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         preference_controls=reward_form.without(_objective_controls(learned, compared)) if learned and compared else [],
         kept={key: value for key, value in asked.items() if key.startswith("kept.")},
         errors=errors,
-        machine_bytes=_memory(device),
+        machine_bytes=_memory(device, resources),
+        resources=resources,
+        offers=resources_form.offers(typed),
         may_hurry=jobs.may_hurry(user),
         saved=[(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)] if OBJECTIVES[task].graded else [],
         coming=[m.title for m in known if m.status == "fetching"],
@@ -328,6 +341,7 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         validation_dataset_id=form.validation.id if form.validation else None,
         name=form.typed.get("name", "").strip()[:200] or None,
         priority=form.priority if form.priority != "normal" else None,
+        resources=form.resources,
         preset=form.preset if form.preset != "balanced" else None,
         strategy={"name": form.method, **filled.settings},
         run=run.settings,
@@ -340,10 +354,11 @@ def _try(session: Session, user: User, form: OrderForm, filled: Filled, run: Fil
         jobs.check_priority(user, form.order.priority)
         found = spec_builder.context_of(session, user, form.order)
         form.spec = spec_builder.spec_on(found, form.order)
-        form.estimate = spec_builder.estimate_of(session, form.spec)
+        form.estimate = spec_builder.estimate_of(session, form.spec, form.resources)
+        form.machine_bytes = _memory(form.spec.run.device, form.resources, form.estimate)
         for place, card in enumerate(form.presets):
             spec = spec_builder.spec_on(found, form.order.model_copy(update={"preset": card.name}))
-            form.presets[place] = replace(card, estimate=spec_builder.figures_of(session, spec))
+            form.presets[place] = replace(card, estimate=spec_builder.figures_of(session, spec, form.resources))
     except StudioError as error:
         param = "graders" if (error.param or "").startswith("graders") else error.param or ""
         form.errors[FIELDS.get(param, param)] = str(error)
@@ -396,11 +411,12 @@ def _why_not(rows: list[Dataset], wanted: str) -> str:
     return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
 
 
-def _memory(device: str) -> int | None:
-    """Bytes available to a job on the training machine: the GPU's where there is one and it is used."""
+def _memory(device: str, resources: Resources | None = None, estimate: Mapping[str, Any] | None = None) -> int | None:
+    """Bytes available to a job on the machine that it is planned for: the GPU's where there is one and it is used."""
     from app.machines import heartbeats
 
-    return heartbeats.training_machine().on(device).training_memory_bytes
+    there = [one.on(device).training_memory_bytes for one in heartbeats.training_machines(resources, device)]
+    return next((size for size in there if estimate and estimate["memory_bytes"] <= FITS * size), there[-1 if estimate else 0])
 
 
 def _reference(session: Session, model: Model | None) -> ModelRef | None:

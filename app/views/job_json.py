@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app import events, leases
 from app.errors import problem_json
 from app.evaluation import train_queue, verdict
-from app.jobs import config_file, usage
+from app.jobs import config_file, lifecycle, usage
 from app.jobs import service as jobs
 from app.jobs.defaults import rows_per_step
 from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
@@ -55,6 +55,13 @@ def of(session: Session, job: Job) -> Json:
         "name": job.name,
         "tags": job.tags,
         "priority": job.priority,
+        "resources": {
+            "gpus": job.num_gpus,
+            "gpu": job.gpu_type,
+            "gpu_memory_bytes": lifecycle.needs_of(job).gpu_bytes,
+            "memory_bytes": lifecycle.needs_of(job).cpu_bytes,
+            "labels": job.labels,
+        },
         **train_queue.place_json(session, job),
         "task": job.spec["task"],
         "strategy": job.spec["strategy"],

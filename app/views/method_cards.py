@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import StudioError
 from app.jobs import spec_builder
+from app.machines.placement import Resources
 from app.planning import feasibility
 from app.planning.advisor import Advice
 from app.spec import ModelRef
@@ -39,9 +40,11 @@ def ranking_of(session: Session, user: User, model: Model | None, dataset: Datas
         return {}  # the form itself reports errors of the model or the data
 
 
-def cards_of(wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str) -> list[StrategyCard]:
+def cards_of(
+    wanted: str | None, task: str, model: ModelRef | None, ranking: Mapping[str, Advice], device: str, asked: Resources | None = None
+) -> list[StrategyCard]:
     """Every strategy, with why it cannot run. Where none was named the recommended one is chosen, else the first that can run."""
-    cuda = spec_builder.has_gpu(device)
+    cuda = spec_builder.has_gpu(device, asked)
     whole = feasibility.why_not_tuned(model, task) if model else None
     reasons = {name: whole or (cls().unavailable(model.shape, task=task, cuda=cuda) if model else None) for name, cls in STRATEGIES.items()}
     able = [name for name, cls in STRATEGIES.items() if reasons[name] is None and cls.unsupported(task) is None]

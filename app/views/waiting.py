@@ -21,6 +21,8 @@ def in_words(session: Session, one: Job | Evaluation) -> str | Markup:
             queue, what
         )
     place = train_queue.places(session).get(one.id)
+    if place and place.nowhere:
+        return f"{place.waits_for} It starts by itself once a worker has that; or clone it and ask for less."
     if place and place.waits_for:
         return f"{place.waits_for} It starts by itself when another run has ended."
     left = place.seconds_left() if place else None

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import select, text, update
 
 from app import events, leases, limits
 from app.db import transaction
+from app.evaluation import claims, train_queue
 from app.evaluation import service as evaluations
-from app.evaluation import train_queue
 from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs import service as jobs
 from app.jobs.spec_builder import estimate_of
 from app.kit import ids
 from app.machines import heartbeats
+from app.machines.placement import Capacity
 from app.relay import take_over
 from app.spec import JobSpec
 from app.tables import Evaluation, Job, MachineUse, Outbox, Project, User
 from tests.factories import make_dataset, make_job
 from tests.jobs.test_lifecycle import FINISHED
 from tests.web.test_people import made
+
+ANYTHING = Capacity("here", memory_bytes=2**60)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,8 @@ def used(session, person: User, hours: float, ago: float = 0.0, gpus: int = 0) -
 
 
 def next_key(session) -> uuid.UUID | None:
-    one = train_queue.next_one(session, set(), gpu=True)
+    one = claims.choose(session, ANYTHING, ANYTHING)
+    session.commit()
     return None if one is None else one.key
 
 
@@ -194,26 +198,16 @@ def test_one_that_lost_its_worker_goes_on_first_and_a_resumed_one_waits_its_turn
 
 
 def test_two_workers_never_take_the_same(session, user, ada, new_job):
-    """The second choice waits for the first claim, finds it gone, and takes the next one."""
+    """Nor does the second wait for the first, whose claim is not committed yet, and may never be."""
     first, second = new_job(user), new_job(ada)
-    with transaction() as one:
-        chosen = train_queue.next_one(one, set(), gpu=True)
-        assert lifecycle.claim(one, chosen.key, "w1") is not None
-        taken: list = []
-
-        def another() -> None:
-            with transaction() as two:
-                found = train_queue.next_one(two, set(), gpu=True)
-                taken.append((found.key, lifecycle.claim(two, found.key, "w2")))
-            with transaction() as two:
-                found = train_queue.next_one(two, {found.key}, gpu=True)
-                taken.append((found.key, lifecycle.claim(two, found.key, "w2")))
-
-        thread = threading.Thread(target=another)
-        thread.start()
-        thread.join(0.5)
-    thread.join(20)
-    assert taken[0] == (first.id, None) and taken[1][0] == second.id and taken[1][1] is not None
+    with transaction() as one, transaction() as two:
+        held = [claims.choose(one, ANYTHING, ANYTHING), claims.choose(two, ANYTHING, ANYTHING)]
+        assert [chosen.key for chosen in held] == [first.id, second.id]
+        assert lifecycle.claim(one, first.id, "w1") is not None
+        two.rollback()
+        one.commit()
+        assert claims.choose(two, ANYTHING, ANYTHING).key == second.id, "a claim that was given up leaves the row to others"
+        assert lifecycle.claim(two, second.id, "w2") is not None
 
 
 # The worker ------------------------------------------------------------------------------------------------------------
@@ -222,7 +216,6 @@ def test_two_workers_never_take_the_same(session, user, ada, new_job):
 def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_job, monkeypatch):
     """The message of the heavy user's job trains the light user's, with that one's ids; and the other way round."""
     from worker.evaluation import train_turn
-    from worker.supervision.train_attempt import ClaimOutcome
 
     heavy, light = new_job(user), new_job(ada)
     used(session, user, 2)
@@ -230,39 +223,20 @@ def test_a_message_makes_the_worker_take_what_is_next(session, user, ada, new_jo
     session.commit()
     seen: list[tuple[uuid.UUID, dict]] = []
 
-    def claimed(key, going_down):
+    def claim(own, key, going_down):
+        return SimpleNamespace(held=lifecycle.claim(own, key, "w"), lease=None)
+
+    def carry_out(attempt):
         import structlog
 
-        seen.append((key, structlog.contextvars.get_contextvars()))
-        with transaction() as own:
-            held = lifecycle.claim(own, key, "w")
-            return ClaimOutcome.GONE if held is None else ClaimOutcome.DONE
+        seen.append((attempt.held.job_id, structlog.contextvars.get_contextvars()))
 
-    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", claimed)
+    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", train_turn.Takes(claim, carry_out))
     train_turn.take(heavy.id, {"request_id": "r-heavy"}, lambda: False)
     train_turn.take(light.id, {"request_id": "r-light"}, lambda: False)
     train_turn.take(light.id, None, lambda: False)  # a third message, and nothing waits
     assert [key for key, _ in seen] == [light.id, heavy.id]
     assert seen[0][1]["request_id"] == "r-light" and seen[0][1]["job_id"] == ids.public(ids.JOB, light.id)
-
-
-def test_while_no_gpu_is_free_what_trains_on_the_cpu_is_taken(session, user, new_job, monkeypatch):
-    from worker.evaluation import train_turn
-    from worker.supervision.train_attempt import ClaimOutcome
-
-    jobs_ = [new_job() for _ in range(3)]
-    cpu = new_job()
-    session.execute(update(Job).where(Job.id == cpu.id).values(spec=text("jsonb_set(spec, '{run,device}', '\"cpu\"')")))
-    session.commit()
-    tried = []
-
-    def attempt(key, going_down):
-        tried.append(key)
-        return ClaimOutcome.DONE if key == cpu.id else ClaimOutcome.NO_GPU
-
-    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", attempt)
-    train_turn.take(jobs_[2].id, None, lambda: False)
-    assert tried == [jobs_[0].id, cpu.id]
 
 
 # What people see ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import uuid
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.jobs.fair_share import ADVANCE, Running, Situation, Use, Waiting, decayed, next_one, order, without
+from app.jobs.fair_share import ADVANCE, Running, Situation, Use, Waiting, decayed, next_one, order
+from app.machines.placement import Needs
 
 NOW = 1_000_000.0
 _number = itertools.count(1)
@@ -104,11 +105,21 @@ def test_a_limit_lets_wait_and_nothing_else():
     assert next_one(own).project == "a", "what is blocked in one project keeps nothing of another from running"
 
 
-def test_without_a_gpu_what_trains_on_the_cpu_may_run():
-    gpu, cpu = waits("a"), waits("b", device="cpu")
-    kinds = ("jobs",)
-    assert without([gpu, cpu], set(), kinds, gpu=False) == [cpu] and without([gpu, cpu], {gpu.key}, kinds, gpu=True) == [cpu]
-    assert without([gpu, cpu], set(), ("evaluations",), gpu=True) == []
+def test_what_a_worker_does_not_take_keeps_nothing_from_running_and_its_person_still_has_something_to_do():
+    first, second, other = waits("a", NOW - 9), waits("a", NOW - 8), waits("b", NOW)
+    at = Situation(NOW, [first, second, other])
+    assert next_one(at, lambda one: one is not first) is second and next_one(at, lambda one: False) is None
+    used = {"a": Use(300, NOW - 1000)}
+    heavy, light, far = waits("a", NOW - 1000), waits("b", NOW), waits("c", NOW)
+    assert next_one(Situation(NOW, [heavy, light], used=used)) is heavy, "a half of the wait pays for what was used"
+    assert next_one(Situation(NOW, [heavy, light, far, waits("d", NOW)], used=used), lambda one: one is not far) is light, (
+        "a quarter does not"
+    )
+
+
+def test_several_gpus_are_charged_for_each():
+    two = waits("a", NOW, 100, needs=Needs(num_gpus=2))
+    assert people(Situation(NOW, [two, waits("b", NOW, 150)])) == ["b", "a"] and two.charge == 200
 
 
 def test_half_of_the_use_is_left_after_the_half_life():

@@ -312,7 +312,7 @@ def test_what_needs_a_gpu_is_refused_without_one(api, client, session, user, tin
     assert squeezed.code == "strategy_unavailable" and "Choose LoRA, which needs no GPU" in squeezed.message
 
     card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
-    monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [card])
     assert spec_builder.build_spec(session, user, job_request.read_order(order_of(kinds, run=light, strategy={"name": "qlora"})))
 
 
@@ -336,7 +336,7 @@ def test_the_device_of_a_run(api, client, session, user, tiny_registered, read, 
 
     here = heartbeats.training_machine()
     card = here.model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30, "bf16_pays": True})
-    monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [card])
     lora = order_of(kinds, strategy={"name": "lora"})
     found = {name: api.post("/v1/estimates", json={**lora, "run": {"device": name}}).json() for name in ("auto", "cuda", "cpu")}
     assert {name: one["device"] for name, one in found.items()} == {"auto": "cuda", "cuda": "cuda", "cpu": "cpu"}

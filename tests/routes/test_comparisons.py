@@ -117,7 +117,7 @@ def test_a_comparison_in_which_none_fits_is_refused_with_the_reasons(api, sessio
     from app.machines import heartbeats
 
     small = heartbeats.training_machine().model_copy(update={"memory_bytes": 2**20})
-    monkeypatch.setattr(heartbeats, "training_machine", lambda: small)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [small])
     tight = api.post("/v1/comparisons", json=body(chats, "lora", "full")).json()["error"]
     assert tight["code"] == "no_strategy_fits" and "GB of memory, which this machine does not have" in tight["message"]
     assert jobs.list_(session, user) == [] and session.scalars(select(Comparison)).all() == []

@@ -59,7 +59,7 @@ def hub(monkeypatch, data_dir):
     monkeypatch.setattr(get_settings(), "offline", False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server.server_port}")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(heartbeats, "training_machine", this_machine)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [this_machine()])
     yield made
     made.server.shutdown()
 

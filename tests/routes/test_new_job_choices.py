@@ -95,7 +95,7 @@ def test_a_strategy_too_large_for_the_machine_says_so(api, session, user, tiny_r
     from app.machines import heartbeats
 
     small = this_machine().model_copy(update={"memory_bytes": 200 * 2**20})
-    monkeypatch.setattr(heartbeats, "training_machine", lambda: small)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [small])
     found = api.get("/v1/strategies", params={"model": "tiny", "dataset": public(chats)}).json()["data"]
     full = next(s for s in found if s["name"] == "full")
     assert not full["available"] and "this machine has 0.2 GB" in full["reason"]

@@ -135,7 +135,7 @@ def test_the_device_is_chosen_and_the_estimate_follows(
     page: Page, served: str, session, user, tiny_registered, dataset, monkeypatch, tmp_path
 ):
     card = heartbeats.training_machine().model_copy(update={"gpu_name": "a card", "gpu_memory_bytes": 80 * 2**30})
-    monkeypatch.setattr(heartbeats, "training_machine", lambda: card)
+    monkeypatch.setattr(heartbeats, "training_machines", lambda *_: [card])
     page.goto(f"{served}/jobs/new?strategy=lora")
     open_settings(page)
     before = page.locator("#before")

@@ -45,7 +45,7 @@ from app.storage.atomic import write_atomically
 from app.tables import Evaluation
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease, storing
-from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome, claimed
 from worker.supervision.train_attempt import _retry_until_database as retry_until_database
 
 log = logging.getLogger(__name__)
@@ -59,42 +59,57 @@ MAX_SILENT_SECONDS = 1800.0
 
 def work(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
     """One attempt at this evaluation. `going_down` says whether this worker was asked to leave."""
-    lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
-    if lease is None:
-        log.info("Evaluation %s waits for a GPU.", evaluation_id)
-        return ClaimOutcome.NO_GPU  # the reaper redelivers it
-    try:
-        return _work(evaluation_id, going_down, lease)
-    finally:
-        lease.release()
+    return _work(evaluation_id, lambda session: claim(session, evaluation_id, going_down))
 
 
 def work_beside_training(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
-    """One attempt in an evaluate worker: on a GPU that is free, else where it has room beside the jobs that train."""
+    """One attempt in an evaluate worker."""
+    return _work(evaluation_id, lambda session: claim_beside_training(session, evaluation_id, going_down))
+
+
+def claim(session: Session, evaluation_id: uuid.UUID, going_down: Callable[[], bool]) -> EvaluationAttempt | ClaimOutcome:
+    """Claim this evaluation and lease a GPU for it; or why not, and nothing is changed. The reaper announces what is not claimed again."""
+    lease = gpu_lease.take(1) if this_machine().cuda else gpu_lease.GpuLease()
+    return ClaimOutcome.NO_GPU if lease is None else _claim(session, evaluation_id, going_down, lease)
+
+
+def claim_beside_training(session: Session, evaluation_id: uuid.UUID, going_down: Callable[[], bool]) -> EvaluationAttempt | ClaimOutcome:
+    """The same on a GPU that is free, else where it has room beside the jobs that train."""
     lease = (gpu_lease.take(1) if this_machine().cuda else None) or gpu_lease.GpuLease()
+    if not lease.files and not _fits(session, evaluation_id):
+        residency.say_no_room(evaluation_id)
+        return ClaimOutcome.NO_ROOM
+    return _claim(session, evaluation_id, going_down, lease)
+
+
+def _claim(
+    session: Session, evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease
+) -> EvaluationAttempt | ClaimOutcome:
     try:
-        if not lease.files and not _fits(evaluation_id):
-            residency.say_no_room(evaluation_id)
-            return ClaimOutcome.NO_ROOM  # the reaper redelivers it
-        return _work(evaluation_id, going_down, lease)
-    finally:
+        held = None if going_down() else evaluations.claim(session, evaluation_id, len(lease.files))
+    except BaseException:
         lease.release()
-
-
-def _work(evaluation_id: uuid.UUID, going_down: Callable[[], bool], lease: gpu_lease.GpuLease) -> ClaimOutcome:
-    if going_down():
-        return ClaimOutcome.LEFT  # the reaper redelivers it
-    held = retry_until_database(lambda: _claim(evaluation_id, len(lease.files)))
+        raise
     if held is None:
-        log.info("Nothing to do for evaluation %s.", evaluation_id)
+        lease.release()
         return ClaimOutcome.GONE
-    EvaluationAttempt(held, going_down, lease).run()
+    return EvaluationAttempt(held, going_down, lease)
+
+
+def carry_out(attempt: EvaluationAttempt) -> None:
+    try:
+        attempt.run()
+    finally:
+        attempt.lease.release()
+
+
+def _work(evaluation_id: uuid.UUID, claim_it: Callable[[Session], EvaluationAttempt | ClaimOutcome]) -> ClaimOutcome:
+    found = claimed(claim_it)
+    if isinstance(found, ClaimOutcome):
+        log.info("Evaluation %s is not claimed: %s.", evaluation_id, found.value)
+        return found
+    carry_out(found)
     return ClaimOutcome.DONE
-
-
-def _claim(evaluation_id: uuid.UUID, gpus: int) -> EvaluationClaim | None:
-    with transaction() as session:
-        return evaluations.claim(session, evaluation_id, gpus)
 
 
 _turn = Turns(1, lasting=True)
@@ -103,18 +118,21 @@ _turn = Turns(1, lasting=True)
 def begin(evaluation_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> None:
     """The body of the task PREDICT: see to it that it is done in its turn, beside what trains, and return at once."""
 
+    def has_room() -> bool:
+        with transaction() as session:
+            return _fits(session, evaluation_id)
+
     def when_there_is_room() -> None:
-        while not going_down() and not _fits(evaluation_id):
+        while not going_down() and not has_room():
             time.sleep(ROOM_SECONDS)
-        _work(evaluation_id, going_down, gpu_lease.GpuLease())
+        _work(evaluation_id, lambda session: _claim(session, evaluation_id, going_down, gpu_lease.GpuLease()))
 
     _turn.begin(evaluation_id, when_there_is_room)
 
 
-def _fits(evaluation_id: uuid.UUID) -> bool:
+def _fits(session: Session, evaluation_id: uuid.UUID) -> bool:
     """Whether its model has room beside the jobs that train here. One that waits no more need not wait for that."""
-    with transaction() as session:
-        spec = evaluations.waiting(session, evaluation_id)
+    spec = evaluations.waiting(session, evaluation_id)
     here = this_machine()
     try:
         taken = residency.room_asked(here.cuda)

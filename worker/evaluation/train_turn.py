@@ -1,4 +1,4 @@
-"""A worker's turn: it claims what `app.evaluation.train_queue` says is next, and does it.
+"""A worker's turn: it claims what `app.evaluation.claims` says is next and fits its machine, and does it.
 
 A train worker takes jobs and evaluations, in one order. An evaluate worker takes evaluations alone, those that have room beside what
 trains: a short one then does not wait until a long job ends.
@@ -6,24 +6,40 @@ trains: a short one then does not wait until a long job ends.
 
 from __future__ import annotations
 
-import functools
 import uuid
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from app.db import transaction
-from app.evaluation import train_queue
-from app.jobs.fair_share import Waiting
+import redis
+from sqlalchemy.orm import Session
+
+from app.evaluation import claims, train_queue
+from app.evaluation.claims import NextInLine
+from app.inference import residency
 from app.kit import ids, tracing
+from app.machines import heartbeats, placement
+from app.machines.hardware import this_machine
+from app.machines.placement import Capacity, Needs
 from app.queue import EVALUATE, ROUTES, TRAIN
 from worker.evaluation import attempt
-from worker.supervision import train_attempt
-from worker.supervision.train_attempt import ClaimOutcome
-from worker.supervision.train_attempt import _retry_until_database as retry_until_database
+from worker.supervision import gpu_lease, train_attempt
+from worker.supervision.train_attempt import ClaimedWork, ClaimOutcome
 
-Attempts = Mapping[str, Callable[[uuid.UUID, Callable[[], bool]], ClaimOutcome]]
-TRAIN_WORKER: Attempts = {"jobs": train_attempt.work, "evaluations": attempt.work}
-EVALUATE_WORKER: Attempts = {"evaluations": attempt.work_beside_training}
+
+class Takes(NamedTuple):
+    """How a worker claims one kind of work in an open transaction, and how it carries out what it claimed."""
+
+    claim: Callable[[Session, uuid.UUID, Callable[[], bool]], Any]
+    carry_out: Callable[[Any], None]
+
+
+Attempts = Mapping[str, Takes]
+TRAIN_WORKER: Attempts = {
+    "jobs": Takes(train_attempt.claim, train_attempt.carry_out),
+    "evaluations": Takes(attempt.claim, attempt.carry_out),
+}
+EVALUATE_WORKER: Attempts = {"evaluations": Takes(attempt.claim_beside_training, attempt.carry_out)}
 """What each kind of worker takes, by its table, and how."""
 
 
@@ -33,28 +49,83 @@ def attempts_of(queues: Container[str]) -> Attempts:
 
 
 def take(key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable[[], bool], attempts: Attempts = TRAIN_WORKER) -> None:
-    """One turn, for a message that named `key`. What another worker claimed meanwhile is passed over, and so is what needs a GPU while
-    none is free, or room that what trains does not leave. What is left waiting is announced again by the reaper."""
-    tried: set[uuid.UUID] = set()
-    gpu = True
-    while not going_down() and (found := retry_until_database(functools.partial(_next, tried, attempts, gpu=gpu))) is not None:
-        one, context = found
-        tried.add(one.key)
-        outcome = _attempt(attempts, one, message if one.key == key else context, going_down)
-        gpu = gpu and outcome is not ClaimOutcome.NO_GPU
-        if outcome is ClaimOutcome.DONE:
-            return
+    """One turn, for a message that named `key`. What another worker claimed meanwhile is passed over, and so is what does not fit into what
+    is free now. What is left waiting is announced again: now to the other workers, if this one can do nothing, and by the reaper."""
+    turn = WorkerTurn(key, message, going_down, attempts)
+    while not going_down():
+        found = train_attempt.claimed(turn.claim)
+        turn.note()
+        if not isinstance(found, ClaimOutcome):
+            return turn.carry_out(found)
+        if found is ClaimOutcome.NOTHING:
+            return turn.tell_others()
+    return None
 
 
-def _next(tried: set[uuid.UUID], kinds: Container[str], *, gpu: bool) -> tuple[Waiting, Mapping[str, Any] | None] | None:
-    with transaction() as session:
-        one = train_queue.next_one(session, tried, gpu=gpu, kinds=kinds)
-        return None if one is None else (one, train_queue.message_of(session, one.key))
+class WorkerTurn:
+    """What a worker has tried in this turn, and what is free of its machine."""
+
+    def __init__(
+        self, key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable[[], bool], attempts: Attempts = TRAIN_WORKER
+    ) -> None:
+        self.key, self.message, self.going_down, self.attempts = key, message, going_down, attempts
+        self.tried: set[uuid.UUID] = set()
+        self.reserved: list[Needs] = []
+        self.chosen: NextInLine | None = None
+        self.context: Mapping[str, Any] | None = None
+
+    def claim(self, session: Session) -> ClaimedWork | ClaimOutcome:
+        """Choose what is next, and claim it before anybody else sees it."""
+        free, whole = (free_here, whole_here) if "jobs" in self.attempts else (beside_here, beside_here)
+        left = free()
+        for needs in self.reserved:
+            left = left.without_cards_for(needs)
+        self.chosen = chosen = claims.choose(session, left, whole(), self.tried, self.attempts)
+        if chosen is None:
+            return ClaimOutcome.NOTHING
+        if not chosen.fits:
+            return ClaimOutcome.NO_GPU
+        self.context = self.message if chosen.key == self.key else train_queue.message_of(session, chosen.key)
+        found: ClaimedWork | ClaimOutcome = self.attempts[chosen.kind].claim(session, chosen.key, self.going_down)
+        return found
+
+    def note(self) -> None:
+        """What was chosen is not tried again in this turn; GPUs that are kept for it are not free to others."""
+        if self.chosen is not None:
+            self.tried.add(self.chosen.key)
+            if not self.chosen.fits:
+                self.reserved.append(self.chosen.needs)
+
+    def carry_out(self, found: ClaimedWork) -> None:
+        """With the ids of the request that this work comes from in every log line."""
+        chosen = self.chosen
+        assert chosen is not None
+        work = train_queue.WORK[chosen.kind]
+        job = ids.public(ids.JOB, chosen.key) if chosen.kind == "jobs" else None
+        with tracing.work(work.task or chosen.kind, self.context, job_id=job, key=None if job else str(chosen.key)):
+            self.attempts[chosen.kind].carry_out(found)
+
+    def tell_others(self) -> None:
+        """The message came to a worker that cannot do what waits: it may fit another one."""
+        if "jobs" in self.attempts:
+            claims.tell_train_workers(self.key)
 
 
-def _attempt(attempts: Attempts, one: Waiting, message: Mapping[str, Any] | None, going_down: Callable[[], bool]) -> ClaimOutcome:
-    """With the ids of the request that this work comes from in every log line."""
-    work = train_queue.WORK[one.kind]
-    job = ids.public(ids.JOB, one.key) if one.kind == "jobs" else None
-    with tracing.work(work.task or one.kind, message, job_id=job, key=None if job else str(one.key)):
-        return attempts[one.kind](one.key, going_down)
+def whole_here() -> Capacity:
+    """All of this machine that this worker may use."""
+    return placement.capacity_of(heartbeats.machine_name(), this_machine())
+
+
+def free_here() -> Capacity:
+    """What is free of it now: GPUs that nobody has leased, and memory that no job on the CPU asked for."""
+    whole = whole_here()
+    try:
+        taken = residency.room_asked(cuda=False)
+    except redis.RedisError:
+        taken = 0
+    return replace(whole, cards=placement.kinds_of(gpu_lease.free_gpus()), memory_bytes=max(0, whole.memory_bytes - taken))
+
+
+def beside_here() -> Capacity:
+    """An evaluate worker takes any evaluation: whether there is room beside what trains is looked at when it claims one."""
+    return Capacity(heartbeats.machine_name())

@@ -29,17 +29,16 @@ from worker.runtime import kernel_cache
 KEPT_BY_JOBS = ("features", MEASURED)
 
 
-def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str]) -> Confinement:
-    """The confinement of a process that works on `spec` and writes into `folder` (that of an attempt, for example, whose job's
+def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str], processes: int = 1) -> Confinement:
+    """The confinement of `processes` that work on `spec` together and write into `folder` (that of an attempt, for example, whose job's
     folder is above it)."""
     settings = get_settings()
     data = settings.data_dir
     gpu = this_machine().cuda and environment.get("CUDA_VISIBLE_DEVICES") != ""
-    several = settings.gpus_per_job > 1 and isinstance(spec, JobSpec)
     return Confinement(
         read=[folder.parent, *(data / path for path in reads(spec))],
         write=[folder, *(settings.folder(name) for name in KEPT_BY_JOBS), *cache_folders(environment)],
-        sockets="loopback" if several else "local" if gpu else "none",
+        sockets="loopback" if processes > 1 else "local" if gpu else "none",
         gpu=gpu,
         memory_bytes=None if gpu else 2 * usable_memory() + psutil.swap_memory().total + 4 * 2**30,
     )

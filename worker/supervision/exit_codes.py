@@ -78,11 +78,11 @@ def launcher(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
 
 
-def ask_to_save(pid: int) -> bool:
+def ask_to_save(pid: int, processes: int = 1) -> bool:
     """Ask a trainer to save and continue; returns whether there was one to ask. A launcher would die of the signal and is
     skipped: the processes that it started agree on what any of them was asked."""
     asked = [pid]
-    if get_settings().gpus_per_job > 1:
+    if processes > 1:
         with contextlib.suppress(OSError):
             asked = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     for one in asked:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from app.machines.gpus import selection, visible_gpus
+from app.machines.gpus import GpuCard, selection, visible_cards
 from app.settings import get_settings
 
 
@@ -30,17 +30,16 @@ class GpuLease:
             os.close(self.files.pop())
 
 
-def take(count: int) -> GpuLease | None:
-    """Lease `count` of the GPUs that this process may use; None where fewer are free. Of a machine that has fewer nothing is leased: its
-    jobs fail, and say why."""
-    known = visible_gpus()
+def take(count: int, suits: Callable[[GpuCard], bool] = lambda _: True) -> GpuLease | None:
+    """Lease `count` of the GPUs that this process may use and that suit, those with least memory first; None where fewer are free. Of a
+    machine that has fewer nothing is leased: its jobs fail, and say why."""
+    known = visible_cards()
     lease = GpuLease()
     if len(known) < count:
         return lease
-    folder = get_settings().folder("locks")
-    for uuid in known:
-        if (file := _locked(folder / f"{uuid.replace('/', '-')}.lock")) is not None:
-            lease.gpus.append(uuid)
+    for card in sorted(filter(suits, known), key=lambda one: one.memory_bytes):
+        if (file := _locked(card)) is not None:
+            lease.gpus.append(card.uuid)
             lease.files.append(file)
         if len(lease.gpus) == count:
             return lease
@@ -48,7 +47,18 @@ def take(count: int) -> GpuLease | None:
     return None
 
 
-def _locked(path: Path) -> int | None:
+def free_gpus() -> list[GpuCard]:
+    """The GPUs that this process may use and that nobody has leased now."""
+    found = []
+    for card in visible_cards():
+        if (file := _locked(card)) is not None:
+            os.close(file)
+            found.append(card)
+    return found
+
+
+def _locked(card: GpuCard) -> int | None:
+    path = get_settings().folder("locks") / f"{card.uuid.replace('/', '-')}.lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

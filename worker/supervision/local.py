@@ -21,7 +21,7 @@ def main() -> None:
     path = Path(sys.argv[sys.argv.index("--spec") + 1])
     spec = JobSpec.model_validate_json(path.read_bytes())
     environment = trainer_environment(os.environ, path.parent, spec.run.device)
-    room = confinement.room_of(spec, path.parent, environment)
+    room = confinement.room_of(spec, path.parent, environment, processes)
     command = confined(command, room, parent=0)  # Ctrl-C reaches it as it does the command that a person typed
     os.execve(sys.executable, command, environment)  # noqa: S606  # a list of words needs no shell
 

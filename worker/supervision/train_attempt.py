@@ -23,10 +23,11 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from app import events, limits
 from app.db import transaction
@@ -83,49 +84,87 @@ class ClaimOutcome(enum.Enum):
     NO_GPU = "others use the GPUs that it needs"
     NO_ROOM = "what trains here leaves too little memory for it"
     LEFT = "the worker was asked to leave"
+    NOTHING = "nothing that waits fits what is free here"
+
+
+class ClaimedWork(Protocol):
+    """What a worker has claimed, with the GPUs that it holds for it."""
+
+    lease: gpu_lease.GpuLease
+
+
+C = TypeVar("C", bound=ClaimedWork)
+
+
+def claimed(claim: Callable[[Session], C | ClaimOutcome]) -> C | ClaimOutcome:
+    """What `claim` takes in a transaction of its own, retried until the database answers. Where that is not committed, its GPUs are free again."""
+
+    def once() -> C | ClaimOutcome:
+        found: C | ClaimOutcome = ClaimOutcome.GONE
+        try:
+            with transaction() as session:
+                found = claim(session)
+        except BaseException:
+            if not isinstance(found, ClaimOutcome):
+                found.lease.release()
+            raise
+        return found
+
+    return _retry_until_database(once)
 
 
 def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
     """One attempt at this job. `going_down` says whether this worker was asked to leave."""
+    found = claimed(lambda session: claim(session, job_id, going_down))
+    if isinstance(found, ClaimOutcome):
+        log.info("Job %s is not claimed: %s.", job_id, found.value)
+        return found
+    carry_out(found)
+    return ClaimOutcome.DONE
+
+
+def claim(session: Session, job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Attempt | ClaimOutcome:
+    """Claim this job and lease the GPUs that it needs; or why not, and nothing is changed. The reaper announces what is not claimed again."""
     if going_down():
-        return ClaimOutcome.LEFT  # the reaper redelivers the job
-    lease = _lease(job_id)
+        return ClaimOutcome.LEFT
+    job = session.get(Job, job_id)
+    if job is None:
+        return ClaimOutcome.GONE
+    lease = _lease(job)
     if lease is None:
-        log.info("Job %s waits for a GPU.", job_id)
-        return ClaimOutcome.NO_GPU  # the reaper redelivers it
+        return ClaimOutcome.NO_GPU
     try:
-        held = _retry_until_database(lambda: _claim(job_id, len(lease.files)))
-        if held is None:
-            log.info("Nothing to do for job %s.", job_id)
-            return ClaimOutcome.GONE
-        log.info("Job %s: attempt %d with fence %d.", job_id, held.attempt, held.fence)
+        held = lifecycle.claim(session, job_id, f"{socket.gethostname()}:{os.getpid()}", len(lease.files))
+    except BaseException:
+        lease.release()
+        raise
+    if held is None:
+        lease.release()
+        return ClaimOutcome.GONE
+    return Attempt(held, going_down, lease)
+
+
+def carry_out(attempt: Attempt) -> None:
+    """The attempt, from the start of its trainer to the record of its end."""
+    held = attempt.held
+    log.info("Job %s: attempt %d with fence %d.", held.job_id, held.attempt, held.fence)
+    try:
         with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
-            attempt = Attempt(held, going_down, lease)
             attempt.run()
             if span is not None:
                 span.set_attributes({"step": attempt.pace.step or 0, "outcome": type(attempt.said_last).__name__.lower()})
     except FenceLost:
-        log.warning("Job %s: its fence was lost; nothing more is written.", job_id)
+        log.warning("Job %s: its fence was lost; nothing more is written.", held.job_id)
     finally:
-        lease.release()
-    return ClaimOutcome.DONE
+        attempt.lease.release()
 
 
-def _lease(job_id: uuid.UUID) -> gpu_lease.GpuLease | None:
+def _lease(job: Job) -> gpu_lease.GpuLease | None:
     """The GPUs of a job, none for one that trains on the CPU; None where others use them."""
-    if not this_machine().cuda or _retry_until_database(lambda: _device(job_id)) == "cpu":
+    needs = lifecycle.needs_of(job)
+    if not this_machine().cuda or needs.gpu_bytes is None:
         return gpu_lease.GpuLease()
-    return gpu_lease.take(get_settings().gpus_per_job)
-
-
-def _device(job_id: uuid.UUID) -> str | None:
-    with transaction() as session:
-        return lifecycle.device_of(session, job_id)
-
-
-def _claim(job_id: uuid.UUID, gpus: int) -> Claim | None:
-    with transaction() as session:
-        return lifecycle.claim(session, job_id, f"{socket.gethostname()}:{os.getpid()}", gpus)
+    return gpu_lease.take(needs.num_gpus or get_settings().gpus_per_job, needs.suits)
 
 
 def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
@@ -206,9 +245,9 @@ class Attempt:
             return self._supervised()
 
     def _supervised(self) -> int:
+        self._ask_room()
         for model in filter(None, (self.held.spec.model, self.held.spec.teacher)):
             integrity.check_model(model, self._beat_when_due)  # reading a large one takes longer than a lease
-        self._ask_room()
         self.trainer = self._start()
         self.trainer.listen(self._hear, over=self.woken.set)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -226,7 +265,8 @@ class Attempt:
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device) | self.lease.environment()
-        room = confinement.room_of(self.held.spec, self.folder, environment)
+        environment |= {"LUTHIER_GPUS_PER_JOB": str(self.held.processes)}
+        room = confinement.room_of(self.held.spec, self.folder, environment, self.held.processes)
         if self.held.spec.judges:
             self.desk = _retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
         options, files = (self.desk.options, self.desk.files) if self.desk else ([], ())
@@ -343,6 +383,7 @@ class Attempt:
         """Heartbeats before there is a trainer and a heartbeat thread. Raises FenceLost."""
         if time.monotonic() > self.beaten_at + get_settings().beat_seconds:
             self.beaten_at = time.monotonic()
+            self._ask_room()
             self._renew()
         if self.fence_lost.is_set():
             raise FenceLost
@@ -374,7 +415,7 @@ class Attempt:
             elif self.going_down():
                 self._stop("the worker is going down")
             elif self.wishes.save and not self.save_sent:
-                self.save_sent = exit_codes.ask_to_save(self.trainer.pid)
+                self.save_sent = exit_codes.ask_to_save(self.trainer.pid, self.held.processes)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
             self.trainer.kill_group()
 
@@ -390,7 +431,7 @@ class Attempt:
 
     def _waited_for(self) -> str:
         """The process, of several that train the job, that the others wait for; empty where there is none."""
-        return attendance.waited_for(exit_codes.tail(self.folder / attendance.FILE), get_settings().gpus_per_job)
+        return attendance.waited_for(exit_codes.tail(self.folder / attendance.FILE), self.held.processes)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -413,7 +454,7 @@ class Attempt:
 
     def _lost_process(self, memory: exit_codes.OomWatch) -> events.Failed | None:
         """What became of the process that the others of this job lost, as the log and their attendance tell it."""
-        if (size := get_settings().gpus_per_job) == 1:
+        if (size := self.held.processes) == 1:
             return None
         said = exit_codes.tail(self.folder / "trainer.log", LAUNCHER_BYTES)
         ended = exit_codes.of_process(said, size, memory.killed_since())
@@ -440,8 +481,8 @@ class Attempt:
 
 def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
     started_by = [sys.executable, "-m", "worker.run"]
-    if (processes := get_settings().gpus_per_job) > 1:
-        started_by[1:1] = exit_codes.launcher(processes)
+    if held.processes > 1:
+        started_by[1:1] = exit_codes.launcher(held.processes)
     # fmt: off
     return [
         *started_by, "--spec", str(spec), "--folder", held.folder,

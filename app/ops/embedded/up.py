@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from app.errors import BadField, Forbidden, Unavailable
 from app.kit.addresses import is_loopback
 from app.kit.child_process import launched
-from app.machines.gpus import selection, visible_gpus
+from app.machines.gpus import visible_gpus
 from app.ops.embedded import sweep
 from app.ops.embedded.places import Lock, make_data_dir, private_folder
 from app.ops.embedded.postgres import DATABASE, Postgres
@@ -115,7 +115,7 @@ def commands(settings: Settings) -> dict[str, list[str]]:
 
 
 def processes(settings: Settings) -> list[ServiceProcess]:
-    """The children that run our own code; one train worker per GPU, each seeing its own."""
+    """The children that run our own code; as many train workers as jobs have GPUs at once."""
     children = []
     for name, arguments in commands(settings).items():
         command = launched([sys.executable, "-m", *arguments])
@@ -134,14 +134,10 @@ def train_workers(settings: Settings) -> int:
 
 
 def train_worker(command: list[str], number: int, settings: Settings) -> ServiceProcess:
-    """A trainer that is told to stop may take `stop_grace_seconds` to save, and its worker a little longer."""
-    env: dict[str, str] = {}
-    gpus = visible_gpus()
-    each, workers = settings.gpus_per_job, train_workers(settings)
-    if workers > 1 and len(gpus) >= workers * each:
-        env = selection(gpus[(number - 1) * each : number * each])
+    """It sees every GPU, and leases as many as a job needs. A trainer that is told to stop may take `stop_grace_seconds` to save, and its
+    worker a little longer."""
     named = [part.replace("train@%h", f"train-{number}@%h") for part in command]
-    return ServiceProcess(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15, env=env)
+    return ServiceProcess(f"train-{number}", named, grace_seconds=settings.stop_grace_seconds + 15)
 
 
 def warden(data_dir: Path, run: str) -> ServiceProcess:

@@ -103,18 +103,14 @@ def test_two_processes_learn_what_one_does(spec, data_dir):
 
 
 @pytest.mark.long
-def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir, monkeypatch):
+def test_a_pair_that_was_stopped_is_finished_by_one(spec, data_dir):
     """Their checkpoint is whole on its own, so any number of processes goes on from it."""
     whole = list(train(spec, data_dir / "runs" / "whole" / "a1"))
     pair = Pair(spec, "shared")
     saved = []
     for event in pair:
         if isinstance(event, events.Step) and event.step == 1:
-            with monkeypatch.context() as patched:
-                patched.setenv("LUTHIER_GPUS_PER_JOB", "2")
-                get_settings.cache_clear()
-                assert ask_to_save(pair.process.pid)  # they go on, and the launcher between lives
-            get_settings.cache_clear()
+            assert ask_to_save(pair.process.pid, 2)  # they go on, and the launcher between lives
         if isinstance(event, events.Saved):
             saved.append(event.step)
             pair.process.send_signal(signal.SIGTERM)

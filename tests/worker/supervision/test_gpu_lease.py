@@ -8,13 +8,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event, update
 
 from app.inference import residency
 from app.kit import child_process
 from app.machines import gpus, hardware
+from app.tables import Job
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import new_job, now_of, order_evaluation, order_predictions, row_of  # noqa: F401  # a fixture
-from worker.evaluation import attempt
+from worker.evaluation import attempt, train_turn
 from worker.supervision import gpu_lease, train_attempt
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
@@ -89,6 +91,45 @@ def test_a_job_waits_for_a_card_and_trains_on_that(new_job, tmp_path, monkeypatc
     going.set()
     thread.join(30)
     assert gpu_lease.take(1).gpus == [B]
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_a_turn_takes_what_fits_the_cards_that_are_free(new_job, session, monkeypatch) -> None:  # noqa: F811
+    """And what it claimed holds as many as it asked for; what fits no card of the machine is left alone."""
+    taken = []
+
+    def carry_out(attempt_) -> None:
+        taken.append((attempt_.held.job_id, attempt_.lease.gpus, attempt_.held.processes))
+        attempt_.lease.release()
+
+    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", train_turn.Takes(train_attempt.claim, carry_out))
+    two, large, one = new_job(), new_job(), new_job()
+    session.execute(update(Job).where(Job.id == two.id).values(num_gpus=2))
+    session.execute(update(Job).where(Job.id == large.id).values(gpu_bytes=17 * 10**9))
+    session.commit()
+    other = gpu_lease.take(1)
+    train_turn.take(two.id, None, lambda: False)
+    assert taken == [(one.id, [B], 1)]
+    train_turn.take(two.id, None, lambda: False)
+    other.release()
+    train_turn.take(large.id, None, lambda: False)
+    train_turn.take(large.id, None, lambda: False)
+    assert taken[1:] == [(two.id, [A, B], 2)] and now_of(large).status == "queued"
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_a_claim_that_is_not_committed_holds_no_card(new_job) -> None:  # noqa: F811
+    job = new_job()
+
+    def claim(session):
+        found = train_attempt.claim(session, job.id)
+        assert len(found.lease.files) == 1
+        event.listen(session, "before_commit", lambda _: 1 / 0)
+        return found
+
+    with pytest.raises(ZeroDivisionError):
+        train_attempt.claimed(claim)
+    assert now_of(job).status == "queued" and gpu_lease.take(2).gpus == [A, B]
 
 
 @pytest.mark.usefixtures("two_cards", "new_job")
