@@ -167,7 +167,8 @@ def _waiting(kind: str, kinds: tuple[str, ...], free: Capacity, whole: Capacity)
     charge = train_queue.seconds_of(kind) * func.coalesce(needs["num_gpus"], 1) / Project.weight
     advance = case(ADVANCE, value=Job.priority) if is_job else literal(0.0)
     due = func.greatest(0.0, CLOCK - func.greatest(since, func.coalesce(used.c.ended, NEVER))) / _people(kinds)
-    own, owed = _reserved(), false()
+    own: ColumnElement[bool] = _reserved()
+    owed: ColumnElement[bool] = false()
     if is_job:
         owed = and_(~fits, _fits(needs, whole), or_(own, and_(since <= WAITED, ~_is_kept(Job.reserved_until), _keeps_nothing())))
     first = train_queue.interrupted(kind) | own if is_job else train_queue.interrupted(kind)
@@ -206,13 +207,13 @@ def _people(kinds: tuple[str, ...]) -> ColumnElement[float]:
 
 def _fits(needs: dict[str, Any], has: Capacity) -> ColumnElement[bool]:
     """`Capacity.fits`, in SQL."""
-    labelled = needs["labels"].contained_by(list(has.labels))
+    labelled: ColumnElement[bool] = needs["labels"].contained_by(list(has.labels))
     without_gpu = func.coalesce(needs["cpu_bytes"] * has.processes <= has.memory_bytes, false())
     if not has.cuda:
-        return labelled & without_gpu
+        return and_(labelled, without_gpu)
     suited: Any = literal(0)
     for card, count in Counter(has.cards).items():
         named = or_(needs["gpu_type"].is_(None), func.strpos(card.name.lower(), func.lower(needs["gpu_type"])) > 0)
         suited += case((and_(needs["gpu_bytes"] <= card.memory_bytes, named), count), else_=0)
     enough = suited >= func.coalesce(needs["num_gpus"], has.processes)
-    return labelled & case((needs["gpu_bytes"].is_(None), without_gpu), else_=enough)
+    return and_(labelled, case((needs["gpu_bytes"].is_(None), without_gpu), else_=enough))

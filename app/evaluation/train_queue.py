@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, Float, Select, case, cast, exists, func, literal, null, select
+from sqlalchemy import BigInteger, ColumnElement, Float, Select, and_, case, cast, exists, func, literal, null, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 def situation(session: Session, at: float | None = None, *, waiting: bool = True) -> Situation:
     """What waits (unless that is not asked for), what runs and what was used, at this moment or at a time of a simulation."""
     clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
-    waits = [Waiting(*row, Needs(*needs, tuple(labels))) for *row, needs, labels in _all_waiting(session)] if waiting else []
+    waits = list(_all_waiting(session)) if waiting else []
     running = [_running(kind, clock, *row) for kind in WORK for row in session.execute(_held(kind))]
     used = usage.recent(session, clock)
     return Situation(clock, waits, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
@@ -80,7 +80,7 @@ def since_of(kind: str) -> Any:
 def interrupted(kind: str) -> ColumnElement[bool]:
     """Whether it was claimed since, so that it must have lost its worker: nobody stopped it."""
     table = WORK[kind].table
-    return (table.fence > 0) & exists().where(MachineUse.row_id == table.id, MachineUse.started_at > since_of(kind))
+    return and_(table.fence > 0, exists().where(MachineUse.row_id == table.id, MachineUse.started_at > since_of(kind)))
 
 
 def needs_of(kind: str) -> tuple[Any, ...]:
@@ -92,8 +92,7 @@ def needs_of(kind: str) -> tuple[Any, ...]:
     return gpu_bytes, cpu_bytes, Job.num_gpus, Job.gpu_type, Job.labels
 
 
-def _all_waiting(session: Session) -> Iterator[tuple[Any, ...]]:
-    """The fields of `Waiting`, the last of them as those of `Needs` and its labels."""
+def _all_waiting(session: Session) -> Iterator[Waiting]:
     for kind, work in WORK.items():
         table = work.table
         query = select(
@@ -101,7 +100,9 @@ def _all_waiting(session: Session) -> Iterator[tuple[Any, ...]]:
             Project.weight, Job.priority if kind == "jobs" else literal("normal"), interrupted(kind), *needs_of(kind),
         )  # fmt: skip
         for row in session.execute(query.join(Project, Project.id == table.project_id).where(work.free())):
-            yield *row[:9], row[9:13], row[13]
+            fields: Sequence[Any] = tuple(row)
+            *needs, labels = fields[9:]
+            yield replace(Waiting(*fields[:9]), needs=replace(Needs(*needs), labels=tuple(labels)))
 
 
 def _held(kind: str) -> Select[Any]:

@@ -11,6 +11,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -100,7 +101,12 @@ def this_machine() -> Machine:
     """This machine with its current calibration; the hardware is looked up once."""
     facts, gain = _facts(), read_bf16()
     pays = facts.bf16_pays if gain is None or facts.cuda else gain >= BF16_WORTHWHILE
-    known = {"paces": read_calibration(), "bf16_measured": gain, "bf16_pays": pays, "processes": get_settings().gpus_per_job}
+    known: dict[str, Any] = {
+        "paces": read_calibration(),
+        "bf16_measured": gain,
+        "bf16_pays": pays,
+        "processes": get_settings().gpus_per_job,
+    }
     known |= {"labels": get_settings().worker_labels}
     return facts.model_copy(update=known)
 

@@ -8,8 +8,7 @@
 An export that has its files has succeeded, whatever becomes of a push to the hub: `hub` tells of that, and its end is `succeeded` again.
 
 The work is done by a confined child (`worker/exporters/_process.py`), which writes to a temporary folder; an attempt after one that was
-interrupted begins with the files that were completed there. All are moved to `exports/<id>/` when they are complete and answer as the
-model does, so nobody sees half of an export.
+interrupted begins with the files that were completed there. All are moved to `exports/<id>/` when they are complete and answer as they should.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ from app.storage.atomic import write_atomically
 from app.tables import Evaluation
 from worker.evaluation.turns import Turns
 from worker.supervision import confinement, exit_codes, gpu_lease, storing
-from worker.supervision.train_attempt import LOG_LIMIT_BYTES, ClaimOutcome, claimed
-from worker.supervision.train_attempt import _retry_until_database as retry_until_database
+from worker.supervision.claiming import ClaimOutcome, claimed, retry_until_database
+from worker.supervision.train_attempt import LOG_LIMIT_BYTES
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from app.machines.placement import Capacity, Needs
 from app.queue import EVALUATE, ROUTES, TRAIN
 from worker.evaluation import attempt
 from worker.supervision import gpu_lease, train_attempt
-from worker.supervision.train_attempt import ClaimedWork, ClaimOutcome
+from worker.supervision.claiming import ClaimedWork, ClaimOutcome, claimed
 
 
 class Takes(NamedTuple):
@@ -53,7 +53,7 @@ def take(key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable
     is free now. What is left waiting is announced again: now to the other workers, if this one can do nothing, and by the reaper."""
     turn = WorkerTurn(key, message, going_down, attempts)
     while not going_down():
-        found = train_attempt.claimed(turn.claim)
+        found = claimed(turn.claim)
         turn.note()
         if not isinstance(found, ClaimOutcome):
             return turn.carry_out(found)

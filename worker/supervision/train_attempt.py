@@ -12,7 +12,6 @@ the database is unreachable; one sends heartbeats, so that a slow transaction do
 from __future__ import annotations
 
 import collections
-import enum
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -48,6 +47,7 @@ from app.storage.atomic import write_atomically
 from app.tables import Job
 from worker.runtime import attendance, failures
 from worker.supervision import answering, confinement, exit_codes, gpu_lease, storing
+from worker.supervision.claiming import ClaimOutcome, claimed, retry_until_database
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -74,43 +74,6 @@ LAUNCHER_BYTES = 16_000
 
 GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
-
-
-class ClaimOutcome(enum.Enum):
-    """What came of looking at something that waits for this worker."""
-
-    DONE = "it was claimed, and is over"
-    GONE = "it does not wait any more"
-    NO_GPU = "others use the GPUs that it needs"
-    NO_ROOM = "what trains here leaves too little memory for it"
-    LEFT = "the worker was asked to leave"
-    NOTHING = "nothing that waits fits what is free here"
-
-
-class ClaimedWork(Protocol):
-    """What a worker has claimed, with the GPUs that it holds for it."""
-
-    lease: gpu_lease.GpuLease
-
-
-C = TypeVar("C", bound=ClaimedWork)
-
-
-def claimed(claim: Callable[[Session], C | ClaimOutcome]) -> C | ClaimOutcome:
-    """What `claim` takes in a transaction of its own, retried until the database answers. Where that is not committed, its GPUs are free again."""
-
-    def once() -> C | ClaimOutcome:
-        found: C | ClaimOutcome = ClaimOutcome.GONE
-        try:
-            with transaction() as session:
-                found = claim(session)
-        except BaseException:
-            if not isinstance(found, ClaimOutcome):
-                found.lease.release()
-            raise
-        return found
-
-    return _retry_until_database(once)
 
 
 def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
@@ -165,20 +128,6 @@ def _lease(job: Job) -> gpu_lease.GpuLease | None:
     if not this_machine().cuda or needs.gpu_bytes is None:
         return gpu_lease.GpuLease()
     return gpu_lease.take(needs.num_gpus or get_settings().gpus_per_job, needs.suits)
-
-
-def _retry_until_database(action: Callable[[], T], give_up: Callable[[], bool] = lambda: False) -> T:
-    """Retry until the database answers. All transitions are idempotent, so a lost response does no harm."""
-    pause = 0.2
-    while True:
-        try:
-            return action()
-        except DBAPIError as error:
-            if not exit_codes.is_away(error) or give_up():
-                raise
-            log.warning("The database is unreachable: %s", str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else error)
-            time.sleep(pause)
-            pause = min(pause * 1.6, 3.0)
 
 
 class Attempt:
@@ -268,7 +217,7 @@ class Attempt:
         environment |= {"LUTHIER_GPUS_PER_JOB": str(self.held.processes)}
         room = confinement.room_of(self.held.spec, self.folder, environment, self.held.processes)
         if self.held.spec.judges:
-            self.desk = _retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
+            self.desk = retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
         options, files = (self.desk.options, self.desk.files) if self.desk else ([], ())
         with (self.folder / "trainer.log").open("ab") as out:
             child = child_process.start(
@@ -338,7 +287,7 @@ class Attempt:
 
     def _record_all(self) -> None:
         while self.heard:
-            _retry_until_database(lambda: self._record([self.heard[i] for i in range(min(len(self.heard), BATCH))]), self._give_up)
+            retry_until_database(lambda: self._record([self.heard[i] for i in range(min(len(self.heard), BATCH))]), self._give_up)
 
     def _record(self, batch: list[events.TrainerEvent]) -> None:
         with transaction() as session:
@@ -471,7 +420,7 @@ class Attempt:
             with transaction() as session:
                 move(session)
 
-        _retry_until_database(once, self._give_up)
+        retry_until_database(once, self._give_up)
 
     def _give_up(self) -> bool:
         """Whether waiting for the database is pointless: the fence is lost, or this worker has been leaving for a while."""

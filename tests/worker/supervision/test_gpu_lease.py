@@ -17,7 +17,7 @@ from app.tables import Job
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import new_job, now_of, order_evaluation, order_predictions, row_of  # noqa: F401  # a fixture
 from worker.evaluation import attempt, train_turn
-from worker.supervision import gpu_lease, train_attempt
+from worker.supervision import claiming, gpu_lease, train_attempt
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
 
@@ -128,7 +128,7 @@ def test_a_claim_that_is_not_committed_holds_no_card(new_job) -> None:  # noqa: 
         return found
 
     with pytest.raises(ZeroDivisionError):
-        train_attempt.claimed(claim)
+        claiming.claimed(claim)
     assert now_of(job).status == "queued" and gpu_lease.take(2).gpus == [A, B]
 
 
