@@ -42,6 +42,7 @@ from app.tables import (
     Project,
     PromptRun,
     RequestBatch,
+    StopVisit,
     TrackedRun,
     User,
     WebhookDelivery,
@@ -259,6 +260,7 @@ def later(session: Session, user: User) -> None:
     session.add(distillation)
     session.flush()
     session.add(DistilledRow(run_id=distillation.id, line=1, messages=[], answers=[]))
+    session.add(StopVisit(owner_id=user.id, stop="next-token", refs={}))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -286,6 +288,7 @@ NEW = {
     "tracked_runs": "0033",
     "alias_moves": "0034",
     **dict.fromkeys(("distillation_runs", "distilled_rows"), "0035"),
+    "stop_visits": "0036",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
@@ -294,6 +297,8 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0037",
+        "0036",
         "0035",
         "0034",
         "0033",
