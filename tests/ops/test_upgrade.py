@@ -39,6 +39,7 @@ from app.tables import (
     Project,
     PromptRun,
     RequestBatch,
+    StopVisit,
     TrackedRun,
     User,
     WebhookDelivery,
@@ -251,6 +252,7 @@ def later(session: Session, user: User) -> None:
     session.add(WebhookDelivery(endpoint_id=endpoint.id, event_key=uuid.uuid4(), event={}))
     session.add(TrackedRun(job_id=session.scalars(select(Job.id)).first(), kind="tensorboard", wish={}))
     session.add(AliasMove(owner_id=user.id, user_name=user.name, alias="favorite", to_name="tiny", how="set"))
+    session.add(StopVisit(owner_id=user.id, stop="shots", refs={}))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -277,6 +279,7 @@ NEW = {
     **dict.fromkeys(("evals", "eval_runs", "eval_items"), "0031"),
     "tracked_runs": "0033",
     "alias_moves": "0034",
+    "stop_visits": "0038",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
