@@ -94,7 +94,7 @@ def fill_lists(session: Any, rows: int) -> None:
     from app.tables import Base
 
     for name in LISTED:
-        columns = [column.name for column in Base.metadata.tables[name].columns]
+        columns = [column.name for column in Base.metadata.tables[name].columns if column.computed is None]
         quoted, values = ", ".join(f'"{one}"' for one in columns), ", ".join(FRESH.get(one) or f'pattern."{one}"' for one in columns)
         newest = f'SELECT * FROM "{name}" ORDER BY created_at DESC LIMIT 1'
         query = f'INSERT INTO "{name}" ({quoted}) SELECT {values} FROM ({newest}) AS pattern, generate_series(1, CAST(:rows AS int)) AS n'
@@ -130,7 +130,7 @@ def _models() -> str:
 def _columns() -> str:
     from app.tables import Job
 
-    return ", ".join(f'"{column.name}"' for column in Job.__table__.columns if column.name not in OWN)
+    return ", ".join(f'"{column.name}"' for column in Job.__table__.columns if column.name not in OWN and column.computed is None)
 
 
 def _copies() -> str:

@@ -43,6 +43,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.orm import Session, aliased
@@ -87,6 +88,8 @@ def choose(
     taken = tuple(kind for kind in WORK if kind in kinds)
     moment, found = _moment(now, whole.host, tried), []
     for kind in taken:
+        if not session.scalar(select(exists().where(WORK[kind].free()))):
+            continue
         row = session.execute(_next(kind, taken, replace(free, host=""), replace(whole, host="")), moment).one_or_none()
         if row is not None:
             found.append(((not row.first, row.after, row.since, row.key.hex), kind, row))
@@ -141,21 +144,22 @@ def _moment(now: Situation, host: str, tried: Collection[uuid.UUID]) -> dict[str
 @functools.lru_cache(maxsize=64)
 def _next(kind: str, kinds: tuple[str, ...], free: Capacity, whole: Capacity) -> Select[Any]:
     """The row that is next, locked. Its conditions are repeated outside: where another worker has just claimed it, they are looked at anew."""
-    work, lined_up = WORK[kind], _lined_up(kind, kinds, free, whole)
-    query = select(*lined_up.c).select_from(work.table).join(lined_up, lined_up.c.key == work.table.id).where(work.free())
+    work, lined_up = WORK[kind], _lined_up(kinds, free, whole)
+    query = select(*lined_up.c).select_from(work.table).join(lined_up, lined_up.c.key == work.table.id)
+    query = query.where(work.free(), lined_up.c.kind == kind)
     query = query.order_by(lined_up.c.first.desc(), lined_up.c.after, lined_up.c.since, lined_up.c.key).limit(1)
     return query.with_for_update(of=work.table, skip_locked=True)
 
 
-def _lined_up(kind: str, kinds: tuple[str, ...], free: Capacity, whole: Capacity) -> Subquery:
+def _lined_up(kinds: tuple[str, ...], free: Capacity, whole: Capacity) -> Subquery:
     """Everything that may be claimed or reserved, with what its person will have used `after` it. Those of one person and project come in
-    the order of their arrival, each charged with those before it: rows that others have locked count as taken."""
-    one = _waiting(kind, kinds, free, whole)
+    the order of their arrival, whatever their kind, each charged with those before it: rows that others have locked count as taken."""
+    one = union_all(*(select(_waiting(kind, kinds, free, whole)) for kind in kinds)).subquery("waits")
     lane: dict[str, Any] = {"partition_by": (one.c.person, one.c.project), "order_by": (one.c.first.desc(), one.c.arrival, one.c.key)}
     before = func.sum(one.c.charge).over(**lane, rows=(None, 0)) - func.first_value(one.c.charge).over(**lane)
     after = func.first_value(one.c.after).over(**lane) + before
     needs = [one.c[name] for name in ("gpu_bytes", "cpu_bytes", "num_gpus", "gpu_type", "labels")]
-    return select(one.c.key, one.c.first, after.label("after"), one.c.since, one.c.fits, *needs).subquery("lined_up")
+    return select(one.c.key, one.c.kind, one.c.first, after.label("after"), one.c.since, one.c.fits, *needs).subquery("lined_up")
 
 
 def _waiting(kind: str, kinds: tuple[str, ...], free: Capacity, whole: Capacity) -> Subquery:
@@ -173,7 +177,7 @@ def _waiting(kind: str, kinds: tuple[str, ...], free: Capacity, whole: Capacity)
         owed = and_(~fits, _fits(needs, whole), or_(own, and_(since <= WAITED, ~_is_kept(Job.reserved_until), _keeps_nothing())))
     first = train_queue.interrupted(kind) | own if is_job else train_queue.interrupted(kind)
     query = select(
-        table.id.label("key"), table.owner_id.label("person"), table.project_id.label("project"), since.label("since"),
+        table.id.label("key"), literal(kind).label("kind"), table.owner_id.label("person"), table.project_id.label("project"), since.label("since"),
         (since - advance).label("arrival"), first.label("first"), charge.label("charge"), fits.label("fits"),
         (func.coalesce(used.c.used, 0.0) + charge - due - advance).label("after"), *(what.label(name) for name, what in needs.items()),
     )  # fmt: skip

@@ -141,8 +141,9 @@ def test_a_run_scores_the_rows_that_training_holds_out(session, user, sums, monk
     from app.spec import DatasetRef
     from worker.data.batching import read_rows, split
     from worker.evaluation import prompt_runs as evaluation_prompt_runs
+    from worker.evaluation import row_answers
 
-    monkeypatch.setattr(evaluation_prompt_runs, "AT_ONCE", 1)  # whose rows stand beside whose in a batch rounds differently
+    monkeypatch.setattr(row_answers, "AT_ONCE", 1)  # whose rows stand beside whose in a batch rounds differently
 
     register_tiny(session)
     body = prompts.STARTS["few_shot"] | {"reference": "after", "score": "numeric", "max_tokens": 4, "samples": 2, "temperature": 0.5}

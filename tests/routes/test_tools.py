@@ -96,7 +96,7 @@ def test_arguments_that_are_cut_off_stay_a_call(client):
 
 def test_responses_stream_the_same_pieces(client):
     tools = [{"type": "function", **TOOLS[0]["function"]}]
-    events = list(client.responses.create(model="agent", input=ASK[0]["content"], tools=tools, tool_choice="required", max_output_tokens=120, temperature=1, stream=True))  # fmt: skip
+    events = list(client.responses.create(model="agent", input=ASK[0]["content"], tools=tools, tool_choice="required", parallel_tool_calls=False, max_output_tokens=120, temperature=1, stream=True))  # fmt: skip
     deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert len(deltas) > 3 and "".join(deltas) == done.arguments

@@ -72,7 +72,7 @@ def test_what_is_called_better() -> None:
     [
         ({"graders": [{"type": "length", "name": "x"}]}, "graders.0"), ({"run": {"metric_for_best": "grader"}}, "run.metric_for_best"),
         ({"graders": [SAME], "run": {"validation_fraction": 0}}, "graders"), ({"graders": ["grader-" + "0" * 32]}, "graders.0"),
-        ({"graders": [{"type": "score_model", "name": "j", "model": "tiny", "input": [{"role": "user", "content": "x"}]}]}, "graders"),
+        ({"graders": [{"type": "score_model", "name": "j", "model": "nobody", "input": [{"role": "user", "content": "x"}]}]}, "graders"),
     ],
 )  # fmt: skip
 def test_wrong_orders_name_the_field(api, session, user, data_dir, tiny_registered, change, param) -> None:
