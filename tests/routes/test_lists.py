@@ -182,7 +182,7 @@ def test_a_list_asks_the_database_as_often_for_many_rows_as_for_few(client, sess
     few = [count(path) for path in paths]
     model = session.query(Model).filter_by(job_id=first.id).one()
     for row, table, fresh in ((first, Job, {}), (model, Model, {"job_id": None}), (chats, Dataset, {}), (found, Comparison, {})):
-        values = {c.key: getattr(row, c.key) for c in table.__table__.columns} | fresh
+        values = {c.key: getattr(row, c.key) for c in table.__table__.columns if c.computed is None} | fresh
         names = {"idempotency_key": None, "id": None, "name": None}
         many = [values | {k: v for k, v in names.items() if k in values} | {"id": uuid.uuid4(), "name": f"row {n}"} for n in range(300)]
         session.execute(insert(table), many)
