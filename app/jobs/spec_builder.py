@@ -114,7 +114,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
-    refuse_judges(judges)
+    refuse_judges(judges, (order.resources and order.resources.gpus) or get_settings().gpus_per_job)
     check_graded(run, graded, validated_elsewhere=validation is not None, reward=reward is not None)
     if isinstance(own, DrawnSettings):
         refuse_drawn(strategy, run, own, model.shape)
@@ -142,12 +142,12 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     )
 
 
-def refuse_judges(judges: Sequence[AskedModel]) -> None:
+def refuse_judges(judges: Sequence[AskedModel], processes: int) -> None:
     """Raises BadField where several processes would train together, of which none may ask models."""
-    if judges and get_settings().gpus_per_job > 1:
+    if judges and processes > 1:
         raise BadField(
             f"A grader asks the model {judges[0].name or 'for embeddings'}, which a job of several processes cannot.",
-            hint="Take a grader without a model, or set LUTHIER_GPUS_PER_JOB to 1.",
+            hint="Take a grader without a model, or ask for one GPU (resources.gpus, or LUTHIER_GPUS_PER_JOB for all jobs).",
             param="graders",
         )
 

@@ -66,6 +66,8 @@ def teacher(session: Session, user: User, name: str, student: ModelRef) -> Model
             hint="Take a model whose weights are here, or make a dataset of its answers.",
             param=TEACHER,
         )
+    if found.ref == student:
+        raise BadField(f"{name} is the student itself, which it can teach nothing.", hint="Take a stronger teacher.", param=TEACHER)
     if found.ref.shape.encodes or student.shape.encodes:
         raise BadField("An encoder–decoder cannot be distilled token by token.", hint="Take two decoders.", param=TEACHER)
     if any(STRATEGIES[adapter.strategy]().virtual_tokens() for adapter in found.ref.adapters):

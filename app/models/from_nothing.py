@@ -24,6 +24,7 @@ from app.models import import_checks
 from app.ownership import mine
 from app.settings import get_settings
 from app.shapes import shape_of
+from app.storage import places
 from app.tables import Model, User
 
 END = "<|endoftext|>"
@@ -71,6 +72,7 @@ def ensure(session: Session, user: User, size: BlankSize) -> Model:
     write(folder, size)
     source = {"from": "nothing", "seed": SEED}
     facts = manifest.write(folder, source=source, license=None, kind="generic", shape=shape.model_dump(), rules=import_checks.RULES)
+    places.push(f"models/{key}")
     model = Model(
         id=key, owner_id=user.id, project_id=user.project_id, name=name, title=f"From nothing, {shape.parameters() / 1e6:.2g} M", kind="generic",
         path=f"models/{key}", revision=facts["revision"], bytes=facts["bytes"], source=source, shape=shape.model_dump(),

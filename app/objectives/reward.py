@@ -43,6 +43,7 @@ class Reward(Objective):
     min_rows_per_step: ClassVar = 4
     uniform: ClassVar = True
     metrics: ClassVar = ("reward_accuracy", "loss")
+    across_models: ClassVar = ("reward_accuracy",)
     loss_unit: ClassVar = "nats per pair"
     base_title: ClassVar = "Chance"
     evaluation_base_title: ClassVar = "Chance"

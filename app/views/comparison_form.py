@@ -20,6 +20,7 @@ from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids, once
 from app.kit.forms import FormError, FormField, as_text, controls, fill
 from app.machines import heartbeats
+from app.models import from_nothing
 from app.models import service as models
 from app.planning.schedule import DERIVED
 from app.run_settings import RunSettings, displaced
@@ -192,7 +193,8 @@ def _compare_form(session: Session, user: User, typed: Mapping[str, str], strate
 def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
     """The base models that are checked; initially the untuned ones that suit the data."""
     if form.typed.get("shown") != form.kind and not asked:
-        fitting = [m for m in form.models if m.kept and m.job_id is None and preselection.suits(m, form.dataset)]
+        known = [m for m in form.models if m.kept and m.job_id is None and not from_nothing.is_blank(m)]
+        fitting = [m for m in known if preselection.suits(m, form.dataset)]
         return fitting[: comparisons.MAX_MODELS]
     unknown = set(asked) - {model.name for model in form.models}
     if unknown:

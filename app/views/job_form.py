@@ -143,11 +143,11 @@ class OrderForm:
         return reward_form.choices(self.saved, self.typed) if OBJECTIVES[self.task].rewards else []
 
     @property
-    def teachers(self) -> list[tuple[str, str]]:
-        """Names and titles of the models that can be distilled, the largest first, where the objective needs one."""
+    def teachers(self) -> list[tuple[str, str]] | None:
+        """Names and titles of the other models that can be distilled, the largest first; None where the objective needs none."""
         if not OBJECTIVES[self.task].teaches:
-            return []
-        found = [m for m in self.models if m.kind not in SILENT and m.shape and not m.answered_elsewhere]
+            return None
+        found = [m for m in self.models if m.kind not in SILENT and m.shape and not m.answered_elsewhere and m is not self.model]
         return [(m.name, m.title) for m in sorted(found, key=lambda m: -Shape.model_validate(m.shape).parameters())]
 
     @property
@@ -368,8 +368,8 @@ def _preference_asked(form: OrderForm, compared: Filled | None) -> dict[str, Any
     settings = dict(compared.settings) if compared else {}
     if rewards := form.rewards:
         settings["grader"] = reward_form.asked(rewards, form.typed)
-    if teachers := form.teachers:
-        settings["teacher"] = form.typed.get("preference.teacher") or teachers[0][0]
+    if (teachers := form.teachers) is not None:
+        settings["teacher"] = form.typed.get("preference.teacher") or next((name for name, _ in teachers), "")
     return settings or None
 
 

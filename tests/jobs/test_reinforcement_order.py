@@ -81,6 +81,8 @@ def test_a_judge_is_a_reward_with_the_weights_that_it_had(session, openai_client
     (asked,) = spec_of(session, job).judges
     assert (asked.name, asked.model.id, asked.model.revision) == ("tiny", tiny_registered.id, tiny_registered.revision)
     assert any("A grader of the job" in why for why in models.dependants(session, tiny_registered))
+    with pytest.raises(openai.BadRequestError, match="a job of several processes cannot"):
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours | {"resources": {"gpus": 2}})
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,12 @@ def test_a_teacher_is_asked_for_and_has_the_same_vocabulary(session, client, api
     plain = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     assert estimate["memory"]["other"] > api.get(f"/v1/fine_tuning/jobs/{plain.id}").json()["estimate"]["memory"]["other"]
     assert any("distills it" in why for why in models.dependants(session, session.get_one(Model, spec.teacher.id)))
-    for teacher, says in (("", "needs a teacher"), ("stranger", "another vocabulary: only "), ("nobody", "nobody")):
+    for teacher, says in (
+        ("", "needs a teacher"),
+        ("tiny", "the student itself"),
+        ("stranger", "another vocabulary: only "),
+        ("nobody", "nobody"),
+    ):
         with pytest.raises(openai.APIStatusError, match=says) as caught:
             openai_client.fine_tuning.jobs.create(
                 model="tiny", training_file=file_id, extra_body={"task": "distillation", "preference": {"teacher": teacher}}
@@ -214,6 +221,7 @@ def test_a_teacher_is_asked_for_and_has_the_same_vocabulary(session, client, api
         "/jobs/new", params={"model": "tiny", "dataset": spec_dataset(spec), "objective": "distillation", "task": "generation"}
     ).text
     assert 'name="preference.teacher"' in page and '<option value="stranger"' in page
+    assert '<option value="tiny"' not in page.split('name="preference.teacher"')[1].split("</select>")[0]
 
 
 def spec_dataset(spec: JobSpec) -> str:
