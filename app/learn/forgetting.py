@@ -21,10 +21,10 @@ from app.ownership import mine
 from app.tables import Evaluation, Job, Model, StopVisit, User
 
 RUN: dict[str, Any] = {
-    "max_steps": 6, "max_tokens_per_step": 384, "epochs": 100, "learning_rate": 3e-4, "validation_fraction": 0.2, "samples": 0,
-    "row_losses": False, "eval_steps": 6, "early_stopping_patience": 0, "load_best": False,
+    "max_steps": 5, "max_tokens_per_step": 320, "epochs": 100, "learning_rate": 3e-4, "validation_fraction": 0.12, "samples": 0,
+    "row_losses": False, "eval_steps": 5, "early_stopping_patience": 0, "load_best": False,
 }  # fmt: skip
-BLEND_ROWS = 12
+BLEND_ROWS = 6
 
 
 class ForgettingStop(Stop):

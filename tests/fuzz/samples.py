@@ -421,7 +421,7 @@ SAFE: dict[str, Sample] = {
 NAMES = {
     "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
     "grader_id": "$grader", "completion_id": "$completion", "response_id": "$response", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
-    "alias:path": "+moved_alias",
+    "alias:path": "+moved_alias", "distillation_id": "$distillation",
 }  # fmt: skip
 """What a parameter of a path names, wherever it stands."""
 

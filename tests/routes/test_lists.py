@@ -164,19 +164,21 @@ def test_a_list_asks_the_database_as_often_for_many_rows_as_for_few(client, sess
     first = comparisons.jobs_of(session, found)[0]
     end(session, first, loss=1.0, memory=1, seconds=1)
     asked: list[str] = []
-    background = ("FROM batches", "FROM eval_runs")
+    event.listen(get_engine(), "before_cursor_execute", lambda *told: asked.append(str(told[2])))
 
-    def note(*told: object) -> None:
-        if not any(table in str(told[2]) for table in background):
-            asked.append(str(told[2]))
-
-    event.listen(get_engine(), "before_cursor_execute", note)
-
-    def count(path: str) -> int:
-        client.get(path)
+    def once(path: str) -> int:
         asked.clear()
         assert client.get(path).status_code == 200
         return len(asked)
+
+    def count(path: str) -> int:
+        """Of several times the fewest: the studio's own sweeps ask too, now and then."""
+        return min(once(path) for _ in range(4))
+
+    def seconds(path: str) -> float:
+        start = time.process_time()
+        client.get(path)
+        return time.process_time() - start
 
     paths = ("/jobs?shown=500", "/models", "/datasets?shown=500", "/compare?shown=500")
     few = [count(path) for path in paths]
@@ -189,9 +191,7 @@ def test_a_list_asks_the_database_as_often_for_many_rows_as_for_few(client, sess
     session.commit()
     assert [count(path) for path in paths] == few
     for path in ("/jobs", "/models", "/datasets", "/compare"):
-        start = time.process_time()
-        client.get(path)
-        assert time.process_time() - start < 0.1 * SLOWER, path
+        assert min(seconds(path) for _ in range(3)) < 0.1 * SLOWER, path
 
 
 def test_runs_are_compared_whichever_they_are(client, session, user, tiny_registered, chats, kinds):
