@@ -6,7 +6,7 @@
       └─expire, release─┘        a process that died; after three deaths it failed
 
 `scores` evaluates a model, and its base, on the same rows. `advice` measures what the advice needs of a base: how far the data is
-from general text, and what a prompt alone reaches. `blend` scores five interpolations between a fine-tuned model and its base.
+from general text, and what a prompt alone reaches. `blend` scores interpolations between a fine-tuned model and its base.
 The Celery message only says "look at this one"; the claim below decides, and every write of a worker names the fence it holds.
 """
 
@@ -16,7 +16,7 @@ import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import ColumnElement, Select, func, select, update
@@ -51,7 +51,6 @@ OPEN = ("queued", "running")
 TRAINED_ON = (
     "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
 )
-"""The note of an evaluation that says nothing about new rows."""
 MAX_ROW_SCORES = 5000
 """Rows up to which an evaluation keeps the score of each."""
 
@@ -78,6 +77,9 @@ class EvaluationRequest(BaseModel):
     answer_tokens: int = Field(64, ge=1, le=1024, description="Max new tokens of such an answer.")
     forgetting: bool = Field(True, description="Score general texts too, to see what a fine-tuned model forgot.")
     graders: list[str | dict[str, Any]] = Field([], description="Graders of the answers: ids of saved graders, or graders as they are.")
+    points: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        None, min_length=1, max_length=9, description="Points of a blend between its base (0) and itself (1); empty takes 0.25, 0.5, 0.75."
+    )
     seed: int | None = Field(
         None, ge=0, le=2**31 - 1, description="Random seed of the split and the draw; empty takes that of the model's job."
     )
@@ -106,6 +108,7 @@ class EvaluationSpec(BaseModel):
     note: str = ""
     graders: tuple[dict[str, Any], ...] = ()
     judges: tuple[ResolvedJudge, ...] = ()  # the models that they ask
+    points: tuple[float, ...] = interpolation.POINTS  # of a blend
     column: str | None = None  # of predictions
     system: str = ""
 
@@ -184,8 +187,11 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
     run = job.spec["run"] if job is not None and trained_on else {}
     shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
+    if order.points and order.kind != "blend":
+        raise BadField("points are those of a blend.", hint='Leave them out, or set kind to "blend".', param="points")
     return EvaluationSpec(
         kind=order.kind,
+        points=tuple(sorted({0.0, *order.points, 1.0})) if order.points else interpolation.POINTS,
         task=task,
         model=resolved.ref,
         base=models.reference(session, base) if base is not None and order.kind != "advice" else None,
@@ -219,9 +225,7 @@ def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: 
     model, ref = resolved.model, resolved.ref
     name = ref.name
     if model.answered_elsewhere:
-        raise BadField(
-            f"{name} answers through another server; its weights are not here.", hint="Take a model of this studio.", param="model"
-        )
+        raise BadField(f"{name} answers through another server.", hint="Take a model whose weights are here.", param="model")
     if kind == "blend":
         if ref.name != interpolation.split_name(ref.name)[0]:
             raise BadField(f"{name} is a blend already.", hint="Name the fine-tuned model itself.", param="model")
@@ -229,9 +233,7 @@ def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: 
             raise BadField(f"{name} cannot be blended with its base: {reason}", hint="Score it as it is.", param="model")
     if kind == "advice":
         if ref.labels:
-            raise BadField(
-                f"{name} is a classifier already, so it cannot be tested before fine-tuning.", hint="Take its base.", param="model"
-            )
+            raise BadField(f"{name} is a classifier already, not to be tested before fine-tuning.", hint="Take its base.", param="model")
         return
     if fault := unfit(name, ref.shape.architecture, ref.labels, dataset):
         raise fault

@@ -24,7 +24,7 @@ RUN: dict[str, Any] = {
     "max_steps": 5, "max_tokens_per_step": 320, "epochs": 100, "learning_rate": 3e-4, "validation_fraction": 0.12, "samples": 0,
     "row_losses": False, "eval_steps": 5, "early_stopping_patience": 0, "load_best": False,
 }  # fmt: skip
-BLEND_ROWS = 6
+BLEND: dict[str, Any] = {"kind": "blend", "rows": 6, "points": [0.5]}
 
 
 class ForgettingStop(Stop):
@@ -37,7 +37,7 @@ class ForgettingStop(Stop):
     )
     do: ClassVar = (
         "All weights of a model are trained on invented clinical notes, and its loss is measured on notes and on general text, before and "
-        "after. Then the result is blended with its base, from 0 to 100%."
+        "after. Then the result is blended half and half with its base."
     )
     words: ClassVar = ("Forgetting", "Fine-tuning", "Validation set", "Perplexity", "Learning rate", "Bits per byte")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
@@ -59,7 +59,7 @@ class ForgettingStop(Stop):
         if visit is None or tuned is None:
             raise Conflict("There is no trained model yet.", hint="Train it on the notes first, and wait for its end.")
         dataset = samples.add(session, user, self.samples[0])
-        request = {"model": tuned.name, "dataset_id": ids.public(ids.DATASET, dataset.id), "kind": "blend", "rows": BLEND_ROWS}
+        request = {"model": tuned.name, "dataset_id": ids.public(ids.DATASET, dataset.id), **BLEND}
         made = evaluations.create(session, user, evaluations.read_order(request))
         return StartedStop({"job": visit.refs["job"], "blend": str(made.id)})
 
@@ -78,7 +78,7 @@ class ForgettingStop(Stop):
         result.tables = [_before_and_after(job)]
         result.headline = _headline(job)
         if "blend" not in visit.refs:
-            result.notes.append("Now blend it: the second button tries the weights between the base and the result.")
+            result.notes.append("Now blend it: the second button tries the weights halfway between the base and the result.")
             return result
         _show_blend(session, user, visit.refs["blend"], result)
         return result

@@ -16,7 +16,7 @@ from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The interpolation points of a blend evaluation."""
+"""The interpolation points of a blend evaluation that names no others."""
 ENOUGH_GAIN = 0.9
 """A blend that keeps this share of the gain of fine-tuning is as good as the full model, for somebody who also minds the loss of
 general ability."""

@@ -71,7 +71,7 @@ def test_forgetting_is_measured_and_blended(client, session, user, data_dir, tin
     assert "Now blend it" in page and "General text, bits per byte" in page and visit_of(session, "forgetting").done_at is None
     assert press(client, "forgetting", do="blend").status_code == 303
     found = session.scalars(select(Evaluation)).one()
-    assert evaluations.SCORING and found.spec["rows"] == forgetting.BLEND_ROWS
+    assert found.spec["rows"] == forgetting.BLEND["rows"] and found.spec["points"] == [0.0, 0.5, 1.0]
     attempt.work(found.id)
     page, visit = shown(client, "forgetting"), visit_of(session, "forgetting")
     assert "Strength as a table" in page and visit.done_at is not None

@@ -46,6 +46,8 @@ def test_ordered_looked_at_cancelled_and_deleted(api, tiny_registered, data):
         ({"kind": "guess"}, 400, "kind"),
         ({"rows": 0}, 400, "rows"),
         ({"kind": "blend"}, 400, "model"),
+        ({"points": [0.5]}, 400, "points"),
+        ({"kind": "blend", "points": [1.0]}, 400, "points.0"),
     ],
 )
 def test_wrong_orders_say_what_is_wrong(api, tiny_registered, data, change, status, param):
@@ -93,6 +95,12 @@ def test_a_tuned_model_is_scored_at_five_blends_and_drawn(client, api, session, 
     for where in (page, f"/jobs/{ids.public(ids.JOB, job.id)}?tab=evaluation", f"/evaluations/{ids.public(ids.EVALUATION, made.id)}"):
         shown = client.get(where)
         assert shown.status_code == 200 and len(re.findall(r"<polyline", shown.text)) == 2 and "General ability" in shown.text, where
+
+    fewer = {"model": tuned.name, "dataset_id": dataset_id(data), "kind": "blend", "points": [0.5], "forgetting": False}
+    asked = ids.parse(ids.EVALUATION, api.post("/v1/evaluations", json=fewer).json()["id"])
+    evaluation_attempt.work(asked)
+    scored = api.get(f"/v1/evaluations/{ids.public(ids.EVALUATION, asked)}").json()["result"]["points"]
+    assert [(p["blend"], p["score"]) for p in scored] == [(p["blend"], p["score"]) for p in points[::2]]
 
     # A blend is a model wherever one is named.
     half = api.post("/v1/evaluations", json={"model": f"{tuned.name}@0.5", "dataset_id": dataset_id(data), "answers": 0}).json()

@@ -24,11 +24,11 @@ def blend(spec: EvaluationSpec, engine: Compute, say: Say) -> dict[str, Any]:
     rows, skipped = same_rows([Reader(spec.model, engine)], rows, spec.max_length)
     points: list[dict[str, Any]] = []
     general: list[TextScore] | None = None
-    for place, share in enumerate(blends.POINTS):
+    for place, share in enumerate(spec.points):
         reader = Reader(blends.blended(spec.model, spec.base, strategy_of(spec.model), share), engine)
-        say(place / len(blends.POINTS), f"Reading {len(rows)} rows at blend {share:g}")
+        say(place / len(spec.points), f"Reading {len(rows)} rows at blend {share:g}")
         with reader.loaded():
-            found = score(spec, reader, rows, part(say, place, len(blends.POINTS)))
+            found = score(spec, reader, rows, part(say, place, len(spec.points)))
         general = general or found.general
         forgot = compare(general, found.general) if general and found.general else None
         points.append(
