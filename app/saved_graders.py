@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -42,9 +43,21 @@ def mine(user: User) -> Select[SavedGrader]:
     return ownership.mine(SavedGrader, user)
 
 
-def list_(session: Session, user: User) -> list[SavedGrader]:
+_NEWEST = (SavedGrader.created_at.desc(), SavedGrader.id)
+OFFERED = 200  # an older one is offered where a form names it
+
+
+def newest(session: Session, user: User, limit: int) -> list[SavedGrader]:
     """Newest first."""
-    return list(session.scalars(mine(user).order_by(SavedGrader.created_at.desc(), SavedGrader.id)))
+    return list(session.scalars(mine(user).order_by(*_NEWEST).limit(limit)))
+
+
+def offered(session: Session, user: User, *typed: str | None) -> list[tuple[str, str]]:
+    """(public id, name) of what a form offers, newest first: the newest, and those whose ids are among what was typed."""
+    keys = [ids.parse_grader(text) for text in typed if text and re.fullmatch(r"grader-[0-9a-f]{32}", text)]
+    last = mine(user).with_only_columns(SavedGrader.id).order_by(*_NEWEST).limit(OFFERED)
+    found = mine(user).where(SavedGrader.id.in_(last) | SavedGrader.id.in_(keys)).with_only_columns(SavedGrader.id, SavedGrader.name)
+    return [(ids.public(ids.GRADER, key), name) for key, name in session.execute(found.order_by(*_NEWEST))]
 
 
 def get(session: Session, user: User, grader_id: uuid.UUID) -> SavedGrader:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from sqlalchemy.orm import Session
+from sqlalchemy import select
+from sqlalchemy.orm import Session, defer
 
 from app.datasets import service as datasets
 from app.errors import NotFound
@@ -25,14 +26,16 @@ def list_() -> list[dict[str, Any]]:
 
 
 def parsed(session: Session, user: User) -> list[Dataset]:
-    """The datasets of this user that were parsed from a sample's file, newest first."""
-    own = mine(Dataset, user).where(Dataset.origin["filename"].astext.in_([sample["file"] for sample in list_()]))
-    return list(session.scalars(own.order_by(Dataset.created_at.desc(), Dataset.id)))
+    """The newest dataset of this user that was parsed from each sample's file without an error, those without one left out."""
+    file = Dataset.origin["filename"].astext
+    own = mine(Dataset, user).where(file.in_([sample["file"] for sample in list_()]), Dataset.status != "error")
+    newest = own.with_only_columns(Dataset.id).distinct(file).order_by(file, Dataset.created_at.desc(), Dataset.id)
+    return list(session.scalars(select(Dataset).where(Dataset.id.in_(newest)).options(defer(Dataset.report))))
 
 
 def added(rows: Iterable[Dataset], sample: dict[str, Any]) -> Dataset | None:
     """The newest of these datasets that was parsed from the sample's file."""
-    return next((one for one in rows if (one.origin or {}).get("filename") == sample["file"] and one.status != "error"), None)
+    return next((one for one in rows if (one.origin or {}).get("filename") == sample["file"]), None)
 
 
 def add(session: Session, user: User, name: str) -> Dataset:

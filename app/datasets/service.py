@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from sqlalchemy import Select, func, insert, literal, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from app import db, formats, queue
 from app.datasets import readers
@@ -213,10 +213,12 @@ OFFERED = 200  # an older one is offered where a link names it
 
 
 def offered(session: Session, user: User, *named: str | None) -> list[Dataset]:
-    """What a form offers, newest first: the newest datasets, and those whose public ids are named."""
+    """What a form offers, newest first: the newest datasets, and those whose public ids are named; their reports, which may be long, are
+    read one by one where one is looked at."""
     newest = mine(Dataset, user).with_only_columns(Dataset.id).order_by(*_LATEST).limit(OFFERED)
     keys = [ids.parse(ids.DATASET, name) for name in named if name and re.fullmatch(r"ds-[0-9a-f]{32}", name)]
-    return list(session.scalars(mine(Dataset, user).where(Dataset.id.in_(newest) | Dataset.id.in_(keys)).order_by(*_LATEST)))
+    own = mine(Dataset, user).where(Dataset.id.in_(newest) | Dataset.id.in_(keys)).options(defer(Dataset.report))
+    return list(session.scalars(own.order_by(*_LATEST)))
 
 
 def newest_versions(user: User) -> Select[Any]:

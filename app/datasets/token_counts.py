@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from app import db, leases, objectives, queue
@@ -44,7 +44,7 @@ def counters(session: Session) -> dict[str, dict[str, Any]]:
 
 def _uncounted() -> ColumnElement[bool]:
     """Neither counted nor failed to be."""
-    return and_(~Dataset.report.has_key("tokens"), ~Dataset.report.has_key("uncountable"))
+    return Dataset.counted.is_(False)
 
 
 def _died(session: Session, dataset: Dataset, how: str) -> None:

@@ -313,11 +313,6 @@ def mine(user: User) -> Select[Comparison]:
     return ownership.mine(Comparison, user)
 
 
-def list_(session: Session, user: User) -> list[Comparison]:
-    """This user's comparisons, newest first."""
-    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc())))
-
-
 def get(session: Session, user: User, comparison_id: uuid.UUID) -> Comparison:
     """One's own comparison. Raises NotFound, also for another person's."""
     return owned(session, Comparison, user, comparison_id)

@@ -241,7 +241,7 @@ def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: 
 
 def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: Dataset) -> BadField | None:
     """Why a model cannot be scored on these rows; None where it can."""
-    entry, own = objectives.get(dataset.task), (dataset.report or {}).get("labels") or {}
+    entry = objectives.get(dataset.task)
     if not entry.scored:
         return BadField(f"Rows for {entry.name} cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
     if entry.classifies and not labels:
@@ -254,6 +254,7 @@ def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: D
         return BadField(
             f"{name} generates no text, so it cannot be scored on answers.", hint="Use a model that generates text.", param="model"
         )
+    own = (dataset.report or {}).get("labels") if labels else None
     if labels and own and own.keys().isdisjoint(map(label_name, labels)):
         return BadField(
             f"{name} assigns other labels than those of {dataset.name}: {', '.join(map(str, labels[:5]))}.",

@@ -356,11 +356,13 @@ def _blends(model: Model) -> bool:
 
 
 def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
-    query = select(Checkpoint, Job, Model.kind).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
-    query = query.where(
+    newest = select(Checkpoint.id).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
+    newest = newest.where(
         Job.project_id == user.project_id, Job.deleted_at.is_(None), Checkpoint.deleted_at.is_(None), Model.deleted_at.is_(None)
     )
-    rows = session.execute(query.order_by(Checkpoint.created_at.desc()).limit(limit)).all()
+    query = select(Checkpoint, Job, Model.kind).join(Job, Checkpoint.job_id == Job.id).join(Model, Model.id == Job.model_id)
+    query = query.where(Checkpoint.id.in_(newest.order_by(Checkpoint.created_at.desc()).limit(limit)))
+    rows = session.execute(query.order_by(Checkpoint.created_at.desc())).all()
     return [
         Option(
             models.checkpoint_name(session, job, row.step), title := f"{job.name}, step {row.step}", kind, title, job.comparison_id is None

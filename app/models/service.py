@@ -292,9 +292,11 @@ def lineage(session: Session, model: Model) -> list[Model]:
     return chain
 
 
-def children(session: Session, model: Model) -> list[Model]:
-    """The models fine-tuned (or merged) directly from a model and not deleted."""
-    return list(session.scalars(select(Model).where(Model.base_id == model.id, Model.deleted_at.is_(None)).order_by(Model.created_at)))
+def children(session: Session, user: User, model: Model, limit: int = OFFERED) -> list[Model]:
+    """The models of this person fine-tuned (or merged) directly from a model and not deleted, newest first."""
+    return list(
+        session.scalars(select(Model).where(visible(user), Model.base_id == model.id).order_by(Model.created_at.desc()).limit(limit))
+    )
 
 
 def made_of(session: Session, model: Model) -> Provenance:
@@ -341,8 +343,8 @@ def dependants(session: Session, model: Model) -> list[str]:
     reasons += ["A distillation of it has not ended." for _ in session.scalars(distilled.limit(1))]
     exported = select(Export).where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(("queued", "running")))
     reasons += ["An export of it has not ended." for _ in session.scalars(exported.limit(1))]
-    tuned = session.scalars(select(Model).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
-    reasons += [f"The fine-tuned model {m.name} is an adapter on its weights." for m in tuned]
+    tuned = session.scalars(select(Model.name).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
+    reasons += [f"The fine-tuned model {name} is an adapter on its weights." for name in tuned]
     named = session.scalars(select(ModelAlias.name).where(ModelAlias.model_id == model.id).order_by(ModelAlias.name))
     return reasons + [f"The alias {alias} points to it." for alias in named]
 

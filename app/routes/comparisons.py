@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
+from sqlalchemy import ColumnElement
 
 from app import schemas
 from app.db import Db
@@ -111,22 +112,22 @@ Form = Annotated[list[tuple[str, str]], Depends(_form)]
 
 @pages.get("/compare")
 def comparison_list(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
-    return _list_page(request, session, comparisons.list_(session, user), "/compare", wish)
+    return _list_page(request, session, user, "/compare", wish)
 
 
 @pages.get("/compare/curves")
 def learning_curves(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
     """The comparisons that are learning curves."""
-    found = [found for found in comparisons.list_(session, user) if found.kind == "learning_curve"]
-    return _list_page(request, session, found, "/compare/curves", wish)
+    return _list_page(request, session, user, "/compare/curves", wish, Comparison.kind == "learning_curve")
 
 
-def _list_page(request: Request, session: Db, found: list[Comparison], path: str, wish: lists.ListQuery) -> Response:
-    every = comparison_view.rows(session, found)
-    bar = lists.comparisons_bar(every, path, wish)
-    rows = lists.comparisons(every, bar)
-    bar.more = len(rows) > wish.shown
-    return render(request, "comparisons.html", curves=path != "/compare", bar=bar, some=bool(every), rows=rows[: wish.shown])
+def _list_page(
+    request: Request, session: Db, user: CurrentUser, path: str, wish: lists.ListQuery, *wanted: ColumnElement[bool]
+) -> Response:
+    bar = lists.comparisons_bar(session, user, path, wish)
+    found = session.scalars(lists.comparisons(user, bar, *wanted).limit(wish.shown + 1)).all()
+    bar.more, rows = len(found) > wish.shown, comparison_view.rows(session, found[: wish.shown])
+    return render(request, "comparisons.html", curves=path != "/compare", bar=bar, some=bool(rows) or bar.narrowed, rows=rows)
 
 
 @pages.get("/compare/new")

@@ -42,15 +42,15 @@ MAX_FORM_BYTES = 32 << 20
 @pages.get("/datasets")
 def list_(request: Request, user: CurrentUser, session: Db, wish: Annotated[lists.ListQuery, Query()]) -> Response:
     bar = lists.datasets_bar(session, user, wish)
-    found = session.execute(lists.datasets(user, bar).limit(wish.shown + 1)).all()
-    shown, bar.more = [dataset for dataset, _ in found[: wish.shown]], len(found) > wish.shown
+    found = session.scalars(lists.datasets(user, bar).limit(wish.shown + 1)).all()
+    shown, bar.more = found[: wish.shown], len(found) > wish.shown
     return render(
         request,
         "datasets.html",
         bar=bar,
         some=bool(shown) or bar.narrowed,
         datasets=shown,
-        tokens={dataset.id: tokens for dataset, tokens in found},
+        tokens=lists.tokens(session, shown),
         public_id=lists.public_id,
         twins=lists.twins(session, user, shown),
         samples=_samples(samples.parsed(session, user)),

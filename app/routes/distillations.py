@@ -115,7 +115,7 @@ def list_page(request: Request, session: Db, user: CurrentUser, dataset: str = "
 def _form(session: Session, user: User, typed: Typed, fault: StudioError | None = None) -> Json:
     choices = playground.choices(session, user, typed.get("model", ""))
     errors = {fault.param.split(".")[0]: str(fault)} if fault and fault.param else {}
-    saved = [(ids.public(ids.GRADER, one.id), one.name) for one in saved_graders.list_(session, user)]
+    saved = saved_graders.offered(session, user, typed.get("grader"))
     found = distillations.list_(session, user)
     controls = forms.controls(DistillationOrder, "order", typed=_own(typed), errors=errors)
     return {

@@ -143,7 +143,7 @@ def _list_page(
         fault=fault,
         errors=dict.fromkeys(FIELDS.values()) | ({FIELDS[param]: f"{fault.message} {fault.hint}"} if fault and param in FIELDS else {}),
         ids=ids,
-        graders=[(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)],
+        graders=saved_graders.offered(session, user, *graders),
         chosen=graders,
         offer=None if usable else first_model.offer(session, user),
     )

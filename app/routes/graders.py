@@ -36,6 +36,7 @@ from app.web.streaming import while_connected
 from app.web.templates import flash, render
 
 pages = APIRouter()
+SHOWN = 50
 MENU = (MenuPage("Graders", "/graders", "evaluation", 15),)
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
@@ -218,9 +219,10 @@ def _working(session: Session, user: User, body: Json) -> Grader:
 
 
 @pages.get("/graders")
-def list_page(request: Request, session: Db, user: CurrentUser) -> Response:
-    found = [(ids.public(ids.GRADER, one.id), one) for one in saved_graders.list_(session, user)]
-    return render(request, "graders.html", graders=found, types=GRADERS)
+def list_page(request: Request, session: Db, user: CurrentUser, shown: Annotated[int, Query(ge=1, le=5000)] = SHOWN) -> Response:
+    found = [(ids.public(ids.GRADER, one.id), one) for one in saved_graders.newest(session, user, shown + 1)]
+    more = shown + SHOWN if len(found) > shown else None
+    return render(request, "graders.html", graders=found[:shown], types=GRADERS, more=more)
 
 
 @pages.get("/graders/new")

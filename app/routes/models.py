@@ -294,6 +294,8 @@ def show_model(
     """The page of a model. `alias` is the input of its alias form."""
     chain, page = models.lineage(session, model), f"/models/{lists.public_id(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
+    own_to_change = model.project_id == user.project_id or user.role == "admin"
+    below = models.children(session, user, model) if tab == "lineage" else []
     merged = (
         session.scalar(select(Model).where(Model.id == merging.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
     )
@@ -312,7 +314,8 @@ def show_model(
         tab_items=list(TABS.items()),
         key=lists.public_id(model),
         chain=chain,
-        below=models.children(session, model),
+        below=below,
+        more_below=len(below) == models.OFFERED,
         job=job,
         job_key=ids.public(ids.JOB, job.id) if job else None,
         verdict=verdict.of_job(job) if job else None,
@@ -321,7 +324,7 @@ def show_model(
         parameters=parameters(model),
         strategy=STRATEGIES.get(model.strategy or ""),
         files=models.hashes(model),
-        reasons=models.dependants(session, model),
+        reasons=models.dependants(session, model) if own_to_change and tab == "settings" else [],
         rows=evaluation_view.rows(session, evaluations.list_(session, user, model_id=model.id)),
         blends=evaluation_view.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,
@@ -339,9 +342,9 @@ def show_model(
         exporting=any(one.status in exports.OPEN for one in exported),
         merges=merging.can_merge(session, model),
         public_id=lists.public_id,
-        may_rename=model.project_id == user.project_id or user.role == "admin",
+        may_change=own_to_change,
         engines=list(external_server.allowed()) if user.role == "admin" else [],
-        llama_types=external_servers.llama_types(model) if model.project_id == user.project_id or user.role == "admin" else (),
+        llama_types=external_servers.llama_types(model) if own_to_change else (),
         fault=fault,
     )
 

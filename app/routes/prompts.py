@@ -209,7 +209,7 @@ def _form(
     return {
         "controls": {c.name: c for c in controls}, "name": data.get("name", ""), "prompt": prompt, "error": None, "public": ids.public,
         "versions": prompts.versions(session, prompt) if prompt else [], "presets": prompts.BUILDERS, "choices": choices,
-        "graders": [(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)],
+        "graders": saved_graders.offered(session, user, body.grader if body else None),
         "datasets": prompt_lab.usable(session, user, data.get("dataset")), "dataset": chosen, "models": [m for m in models if m] or [first], "data": data,
         "try_rows": prompt_lab.TRY_ROWS, "preview": prompt_lab.preview(body, chosen) if body else None, "wrong": bool(errors), **more,
     }  # fmt: skip

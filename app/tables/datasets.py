@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Identity, Index, false, text
+from sqlalchemy import Computed, ForeignKey, Identity, Index, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import JSON, Base, Leased, new_key, now, of_project
@@ -60,9 +60,15 @@ class Dataset(Leased, Base):
     rows_path: Mapped[str | None]
     rows_sha256: Mapped[str | None]
     report: Mapped[JSON | None] = mapped_column(comment="counts per rule, length histograms, label counts, preview")
+    counted: Mapped[bool | None] = mapped_column(
+        Computed("((report ? 'tokens'::text) OR (report ? 'uncountable'::text))", persisted=True)
+    )  # which a sweep asks of all datasets: unpacking every report takes too long
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "project_id", "created_at"),)
+    __table_args__ = (
+        Index(None, "project_id", "created_at"),
+        Index("ix_datasets_live", "project_id", "file_id", "name", postgresql_where=text("deleted_at IS NULL")),
+    )
 
 
 class Finding(Base):

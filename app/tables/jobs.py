@@ -76,6 +76,7 @@ class Job(Leased, Base):
         UniqueConstraint("project_id", "owner_id", "idempotency_key"),
         Index(None, "project_id", "created_at"),
         Index(None, "status", "lease_until"),
+        Index("ix_jobs_live", "project_id", postgresql_where=text("deleted_at IS NULL")),
         Index("ix_jobs_reserved", "reserved_by", postgresql_where=text("reserved_by IS NOT NULL")),
         CheckConstraint("priority IN ('low', 'normal', 'high')", name="priority"),
     )

@@ -61,6 +61,7 @@ def context(
     usable = [m for m in models.offered(session, user, wanted) if m.status == "ready" and m.kept]
     model = next((m for m in usable if wanted and wanted in (m.name, ids.public(ids.MODEL, m.id))), None)
     moves = list(session.scalars(aliases.moves(user, name).order_by(AliasMove.created_at.desc()).limit(shown + 1)))
+    shown_gate = typed or _typed(gate)
     scorable = [d for d in datasets.with_rows(session, user, gate.get("dataset")) if objectives.get(d.task).scored]
     return {
         "alias": target.alias,
@@ -74,8 +75,8 @@ def context(
         "may_override": aliases.may_override(session, user, target.alias),
         "undoable": aliases.undoable(session, user, name),
         "datasets": [(ids.public(ids.DATASET, d.id), f"{d.name} v{d.version}" if d.version > 1 else d.name) for d in scorable],
-        "graders": [(ids.public(ids.GRADER, one.id), one.name) for one in saved_graders.list_(session, user)],
-        "typed": typed or _typed(gate),
+        "graders": saved_graders.offered(session, user, *shown_gate.values()),
+        "typed": shown_gate,
         "moves": [(move, move.result and gates.in_words(GateResult.model_validate(move.result))) for move in moves[:shown]],
         "more": shown + SHOWN if len(moves) > shown else None,
         "how": HOW,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -45,7 +45,7 @@ def write(value: Any, unit: str) -> str:
 # The list -------------------------------------------------------------------------------------------------------------
 
 
-def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
+def rows(session: Session, found: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Each comparison with the progress of its jobs."""
     query = select(Job.comparison_id, Job.status, Job.spec["dataset"]["name"].astext)
     query = query.where(Job.comparison_id.in_([c.id for c in found]), Job.deleted_at.is_(None)).order_by(Job.created_at)

@@ -306,7 +306,7 @@ def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderF
         resources=resources,
         offers=resources_form.offers(typed),
         may_hurry=jobs.may_hurry(user),
-        saved=[(ids.public(ids.GRADER, g.id), g.name) for g in saved_graders.list_(session, user)] if OBJECTIVES[task].graded else [],
+        saved=saved_graders.offered(session, user, *typed.values()) if OBJECTIVES[task].graded else [],
         coming=[m.title for m in known if m.status == "fetching"],
     )
     if model and dataset and not errors:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
-from sqlalchemy import CTE, ColumnElement, Select, func, or_, select
+from sqlalchemy import CTE, ColumnElement, Select, case, func, or_, select
 from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.orm import InstrumentedAttribute, Session, defer, selectinload
 
 from app import formats
 from app.datasets import service as datasets_service
 from app.errors import BadField
+from app.evaluation import comparisons as comparisons_service
+from app.jobs.service import ENDED
 from app.kit import ids
 from app.models import service as models_service
 from app.strategies import STRATEGIES
-from app.tables import Dataset, Job, Model, User
+from app.tables import Comparison, Dataset, Job, Model, User
 
 SHOWN = 50
 """Rows of a list until more are requested."""
@@ -38,10 +41,6 @@ class ListQuery(BaseModel):
     tag: str = Field("", max_length=100)
     sort: str = Field("", max_length=40)
     shown: int = Field(SHOWN, ge=1, le=5000)
-
-    def holds(self, text: str) -> bool:
-        """Whether the text contains the words of the search."""
-        return self.q.strip().casefold() in text.casefold()
 
 
 class Filter(NamedTuple):
@@ -99,13 +98,6 @@ class Bar:
 
     def aria(self, column: str) -> str:
         return {f"-{column}": "descending", column: "ascending"}.get(self.sort, "none")
-
-
-def ordered(rows: Sequence[Any], sort: str, keys: Mapping[str, Any]) -> list[Any]:
-    """Rows in the order of a column; those without a value come last."""
-    key = keys[sort.removeprefix("-")]
-    known = [row for row in rows if key(row) is not None]
-    return sorted(known, key=key, reverse=sort.startswith("-")) + [row for row in rows if key(row) is None]
 
 
 def values(found: Iterable[str | None]) -> list[tuple[str, str]]:
@@ -252,11 +244,10 @@ def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     return Bar("/datasets", wish, filters, DATASET_SORTS)
 
 
-def datasets(user: User, bar: Bar) -> Select[Any, Any]:
-    """A query of (dataset without its report, which may be long; tokens of the report), one line for all versions of a dataset."""
+def datasets(user: User, bar: Bar) -> Select[Dataset]:
+    """A query of datasets without their reports, which may be long; one line for all versions of a dataset."""
     wish, column = bar.wish, DATASET_COLUMNS[bar.sort.removeprefix("-")]
-    query = select(Dataset, Dataset.report["tokens"].as_integer()).options(defer(Dataset.report))
-    query = query.where(Dataset.id.in_(datasets_service.newest_versions(user)))
+    query = select(Dataset).options(defer(Dataset.report)).where(Dataset.id.in_(datasets_service.newest_versions(user)))
     for of, value in ((Dataset.status, wish.status), (Dataset.format, wish.format)):
         query = query.where(of == value) if value else query
     if wish.q.strip():
@@ -264,6 +255,12 @@ def datasets(user: User, bar: Bar) -> Select[Any, Any]:
     if wish.tag:
         query = query.where(Dataset.tags.contains([wish.tag]))
     return query.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Dataset.created_at.desc(), Dataset.id)
+
+
+def tokens(session: Session, shown: Sequence[Dataset]) -> dict[uuid.UUID, int | None]:
+    """Tokens of the text of each, by its report: asked of those shown alone, since each report is unpacked for it."""
+    counted = select(Dataset.id, Dataset.report["tokens"].as_integer()).where(Dataset.id.in_([one.id for one in shown]))
+    return dict(session.execute(counted).tuples().all())
 
 
 def twins(session: Session, user: User, shown: Sequence[Dataset]) -> set[str]:
@@ -277,32 +274,50 @@ def twins(session: Session, user: User, shown: Sequence[Dataset]) -> set[str]:
 COMPARISON_SORTS = {"-created": "Newest first", "created": "Oldest first", "name": "Name", "status": "Status"}
 
 
-def comparisons_bar(rows: Sequence[Mapping[str, Any]], path: str, wish: ListQuery) -> Bar:
-    """`rows` are those of `app.views.comparison.rows`."""
+def _comparison_status(status: InstrumentedAttribute[str]) -> ColumnElement[str]:
+    """`app.evaluation.comparisons.status_of`, over the statuses of jobs that are grouped by their comparison."""
+    held = func.bool_and(status.in_(("paused", *ENDED)))
+    running = case((func.bool_and(status == "queued"), "queued"), (held, "paused"), else_="running")
+    ended = case(*((func.bool_or(status == one), one) for one in ("succeeded", "failed")), else_="cancelled")
+    return case((func.bool_and(status.in_(ENDED)), ended), else_=running)
+
+
+def _asked_model(name: str) -> ColumnElement[bool]:
+    return or_(Comparison.order["model"].astext == name, Comparison.order["models"].contains([name]))
+
+
+def comparisons_bar(session: Session, user: User, path: str, wish: ListQuery) -> Bar:
+    newest = comparisons_service.mine(user).order_by(Comparison.created_at.desc()).limit(NEWEST).with_only_columns(Comparison.id)
+    orders = session.execute(select(Comparison.order["model"].astext, Comparison.order["models"]).where(Comparison.id.in_(newest)))
+    used = session.scalars(select(_DATASET).where(Job.comparison_id.in_(newest), Job.deleted_at.is_(None)).distinct())
     filters = [
         Filter("status", "Status", [(one, one) for one in STATUSES]),
-        Filter("model", "Base model", values(row["model"] for row in rows)),
-        Filter("dataset", "Dataset", values(row["dataset"] for row in rows)),
+        Filter("model", "Base model", values({name for one, several in orders for name in (several or [one])})),
+        Filter("dataset", "Dataset", values(used)),
     ]
     return Bar(path, wish, filters, COMPARISON_SORTS)
 
 
-def comparisons(rows: Sequence[Mapping[str, Any]], bar: Bar) -> list[Mapping[str, Any]]:
-    wish = bar.wish
-    found = [
-        row
-        for row in rows
-        if wish.holds(row["comparison"].name)
-        and wish.status in ("", row["status"])
-        and wish.model in ("", row["model"])
-        and wish.dataset in ("", row["dataset"])
-    ]
-    keys = {
-        "created": lambda r: r["comparison"].created_at,
-        "name": lambda r: r["comparison"].name.casefold(),
-        "status": lambda r: r["status"],
-    }
-    return ordered(found, bar.sort, keys)
+def comparisons(user: User, bar: Bar, *wanted: ColumnElement[bool]) -> Select[Comparison]:
+    """A query of comparisons with the filters of the URL."""
+    wish, query = bar.wish, comparisons_service.mine(user).where(*wanted)
+    if wish.q.strip():
+        query = query.where(Comparison.name.icontains(wish.q.strip(), autoescape=True))
+    if wish.model:
+        query = query.where(_asked_model(wish.model))
+    own = select(Job.id).where(Job.comparison_id == Comparison.id, Job.deleted_at.is_(None))
+    if wish.dataset:
+        query = query.where(own.where(wish.dataset == _DATASET).exists())
+    column: ColumnElement[Any] | InstrumentedAttribute[Any]
+    column = func.lower(Comparison.name) if bar.sort == "name" else Comparison.created_at
+    if wish.status or bar.sort == "status":
+        states = select(Job.comparison_id, _comparison_status(Job.status).label("status")).where(Job.deleted_at.is_(None))
+        of = states.where(Job.comparison_id.is_not(None)).group_by(Job.comparison_id).subquery()
+        status = func.coalesce(of.c.status, "cancelled")
+        query = query.outerjoin(of, of.c.comparison_id == Comparison.id)
+        query = query.where(status == wish.status) if wish.status else query
+        column = status if bar.sort == "status" else column
+    return query.order_by(column.desc() if bar.sort.startswith("-") else column.asc(), Comparison.created_at.desc(), Comparison.id.desc())
 
 
 def public_id(found: Any) -> str:

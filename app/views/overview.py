@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import redis
 from pydantic import BaseModel, computed_field
-from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, defer
 
@@ -258,11 +258,10 @@ def _steps(session: Session, user: User) -> Steps:
     )
     tuned = (Model.project_id == user.project_id, Model.job_id.is_not(None), Model.deleted_at.is_(None))
     tried = (Model.project_id == user.project_id, Model.job_id.is_not(None), Answer.model_id == Model.id, Answer.exchange_id == Exchange.id)
+    lines = select(Dataset.file_id, Dataset.name).where(*datasets, Dataset.status == "ready").distinct()
     row = session.execute(
         select(
-            select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name))))
-            .where(*datasets, Dataset.status == "ready")
-            .scalar_subquery(),
+            select(func.count()).select_from(lines.subquery()).scalar_subquery(),
             count(Dataset, *datasets, Dataset.status == "reading"),
             count(Job, *jobs),
             count(Job, *jobs, Job.status == "running"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import Depends, Request
-from sqlalchemy import ScalarSelect, func, or_, select, tuple_
+from sqlalchemy import ScalarSelect, func, or_, select
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
@@ -113,9 +113,8 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
 def notes(user: User) -> MenuState:
     """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
     mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
-    files = select(func.count(func.distinct(tuple_(Dataset.file_id, Dataset.name)))).where(
-        Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)
-    )  # versions of one dataset share its file and name, as on its list
+    lines = select(Dataset.file_id, Dataset.name).where(Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)).distinct()
+    files = select(func.count()).select_from(lines.subquery())  # versions of one dataset share its file and name, as on its list
     try:
         with transaction() as session:
             datasets, models, jobs, busy = session.execute(

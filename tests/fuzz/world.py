@@ -186,7 +186,9 @@ class World:
 
     def _copy(self) -> Dataset:
         columns = {
-            c.key: copy.deepcopy(getattr(self.dataset, c.key)) for c in Dataset.__table__.columns if c.key not in ("id", "created_at")
+            c.key: copy.deepcopy(getattr(self.dataset, c.key))
+            for c in Dataset.__table__.columns
+            if c.computed is None and c.key not in ("id", "created_at")
         }
         made = Dataset(id=uuid.uuid4(), **columns)
         self.session.add(made)

@@ -9,7 +9,6 @@ import uuid
 import pytest
 from sqlalchemy import select
 
-from app.evaluation import service as evaluations
 from app.kit import manifest
 from app.learn import _text, forgetting, more
 from app.models.from_nothing import BlankSize

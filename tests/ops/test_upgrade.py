@@ -297,6 +297,7 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0038",
         "0037",
         "0036",
         "0035",

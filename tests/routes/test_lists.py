@@ -220,7 +220,8 @@ def test_runs_are_compared_whichever_they_are(client, session, user, tiny_regist
 
 def many(session, first: Dataset, base: Model, count: int) -> tuple[list[dict], list[dict]]:
     """So many copies of a dataset, and models fine-tuned from a base, each a minute older than the one before; what was inserted."""
-    taken = {c.key: getattr(first, c.key) for c in Dataset.__table__.columns if c.key not in ("id", "name", "created_at", "file_id")}
+    kept = [c.key for c in Dataset.__table__.columns if c.computed is None and c.key not in ("id", "name", "created_at", "file_id")]
+    taken = {key: getattr(first, key) for key in kept}
     at = [first.created_at - timedelta(minutes=n) for n in range(1, count + 1)]
     sets = [{**taken, "id": uuid.uuid4(), "name": f"set {n}", "created_at": when} for n, when in enumerate(at, 1)]
     own = {

@@ -126,7 +126,7 @@ def test_base_models_are_chosen_in_the_form_ordered_and_drawn_by_their_size(clie
     command = html.unescape(both.text).split('id="text-curl"')[1].split("</pre>")[0]
     assert '"models": [' in command and '"model":' not in command
     ordered = client.post("/compare", data={**sent, "base": ["tiny", "wide"], "key": "k"}, follow_redirects=False)
-    found = comparisons.list_(session, user)[0]
+    found = session.scalars(comparisons.mine(user)).one()
     for job, bits in zip(comparisons.jobs_of(session, found), (1.0, 0.9), strict=True):
         end(session, job, loss=1.0, memory=1, seconds=1, bits_per_byte=bits)
     page = client.get(ordered.headers["location"])

@@ -25,6 +25,7 @@ from tests.card_code import run_card
 from tests.conftest import ORIGIN
 from tests.factories import make_dataset, make_spec
 from tests.models.test_service import tune_by_hand
+from tests.web.test_people import made, signed_in
 
 MEASURED = Measured(peak_memory_bytes=1, seconds=1, tokens_per_second=1, tokens=1, trained_tokens=1, steps=1, device="cpu")
 
@@ -124,6 +125,17 @@ def test_the_pages_show_models_and_lineage(client, session, user, tuned, tiny_re
     assert client.get(f"/models/{key}?tab=elsewhere").status_code in (400, 422)
     assert "cannot be deleted" in client.get(f"/models/{ids.public(ids.MODEL, tiny_registered.id)}?tab=settings").text
     assert client.get("/models/model-" + "0" * 32).status_code == 404
+
+
+def test_a_shared_base_tells_nothing_of_other_projects(client, web, session, tuned, tiny_registered) -> None:
+    """What was made of it by others, and what of theirs keeps it, is theirs."""
+    stranger = signed_in(web, session, made(session, "Ada", "member"))
+    key = ids.public(ids.MODEL, tiny_registered.id)
+    assert tuned.name in client.get(f"/models/{key}?tab=lineage").text and tuned.name in client.get(f"/models/{key}?tab=settings").text
+    for tab in ("lineage", "settings"):
+        page = stranger.get(f"/models/{key}?tab={tab}")
+        assert page.status_code == 200 and tuned.name not in page.text and tuned.title not in page.text, tab
+    assert "an admin can delete it" in page.text and f"/models/{key}/delete" not in page.text
 
 
 def test_a_key_is_made_where_it_is_used_and_works(client, web, tuned) -> None:
