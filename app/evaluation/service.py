@@ -188,7 +188,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
     shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
     if order.points and order.kind != "blend":
-        raise BadField("points are those of a blend.", hint='Leave them out, or set kind to "blend".', param="points")
+        raise BadField("points are those of a blend.", hint='Remove them, or set kind to "blend".', param="points")
     return EvaluationSpec(
         kind=order.kind,
         points=tuple(sorted({0.0, *order.points, 1.0})) if order.points else interpolation.POINTS,

@@ -292,7 +292,7 @@ def lineage(session: Session, model: Model) -> list[Model]:
     return chain
 
 
-def children(session: Session, user: User, model: Model, limit: int = OFFERED) -> list[Model]:
+def children(session: Session, user: User, model: Model, limit: int) -> list[Model]:
     """The models of this person fine-tuned (or merged) directly from a model and not deleted, newest first."""
     return list(
         session.scalars(select(Model).where(visible(user), Model.base_id == model.id).order_by(Model.created_at.desc()).limit(limit))

@@ -41,6 +41,8 @@ api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
 MENU = (MenuPage("Models", "/models", "start", 30),)
 
+CHILDREN = 50
+"""Models made of one that its page lists; the others are on the list of models."""
 KINDS = ("generic", "instruction", "dialogue", "encoder")
 KIND_WORDS = {
     "generic": "predicts the next token",
@@ -295,7 +297,7 @@ def show_model(
     chain, page = models.lineage(session, model), f"/models/{lists.public_id(model)}"
     job = session.get(Job, model.job_id) if model.job_id else None
     own_to_change = model.project_id == user.project_id or user.role == "admin"
-    below = models.children(session, user, model) if tab == "lineage" else []
+    below = models.children(session, user, model, CHILDREN + 1) if tab == "lineage" else []
     merged = (
         session.scalar(select(Model).where(Model.id == merging.merged_id(model), Model.deleted_at.is_(None))) if model.adapter else None
     )
@@ -314,8 +316,8 @@ def show_model(
         tab_items=list(TABS.items()),
         key=lists.public_id(model),
         chain=chain,
-        below=below,
-        more_below=len(below) == models.OFFERED,
+        below=below[:CHILDREN],
+        more_below=len(below) > CHILDREN,
         job=job,
         job_key=ids.public(ids.JOB, job.id) if job else None,
         verdict=verdict.of_job(job) if job else None,
