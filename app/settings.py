@@ -63,6 +63,11 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."
     )
+    secrets_dir: Path | None = Field(
+        None,
+        description="Folder of the secrets that cookies, one-time codes and webhooks are signed with (session.key, two_step.key, webhooks.key, and "
+        "hub.token where there is one), given from outside and the same for every process; otherwise made in `secrets/` of data_dir.",
+    )
     storage_url: str = Field(
         "",
         pattern=r"^$|^(s3|gs|az)://[^/\s]+(/\S*)?$|^file:///\S+$",
