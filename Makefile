@@ -2,7 +2,7 @@
 # make test-all      the same and the long ones: deaths of every part, whole flows, journeys in the browser, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
-# make test-tools    lm-eval, Inspect, LiteLLM and LangChain against a studio
+# make test-tools    lm-eval, Inspect, LiteLLM and LangChain against a studio, and jobs on a local Ray
 # make test-trackers sends jobs to a server of MLflow and of Trackio, and to Weights & Biases offline
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
@@ -60,13 +60,16 @@ test-clients: $(VENV)/.installed-test
 	  PYTHONPATH=$(CLIENTS)/$$version HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not fault and not browser' $(CLIENT_TESTS) $(ARGS) || exit; \
 	done
 
-# Each in an environment of its own; lm-eval's sees the studio's packages, because it needs some of the largest of them.
+# Each in an environment of its own; lm-eval's and Ray's see the studio's packages: the one needs some of the largest, on the other's nodes jobs train.
 TOOLS := .tools
 test-tools: $(VENV)/.installed-test
-	@for tool in lm-eval inspect-ai litellm langchain-openai; do \
+	@for tool in lm-eval inspect-ai litellm langchain-openai ray; do \
 	  test -x $(TOOLS)/$$tool/bin/python || $(PYTHON) -m venv $(TOOLS)/$$tool || exit; \
 	done; \
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(TOOLS)/lm-eval/lib/python*/site-packages)/studio.pth && \
+	for tool in lm-eval ray; do \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(TOOLS)/$$tool/lib/python*/site-packages)/studio.pth || exit; \
+	done; \
+	$(TOOLS)/ray/bin/python -m pip install --quiet "ray[default]" && \
 	$(TOOLS)/lm-eval/bin/python -m pip install --quiet "lm-eval[api]" && \
 	$(TOOLS)/inspect-ai/bin/python -m pip install --quiet inspect-ai openai && \
 	$(TOOLS)/litellm/bin/python -m pip install --quiet litellm && \

@@ -25,9 +25,8 @@ from app import routes
 from app.db import answer_people, get_engine, transaction
 from app.errors import BadRequest, Forbidden
 from app.inference import external_server
-from app.kit import logs
+from app.kit import logs, secret
 from app.kit.addresses import is_loopback
-from app.kit.secret import secret
 from app.settings import get_settings
 from app.storage import objects
 from app.web import audit, auth, csrf, error_responses, middleware, navigation, request_rate
@@ -53,6 +52,7 @@ def create_app() -> FastAPI:
     logs.configure()
     answer_people()
     _refuse_open_door()
+    secret.check()
     objects.check()
     external_server.allowed()  # an invalid setting is reported now, and not on somebody's page
     app = FastAPI(
@@ -128,7 +128,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     from sqlalchemy.exc import DBAPIError
 
     def start() -> None:
-        secret()
+        secret.secret()
         web_templates.static_version()
         with contextlib.suppress(DBAPIError), transaction() as session:
             auth.first_user(session)

@@ -8,18 +8,40 @@ from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 
 from app.settings import RESOURCES, get_settings
 
+OLDEST = "0037"
+"""Programs that know this step go on beside those that know all of them, while the web processes and workers are replaced one after the other.
+A step that removes, renames or narrows what older programs use raises it to its own number; better, such a step waits for a release."""
+
 _LOCK = 7_314_159_265
 """Key of the advisory lock: two processes that start at once must not both migrate."""
 
 
 def upgrade(url: str, to: str = "head") -> None:
-    """Run the missing steps, in one transaction; nothing when the database is up to date. `to` is the number of the last one."""
+    """Run the missing steps, in one transaction; nothing when the database is up to date, or newer and serves this program too. `to` is the
+    number of the last one."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
-        if is_current(connection):
+        if serves(connection):
             return
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         run_alembic(connection, to)
+        if is_current(connection):
+            connection.execute(text(f"COMMENT ON TABLE alembic_version IS '{_SERVES}{OLDEST}'"))
+
+
+_SERVES = "serves programs from step "
+"""What a schema says to programs that do not know its newest step."""
+
+
+def serves(connection: Connection) -> bool:
+    """Whether this program can work with the schema: with the newest that it knows, or with a newer one that says so."""
+    if is_current(connection):
+        return True
+    if not inspect(connection).has_table("alembic_version"):
+        return False
+    found = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    said = connection.scalar(text("SELECT obj_description('alembic_version'::regclass, 'pg_class')")) or ""
+    return found not in steps() and said.startswith(_SERVES) and said.removeprefix(_SERVES) <= newest()
 
 
 def is_current(connection: Connection) -> bool:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -25,6 +25,25 @@ def default_data_dir() -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/luthier")
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "luthier"
+
+
+class MachineKind(BaseModel):
+    """A kind of machine, as an operator describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cores: int = Field(8, ge=1)
+    memory_bytes: int = Field(32 * 10**9, ge=10**9)
+    gpus: int = Field(0, ge=0, le=64)
+    gpu_name: str = ""
+    gpu_memory_bytes: int = Field(0, ge=0)
+    gpu_capability: float | None = None
+
+    @model_validator(mode="after")
+    def _has_memory(self) -> MachineKind:
+        if self.gpus and self.gpu_memory_bytes < 10**9:
+            raise ValueError("gpu_memory_bytes is needed where there are GPUs, and is at least 1 GB")
+        return self
 
 
 class Settings(BaseSettings):
@@ -63,6 +82,11 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None, description="URL of an external Redis or Valkey (redis:// or unix://); without it `luthier up` runs its own."
     )
+    secrets_dir: Path | None = Field(
+        None,
+        description="Folder of the secrets that cookies, one-time codes and webhooks are signed with (session.key, two_step.key, webhooks.key, and "
+        "hub.token where there is one), given from outside and the same for every process; otherwise made in `secrets/` of data_dir.",
+    )
     storage_url: str = Field(
         "",
         pattern=r"^$|^(s3|gs|az)://[^/\s]+(/\S*)?$|^file:///\S+$",
@@ -98,6 +122,28 @@ class Settings(BaseSettings):
         "",
         pattern=r"^\s*([A-Za-z0-9][A-Za-z0-9._-]{0,62}\s*(,\s*|$))*$",
         description="Labels of this machine's train workers, with commas, as `a100, team-x`: a job that asks for a label runs only where it is.",
+    )
+    launcher: str = Field(
+        "local",
+        pattern=r"^[a-z]+$",
+        description="Where the jobs of this train worker train: local, on its own machine; ray, on those of a Ray cluster; kubernetes, in pods.",
+    )
+    launcher_url: str = Field(
+        "",
+        pattern=r"^$|^https?://[^\s/]+(/\S*)?$",
+        description="Address of the engine of LUTHIER_LAUNCHER: of Ray's dashboard, as http://head:8265; of Kubernetes where the worker is in no pod.",
+    )
+    launcher_template: Path | None = Field(
+        None, description="File with the manifest of a Job, as YAML, from which LUTHIER_LAUNCHER=kubernetes makes one for each attempt."
+    )
+    launcher_python: str = Field("python", min_length=1, description="The Python of the machines that the engine starts jobs on.")
+    launcher_waiting: int = Field(
+        4, ge=1, le=1000, description="Jobs that wait for a machine in the engine at once; it starts them in its own order."
+    )
+    launcher_machine: MachineKind | None = Field(
+        None,
+        description="One of the machines that the engine starts jobs on, as JSON: cores, memory_bytes, gpus, gpu_name, gpu_memory_bytes and "
+        "gpu_capability. What fits it is handed over, and estimates are made for it. Otherwise they are taken to be like this worker's machine.",
     )
     reserve_after_seconds: float = Field(
         600.0,

@@ -20,7 +20,7 @@ from app.settings import PROJECT, Settings
 DOCUMENTS = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md"), PROJECT / "samples" / "README.md"])
 DOCUMENTS = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # it tells of what was
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
-FOLDERS = ("app", "worker", "tests", "benchmarks", "docs", "templates", "static", "migrations", "samples")
+FOLDERS = ("app", "worker", "tests", "benchmarks", "deploy", "docs", "templates", "static", "migrations", "samples")
 PACKAGES_OF_OTHERS = {"pytest", "pip", "ensurepip", "torch.distributed.run"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 

@@ -23,7 +23,7 @@ run_settings · config_formats · spec · storage · planning · models · datas
 relay · ops · main · cli
 """
 WORKER = """
-kernels.gpu · runtime · supervision · kernels.cpu · modeling · data · scoring · training · conversion · exporters · inference · evaluation · train ·
+kernels.gpu · runtime · supervision · kernels.cpu · modeling · data · scoring · training · conversion · exporters · inference · evaluation · launchers, train ·
 run · tasks · main, selftest
 """
 """Which way the arrows point: what stands left may be imported by all to its right. Packages between two dots know nothing of each other."""

@@ -14,6 +14,7 @@ from typing import Any
 from celery import signals
 
 from app.db import get_engine
+from app.errors import StudioError
 from app.kit import logs
 from app.kit.child_process import die_with_parent
 from app.machines import heartbeats
@@ -57,6 +58,15 @@ def _check(**_: Any) -> None:
         raise SystemExit(f"{error.message} {error.hint}") from error
 
 
+def _check_launcher(queues: list[str]) -> None:
+    from worker import launchers  # what it needs, the other workers need not
+
+    try:
+        launchers.current().check(queues)
+    except StudioError as error:
+        raise SystemExit(f"{error.message} {error.hint}") from error
+
+
 @signals.setup_logging.connect
 def _log(**_: Any) -> None:
     logs.configure()
@@ -76,6 +86,8 @@ def _begin(sender: Any = None, **_: Any) -> None:
     if sender is None:
         return
     queues = list(sender.app.amqp.queues.consume_from)
+    if "train" in queues:
+        _check_launcher(queues)
     for queue in queues:
         heartbeats.keep_saying(queue)
     sweeping.begin(threading.Event(), cache_only=True)

@@ -55,11 +55,10 @@ def takes_a_turn(name: str) -> Any:
     names."""
 
     def run(task: Any, key: str) -> None:
-        from worker.evaluation import train_turn
+        from worker import launchers
 
         message = (task.request.headers or {}).get("luthier") or getattr(task.request, "luthier", None)
-        attempts = train_turn.attempts_of(task.app.amqp.queues.consume_from)
-        train_turn.take(uuid.UUID(key), message, lambda: going_down(), attempts)
+        launchers.current().turn(uuid.UUID(key), message, lambda: going_down(), list(task.app.amqp.queues.consume_from))
 
     return celery.task(name=name, bind=True)(run)
 

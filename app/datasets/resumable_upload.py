@@ -3,8 +3,9 @@
     begin ─→ append, append, … ─→ finish        a File, and a dataset where it is one
                └ interrupted: the received bytes stay; `offset` says where to continue
 
-The offset of an upload is the length of its file and nothing else, so nothing can disagree about it. Bytes are written as they
-arrive, and hashed once they are complete.
+The offset of an upload is the length of its file and nothing else, so nothing can disagree about it; with an object storage it is
+what is stored there (`upload_pieces.py`), and the file is a copy of that. Bytes are written as they arrive, and hashed once they are
+complete.
 """
 
 from __future__ import annotations
@@ -20,39 +21,28 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import formats, leases, limits
-from app.datasets import readers
+from app.datasets import readers, upload_pieces
 from app.datasets import service as datasets
-from app.db import transaction
-from app.errors import BadField, Conflict, NotFound, StudioError, TooLarge
+from app.datasets.upload_pieces import PIECE_BYTES, Gone, Locked, write
+from app.db import on_commit, transaction
+from app.errors import BadField, Conflict, TooLarge
 from app.kit import ids
 from app.ownership import owned
 from app.settings import get_settings
 from app.storage import atomic, files
 from app.storage.atomic import disk_errors
 from app.storage.files import Blob
-from app.tables import Upload, User
+from app.tables import Upload, UploadPiece, User
 
 EXPIRES_SECONDS = 24 * 3600
 MAX_OPEN = 50
 """Open uploads per person."""
 _WRITE_BYTES = 1 << 20
-
-
-class Locked(StudioError):
-    """Another request is appending to this upload."""
-
-    status, code, type = 423, "locked", "invalid_request_error"
-
-
-class Gone(NotFound):
-    """The upload has expired."""
-
-    status, code = 410, "expired"
 
 
 class UploadHandle(NamedTuple):
@@ -66,9 +56,12 @@ class UploadHandle(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Number of bytes received."""
+        """Number of bytes received. With an object storage the database knows it."""
         if self.file:
             return self.length
+        if upload_pieces.are_shared():
+            with transaction() as session:
+                return upload_pieces.received(session, self.id)
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
@@ -98,6 +91,8 @@ def begin(
     path = get_settings().folder("tmp") / f"tus-{key.hex}"
     with disk_errors():
         path.touch(0o600, exist_ok=False)
+    if upload_pieces.are_shared():
+        upload_pieces.forget_old(path.parent, EXPIRES_SECONDS)
     upload = Upload(
         id=key,
         owner_id=user.id,
@@ -138,8 +133,11 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
 
     Raises Conflict when `offset` is not the upload's, Locked when another request is appending, TooLarge beyond its length.
     """
+    shared = upload_pieces.are_shared()
     with locked(held.path) as handle:
-        at = os.fstat(handle).st_size
+        if shared:
+            await run_in_threadpool(upload_pieces.catch_up, held.id, handle)
+        at = kept = os.fstat(handle).st_size
         if at != offset:
             raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", hint="Ask with HEAD where to go on.", param="Upload-Offset")
         buffer = bytearray()
@@ -151,35 +149,33 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
                 if len(buffer) >= _WRITE_BYTES:
                     at += await run_in_threadpool(write, handle, buffer)
                     buffer = bytearray()
+                    while shared and at - kept >= PIECE_BYTES:
+                        await run_in_threadpool(upload_pieces.keep_range, held.id, held.path, kept, kept + PIECE_BYTES)
+                        kept += PIECE_BYTES
         finally:
             if buffer and at + len(buffer) <= held.length:
                 at += write(handle, buffer)
+        if shared and at > kept:
+            await run_in_threadpool(upload_pieces.keep_range, held.id, held.path, kept, at)
         return at
-
-
-def write(handle: int, data: bytes | bytearray) -> int:
-    """Write all of it, and return its length. Raises DiskFull."""
-    with disk_errors():
-        view = memoryview(data)
-        while view:
-            view = view[os.write(handle, view) :]
-    return len(data)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """The file, open at its end, locked by this request across processes."""
+    """The file, open at its end, locked by this request across the processes that see it. With an object storage it is made where
+    the upload was begun on another machine."""
+    shared = upload_pieces.are_shared()
+    if shared:
+        get_settings().folder("tmp")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if shared else 0), 0o600)
     except FileNotFoundError:
         raise Gone("The bytes of this upload are gone.", hint="Begin again.") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Locked(
-                "Another request is sending bytes of this upload.", hint="Wait a moment, and ask with HEAD where to go on."
-            ) from None
+            raise Locked from None
         yield handle
     finally:
         os.close(handle)
@@ -203,7 +199,10 @@ def finish(user: User, held: UploadHandle) -> str | None:
         if upload.purpose == "fine-tune":
             made = datasets.create(session, user, file, upload.wishes.get("name"), upload.wishes.get("format"))
             upload.dataset_id = made.id
+        session.execute(delete(UploadPiece).where(UploadPiece.upload_id == held.id))  # the hourly sweep removes their bytes
         session.flush()
+        if upload_pieces.are_shared():
+            on_commit(session, lambda: _forget_bytes(upload))  # the reaper may be on another machine
         return ticket(upload).dataset
 
 

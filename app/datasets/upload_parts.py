@@ -1,6 +1,7 @@
 """Uploads in parts, as OpenAI's API has them: parts come in any order and side by side, and are joined in the order that the end names.
 
-A part is a file beside the upload's own; nothing else says that it is there. What is joined goes the way of a resumable upload.
+A part is a file beside the upload's own, and nothing else says that it is there; with an object storage it is a piece in it
+(`upload_pieces.py`), whichever web process took it. What is joined goes the way of a resumable upload.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from app.datasets import resumable_upload
+from app.datasets import resumable_upload, upload_pieces
 from app.datasets.resumable_upload import UploadHandle
 from app.db import transaction
 from app.errors import BadField, Conflict, NotFound, TooLarge
-from app.storage import files
+from app.storage import files, places
 from app.storage.atomic import disk_errors
 from app.storage.files import Blob
 from app.tables import User
@@ -30,16 +31,19 @@ def add(held: UploadHandle, blob: Blob) -> uuid.UUID:
     more bytes than were announced."""
     try:
         _check_open(held)
-        parts = list(_parts(held))
-        if len(parts) >= MAX_PARTS:
-            raise Conflict(f"The upload has {len(parts):,} parts.", hint="Send larger parts.")
-        if sum(path.stat().st_size for path in parts) + blob.bytes > held.length:
+        sizes = _sizes(held)
+        if len(sizes) >= MAX_PARTS:
+            raise Conflict(f"The upload has {len(sizes):,} parts.", hint="Send larger parts.")
+        if sum(sizes) + blob.bytes > held.length:
             raise TooLarge(
                 f"The parts have more bytes than the {held.length:,} announced.", hint="Create an upload of the right size.", param="data"
             )
         key = uuid.uuid4()
-        with disk_errors():
-            os.link(files.blob_path(blob.sha256), _path(held, key))
+        if upload_pieces.are_shared():
+            upload_pieces.keep(held.id, files.blob_path(blob.sha256), blob.bytes, key=key)
+        else:
+            with disk_errors():
+                os.link(files.blob_path(blob.sha256), _path(held, key))
         return key
     finally:
         with transaction() as session:
@@ -63,14 +67,17 @@ def complete(user: User, held: UploadHandle, parts: Sequence[uuid.UUID], md5: st
         resumable_upload.finish(user, held)
     for path in _parts(held):
         path.unlink(missing_ok=True)
+    if upload_pieces.are_shared():
+        for key in parts:
+            places.drop(upload_pieces.place_of(held.id, key))
 
 
 def _join(handle: int, held: UploadHandle, parts: Sequence[uuid.UUID], md5: str | None) -> None:
     """Write the parts into the upload's own file, open and locked as `handle`."""
-    paths = [_path(held, key) for key in parts]
-    missing = next((key for key, path in zip(parts, paths, strict=True) if not path.is_file()), None)
-    if missing is not None:
+    known = {part.id for part in upload_pieces.parts(held.id)} if upload_pieces.are_shared() else None
+    if not all(key in known if known is not None else _path(held, key).is_file() for key in parts):
         raise NotFound("A part is not of this upload.", hint="Name the ids that the parts were answered with.", param="part_ids")
+    paths = [_path(held, key) if known is None else upload_pieces.brought(upload_pieces.place_of(held.id, key)) for key in parts]
     size = sum(path.stat().st_size for path in paths)
     if size != held.length:
         raise BadField(
@@ -83,7 +90,7 @@ def _join(handle: int, held: UploadHandle, parts: Sequence[uuid.UUID], md5: str 
             with path.open("rb") as part:
                 while piece := part.read(1 << 20):
                     digest.update(piece)
-                    resumable_upload.write(handle, piece)
+                    upload_pieces.write(handle, piece)
         if md5 is not None and digest.hexdigest() != md5.lower():
             os.ftruncate(handle, 0)
             raise BadField("The bytes have another MD5 than the one sent.", hint="Send the parts again.", param="md5")
@@ -102,6 +109,13 @@ def cancel(user: User, upload_id: uuid.UUID) -> UploadHandle:
 def _check_open(held: UploadHandle) -> None:
     if held.file is not None:
         raise Conflict("The upload is complete.", hint=f"Its file is {held.file}.")
+
+
+def _sizes(held: UploadHandle) -> list[int]:
+    """Bytes of each part that is there."""
+    if upload_pieces.are_shared():
+        return [part.bytes for part in upload_pieces.parts(held.id)]
+    return [path.stat().st_size for path in _parts(held)]
 
 
 def _parts(held: UploadHandle) -> Iterator[Path]:

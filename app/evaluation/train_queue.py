@@ -182,10 +182,10 @@ def _places(session: Session) -> dict[uuid.UUID, Place]:
     alive = heartbeats.alive()
     trainers = {worker.name for worker in alive if worker.queue == "train"}
     found: dict[uuid.UUID, Place] = {}
-    nowhere, kept = _nowhere(at) if trainers else {}, _kept_for(session)
+    nowhere, kept, away = _nowhere(at) if trainers else {}, _kept_for(session), heartbeats.launcher_words()
     for position, (one, begins) in enumerate(fair_share.order(at, max(len(trainers), 1), lambda one: one.key not in nowhere), 1):
         found[one.key] = Place(
-            position, datetime.fromtimestamp(begins, UTC) if trainers else None, kept.get(one.key) or _waits_for(at, one)
+            position, datetime.fromtimestamp(begins, UTC) if trainers else None, kept.get(one.key) or _waits_for(at, one) or away
         )
     for one in sorted(at.waiting, key=Waiting.arrival):
         why = nowhere.get(one.key)

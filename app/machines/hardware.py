@@ -111,6 +111,18 @@ def this_machine() -> Machine:
     return facts.model_copy(update=known)
 
 
+def trained_on() -> Machine:
+    """The machine that this worker's jobs train on: this one, or one that an engine starts them on, as LUTHIER_LAUNCHER_MACHINE says."""
+    here, told = this_machine(), get_settings().launcher_machine
+    if told is None:
+        return here
+    cards = tuple(gpus.GpuCard(str(n), told.gpu_capability, told.gpu_memory_bytes, told.gpu_name) for n in range(told.gpus))
+    facts = {"cores": told.cores, "memory_bytes": told.memory_bytes, "cards": cards, "processor": "", "paces": {}, "bf16_measured": None}
+    facts |= {"gpu_name": told.gpu_name or None, "gpu_memory_bytes": told.gpu_memory_bytes if cards else None}
+    facts |= {"gpu_capability": told.gpu_capability, "bf16_pays": bool(cards), "matrix_units": False}
+    return here.model_copy(update=facts)
+
+
 @functools.cache
 def _facts() -> Machine:
     name, memory, capability = gpus.first()

@@ -24,6 +24,7 @@ from app.settings import get_settings
 FADES_SECONDS = 30
 REPEAT_SECONDS = 10
 MACHINES = f"{PREFIX}machines"
+LAUNCHER = f"{PREFIX}launcher"
 FORGOTTEN_SECONDS = 7 * 86_400
 """A silent training machine is still planned with for this long if there is no other: its worker may only be restarting."""
 
@@ -81,8 +82,8 @@ def alive() -> list[Worker]:
 
 
 def say_machine(here: Machine | None = None, *, name: str | None = None) -> None:
-    """Publish this machine's hardware and measured speeds, for estimates of jobs."""
-    found = {"seen_at": clock(), "machine": (here or hardware.this_machine()).model_dump(mode="json")}
+    """Publish the hardware and measured speeds of the machine that this worker's jobs train on, for their estimates."""
+    found = {"seen_at": clock(), "machine": (here or hardware.trained_on()).model_dump(mode="json")}
     get_redis().hset(MACHINES, name or machine_name(), json.dumps(found))
 
 
@@ -132,3 +133,24 @@ def machines() -> list[tuple[str, float, Machine]]:
                 said = json.loads(word)
                 found.append((host.decode(), max(0.0, now - float(said["seen_at"])), Machine.model_validate(said["machine"])))
     return sorted(found, key=lambda one: one[:2])
+
+
+# The engine that jobs are handed over to --------------------------------------------------------------------------------
+
+
+def tell_launcher(words: str) -> None:
+    """Publish why an engine takes no job now, for the pages of those that wait; nothing where it does. Errors of Redis do not matter."""
+    with contextlib.suppress(redis.RedisError, RuntimeError):
+        if words:
+            get_redis().set(LAUNCHER, words, ex=FADES_SECONDS)
+        else:
+            get_redis().delete(LAUNCHER)
+
+
+def launcher_words() -> str | None:
+    """Why an engine takes no job now, where one has said so in the last half minute."""
+    try:
+        said: Any = get_redis().get(LAUNCHER)
+    except (redis.RedisError, RuntimeError):
+        return None
+    return said.decode() if said else None

@@ -6,14 +6,14 @@ import os
 import re
 from pathlib import Path
 
-from app.errors import BadField
-from app.settings import get_settings
+from app.errors import BadField, Conflict
+from app.kit import secret
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,200}")
 
 
 def path() -> Path:
-    return get_settings().folder("secrets") / "hub.token"
+    return secret.folder() / "hub.token"
 
 
 def read() -> str | None:
@@ -25,7 +25,8 @@ def read() -> str | None:
 
 
 def keep(token: str) -> None:
-    """Raises BadField for what is no token of the hub."""
+    """Raises BadField for what is no token of the hub, Conflict where the studio's secrets are given from outside."""
+    _refuse_given()
     if not _TOKEN.fullmatch(token.strip()):
         raise BadField(
             "That is no token of the hub.", hint="It begins with hf_; make one at huggingface.co/settings/tokens.", param="token"
@@ -37,4 +38,14 @@ def keep(token: str) -> None:
 
 
 def forget() -> None:
+    """Raises Conflict where the studio's secrets are given from outside."""
+    _refuse_given()
     path().unlink(missing_ok=True)
+
+
+def _refuse_given() -> None:
+    if secret.are_given():
+        raise Conflict(
+            "The secrets of this studio are given from outside.",
+            hint="Put the token into hub.token of LUTHIER_SECRETS_DIR, or set HF_TOKEN for the web process, data, import and export.",
+        )

@@ -28,7 +28,7 @@ from app.settings import get_settings
 from app.storage import objects
 from app.storage.objects import Beat, ObjectStorage
 
-DEPTHS = {"blobs": 3, "rows": 3, "models": 2, "runs": 4, "exports": 3, "predictions": 2}
+DEPTHS = {"blobs": 3, "rows": 3, "models": 2, "runs": 4, "exports": 3, "predictions": 2, "uploads": 3}
 """How many parts of a path are one place: `models/<id>` with all its files, `runs/<job>/a1/checkpoint-5`, one file of an export."""
 WEIGHTS = (".safetensors", ".gguf")
 """Files that only loading a model needs, as opposed to its settings and its tokenizer."""

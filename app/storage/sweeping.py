@@ -27,7 +27,7 @@ from app.errors import StudioError
 from app.settings import get_settings
 from app.storage import objects, places
 from app.storage.objects import ObjectStorage
-from app.tables import Checkpoint, Dataset, Evaluation, Export, File, Job, Model
+from app.tables import Checkpoint, Dataset, Evaluation, Export, File, Job, Model, UploadPiece
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _on_disk() -> Iterator[tuple[str, float]]:
 def is_ours(storage: ObjectStorage) -> bool:
     """Whether this studio began the storage, which it does with its first round. Otherwise nothing is removed, and the log says so."""
     with transaction() as session:
-        ours = _identity(session)
+        ours = identity(session)
     told = storage.read(STUDIO)
     if told is None:
         storage.write(STUDIO, json.dumps({"studio": ours}).encode())
@@ -142,7 +142,7 @@ def is_ours(storage: ObjectStorage) -> bool:
     return bool(whose == ours)
 
 
-def _identity(session: Session) -> str:
+def identity(session: Session) -> str:
     """Of the database, which is another one after a restore."""
     return str(session.scalar(text("SELECT system_identifier || '/' || current_database() FROM pg_control_system()")))
 
@@ -223,6 +223,11 @@ def _predictions(session: Session, names: list[str]) -> Iterator[str]:
     return (name for name in names if _part(name, 1) in there)
 
 
+def _uploads(session: Session, names: list[str]) -> set[str]:
+    """Pieces of uploads that are not complete yet."""
+    return set(session.scalars(select(UploadPiece.path).where(UploadPiece.path == any_(literal(names, ARRAY(String))))))
+
+
 _OWNERS: dict[str, Callable[[Session, list[str]], Iterable[str]]] = {
     "blobs": _blobs,
     "rows": _rows,
@@ -230,4 +235,5 @@ _OWNERS: dict[str, Callable[[Session, list[str]], Iterable[str]]] = {
     "runs": _runs,
     "exports": _exports,
     "predictions": _predictions,
+    "uploads": _uploads,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from app.tables._base import JSON, Base, Leased
 from app.tables.audit import AuditLog
 from app.tables.batches import BatchAnswer, RequestBatch
-from app.tables.datasets import Dataset, File, Finding, Inspection, Upload
+from app.tables.datasets import Dataset, File, Finding, Inspection, Upload, UploadPiece
 from app.tables.distillations import DistillationRun, DistilledRow
 from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
@@ -73,6 +73,7 @@ __all__ = [
     "TrackedRun",
     "TwoStep",
     "Upload",
+    "UploadPiece",
     "User",
     "Vote",
     "WebhookDelivery",

@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Computed, ForeignKey, Identity, Index, false, text
+from sqlalchemy import Computed, ForeignKey, Identity, Index, UniqueConstraint, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.tables._base import JSON, Base, Leased, new_key, now, of_project
@@ -105,7 +105,7 @@ class Inspection(Leased, Base):
 
 
 class Upload(Base):
-    """A resumable upload (tus 1.0) that is not complete yet. Its bytes are in tmp/; `sha256` is known at the end."""
+    """A resumable upload (tus 1.0) that is not complete yet. Its bytes are in tmp/, and with an object storage in its pieces too."""
 
     __tablename__ = "uploads"
     id: Mapped[uuid.UUID] = new_key()
@@ -120,3 +120,15 @@ class Upload(Base):
     dataset_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("datasets.id"))
     created_at: Mapped[datetime] = now()
     expires_at: Mapped[datetime]
+
+
+class UploadPiece(Base):
+    """Bytes of an upload that is not complete yet, in the object storage: whichever web process goes on with it has them."""
+
+    __tablename__ = "upload_pieces"
+    id: Mapped[uuid.UUID] = new_key()
+    upload_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"))
+    start: Mapped[int | None] = mapped_column(comment="byte of the file that it begins at; null: a part whose place is said at the end")
+    bytes: Mapped[int]
+    path: Mapped[str] = mapped_column(unique=True, comment="its place in the object storage")
+    __table_args__ = (UniqueConstraint("upload_id", "start"),)

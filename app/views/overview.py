@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, defer
 from app.db import get_engine
 from app.errors import StudioError
 from app.machines.heartbeats import Worker, alive
-from app.migrate import is_current
+from app.migrate import is_current, serves
 from app.queue import cannot_write, get_redis
 from app.settings import get_settings
 from app.storage import objects, sweeping
@@ -93,16 +93,16 @@ def _asked(name: str, ask: Callable[[], T]) -> Future[T]:
 def _database(session: Session | None) -> list[HealthCheck]:
     try:
         if session is not None:
-            current = is_current(session.connection())
+            current, good = is_current(session.connection()), serves(session.connection())
         else:
             with get_engine().connect() as connection:
-                current = is_current(connection)
+                current, good = is_current(connection), serves(connection)
     except (SQLAlchemyError, RuntimeError):
         return [_away("database")]
-    schema = "up to date" if current else "of another version"
+    schema = "up to date" if current else "newer, and serves this version too" if good else "of another version"
     return [
         HealthCheck(name="database", good=True, message="online"),
-        HealthCheck(name="migrations", good=current, message=schema, hint="" if current else "`luthier up` brings it up to date."),
+        HealthCheck(name="migrations", good=good, message=schema, hint="" if good else "`luthier up` brings it up to date."),
     ]
 
 

@@ -25,7 +25,7 @@ from app.webhooks import service as webhooks
 
 log = logging.getLogger(__name__)
 
-NO_KEY = "The data worker's machine has no key to sign with. Copy secrets/webhooks.key from the data folder of the web process to its own."
+NO_KEY = "The data worker's machine has no key to sign with. Copy secrets/webhooks.key from the data folder of the web process to its own, or set LUTHIER_SECRETS_DIR."
 SECONDS = 10.0
 """How long an endpoint may take to answer."""
 

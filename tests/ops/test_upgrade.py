@@ -44,6 +44,8 @@ from app.tables import (
     RequestBatch,
     StopVisit,
     TrackedRun,
+    Upload,
+    UploadPiece,
     User,
     WebhookDelivery,
     WebhookEndpoint,
@@ -261,6 +263,10 @@ def later(session: Session, user: User) -> None:
     session.flush()
     session.add(DistilledRow(run_id=distillation.id, line=1, messages=[], answers=[]))
     session.add(StopVisit(owner_id=user.id, stop="next-token", refs={}))
+    upload = Upload(owner_id=user.id, filename="x", purpose="user_data", length=9, path="tmp/tus-x", expires_at=func.now())
+    session.add(upload)
+    session.flush()
+    session.add(UploadPiece(upload_id=upload.id, start=0, bytes=5, path="uploads/x/y"))
     session.add(EvalItem(run_id=run.id, place=0, status="pass", item={}, sample={}, results=[]))
 
 
@@ -289,6 +295,7 @@ NEW = {
     "alias_moves": "0034",
     **dict.fromkeys(("distillation_runs", "distilled_rows"), "0035"),
     "stop_visits": "0036",
+    "upload_pieces": "0039",
     **dict.fromkeys(("projects", "project_members", "share_links"), "0019"),
 }
 """Tables that did not exist before a revision, so a step back loses their rows."""
@@ -297,6 +304,7 @@ NEW = {
 @pytest.mark.parametrize(
     "revision",
     [
+        "0039",
         "0038",
         "0037",
         "0036",

@@ -43,15 +43,28 @@ EVALUATE_WORKER: Attempts = {"evaluations": Takes(attempt.claim_beside_training,
 """What each kind of worker takes, by its table, and how."""
 
 
+class Room(NamedTuple):
+    """What a worker fills: what is free of it now, and all of it."""
+
+    free: Callable[[], Capacity]
+    whole: Callable[[], Capacity]
+
+
 def attempts_of(queues: Container[str]) -> Attempts:
     """What a worker that reads these queues takes."""
     return EVALUATE_WORKER if ROUTES[EVALUATE] in queues and ROUTES[TRAIN] not in queues else TRAIN_WORKER
 
 
-def take(key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable[[], bool], attempts: Attempts = TRAIN_WORKER) -> None:
-    """One turn, for a message that named `key`. What another worker claimed meanwhile is passed over, and so is what does not fit into what
+def take(
+    key: uuid.UUID,
+    message: Mapping[str, Any] | None,
+    going_down: Callable[[], bool],
+    attempts: Attempts = TRAIN_WORKER,
+    room: Room | None = None,
+) -> None:
+    """One turn, for a message that named `key`, with `room` or, without, what is free of this machine. What another worker claimed meanwhile is passed over, and so is what does not fit into what
     is free now. What is left waiting is announced again: now to the other workers, if this one can do nothing, and by the reaper."""
-    turn = WorkerTurn(key, message, going_down, attempts)
+    turn = WorkerTurn(key, message, going_down, attempts, room)
     while not going_down():
         found = claimed(turn.claim)
         turn.note()
@@ -66,9 +79,15 @@ class WorkerTurn:
     """What a worker has tried in this turn, and what is free of its machine."""
 
     def __init__(
-        self, key: uuid.UUID, message: Mapping[str, Any] | None, going_down: Callable[[], bool], attempts: Attempts = TRAIN_WORKER
+        self,
+        key: uuid.UUID,
+        message: Mapping[str, Any] | None,
+        going_down: Callable[[], bool],
+        attempts: Attempts = TRAIN_WORKER,
+        room: Room | None = None,
     ) -> None:
         self.key, self.message, self.going_down, self.attempts = key, message, going_down, attempts
+        self.room = room or (Room(free_here, whole_here) if "jobs" in attempts else Room(beside_here, beside_here))
         self.tried: set[uuid.UUID] = set()
         self.reserved: list[Needs] = []
         self.chosen: NextInLine | None = None
@@ -76,11 +95,10 @@ class WorkerTurn:
 
     def claim(self, session: Session) -> ClaimedWork | ClaimOutcome:
         """Choose what is next, and claim it before anybody else sees it."""
-        free, whole = (free_here, whole_here) if "jobs" in self.attempts else (beside_here, beside_here)
-        left = free()
+        left = self.room.free()
         for needs in self.reserved:
             left = left.without_cards_for(needs)
-        self.chosen = chosen = claims.choose(session, left, whole(), self.tried, self.attempts)
+        self.chosen = chosen = claims.choose(session, left, self.room.whole(), self.tried, self.attempts)
         if chosen is None:
             return ClaimOutcome.NOTHING
         if not chosen.fits:

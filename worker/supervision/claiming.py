@@ -26,6 +26,7 @@ class ClaimOutcome(enum.Enum):
     NO_GPU = "others use the GPUs that it needs"
     NO_ROOM = "what trains here leaves too little memory for it"
     LEFT = "the worker was asked to leave"
+    GIVEN = "an engine has it already, or may not have more of it"
     NOTHING = "nothing that waits fits what is free here"
 
 

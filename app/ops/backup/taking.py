@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 import psycopg
 
 from app.errors import Unavailable
+from app.kit import secret
 from app.ops.backup import rows
 from app.ops.backup.named import BackupContents, named, walk
 from app.ops.backup.store import VERSION, Store
@@ -48,6 +49,8 @@ def take(folder: Path, *, secrets: bool = True, keep: int = 7, say: Callable[[st
     with store.lock():
         started = time.monotonic()
         report, told = _taken(store, say)
+        if secrets and secret.are_given():
+            say("The secrets are given from outside (LUTHIER_SECRETS_DIR) and are not copied.")
         store.add(report.name, told, _secrets() if secrets else None)
         if freed := store.prune(keep):
             say(f"{freed:,} bytes of older backups were removed.")
