@@ -28,8 +28,8 @@ SAME_ROWS: dict[str, Any] = {
     "early_stopping_patience": 0, "load_best": False, "seed": 1, "epochs": 1000,
 }  # fmt: skip
 """Of both runs, so that both hold out the same rows."""
-EXAMPLES = SAME_ROWS | {"max_steps": 16, "max_tokens_per_step": 512, "sample_tokens": ANSWER_TOKENS}
-REINFORCED = SAME_ROWS | {"max_steps": 16, "max_tokens_per_step": 1024}
+EXAMPLES = SAME_ROWS | {"max_steps": 10, "max_tokens_per_step": 512, "sample_tokens": ANSWER_TOKENS}
+REINFORCED = SAME_ROWS | {"max_steps": 10, "max_tokens_per_step": 1024}
 DRAWN: dict[str, Any] = {
     "grader": REWARD, "prompts_per_step": 6, "group_size": 6, "answer_tokens": ANSWER_TOKENS, "updates_per_batch": 2, "check_prompts": 6,
 }  # fmt: skip
