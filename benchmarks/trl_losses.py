@@ -9,15 +9,25 @@ Leaves with 1 where an advantage, a loss or a gradient differs by more than 1e-5
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from app.objectives.reinforcement import ReinforcementSettings
+from worker.data.batching import Tokenised
+from worker.data.shared_prompts import bundles_batch, bundles_of
+from worker.modeling import packed_attention
+from worker.modeling.cross_entropy import head_of
 from worker.modeling.divergence import divergence_of
+from worker.modeling.token_logprobs import token_nats
+from worker.runtime.device import Compute
+from worker.scoring.held_out import hidden_states
 from worker.training.objectives import reward
 from worker.training.objectives.reinforcement import policy_losses
 from worker.training.rollouts import advantages
@@ -25,6 +35,7 @@ from worker.training.rollouts import advantages
 COUNTS, LIMIT, GROUP = [3, 1, 5, 2, 6, 4, 2, 5], 9, 4
 REWARDS = [1.0, 0.0, 0.5, 0.25, 0.0, 0.0, 1.0, 0.3]
 TOLERANCE = 1e-5
+UPDATES = 4
 
 
 def main() -> int:
@@ -61,6 +72,10 @@ def main() -> int:
             apart = [float(x.detach().abs().max()) for x in (theirs - ours, loss - found, _flat(gradient) - own_gradient)]
             worst = max(worst, *apart)
             print(f"{variant:8} kl {kl:g}  advantages {apart[0]:.1e}  loss {apart[1]:.1e}  gradient {apart[2]:.1e}")
+    for variant in ("grpo", "dr_grpo", "dapo", "gspo"):
+        apart = _of_updates(variant)
+        worst = max(worst, *apart)
+        print(f"{variant:8} {UPDATES} updates of a model on one batch  losses {apart[0]:.1e}  weights {apart[1]:.1e}")
     for centering in (0.0, 0.01, 0.5):
         apart = _of_rewards(centering)
         worst = max(worst, *apart)
@@ -70,6 +85,58 @@ def main() -> int:
         worst = max(worst, *apart)
         print(f"{kind:10}  loss {apart[0]:.1e}  gradient {apart[1]:.1e}")
     return int(worst > TOLERANCE)
+
+
+def _of_updates(variant: str) -> tuple[float, float]:
+    """How far the losses of several updates on the same answers are from those with TRL's `num_iterations`, and the weights after them: a small
+    Llama, its answers packed behind prompts that they share, next to padded rows; the old log-probabilities are those of the first weights."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    own = ReinforcementSettings(variant=variant, answer_tokens=LIMIT, updates_per_batch=UPDATES, clip_low=0.05, clip_high=0.05)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    ours: Any = AutoModelForCausalLM.from_config(config, attn_implementation=packed_attention.NAME).double()
+    theirs: Any = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager"
+    ).double()  # a config names one attention
+    theirs.load_state_dict(ours.state_dict())
+    rows, longest, prompt = len(COUNTS), max(COUNTS), 6
+    ids = torch.randint(0, 40, (rows, prompt + longest), generator=torch.Generator().manual_seed(3))
+    ids[:, :prompt] = ids[::GROUP, :prompt].repeat_interleave(GROUP, 0)
+    mask = (torch.arange(longest) < torch.tensor(COUNTS)[:, None]).double()
+    kept = [row[: prompt + count].numpy().astype(np.int32) for row, count in zip(ids, COUNTS, strict=True)]
+    trained = np.concatenate([np.arange(len(row)) >= prompt for row in kept])
+    data = Tokenised(np.concatenate(kept), trained, np.cumsum([0, *map(len, kept)]).astype(np.int64), list(range(rows)), 0, [])
+    bundles = bundles_of(data, [row // GROUP for row in range(rows)], 1000)
+    engine = Compute(torch.device("cpu"), "cpu", "fp32", torch.float64, 1)
+    batch = bundles_batch(data, bundles, engine.device)
+    limit = float(LIMIT) if own.loss.average == "limit" else sum(COUNTS) / rows
+    found = torch.tensor([a for at in range(0, rows, GROUP) for a in advantages(REWARDS[at : at + GROUP], own.loss)], dtype=torch.float64)
+
+    def now() -> torch.Tensor:
+        return -token_nats(hidden_states(ours, batch, engine), head_of(ours), batch.targets, torch.float64)
+
+    def padded() -> torch.Tensor:
+        attention = torch.cat([torch.ones(rows, prompt), mask], 1)
+        logs = theirs(input_ids=ids, attention_mask=attention).logits[:, prompt - 1 : -1].log_softmax(-1)
+        return logs.gather(2, ids[:, prompt:, None])[..., 0]
+
+    old, old_padded, losses = now().detach(), padded().detach(), [0.0]
+    given = {
+        "prompt_ids": ids[:, :prompt], "prompt_mask": torch.ones(rows, prompt), "completion_ids": ids[:, prompt:], "completion_mask": mask,
+        "advantages": found, "old_per_token_logps": old_padded, "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    for _ in range(UPDATES):
+        loss = policy_losses(now(), old, found, COUNTS, own.loss, limit).losses.mean()
+        expected = GRPOTrainer._compute_loss(_trainer(own, variant, padded()), None, given)
+        losses.append(float((loss - expected).detach().abs()))
+        for model, one in ((ours, loss), (theirs, expected)):
+            for parameter, gradient in zip(model.parameters(), torch.autograd.grad(one, list(model.parameters())), strict=True):
+                parameter.data -= 0.5 * gradient
+    moved = [float((p - q).abs().max()) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)]
+    return max(losses), max(moved)
 
 
 def _of_distillation(kind: str) -> tuple[float, float]:

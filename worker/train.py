@@ -155,6 +155,8 @@ def train(
         checkpoint.load_weights(found, trained)
         strategy.restore(body_of(model), checkpoint.read_tensors(found, "extra"))
         lesson.after_change()
+        if state.step % course.updates:
+            lesson.put_back(checkpoint.read_tensors(found, "answers"))
         set_rng(checkpoint.read_tensors(found, "rng"), engine.device)
     facts = {
         **engine.facts(),
@@ -198,7 +200,7 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
             yield save(job)
     world.wait()
     backend.start(world)
-    packs = course.packs(job.lesson, state.step * run.passes)
+    packs = course.packs(job.lesson, course.position(state.step) * run.passes)
     late: deque[tuple[events.Step, AsyncScalars]] = deque()
     unread = depth(job.engine.device)
     job.lap = time.perf_counter()
@@ -342,7 +344,8 @@ def save(job: TrainState) -> events.Saved:
     state = job.state
     state.wall_seconds = time.monotonic() - job.began
     trained, optimizer, rng = job.backend.trained, job.backend.optimizer_state(), rng_tensors(job.engine.device)
-    written = checkpoint.save(job.attempt, state, job.model, job.spec.strategy, job.lesson.tokenizer, trained, optimizer, rng)
+    answers = job.lesson.kept() if state.step % job.course.updates else {}
+    written = checkpoint.save(job.attempt, state, job.model, job.spec.strategy, job.lesson.tokenizer, trained, optimizer, rng, answers)
     run = job.spec.run
     keep = run.save_total_limit or get_settings().keep_checkpoints
     checkpoint.prune(job.attempt, keep, state.best_path if run.load_best else None)

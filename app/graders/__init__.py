@@ -24,6 +24,8 @@ from app.graders._base import Ask, EmbedAsk, ErrorKind, GradedSample, GradeError
 from app.graders._judge import Judge
 from app.graders._pairwise import PairVerdict, SelfAgreement, pair_verdict, prefer, self_agreement
 from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
+from app.graders._simulated import SimulatedTools
+from app.graders._tool_calls import calls_in, without_calls
 from app.kit.json_safe import too_deep
 from app.kit.registry import classes_in
 
@@ -41,7 +43,9 @@ __all__ = [
     "Reply",
     "RewardAsk",
     "SelfAgreement",
+    "SimulatedTools",
     "as_openai",
+    "calls_in",
     "compare",
     "follows",
     "grade",
@@ -53,6 +57,7 @@ __all__ = [
     "scored",
     "self_agreement",
     "to_json",
+    "without_calls",
 ]  # fmt: skip
 
 GRADERS: dict[str, type[Grader]] = {

@@ -22,3 +22,8 @@ def calls_in(text: str) -> list[JSON]:
         {"id": f"call_{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
         for place, (name, arguments) in enumerate(found[:MAX_CALLS])
     ]
+
+
+def without_calls(text: str) -> str:
+    """What an answer says beside its calls."""
+    return "" if not _MARKED.search(text) and calls_in(text) else _MARKED.sub("", text).strip()

@@ -44,7 +44,7 @@ def usual_run(
     given = {*asked, *displaced(dict(asked))}
     if drawn is not None:
         epochs = wanted.epochs if "epochs" in asked else None
-        planned = drawing_schedule(rows, drawn.prompts_per_step, gpu=machine.cuda, epochs=epochs, preset=preset)
+        planned = drawing_schedule(rows, drawn.prompts_per_step, updates=drawn.updates, gpu=machine.cuda, epochs=epochs, preset=preset)
         usual = planned._asdict() | dict(PRESETS[preset].more) | {"validation_fraction": share}
         return {name: value for name, value in usual.items() if name not in given}
     found = schedule(

@@ -26,7 +26,8 @@ from app.graders import Grader
 from app.jobs import request as job_request
 from app.jobs import spec_builder
 from app.models import starters
-from app.objectives import OBJECTIVES, Task
+from app.objectives import OBJECTIVES, DrawnSettings, Task
+from app.planning.reinforcement import refuse_drawn
 from app.planning.schedule import held_out_share
 from app.run_settings import RunSettings
 from app.settings import get_settings
@@ -87,7 +88,9 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
             raise BadField(
                 f"The settings “preference” mean nothing for {task}.", hint="Remove them, or set another task.", param="preference"
             )
-        rest["preference"] = job_request.read_objective_settings(task, order.get("preference") or {})
+        rest["preference"] = drawn = job_request.read_objective_settings(task, order.get("preference") or {})
+        if isinstance(drawn, DrawnSettings):
+            refuse_drawn(strategy, run, drawn, model.shape)
     try:
         return JobSpec.model_validate({**about, "validation": held_out, "strategy": strategy, **rest})
     except ValidationError as error:

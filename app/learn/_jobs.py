@@ -29,11 +29,12 @@ def order_job(
     run: dict[str, Any],
     *,
     title: str = "",
+    **more: Any,
 ) -> Job:
-    """A queued job. Raises any error of the request."""
+    """A queued job; `more` are further fields of the request. Raises any error of the request."""
     order = {
         "model": model.name, "dataset_id": ids.public(ids.DATASET, dataset.id), "strategy": strategy, "run": run,
-        "name": f"{stop.title}{f': {title}' if title else ''}"[:200], "metadata": {"recipe": RECIPE, "stop": stop.name},
+        "name": f"{stop.title}{f': {title}' if title else ''}"[:200], "metadata": {"recipe": RECIPE, "stop": stop.name}, **more,
     }  # fmt: skip
     return jobs.create(session, user, job_request.read_order(order))
 

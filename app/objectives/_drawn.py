@@ -16,3 +16,13 @@ class DrawnSettings(ObjectiveSettings):
     group_size: int = Field(8, ge=2, le=64, description="Answers drawn for each prompt.", json_schema_extra={"basic": True})
     prompts_per_step: int = Field(8, ge=1, le=512, description="Prompts of a step.", json_schema_extra={"basic": True})
     answer_tokens: int = Field(256, ge=1, le=32_768, description="Maximum tokens of an answer.", json_schema_extra={"basic": True})
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on the answers of one drawing."""
+        return 1
+
+    @property
+    def turns(self) -> int:
+        """Answers of one conversation, at most."""
+        return 1

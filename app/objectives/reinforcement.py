@@ -49,6 +49,28 @@ class ReinforcementSettings(DrawnSettings):
         "replaces prompts that teach nothing; GSPO weighs whole answers; RLOO compares each answer with the mean of the others.",
         json_schema_extra={"basic": True},
     )
+    updates_per_batch: int = Field(
+        1,
+        ge=1,
+        le=32,
+        description="Optimizer steps on each batch of answers (μ in the paper of GRPO). Above 1 less is drawn for as many steps; the later ones "
+        "train on answers of older weights, and the clip bounds how far each may move.",
+    )
+    max_turns: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Answers of the model in one conversation. Above 1 its tool calls are answered by simulated tools, and it goes on from the "
+        "results, which are not trained.",
+    )
+    tool_source: str = Field(
+        "",
+        max_length=64 << 10,
+        title="Simulated tools",
+        description="Python that defines call(name, arguments, item), whose return value is a tool's result, run as Python graders are; empty: the "
+        "results in the column tool_results of the row, a list of name, arguments and result.",
+        json_schema_extra={"rows": 4},
+    )
     kl: float = Field(
         0.0,
         ge=0,
@@ -84,6 +106,14 @@ class ReinforcementSettings(DrawnSettings):
     despite_check: bool = Field(
         False, title="Train despite the check", description="Train although the check finds no difference between rewards."
     )
+
+    @property
+    def updates(self) -> int:
+        return self.updates_per_batch
+
+    @property
+    def turns(self) -> int:
+        return self.max_turns
 
     @property
     def reads_base(self) -> bool:

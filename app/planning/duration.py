@@ -44,6 +44,8 @@ maximum validation rows and tokens."""
 
 DRAWN_TIMES, DRAWN_MORE = 4, 16
 """An answer that is drawn is assumed to have four times as many tokens as those of the rows, and 16, but at most half of the limit."""
+DRAWN_TURNS = 2
+"""A conversation with tools is assumed to have so many answers, or fewer where fewer are allowed."""
 DRAWN_WORK = 2.5
 """A token that is drawn in a large batch takes as long as the forward pass of so many in training."""
 
@@ -90,7 +92,7 @@ class Estimate(BaseModel):
 
 def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | None = None) -> Estimate:
     """Estimate of a job on this machine. `validation` is what is known of the rows of `spec.validation`."""
-    machine, course = machine.on(spec.run.device), course_of(spec, stats, validation)
+    machine, course = machine.on(spec.run.device), course_of(spec, stats, validation, cuda=machine.cuda)
     if type(spec.strategy).recipe == "features":
         return _of_features(spec, course, machine)
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
@@ -146,10 +148,10 @@ class Workload(NamedTuple):
     labels: int
 
 
-def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> Workload:
-    """The workload of a job."""
+def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None, *, cuda: bool = False) -> Workload:
+    """The workload of a job, on a GPU or on a CPU."""
     if isinstance(spec.preference, DrawnSettings):
-        return drawn_course_of(spec, spec.preference, stats)
+        return drawn_course_of(spec, spec.preference, stats, cuda)
     run = spec.run
     rows, longest = _placed(spec, stats)
     if spec.validation is None:
@@ -168,18 +170,25 @@ def course_of(spec: JobSpec, stats: Stats, validation: Stats | None = None) -> W
     return Workload(train, held_out, longest, tokens, own, steps, trained_share, learned_from, stats.labels or 0)
 
 
-def drawn_course_of(spec: JobSpec, own: DrawnSettings, stats: Stats) -> Workload:
+def drawn_course_of(spec: JobSpec, own: DrawnSettings, stats: Stats, cuda: bool = False) -> Workload:
     """The workload of a job that trains on answers which it draws. Their length is assumed, since nobody knows it before."""
     run, share = spec.run, spec.run.data_fraction * (1.0 if spec.validation else 1 - spec.run.validation_fraction)
     total, longest = tokens_of(stats, run)
     prompts = max(1, math.ceil(stats.rows * share))
     prompt = total / max(stats.rows, 1) * (1 - loss_share(stats)) + spec.strategy.virtual_tokens()
-    answer = drawn_tokens(own, stats)
-    steps = max(1, math.ceil(run.epochs * math.ceil(prompts / own.prompts_per_step)))
+    answer = drawn_tokens(own, stats) * min(own.turns, DRAWN_TURNS)
+    steps = max(1, math.ceil(run.epochs * math.ceil(prompts / own.prompts_per_step) * own.updates))
     steps = min(steps, run.max_steps or steps)
-    tokens = int(steps * own.prompts_per_step * own.group_size * (prompt + answer))
-    longest = min(run.max_length, longest) + own.answer_tokens
-    return Workload(prompts * prompt, 0.0, longest, tokens, tokens, steps, answer / (prompt + answer), prompts, 0)
+    read = prompt / (own.group_size if _shares_prompts(spec, cuda) else 1) + answer
+    tokens = int(steps * own.prompts_per_step * own.group_size * read)
+    longest = run.max_length if own.turns > 1 else min(run.max_length, longest) + own.answer_tokens
+    return Workload(prompts * prompt, 0.0, longest, tokens, tokens, steps, answer / read, prompts, 0)
+
+
+def _shares_prompts(spec: JobSpec, cuda: bool) -> bool:
+    """Whether the answers to one prompt are packed behind it (`worker/data/shared_prompts.py`)."""
+    packed = spec.model.shape.architecture == "decoder" and not pads(spec.model.shape, spec.run)
+    return packed and OBJECTIVES[spec.task].rewards and not cuda and not spec.strategy.virtual_tokens()
 
 
 def drawn_tokens(own: DrawnSettings, stats: Stats) -> float:
@@ -237,12 +246,14 @@ def operations_per_token(
 
 
 def work_per_token(spec: JobSpec, trained_share: float, recompute: float = 0.0) -> float:
-    """Floating-point operations of a job per token of its steps. Where answers are drawn, each token with a loss was drawn first."""
+    """Floating-point operations of a job per token of its steps. Where answers are drawn, each token with a loss was drawn first,
+    once for all updates on it."""
     shape = spec.model.shape
     beside, everywhere = OBJECTIVES[spec.task].beside, bool(spec.run.new_tokens)
     found = operations_per_token(shape, spec.strategy, trained_share, recompute, everywhere=everywhere, beside=beside)
     found += 2 * forward_operations(spec.teacher.shape, trained_share) if spec.teacher else 0.0  # its head is read in the backward pass too
-    return found + (DRAWN_WORK * trained_share * forward_operations(shape, 1.0) if OBJECTIVES[spec.task].draws else 0.0)
+    own = spec.preference
+    return found + (DRAWN_WORK * trained_share * forward_operations(shape, 1.0) / own.updates if isinstance(own, DrawnSettings) else 0.0)
 
 
 def pace_of(spec: JobSpec, machine: Machine) -> tuple[Pace | None, bool]:

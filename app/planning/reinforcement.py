@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from app.errors import BadField
+from app.graders import SimulatedTools
 from app.objectives import DrawnSettings
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.feasibility import longest_row
@@ -29,8 +30,22 @@ def refuse_drawn(strategy: Strategy, run: RunSettings, own: DrawnSettings, shape
             hint="Lower answer_tokens, or raise the max sequence length.",
             param="preference.answer_tokens",
         )
+    if isinstance(own, ReinforcementSettings):
+        _refuse_tools(own)
     if isinstance(own, ReinforcementSettings) and own.reads_base:
         _refuse_base(strategy, "kl" if own.kl else "max_kl")
+
+
+def _refuse_tools(own: ReinforcementSettings) -> None:
+    """Raises BadField for simulated tools that would not be asked, or whose code does not run."""
+    if own.tool_source and own.max_turns == 1:
+        raise BadField(
+            "With max_turns 1 no tool is asked, so its code has no use.",
+            hint="Raise max_turns, or leave tool_source out.",
+            param="preference.tool_source",
+            code="setting_without_use",
+        )
+    SimulatedTools(own.tool_source).prove("preference.tool_source")
 
 
 def _refuse_base(strategy: Strategy, name: str) -> None:

@@ -103,11 +103,12 @@ DRAWN_TOKENS, GPU_DRAWN_TOKENS = 2048, 8192
 
 
 def drawing_schedule(
-    rows: float, prompts: int, *, gpu: bool = False, epochs: float | None = None, preset: PresetName = "balanced"
+    rows: float, prompts: int, *, updates: int = 1, gpu: bool = False, epochs: float | None = None, preset: PresetName = "balanced"
 ) -> Schedule:
-    """The schedule of a job whose steps draw answers to `prompts` of its `rows`: as many epochs as give the preset's steps, at least one."""
+    """The schedule of a job that draws answers to `prompts` of its `rows` at a time and makes `updates` steps on them: as many epochs as give
+    the preset's steps, at least one."""
     aim = PRESETS[preset]
-    batches = max(1, math.ceil(rows / prompts))
+    batches = updates * max(1, math.ceil(rows / prompts))
     read = epochs or max(1.0, round(aim.steps / batches, 2))
     return Schedule(GPU_DRAWN_TOKENS if gpu else DRAWN_TOKENS, read, max(0.1, round(MAX_EVALUATIONS / read, 2)))
 

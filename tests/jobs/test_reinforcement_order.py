@@ -75,6 +75,19 @@ def test_a_saved_grader_is_copied_and_a_default_schedule_has_enough_steps(sessio
     assert estimate["steps"] >= 60 and estimate["seconds"] > 0 and estimate["memory_bytes"] > 0
 
 
+def test_several_updates_make_more_steps_of_as_many_answers(session, api, openai_client, file_id):
+    """In an estimate too: twice the steps, in less than twice the time, because as much is drawn."""
+
+    def estimate(**own: Any) -> dict[str, Any]:
+        ours = {"task": "reinforcement", "preference": {"grader": NUMBER, "prompts_per_step": 4} | own, "run": {"epochs": 40}}
+        job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours)
+        return api.get(f"/v1/fine_tuning/jobs/{job.id}").json()["estimate"]
+
+    one, two, talking = estimate(), estimate(updates_per_batch=2), estimate(max_turns=2)
+    assert two["steps"] == 2 * one["steps"] and two["tokens"] == pytest.approx(2 * one["tokens"], rel=0.01)
+    assert 1.05 * one["seconds"] < two["seconds"] < 1.95 * one["seconds"] < 1.95 * talking["seconds"]
+
+
 def test_a_judge_is_a_reward_with_the_weights_that_it_had(session, openai_client, file_id, tiny_registered):
     ours = {"task": "reinforcement", "preference": {"grader": JUDGE}, "graders": [JUDGE | {"name": "second"}]}
     job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours)
@@ -110,6 +123,9 @@ def test_a_judge_is_a_reward_with_the_weights_that_it_had(session, openai_client
         ({"preference": {"grader": NUMBER}, "strategy": {"name": "feature_extraction"}}, "strategy", "does not support"),
         ({"preference": {"grader": NUMBER}, "run": {"rehearsal_fraction": 0.1}}, "run.rehearsal_fraction", "does not train on"),
         ({"preference": {"grader": NUMBER}, "run": {"packing": False}}, "run.packing", "always packed"),
+        ({"preference": {"grader": NUMBER, "updates_per_batch": 0}}, "preference.updates_per_batch", "cannot be 0"),
+        ({"preference": {"grader": NUMBER, "tool_source": "def call(n, a, i): return 1"}}, "preference.tool_source", "no tool is asked"),
+        ({"preference": {"grader": NUMBER, "max_turns": 2, "tool_source": "x = 1"}}, "preference.tool_source", "no function call"),
     ],
 )
 def test_what_cannot_be_honored_is_refused(openai_client, file_id, ask, param, says):

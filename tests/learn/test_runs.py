@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from app.kit import manifest
-from app.learn import _text, forgetting, more
+from app.learn import _text, forgetting, more, reward
 from app.models.from_nothing import BlankSize
 from app.settings import get_settings
 from app.tables import Evaluation, Job, Model, PromptResult, PromptRun, StopVisit
@@ -76,6 +76,31 @@ def test_forgetting_is_measured_and_blended(client, session, user, data_dir, tin
     assert "Strength as a table" in page and visit.done_at is not None
     before, after = (job.evaluation[side]["loss"] for side in ("base", "tuned"))
     assert f"loss {before:.2f} → {after:.2f}" in visit.headline and after < before
+
+
+def test_each_step_to_a_reward_has_its_pass_rate(client, session, user, data_dir, tiny_registered, monkeypatch):
+    """The tiny model cannot add; that it is trained until it writes the commonest answer gives both steps a rate above zero."""
+    some = {"max_steps": 30, "max_tokens_per_step": 512, "learning_rate": 1e-2}
+    monkeypatch.setattr(reward, "EXAMPLES", reward.EXAMPLES | some)
+    monkeypatch.setattr(reward, "REINFORCED", reward.REINFORCED | {"max_steps": 2, "learning_rate": 1e-4})
+    monkeypatch.setattr(reward, "DRAWN", reward.DRAWN | {"check_prompts": 24})
+    with_sample(session, user, "small-sums")
+    assert press(client, "reward", do="reward").status_code == 409
+    assert press(client, "reward").status_code == 303
+    (job,) = queued(session)
+    carry_out(session, data_dir, job)
+    page = shown(client, "reward")
+    assert "Now the second button" in page and page.count('<rect class="between"') == 2 and visit_of(session, "reward").done_at is None
+    assert press(client, "reward", do="reward").status_code == 303
+    (second,) = queued(session)
+    assert second.spec["task"] == "reinforcement" and second.spec["model"]["adapters"], "it goes on from the model of the examples"
+    carry_out(session, data_dir, second)
+    page, visit = shown(client, "reward"), visit_of(session, "reward")
+    base, examples = reward.pass_rates(session, job)[0], reward.pass_rates(session, job)[-1]
+    before, after = reward.pass_rates(session, second)[0], reward.pass_rates(session, second)[-1]
+    assert examples == before and examples.rows == 48, "the same rows, greedily, by the same model"
+    assert page.count('<rect class="between"') == 3 and visit.done_at is not None and "The check before the run: 144 answers" in page
+    assert visit.headline == (f"as it is {base.share:.0%}, after worked examples {examples.share:.0%}, after the reward {after.share:.0%}")
 
 
 def test_two_curves_are_drawn_from_runs(client, session, user, data_dir, encoder, monkeypatch):

@@ -55,7 +55,7 @@ def with_sample(session, user, name: str) -> Dataset:
 
 def test_every_stop_has_its_page_and_its_words(client):
     room = html.unescape(client.get("/learn").text)
-    assert len(STOPS) == 13 and f"0 of {len(STOPS)} done" in room
+    assert len(STOPS) == 14 and f"0 of {len(STOPS)} done" in room
     for name, stop in STOPS.items():
         assert set(stop.words) <= GLOSSARY.keys() and f'href="/learn/{name}"' in room and stop.idea in room, name
         page = shown(client, name)
@@ -110,7 +110,7 @@ def test_answers_are_kept_as_results(client, session, user, generate_worker):  #
     )
 
     room = html.unescape(client.get("/learn").text)
-    assert "3 of 13 done" in room and "talks did 6 tasks" in room
+    assert "3 of 14 done" in room and "talks did 6 tasks" in room
 
 
 def test_a_text_becomes_a_vector_next_to_its_like(client, session, user, encoder, generate_worker):  # noqa: F811
@@ -280,5 +280,5 @@ def test_a_visit_is_its_persons(client, session, user, data_dir):
     session.flush()
     mine.owner_id = other.id
     session.commit()
-    assert client.get(f"/learn/what-it-takes?visit={mine.id}").status_code == 404 and "0 of 13 done" in client.get("/learn").text
+    assert client.get(f"/learn/what-it-takes?visit={mine.id}").status_code == 404 and "0 of 14 done" in client.get("/learn").text
     assert "Your result" not in shown(client, "what-it-takes")

@@ -192,6 +192,21 @@ def render_prompt(
     return shown, _tokens(tokenizer, text, [], [edge for span in answers.values() for edge in span], kept)[0]
 
 
+def ids_behind_answer(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> list[int]:
+    """The ids between the end of a conversation's last answer, as the model writes it, and its next one: results of tools, and the prompt to go
+    on. Raises BadData where the template does not show where that answer ends."""
+    veiled, kept = special_tokens.veil(tokenizer, [_plain(m) for m in messages])
+    chat = TemplateInput(veiled, tools or None, generate=True)
+    text, answers = template_pool.write(tokenizer, template_of(tokenizer), chat, seconds=template_pool.PATIENT_SECONDS)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if last not in answers:
+        raise BadData(
+            "The chat template does not show where an answer with tool calls ends, so it cannot go on from their results.",
+            hint="Choose the chat template hermes.",
+        )
+    return special_tokens.encode(text[answers[last].end :], kept, lambda part: _encode(tokenizer, part))
+
+
 def characters(value: Any) -> int:
     """Characters of all strings in a JSON value."""
     if isinstance(value, str):

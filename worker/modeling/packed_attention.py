@@ -159,6 +159,15 @@ def packed(ids: Sequence[int] | np.ndarray, lengths: Sequence[int], device: torc
     return {name: sent(torch.from_numpy(x)[None], device) for name, x in tensors.items()} | packed_arguments(all_lengths, device, frame)
 
 
+class Branches(NamedTuple):
+    """Answers behind the prompts of a pack, each of which attends to its prompt and to itself (`worker/data/shared_prompts.py`)."""
+
+    counts: list[int]  # answers of each prompt
+    longest: int  # tokens of the longest answer
+    padded: torch.Tensor  # (answers × longest,) the answers' token at each place of a batch padded on the right; 0 at padding
+    real: torch.Tensor  # (tokens of answers,) the place of each of them there
+
+
 IGNORED = frozenset(
     {
         "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
@@ -189,10 +198,11 @@ def packed_attention(
     sequence_lengths: list[int] | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     longest: int | torch.Tensor | None = None,
+    branches: Branches | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each packed sequence, for queries (1, heads, T, D) and keys and values (1, kv heads, T, D). Returns (1, T,
-    heads, D).
+    heads, D). With `branches`, `sequence_lengths` are those of the prompts and of their padding, and answers stand behind them.
 
     Raises BadModel for an unknown argument, such as the attention sinks of gpt-oss: without it the model would compute something
     else. The same for soft-capped scores on packs of one shape, whose sequences the fallback does not separate.
@@ -202,6 +212,9 @@ def packed_attention(
     if softcap is not None and cu_seq_lens is not None and sequence_lengths is None:
         raise _unsupported(module, "its attention soft-caps the scores")
     causal = getattr(module, "is_causal", True)
+    if branches is not None:
+        how = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        return _branched(module, (query, key, value), sequence_lengths or [], branches, how), None
     kind = query.device.type
     if cu_seq_lens is not None and torch.is_autocast_enabled(kind):
         # A float32 embedding makes the rotary tables float32, and with them the rotated queries and keys.
@@ -247,6 +260,33 @@ def packed_attention(
     return torch.cat(pieces, 1).to(given), None
 
 
+def _branched(
+    module: torch.nn.Module,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    prompts: list[int],
+    branches: Branches,
+    how: dict[str, Any],
+) -> torch.Tensor:
+    """Prompts as packed sequences, and the answers to each of them as one batch padded on the right, whose keys begin with those of their
+    prompt. No token of an answer sees the padding, which has no gradient."""
+    start, halves = sum(prompts), any(x.dtype == torch.bfloat16 for x in given)
+    fronts, backs = zip(*(x.split([start, x.shape[2] - start], 2) for x in given), strict=True)
+    query, key, value = fronts
+    first, _ = packed_attention(module, query, key, value, None, sequence_lengths=prompts, **how)
+    # (answers, heads, longest, D)
+    queries, keys, values = (x[0].index_select(1, branches.padded).unflatten(1, (-1, branches.longest)).transpose(0, 1) for x in backs)
+    causal, after, found = getattr(module, "is_causal", True), 0, []
+    with torch.autocast(first.device.type, enabled=False) if halves else contextlib.nullcontext():
+        for count, k, v in zip(branches.counts, *(x.split(prompts, 2) for x in fronts[1:]), strict=False):  # the last piece may be padding
+            rows, after = slice(after, after + count), after + count
+            wide = torch.float32 if k.shape[2] + branches.longest < SHORT else torch.bfloat16
+            parts = queries[rows], *(torch.cat([x.expand(count, -1, -1, -1), y[rows]], 2) for x, y in ((k, keys), (v, values)))
+            q, k, v = (x.to(wide) for x in parts) if halves else parts
+            found.append(_one(q, k, v, how["scaling"], how["dropout"], causal, how["sliding_window"], how["softcap"]))
+    second = torch.cat(found).transpose(1, 2).flatten(0, 1).index_select(0, branches.real)
+    return torch.cat([first, second[None].to(first.dtype)], 1)
+
+
 def _one(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -257,12 +297,13 @@ def _one(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One sequence, (1, heads, L, D). A mask is built only for a window or a soft cap."""
+    """The last L positions of sequences of K tokens, (sequences, heads, L, D). A mask is built only where L is less than K, for a window, or for
+    a soft cap."""
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
-    if softcap is None and (window is None or length <= window):
+    if softcap is None and length == k.shape[2] and (window is None or length <= window):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped)
-    places = torch.arange(length, device=q.device)
-    seen = places[:, None] - places[None, :]  # distance from query to key
+    places = torch.arange(k.shape[2], device=q.device)
+    seen = places[-length:, None] - places[None, :]  # distance from query to key
     allowed = torch.ones_like(seen, dtype=torch.bool) if not causal else seen >= 0
     if window is not None:
         allowed &= seen.abs() < window
@@ -287,6 +328,14 @@ def packs(model: torch.nn.Module) -> bool:
     has convolutions or recurrent layers, would mix the sequences of a pack."""
     kinds = getattr(model.config, "layer_types", None) or ()
     return bool(getattr(type(model), "_supports_attention_backend", False)) and set(kinds) <= _PLAIN_LAYERS
+
+
+def takes_branches(model: torch.nn.Module) -> bool:
+    """Whether a model reads answers behind a prompt that they share: all layers mix tokens only through the attention here, over the whole
+    text or a window of it."""
+    config: Any = model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return config._attn_implementation == NAME and packs(model) and kinds <= _PLAIN_LAYERS - {"chunked_attention"}
 
 
 def count_from_padding(model: torch.nn.Module) -> None:

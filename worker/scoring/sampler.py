@@ -53,7 +53,7 @@ class _Written:
     prompt: int
     member: int
     segment: Segment
-    numbers: torch.Tensor  # (most,) float64, one for each token
+    numbers: torch.Tensor | None  # (most,) float64, one for each token; None where the likeliest is taken
     ids: list[int] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class DrawOrder(NamedTuple):
     per_prompt: int
     most: int
     stops: frozenset[int]
-    seed: int
+    seed: int | None  # None: the likeliest tokens
 
 
 def drawing(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:
@@ -77,7 +77,9 @@ def drawing(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Co
     return found
 
 
-def _numbers(order: DrawOrder, prompt: int, member: int) -> torch.Tensor:
+def _numbers(order: DrawOrder, prompt: int, member: int) -> torch.Tensor | None:
+    if order.seed is None:
+        return None
     generator = torch.Generator().manual_seed((order.seed * 1_000_003 + prompt * 1009 + member) % 2**63)
     return torch.rand(order.most, generator=generator, dtype=torch.float64)
 
@@ -166,8 +168,8 @@ def _copy(blocks: Blocks, slots: Sequence[int], count: int) -> None:
 def _draw(logits: torch.Tensor, writing: Sequence[_Written]) -> None:
     """Draw the next token of each answer from its row of logits (N, V)."""
     logs = logits.log_softmax(1)
-    numbers = sent(torch.stack([one.numbers[len(one.ids)] for one in writing]), logits.device)
-    tokens = pick_each(logs.exp(), numbers)
+    numbers = [one.numbers[len(one.ids)] for one in writing if one.numbers is not None]
+    tokens = pick_each(logs.exp(), sent(torch.stack(numbers), logits.device)) if numbers else logs.argmax(1)
     nats = -logs.gather(1, tokens[:, None])[:, 0]
     told = torch.stack([tokens.double(), nats.double()]).cpu()
     if not bool(told.isfinite().all()):
@@ -195,7 +197,8 @@ def _padded(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Co
     told: list[DrawnAnswer] = []
     for start in range(0, len(asked), PADDED_AT_ONCE):
         yield start / len(asked)
-        batch, seed = asked[start : start + PADDED_AT_ONCE], (order.seed * 1_000_003 + start) % 2**63
+        batch = asked[start : start + PADDED_AT_ONCE]
+        seed = None if order.seed is None else (order.seed * 1_000_003 + start) % 2**63
         for ids in written(model, tokenizer, batch, list(order.stops), order.most, engine, seed=seed):
             told.append(DrawnAnswer(ids, [], bool(ids) and ids[-1] in order.stops))
     return [told[at : at + order.per_prompt] for at in range(0, len(told), order.per_prompt)]

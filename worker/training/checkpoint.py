@@ -4,6 +4,7 @@
       weights/               what the strategy's `save` wrote, strategy.json and the tokenizer: the playground loads it
       trainer/               optimizer, rng, extra (the strategy's own state) and trained (weights that weights/ does not hold as they are);
                              where weights are spread over n processes, optimizer-<k>-of-<n> are each one's rows of the optimizer's state
+      trainer/answers        answers that the next steps learn from too, where a step is not the last on what was drawn
       trainer/state.json     counters, early stopping, the facts of the engine, the base's answers
       manifest.json          sizes and SHA-256 of all of these
 
@@ -134,8 +135,10 @@ def save(
     trained: Named,
     optimizer: dict[str, torch.Tensor] | list[Path],
     rng: dict[str, torch.Tensor],
+    answers: dict[str, torch.Tensor],
 ) -> WrittenCheckpoint:
-    """Write `checkpoint-<step>` in the attempt's folder; the optimizer's state may be files on the same disk, which are taken."""
+    """Write `checkpoint-<step>` in the attempt's folder; the optimizer's state may be files on the same disk, which are taken;
+    `answers` are those that further steps learn from."""
     body = model.backbone if isinstance(model, Classifier) else model
 
     def fill(folder: Path) -> None:
@@ -151,6 +154,8 @@ def save(
         else:
             save_file(optimizer, own / "optimizer.safetensors")
         save_file(rng, own / "rng.safetensors")
+        if answers:
+            save_file(answers, own / "answers.safetensors")
         save_file({k: v.detach().cpu().contiguous() for k, v in strategy.extra_state(body).items()}, own / "extra.safetensors")
         (own / "state.json").write_text(json.dumps(asdict(state), indent=1))
 

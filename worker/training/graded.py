@@ -42,6 +42,7 @@ class GivenAnswer(NamedTuple):
     row: Row
     asked: HeldOutPrompt
     text: str
+    calls: Sequence[dict[str, Any]] | None = None  # of tools, in all turns of a conversation; None: those in the text
 
 
 def grading(grader: Grader, answers: Sequence[GivenAnswer], answer: Answer) -> Generator[float, None, list[graders.Graded]]:
@@ -64,7 +65,7 @@ AWAY = "model_grader_server_error"
 
 def _grade(grader: Grader, given: GivenAnswer, answer: Answer) -> graders.Graded:
     item = item_of(given.row.row, given.asked.text, given.asked.reference)
-    return graders.scored(grader, graders.grade(grader, GradedSample(given.text), item, answer))
+    return graders.scored(grader, graders.grade(grader, GradedSample(given.text, given.calls), item, answer))
 
 
 class RowGrades(NamedTuple):
@@ -94,16 +95,22 @@ class GradedRows:
         """The grades of the likeliest answers; yields the share of them that each grader has done. Raises ModelAway."""
         asked = [question for _, question in self.rows]
         told = held_out.answers_in_batches(model, self.tokenizer, asked, self.most, engine, lead, SECONDS)
+        given = [None if text is None else GivenAnswer(*row, text) for row, text in zip(self.rows, told, strict=True)]
+        return (yield from self.grades_of(given, answer))
+
+    def grades_of(self, answers: Sequence[GivenAnswer | None], answer: Answer) -> Generator[float, None, RowGrades]:
+        """The grades of an answer to each row, None for one that was not finished. Raises ModelAway."""
         means, faults = dict[str, float](), list[str]()
         by_grader: list[list[float | None]] = []
-        given = {i: GivenAnswer(*row, text) for i, (row, text) in enumerate(zip(self.rows, told, strict=True)) if text is not None}
+        given = {i: one for i, one in enumerate(answers) if one is not None}
         for grader, name in zip(self.graders, self.names, strict=True):
             grades = dict(zip(given, (yield from grading(grader, list(given.values()), answer)), strict=True))
-            scores = [grades[i].score if i in grades else None for i in range(len(told))]
+            scores = [grades[i].score if i in grades else None for i in range(len(answers))]
             faults += [f"{grader.name}: {one.why}" for one in grades.values() if one.why]
             if known := [score for score in scores if score is not None]:
                 means[name] = sum(known) / len(known)
             by_grader.append(scores)
+        told = [None if one is None else one.text for one in answers]
         return RowGrades(means, by_grader[0], faults, told, by_grader[1:])
 
 

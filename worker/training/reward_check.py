@@ -9,17 +9,16 @@ import json
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from app.graders import Grader
-from app.objectives.reinforcement import ReinforcementSettings
 from app.storage.atomic import write_atomically
 from worker.runtime.device import Compute
 from worker.training.graded import Answer, GivenAnswer, grading
-from worker.training.rollouts import RolloutPrompt, Rollouts, rolled
+from worker.training.rollouts import Rewarding, RolloutPrompt, Rollouts, rolled
 
 FILE = "reward_check.json"
 MIN_SPREAD = 0.05
@@ -60,19 +59,12 @@ class RewardCheck(NamedTuple):
 
 
 def check(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[RolloutPrompt],
-    settings: ReinforcementSettings,
-    grader: Grader,
-    answer: Answer,
-    seed: int,
-    engine: Compute,
+    model: torch.nn.Module, prompts: Sequence[RolloutPrompt], how: Rewarding, seed: int, engine: Compute
 ) -> Generator[float, None, RewardCheck]:
     """Draw and grade answers of the base, and say what follows from them."""
     began = time.monotonic()
-    found = yield from rolled(model, tokenizer, prompts, settings, grader, answer, seed, engine)
-    references, each = yield from _of_references(grader, prompts, answer)
+    found = yield from rolled(model, prompts, how, seed, engine)
+    references, each = yield from _of_references(how.grader, prompts, how.answer)
     return judged(found, references, each, time.monotonic() - began)
 
 

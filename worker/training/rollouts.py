@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,11 +21,14 @@ from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
 from worker.scoring.sampler import DrawnAnswer, DrawOrder, drawing
 from worker.training.graded import Answer, GivenAnswer, grading
+from worker.training.tool_turns import Asked, Spoken, ToolTalk, conversing
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group's rewards, as TRL does."""
 MAX_UNGRADED = 0.5
 """Share of a step's answers without a reward above which the job ends: what it would learn is chance."""
+TURN_BITS = 40
+"""Where the number of a turn stands in its seed."""
 MAX_REFILLS = 3
 """How often a step draws further prompts for those whose answers all have one reward."""
 
@@ -63,6 +67,28 @@ class Rollouts:
         answers, nats = (len(self.rewards), self.ended.count(False)), (len(self.nats), float(np.nansum(self.nats)))
         return torch.tensor([len(known), sum(known), *answers, *nats, len(spread), spread.count(False)], dtype=torch.float64)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What steps learn from, for a checkpoint: all but texts and faults. An answer without a reward has NaN."""
+        rewards = [float("nan") if reward is None else reward for reward in self.rewards]
+        return {
+            "ids": torch.from_numpy(self.data.ids),
+            "trained": torch.from_numpy(self.data.trained),
+            "starts": torch.from_numpy(self.data.starts),
+            "nats": torch.from_numpy(self.nats),
+            "advantages": torch.from_numpy(self.advantages),
+            "rewards": torch.tensor(rewards, dtype=torch.float64),
+            "groups": torch.tensor(self.groups),
+            "ended": torch.tensor(self.ended),
+        }
+
+    @classmethod
+    def of_tensors(cls, kept: dict[str, torch.Tensor]) -> Rollouts:
+        """The same from a checkpoint."""
+        ids, trained, starts, nats, found = (kept[name].numpy() for name in ("ids", "trained", "starts", "nats", "advantages"))
+        rewards = [None if math.isnan(reward) else reward for reward in kept["rewards"].tolist()]
+        data = Tokenised(ids, trained, starts, list(range(len(rewards))), 0, [])
+        return cls(data, nats, found, rewards, kept["groups"].tolist(), kept["ended"].tolist(), [""] * len(rewards), [])
+
 
 FIGURES = ("graded", "reward", "answers", "truncated", "tokens", "nats", "groups", "dead")
 
@@ -86,11 +112,21 @@ def advantages(rewards: Sequence[float | None], loss: PolicyLoss) -> list[float]
 
 
 class DrawnTexts(NamedTuple):
-    """The answers to some prompts: the prompts' token ids, each answer with the place of its prompt, and their texts."""
+    """The answers to some prompts, and the prompts' token ids."""
 
     prompts: list[list[int]]
-    answers: list[tuple[int, DrawnAnswer]]
-    texts: list[str]
+    answers: list[Spoken]
+
+
+class Rewarding(NamedTuple):
+    """How answers are drawn and graded."""
+
+    tokenizer: Any
+    settings: ReinforcementSettings
+    grader: Grader
+    answer: Answer
+    lead: Sequence[int] = ()
+    talk: ToolTalk | None = None  # where tools answer
 
 
 def drawn_texts(
@@ -98,17 +134,35 @@ def drawn_texts(
     tokenizer: Any,
     prompts: Sequence[RolloutPrompt],
     settings: DrawnSettings,
-    seed: int,
+    seed: int | None,
     engine: Compute,
     lead: Sequence[int] = (),
+    talk: ToolTalk | None = None,
 ) -> Generator[float, None, DrawnTexts]:
-    """Draw `group_size` answers to each prompt; yields the share that is done."""
+    """Draw `group_size` answers to each prompt, or without a seed write the likeliest; yields the share that is done."""
     stops = frozenset(stop_ids(tokenizer, held_out.plain_model(model).generation_config))
     texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
-    drawn = yield from drawing(model, tokenizer, DrawOrder(texts, settings.group_size, settings.answer_tokens, stops, seed), engine)
-    answers = [(place, one) for place, several in enumerate(drawn) for one in several]
-    told = [held_out.as_text(tokenizer, prompts[place].asked, [i for i in one.ids if i not in stops]) for place, one in answers]
-    return DrawnTexts(texts, answers, told)
+    count = 1 if seed is None else settings.group_size
+    drawn = yield from drawing(model, tokenizer, DrawOrder(texts, count, settings.answer_tokens, stops, seed), engine)
+
+    def text_of(asked: HeldOutPrompt, ids: list[int]) -> str:
+        return held_out.as_text(tokenizer, asked, [i for i in ids if i not in stops])
+
+    def going_on(begun: list[list[int]], turn: int) -> Generator[float, None, list[DrawnAnswer]]:
+        own = None if seed is None else seed + (turn << TURN_BITS)
+        found = yield from drawing(model, tokenizer, DrawOrder(begun, 1, settings.answer_tokens, stops, own), engine)
+        return [one for several in found for one in several]
+
+    answers = [
+        Spoken(place, one.ids, [True] * len(one.ids), one.nats, one.ended, text, text)
+        for place, several in enumerate(drawn)
+        for one in several
+        for text in [text_of(prompts[place].asked, one.ids)]
+    ]
+    if talk:
+        asked = [Asked(prompt.row, prompt.asked, ids) for prompt, ids in zip(prompts, texts, strict=True)]
+        answers = yield from conversing(talk, asked, answers, going_on, text_of)
+    return DrawnTexts(texts, answers)
 
 
 def ungraded(drawn: DrawnTexts) -> Rollouts:
@@ -117,47 +171,42 @@ def ungraded(drawn: DrawnTexts) -> Rollouts:
 
 
 def rolled(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[RolloutPrompt],
-    settings: ReinforcementSettings,
-    grader: Grader,
-    answer: Answer,
-    seed: int,
-    engine: Compute,
-    lead: Sequence[int] = (),
+    model: torch.nn.Module, prompts: Sequence[RolloutPrompt], how: Rewarding, seed: int, engine: Compute
 ) -> Generator[float, None, Rollouts]:
     """Draw `group_size` answers to each prompt and grade them; yields the share that is done, of either. Raises BadData where most cannot be
     graded, and ModelAway."""
-    drawn = yield from drawn_texts(model, tokenizer, prompts, settings, seed, engine, lead)
-    told = zip(drawn.answers, drawn.texts, strict=True)
-    given = [GivenAnswer(prompts[place].row, prompts[place].asked, text) for (place, _), text in told]
-    grades = yield from grading(grader, given, answer)
+    drawn = yield from drawn_texts(model, how.tokenizer, prompts, how.settings, seed, engine, how.lead, how.talk)
+    grades = yield from grading(how.grader, given_answers(prompts, drawn.answers), how.answer)
     rewards, faults = [one.score for one in grades], [one.why for one in grades if one.why]
     if len(faults) > MAX_UNGRADED * len(rewards):
         raise BadData(
-            f"The grader {grader.name} could not grade {len(faults)} of {len(rewards)} answers. {faults[0]}",
+            f"The grader {how.grader.name} could not grade {len(faults)} of {len(rewards)} answers. {faults[0]}",
             hint="Try the grader on rows of this dataset on the page Graders.",
         )
-    each = settings.group_size
-    found = [a for at in range(0, len(rewards), each) for a in advantages(rewards[at : at + each], settings.loss)]
+    each = how.settings.group_size
+    found = [a for at in range(0, len(rewards), each) for a in advantages(rewards[at : at + each], how.settings.loss)]
     return _packed(drawn, rewards, found, faults)
 
 
+def given_answers(prompts: Sequence[RolloutPrompt], answers: Sequence[Spoken]) -> list[GivenAnswer]:
+    """What a grader reads of answers to prompts."""
+    return [GivenAnswer(prompts[one.prompt].row, prompts[one.prompt].asked, one.text, one.calls) for one in answers]
+
+
 def _packed(drawn: DrawnTexts, rewards: list[float | None], found: Sequence[float], faults: list[str]) -> Rollouts:
-    texts, answers, told = drawn
-    ids = [np.asarray([*texts[place], *answer.ids], np.int32) for place, answer in answers]
-    trained = [np.arange(len(row)) >= len(texts[place]) for row, (place, _) in zip(ids, answers, strict=True)]
+    prompts, answers = drawn
+    ids = [np.asarray([*prompts[one.prompt], *one.ids], np.int32) for one in answers]
+    trained = [np.asarray([*[False] * len(prompts[one.prompt]), *one.drawn]) for one in answers]
     starts = np.cumsum([0, *map(len, ids)]).astype(np.int64)
-    nats = [answer.nats or [float("nan")] * len(answer.ids) for _, answer in answers]
+    nats = [one.nats or [float("nan")] * sum(one.drawn) for one in answers]
     return Rollouts(
         Tokenised(np.concatenate(ids), np.concatenate(trained), starts, list(range(len(ids))), 0, []),
         np.concatenate([np.asarray(values, np.float32) for values in nats]),
         np.asarray(found, np.float32),
         rewards,
-        [place for place, _ in answers],
-        [answer.ended for _, answer in answers],
-        told,
+        [one.prompt for one in answers],
+        [one.ended for one in answers],
+        [one.text for one in answers],
         faults,
     )
 

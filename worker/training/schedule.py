@@ -31,10 +31,15 @@ class StepPlan:
     save_every: int | None = None  # steps; None saves at every evaluation
     most: int | None = None  # rows that a pack holds at most
     rows: int | None = None  # rows of a pass, where these are counted instead of tokens
+    updates: int = 1  # steps on the same packs, one after the other
 
     def due(self, step: int) -> bool:
         """Whether the held-out rows are scored after this step."""
         return step == self.total_steps or step % self.evaluate_every == 0
+
+    def position(self, step: int) -> int:
+        """How many steps' packs have been taken from the epochs after this step."""
+        return -(-step // self.updates)
 
     def packs(self, lesson: TrainingObjective, start: int = 0) -> Iterator[tuple[int, int, list[int]]]:
         """The packs of all epochs from number `start` on, as numbers of the lesson's `step_rows`."""
@@ -82,10 +87,13 @@ def course_of(lesson: TrainingObjective, engine: Compute) -> StepPlan:
         lesson.frames = packed_attention.frames_of([*lengths, general] if share else lengths, budget, per_row)
     most = lesson.frames[0].max_sequences() // per_row if lesson.frames else None
     packs = len(plan(lengths, own, seed=run.seed, epoch=0, most=most, rows=rows, padded=pads(lesson.spec.model.shape, run)))
-    total = max(1, math.ceil(run.epochs * packs / run.passes))
+    updates = lesson.updates
+    total = max(1, math.ceil(run.epochs * packs / run.passes) * updates)
     total = min(total, run.max_steps or total)
-    every = max(1, round(packs / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
-    return StepPlan(budget, own, packs, total, every, run.save_steps, most, rows)
+    every = (
+        max(1, round(packs * updates / run.passes / run.evaluations_per_epoch)) if run.evaluations_per_epoch else run.eval_steps or total
+    )
+    return StepPlan(budget, own, packs, total, every, run.save_steps, most, rows, updates)
 
 
 def seconds_expected(spec: JobSpec, course: StepPlan) -> float:

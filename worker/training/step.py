@@ -38,10 +38,13 @@ def take_step(job: Any, batch: StepBatch) -> list[torch.Tensor]:
 
 def next_batch(job: Any, packs: Iterator[tuple[int, int, list[int]]]) -> Generator[events.TaskProgress, None, StepBatch]:
     """The packs of the next step, this process's share of them sent to the device."""
-    rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
-    if job.lesson.draws:
-        rows = yield from _drawn(job, rows)
-    lengths, parts = job.lesson.step_rows.lengths, job.backend.parts
+    if job.state.step % job.course.updates:
+        rows = job.lesson.packs_of_answers(job.course.budget)
+    else:
+        rows = [pack for _, _, pack in itertools.islice(packs, job.spec.run.passes)]
+        if job.lesson.draws:
+            rows = yield from _drawn(job, rows)
+    lengths, parts = job.lesson.pack_lengths, job.backend.parts
     batches = [[job.lesson.batch(part, job.engine) for part in divide(pack, lengths, parts)] for pack in job.world.share(rows)]
     return StepBatch(job.lesson.learnt(rows), batches)
 

@@ -21,7 +21,7 @@ def step_event(job: Any) -> events.Step:
     state = job.state
     return events.Step(
         step=state.step,
-        epoch=round(state.step * job.spec.run.passes / job.course.packs_per_epoch, 4),
+        epoch=round(state.step * job.spec.run.passes / (job.course.packs_per_epoch * job.course.updates), 4),
         loss=0.0,
         learning_rate=job.backend.optimizer.param_groups[0]["lr"],
         grad_norm=0.0,

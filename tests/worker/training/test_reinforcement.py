@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.strategies._peft import PeftStrategy
 from tests.worker.orders import WarmTrainer, chat_rows, order, put_dataset, put_model
+from tests.worker.training.test_resume import weights
 from tests.worker.training.test_train import of, run
 from worker.modeling import packed_attention
 from worker.modeling.loading import load_tokenizer
@@ -27,6 +31,7 @@ from worker.runtime.device import Compute
 from worker.runtime.progress import drained
 from worker.scoring import sampler
 from worker.scoring.sampler import DrawOrder, drawing
+from worker.training import rollouts as rolling
 from worker.training.objectives.reinforcement import policy_losses
 from worker.training.reward_check import judged
 from worker.training.rollouts import Rollouts, advantages, joined, only
@@ -296,10 +301,43 @@ def test_rows_without_room_for_an_answer_are_said(data_dir: Path, tiny_model: Pa
         run(drawn_order(tiny_model, own={"answer_tokens": 400}, max_length=404), data_dir)
 
 
+def test_several_updates_learn_from_one_batch_of_answers(data_dir: Path, tiny_model: Path) -> None:
+    own = {"updates_per_batch": 3, "clip_low": 0.02, "clip_high": 0.02}
+    said = run(drawn_order(tiny_model, "full", own, max_steps=8, epochs=30, learning_rate=5e-3), data_dir)
+    steps = of(said, events.Step)
+    drawn = [(step.metrics["reward"], step.metrics["answer_length"], step.metrics["entropy"]) for step in steps]
+    assert len(set(drawn)) == 3 and all(drawn[at] == drawn[at - at % 3] for at in range(8)), drawn
+    spread, clipped = ([step.metrics[name] for step in steps] for name in ("ratio_std", "clip_fraction"))
+    assert all(spread[at] < 1e-3 and clipped[at] == 0 for at in (0, 3, 6)), "the weights are those that drew"
+    assert all(spread[at] > 5e-3 for at in (1, 2, 4, 5, 7)) and max(clipped) > 0.05, (spread, clipped)
+    assert steps[-1].epoch == pytest.approx(8 / (3 * math.ceil(of(said, events.Started)[0].train_rows / 4)), abs=1e-4)
+
+
 @pytest.mark.long
-def test_a_resumed_job_draws_what_it_would_have_drawn(data_dir: Path, tiny_model: Path) -> None:
-    """To the bit: killed in the middle of a step, and gone on from the checkpoint before."""
-    spec = drawn_order(tiny_model, own={"variant": "dapo", "kl": 0.05, "check_prompts": 3}, max_steps=6, save_steps=2)
+def test_padded_models_know_the_probabilities_of_earlier_weights(data_dir: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that does not tell them: they are read with the weights that drew, before the first update."""
+    own, more = {"updates_per_batch": 2, "clip_low": 0.02, "clip_high": 0.02}, {"max_steps": 4, "learning_rate": 5e-3, "epochs": 9}
+    told = figures(run(drawn_order(tiny_model, "full", own, **more), data_dir))
+    packed = rolling._packed
+
+    def silent(drawn: rolling.DrawnTexts, *rest: Any) -> Rollouts:
+        return packed(drawn._replace(answers=[one._replace(nats=[]) for one in drawn.answers]), *rest)
+
+    monkeypatch.setattr(rolling, "_packed", silent)
+    untold = figures(run(drawn_order(tiny_model, "full", own, **more), data_dir, "untold"))
+    for (step, loss, norm, metrics), (_, loss_, norm_, metrics_) in zip(told, untold, strict=True):
+        one, other = dict(metrics), dict(metrics_)
+        assert float(loss) == pytest.approx(float(loss_), abs=1e-4) and float(norm) == pytest.approx(float(norm_), rel=1e-2), step
+        assert one["ratio_std"] == pytest.approx(other["ratio_std"], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_resumed_job_draws_what_it_would_have_drawn(data_dir: Path, tiny_model: Path, updates: int) -> None:
+    """To the bit: killed in the middle of a step, and gone on from the checkpoint before, which may stand between two updates on one batch of
+    answers."""
+    own = {"variant": "dapo", "kl": 0.05, "check_prompts": 3, "updates_per_batch": updates}
+    spec = drawn_order(tiny_model, own=own, max_steps=6, save_steps=2)
     whole, code = WarmTrainer(spec, "whole", 1).run()
     assert code == 0 and len(of(whole, events.Step)) == 6
     trainer = WarmTrainer(spec, "killed", 1)
@@ -311,4 +349,34 @@ def test_a_resumed_job_draws_what_it_would_have_drawn(data_dir: Path, tiny_model
     assert code == 0 and began.resumed_from == 4 and began.exact and not any("Before training" in e.message for e in of(again, events.Log))
     assert figures(said)[:4] + figures(again) == figures(whole)
     one, other = (json.loads(json.dumps(found[-1].evaluation)) for found in (whole, again))  # type: ignore[union-attr]
-    assert one == other
+    assert one == other and weights(again[-1]) == weights(whole[-1])
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1])
+def test_killed_at_any_moment(data_dir: Path, tiny_model: Path, seed: int) -> None:
+    """Killed 25 times by the clock: while answers are drawn or graded, in updates, evaluations and saves. Nothing is lost and nothing comes twice."""
+    own = {"kl": 0.05, "updates_per_batch": 3, "check_prompts": 3}
+    spec = drawn_order(tiny_model, own=own, max_steps=150, epochs=400, save_steps=2, eval_steps=10)
+    whole, code = WarmTrainer(spec, "whole", 1).run()
+    assert code == 0
+    draw, said, kills, attempt = random.Random(seed), list[events.TrainerEvent](), 0, 0
+    while kills < 25:
+        attempt += 1
+        trainer = WarmTrainer(spec, "killed", attempt)
+        killer, some = threading.Timer(draw.uniform(0.3, 2.5), trainer.kill), list[events.TrainerEvent]()
+        for event in trainer:
+            if isinstance(event, events.Started):
+                killer.start()
+            some.append(event)
+        killer.cancel()
+        code, kills = trainer.wait(), kills + 1
+        said += some
+        assert code == -signal.SIGKILL, f"the job ended after {kills} kills: it is too short"
+    again, code = WarmTrainer(spec, "killed", attempt + 1).run()
+    assert code == 0 and of(again, events.Started)[0].exact and of(again, events.Started)[0].resumed_from
+    by_step = {figure[0]: figure for figure in figures(whole)}
+    seen = figures([*said, *again])
+    assert all(by_step[figure[0]] == figure for figure in seen) and {figure[0] for figure in seen} == set(by_step)
+    assert weights(again[-1]) == weights(whole[-1])

@@ -83,6 +83,11 @@ class TrainingObjective(ABC):
         return None
 
     @property
+    def updates(self) -> int:
+        """Steps on the same packs, one after the other."""
+        return 1
+
+    @property
     def step_rows(self) -> Tokenised:
         """The rows that packs number."""
         return self.train if self.played is None else self.played
@@ -98,6 +103,11 @@ class TrainingObjective(ABC):
     @abstractmethod
     def load(self, engine: Compute) -> torch.nn.Module:
         """The model before tuning, as the strategy attaches to it."""
+
+    @property
+    def pack_lengths(self) -> list[int]:
+        """Tokens of each of what packs number."""
+        return self.step_rows.lengths
 
     # What takes a pass over many rows is a generator of the shares that are done (worker/runtime/progress.py).
 
@@ -120,6 +130,13 @@ class TrainingObjective(ABC):
     @abstractmethod
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
         """Over how many losses a step's packs are averaged."""
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the rows that were drawn, where further steps learn from them."""
+        return {}
+
+    def put_back(self, kept: dict[str, torch.Tensor]) -> None:  # noqa: B027
+        """Take up the rows that `kept` gave."""
 
     def frame_of(self, pack: Sequence[int]) -> PackShape | None:
         """The shape that a pack of training rows is padded to; None where each has its own."""

@@ -1,8 +1,9 @@
 """Reinforcement learning: answers are drawn from the model, graded, and made more or less likely by how they compare with others to their prompt.
 
-Policy optimization without a value model, in the variants of `app/objectives/reinforcement.py`. Each step draws its answers with the
-weights that it changes, so the ratio of an answer's probabilities differs from 1 only by how the sampler's arithmetic differs from the
-trainer's; its spread is shown with each step. What a step draws follows from its number, the seed and the weights: a resumed job draws
+Policy optimization without a value model, in the variants of `app/objectives/reinforcement.py`. The first step on a
+batch of answers has the weights that drew them, so the ratio of an answer's probabilities differs from 1 only by how the sampler's arithmetic
+differs from the trainer's; in further steps on it (`updates_per_batch`) it is how far the policy has moved, and is clipped. Its spread is
+shown with each step. What a step draws follows from its number, the seed and the weights: a resumed job draws
 the same answers.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
@@ -20,10 +22,15 @@ import torch
 
 from app import graders
 from app.errors import BadData
+from app.graders import SimulatedTools
 from app.kit import stats
 from app.objectives.reinforcement import PolicyLoss, ReinforcementSettings
 from app.spec import JobSpec
-from worker.data.batching import Batch, make_batch
+from worker.data.answer_form import family
+from worker.data.batching import Batch
+from worker.data.packing import best_fit
+from worker.data.shared_prompts import Bundle, bundles_batch, bundles_of
+from worker.modeling import packed_attention
 from worker.modeling.cross_entropy import head_of
 from worker.modeling.token_logprobs import token_nats
 from worker.runtime import distributed
@@ -33,9 +40,22 @@ from worker.scoring import held_out
 from worker.scoring.metrics import contest
 from worker.training import reward_check, watch
 from worker.training.checkpoint import State
+from worker.training.graded import GradedRows, RowGrades
 from worker.training.objectives._base import EvalResult, LossOutput
 from worker.training.objectives._drawn import DrawnAnswersObjective
-from worker.training.rollouts import FIGURES, MAX_REFILLS, RolloutPrompt, Rollouts, joined, only, rolled
+from worker.training.rollouts import (
+    FIGURES,
+    MAX_REFILLS,
+    Rewarding,
+    RolloutPrompt,
+    Rollouts,
+    drawn_texts,
+    given_answers,
+    joined,
+    only,
+    rolled,
+)
+from worker.training.tool_turns import ToolTalk
 
 MEASURED = (*FIGURES, "kl", "clipped", "log_ratio", "log_ratio_squared", "read")
 """Sums over a step's answers: `FIGURES`, and over their tokens the KL divergence from the base in nats, how many ratios were clipped, the
@@ -112,12 +132,35 @@ class Reinforcement(DrawnAnswersObjective):
         assert isinstance(spec.preference, ReinforcementSettings)
         self.settings, self.grader = spec.preference, graders.parse(spec.preference.grader)
         self.base: np.ndarray | None = None  # log-probabilities under the base, where they are needed
+        self.shares = False  # whether answers to one prompt are packed behind it; known once the model is loaded
         super().__init__(spec, tokenizer)
         self.check: reward_check.RewardCheck | None = None
+        self.talk = self._talk() if self.settings.max_turns > 1 else None
+
+    def _talk(self) -> ToolTalk:
+        """Raises BadData where no tool could be called, or none answered."""
+        if family(self.tokenizer) is None:
+            hint = "Choose the chat template hermes, or a model whose own template writes tool calls."
+            raise BadData("The model's chat template writes no tool calls, so max_turns cannot be above 1.", hint=hint)
+        tools = SimulatedTools(self.settings.tool_source)
+        items = [graders.item_of(one.row.row, one.asked.text, one.asked.reference) for one in self.prompts if one.asked.tools]
+        if not any(tools.answers_for(item) for item in items):
+            what = "results in a column tool_results, and there is no tool_source" if items else "tools"
+            raise BadData(f"No row has {what}, so max_turns cannot be above 1.", hint="Add the column, or leave max_turns out.")
+        most, room = self.settings.answer_tokens, self.longest
+        return ToolTalk(self.tokenizer, self.spec.model.kind, tools, self.settings.max_turns, most, room)
 
     def judging_graders(self) -> list[dict[str, Any]]:
         """The reward, and behind it the others."""
         return [self.settings.grader, *(one for one in self.spec.graders if one != self.settings.grader)]
+
+    def load(self, engine: Compute) -> torch.nn.Module:
+        model = super().load(engine)
+        self.shares = engine.device.type == "cpu" and not self.lead and packed_attention.takes_branches(held_out.plain_model(model))
+        return model
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | ({"shared_prompts": True} if self.shares else {})
 
     # Before training ----------------------------------------------------------------------------------------------------
 
@@ -131,9 +174,8 @@ class Reinforcement(DrawnAnswersObjective):
             return
         draw = random.Random(f"luthier/check/{self.spec.run.seed}")
         asked = draw.sample(self.prompts, min(self.settings.check_prompts, len(self.prompts)))
-        self.check = yield from reward_check.check(
-            model, self.tokenizer, asked, self.settings, self.grader, self.answer, self.spec.run.seed, engine
-        )
+        how = self.rewarding._replace(lead=())  # the strategy is not attached yet
+        self.check = yield from reward_check.check(model, asked, how, self.spec.run.seed, engine)
         reward_check.write(attempt, self.check)
         if not self.check.teaches and not self.settings.despite_check:
             raise BadData(f"Not worth starting: {self.check.why}", hint=self.check.hint)
@@ -164,6 +206,8 @@ class Reinforcement(DrawnAnswersObjective):
             spread = found.spread()
             best = sorted(range(len(spread)), key=lambda group: not spread[group])[: len(prompts)]
             found = only(found, best)
+        if self.updates > 1 and np.isnan(found.nats).any():  # padded models do not tell with which probability they drew
+            found = replace(found, nats=-(yield from self._log_probabilities(model, found, engine, budget)))
         if not self.settings.reads_base:
             return found, None
         with model.disable_adapter():  # type: ignore[operator]  # peft's; `app/planning/reinforcement.py` refuses others
@@ -173,8 +217,12 @@ class Reinforcement(DrawnAnswersObjective):
         self, model: torch.nn.Module, prompts: Sequence[RolloutPrompt], step: int, turn: int, engine: Compute
     ) -> Generator[float, None, Rollouts]:
         seed = (self.spec.run.seed * 1_000_003 + step) * (MAX_REFILLS + 1) + turn
-        found = yield from rolled(model, self.tokenizer, prompts, self.settings, self.grader, self.answer, seed, engine, self.lead)
+        found = yield from rolled(model, prompts, self.rewarding, seed, engine)
         return found
+
+    @property
+    def rewarding(self) -> Rewarding:
+        return Rewarding(self.tokenizer, self.settings, self.grader, self.answer, self.lead, self.talk)
 
     def _log_probabilities(
         self, model: torch.nn.Module, found: Rollouts, engine: Compute, budget: int
@@ -183,12 +231,15 @@ class Reinforcement(DrawnAnswersObjective):
         ends = np.cumsum([0, *counts])
         told = np.zeros(len(found.nats), np.float32)
 
+        bundles = self._bundles(found, budget)
+
         def read(pack: Sequence[int]) -> None:
-            values = self._now(model, make_batch(found.data, pack, engine.device), engine).float().cpu()
-            for row, part in zip(pack, values.split([counts[row] for row in pack]), strict=True):
+            rows = [row for place in pack for row in bundles[place].rows]
+            values = self._now(model, bundles_batch(found.data, [bundles[place] for place in pack], engine.device), engine).float().cpu()
+            for row, part in zip(rows, values.split([counts[row] for row in rows]), strict=True):
                 told[ends[row] : ends[row + 1]] = part
 
-        yield from held_out.reading(model, read, found.data.lengths, budget, engine)
+        yield from held_out.reading(model, read, [bundle.tokens for bundle in bundles], budget, engine)
         return told
 
     def take(self, drawn: tuple[Rollouts, np.ndarray | None], budget: int) -> list[list[int]]:
@@ -197,24 +248,54 @@ class Reinforcement(DrawnAnswersObjective):
         self.take_rollouts(rollouts)
         return self.packs_of_answers(budget)
 
+    def kept(self) -> dict[str, torch.Tensor]:
+        base = {} if self.base is None else {"base": torch.from_numpy(self.base)}
+        return self.rollouts.tensors() | base
+
+    def put_back(self, kept: dict[str, torch.Tensor]) -> None:
+        self.base = kept["base"].numpy() if "base" in kept else None
+        self.take_rollouts(Rollouts.of_tensors(kept))
+
+    @property
+    def updates(self) -> int:
+        return self.settings.updates_per_batch
+
     @property
     def limit(self) -> float:
         """What the sum over an answer's tokens is divided by, where that is not their number."""
         mean = max(1.0, float(self.ends[-1]) / len(self.counts))
         return float(self.settings.answer_tokens) if self.settings.loss.average == "limit" else mean
 
+    def take_rollouts(self, rollouts: Rollouts) -> None:
+        super().take_rollouts(rollouts)
+        self.bundles = bundles_of(rollouts.data, rollouts.groups, 0)
+
+    def _bundles(self, rollouts: Rollouts, budget: int) -> list[Bundle]:
+        """Answers that share their prompt: so few together that a pack of `budget` tokens has parts for two threads."""
+        return bundles_of(rollouts.data, rollouts.groups, budget // 2 if self.shares else 0)
+
+    def packs_of_answers(self, budget: int) -> list[list[int]]:
+        self.bundles = self._bundles(self.rollouts, budget)
+        return best_fit(range(len(self.bundles)), self.pack_lengths, budget)
+
+    @property
+    def pack_lengths(self) -> list[int]:
+        return [bundle.tokens for bundle in self.bundles]
+
     def learnt(self, window: Sequence[Sequence[int]]) -> int:
-        return sum(len(pack) for pack in window)
+        return sum(len(self.bundles[place].rows) for pack in window for place in pack)
 
     def batch(self, pack: Sequence[int], engine: Compute) -> Any:
-        places = self.token_places(pack)
-        figures = self.rollouts.figures() if 0 in pack else torch.zeros(len(FIGURES), dtype=torch.float64)
+        bundles = [self.bundles[place] for place in pack]
+        rows = [row for bundle in bundles for row in bundle.rows]
+        places = self.token_places(rows)
+        figures = self.rollouts.figures() if 0 in rows else torch.zeros(len(FIGURES), dtype=torch.float64)
         old, advantages = (
-            sent(torch.from_numpy(values), engine.device) for values in (-self.rollouts.nats[places], self.rollouts.advantages[list(pack)])
+            sent(torch.from_numpy(values), engine.device) for values in (-self.rollouts.nats[places], self.rollouts.advantages[rows])
         )
         base = None if self.base is None else sent(torch.from_numpy(self.base[places]), engine.device)
-        batch = make_batch(self.step_rows, pack, engine.device)
-        return AnswerBatch(batch, [self.counts[row] for row in pack], old, base, advantages, sent(figures, engine.device))
+        batch = bundles_batch(self.step_rows, bundles, engine.device)
+        return AnswerBatch(batch, [self.counts[row] for row in rows], old, base, advantages, sent(figures, engine.device))
 
     def _now(self, model: torch.nn.Module, batch: Batch, engine: Compute) -> torch.Tensor:
         hidden = held_out.hidden_states(model, batch, engine)
@@ -259,7 +340,7 @@ class Reinforcement(DrawnAnswersObjective):
         first of the others: the reward is what is optimized, and judges nothing."""
         yield 0.0
         assert self.graded is not None
-        self.newest = yield from self.graded.measuring(model, engine, self.lead, self.answer)
+        self.newest = yield from self._graded_answers(model, self.graded, engine)
         means, first, faults = self.newest.means, self.newest.first, self.newest.faults
         known = [score for score in first if score is not None]
         reward = sum(known) / max(len(known), 1)
@@ -269,6 +350,15 @@ class Reinforcement(DrawnAnswersObjective):
         other = [score for score in self.newest.others[0] if score is not None] if self.newest.others else []
         value = 1 - fmean(other) if other else None
         return EvalResult({"loss": 1 - reward, "reward": reward, **rest}, rows, first, faults, value)
+
+    def _graded_answers(self, model: torch.nn.Module, graded: GradedRows, engine: Compute) -> Generator[float, None, RowGrades]:
+        """The grades of the likeliest answers; of whole conversations where tools answer."""
+        if self.talk is None:
+            return (yield from graded.measuring(model, engine, self.lead, self.answer))
+        prompts = [RolloutPrompt(*row) for row in graded.rows]
+        drawn = yield from drawn_texts(model, self.tokenizer, prompts, self.settings, None, engine, self.lead, self.talk)
+        found = yield from graded.grades_of(given_answers(prompts, drawn.answers), self.answer)
+        return found._replace(answers=[one.shown for one in drawn.answers])
 
     def _contest(self, state: State, *_: Any) -> dict[str, Any]:
         """The rewards of the held-out prompts, before and after, where both answers have one."""
