@@ -8,6 +8,7 @@
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
 
 SHELL := /bin/bash
+TRITON := .triton
 # The machine's own python3 where it is new enough, else a newer one beside it.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
@@ -92,7 +93,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(TRITON) build dist *.egg-info
 
 # A stamp is written when the step before it succeeded, so a second call does nothing.
 
@@ -109,6 +110,8 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing packages; the first time takes a few minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[embedded,gpu,export,onnx,oidc,otel,test]'
+	@# For the test of a kernel, in a folder of its own: torch's builds for the CPU come without it, and would use it.
+	@test -d $(TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) 'triton==3.7.*' || rm -rf $(TRITON)
 	@touch $@ $(VENV)/.installed
 
 # Chromium: the one that is there; as root on Debian by apt; else Playwright's own.
