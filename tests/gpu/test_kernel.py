@@ -52,7 +52,8 @@ assert abs(float(total.detach() - wanted.detach()) / float(wanted.detach())) < 2
 
 
 @pytest.mark.skipif(
-    find_spec("triton") is None and not FOLDER.is_dir(), reason="Triton is not installed: make test does it, on processors that it has wheels for"
+    find_spec("triton") is None and not FOLDER.is_dir(),
+    reason="Triton is not installed: make test does it, on processors that it has wheels for",
 )
 @pytest.mark.parametrize("program", [KERNEL, LOSS], ids=["the kernel", "the loss around it"])
 def test_the_kernel_gives_the_loss_and_its_gradient(program: str) -> None:

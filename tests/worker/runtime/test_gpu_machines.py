@@ -131,6 +131,7 @@ def test_answers_do_not_wait_for_plans_of_an_attention():
 def test_values_of_a_joint_product_do_not_keep_queries_and_keys(monkeypatch):
     """On a GPU the attention keeps what it is given until the backward pass."""
     given = []
+    monkeypatch.setattr(packed_attention, "_repeats", False)
     monkeypatch.setattr(packed_attention, "varlen_attn", lambda q, k, v, *rest, **more: given.append((q, k, v)) or q)
     joint = torch.randn(1, 6, 32, dtype=torch.bfloat16)
     query, key, value = (part.view(1, 6, -1, 8).transpose(1, 2) for part in joint.split([16, 8, 8], -1))
