@@ -184,6 +184,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
     run = job.spec["run"] if job is not None and trained_on else {}
     shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
+    own_seed = {"seed": order.seed} if order.seed not in (None, run.get("seed")) else {}
     return EvaluationSpec(
         kind=order.kind,
         task=task,
@@ -193,7 +194,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         rows=order.rows or ROWS[order.kind],
         part=part,
         validation_fraction=order.validation_fraction or run.get("validation_fraction") or held_out_share(dataset.good_rows),
-        split=Split.model_validate(job.spec["split"]) if trained_on and job is not None and job.spec.get("split") else None,
+        split=Split.model_validate(job.spec["split"] | own_seed) if trained_on and job is not None and job.spec.get("split") else None,
         max_length=order.max_length,
         answers=order.answers,
         answer_tokens=order.answer_tokens,
