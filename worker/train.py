@@ -200,6 +200,9 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         if unjudged and (course.saves(state.step) or (run.load_best and state.best_step == state.step)):
             yield save(job)
     world.wait()
+    if state.step and state.step == control.pause_at:  # the attempt before died after it had saved this step
+        control.stopped = True
+        return
     backend.start(world)
     packs = course.packs(job.lesson, state.step * run.passes)
     late: deque[tuple[events.Step, AsyncScalars]] = deque()

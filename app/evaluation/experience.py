@@ -98,5 +98,5 @@ def _sentence(group: list[PastRun]) -> str:
     by = human_percent(abs(gain)) if METRICS[metric].lower_is_better else f"{abs(gain) * 100:.1f} points"
     said = f"Measured here: {plural(len(group), 'run')} on {WHERE[group[0].nearness]} {moved} {judged_by(metric)} by {by}"
     said += " (median)" if len(group) > 1 else ""
-    forgot = [run.forgot for run in group if is_number(run.forgot)]
-    return f"{said}, with general ability {ability(statistics.median(forgot))}." if forgot else f"{said}."  # type: ignore[type-var]
+    forgot = [run.forgot for run in group if run.forgot is not None]
+    return f"{said}, with general ability {ability(statistics.median(forgot))}." if forgot else f"{said}."

@@ -114,7 +114,7 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
     import torch
 
     for part in (*model.modules(), *model.parameters(), *model.buffers()):
-        part._is_hf_initialized = False  # type: ignore[union-attr,assignment]  # transformers leaves alone what it has loaded
+        part.__dict__["_is_hf_initialized"] = False  # transformers leaves alone what it has loaded
     at = next(model.parameters()).device
     with torch.random.fork_rng() if at.type == "cpu" else torch.random.fork_rng([at], device_type=at.type):
         torch.manual_seed(seed)

@@ -162,6 +162,18 @@ def test_a_diverged_trial_is_left_out_and_three_end_the_search(session, user, ti
     assert session.scalar(select(func.count()).select_from(Job)) == 3
 
 
+def test_a_trial_that_a_person_resumes_at_its_rung_goes_on_to_the_end(session, user, tiny_registered, chats):
+    create(session, user, body(chats))
+    job = session.scalars(select(Job)).one()
+    train(session, job)
+    assert (job.status, job.step) == ("paused", job.pause_at)
+    jobs.resume(session, user, job.id)
+    session.commit()
+    assert job.pause_at is None
+    train(session, job)
+    assert job.status == "succeeded"
+
+
 def test_a_limit_of_the_person_makes_it_wait(session, user, tiny_registered, chats, monkeypatch):
     from app import limits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from app.db import transaction
 from app.kit import ids
@@ -36,6 +36,13 @@ def test_trials_pause_where_they_are_compared_and_go_on_exactly(session, user, d
     }  # fmt: skip
     search = searches.create(session, user, searches.read_order(order))
     session.commit()
+    first = session.scalars(select(Job)).one()
+    train_attempt.work(first.id)
+    session.execute(update(Job).values(status="queued"))  # as if the attempt had died before its end was recorded
+    session.commit()
+    train_attempt.work(first.id)
+    session.refresh(first)
+    assert (first.status, first.step, first.attempt) == ("paused", first.trial["rungs"][0], 2), "it pauses there again, without a step"
     for _ in range(12):
         for job in queued(search.id):
             train_attempt.work(job)
@@ -48,7 +55,7 @@ def test_trials_pause_where_they_are_compared_and_go_on_exactly(session, user, d
     best = next(entry for entry in said["data"] if entry["number"] == said["winner"])
     winner = session.get_one(Job, ids.parse(ids.JOB, best["job"]))
     steps = {e.data["step"] for e in session.scalars(select(Event).where(Event.job_id == winner.id, Event.type == "stopped"))}
-    assert winner.attempt == 3 and steps == set(winner.trial["rungs"]), "it paused at its rungs, and nowhere else"
+    assert winner.attempt - (winner.id == first.id) == 3 and steps == set(winner.trial["rungs"]), "it paused at its rungs, and nowhere else"
     taken = [
         e.data["step"] for e in session.scalars(select(Event).where(Event.job_id == winner.id, Event.type == "step").order_by(Event.id))
     ]
