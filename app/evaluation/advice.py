@@ -125,7 +125,7 @@ def advise(
         tune=tune,
         cards=chosen,
         steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, offered),
-        details=advisor.details(ranking, [card.sentence for card in chosen]),
+        details=advisor.details(ranking),
         groups=advisor.groups(ranking),
         ranking=ranking,
         rules=advisor.rules(ranking),

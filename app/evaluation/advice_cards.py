@@ -133,7 +133,7 @@ def _settings(a: Advice, facts: Facts, whole: WholeRun, longer: bool) -> list[Ca
     if strategy.recipe != "features":
         rate = usual_learning_rate(strategy, facts.task, run.optimizer)
         step = f"{human_number(run.max_tokens_per_step)} tokens" if run.max_tokens_per_step else f"{human_number(run.batch_size)} rows"
-        found = [("Epochs", human_number(run.epochs)), ("Learning rate", as_text(run.learning_rate or rate)), ("A step", step), *found]
+        found = [("Epochs", as_text(run.epochs)), ("Learning rate", as_text(run.learning_rate or rate)), ("A step", step), *found]
     return [CardSetting(name=name, value=str(value)) for name, value in found]
 
 

@@ -6,11 +6,11 @@ each reason, so a reader can follow how the order came about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from pydantic import BaseModel, Field, PrivateAttr
 
-from app.kit.humanize import human_count
+from app.kit.humanize import human_bytes, human_count, human_seconds
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._advice import FAMILIES, Facts, Reason, by_nature
@@ -73,6 +73,7 @@ class AdviceDetail(BaseModel):
     strategy: str
     title: str
     score: int
+    above: int = Field(description="of the score, the points of reasons that were said of an earlier one")
     speaks_for: list[AdviceRule]
     against: list[AdviceRule]
     difference: str | None
@@ -119,10 +120,9 @@ def rules(ranking: list[Advice]) -> list[AdviceRule]:
     return sorted(shared, key=lambda rule: -abs(rule.points))
 
 
-def details(ranking: list[Advice], told: Iterable[str] = ()) -> list[AdviceDetail]:
-    """The first places in full. A sentence that holds for several is said once, of the first of them, and not at all where it was `told`
-    before."""
-    said, found, holds = set(told), [], dict[Reason, list[str]]()
+def details(ranking: list[Advice]) -> list[AdviceDetail]:
+    """The first places in full. A sentence that holds for several is said once, of the first of them."""
+    said, found, holds = set[str](), [], dict[Reason, list[str]]()
     for advice in ranking:
         for reason in advice._weighed:
             holds.setdefault(reason, []).append(advice.strategy)
@@ -133,6 +133,7 @@ def details(ranking: list[Advice], told: Iterable[str] = ()) -> list[AdviceDetai
         found.append(
             AdviceDetail(
                 strategy=advice.strategy, title=advice.title, score=advice.score, difference=advice.difference,
+                above=advice.score - sum(r.points for r in fresh),
                 speaks_for=[r for r in every if r.points > 0], against=[r for r in every if r.points < 0],
             )
         )  # fmt: skip
@@ -206,6 +207,18 @@ def _one(
 def _by_cost(strategy: Strategy, facts: Facts, cost: CostEstimate | None) -> list[Reason]:
     if cost is None:
         return []
+    return [*_by_room(strategy, facts, cost), *_by_time(cost)]
+
+
+def _by_time(cost: CostEstimate) -> list[Reason]:
+    return (
+        []
+        if cost.seconds is None
+        else [Reason(1, f"It takes about {human_seconds(cost.seconds)} and {human_bytes(cost.memory_bytes)} here.")]
+    )
+
+
+def _by_room(strategy: Strategy, facts: Facts, cost: CostEstimate) -> list[Reason]:
     share = cost.memory_bytes / facts.memory_bytes
     needs = f"{_gb(cost.memory_bytes)} of {_gb(facts.memory_bytes)}"
     if share > TIGHT:

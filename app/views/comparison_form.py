@@ -225,7 +225,7 @@ def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
 def _datasets(form: CompareForm, asked: Sequence[str]) -> list[Dataset]:
     """The datasets that are checked; initially the chosen one and another for the same task."""
     if form.typed.get("shown") != form.kind and not asked:
-        return [d for d in form.datasets if form.dataset and d.task == form.dataset.task][:2]
+        return sorted(form.datasets, key=lambda d: form.dataset is None or d.task != form.dataset.task)[:2]
     found = [d for d in form.datasets if ids.public(ids.DATASET, d.id) in asked]
     if len(found) < len(set(asked)):
         form.errors["dataset"] = "One of the datasets is not there or not ready. It may have been deleted; choose another."
@@ -264,7 +264,8 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
     reasons = {r["strategy"]: r["reason"] for r in plan.refused}
     advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
     fits = [name for name in STRATEGIES if costs[name] and (name not in reasons or form.several)]
-    checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
+    were_shown = form.typed.get("shown") == form.kind and not form.typed.get("no_methods")
+    checked = form.asked if were_shown or form.asked else _by_default(form.kind, fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
         form.picks.append(StrategyOption(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))

@@ -105,7 +105,19 @@ def test_random_weights_are_put_next_to_the_tuned_ones(session, user, two, chats
 
 def test_a_matrix_is_chosen_in_the_form(client, session, user, two, chats, kinds):
     first = client.get("/compare/new", params={"kind": "matrix"})
-    assert first.text.count('name="on"') == 2 and "Choose at least two datasets" in words(first), "one of each task"
+    assert first.text.count('name="on"') == 2 and "Start 4 runs" in words(first), (
+        "two base models on two datasets with the recommended method"
+    )
+    one = client.get("/compare/new", params={"kind": "matrix", "shown": "matrix", "on": ids.public(ids.DATASET, chats.id), "base": "tiny"})
+    assert "Choose at least two datasets" in words(one) and 'name="no_methods"' in one.text
+    again = {
+        "kind": "matrix",
+        "shown": "matrix",
+        "no_methods": "yes",
+        "base": "tiny",
+        "on": [ids.public(ids.DATASET, d.id) for d in (chats, kinds)],
+    }
+    assert "Start 2 runs" in words(client.get("/compare/new", params=again)), "methods that were not shown were not unchecked"
     keys = [ids.public(ids.DATASET, one.id) for one in (chats, kinds)]
     sent = {"kind": "matrix", "shown": "matrix", "on": keys, "base": ["tiny", "wide"], "strategy": ["lora"], "from_nothing": "true"}
     both = client.get("/compare/new", params=sent, headers={"hx-request": "true"})

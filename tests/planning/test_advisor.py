@@ -97,8 +97,8 @@ def test_the_first_places_are_told_in_full_and_the_others_by_family_without_a_se
     sentences = [r.text for one in told for r in (*one.speaks_for, *one.against)] + own
     sentences += [one.difference for one in told if one.difference] + [g.difference for g in folded]
     assert len(sentences) == len(set(sentences)) > 15
-    again = details(found, [chosen[0].sentence])
-    assert chosen[0].sentence not in [r.text for one in again for r in (*one.speaks_for, *one.against)]
+    assert all(one.score == one.above + sum(r.points for r in (*one.speaks_for, *one.against)) for one in told), "every point is told"
+    assert told[0].above == 0 and chosen[0].sentence in [r.text for r in told[0].speaks_for]
     assert found[0].difference is None and "as many parameters as LoRA" in found[1].difference
 
 

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.browser
 def test_a_search_is_ordered_and_followed_to_its_winner(page: Page, served: str, session, user, tiny_registered, chats, tmp_path: Path):
     page.goto(f"{served}/searches/new")
     expect(page.locator("#before")).to_contain_text("Total time")
-    page.get_by_label("Trials").fill("4")
-    page.get_by_label("Epochs").fill("3")
-    page.get_by_label("Rank").fill("4, x")
+    page.get_by_label("Trials", exact=True).fill("4")
+    page.get_by_label("Epochs", exact=True).fill("3")
+    page.get_by_label("Rank", exact=True).fill("4, x")
     expect(page.locator("#before")).to_contain_text("4, x is no list of numbers")
     look_at(page, "search-new-wrong", tmp_path)
-    page.get_by_label("Rank").fill("4, 8")
+    page.get_by_label("Rank", exact=True).fill("4, 8")
     expect(page.locator("#start")).to_be_enabled()
     look_at(page, "search-new", tmp_path)
     page.locator("#start").click()
@@ -53,6 +53,8 @@ def test_a_search_is_ordered_and_followed_to_its_winner(page: Page, served: str,
 @pytest.mark.long
 def test_a_matrix_and_a_size_curve(page: Page, served: str, session, user, two, chats, kinds, tmp_path: Path):
     page.goto(f"{served}/compare/new?kind=matrix")
+    page.locator("input[name=on]").nth(1).uncheck()
+    expect(page.locator("#start")).to_be_disabled()
     page.locator("input[name=on]").nth(1).check()
     expect(page.locator("#start")).to_be_enabled()
     look_at(page, "matrix-new", tmp_path)
