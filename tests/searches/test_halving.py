@@ -72,7 +72,7 @@ def test_a_repetition_that_is_worse_lets_the_next_lead_and_that_is_repeated_too(
 
 
 def test_the_time_decides_how_many_are_tried_and_is_kept():
-    losses = {number: 1 / number for number in range(1, 40)}
+    losses = {number: 1 / number for number in range(1, 41)}
     for limit in (20.0, 30.0, 60.0, 120.0):
         wanted = halving.affordable(Budget(0.0, 9.0, limit), 40)
         _, end, used, _ = play(losses, wanted, limit=limit)
