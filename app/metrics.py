@@ -93,6 +93,12 @@ def in_text(name: str) -> str:
     return title.lower() if title.capitalize() == title else title
 
 
+def judged_by(name: str) -> str:
+    """A metric as the column of a comparison calls it, inside a sentence: `validation loss`."""
+    column = METRICS[name].column
+    return column.lower() if column else in_text(name)
+
+
 ABILITY = {
     "gained": "improved",
     "within noise": "no significant change",

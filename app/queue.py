@@ -41,11 +41,12 @@ EXPORT = "luthier.export"
 MAIL = "luthier.mail"
 WEBHOOK = "luthier.webhook"
 TRACK = "luthier.track"
+SEARCH = "luthier.search"
 
 ROUTES = {
     TRAIN: "train", EVALUATE: "evaluate", READ: "data", INSPECT: "data", FETCH: "import", EXAMINE: "import",
     GENERATE: "generate", PROMPT: "generate", DISTILL: "generate", PREDICT: "generate", EXPORT: "export", MAIL: "data", WEBHOOK: "data",
-    TRACK: "data",
+    TRACK: "data", SEARCH: "data",
 }  # fmt: skip
 """Task → queue. Each queue is read by workers of its own, so that long training never delays a short task, and slow or endless
 model imports delay no upload. Evaluations are also read by train workers that have nothing else to do."""

@@ -101,11 +101,13 @@ def _reap(session: Session) -> None:
     from app.models import exports
     from app.models import imports as model_imports
     from app.prompts import runs as prompt_runs
+    from app.searches import service as searches
     from app.tracking import service as tracking
     from app.webhooks import service as webhooks
 
     for service in (
         jobs,
+        searches,
         evaluations,
         ingest_task,
         inspections,

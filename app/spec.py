@@ -74,6 +74,17 @@ class Split(_Frozen):
         "random", description="At random; every label in its share; or whole groups of a column at a time."
     )
     column: str | None = Field(None, max_length=200, description="The column whose values are the groups, or the labels.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**31 - 1,
+        description="Seed of the split alone, for runs with other seeds on the same validation rows. Empty takes the run's.",
+        exclude_if=lambda seed: seed is None,
+    )
+
+    def seeded(self, seed: int) -> int:
+        """The seed that decides the split of a run with this one."""
+        return seed if self.seed is None else self.seed
 
 
 class AskedModel(_Frozen):
@@ -114,6 +125,11 @@ class JobSpec(_Frozen):
         return given
 
     @property
+    def split_seed(self) -> int:
+        """The seed that decides which rows are held out."""
+        return self.split.seeded(self.run.seed) if self.split else self.run.seed
+
+    @property
     def learning_rate(self) -> float:
         """The maximum learning rate of the job: as configured, or the strategy's default for the task and the optimizer."""
         return self.run.learning_rate or usual_learning_rate(self.strategy, self.task, self.run.optimizer)
@@ -121,4 +137,5 @@ class JobSpec(_Frozen):
 
 def usual_learning_rate(strategy: Strategy | type[Strategy], task: str, optimizer: str = "adamw") -> float:
     """The default learning rate."""
-    return strategy.learning_rate_for(task) * OPTIMIZERS.get(optimizer, OPTIMIZERS["adamw"]).rate
+    own = strategy.rate_factor() if isinstance(strategy, Strategy) else 1.0
+    return strategy.learning_rate_for(task) * own * OPTIMIZERS.get(optimizer, OPTIMIZERS["adamw"]).rate

@@ -140,6 +140,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     from app.models import aliases
     from app.prompts import runs as prompt_runs
     from app.prompts import service as prompts
+    from app.searches import service as searches
     from app.tables import Vote
     from app.web import projects
     from tests import lives
@@ -170,6 +171,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
     session.commit()
     for one in comparisons.jobs_of(session, compared)[:2]:
         ended(lives.Life(session, one))
+    searched = searches.create(session, user, searches.read_order({name: order[name] for name in ("model", "dataset_id")}))
     prompt, version = prompts.create(session, user, "Classify", prompts.PromptBody(template="{{input}}"))
     run = prompt_runs.create(session, user, version, model.name, data["shop-questions"], prompt_runs.RunOrder(rows=5))
     score = evaluations.create(session, user, evaluations.EvaluationRequest(model=model.name, dataset_id=key["support-replies"], rows=5))
@@ -194,6 +196,7 @@ def seed(session: Any, user: Any, data_dir: Path) -> dict[str, dict[str, str]]:
         "/aliases/{alias:path}": {"": "support-bot"},
         "/models/{key}": {"base": ids.public(ids.MODEL, model.id)},
         "/compare/{comparison_id}": {"": ids.public(ids.COMPARISON, compared.id)},
+        "/searches/{search_id}": {"": ids.public(ids.SEARCH, searched.id)},
         "/evaluations/{evaluation_id}": {"": ids.public(ids.EVALUATION, score.id)},
         "/playground/vectors/{key}": {"": ids.public(ids.EVALUATION, vectors.id)},
         "/playground/prompts/{prompt_id}": {"": ids.public(ids.PROMPT, prompt.id)},

@@ -20,6 +20,7 @@ from app.queue import (
     PREDICT,
     PROMPT,
     READ,
+    SEARCH,
     TRACK,
     TRAIN,
     WEBHOOK,
@@ -161,3 +162,12 @@ def track(key: str) -> None:
     from app.tracking import sending
 
     sending.send(uuid.UUID(key))
+
+
+@looks_at(SEARCH)
+def search(key: str) -> None:
+    from app.db import transaction
+    from app.searches import service as searches
+
+    with transaction() as session:
+        searches.advance(session, uuid.UUID(key))

@@ -53,6 +53,8 @@ class StopSignals:
     stop: bool = False
     save: bool = False
     stopped: bool = False
+    pause_at: int | None = None
+    """The step after which it stops by itself."""
 
 
 @dataclass
@@ -121,6 +123,7 @@ def train(
     course = course_of(lesson, engine)
     yield from (_log("warn", text) for text in lesson.remarks())
     model = lesson.load(engine)
+    strategy.initialize(model, run.seed)
     fused_layers.patch_layers(model, engine.device)
     if not found:
         state.base_answers = lesson.base_answers(model, engine)
@@ -199,6 +202,9 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
         if unjudged and (course.saves(state.step) or (run.load_best and state.best_step == state.step)):
             yield save(job)
     world.wait()
+    if state.step and state.step == control.pause_at:  # the attempt before died after it had saved this step
+        control.stopped = True
+        return
     backend.start(world)
     packs = course.packs(job.lesson, course.position(state.step) * run.passes)
     late: deque[tuple[events.Step, AsyncScalars]] = deque()
@@ -221,7 +227,7 @@ def _steps(job: TrainState, control: StopSignals) -> Iterator[events.TrainerEven
                 "warn", f"The compiler gave up on {missed} pieces of the model; they run as they are. `luthier doctor` may show why."
             )
         # Wishes are only ever added to what was heard: one may come while the others are asked.
-        stop, saving = world.agree(control.stop, control.save)
+        stop, saving = world.agree(control.stop or state.step == control.pause_at, control.save)
         due = course.due(state.step) or bool(state.stop_reason)
         if due or course.saves(state.step) or saving or stop:
             while late:

@@ -9,29 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
 from app import metrics, objectives
 from app.datasets import inspections
 from app.datasets import service as datasets
 from app.errors import Conflict
+from app.evaluation import experience, train_queue
 from app.evaluation import service as evaluations
-from app.evaluation import train_queue
-from app.evaluation.advice_cards import AdviceStep, Card, cards, steps
+from app.evaluation.advice_cards import AdviceStep, Card, OtherModel, WholeRun, cards, longer, steps
 from app.jobs.defaults import usual_run
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_count, human_number
 from app.machines import heartbeats
+from app.models import from_nothing
 from app.models import service as models
 from app.planning import advisor, duration, feasibility
-from app.planning.advisor import Advice, AdviceRule, CostEstimate
+from app.planning.advisor import Advice, AdviceDetail, AdviceGroup, AdviceRule, CostEstimate
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec, ModelRef
 from app.strategies import STRATEGIES, _advice
 from app.strategies._advice import Facts
-from app.tables import JSON, Dataset, Evaluation, User
+from app.tables import JSON, Dataset, Evaluation, Model, User
 
 
 class ShownFact(BaseModel):
@@ -70,18 +71,28 @@ class Advised(BaseModel):
     tune: Tune
     cards: list[Card]
     steps: list[AdviceStep]
+    details: list[AdviceDetail] = Field(description="The first places in full; no sentence comes twice.")
+    groups: list[AdviceGroup] = Field(description="The places behind them, by family.")
     ranking: list[Advice]
     rules: list[AdviceRule]
     evaluation: JSON | None = None
     how_to_measure: str | None = None
 
+    @property
+    def further(self) -> list[AdviceRule]:
+        """The rules that neither a card nor a detail has said."""
+        said = {card.sentence for card in self.cards} | {r.text for d in self.details for r in (*d.speaks_for, *d.against)}
+        return [rule for rule in self.rules if rule.text not in said]
+
 
 HOW_TO_MEASURE = "Send the same request with measure set to true: the base model is then tested on validation rows, zero-shot and few-shot."
 
 
-def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
-    """The advice. Raises NotFound for the model, Conflict while the dataset is being parsed, BadField for run settings that are
-    not supported here."""
+def advise(
+    session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None, *, others: bool = True
+) -> Advised:
+    """The advice; `others` looks at other models too. Raises NotFound for the model, Conflict while the dataset is being parsed, BadField for
+    run settings that are not supported here."""
     asked = dict(run or {})
     settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
     feasibility.refuse_device(settings, heartbeats.training_machine(device=settings.device))
@@ -93,10 +104,18 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     facts = facts_of(dataset, result, settings.device)
     why_not = feasibility.why_not_tuned(resolved.ref, facts.task)
     costs = {} if why_not else costs_of(session, resolved.ref, dataset, facts, settings)
-    ranking = advisor.advise(facts, resolved.ref.shape, costs, why_not)
+    past = experience.reasons(session, user, resolved.model.id, dataset, facts.task)
+    ranking = advisor.advise(facts, resolved.ref.shape, costs, why_not, past)
     tune = should_tune(facts, result)
     if result and not why_not:
-        tune.changed = changed(ranking, advisor.advise(facts_of(dataset, None, settings.device), resolved.ref.shape, costs))
+        untested = facts_of(dataset, None, settings.device)
+        tune.changed = changed(ranking, advisor.advise(untested, resolved.ref.shape, costs, past=past))
+    offered = models.offered(session, user)
+    whole = WholeRun(
+        resolved.model, resolved.ref.shape.parameters(), settings, longer(resolved.ref.shape, dataset, settings),
+        _others(session, resolved.model, offered, dataset, facts, settings) if others else [],
+    )  # fmt: skip
+    chosen = cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id), whole)
     return Advised(
         model=resolved.model.name,
         dataset=dataset.name,
@@ -104,13 +123,34 @@ def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
         facts=facts,
         shown=show(facts, resolved.ref.shape),
         tune=tune,
-        cards=cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id)),
-        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, models.offered(session, user)),
+        cards=chosen,
+        steps=steps(resolved.model, resolved.ref.shape, dataset, facts, settings, offered),
+        details=advisor.details(ranking),
+        groups=advisor.groups(ranking),
         ranking=ranking,
         rules=advisor.rules(ranking),
         evaluation=train_queue.evaluation_json(session, measured) if measured else None,
         how_to_measure=HOW_TO_MEASURE if measured is None or measured.status == "failed" else None,
     )
+
+
+def _others(session: Session, model: Model, offered: list[Model], dataset: Dataset, facts: Facts, run: RunSettings) -> list[OtherModel]:
+    """The next smaller and the next larger base model of the same kind, each with the ranking for it."""
+    sized = [
+        (Shape.model_validate(one.shape).parameters(), one)
+        for one in offered
+        if one.status == "ready" and one.kind == model.kind and one.job_id is None and one.shape and one.id != model.id
+        and not one.answered_elsewhere and not from_nothing.is_blank(one)
+    ]  # fmt: skip
+    own = Shape.model_validate(model.shape).parameters()
+    smaller = max((one for one in sized if one[0] < own), key=lambda one: one[0], default=None)
+    larger = min((one for one in sized if one[0] > own), key=lambda one: one[0], default=None)
+    found = []
+    for parameters, one in filter(None, (smaller, larger)):
+        ref = models.reference(session, one)
+        if feasibility.why_not_tuned(ref, facts.task) is None:
+            found.append(OtherModel(one, parameters, advisor.advise(facts, ref.shape, costs_of(session, ref, dataset, facts, run))))
+    return found
 
 
 def changed(ranking: list[Advice], before: list[Advice]) -> str:

@@ -4,41 +4,78 @@ Pure: a function of the ranking, the facts and the report of the dataset."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import urlencode
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from app.kit import ids
-from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds
+from app.kit.forms import as_text
+from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds, plural
 from app.metrics import in_text
 from app.objectives import OBJECTIVES
 from app.planning.advisor import Advice, CostEstimate
 from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.spec import SILENT
-from app.strategies import _advice
+from app.spec import SILENT, usual_learning_rate
+from app.strategies import STRATEGIES, _advice
 from app.strategies._advice import Facts
 from app.tables import Dataset, Model
 
+Kind = Literal["recommended", "cheaper", "stronger"]
 CHEAPER = 0.9
 """A cheaper choice needs at most this share of the memory or the time of the recommended one, and no more of the other."""
 STRONGER = 1.5
 """A stronger choice has at least this many times its trainable parameters."""
 KEPT = 0.97
 """The recommended max sequence length truncates at most the remaining share of the rows."""
+ENOUGH_ROWS, SHOWN_CLASSES = 300, 3
+"""Rows to aim at where there are few; small classes that are named."""
 ENCODER = ("all-minilm-l6-v2", "all-MiniLM-L6-v2")
 
 
-class Card(BaseModel):
-    """One choice: a method, or a prompt alone where that was tested and is enough (`strategy` is null then)."""
+class CardSetting(BaseModel):
+    """One setting of a run that a card recommends."""
 
-    kind: Literal["recommended", "cheaper", "stronger"]
+    name: str
+    value: str
+
+
+class Card(BaseModel):
+    """One choice: a whole run, or a prompt alone where that was tested and is enough (`strategy` is null then)."""
+
+    kind: Kind
+    model: str = Field(description="The base model.")
     strategy: str | None
     title: str
     sentence: str
+    settings: list[CardSetting] = Field(default_factory=list)
+    memory_bytes: int | None = None
+    seconds: float | None = None
     label: str
     url: str
+
+
+class OtherModel(NamedTuple):
+    """A base model that could be taken instead, with the ranking for it."""
+
+    model: Model
+    parameters: int
+    ranking: list[Advice]
+
+    @property
+    def best(self) -> Advice | None:
+        return next((a for a in self.ranking if a.available and a.cost), None)
+
+
+class WholeRun(NamedTuple):
+    """What a card says besides its method: the model that was asked about, its settings, and other models that suit the data."""
+
+    model: Model
+    parameters: int
+    run: RunSettings
+    length: int | None = None  # the recommended max length, where it is not the run's
+    others: Sequence[OtherModel] = ()  # by parameters
 
 
 class AdviceStep(BaseModel):
@@ -53,31 +90,78 @@ class AdviceStep(BaseModel):
 # Cards ----------------------------------------------------------------------------------------------------------------
 
 
-def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str) -> list[Card]:
-    """The recommended choice first; a cheaper and a stronger one where there are such."""
+def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str, whole: WholeRun | None = None) -> list[Card]:
+    """The recommended run first; a cheaper and a stronger one where there are such: by another method, else by another model."""
     usable = [a for a in ranking if a.available]
     if not usable:
         return []
     best = usable[0]
 
-    def card(kind: Literal["recommended", "cheaper", "stronger"], a: Advice, sentence: str) -> Card:
-        url = f"/jobs/new?{urlencode({'model': model, 'dataset': dataset_id, 'strategy': a.strategy})}"
-        return Card(kind=kind, strategy=a.strategy, title=a.title, sentence=sentence, label="Use this method", url=url)
+    def card(kind: Kind, a: Advice, sentence: str, other: OtherModel | None = None) -> Card:
+        named = other.model.name if other else model
+        asked = {"model": named, "dataset": dataset_id, "strategy": a.strategy}
+        if whole and whole.length and a.strategy == best.strategy and other is None:
+            asked["run.max_length"] = str(whole.length)
+        return Card(
+            kind=kind, model=named, strategy=a.strategy, title=a.title, sentence=sentence, label="Use this method", url=f"/jobs/new?{urlencode(asked)}",
+            settings=_settings(a, facts, whole, "run.max_length" in asked) if whole else [],
+            memory_bytes=a.cost.memory_bytes if a.cost else None, seconds=a.cost.seconds if a.cost else None,
+        )  # fmt: skip
 
     if _advice.worth_tuning(facts) is False and facts.how != "vectors":
-        return [_prompt(facts, dataset_id), card("stronger", best, "The best method if that is not good enough: " + _lower(_why(best)))]
+        return [
+            _prompt(facts, model, dataset_id),
+            card("stronger", best, "The best method if that is not good enough: " + _lower(_why(best))),
+        ]
     found = [card("recommended", best, _why(best))]
     if cheaper := next((a for a in usable[1:] if _is_cheaper(a.cost, best.cost)), None):
         found.append(card("cheaper", cheaper, _less(cheaper, best)))
+    elif whole and (smaller := _other(whole, larger=False)) and smaller.best:
+        found.append(card("cheaper", smaller.best, _other_size(smaller, whole, best), smaller))
     if stronger := next((a for a in usable[1:] if _is_stronger(a.cost, best.cost)), None):
         found.append(card("stronger", stronger, _more(stronger, best)))
+    elif whole and (larger := _other(whole, larger=True)) and larger.best:
+        found.append(card("stronger", larger.best, _other_size(larger, whole, best), larger))
     return found
 
 
-def _prompt(facts: Facts, dataset_id: str) -> Card:
+def _settings(a: Advice, facts: Facts, whole: WholeRun, longer: bool) -> list[CardSetting]:
+    """The settings of the run as its form has them; a classifier that is fitted on vectors has none of these but the length."""
+    run, strategy = whole.run, STRATEGIES[a.strategy]
+    length = whole.length if longer and whole.length else run.max_length
+    found = [("Max length", f"{human_number(length)} tokens")]
+    if strategy.recipe != "features":
+        rate = usual_learning_rate(strategy, facts.task, run.optimizer)
+        step = f"{human_number(run.max_tokens_per_step)} tokens" if run.max_tokens_per_step else f"{human_number(run.batch_size)} rows"
+        found = [("Epochs", as_text(run.epochs)), ("Learning rate", as_text(run.learning_rate or rate)), ("A step", step), *found]
+    return [CardSetting(name=name, value=str(value)) for name, value in found]
+
+
+def _other(whole: WholeRun, *, larger: bool) -> OtherModel | None:
+    """The next larger or smaller model that suits the data and fits."""
+    found = [
+        one for one in whole.others if one.best and (one.parameters > whole.parameters) is larger and one.parameters != whole.parameters
+    ]
+    return (found[0] if larger else found[-1]) if found else None
+
+
+def _other_size(other: OtherModel, whole: WholeRun, best: Advice) -> str:
+    """Why the other model: its size, and what it costs instead."""
+    sizes = f"{other.model.title} has {human_count(other.parameters)} parameters instead of {human_count(whole.parameters)}"
+    if other.best is None or other.best.cost is None or best.cost is None:
+        return f"{sizes}."
+    cost, own = other.best.cost, best.cost
+    return (
+        f"{sizes}: {human_bytes(cost.memory_bytes)} instead of {human_bytes(own.memory_bytes)}, "
+        f"{human_seconds(cost.seconds)} instead of {human_seconds(own.seconds)}."
+    )
+
+
+def _prompt(facts: Facts, model: str, dataset_id: str) -> Card:
     metric = in_text(facts.metric or "")
     return Card(
         kind="recommended",
+        model=model,
         strategy=None,
         title="A prompt, no training",
         sentence=f"The base model reaches {metric} {facts.prompted or 0:.2f} on the validation set with a prompt alone.",
@@ -161,34 +245,53 @@ def _take(model: Model, dataset: Dataset, text: str) -> AdviceStep:
 
 
 def _more_rows(dataset: Dataset, facts: Facts) -> AdviceStep | None:
+    """How many rows to get, and of which classes."""
     if facts.smallest_class is not None and facts.smallest_class < _advice.FEW_PER_CLASS:
-        text = f"Add rows: the smallest class has {facts.smallest_class:,}; {_advice.FEW_PER_CLASS} or more per class train more reliably."
+        least = _advice.FEW_PER_CLASS
+        small = sorted((count, label) for label, count in (dataset.report or {}).get("labels", {}).items() if count < least)
+        wanted = [f"{least - count:,} more rows of “{str(label)[:40]}”" for count, label in small[:SHOWN_CLASSES]]
+        rest = (
+            f", and rows of {plural(len(small) - SHOWN_CLASSES, 'further class', 'further classes')}" if len(small) > SHOWN_CLASSES else ""
+        )
+        asked = (", ".join(wanted) or "more rows") + rest
+        text = f"Get {asked}: the smallest class has {facts.smallest_class:,}; {least} or more per class train more reliably."
     elif facts.rows < _advice.FEW_ROWS:
-        text = f"Add rows: {facts.rows:,} are few; a few hundred train more reliably."
+        text = f"Add rows: {facts.rows:,} are few; {ENOUGH_ROWS - facts.rows:,} more, {ENOUGH_ROWS} in all, train more reliably."
     else:
         return None
     return AdviceStep(about="rows", text=text, label="Add a dataset", url="/datasets")
 
 
-def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> AdviceStep | None:
-    """The smallest power of two that truncates hardly any row. Lengths are counted in buckets that begin at a power of two, and
-    by one tokenizer, so shares are rounded."""
+def _kept(dataset: Dataset, length: int) -> float | None:
+    """The share of the rows that are no longer than this; None where lengths were not counted. They are counted in buckets that begin at a
+    power of two, and by one tokenizer, so shares are rounded."""
     buckets = (dataset.report or {}).get("token_lengths", [])
     rows = sum(count for _, count in buckets)
+    share: float = sum(count for start, count in buckets if start < length) / rows if rows else 0.0
+    return share if rows else None
+
+
+def longer(shape: Shape, dataset: Dataset, run: RunSettings) -> int | None:
+    """The smallest doubling of the max length that truncates hardly any row, or as far as the model reads; None where the run's does, or the
+    model reads no more."""
+    limit = found = min(run.max_length, shape.positions)
+    share = _kept(dataset, limit)
+    while share is not None and share < KEPT and found * 2 <= shape.positions:
+        found *= 2
+        share = _kept(dataset, found)
+    return found if found > limit else None
+
+
+def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> AdviceStep | None:
     limit = min(run.max_length, shape.positions)
-
-    def kept(length: int) -> float:
-        share: float = sum(count for start, count in buckets if start < length) / rows
-        return share
-
-    if not rows or kept(limit) >= KEPT:
+    share = _kept(dataset, limit)
+    if share is None or share >= KEPT:
         return None
-    longer = limit
-    while longer * 2 <= shape.positions and kept(longer) < KEPT:
-        longer *= 2
-    if longer == limit:
-        text = f"Split long texts: {model.title} reads {limit:,} tokens at once, which truncates {human_percent(1 - kept(limit), 0)} of the rows."
+    raised = longer(shape, dataset, run)
+    if raised is None:
+        text = f"Split long texts: {model.title} reads {limit:,} tokens at once, which truncates {human_percent(1 - share, 0)} of the rows."
         return AdviceStep(about="length", text=text, label="Browse rows", url=f"/datasets/{ids.public(ids.DATASET, dataset.id)}/rows")
-    asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id), "run.max_length": longer})
-    text = f"Raise max length to {longer:,}: it keeps {human_percent(kept(longer), 0)} of the rows whole instead of {human_percent(kept(limit), 0)}."
+    asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id), "run.max_length": raised})
+    keeps = human_percent(_kept(dataset, raised) or 0.0, 0)
+    text = f"Raise max length to {raised:,}: it keeps {keeps} of the rows whole instead of {human_percent(share, 0)}."
     return AdviceStep(about="length", text=text, label="Use this length", url=f"/jobs/new?{asked}")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import uuid
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 from sqlalchemy import Float, cast, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from app.errors import problem_json
-from app.evaluation import comparisons
+from app.evaluation import comparison_plan, comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
 from app.metrics import METRICS, Metric
@@ -80,8 +80,10 @@ def table(session: Session, comparison: Comparison) -> Table:
     for row in found.rows:
         if comparison.kind == "learning_curve":
             row["title"] = f"{row['data_fraction']:.0%} of the rows"
-        elif comparison.kind == "models":
+        elif comparison.kind in ("models", "matrix"):
             row["title"] = f"{row['base_model']}, {row['title']}"
+        if comparison.kind == "matrix":
+            row["title"] = f"{row['dataset']}: {row['title']}"
     return found
 
 
@@ -96,7 +98,9 @@ def table_of(session: Session, found: list[Job]) -> Table:
     scores = {column.key: column for task in tasks for column in score_columns(task, several)}
     columns = [*scores.values(), *([PARAMETERS] if several else []), *COSTS]
     alike = len({_checked(job) for job in found}) == 1
-    bases = {job.spec["model"]["name"]: scores for job in found if alike and (scores := _scores(job.evaluation, "base"))}
+    bases = {
+        job.spec["model"]["name"]: scores for job in found if alike and not _blank(job) and (scores := _scores(job.evaluation, "base"))
+    }
     sure = [_sure(job, row, alike, several) for job, row in zip(found, rows, strict=True)]
     winners = {c.key: [] if c is PARAMETERS else _winners(rows, sure, c) for c in columns}
     if several and alike:
@@ -104,11 +108,17 @@ def table_of(session: Session, found: list[Job]) -> Table:
     return Table(columns, rows, winners, bases)
 
 
+def _blank(job: Job) -> bool:
+    """Whether it began with random weights, so that what it is compared with is no base model."""
+    return bool(job.spec["strategy"].get("weights") == "random")
+
+
 def _checked(job: Job) -> tuple[str, ...]:
     """What determines a job's validation rows."""
     spec = job.spec
-    run = [str(spec["run"].get(name)) for name in ("seed", "validation_fraction", "max_length")]
-    return (spec["dataset"]["sha256"], str((spec.get("validation") or {}).get("sha256")), str(spec.get("split")), *run)
+    split = {"method": "random", "column": None, "seed": spec["run"].get("seed"), **(spec.get("split") or {})}
+    run = [str(spec["run"].get(name)) for name in ("validation_fraction", "max_length")]
+    return (spec["dataset"]["sha256"], str((spec.get("validation") or {}).get("sha256")), str(sorted(split.items())), *run)
 
 
 def _judged(session: Session, keys: list[uuid.UUID]) -> dict[uuid.UUID, JSON]:
@@ -152,8 +162,10 @@ def _row(job: Job, judged: JSON, counted: int | None, tuned: JSON | None) -> JSO
         "name": job.name,
         "status": job.status,
         "base_model": job.spec["model"]["name"],
+        "dataset": job.spec["dataset"]["name"],
         "parameters": Shape.model_validate(job.spec["model"]["shape"]).parameters(),
         "strategy": strategy,
+        "blank": _blank(job),
         "title": _title(job),
         "data_fraction": job.spec["run"].get("data_fraction", 1.0),
         "step": job.step,
@@ -180,10 +192,10 @@ def _title(job: Job) -> str:
     strategy = job.spec["strategy"]
     if strategy["name"] not in STRATEGIES:
         return str(strategy["name"])
-    return comparisons.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
+    return comparison_plan.title_of(STRATEGIES[strategy["name"]].model_validate(strategy))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -309,30 +321,3 @@ def _by_share(moved: str, before: float, now: float, rows: int | None) -> MoreDa
     if gain > -noise:
         return MoreDataVerdict("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
     return MoreDataVerdict("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
-
-
-# As JSON --------------------------------------------------------------------------------------------------------------
-
-
-def to_json(session: Session, comparison: Comparison) -> JSON:
-    """A `comparison` of `/v1/comparisons`."""
-    found = table(session, comparison)
-    says = more_data(session, found) if comparison.kind == "learning_curve" else None
-    return {
-        "id": ids.public(ids.COMPARISON, comparison.id),
-        "object": "comparison",
-        "created_at": int(comparison.created_at.timestamp()),
-        "name": comparison.name,
-        "kind": comparison.kind,
-        "status": comparisons.status_of([row["status"] for row in found.rows]),
-        "model": comparison.order.get("model"),
-        "models": comparison.order.get("models") or [comparison.order["model"]],
-        "score": found.columns[0].key,
-        "columns": [column._asdict() for column in found.columns],
-        "data": found.rows,
-        "base": found.base,
-        "bases": found.bases,
-        "winners": found.winners,
-        "refused": comparison.refused,
-        "says": says._asdict() if says else None,
-    }

@@ -65,7 +65,11 @@ class WithoutMeasuring(BaseModel):
 
 
 def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) -> WithoutMeasuring | None:
-    """A head on a stack that does not learn forgets nothing; an encoder's writing cannot be scored. None for all others."""
+    """A head on a stack that does not learn forgets nothing; an encoder's writing cannot be scored; random weights have nothing to forget. None
+    for all others."""
+    if getattr(strategy, "weights", "pretrained") == "random":
+        sentence = "It began with random weights, so there was no general ability that it could lose."
+        return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
     if not OBJECTIVES[task].heads:
         return None
     if strategy.trainable_parameters(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):

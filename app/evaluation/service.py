@@ -46,13 +46,11 @@ SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
 """The kinds of evaluations; the others only share the queue (`app/evaluation/predictions.py`)."""
 Part = Literal["all", "validation"]
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
-"""Rows to evaluate when the request names no number."""
 OPEN = ("queued", "running")
 TRAINED_ON = (
     "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
 )
 MAX_ROW_SCORES = 5000
-"""Rows up to which an evaluation keeps the score of each."""
 
 
 class EvaluationRequest(BaseModel):
@@ -184,11 +182,12 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
     job, base = models.origin(session, resolved)
     _check_can_do(resolved, dataset, order.kind, job)
     trained_on = job is not None and job.dataset_id in datasets.family(session, dataset)
-    run = job.spec["run"] if job is not None and trained_on else {}
+    run = job.spec["run"] if job and trained_on else {}
     shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
     if order.points and order.kind != "blend":
         raise BadField("points are those of a blend.", hint='Remove them, or set kind to "blend".', param="points")
+    own_seed = {"seed": order.seed} if order.seed not in (None, run.get("seed")) else {}
     return EvaluationSpec(
         kind=order.kind,
         points=tuple(sorted({0.0, *order.points, 1.0})) if order.points else interpolation.POINTS,
@@ -199,7 +198,7 @@ def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved,
         rows=order.rows or ROWS[order.kind],
         part=part,
         validation_fraction=order.validation_fraction or run.get("validation_fraction") or held_out_share(dataset.good_rows),
-        split=Split.model_validate(job.spec["split"]) if trained_on and job is not None and job.spec.get("split") else None,
+        split=Split.model_validate(job.spec["split"] | own_seed) if trained_on and job is not None and job.spec.get("split") else None,
         max_length=order.max_length,
         answers=order.answers,
         answer_tokens=order.answer_tokens,

@@ -199,7 +199,7 @@ def typed_from(job: Job) -> dict[str, str]:
         **_graders(spec.get("graders") or []),
         **{f"strategy.{name}": value for name, value in strategy.items()},
         **{f"run.{name}": as_text(value) for name, value in renamed(spec["run"]).items() if value is not None and name != own_rate},
-        **{f"split.{name}": value for name, value in (spec.get("split") or {}).items() if value},
+        **{f"split.{name}": as_text(value) for name, value in (spec.get("split") or {}).items() if value is not None},
         **{f"preference.{name}": as_text(value) for name, value in _objective_settings(spec).items()},
     }
 

@@ -55,6 +55,8 @@ class Claim:
     """Estimated memory of the attempt; 0 when unknown."""
     processes: int = 1
     """How many train it together, each with a GPU where there are any."""
+    pause_at: int | None = None
+    """The step at which it pauses by itself."""
 
     @property
     def folder(self) -> str:
@@ -109,6 +111,7 @@ def record_events(session: Session, job_id: uuid.UUID, attempt: int, said: Seque
         session.execute(insert(Event).on_conflict_do_nothing(index_elements=["key"]), rows)
         mail.on_events(session, job_id, [event for _, event in said])
         _tell_webhooks(session, job_id, said)
+        _tell_search(session, job_id, said)
     queue.notify(session, "job", job_id)
 
 
@@ -128,6 +131,14 @@ def _tell_webhooks(session: Session, job_id: uuid.UUID, said: Sequence[tuple[uui
             webhooks.emit(session, project_id, f"fine_tuning.job.{ended}", ids.public(ids.JOB, job_id), key)
 
 
+def _tell_search(session: Session, job_id: uuid.UUID, said: Sequence[tuple[uuid.UUID, events.JobEvent]]) -> None:
+    """Have the search of a trial that stopped decide what is next."""
+    if any(isinstance(event, events.Finished | events.Failed | events.Stopped) for _, event in said):
+        search = session.scalar(select(Job.comparison_id).where(Job.id == job_id, Job.trial.is_not(None)))
+        if search is not None:
+            queue.enqueue(session, queue.SEARCH, search)
+
+
 # One attempt --------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +150,7 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, gpus: int = 0) -> Cl
     if job is None:
         return None
     spec, memory_bytes = JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0))
-    held = Claim(job_id, job.fence, job.attempt, spec, memory_bytes, job.num_gpus or get_settings().gpus_per_job)
+    held = Claim(job_id, job.fence, job.attempt, spec, memory_bytes, job.num_gpus or get_settings().gpus_per_job, job.pause_at)
     usage.hold_gpus(session, job_id, job.fence, gpus)
     record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
@@ -318,9 +329,13 @@ def lost(session: Session, held: Claim, failed: events.Failed) -> None:
 
 def stopped(session: Session, held: Claim, step: int | None, reason: str = "") -> None:
     """The trainer saved and left. The request decides: cancelled, paused, or, without one, requeued because its worker is
-    shutting down. Raises FenceLost."""
+    shutting down. One that reached the step at which it pauses by itself is paused. Raises FenceLost."""
     job = _mine(session, held)
-    if job is not None and not _apply_request(session, job, step, reason):
+    if job is None:
+        return
+    if held.pause_at is not None and job.step == held.pause_at and not job.cancel_requested:
+        job.pause_requested, reason = True, f"step {held.pause_at} is where its search looks at it"
+    if not _apply_request(session, job, step, reason):
         _requeue(session, job, "worker_left")
 
 

@@ -13,7 +13,7 @@ import shutil
 import uuid
 from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, case, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -214,6 +214,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
             error=None,
             finished_at=None,
             resumed_at=func.clock_timestamp(),
+            pause_at=case((Job.pause_at > Job.step, Job.pause_at)),  # one that was reached is passed
             cancel_requested=False,
             pause_requested=False,
         )

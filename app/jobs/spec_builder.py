@@ -268,7 +268,7 @@ def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
 def _split(order: JobRequest, dataset: Dataset) -> Split | None:
     """The validation split; None for a random one, the default."""
     asked = order.split
-    if asked is None or asked.method == "random":
+    if asked is None or (asked.method == "random" and asked.seed is None):
         return None
     if order.validation_file or order.validation_dataset_id:
         raise BadField("Both a validation file and a split are set.", hint="Remove one of them.", param="split")

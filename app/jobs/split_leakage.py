@@ -29,7 +29,7 @@ def arguments_of(spec: JobSpec) -> dict[str, Any] | None:
     if not spec.run.validation_fraction:
         return None
     method, column = (spec.split.method, spec.split.column) if spec.split else ("random", None)
-    return {"method": method, "column": column, "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
+    return {"method": method, "column": column, "fraction": spec.run.validation_fraction, "seed": spec.split_seed}
 
 
 def ask(session: Session, spec: JobSpec) -> Inspection | None:
@@ -59,7 +59,7 @@ def _leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
 
 def page_of(spec: JobSpec) -> str:
     """The page that shows both sides of this spec's split."""
-    query: dict[str, Any] = {"side": "overlap", "fraction": spec.run.validation_fraction, "seed": spec.run.seed}
+    query: dict[str, Any] = {"side": "overlap", "fraction": spec.run.validation_fraction, "seed": spec.split_seed}
     if spec.validation is not None:
         query["validation"] = ids.public(ids.DATASET, spec.validation.id)
     elif spec.split is not None:

@@ -14,7 +14,7 @@ USER, INVITATION, PROJECT = "user", "invite", "proj"
 BATCH, BATCH_REQUEST, WEBHOOK = "batch", "batch_req", "we"
 EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 CHAT_COMPLETION, RESPONSE = "chatcmpl", "resp"
-ALIAS_MOVE, DISTILLATION = "aliasmove", "distill"
+ALIAS_MOVE, DISTILLATION, SEARCH = "aliasmove", "distill", "search"
 
 _NAMES = {
     FILE: "file",
@@ -39,6 +39,7 @@ _NAMES = {
     RESPONSE: "stored response",
     ALIAS_MOVE: "move of an alias",
     DISTILLATION: "distillation",
+    SEARCH: "search",
 }
 
 
@@ -79,5 +80,6 @@ parse_batch = partial(parse, BATCH, param="batch_id")
 parse_webhook = partial(parse, WEBHOOK, param="webhook_endpoint_id")
 parse_completion = partial(parse, CHAT_COMPLETION, param="completion_id")
 parse_distillation = partial(parse, DISTILLATION, param="distillation_id")
+parse_search = partial(parse, SEARCH, param="search_id")
 parse_alias_move = partial(parse, ALIAS_MOVE, param="after")
 """`parse` for ids in the API's paths; an error names the parameter."""

@@ -6,14 +6,19 @@ each reason, so a reader can follow how the order came about.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel, Field, PrivateAttr
 
+from app.kit.humanize import human_bytes, human_count, human_seconds
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
-from app.strategies._advice import Facts, Reason, by_nature
+from app.strategies._advice import FAMILIES, Facts, Reason, by_nature
 
 ROOMY, TIGHT = 0.5, 0.9
 """Shares of the machine's memory: a plan below the first leaves room; one above the second leaves none."""
+MANY_A_TOKEN, FEW_A_TOKEN = 100.0, 0.5
+"""Trained parameters for each token of the data: from the first on it may be learned by heart, up to the second it can hardly be."""
 NEAR_LEAST = 1.1
 """What needs up to this many times the minimum memory counts as needing as little."""
 
@@ -49,6 +54,7 @@ class Advice(BaseModel):
     advised: bool = False
     reasons: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
+    difference: str | None = Field(None, description="from the first place, by numbers; null for the first and without estimates")
     cost: CostEstimate | None = None
     _weighed: list[Reason] = PrivateAttr(default_factory=list)
 
@@ -60,12 +66,42 @@ class Advice(BaseModel):
         return most.text if most else None
 
 
-def advise(facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None = None) -> list[Advice]:
-    """Every strategy, best first; those that cannot run come last, with the reason. `why_not` is one that holds for all."""
-    found = [_one(cls(), facts, shape, costs, why_not) for name, cls in STRATEGIES.items()]
+class AdviceDetail(BaseModel):
+    """One of the first places in full: everything that speaks for and against it, in the order of its weight, each with all methods that it
+    holds for."""
+
+    strategy: str
+    title: str
+    score: int
+    above: int = Field(description="of the score, the points of reasons that were said of an earlier one")
+    speaks_for: list[AdviceRule]
+    against: list[AdviceRule]
+    difference: str | None
+
+
+class AdviceGroup(BaseModel):
+    """Strategies of one family behind the first places, and how they differ from the first in one line."""
+
+    title: str
+    strategies: list[str]
+    difference: str
+
+
+FIRST = 3
+"""So many places are explained in full."""
+
+
+def advise(
+    facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None = None, past: Mapping[str, Reason] | None = None
+) -> list[Advice]:
+    """Every strategy, best first; those that cannot run come last, with the reason. `why_not` is one that holds for all; `past` is what runs
+    before measured, by strategy."""
+    found = [_one(cls(), facts, shape, costs, why_not, past or {}) for name, cls in STRATEGIES.items()]
     found.sort(key=lambda a: (not a.available, -a.score, STRATEGIES[a.strategy].place))
     if found and found[0].available:
         found[0].advised = True
+    for advice in found[1:]:
+        advice.difference = _difference(advice, found[0]) if advice.available else None
     shared = {rule.text for rule in rules(found)}
     for advice in found:
         own = [r for r in advice._weighed if r.text not in shared]
@@ -84,7 +120,72 @@ def rules(ranking: list[Advice]) -> list[AdviceRule]:
     return sorted(shared, key=lambda rule: -abs(rule.points))
 
 
-def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None) -> Advice:
+def details(ranking: list[Advice]) -> list[AdviceDetail]:
+    """The first places in full. A sentence that holds for several is said once, of the first of them."""
+    said, found, holds = set[str](), [], dict[Reason, list[str]]()
+    for advice in ranking:
+        for reason in advice._weighed:
+            holds.setdefault(reason, []).append(advice.strategy)
+    for advice in [a for a in ranking if a.available][:FIRST]:
+        fresh = [r for r in sorted(advice._weighed, key=lambda r: -abs(r.points)) if r.text not in said]
+        said |= {r.text for r in fresh}
+        every = [AdviceRule(text=r.text, points=r.points, strategies=holds[r]) for r in fresh]
+        found.append(
+            AdviceDetail(
+                strategy=advice.strategy, title=advice.title, score=advice.score, difference=advice.difference,
+                above=advice.score - sum(r.points for r in fresh),
+                speaks_for=[r for r in every if r.points > 0], against=[r for r in every if r.points < 0],
+            )
+        )  # fmt: skip
+    return found
+
+
+def groups(ranking: list[Advice]) -> list[AdviceGroup]:
+    """What comes behind the first places, by family in the order of its best."""
+    usable = [a for a in ranking if a.available]
+    if not usable:
+        return []
+    families: dict[str, list[Advice]] = {}
+    for advice in usable[FIRST:]:
+        families.setdefault(advice.family, []).append(advice)
+    return [
+        AdviceGroup(title=FAMILIES[family], strategies=[a.strategy for a in members], difference=_spread(members, usable[0]))  # type: ignore[index]
+        for family, members in families.items()
+    ]
+
+
+def _ratios(cost: CostEstimate, best: CostEstimate) -> tuple[float, float, float]:
+    """Trained parameters, memory and time as multiples of those of the first place."""
+    seconds = (cost.seconds or 0.0) / best.seconds if best.seconds else 1.0
+    return cost.trainable_parameters / max(best.trainable_parameters, 1), cost.memory_bytes / max(best.memory_bytes, 1), seconds
+
+
+def _difference(advice: Advice, best: Advice) -> str | None:
+    if advice.cost is None or best.cost is None:
+        return None
+    trained, memory, seconds = map(_times, _ratios(advice.cost, best.cost))
+    return f"{advice.title} trains {trained} as many parameters as {best.title}, in {memory} its memory and {seconds} its time."
+
+
+def _spread(members: list[Advice], best: Advice) -> str:
+    every = [_ratios(a.cost, best.cost) for a in members if a.cost and best.cost]
+    if not every:
+        return f"Behind {best.title} by {best.score - members[0].score} points or more."
+    trained, memory, seconds = (_range(min(values), max(values)) for values in zip(*every, strict=True))
+    return f"{trained} the trained parameters of {best.title}, {memory} its memory, {seconds} its time; {best.score - members[0].score} points behind."
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:,.0f} ×"
+
+
+def _range(low: float, high: float) -> str:
+    return _times(low) if _times(low) == _times(high) else f"{_times(low).removesuffix(' ×')} to {_times(high)}"
+
+
+def _one(
+    strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, CostEstimate], why_not: str | None, past: Mapping[str, Reason]
+) -> Advice:
     cost = costs.get(strategy.name)
     why_not = why_not or strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
@@ -98,6 +199,7 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, CostEs
     if why_not is None:
         advice._weighed = strategy.advice_reasons(facts)
         advice._weighed += [*_by_cost(strategy, facts, cost), *_by_tight_memory(strategy, facts, costs), *by_nature(strategy)]
+        advice._weighed += [*_by_size(facts, cost), *([past[strategy.name]] if strategy.name in past else [])]
         advice.score = sum(r.points for r in advice._weighed)
     return advice
 
@@ -105,6 +207,18 @@ def _one(strategy: Strategy, facts: Facts, shape: Shape, costs: dict[str, CostEs
 def _by_cost(strategy: Strategy, facts: Facts, cost: CostEstimate | None) -> list[Reason]:
     if cost is None:
         return []
+    return [*_by_room(strategy, facts, cost), *_by_time(cost)]
+
+
+def _by_time(cost: CostEstimate) -> list[Reason]:
+    return (
+        []
+        if cost.seconds is None
+        else [Reason(1, f"It takes about {human_seconds(cost.seconds)} and {human_bytes(cost.memory_bytes)} here.")]
+    )
+
+
+def _by_room(strategy: Strategy, facts: Facts, cost: CostEstimate) -> list[Reason]:
     share = cost.memory_bytes / facts.memory_bytes
     needs = f"{_gb(cost.memory_bytes)} of {_gb(facts.memory_bytes)}"
     if share > TIGHT:
@@ -114,6 +228,19 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: CostEstimate | None) -> lis
     if strategy.family == "full" and share < ROOMY:
         return [Reason(4, f"It needs {needs} of memory, so there is room for it.")]
     return []
+
+
+def _by_size(facts: Facts, cost: CostEstimate | None) -> list[Reason]:
+    """How many parameters are trained for each token of the data: many more than there are tokens can learn them by heart."""
+    if cost is None or not facts.tokens or not cost.trainable_parameters:
+        return []
+    trained, tokens = human_count(cost.trainable_parameters), human_count(facts.tokens)
+    each = cost.trainable_parameters / facts.tokens
+    if each >= MANY_A_TOKEN:
+        return [Reason(-3, f"It trains {trained} parameters on {tokens} tokens, {each:,.0f} for each: watch the validation loss.")]
+    if each <= FEW_A_TOKEN:
+        return [Reason(1, f"It trains {trained} parameters on {tokens} tokens, {1 / each:,.0f} tokens for each.")]
+    return [Reason(1, f"It trains {trained} parameters on {tokens} tokens.")]
 
 
 def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, CostEstimate]) -> list[Reason]:

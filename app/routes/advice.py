@@ -80,7 +80,7 @@ def advice_page(request: Request, user: CurrentUser, session: Db, dataset: str =
     )
     return render(
         request, "advice.html", models=usable, datasets=sets, model=chosen, dataset=data, found=found, fault=fault, ids=ids,
-        strategies=STRATEGIES, order_url=order_url, offer=None if usable else first_model.offer(session, user),
+        strategies=STRATEGIES, by_name={a.strategy: a for a in found.ranking} if found else {}, order_url=order_url, offer=None if usable else first_model.offer(session, user),
     )  # fmt: skip
 
 

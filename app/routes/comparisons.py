@@ -15,8 +15,8 @@ from sqlalchemy import ColumnElement
 from app import schemas
 from app.db import Db
 from app.errors import Conflict, StudioError
-from app.evaluation import comparison_table, comparisons
-from app.evaluation.comparisons import ComparisonOrder
+from app.evaluation import comparison_json, comparison_plan, comparisons
+from app.evaluation.comparison_plan import ComparisonOrder
 from app.kit import ids
 from app.schemas.openapi import answers, takes
 from app.tables import Comparison
@@ -48,7 +48,7 @@ def create(
     session: Db, user: CurrentUser, body: Annotated[Json, Body()], idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Json:
     """Queue one job for each strategy and base model, or for each share of the data."""
-    return comparison_table.to_json(session, comparisons.create(session, user, comparisons.read_order(body), idempotency_key))
+    return comparison_json.to_json(session, comparisons.create(session, user, comparisons.read_order(body), idempotency_key))
 
 
 @api.post(
@@ -60,7 +60,8 @@ def create(
 def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
     """The jobs that a comparison would queue and refuse, and their total duration when they run one after the other. Nothing is
     queued."""
-    found = comparisons.planned(session, user, comparisons.read_order(body))
+    found = comparison_plan.planned(session, user, comparisons.read_order(body))
+    comparison_plan.refuse_many(found)
     jobs = [{"model": one.model, "strategy": one.strategy, "title": one.title, "estimate": one.estimate} for one in found.jobs]
     return {"object": "comparison.plan", "data": jobs, "refused": found.refused, "seconds": found.seconds}
 
@@ -73,7 +74,7 @@ def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit:
         after,
         limit,
         "desc",
-        lambda row: comparison_table.to_json(session, row),
+        lambda row: comparison_json.to_json(session, row),
         session=session,
         key=ids.parse_comparison,
     )
@@ -82,13 +83,13 @@ def list_comparisons(session: Db, user: CurrentUser, after: After = None, limit:
 @api.get("/comparisons/{comparison_id}", operation_id="retrieve_comparison", responses=answers(schemas.Comparison))
 def retrieve(session: Db, user: CurrentUser, comparison_id: str) -> Json:
     """The table of a comparison, with the results of its jobs so far."""
-    return comparison_table.to_json(session, comparisons.get(session, user, ids.parse_comparison(comparison_id)))
+    return comparison_json.to_json(session, comparisons.get(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.post("/comparisons/{comparison_id}/cancel", operation_id="cancel_comparison", responses=answers(schemas.Comparison, 409))
 def cancel(session: Db, user: CurrentUser, comparison_id: str) -> Json:
     """Cancel every job of a comparison that has not ended."""
-    return comparison_table.to_json(session, comparisons.cancel(session, user, ids.parse_comparison(comparison_id)))
+    return comparison_json.to_json(session, comparisons.cancel(session, user, ids.parse_comparison(comparison_id)))
 
 
 @api.delete("/comparisons/{comparison_id}", operation_id="delete_comparison", responses=answers(schemas.Deleted, 409))
@@ -159,11 +160,11 @@ def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_ke
 
 
 def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[comparison_form.CompareForm, dict[str, str]]:
-    """Of a repeated field the last value counts (a checkbox overrules the hidden field before it), except for the strategies and the
-    base models, which are lists."""
-    lists = {name: [value for key, value in items if key == name] for name in ("strategy", "base")}
+    """Of a repeated field the last value counts (a checkbox overrules the hidden field before it), except for the strategies, the
+    base models and the datasets of a matrix, which are lists."""
+    lists = {name: [value for key, value in items if key == name] for name in ("strategy", "base", "on")}
     typed = {name: value for name, value in items if name not in lists}
-    return comparison_form.compare_form(session, user, typed, lists["strategy"], lists["base"]), typed
+    return comparison_form.compare_form(session, user, typed, lists["strategy"], lists["base"], lists["on"]), typed
 
 
 def _form_page(
@@ -212,7 +213,7 @@ def comparison_page(
 @pages.post("/compare/{comparison_id}/keep")
 def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
     found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
-    model = comparisons.keep(session, user, found.id, ids.parse(ids.JOB, job, param="job"))
+    model = comparisons.keep(session, found, ids.parse(ids.JOB, job, param="job"))
     flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
     return RedirectResponse(comparison_view.url(found), status_code=303)
 

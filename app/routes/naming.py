@@ -15,7 +15,7 @@ from app import naming, schemas
 from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
-from app.evaluation import comparison_table, comparisons
+from app.evaluation import comparison_json, comparisons
 from app.jobs import service as jobs
 from app.kit import ids
 from app.kit.humanize import plural
@@ -23,6 +23,7 @@ from app.models import service as models
 from app.routes import models as model_routes
 from app.routes import versions
 from app.schemas.openapi import answers
+from app.searches import service as searches
 from app.tables import User
 from app.views import job_json, run_comparison
 from app.web.auth import CurrentUser
@@ -31,7 +32,7 @@ from app.web.templates import flash
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
 Json = dict[str, Any]
-Place = Literal["jobs", "models", "datasets", "compare"]
+Place = Literal["jobs", "models", "datasets", "compare", "searches"]
 MAX_TOLD = 5
 """Maximum number of refusals that are reported one by one."""
 
@@ -60,6 +61,12 @@ KINDS: dict[Place, NamedKind] = {
         "comparison",
         lambda s, u, key: comparisons.get(s, u, ids.parse(ids.COMPARISON, key)),
         lambda s, u, found: comparisons.delete(s, u, found.id),
+        tagged=False,
+    ),
+    "searches": NamedKind(
+        "search",
+        lambda s, u, key: searches.get(s, u, ids.parse(ids.SEARCH, key)),
+        lambda s, u, found: searches.delete(s, u, found.id),
         tagged=False,
     ),
 }
@@ -128,7 +135,7 @@ def change_comparison(session: Db, user: CurrentUser, comparison_id: str, change
     """Rename a comparison."""
     found = KINDS["compare"].find(session, user, comparison_id)
     _change(session, found, change.name, None)
-    return comparison_table.to_json(session, found)
+    return comparison_json.to_json(session, found)
 
 
 # Pages --------------------------------------------------------------------------------------------------------------

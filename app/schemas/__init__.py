@@ -63,6 +63,7 @@ from app.schemas.predictions import Prediction
 from app.schemas.projects import AddMember, ChangeMember, ChangeProject, NameProject, Project, ProjectContents, ProjectMember
 from app.schemas.prompts import CreatePrompt, CreatePromptRun, Prompt, PromptRun, PromptRunRows, RevisePrompt
 from app.schemas.response_answers import ListedItem, Response, ResponseEvent
+from app.schemas.searches import CreateSearch, Search, SearchPlan
 from app.schemas.stored import ChangeStored, CreateStoredDataset, StoredMessage, StoredRows
 from app.schemas.studio import OpenAPIDocument, Strategy, StrategyAdvice, Studio
 from app.schemas.votes import Vote, VoteScores
@@ -111,6 +112,7 @@ __all__ = [
     "CreateJob",
     "CreatePrompt",
     "CreatePromptRun",
+    "CreateSearch",
     "CreateStoredDataset",
     "CreateUpload",
     "CreateUploadPart",
@@ -172,6 +174,8 @@ __all__ = [
     "RotateWebhookSecret",
     "RunGrader",
     "SavedGrader",
+    "Search",
+    "SearchPlan",
     "StoredMessage",
     "StoredRows",
     "Strategy",

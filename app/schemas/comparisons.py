@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from app.evaluation.comparison_plan import ComparisonOrder, Kind
 from app.evaluation.comparison_table import Unit
-from app.evaluation.comparisons import ComparisonOrder, Kind
 from app.objectives import SETTINGS
 from app.run_settings import RunSettings
 from app.schemas.base import UNBUILT, Problem, Schema
@@ -71,8 +71,10 @@ class ComparisonRow(Schema):
     name: str
     status: str
     base_model: str
+    dataset: str = Field(description="Name of the dataset.")
     parameters: int = Field(description="Of the base model.")
     strategy: str
+    blank: bool = Field(description="Whether it began with random weights.")
     title: str
     data_fraction: float
     step: int
@@ -108,6 +110,42 @@ class MoreData(Schema):
     sentence: str
 
 
+class DatasetColumn(Schema):
+    """One dataset of a matrix, and the score that its runs are judged by."""
+
+    dataset_id: str
+    name: str
+    score: str
+    title: str
+    less: bool
+
+
+class CellOfMatrix(Schema):
+    """One run of a matrix."""
+
+    job: str
+    status: str
+    score: float | None
+    interval: tuple[float, float] | None = Field(description="95%, over its validation rows.")
+    best: bool = Field(description="Better than all others on this dataset beyond chance.")
+
+
+class RowOfMatrix(Schema):
+    """One base model with one method."""
+
+    model: str
+    parameters: int = Field(description="Of the base model.")
+    title: str
+    cells: list[CellOfMatrix | None] = Field(description="In the order of the columns.")
+
+
+class ComparisonMatrix(Schema):
+    """Base models and methods by datasets."""
+
+    columns: list[DatasetColumn]
+    rows: list[RowOfMatrix]
+
+
 class Comparison(Schema):
     """Metrics of several jobs next to each other."""
 
@@ -121,6 +159,7 @@ class Comparison(Schema):
     )
     model: str | None = Field(description="The base model; null where several are compared.")
     models: list[str] = Field(description="The base models.")
+    dataset_ids: list[str] = Field(description="The datasets of its runs.")
     score: str = Field(description="Key of the column the jobs are judged by.")
     columns: list[ComparisonColumn]
     data: list[ComparisonRow]
@@ -131,3 +170,4 @@ class Comparison(Schema):
     )
     refused: list[RefusedStrategy]
     says: MoreData | None
+    matrix: ComparisonMatrix | None = Field(description="Of the kind `matrix`.")

@@ -211,6 +211,7 @@ TAGS = {
     "organization": "The people of the studio, its projects and the audit log, for admins.",
     "prompts": "Prompts in versions, and their runs over the rows of a dataset.",
     "responses": "Answers to texts and items, which can be gone on from.",
+    "searches": "The best settings by successive halving.",
     "strategies": "Fine-tuning methods.",
     "studio": "The health of the studio.",
     "tus": "Resumable uploads: tus 1.0.0.",

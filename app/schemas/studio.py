@@ -9,7 +9,7 @@ from pydantic import Field
 from app.evaluation.advice import Tune
 from app.evaluation.advice_cards import AdviceStep, Card
 from app.objectives import Task
-from app.planning.advisor import Advice, AdviceRule, CostEstimate
+from app.planning.advisor import Advice, AdviceDetail, AdviceGroup, AdviceRule, CostEstimate
 from app.schemas.base import Schema
 from app.schemas.evaluations import Evaluation
 from app.strategies._advice import Facts
@@ -68,6 +68,8 @@ class StrategyAdvice(Schema):
     tune: Tune
     cards: list[Card]
     steps: list[AdviceStep]
+    details: list[AdviceDetail] = Field(description="The first places in full; no sentence comes twice.")
+    groups: list[AdviceGroup] = Field(description="The places behind them, by family.")
     ranking: list[Advice]
     rules: list[AdviceRule]
     evaluation: Evaluation | None

@@ -14,6 +14,15 @@ from app.metrics import METRICS, in_text
 from app.objectives import OBJECTIVES, Task
 
 Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
+FAMILIES: dict[Family, str] = {
+    "reparametrized": "LoRA family",
+    "additive": "Adapters and soft prompts",
+    "selective": "Selective",
+    "partial": "Partial",
+    "full": "Full",
+    "feature": "Feature extraction",
+}
+"""Families in the order of forms, in plain words."""
 Situation = Literal["few rows", "many rows", "far data", "close data", "solved"]
 """Few or many rows; data unlike what the model was trained on, or like it; a prompt alone almost solves the task."""
 FEW_ROWS, MANY_ROWS = 100, 5_000

@@ -195,6 +195,13 @@ class Strategy(BaseModel, ABC):
 
     # What it does to a model ------------------------------------------------------------------------------------------
 
+    def rate_factor(self) -> float:
+        """Factor on its default learning rate that follows from its settings."""
+        return 1.0
+
+    def initialize(self, model: torch.nn.Module, seed: int) -> None:
+        """Called once on the base as it was loaded, before `attach`, and before the base is measured."""
+
     @abstractmethod
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         """The model ready to train: `requires_grad` is true for exactly the trained parameters. May wrap the model (as peft

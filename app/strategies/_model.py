@@ -108,6 +108,19 @@ def place_for_notes(device: torch.device) -> LayerNotes | NotesOfThreads:
     return NotesOfThreads() if device.type == "cpu" else LayerNotes()
 
 
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Draw every weight anew, as transformers initializes a model of this configuration; the same seed gives the same weights. The random
+    state of the caller stays as it is."""
+    import torch
+
+    for part in (*model.modules(), *model.parameters(), *model.buffers()):
+        part.__dict__["_is_hf_initialized"] = False  # transformers leaves alone what it has loaded
+    at = next(model.parameters()).device
+    with torch.random.fork_rng() if at.type == "cpu" else torch.random.fork_rng([at], device_type=at.type):
+        torch.manual_seed(seed)
+        transformer(model).initialize_weights()
+
+
 def interpolate(base: dict[str, torch.nn.Parameter], tuned: torch.nn.Module, share: float) -> torch.nn.Module:
     """Interpolate every parameter of `tuned` that is not the base's own between the base's value (0) and its own (1). Rows of new tokens,
     which the base has not, stay as they are."""

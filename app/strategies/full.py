@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept, Memory, Strategy
-from app.strategies._model import interpolate, transformer
+from app.strategies._model import draw_weights, interpolate, transformer
 
 if TYPE_CHECKING:
     import torch
+
+
+BLANK_RATE = 30.0
+"""Random weights are trained at so many times the learning rate of fine-tuning: 9e-4, within the 3e-4 to 1e-3 of pre-training (Biderman et
+al. 2023, Pythia, table 6)."""
 
 
 class Full(Strategy):
@@ -30,6 +37,12 @@ class Full(Strategy):
     blends: ClassVar = True
     default_learning_rate: ClassVar = 3e-5
     preference_share: ClassVar = 1 / 30
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        title="Initial weights",
+        description="random draws every weight anew, by the run's seed: the same shape without pre-training, to see what that is worth.",
+        exclude_if=lambda weights: weights == "pretrained",
+    )
 
     def trainable(self, shape: Shape) -> int:
         return shape.parameters()
@@ -49,6 +62,13 @@ class Full(Strategy):
     @classmethod
     def drawing(cls) -> dict[str, Any]:
         return {"layers": ["trained"] * 6}
+
+    def rate_factor(self) -> float:
+        return BLANK_RATE if self.weights == "random" else 1.0
+
+    def initialize(self, model: torch.nn.Module, seed: int) -> None:
+        if self.weights == "random":
+            draw_weights(model, seed)
 
     def attach(self, model: torch.nn.Module, *, task: str = "generation", labels: int = 0) -> torch.nn.Module:
         return model.requires_grad_(True)

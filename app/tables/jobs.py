@@ -67,6 +67,9 @@ class Job(Leased, Base):
     measured: Mapped[JSON | None]
     forgetting: Mapped[JSON | None]
     evaluation: Mapped[JSON | None] = mapped_column(comment="scores of base and tuned on the same validation rows")
+    # As a trial of a search (app/searches/).
+    trial: Mapped[JSON | None] = mapped_column(comment="its number, parameters, rungs, and why it was pruned")
+    pause_at: Mapped[int | None] = mapped_column(comment="the step at which it pauses by itself")
     result_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), comment="the CSV of step metrics")
     created_at: Mapped[datetime] = now()
     started_at: Mapped[datetime | None]
@@ -93,9 +96,10 @@ class Comparison(Base):
     owner_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("users.id"))
     project_id: Mapped[uuid.UUID] = of_project()
     name: Mapped[str]
-    kind: Mapped[str] = mapped_column(server_default="strategies", comment="strategies, or learning_curve")
+    kind: Mapped[str] = mapped_column(server_default="strategies", comment="strategies, learning_curve, models, matrix or search")
     order: Mapped[JSON] = mapped_column(comment="the request as it came")
     refused: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="[{strategy, title, reason}]")
+    search: Mapped[JSON | None] = mapped_column(comment="of a search: its status, and what it found")
     idempotency_key: Mapped[str | None]
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.evaluation import comparison_table, comparisons
+from app.evaluation import comparison_table, comparisons, matrix
 from app.evaluation.comparison_table import ScoreColumn, Table, is_number
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
@@ -17,13 +17,23 @@ from app.metrics import ABILITY, ability
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
 from app.web import charts
-from app.web.charts import Dot, Picture, Scale
+from app.web.charts import Dot, LinesPicture, Picture, Scale
 
 OPEN = ("queued", "running", "paused")
-KINDS = {"strategies": "methods", "learning_curve": "learning curve", "models": "base models"}
+KINDS = {"strategies": "methods", "learning_curve": "learning curve", "models": "base models", "matrix": "matrix"}
+
+
+class SizeCurve(NamedTuple):
+    """One drawing against the number of parameters."""
+
+    title: str
+    picture: LinesPicture
+    less: bool
 
 
 def url(comparison: Comparison) -> str:
+    if comparison.kind == comparisons.SEARCH:
+        return f"/searches/{ids.public(ids.SEARCH, comparison.id)}"
     return f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"
 
 
@@ -69,7 +79,7 @@ def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]
         "ended": sum(one not in OPEN for one in states),
         "failed": states.count("failed"),
         "model": ", ".join(comparison.order.get("models") or [comparison.order["model"]]),
-        "dataset": found[0][1] if found else "",
+        "dataset": ", ".join(dict.fromkeys(dataset for _, dataset in found)),
     }
 
 
@@ -82,7 +92,8 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
     found = comparisons.jobs_of(session, comparison)
     curve = comparison.kind == "learning_curve"
     across, up = _axes(table, x or ("parameters" if comparison.kind == "models" else ""), y)
-    picture = _curve(table) if curve else _scatter(table, across, up)
+    picture = _curve(table) if curve else None if comparison.kind == "matrix" else _scatter(table, across, up)
+    cells = matrix.matrix(session, comparison) if comparison.kind == "matrix" else None
     return {
         "comparison": comparison,
         "url": url(comparison),
@@ -104,7 +115,55 @@ def page(session: Session, comparison: Comparison, x: str = "", y: str = "") -> 
         "picture": picture,
         "drawn_numbers": {dot.number for dot in picture.dots} if picture else set(),
         "says": comparison_table.more_data(session, table) if curve else None,
+        "matrix": _matrix(cells) if cells else None,
+        "sizes": _sizes([(column.name, column.table) for column in cells.columns] if cells else [("", table)]),
     }
+
+
+def _matrix(found: matrix.Matrix) -> dict[str, Any]:
+    """The matrix with every cell formatted."""
+    return {
+        "columns": found.columns,
+        "rows": [
+            {
+                "model": row.model, "title": row.title, "parameters": human_count(row.parameters),
+                "cells": [_cell(cell, column.score) if cell else None for cell, column in zip(row.cells, found.columns, strict=True)],
+            }
+            for row in found.rows
+        ],
+    }  # fmt: skip
+
+
+def _cell(cell: matrix.MatrixCell, score: ScoreColumn) -> dict[str, Any]:
+    between = f"{write(cell.interval[0], score.unit)} to {write(cell.interval[1], score.unit)}" if cell.interval else ""
+    return {
+        "url": f"/jobs/{cell.row['job']}", "text": write(cell.score, score.unit) if cell.score is not None else "", "between": between,
+        "best": cell.best, "status": cell.row["status"],
+    }  # fmt: skip
+
+
+def _sizes(tables: list[tuple[str, Table]]) -> list[SizeCurve]:
+    """The size curve: score, memory and time against the parameters of the base model, a line for each method; of a matrix a score for each
+    dataset. Empty without two sizes."""
+    found = [_size_curve(table, table.columns[0], name) for name, table in tables]
+    if tables and any(found):
+        by_key = {column.key: column for column in tables[0][1].columns}
+        found += [_size_curve(tables[0][1], by_key[key], tables[0][0]) for key in ("peak_memory_bytes", "seconds")]
+    return [one for one in found if one]
+
+
+def _size_curve(table: Table, y: ScoreColumn, dataset: str) -> SizeCurve | None:
+    named: dict[str, list[tuple[float, float]]] = {}
+    for row in table.rows:
+        if is_number(row[y.key]) and row["status"] == "succeeded":
+            named.setdefault(STRATEGIES[row["strategy"]].title if not row["blank"] else "From nothing", []).append(
+                (float(row["parameters"]), float(row[y.key]))
+            )
+    if len({size for points in named.values() for size, _ in points}) < 2:
+        return None
+    drawn = charts.lines(named, Scale("Parameters", human_count, amount=True), _scale(y))
+    title = f"{y.title} on {dataset}" if dataset else y.title
+    return SizeCurve(title, drawn, y.less) if drawn else None
 
 
 def _axes(table: Table, x: str, y: str) -> tuple[ScoreColumn, ScoreColumn]:

@@ -13,8 +13,8 @@ from urllib.parse import urlencode
 from sqlalchemy.orm import Session
 
 from app.errors import StudioError
-from app.evaluation import comparisons
-from app.evaluation.comparisons import ComparisonOrder, Kind
+from app.evaluation import comparison_plan
+from app.evaluation.comparison_plan import ComparisonOrder, Kind
 from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids, once
@@ -25,19 +25,11 @@ from app.models import service as models
 from app.planning.schedule import DERIVED
 from app.run_settings import RunSettings, displaced
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._advice import FAMILIES
 from app.tables import JSON, Dataset, Model, User
 from app.views.job_form import with_rows
 from app.views.method_cards import ranking_of
 
-FAMILIES = {
-    "reparametrized": "LoRA family",
-    "additive": "Adapters and soft prompts",
-    "selective": "Selective",
-    "partial": "Partial",
-    "full": "Full",
-    "feature": "Feature extraction",
-}
-"""Families in the order of the form, in plain words."""
 NOT_ASKED = ("data_fraction", "early_stopping_patience")
 """Run settings that a comparison decides itself."""
 
@@ -73,6 +65,8 @@ class CompareForm:
     rows_per_step: int = 0
     asked: list[str] = field(default_factory=list)  # strategies that were checked in the request
     bases: list[Model] = field(default_factory=list)  # base models that are compared, where there are several
+    on: list[Dataset] = field(default_factory=list)  # datasets of a matrix
+    from_nothing: bool = False
 
     @property
     def chosen(self) -> list[StrategyOption]:
@@ -82,12 +76,23 @@ class CompareForm:
     def seconds(self) -> float:
         """Estimate for all jobs in sequence."""
         seconds: float = sum(pick.estimate["seconds"] for pick in self.chosen if pick.estimate)
-        return seconds
+        return seconds + self.nothing_seconds
+
+    @property
+    def nothing_seconds(self) -> float:
+        """Estimate for the jobs from random weights, which are those of full fine-tuning; 0 where none is asked for or it does not fit."""
+        full = next((pick.estimate for pick in self.picks if pick.name == "full" and pick.estimate), None)
+        return float(full["seconds"]) if full and self.from_nothing else 0.0
 
     @property
     def jobs(self) -> int:
-        each = {"learning_curve": len(comparisons.FRACTIONS), "models": len(self.bases)}
-        return len(self.chosen) * each.get(self.kind, 1)
+        each = {"learning_curve": len(comparison_plan.FRACTIONS), "models": len(self.bases), "matrix": len(self.bases) * len(self.on)}
+        return (len(self.chosen) + self.from_nothing) * each.get(self.kind, 1)
+
+    @property
+    def several(self) -> bool:
+        """Whether it compares several base models."""
+        return self.kind in ("models", "matrix")
 
     @property
     def peak_bytes(self) -> int:
@@ -112,9 +117,8 @@ class CompareForm:
     @property
     def faults(self) -> list[FormError]:
         """The errors, each with the id of the element where it can be fixed."""
-        places = {"model": "models" if self.kind == "models" else "model", "dataset": "dataset", "strategy": "methods"} | {
-            c.key: c.id for c in self.run_controls
-        }
+        places = {"model": "models" if self.several else "model", "dataset": "datasets" if self.kind == "matrix" else "dataset"}
+        places |= {"strategy": "methods"} | {c.key: c.id for c in self.run_controls}
         return [FormError(text, places.get(name)) for name, text in self.errors.items()]
 
     @property
@@ -130,8 +134,10 @@ class CompareForm:
             "kind": self.kind,
             "shown": self.kind,
             "dataset": ids.public(ids.DATASET, self.dataset.id) if self.dataset else self.typed.get("dataset"),
-            "model": (self.model.name if self.model else self.typed.get("model")) if self.kind != "models" else None,
+            "model": (self.model.name if self.model else self.typed.get("model")) if not self.several else None,
             "base": [model.name for model in self.bases],
+            "on": [ids.public(ids.DATASET, dataset.id) for dataset in self.on],
+            "from_nothing": "true" if self.from_nothing else None,
             "strategy": [pick.name for pick in self.chosen] or self.asked,
             **{c.key: c.value for c in self.run_controls if c.changed},
             "name": self.typed.get("name"),
@@ -145,14 +151,22 @@ class CompareForm:
 
 
 def compare_form(
-    session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str] = (), bases: Sequence[str] = ()
+    session: Session,
+    user: User,
+    typed: Mapping[str, str],
+    strategies: Sequence[str] = (),
+    bases: Sequence[str] = (),
+    on: Sequence[str] = (),
 ) -> CompareForm:
-    """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
+    """The form for the current input, whatever it is: `bases` are names of base models, `on` public ids of the datasets of a matrix. Never
+    raises for it: errors are returned with their fields."""
     with once.remembered():
-        return _compare_form(session, user, typed, strategies, bases)
+        return _compare_form(session, user, typed, strategies, bases, on)
 
 
-def _compare_form(session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str], bases: Sequence[str]) -> CompareForm:
+def _compare_form(
+    session: Session, user: User, typed: Mapping[str, str], strategies: Sequence[str], bases: Sequence[str], on: Sequence[str]
+) -> CompareForm:
     from app.datasets import service as datasets
 
     typed = dict(typed)
@@ -180,8 +194,11 @@ def _compare_form(session: Session, user: User, typed: Mapping[str, str], strate
         memory_bytes=heartbeats.training_machine().on(run.settings.get("device", "auto")).training_memory_bytes,
         asked=[name for name in strategies if name in STRATEGIES],
     )
-    if kind == "models":
+    form.from_nothing = kind != "learning_curve" and typed.get("from_nothing") == "true"
+    if form.several:
         form.bases = _bases(form, bases)
+    if kind == "matrix":
+        form.on = _datasets(form, on)
     if model and dataset and not run.errors:
         form.rows_per_step = rows_per_step(dataset, RunSettings(**{**usual, **run.settings}))
         form.run_controls = with_rows(form.run_controls, form.rows_per_step)
@@ -195,13 +212,25 @@ def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
     if form.typed.get("shown") != form.kind and not asked:
         known = [m for m in form.models if m.kept and m.job_id is None and not from_nothing.is_blank(m)]
         fitting = [m for m in known if preselection.suits(m, form.dataset)]
-        return fitting[: comparisons.MAX_MODELS]
+        return fitting[: comparison_plan.MAX_MODELS]
     unknown = set(asked) - {model.name for model in form.models}
     if unknown:
         form.errors["model"] = f"There is no model {min(unknown)[:80]} that is ready. It may have been deleted; choose another."
     found = [model for model in form.models if model.name in asked]
-    if len(found) > comparisons.MAX_MODELS:
-        form.errors["model"] = f"At most {comparisons.MAX_MODELS} base models can be compared, and {len(found)} are chosen."
+    if len(found) > comparison_plan.MAX_MODELS:
+        form.errors["model"] = f"At most {comparison_plan.MAX_MODELS} base models can be compared, and {len(found)} are chosen."
+    return found
+
+
+def _datasets(form: CompareForm, asked: Sequence[str]) -> list[Dataset]:
+    """The datasets that are checked; initially the chosen one and another for the same task."""
+    if form.typed.get("shown") != form.kind and not asked:
+        return sorted(form.datasets, key=lambda d: form.dataset is None or d.task != form.dataset.task)[:2]
+    found = [d for d in form.datasets if ids.public(ids.DATASET, d.id) in asked]
+    if len(found) < len(set(asked)):
+        form.errors["dataset"] = "One of the datasets is not there or not ready. It may have been deleted; choose another."
+    if len(found) > comparison_plan.MAX_DATASETS:
+        form.errors["dataset"] = f"At most {comparison_plan.MAX_DATASETS} datasets can be compared on, and {len(found)} are chosen."
     return found
 
 
@@ -219,19 +248,24 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
     """Every strategy with the estimate of its jobs. Initially each family's first that fits is checked."""
     if form.kind == "models" and len(form.bases) < 2:
         form.errors.setdefault("model", "Choose at least two base models to compare.")
-    if form.errors.get("model"):
+    if form.kind == "matrix" and not form.bases:
+        form.errors.setdefault("model", "Choose at least one base model.")
+    if form.kind == "matrix" and len(form.on) < 2:
+        form.errors.setdefault("dataset", "Choose at least two datasets.")
+    if form.errors.get("model") or form.errors.get("dataset"):
         return
-    everything = _order(form, list(STRATEGIES), run)
+    everything = _order(form, list(STRATEGIES), run).model_copy(update={"from_nothing": False})
     try:
-        plan = comparisons.planned(session, user, everything)
+        plan = comparison_plan.planned(session, user, everything)
     except StudioError as error:
-        form.errors[{"dataset_id": "dataset"}.get(error.param or "", error.param or "")] = str(error)
+        form.errors[{"dataset_id": "dataset", "dataset_ids": "dataset"}.get(error.param or "", error.param or "")] = str(error)
         return
     costs = {name: [one.estimate for one in plan.jobs if one.strategy == name] for name in STRATEGIES}
     reasons = {r["strategy"]: r["reason"] for r in plan.refused}
     advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
-    fits = [name for name in STRATEGIES if costs[name] and (name not in reasons or form.kind == "models")]
-    checked = form.asked if form.typed.get("shown") == form.kind else _by_default(form.kind, fits, advised)
+    fits = [name for name in STRATEGIES if costs[name] and (name not in reasons or form.several)]
+    were_shown = form.typed.get("shown") == form.kind and not form.typed.get("no_methods")
+    checked = form.asked if were_shown or form.asked else _by_default(form.kind, fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
         form.picks.append(StrategyOption(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))
@@ -252,11 +286,12 @@ def _together(costs: list[JSON]) -> JSON:
 
 def _order(form: CompareForm, strategies: list[str], run: JSON) -> ComparisonOrder:
     assert form.model and form.dataset
-    several = form.kind == "models"
     return ComparisonOrder(
-        model=None if several else form.model.name,
-        models=[model.name for model in form.bases] if several else None,
-        dataset_id=form.dataset.id,
+        model=None if form.several else form.model.name,
+        models=[model.name for model in form.bases] if form.several else None,
+        dataset_id=form.dataset.id if form.kind != "matrix" else None,
+        dataset_ids=[dataset.id for dataset in form.on] if form.kind == "matrix" else None,
+        from_nothing=form.from_nothing,
         strategies=list(strategies),
         kind=form.kind,
         run=run,
@@ -273,9 +308,11 @@ def _try(form: CompareForm, run: JSON) -> None:
         form.errors["strategy"] = "No method fits this model, this data and this machine; each shows the reason."
     elif form.kind == "learning_curve" and len(names) != 1:
         form.errors["strategy"] = "A learning curve is for one method. Choose one."
-    elif form.kind == "models" and not names:
+    elif form.several and not names:
         form.errors["strategy"] = "Choose at least one method."
-    elif len(names) < 2 and form.kind == "strategies":
+    elif form.jobs > comparison_plan.MAX_JOBS:
+        form.errors["strategy"] = f"{form.jobs} runs are more than {comparison_plan.MAX_JOBS}. Choose fewer methods, models or datasets."
+    elif len(names) + form.from_nothing < 2 and form.kind == "strategies":
         form.errors["strategy"] = "Choose at least two methods to compare."
     else:
         form.order = _order(form, names, run)
@@ -284,4 +321,6 @@ def _try(form: CompareForm, run: JSON) -> None:
 def body_of(order: ComparisonOrder) -> dict[str, Any]:
     """The body of `POST /v1/comparisons`."""
     body = order.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-    return body | ({"dataset_id": ids.public(ids.DATASET, order.dataset_id)} if order.dataset_id else {})
+    named = {"dataset_id": order.dataset_id and ids.public(ids.DATASET, order.dataset_id)}
+    several: dict[str, Any] = {"dataset_ids": [ids.public(ids.DATASET, key) for key in order.dataset_ids or ()]}
+    return body | {name: value for name, value in (named | several).items() if value}

@@ -20,6 +20,7 @@ from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES
 from app.tables import Job
+from app.views import comparison as comparison_view
 from app.views import overview, waiting
 from app.views.job_form import OrderForm
 
@@ -143,7 +144,7 @@ def head(session: Session, job: Job) -> dict[str, Any]:
         "no_room": overview.MAKE_ROOM if job.status in ("queued", "running") and overview.no_room() else "",
         "verdict": verdict.of_job(job),
         "comparison": comparison,
-        "comparison_url": f"/compare/{ids.public(ids.COMPARISON, comparison.id)}" if comparison else "",
+        "comparison_url": comparison_view.url(comparison) if comparison else "",
     }
 
 

@@ -22,7 +22,7 @@ from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
 from app.jobs.resources_form import Offers
 from app.kit import ids
-from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill
+from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill, whole_number
 from app.machines.placement import Resources
 from app.models import service as models
 from app.objectives import OBJECTIVES, DrawnSettings, ObjectiveSettings
@@ -209,7 +209,7 @@ class OrderForm:
             "validation": self.typed.get("validation"),
             "strategy": self.method,
             "preset": self.preset if self.preset != "balanced" else "",
-            **{name: self.typed.get(name) for name in ("split.method", "split.column")},
+            **{name: self.typed.get(name) for name in ("split.method", "split.column", "split.seed")},
             **{name: self.typed[name] for name in self.chosen},
             **{c.key: c.value for c in self.controls if c.changed},
             **{name: self.typed.get(name) for name in ("objective", "preference.grader", "preference.teacher")},
@@ -383,9 +383,10 @@ def _graders_asked(typed: Mapping[str, str]) -> list[str | dict[str, Any]] | Non
 
 
 def _split_asked(typed: Mapping[str, str]) -> Split | None:
-    """The validation split, unless it is random."""
-    method, column = typed.get("split.method", ""), typed.get("split.column", "") or None
-    return Split(method=method, column=column) if method in ("stratified", "grouped") else None
+    """The validation split, unless it is random by the run's own seed."""
+    method, column, seed = typed.get("split.method", ""), typed.get("split.column", "") or None, whole_number(typed.get("split.seed", ""))
+    own = {"seed": seed} if seed is not None and seed < 2**31 else {}
+    return Split(method=method, column=column, **own) if method in ("stratified", "grouped") else Split(**own) if own else None
 
 
 def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:

@@ -76,6 +76,7 @@ SHOWN = {
 NOUNS = {
     "keys": "api_key",
     "compare": "comparison",
+    "searches": "search",
     "model_aliases": "model_alias",
     "aliases": "model_alias",
     "permissions": "checkpoint.permission",

@@ -43,6 +43,7 @@ GET / /compare /compare/curves /compare/new /compare/{comparison_id} /datasets /
 GET /datasets/{key} /datasets/{key}/conflicts /datasets/{key}/findings.{kind} /datasets/{key}/rows /datasets/{key}/rows/{line}
 GET /datasets/{key}/split /datasets/{key}/state /evaluations /evaluations/{evaluation_id} /first-model /guide /guide/{strategy} /jobs
 GET /learn /learn/{stop}
+GET /searches /searches/new /searches/{search_id} /v1/searches /v1/searches/{search_id}
 GET /jobs/advice /jobs/compare /jobs/new /jobs/new/file /jobs/{job_id} /jobs/{job_id}/checkpoints/{step}/download /jobs/{job_id}/job.yaml
 GET /jobs/{job_id}/log.txt /jobs/{job_id}/results.csv /jobs/{job_id}/stream /models /models/loaded /models/terms/{name} /models/{key}
 GET /models/hub /v1/hub/models /models/{key}/download /playground /playground/ab /playground/ab/{vote_id} /playground/arena /playground/arena/{vote_id}
@@ -80,6 +81,9 @@ POST /datasets/{key}/fix /datasets/{key}/read /datasets/{key}/repair /datasets/{
 POST /datasets/{key}/rows/{line} /datasets/{key}/split/drop /evaluations /evaluations/{evaluation_id}/cancel
 POST /evaluations/{evaluation_id}/delete /exports/{export_id}/cancel /exports/{export_id}/delete /exports/{export_id}/push /jobs
 POST /learn/{stop}
+POST /searches /searches/{search_id}/cancel /searches/{search_id}/delete /v1/searches /v1/searches/plan /v1/searches/{search_id}/cancel
+DELETE /v1/searches/{search_id}
+PATCH /v1/searches/{search_id}
 POST /jobs/advice /jobs/new/file /jobs/{job_id}/checkpoints/{step}/keep /jobs/{job_id}/delete /jobs/{job_id}/pause /jobs/{job_id}/resume
 POST /jobs/{job_id}/retry /jobs/{job_id}/save /jobs/{job_id}/stop /models /models/{key}/aliases /models/{key}/aliases/remove
 POST /models/{key}/delete /models/{key}/engine /models/{key}/engine/check /models/{key}/exports /models/{key}/keep /models/{key}/merge

@@ -71,6 +71,10 @@ COMPARE = {
     "model": "$model_name", "dataset_id": "$dataset", "strategies": ["lora", {"name": "ia3"}], "kind": "strategies", "run": {"epochs": 1}, "name": "+name", "seed": 1,
     "split": {"method": "random"}, "task": "generation",
 }  # fmt: skip
+SEARCH = {
+    "model": "$model_name", "dataset_id": "$dataset", "strategies": ["lora", {"name": "ia3"}], "run": {"max_length": 128}, "name": "+name", "seed": 1,
+    "learning_rate": [1e-4, 1e-3], "rank": [4, 8], "epochs": [1, 2], "trials": 3, "minutes": 20, "split": {"method": "random", "seed": 5}, "task": "generation",
+}  # fmt: skip
 GRADER = {
     "type": "multi", "name": "both", "calculate_output": "0.5 * same + 0.5 * min(1, valid)",
     "graders": {
@@ -338,6 +342,15 @@ UNSAFE: dict[str, Sample] = {
     "POST /playground/arena": Sample(form=[("prompt", "What wood?"), ("models", "$model_name"), ("models", "$model_name@1"), ("dataset", ""), ("max_tokens", "2")], expect=(303, 400, 404)),
     "POST /playground/arena/{vote_id}": Sample({"vote_id": "+vote"}, form=[("choice", "1"), ("edited", "better")]),
     "POST /playground/arena-dataset": Sample(form=[("kind", "preference")]),
+    # searches
+    "POST /v1/searches": Sample(json=SEARCH),
+    "POST /v1/searches/plan": Sample(json=SEARCH),
+    "PATCH /v1/searches/{search_id}": Sample({"search_id": "$search"}, json={"name": "A name"}),
+    "POST /v1/searches/{search_id}/cancel": Sample({"search_id": "+search"}),
+    "DELETE /v1/searches/{search_id}": Sample({"search_id": "+ended_search"}),
+    "POST /searches": Sample(form=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora"), ("strategy", "ia3"), ("trials", "3"), ("minutes", "20"), ("learning_rate", "0.0001, 0.001"), ("rank", "4, 8"), ("epochs", "1, 2"), ("key", "+name"), ("shown", "yes"), ("name", "+name")]),
+    "POST /searches/{search_id}/cancel": Sample({"search_id": "+search"}),
+    "POST /searches/{search_id}/delete": Sample({"search_id": "+ended_search"}),
     # distillations
     "POST /v1/distillations": Sample(json={"model": "$model_name", "dataset_id": "$dataset", "rows": 5, "answers": 2, "grader": {"type": "length", "name": "short", "max": 9}, "threshold": 0.5, "temperature": 0.8, "max_tokens": 16, "system": "Be brief.", "seed": 1, "name": "Kept", "license": "MIT", "allows_training": True}),
     "POST /v1/distillations/{distillation_id}/cancel": Sample({"distillation_id": "+distillation"}),
@@ -409,6 +422,7 @@ SAFE: dict[str, Sample] = {
     "GET /datasets/{key}/rows": Sample({"key": "$dataset"}, query=[("model", "$model_name"), ("cutoff", "64"), ("search", "wood"), ("page", "1"), ("sort", "longest")]),
     "GET /jobs/new/file": Sample(query=ORDER_FORM),
     "GET /jobs/new": Sample(query=[*ORDER_FORM, ("clone", "$job")]),
+    "GET /searches/new": Sample(query=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora"), ("trials", "4"), ("rank", "2, 4"), ("shown", "yes")]),
     "GET /compare/new": Sample(query=[("model", "$model_name"), ("dataset", "$dataset"), ("strategy", "lora")]),
     "GET /static": Sample(expect=(404, 401, 405)),
     **{f"GET {path}": MOVED for path in ("/playground/ab", "/playground/lab", "/playground/kinds", "/playground/tokens", "/datasets/join", "/standby")},
@@ -421,7 +435,7 @@ SAFE: dict[str, Sample] = {
 NAMES = {
     "file_id": "$file", "job_id": "$job", "comparison_id": "$comparison", "evaluation_id": "$evaluation", "prompt_id": "$prompt", "run_id": "$run", "vote_id": "$vote",
     "grader_id": "$grader", "completion_id": "$completion", "response_id": "$response", "exchange_id:uuid": "$exchange", "model:path": "$model_name",
-    "alias:path": "+moved_alias", "distillation_id": "$distillation",
+    "alias:path": "+moved_alias", "distillation_id": "$distillation", "search_id": "$search",
 }  # fmt: skip
 """What a parameter of a path names, wherever it stands."""
 

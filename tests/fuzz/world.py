@@ -32,6 +32,7 @@ from app.models import aliases, exports
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.schemas.responses import ResponseBody
+from app.searches import service as searches
 from app.storage import files
 from app.tables import (
     AliasMove,
@@ -117,7 +118,7 @@ class World:
             "project": ids.public(ids.PROJECT, self.project.id),
         }
         self.session.commit()
-        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run completion response distillation"
+        kinds = "evaluation export comparison vote key permission person invitation grader batch batch_file webhook eval eval_run completion response distillation search"
         for kind in kinds.split():
             self.ids[kind] = self.fresh(kind)
 
@@ -329,6 +330,15 @@ class World:
     def _new_ended_comparison(self) -> str:
         key = self._new_comparison()
         comparisons.cancel(self.session, self.user, ids.parse(ids.COMPARISON, key))
+        return key
+
+    def _new_search(self) -> str:
+        order = {"model": self.base.name, "dataset_id": self.ids["dataset"], "name": uuid.uuid4().hex}
+        return ids.public(ids.SEARCH, searches.create(self.session, self.user, searches.read_order(order)).id)
+
+    def _new_ended_search(self) -> str:
+        key = self._new_search()
+        searches.cancel(self.session, self.user, ids.parse(ids.SEARCH, key))
         return key
 
     def _new_vote(self) -> str:

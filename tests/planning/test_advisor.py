@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from app.evaluation.advice_cards import cards
-from app.planning.advisor import CostEstimate, advise, rules
+from app.kit.humanize import human_count
+from app.planning.advisor import FIRST, CostEstimate, advise, details, groups, rules
 from app.shapes import shape_of
 from app.strategies import STRATEGIES
-from app.strategies._advice import Facts, worth_tuning
+from app.strategies._advice import FAMILIES, Facts, Reason, worth_tuning
 
 DECODER = shape_of(
     {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -72,6 +73,40 @@ def test_no_sentence_is_said_of_two_methods_and_every_point_is_accounted_for():
             shared = sum(rule.points for rule in rules(found) if a.strategy in rule.strategies)
             own = sum(r.points for r in a._weighed if r.text in (*a.reasons, *a.warnings))
             assert a.score == shared + own
+
+
+def test_the_first_places_are_told_in_full_and_the_others_by_family_without_a_sentence_twice():
+    costs = {
+        name: CostEstimate(memory_bytes=(n + 10) * GB // 10, seconds=60 + n, trainable_parameters=1000 * (n + 1))
+        for n, name in enumerate(STRATEGIES)
+    }
+    facts = Facts(task="generation", rows=1200, tokens=90_000, distance=1.4, memory_bytes=24 * GB)
+    found = ranked(facts, costs=costs)
+    told, chosen = details(found), cards(found, facts, "m", "ds-1")
+    assert [one.strategy for one in told] == [a.strategy for a in found[:FIRST]]
+    assert all(one.speaks_for for one in told), "each has something of its own, by numbers"
+    for place, (one, advice) in enumerate(zip(told, found, strict=False)):
+        before = {r.text for earlier in told[:place] for r in (*earlier.speaks_for, *earlier.against)}
+        said = {r.text for r in (*one.speaks_for, *one.against)}
+        assert said | before >= {r.text for r in advice._weighed}, "nothing that counts is left out"
+        assert any(f"parameters on {human_count(90_000)} tokens" in text for text in said)
+    folded = groups(found)
+    assert {s for g in folded for s in g.strategies} == {a.strategy for a in found[FIRST:]}
+    assert {g.title for g in folded} <= set(FAMILIES.values()) and all("×" in g.difference for g in folded)
+    own = [text for a in found[FIRST:] for text in (*a.reasons, *a.warnings)]
+    sentences = [r.text for one in told for r in (*one.speaks_for, *one.against)] + own
+    sentences += [one.difference for one in told if one.difference] + [g.difference for g in folded]
+    assert len(sentences) == len(set(sentences)) > 15
+    assert all(one.score == one.above + sum(r.points for r in (*one.speaks_for, *one.against)) for one in told), "every point is told"
+    assert told[0].above == 0 and chosen[0].sentence in [r.text for r in told[0].speaks_for]
+    assert found[0].difference is None and "as many parameters as LoRA" in found[1].difference
+
+
+def test_what_past_runs_measured_counts_and_is_said():
+    facts = Facts(task="generation", rows=1200, distance=1.3, memory_bytes=24 * GB)
+    plain, known = (advise(facts, DECODER, {}, past=past) for past in (None, {"dora": Reason(30, "Measured here: 3 runs …")}))
+    assert plain[0].strategy == "lora" and known[0].strategy == "dora"
+    assert "Measured here: 3 runs …" in known[0].reasons
 
 
 def test_the_cards_are_a_recommended_a_cheaper_and_a_stronger_choice():

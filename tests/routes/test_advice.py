@@ -17,6 +17,7 @@ from app.spec import RunSettings
 from app.strategies import STRATEGIES
 from app.tables import Model
 from app.views.glossary import GLOSSARY
+from tests import lives
 from tests.factories import upload
 from tests.planning.test_advisor import ENCODER
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
@@ -112,7 +113,7 @@ def test_what_would_help_more_than_another_method_is_said_first(api, client, ses
     session.commit()
     steps = {s["about"]: s for s in ask(api, tiny_registered, uneven).json()["steps"]}
     assert steps["classes"]["text"].startswith("Balance the classes: the largest has 50 times")
-    assert "the smallest class has 1" in steps["rows"]["text"] and "all-MiniLM" in steps["model"]["text"]
+    assert steps["rows"]["text"].startswith("Get 15 more rows of “b”: the smallest class has 1") and "all-MiniLM" in steps["model"]["text"]
     assert steps["length"]["text"].startswith("Raise max length to 2,048: it keeps 98") and "run.max_length=2048" in steps["length"]["url"]
     assert 'value="2048"' in client.get(steps["length"]["url"]).text
     encoder = Model(name="mini", title="Mini", kind="encoder", status="ready", shape=ENCODER.model_dump())
@@ -121,6 +122,32 @@ def test_what_would_help_more_than_another_method_is_said_first(api, client, ses
     session.commit()
     step = next(s for s in ask(api, tiny_registered, uneven).json()["steps"] if s["about"] == "model")
     assert "Use the encoder Mini for labels" in step["text"] and step["url"].startswith("/jobs/advice?model=mini&")
+
+
+def test_the_page_recommends_whole_runs_and_says_no_sentence_twice(api, client, session, user, tiny_registered, chats):
+    """Also where a run was measured: it counts, and is told by its numbers."""
+    larger = Model(name="wide", title="Wide", kind="dialogue", status="ready", revision="0" * 64, path="models/wide", source={})
+    larger.shape = tiny_registered.shape | {"layers": 2 * tiny_registered.shape["layers"]}
+    session.add(larger)
+    life = lives.Life(session, lives.order(session, user, tiny_registered)).claim()
+    life.say(lives.started(), *lives.steps(1, 12)).finish(12)
+    key = ids.public(ids.DATASET, chats.id)
+    said = ask(api, tiny_registered, chats).json()
+    first = said["cards"][0]
+    names = [one["name"] for one in first["settings"]]
+    assert first["model"] == "tiny" and names == ["Epochs", "Learning rate", "A step", "Max length"] and first["seconds"] > 0
+    assert {card["kind"] for card in said["cards"]} >= {"recommended", "stronger"}
+    lora = next(a for a in said["ranking"] if a["strategy"] == "lora")
+    measured = "Measured here: 1 run on this model lowered validation loss by 55.0%."
+    assert measured in lora["reasons"]
+    text = html.unescape(client.get(f"/jobs/advice?model=tiny&dataset={key}").text)
+    assert text.count(measured) == 1
+    shown = re.findall(r"<(?:p|li|td|summary)[^>]*>(.*?)</(?:p|li|td|summary)>", text.split('id="advice"')[1], flags=re.S)
+    plain = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", one)).strip() for one in shown]
+    sentences = [part for one in plain for part in re.split(r"(?<=[.:]) ", one) if len(part.split()) > 5]
+    assert len(sentences) > 15 and len(sentences) == len(set(sentences)), [one for one in sentences if sentences.count(one) > 1]
+    stronger = next(card for card in said["cards"] if card["kind"] == "stronger")
+    assert client.get(stronger["url"]).status_code == 200
 
 
 def test_without_data_the_advice_says_where_to_get_it(client, tiny_registered):

@@ -65,7 +65,7 @@ def test_every_strategy_is_run_on_every_base(api, session, user, two, chats):
     [
         ({"models": ["tiny"]}, "at least 2"),
         ({"models": ["tiny", "tiny"]}, "named twice"),
-        ({"models": None, "model": "tiny"}, "the kind `models`"),
+        ({"models": None, "model": "tiny"}, "the kinds `models` and `matrix`"),
         ({"kind": "strategies"}, "no other kind"),
         ({"model": "tiny"}, "one base model in `model`, or several"),
         ({"models": ["tiny", "nobody"]}, "nobody"),

@@ -21,4 +21,6 @@ def test_pages(page, served: str, tiny_registered, chats, tmp_path: Path, theme:
         page.goto(served + path)
         check(page, tmp_path, f"{name}-{theme}-{width}", COLORS if theme == "dark" else ())
         if name == "advice":
-            assert page.locator("main .scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)") == [0]
+            page.locator("details").evaluate_all("all => all.forEach((one) => (one.open = true))")
+            assert set(page.locator("main .scroll").evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)")) == {0}
+            check(page, tmp_path, f"{name}-open-{theme}-{width}", COLORS if theme == "dark" else ())

@@ -54,6 +54,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int, how: Split | None = N
 
     At least one row is in the validation set when `fraction` is above zero and there are two different rows.
     """
+    seed = how.seeded(seed) if how else seed
     out = divide(rows, fraction, seed, how.method if how else "random", how.column if how else None)
     held = [row for row, held_out in zip(rows, out, strict=True) if held_out]
     return [row for row, held_out in zip(rows, out, strict=True) if not held_out], sorted(held, key=lambda row: row.line)

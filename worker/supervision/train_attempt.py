@@ -436,5 +436,6 @@ def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
     return [
         *started_by, "--spec", str(spec), "--folder", held.folder,
         "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
+        *(["--pause-at", str(held.pause_at)] if held.pause_at is not None else []),
     ]
     # fmt: on

@@ -69,6 +69,7 @@ def _loader(job: Any) -> Loader:
     def load() -> torch.nn.Module:
         if not loaded:
             model = job.lesson.load(job.engine)
+            job.spec.strategy.initialize(model, job.spec.run.seed)
             fused_layers.patch_layers(model, job.engine.device)
             loaded.append(model)
         return loaded[0]

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from app.spec import Split
 from tests.worker.orders import chat_rows
 from worker.data.batching import Row, make_batch, share, split, tokenise
 from worker.modeling import cross_entropy, packed_attention, token_logprobs
@@ -22,6 +23,12 @@ def test_a_smaller_share_lies_within_a_larger_one_and_keeps_the_order():
     assert {row.line for row in quarter} < {row.line for row in half} < {row.line for row in train}
     assert [row.line for row in half] == sorted(row.line for row in half)
     assert share(train, 1.0, 7) == train
+
+
+def test_a_split_with_a_seed_of_its_own_is_the_same_for_runs_with_other_seeds():
+    held = [split(ROWS, 0.1, seed, Split(seed=5))[1] for seed in (7, 8)]
+    assert held[0] == held[1] == split(ROWS, 0.1, 5)[1] != split(ROWS, 0.1, 7)[1]
+    assert Split(method="stratified", column="label").model_dump(exclude_none=True) == {"method": "stratified", "column": "label"}
 
 
 def test_the_seed_and_the_content_decide_not_the_order_of_the_rows():

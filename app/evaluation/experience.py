@@ -1,0 +1,102 @@
+"""What past runs of a project measured, by method: what the advisor knows beyond rules and estimates."""
+
+from __future__ import annotations
+
+import statistics
+import uuid
+from collections import defaultdict
+from typing import NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.datasets import service as datasets
+from app.evaluation.comparison_table import is_number, score_columns
+from app.kit.humanize import human_percent, plural
+from app.metrics import METRICS, ability, judged_by
+from app.ownership import mine
+from app.strategies import STRATEGIES
+from app.strategies._advice import Reason
+from app.tables import JSON, Dataset, Job, User
+
+MAX_JOBS = 500
+"""Newest finished runs that are looked at."""
+WHERE = ("the same task", "this model", "this model and data")
+"""How near past runs are to the question; of each method the nearest count."""
+GAINED, MOST, LITTLE, NOTHING = 2, 6, -4, -8
+"""Points: it gained; it gained most of all methods that ran there; less than half as much as that one; nothing."""
+HALF = 0.5
+
+
+class PastRun(NamedTuple):
+    """What one run gained over its base in the deciding metric: a share of the base's loss, or points of a share; and the change of general
+    ability, None where it was not measured."""
+
+    strategy: str
+    nearness: int  # an index of WHERE
+    metric: str
+    gain: float
+    forgot: float | None
+
+
+def reasons(session: Session, user: User, model_id: uuid.UUID, dataset: Dataset, task: str) -> dict[str, Reason]:
+    """For each method that was run before, what came of it, and how much that speaks for or against it."""
+    return weighed(_runs(session, user, model_id, dataset, task))
+
+
+def _runs(session: Session, user: User, model_id: uuid.UUID, dataset: Dataset, task: str) -> list[PastRun]:
+    query = select(Job.spec["strategy"], Job.evaluation, Job.forgetting, Job.model_id, Job.dataset_id)
+    query = query.where(Job.id.in_(mine(Job, user).with_only_columns(Job.id).where(Job.status == "succeeded", Job.evaluation.is_not(None))))
+    rows = session.execute(query.where(Job.spec["task"].astext == task).order_by(Job.finished_at.desc()).limit(MAX_JOBS)).all()
+    family = set(datasets.family(session, dataset))
+    found = []
+    for strategy, evaluation, forgetting, of_model, of_dataset in rows:
+        gained = _gain(task, evaluation)
+        if gained is not None and strategy.get("weights") != "random" and strategy["name"] in STRATEGIES:
+            nearness = (2 if of_dataset in family else 1) if of_model == model_id else 0
+            found.append(PastRun(strategy["name"], nearness, *gained, (forgetting or {}).get("change")))
+    return found
+
+
+def _gain(task: str, evaluation: JSON) -> tuple[str, float] | None:
+    """(the deciding metric, what was gained in it); None where base or result have none."""
+    metric = score_columns(task)[0].key
+    before, after = ((evaluation.get(side) or {}).get(metric) for side in ("base", "tuned"))
+    if not is_number(before) or not is_number(after):
+        return None
+    if METRICS[metric].lower_is_better:
+        return (metric, (before - after) / before) if before > 0 else None
+    return metric, after - before
+
+
+def weighed(runs: list[PastRun]) -> dict[str, Reason]:
+    """One reason for each method, from its nearest runs. Methods are compared with each other only where they ran on the same model."""
+    nearest: dict[str, int] = {}
+    for run in runs:
+        nearest[run.strategy] = max(nearest.get(run.strategy, 0), run.nearness)
+    grouped: dict[str, list[PastRun]] = defaultdict(list)
+    for run in runs:
+        if run.nearness == nearest[run.strategy]:
+            grouped[run.strategy].append(run)
+    gains = {name: statistics.median(run.gain for run in group) for name, group in grouped.items()}
+    return {name: Reason(_points(name, gains, nearest), _sentence(group)) for name, group in grouped.items()}
+
+
+def _points(name: str, gains: dict[str, float], nearest: dict[str, int]) -> int:
+    own, others = gains[name], [gain for other, gain in gains.items() if other != name and nearest[other] == nearest[name] > 0]
+    if own <= 0:
+        return NOTHING
+    if others and own > max(others):
+        return GAINED + MOST
+    return GAINED + LITTLE if others and own < HALF * max(others) else GAINED
+
+
+def _sentence(group: list[PastRun]) -> str:
+    """`Measured here: 3 runs on this model and data lowered validation loss by 41% (median), with general ability −0.8%.`"""
+    gain, metric = statistics.median(run.gain for run in group), group[0].metric
+    moved = "lowered" if METRICS[metric].lower_is_better == (gain > 0) else "raised"
+    by = human_percent(abs(gain)) if METRICS[metric].lower_is_better else f"{abs(gain) * 100:.1f} points"
+    said = f"Measured here: {plural(len(group), 'run')} on {WHERE[group[0].nearness]} {moved} {judged_by(metric)} by {by}"
+    said += " (median)" if len(group) > 1 else ""
+    forgot = [run.forgot for run in group if run.forgot is not None]
+    return f"{said}, with general ability {ability(statistics.median(forgot))}." if forgot else f"{said}."

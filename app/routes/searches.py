@@ -1,0 +1,178 @@
+"""Searches: `/v1/searches`, and the pages under `/searches`. Both call `app.searches.service`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app import naming, schemas
+from app.db import Db
+from app.errors import Conflict, StudioError
+from app.kit import ids
+from app.routes.naming import NewName
+from app.schemas.openapi import answers, takes
+from app.searches import service as searches
+from app.searches import table
+from app.searches.space import SearchOrder
+from app.views import search as search_view
+from app.views import search_form
+from app.web.auth import CurrentUser
+from app.web.navigation import MenuPage
+from app.web.pagination import After, Limit, page
+from app.web.templates import flash, render
+
+api = APIRouter(prefix="/v1")
+pages = APIRouter()
+MENU = (MenuPage("Search", "/searches", "training", 32),)
+Json = dict[str, Any]
+ON_A_PAGE = 100
+
+
+@api.post("/searches", operation_id="create_search", responses=answers(schemas.Search, 404, 409), openapi_extra=takes(schemas.CreateSearch))
+def create(
+    session: Db, user: CurrentUser, body: Annotated[Json, Body()], idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+) -> Json:
+    """Search the best settings: trials of which the best third goes on at each rung, until the best is repeated with another seed."""
+    return table.to_json(session, searches.create(session, user, searches.read_order(body), idempotency_key))
+
+
+@api.post(
+    "/searches/plan", operation_id="plan_search", responses=answers(schemas.SearchPlan, 404, 409), openapi_extra=takes(schemas.CreateSearch)
+)
+def plan(session: Db, user: CurrentUser, body: Annotated[Json, Body()]) -> Json:
+    """What a search would try, and how long it takes. Nothing is queued."""
+    return table.plan_json(session, user, searches.read_order(body))
+
+
+@api.get("/searches", operation_id="list_searches", responses=answers(schemas.page_of(schemas.Search)))
+def list_searches(session: Db, user: CurrentUser, after: After = None, limit: Limit = 20) -> Json:
+    """Searches, newest first."""
+    query = searches.mine(user)
+    return page(query, after, limit, "desc", lambda row: table.to_json(session, row), session=session, key=ids.parse_search)
+
+
+@api.get("/searches/{search_id}", operation_id="retrieve_search", responses=answers(schemas.Search))
+def retrieve(session: Db, user: CurrentUser, search_id: str) -> Json:
+    """The trials of a search so far, and the winner once there is one."""
+    return table.to_json(session, searches.get(session, user, ids.parse_search(search_id)))
+
+
+@api.patch("/searches/{search_id}", operation_id="update_search", responses=answers(schemas.Search, 404))
+def rename(session: Db, user: CurrentUser, search_id: str, change: NewName) -> Json:
+    """Rename a search."""
+    found = searches.get(session, user, ids.parse_search(search_id))
+    naming.rename(session, found, change.name)
+    session.flush()
+    return table.to_json(session, found)
+
+
+@api.post("/searches/{search_id}/cancel", operation_id="cancel_search", responses=answers(schemas.Search))
+def cancel(session: Db, user: CurrentUser, search_id: str) -> Json:
+    """Cancel a search and its runs that have not ended. One that has ended is unchanged."""
+    return table.to_json(session, searches.cancel(session, user, ids.parse_search(search_id)))
+
+
+@api.delete("/searches/{search_id}", operation_id="delete_search", responses=answers(schemas.Deleted, 409))
+def delete(session: Db, user: CurrentUser, search_id: str) -> Json:
+    """Delete a search. Its runs are kept. Refused while it runs."""
+    searches.delete(session, user, ids.parse_search(search_id))
+    return {"id": search_id, "object": "search", "deleted": True}
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+async def _form(request: Request) -> list[tuple[str, str]]:
+    form = await request.form()
+    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+
+
+Form = Annotated[list[tuple[str, str]], Depends(_form)]
+
+
+@pages.get("/searches")
+def list_page(request: Request, user: CurrentUser, session: Db) -> Response:
+    rows = search_view.rows(session, searches.list_(session, user)[:ON_A_PAGE])
+    return render(request, "searches.html", rows=rows, moving=any(row["status"] == "running" for row in rows))
+
+
+@pages.get("/searches/new")
+def new_search(request: Request, user: CurrentUser, session: Db) -> Response:
+    return _form_page(request, session, user, request.query_params.multi_items())
+
+
+@pages.post("/searches")
+def order_search(request: Request, user: CurrentUser, session: Db, items: Form) -> Response:
+    form, typed = _read(session, user, items)
+    if not form.ready or form.order is None:
+        said = next(iter(form.errors.values()), "something below is not right yet.")
+        return _form_page(request, session, user, items, problem=said, status_code=400)
+    found = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
+    return RedirectResponse(search_view.url(found), status_code=303)
+
+
+def _create_once(session: Db, user: CurrentUser, order: SearchOrder, form_key: str) -> Any:
+    """A double click begins one search; changed values under the same key begin another."""
+    try:
+        return searches.create(session, user, order, idempotency_key=f"form-{form_key[:64]}")
+    except Conflict as conflict:
+        if conflict.code != "idempotency_key_reused":
+            raise
+        return searches.create(session, user, order)
+
+
+def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[search_form.SearchForm, dict[str, str]]:
+    typed = {name: value for name, value in items if name != "strategy"}
+    return search_form.search_form(session, user, typed, [value for name, value in items if name == "strategy"]), typed
+
+
+def _form_page(
+    request: Request, session: Db, user: CurrentUser, items: list[tuple[str, str]], *, problem: str | None = None, status_code: int = 200
+) -> Response:
+    form, typed = _read(session, user, items)
+    command = ""
+    if form.ready and form.order:
+        body = json.dumps(search_form.body_of(form.order), indent=2, ensure_ascii=False)
+        command = (
+            f"curl {str(request.base_url).rstrip('/')}/v1/searches \\\n"
+            '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
+            f"  -d {shlex.quote(body)}"
+        )
+    key = typed.get("key") or uuid.uuid4().hex
+    answer = render(
+        request, "new_search.html", status_code=status_code, form=form, key=key, problem=problem, command=command, ids=ids
+    )  # fmt: skip
+    if "hx-request" in request.headers:  # an estimate: the URL follows the form, so that Back and reload show the same
+        answer.headers["hx-replace-url"] = form.address
+    return answer
+
+
+@pages.get("/searches/{search_id}")
+def search_page(request: Request, user: CurrentUser, session: Db, search_id: str, part: str = "") -> Response:
+    """The whole page; with `?part=live` the part that changes while it runs."""
+    context = search_view.page(session, searches.get(session, user, ids.parse_search(search_id)))
+    return render(request, "parts/search_live.html" if part == "live" else "search.html", **context)
+
+
+@pages.post("/searches/{search_id}/cancel")
+def stop_search(request: Request, user: CurrentUser, session: Db, search_id: str) -> Response:
+    found = searches.cancel(session, user, ids.parse_search(search_id))
+    flash(request, f"{found.name} is ended. Its runs that had not ended are being stopped.")
+    return RedirectResponse(search_view.url(found), status_code=303)
+
+
+@pages.post("/searches/{search_id}/delete")
+def delete_search(request: Request, user: CurrentUser, session: Db, search_id: str) -> Response:
+    found = searches.get(session, user, ids.parse_search(search_id))
+    try:
+        searches.delete(session, user, found.id)
+    except StudioError as error:
+        flash(request, str(error), "bad")
+        return RedirectResponse(search_view.url(found), status_code=303)
+    flash(request, f"{found.name} was deleted. Its runs and their models are still there.")
+    return RedirectResponse("/searches", status_code=303)
