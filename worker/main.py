@@ -86,7 +86,7 @@ def _begin(sender: Any = None, **_: Any) -> None:
     if sender is None:
         return
     queues = list(sender.app.amqp.queues.consume_from)
-    if "train" in queues:
+    if get_settings().launcher != "local" and "train" in queues:
         _check_launcher(queues)
     for queue in queues:
         heartbeats.keep_saying(queue)

@@ -60,7 +60,7 @@ class RewardStop(Stop):
         "A model answers small sums that it has not seen: as it is, after worked examples, and after reinforcement learning from there. Each "
         "pass rate has its interval, and with so small a model and so few steps they may well overlap."
     )
-    words: ClassVar = ("Reinforcement learning", "Reward", "Reward check", "GRPO", "Grader", "Validation set")
+    words: ClassVar = ("Reinforcement learning", "Reward", "GRPO", "Validation set")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
     samples: ClassVar = ("small-sums",)
 
