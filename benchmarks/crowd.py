@@ -96,7 +96,8 @@ def fill_lists(session: Any, rows: int) -> None:
     for name in LISTED:
         columns = [column.name for column in Base.metadata.tables[name].columns if column.computed is None]
         quoted, values = ", ".join(f'"{one}"' for one in columns), ", ".join(FRESH.get(one) or f'pattern."{one}"' for one in columns)
-        newest = f'SELECT * FROM "{name}" ORDER BY created_at DESC LIMIT 1'
+        plain = "WHERE kind = 'strategies'" if name == "comparisons" else ""  # a copy of a search would be led on
+        newest = f'SELECT * FROM "{name}" {plain} ORDER BY created_at DESC LIMIT 1'
         query = f'INSERT INTO "{name}" ({quoted}) SELECT {values} FROM ({newest}) AS pattern, generate_series(1, CAST(:rows AS int)) AS n'
         session.execute(text(query), {"rows": rows})
     session.execute(text(VERSIONS))

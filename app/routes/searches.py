@@ -7,7 +7,7 @@ import shlex
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Request
+from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
 from app import naming, schemas
@@ -30,7 +30,7 @@ api = APIRouter(prefix="/v1")
 pages = APIRouter()
 MENU = (MenuPage("Search", "/searches", "training", 32),)
 Json = dict[str, Any]
-ON_A_PAGE = 100
+ON_A_PAGE = 50
 
 
 @api.post("/searches", operation_id="create_search", responses=answers(schemas.Search, 404, 409), openapi_extra=takes(schemas.CreateSearch))
@@ -96,9 +96,10 @@ Form = Annotated[list[tuple[str, str]], Depends(_form)]
 
 
 @pages.get("/searches")
-def list_page(request: Request, user: CurrentUser, session: Db) -> Response:
-    rows = search_view.rows(session, searches.list_(session, user)[:ON_A_PAGE])
-    return render(request, "searches.html", rows=rows, moving=any(row["status"] == "running" for row in rows))
+def list_page(request: Request, user: CurrentUser, session: Db, shown: Annotated[int, Query(ge=1, le=5000)] = ON_A_PAGE) -> Response:
+    found = searches.newest(session, user, shown + 1)
+    rows, more = search_view.rows(session, found[:shown]), shown + ON_A_PAGE if len(found) > shown else None
+    return render(request, "searches.html", rows=rows, moving=any(row["status"] == "running" for row in rows), shown=shown, more=more)
 
 
 @pages.get("/searches/new")

@@ -112,9 +112,9 @@ def mine(user: User) -> Select[Comparison]:
     return ownership.mine(Comparison, user, Comparison.kind == SEARCH)
 
 
-def list_(session: Session, user: User) -> list[Comparison]:
+def newest(session: Session, user: User, limit: int) -> list[Comparison]:
     """Newest first."""
-    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc())))
+    return list(session.scalars(mine(user).order_by(Comparison.created_at.desc(), Comparison.id.desc()).limit(limit)))
 
 
 def get(session: Session, user: User, key: uuid.UUID) -> Comparison:

@@ -303,7 +303,7 @@ def test_the_form_estimates_orders_and_the_page_shows_the_trials(client, session
     ordered = client.post("/searches", data=sent, follow_redirects=False)
     again = client.post("/searches", data=sent, follow_redirects=False)
     assert ordered.status_code == 303 and again.headers["location"] == ordered.headers["location"], "a double click begins one"
-    search = searches.list_(session, user)[0]
+    search = searches.newest(session, user, 1)[0]
     play(session, search)
     page = client.get(ordered.headers["location"])
     assert "is the winner" in words(page) and "repeats trial" in words(page) and "Place" in words(page)
