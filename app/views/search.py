@@ -10,11 +10,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit import ids
-from app.kit.humanize import human_number
 from app.metrics import METRICS, figure
 from app.searches import halving, service, table, trials
 from app.searches.halving import END
-from app.searches.space import RUNGS
 from app.tables import JSON, Comparison, Job
 from app.views import comparison as comparison_view
 from app.web import charts
@@ -60,6 +58,7 @@ def page(session: Session, search: Comparison) -> dict[str, Any]:
         "lines": sorted(lines, key=lambda line: line["order"]),
         "begun": sum(line["repeats"] is None for line in lines),
         "metric": METRICS[metric].title,
+        "with_loss": metric != "loss",
         "less": METRICS[metric].lower_is_better,
         "dataset": found[0].job.spec["dataset"]["name"] if found else "",
         "stages": _stages(found, said),
@@ -88,9 +87,9 @@ def _stages(found: list[trials.TrialJob], said: JSON) -> list[tuple[str, int, in
     """(stage, how many trials are through it, how many it is for): the rungs, the end and the repetition."""
     firsts, left = [one for one in found if one.trial.repeats is None], said["trials"]
     stages = []
-    for level, share in enumerate((*RUNGS, 1.0), start=1):
+    for level in range(1, END + 1):
         through = sum(level in one.trial.scores or max(one.trial.scores, default=0) > level for one in firsts)
-        title = "to the end" if level == END else f"{'a ninth' if level == 1 else 'a third'} of the steps ({human_number(100 * share)}%)"
+        title = "to the end" if level == END else f"{'a ninth' if level == 1 else 'a third'} of the steps"
         stages.append((title, through, left))
         left = halving.kept_of(left)
     again = [one for one in found if one.trial.repeats is not None]
