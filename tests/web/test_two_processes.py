@@ -206,14 +206,14 @@ def what_was_begun_survives_its_process(session, processes) -> None:
     other = same(one, processes.second)
     data = os.urandom(20 * MIB)
     url = begin(one, length=len(data), purpose="user_data", filename="noise.bin").headers["location"]
-    sent = threading.Event()
+    sent, killed = threading.Event(), threading.Event()
 
     def slowly() -> Iterator[bytes]:
         for start in range(0, 18 * MIB, MIB):
             yield data[start : start + MIB]
         sent.set()
-        time.sleep(60)
-        yield b""
+        killed.wait(60)
+        yield data[18 * MIB :]
 
     def send() -> None:
         headers = {"Tus-Resumable": "1.0.0", "Upload-Offset": "0", "Content-Type": "application/offset+octet-stream"}
@@ -225,6 +225,8 @@ def what_was_begun_survives_its_process(session, processes) -> None:
     assert sent.wait(60)
     wait_until(lambda: at(other, url) == upload_pieces.PIECE_BYTES, what="the first piece", seconds=30)
     processes.first.process.send_signal(signal.SIGKILL)
+    processes.first.process.wait(10)
+    killed.set()
     sender.join(30)
     start = at(other, url)
     assert start == upload_pieces.PIECE_BYTES
