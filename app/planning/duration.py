@@ -181,8 +181,9 @@ def drawn_course_of(spec: JobSpec, own: DrawnSettings, stats: Stats, cuda: bool 
     steps = min(steps, run.max_steps or steps)
     read = prompt / (own.group_size if _shares_prompts(spec, cuda) else 1) + answer
     tokens = int(steps * own.prompts_per_step * own.group_size * read)
+    asked = steps / own.updates * own.prompts_per_step * prompt  # of prompts, once for all their answers: these are the rows of an epoch
     longest = run.max_length if own.turns > 1 else min(run.max_length, longest) + own.answer_tokens
-    return Workload(prompts * prompt, 0.0, longest, tokens, tokens, steps, answer / read, prompts, 0)
+    return Workload(prompts * prompt, 0.0, longest, tokens, int(asked), steps, answer / read, prompts, 0)
 
 
 def _shares_prompts(spec: JobSpec, cuda: bool) -> bool:
