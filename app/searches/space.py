@@ -155,7 +155,8 @@ def trial_request(order: SearchOrder, methods: list[PlannedMethod], params: JSON
     rungs, every = rungs_of(steps)
     run = {"samples": 0, **method.run, "epochs": params["epochs"], "learning_rate": params["learning_rate"]}
     run |= {"seed": seed, "early_stopping_patience": 0, **({"eval_steps": every} if every else {})}
-    words = [title_of(job_request.read_strategy(strategy)), f"learning rate {as_text(params['learning_rate'])}"]
+    ranked = [f"rank {params['rank']}"] if "rank" in params else []
+    words = [method.title, *ranked, f"learning rate {as_text(params['learning_rate'])}"]
     words += [f"{params['epochs']:g} {'epoch' if params['epochs'] == 1 else 'epochs'}"] if not order.run.get("max_steps") else []
     split = order.split
     if split_seed is not None and not (order.validation_dataset_id or order.validation_file):

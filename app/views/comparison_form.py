@@ -86,8 +86,11 @@ class CompareForm:
 
     @property
     def jobs(self) -> int:
-        each = {"learning_curve": len(comparison_plan.FRACTIONS), "models": len(self.bases), "matrix": len(self.bases) * len(self.on)}
-        return (len(self.chosen) + self.from_nothing) * each.get(self.kind, 1)
+        if self.kind == "learning_curve":
+            return len(self.chosen) * len(comparison_plan.FRACTIONS)
+        blank = [pick for pick in self.picks if pick.name == "full" and pick.estimate and self.from_nothing]
+        runs: int = sum(pick.estimate["runs"] for pick in [*self.chosen, *blank] if pick.estimate)
+        return runs
 
     @property
     def several(self) -> bool:
@@ -265,7 +268,8 @@ def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> N
     advised = [name for name, a in ranking_of(session, user, form.model, form.dataset).items() if a.advised]
     fits = [name for name in STRATEGIES if costs[name] and (name not in reasons or form.several)]
     were_shown = form.typed.get("shown") == form.kind and not form.typed.get("no_methods")
-    checked = form.asked if were_shown or form.asked else _by_default(form.kind, fits, advised)
+    everywhere = [name for name in fits if len(costs[name]) == max(map(len, costs.values()))]  # on every base model and dataset
+    checked = form.asked if were_shown or form.asked else _by_default(form.kind, everywhere if form.several else fits, advised)
     for name, cls in STRATEGIES.items():
         cost = _together(costs[name]) if name in fits else None
         form.picks.append(StrategyOption(cls, name in checked and cost is not None, name in advised, reasons.get(name, ""), cost))
@@ -280,8 +284,8 @@ def _by_default(kind: Kind, fits: list[str], advised: list[str]) -> list[str]:
 
 
 def _together(costs: list[JSON]) -> JSON:
-    """Several jobs in sequence: the largest memory and the sum of the times."""
-    return {**max(costs, key=lambda cost: cost["memory_bytes"]), "seconds": sum(cost["seconds"] for cost in costs)}
+    """Several jobs in sequence: the largest memory, the sum of the times, and how many `runs` they are."""
+    return {**max(costs, key=lambda cost: cost["memory_bytes"]), "seconds": sum(cost["seconds"] for cost in costs), "runs": len(costs)}
 
 
 def _order(form: CompareForm, strategies: list[str], run: JSON) -> ComparisonOrder:

@@ -21,6 +21,7 @@ from app.web.charts import Dot, Picture, Scale
 WORDS = {"waiting": "at a rung", "pruned": "pruned", "stopped": "stopped"}
 REACHED = ("", "a ninth of its steps", "a third of its steps", "its end")
 """What a trial has reached, by its level."""
+STAGES = ("a ninth of the steps", "a third of the steps", "to the end")
 
 
 def url(search: Comparison) -> str:
@@ -57,8 +58,8 @@ def page(session: Session, search: Comparison) -> dict[str, Any]:
         "open": said["status"] == "running",
         "lines": sorted(lines, key=lambda line: line["order"]),
         "begun": sum(line["repeats"] is None for line in lines),
-        "metric": METRICS[metric].title,
-        "with_loss": metric != "loss",
+        "metric": METRICS[metric].column or METRICS[metric].title,
+        "by_loss": metric == "loss",
         "less": METRICS[metric].lower_is_better,
         "dataset": found[0].job.spec["dataset"]["name"] if found else "",
         "stages": _stages(found, said),
@@ -87,9 +88,8 @@ def _stages(found: list[trials.TrialJob], said: JSON) -> list[tuple[str, int, in
     """(stage, how many trials are through it, how many it is for): the rungs, the end and the repetition."""
     firsts, left = [one for one in found if one.trial.repeats is None], said["trials"]
     stages = []
-    for level in range(1, END + 1):
+    for level, title in enumerate(STAGES, start=1):
         through = sum(level in one.trial.scores or max(one.trial.scores, default=0) > level for one in firsts)
-        title = "to the end" if level == END else f"{'a ninth' if level == 1 else 'a third'} of the steps"
         stages.append((title, through, left))
         left = halving.kept_of(left)
     again = [one for one in found if one.trial.repeats is not None]
@@ -111,4 +111,4 @@ def _picture(lines: list[dict[str, Any]], metric: str) -> Picture | None:
         if line["score"] is not None
     ]
     rate = Scale("Learning rate", lambda v: f"{v:.0e}" if v else "0", amount=True)
-    return charts.picture(dots, rate, Scale(METRICS[metric].title, lambda v: figure(v, metric, 3)))
+    return charts.picture(dots, rate, Scale(METRICS[metric].column or METRICS[metric].title, lambda v: figure(v, metric, 3)))
