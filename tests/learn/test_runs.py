@@ -83,18 +83,18 @@ def test_each_step_to_a_reward_has_its_pass_rate(client, session, user, data_dir
     some = {"max_steps": 30, "max_tokens_per_step": 512, "learning_rate": 1e-2}
     monkeypatch.setattr(reward, "EXAMPLES", reward.EXAMPLES | some)
     monkeypatch.setattr(reward, "REINFORCED", reward.REINFORCED | {"max_steps": 2, "learning_rate": 1e-4})
-    monkeypatch.setattr(reward, "DRAWN", reward.DRAWN | {"check_prompts": 24})
+    monkeypatch.setattr(reward, "DRAWN", reward.DRAWN | {"check_prompts": 24, "despite_check": True})
     with_sample(session, user, "small-sums")
     assert press(client, "reward", do="reward").status_code == 409
     assert press(client, "reward").status_code == 303
     (job,) = queued(session)
-    carry_out(session, data_dir, job)
+    carry_out(session, data_dir, job, live=True)
     page = shown(client, "reward")
     assert "Now the second button" in page and page.count('<rect class="between"') == 2 and visit_of(session, "reward").done_at is None
     assert press(client, "reward", do="reward").status_code == 303
     (second,) = queued(session)
     assert second.spec["task"] == "reinforcement" and second.spec["model"]["adapters"], "it goes on from the model of the examples"
-    carry_out(session, data_dir, second)
+    carry_out(session, data_dir, second, live=True)
     page, visit = shown(client, "reward"), visit_of(session, "reward")
     base, examples = reward.pass_rates(session, job)[0], reward.pass_rates(session, job)[-1]
     before, after = reward.pass_rates(session, second)[0], reward.pass_rates(session, second)[-1]
