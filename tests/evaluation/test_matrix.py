@@ -123,5 +123,5 @@ def test_a_matrix_is_chosen_in_the_form(client, session, user, two, chats, kinds
     both = client.get("/compare/new", params=sent, headers={"hx-request": "true"})
     assert "Start 8 runs" in words(both) and "from_nothing=true" in both.headers["hx-replace-url"]
     ordered = client.post("/compare", data={**sent, "key": "k"}, follow_redirects=False)
-    assert ordered.status_code == 303 and len(comparisons.jobs_of(session, comparisons.list_(session, user)[0])) == 8
+    assert ordered.status_code == 303 and len(comparisons.jobs_of(session, session.scalars(comparisons.mine(user)).one())) == 8
     assert "matrix" in words(client.get("/compare"))

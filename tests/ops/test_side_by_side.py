@@ -21,11 +21,15 @@ def narrowing(path: Path) -> list[str]:
     tree = ast.parse(path.read_text())
     up = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "upgrade")
     calls = [node for node in ast.walk(up) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("op.")]
-    named = [ast.unparse(call.func).removeprefix("op.") for call in calls]
+    named = [ast.unparse(call.func).removeprefix("op.") for call in calls if not _only_comments(call)]
     said = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "op.execute"]
     return [name for name in named if name.startswith(NARROWS)] + [
         one for one in said if any(word in one for word in (" DROP ", " RENAME "))
     ]
+
+
+def _only_comments(call: ast.Call) -> bool:
+    return ast.unparse(call.func) == "op.alter_column" and {one.arg for one in call.keywords} <= {"comment", "existing_comment"}
 
 
 def steps_after(oldest: str) -> list[Path]:

@@ -37,7 +37,7 @@ def test_a_search_is_ordered_and_followed_to_its_winner(page: Page, served: str,
     page.locator("#start").click()
     page.wait_for_url("**/searches/search-*")
     look_at(page, "search-waiting", tmp_path)
-    search = searches.list_(session, user)[0]
+    search = searches.newest(session, user, 1)[0]
     train(session, session.scalars(select(Job).where(Job.comparison_id == search.id)).one())
     expect(page.locator("#search")).to_contain_text("1 of 4 a ninth of the steps", timeout=15_000)  # without a reload
     play(session, search)
