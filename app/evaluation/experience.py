@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import uuid
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -17,9 +17,9 @@ from app.metrics import METRICS, ability, judged_by
 from app.ownership import mine
 from app.strategies import STRATEGIES
 from app.strategies._advice import Reason
-from app.tables import JSON, Dataset, Job, User
+from app.tables import Dataset, Job, User
 
-MAX_JOBS = 500
+MAX_JOBS = 300
 """Newest finished runs that are looked at."""
 WHERE = ("the same task", "this model", "this model and data")
 """How near past runs are to the question; of each method the nearest count."""
@@ -45,28 +45,30 @@ def reasons(session: Session, user: User, model_id: uuid.UUID, dataset: Dataset,
 
 
 def _runs(session: Session, user: User, model_id: uuid.UUID, dataset: Dataset, task: str) -> list[PastRun]:
-    query = select(Job.spec["strategy"], Job.evaluation, Job.forgetting, Job.model_id, Job.dataset_id)
-    query = query.where(Job.id.in_(mine(Job, user).with_only_columns(Job.id).where(Job.status == "succeeded", Job.evaluation.is_not(None))))
-    rows = session.execute(query.where(Job.spec["task"].astext == task).order_by(Job.finished_at.desc()).limit(MAX_JOBS)).all()
+    """Of each run only the few values that count are read: specs and evaluations are long."""
+    ended = mine(Job, user).where(Job.status == "succeeded", Job.evaluation.is_not(None))
+    newest = ended.with_only_columns(Job.id).order_by(Job.created_at.desc()).limit(MAX_JOBS)
+    metric, strategy = score_columns(task)[0].key, Job.spec["strategy"]
+    query = select(
+        strategy["name"].astext, strategy["weights"].astext, Job.evaluation["base"][metric], Job.evaluation["tuned"][metric], Job.forgetting["change"], Job.model_id, Job.dataset_id
+    ).where(Job.id.in_(newest), Job.spec["task"].astext == task)  # fmt: skip
     family = set(datasets.family(session, dataset))
     found = []
-    for strategy, evaluation, forgetting, of_model, of_dataset in rows:
-        gained = _gain(task, evaluation)
-        if gained is not None and strategy.get("weights") != "random" and strategy["name"] in STRATEGIES:
+    for name, weights, before, after, change, of_model, of_dataset in session.execute(query.order_by(Job.finished_at.desc())):
+        gain = _gain(metric, before, after)
+        if gain is not None and weights != "random" and name in STRATEGIES:
             nearness = (2 if of_dataset in family else 1) if of_model == model_id else 0
-            found.append(PastRun(strategy["name"], nearness, *gained, (forgetting or {}).get("change")))
+            found.append(PastRun(name, nearness, metric, gain, change))
     return found
 
 
-def _gain(task: str, evaluation: JSON) -> tuple[str, float] | None:
-    """(the deciding metric, what was gained in it); None where base or result have none."""
-    metric = score_columns(task)[0].key
-    before, after = ((evaluation.get(side) or {}).get(metric) for side in ("base", "tuned"))
+def _gain(metric: str, before: Any, after: Any) -> float | None:
+    """What was gained in the deciding metric; None where base or result have none."""
     if not is_number(before) or not is_number(after):
         return None
     if METRICS[metric].lower_is_better:
-        return (metric, (before - after) / before) if before > 0 else None
-    return metric, after - before
+        return (before - after) / before if before > 0 else None
+    return after - before
 
 
 def weighed(runs: list[PastRun]) -> dict[str, Reason]:
