@@ -246,6 +246,15 @@ def body_of(session: Session, spec_dataset: Dataset, order: JobRequest) -> dict[
     return {key: value for key, value in body.items() if value not in (None, {})}
 
 
+def as_curl(url: str, body: Mapping[str, Any]) -> str:
+    """The command that posts a body as JSON, with the key from the environment."""
+    return (
+        f"curl {url} \\\n"
+        '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
+        f"  -d {shlex.quote(json.dumps(body, indent=2, ensure_ascii=False))}"
+    )
+
+
 def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
     """The job to copy: as a YAML file of the chosen settings, a curl command and a Python program. Each of them works as it is,
     with the key of an account in `LUTHIER_API_KEY`."""
@@ -272,9 +281,7 @@ def as_texts(body: Mapping[str, Any], base_url: str) -> dict[str, str]:
         arguments.append('    training_file="",  # the data is named by dataset_id')
     return {
         "YAML": "# luthier train job.yaml\n" + yaml.safe_dump(dict(body), sort_keys=False, allow_unicode=True),
-        "curl": f"curl {base_url}/v1/fine_tuning/jobs \\\n"
-        '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
-        f"  -d {shlex.quote(json.dumps(body, indent=2, ensure_ascii=False))}",
+        "curl": as_curl(f"{base_url}/v1/fine_tuning/jobs", body),
         "Python": "\n".join(
             [
                 "import os",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi import APIRouter, Body, Header, Query, Request
 from fastapi import Form as FormField
 from fastapi.responses import RedirectResponse, Response
 from sqlalchemy import ColumnElement
 
 from app import schemas
 from app.db import Db
-from app.errors import Conflict, StudioError
+from app.errors import StudioError
 from app.evaluation import comparison_json, comparison_plan, comparisons
-from app.evaluation.comparison_plan import ComparisonOrder
+from app.jobs.config_file import as_curl
 from app.kit import ids
 from app.schemas.openapi import answers, takes
 from app.tables import Comparison
@@ -24,6 +22,7 @@ from app.views import comparison as comparison_view
 from app.views import comparison_form, lists
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
+from app.web.order_forms import Posted, once
 from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
@@ -102,15 +101,6 @@ def delete(session: Db, user: CurrentUser, comparison_id: str) -> Json:
 # Pages --------------------------------------------------------------------------------------------------------------
 
 
-async def _form(request: Request) -> list[tuple[str, str]]:
-    """The fields of a posted form; a repeated field is a list."""
-    form = await request.form()
-    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
-
-
-Form = Annotated[list[tuple[str, str]], Depends(_form)]
-
-
 @pages.get("/compare")
 def comparison_list(request: Request, user: CurrentUser, session: Db, wish: Wish) -> Response:
     return _list_page(request, session, user, "/compare", wish)
@@ -137,26 +127,16 @@ def new_comparison(request: Request, user: CurrentUser, session: Db) -> Response
 
 
 @pages.post("/compare")
-def order_comparison(request: Request, user: CurrentUser, session: Db, items: Form) -> Response:
+def order_comparison(request: Request, user: CurrentUser, session: Db, items: Posted) -> Response:
     form, typed = _read(session, user, items)
     if form.unseen:
         return _form_page(request, session, user, items, problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
         said = next(iter(form.errors.values()), "something below is not right yet.")
         return _form_page(request, session, user, items, problem=said, status_code=400)
-    found = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
+    order = form.order
+    found = once(lambda key: comparisons.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(comparison_view.url(found), status_code=303)
-
-
-def _create_once(session: Db, user: CurrentUser, order: ComparisonOrder, form_key: str) -> Comparison:
-    """Create a comparison once for a form and its values: the form carries a key, so that a double click creates one; changed
-    values under the same key create a new comparison."""
-    try:
-        return comparisons.create(session, user, order, idempotency_key=f"form-{form_key[:64]}")
-    except Conflict as conflict:
-        if conflict.code != "idempotency_key_reused":
-            raise
-        return comparisons.create(session, user, order)
 
 
 def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[comparison_form.CompareForm, dict[str, str]]:
@@ -173,12 +153,7 @@ def _form_page(
     form, typed = _read(session, user, items)
     command = ""
     if form.ready and form.order:
-        body = json.dumps(comparison_form.body_of(form.order), indent=2, ensure_ascii=False)
-        command = (
-            f"curl {str(request.base_url).rstrip('/')}/v1/comparisons \\\n"
-            '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
-            f"  -d {shlex.quote(body)}"
-        )
+        command = as_curl(f"{str(request.base_url).rstrip('/')}/v1/comparisons", comparison_form.body_of(form.order))
     answer = render(
         request,
         "new_comparison.html",

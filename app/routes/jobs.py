@@ -10,10 +10,10 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi import Form as Form_
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 
 from app.db import Db
-from app.errors import BadData, BadField, Conflict
+from app.errors import BadData, BadField
 from app.jobs import artifacts as job_artifacts
 from app.jobs import checkpoints, config_file, metrics_csv, progress_cache
 from app.jobs import service as jobs
@@ -29,6 +29,7 @@ from app.views import job_form, job_tabs, lists, run_comparison
 from app.web import event_stream
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
+from app.web.order_forms import Posted, once
 from app.web.pagination import MAX_NUMBER, Offset, Step
 from app.web.templates import flash, render
 
@@ -36,11 +37,9 @@ pages = APIRouter()
 MENU = (MenuPage("Runs", "/jobs", "training", 10), MenuPage("New run", "/jobs/new", "training", 20))
 
 
-async def _form(request: Request) -> dict[str, str]:
-    """The fields of a posted form as text. Of a repeated field the last value counts: a checkbox overrules the hidden field
-    before it."""
-    form: FormData = await request.form()
-    return {key: value for key, value in form.multi_items() if isinstance(value, str)}
+def _form(items: Posted) -> dict[str, str]:
+    """Of a repeated field the last value counts: a checkbox overrules the hidden field before it."""
+    return dict(items)
 
 
 Form = Annotated[dict[str, str], Depends(_form)]
@@ -129,19 +128,9 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
     if not form.ready or form.order is None:
         said = "The run was not started: something below is not right yet."
         return _order_page(request, session, user, form, typed.get("key"), problem=said, status_code=400)
-    job = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
+    order = form.order
+    job = once(lambda key: jobs.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(view.url(job), status_code=303)
-
-
-def _create_once(session: Db, user: CurrentUser, order: JobRequest, key: str) -> Job:
-    """Create a job once for a form and its values: the form carries a key, so that a double click creates one job. After Back,
-    changed values under the same key create a new job."""
-    try:
-        return jobs.create(session, user, order, idempotency_key=f"form-{key[:64]}")
-    except Conflict as conflict:
-        if conflict.code != "idempotency_key_reused":
-            raise
-        return jobs.create(session, user, order)
 
 
 def _order_page(

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Request
+from fastapi import APIRouter, Body, Header, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
 from app import naming, schemas
 from app.db import Db
-from app.errors import Conflict, StudioError
+from app.errors import StudioError
+from app.jobs.config_file import as_curl
 from app.kit import ids
 from app.routes.naming import NewName
 from app.schemas.openapi import answers, takes
 from app.searches import service as searches
 from app.searches import table
-from app.searches.space import SearchOrder
 from app.views import search as search_view
 from app.views import search_form
 from app.web.auth import CurrentUser
 from app.web.navigation import MenuPage
+from app.web.order_forms import Posted, once
 from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
@@ -87,14 +86,6 @@ def delete(session: Db, user: CurrentUser, search_id: str) -> Json:
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
-async def _form(request: Request) -> list[tuple[str, str]]:
-    form = await request.form()
-    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
-
-
-Form = Annotated[list[tuple[str, str]], Depends(_form)]
-
-
 @pages.get("/searches")
 def list_page(request: Request, user: CurrentUser, session: Db, shown: Annotated[int, Query(ge=1, le=5000)] = ON_A_PAGE) -> Response:
     found = searches.newest(session, user, shown + 1)
@@ -108,23 +99,14 @@ def new_search(request: Request, user: CurrentUser, session: Db) -> Response:
 
 
 @pages.post("/searches")
-def order_search(request: Request, user: CurrentUser, session: Db, items: Form) -> Response:
+def order_search(request: Request, user: CurrentUser, session: Db, items: Posted) -> Response:
     form, typed = _read(session, user, items)
     if not form.ready or form.order is None:
         said = next(iter(form.errors.values()), "something below is not right yet.")
         return _form_page(request, session, user, items, problem=said, status_code=400)
-    found = _create_once(session, user, form.order, typed.get("key") or uuid.uuid4().hex)
+    order = form.order
+    found = once(lambda key: searches.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
     return RedirectResponse(search_view.url(found), status_code=303)
-
-
-def _create_once(session: Db, user: CurrentUser, order: SearchOrder, form_key: str) -> Any:
-    """A double click begins one search; changed values under the same key begin another."""
-    try:
-        return searches.create(session, user, order, idempotency_key=f"form-{form_key[:64]}")
-    except Conflict as conflict:
-        if conflict.code != "idempotency_key_reused":
-            raise
-        return searches.create(session, user, order)
 
 
 def _read(session: Db, user: CurrentUser, items: list[tuple[str, str]]) -> tuple[search_form.SearchForm, dict[str, str]]:
@@ -138,12 +120,7 @@ def _form_page(
     form, typed = _read(session, user, items)
     command = ""
     if form.ready and form.order:
-        body = json.dumps(search_form.body_of(form.order), indent=2, ensure_ascii=False)
-        command = (
-            f"curl {str(request.base_url).rstrip('/')}/v1/searches \\\n"
-            '  -H "Authorization: Bearer $LUTHIER_API_KEY" -H "Content-Type: application/json" \\\n'
-            f"  -d {shlex.quote(body)}"
-        )
+        command = as_curl(f"{str(request.base_url).rstrip('/')}/v1/searches", search_form.body_of(form.order))
     key = typed.get("key") or uuid.uuid4().hex
     answer = render(
         request, "new_search.html", status_code=status_code, form=form, key=key, problem=problem, command=command, ids=ids

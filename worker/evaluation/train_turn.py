@@ -62,8 +62,8 @@ def take(
     attempts: Attempts = TRAIN_WORKER,
     room: Room | None = None,
 ) -> None:
-    """One turn, for a message that named `key`, with `room` or, without, what is free of this machine. What another worker claimed meanwhile is passed over, and so is what does not fit into what
-    is free now. What is left waiting is announced again: now to the other workers, if this one can do nothing, and by the reaper."""
+    """One turn, for a message that named `key`, with `room` or, without, what is free of this machine. What another worker claimed
+    meanwhile is passed over, and so is what does not fit into what is free now. What is left waiting is announced again: now to the other workers, if this one can do nothing, and by the reaper."""
     turn = WorkerTurn(key, message, going_down, attempts, room)
     while not going_down():
         found = claimed(turn.claim)
