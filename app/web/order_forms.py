@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from app.errors import Conflict
 
-Ordered = TypeVar("Ordered")
+Created = TypeVar("Created")
 
 
 async def posted(request: Request) -> list[tuple[str, str]]:
@@ -21,7 +21,7 @@ async def posted(request: Request) -> list[tuple[str, str]]:
 Posted = Annotated[list[tuple[str, str]], Depends(posted)]
 
 
-def once(create: Callable[[str | None], Ordered], key: str) -> Ordered:
+def once(create: Callable[[str | None], Created], key: str) -> Created:
     """What `create` makes under an idempotency key, once for a form and its values: the form carries the key, so that a double click creates
     one. After Back, changed values under the same key create a new one."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Generator
 from pathlib import Path
@@ -37,6 +38,14 @@ def row_of(part: str, **more: Any) -> dict[str, Any]:
     return {"messages": said, "tools": [TOOL], "metadata": {"tool_results": TABLE}} | more
 
 
+@pytest.fixture
+def tokenizer(tokenizer):
+    """One of the test's own: the other tests of the process share theirs."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = AGENT_TEMPLATE
+    return own
+
+
 def call(part: str, name: str = "wood") -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": json.dumps({"part": part})}}
 
@@ -50,7 +59,6 @@ class Conversation:
 
     def __init__(self, tokenizer: Any, row: dict[str, Any], *texts: str, turns: int = 4, room: int = 480, source: str = "") -> None:
         self.tokenizer, self.row, self.texts = tokenizer, row, list(texts)
-        tokenizer.chat_template = AGENT_TEMPLATE
         (asked,) = held_out.questions(tokenizer, [Row(1, row)], "dialogue", 1, 400)
         self.prompt = Asked(Row(1, row), asked, asked.ids)
         self.talk = ToolTalk(tokenizer, "dialogue", SimulatedTools(source), turns, 60, room)
