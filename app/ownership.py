@@ -6,7 +6,7 @@ from __future__ import annotations
 import uuid
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, CompoundSelect, Select, select, union
 from sqlalchemy.orm import Session
 
 from app.errors import NotFound
@@ -95,6 +95,11 @@ def mine(table: type[T], user: User, *conditions: ColumnElement[bool]) -> Select
     """The query of the objects of a person's project that are not deleted."""
     deleted_at = getattr(table, "deleted_at", None)  # votes, conversations and uploads are gone when they are deleted
     return select(table).where(table.project_id == user.project_id, *([] if deleted_at is None else [deleted_at.is_(None)]), *conditions)
+
+
+def either(*queries: Select[Any]) -> CompoundSelect[Any]:
+    """The ids that any of these queries of ids finds, each by an index of its own: under one OR every row would be read."""
+    return union(*(select(query.subquery().c.id) for query in queries))
 
 
 def owned(session: Session, table: type[T], user: User, key: uuid.UUID, *conditions: ColumnElement[bool]) -> T:

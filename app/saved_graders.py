@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, func
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from app import graders, ownership
@@ -15,7 +15,7 @@ from app.errors import BadField, NotFound
 from app.graders import Grader
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.ownership import owned
+from app.ownership import either, owned
 from app.tables import JSON, SavedGrader, User
 
 MAX_AT_ONCE = 8
@@ -56,7 +56,8 @@ def offered(session: Session, user: User, *typed: str | None) -> list[tuple[str,
     """(public id, name) of what a form offers, newest first: the newest, and those whose ids are among what was typed."""
     keys = [ids.parse_grader(text) for text in typed if text and re.fullmatch(r"grader-[0-9a-f]{32}", text)]
     last = mine(user).with_only_columns(SavedGrader.id).order_by(*_NEWEST).limit(OFFERED)
-    found = mine(user).where(SavedGrader.id.in_(last) | SavedGrader.id.in_(keys)).with_only_columns(SavedGrader.id, SavedGrader.name)
+    named = select(SavedGrader.id).where(SavedGrader.id.in_(keys))
+    found = mine(user).where(SavedGrader.id.in_(either(last, named))).with_only_columns(SavedGrader.id, SavedGrader.name)
     return [(ids.public(ids.GRADER, key), name) for key, name in session.execute(found.order_by(*_NEWEST))]
 
 

@@ -85,6 +85,11 @@ FRESH = {
     "idempotency_key": "NULL", "parent_id": "NULL",
 }  # fmt: skip
 """What a copy has of its own."""
+UNLIKE = {
+    "evaluations": {"status": "'cancelled'"},
+    "datasets": {"origin": """pattern."origin" || jsonb_build_object('filename', 'copy ' || n || '.jsonl')"""},
+}
+"""What copies do not have of their pattern: no studio has ten thousand evaluations that wait, or so many datasets of one file."""
 
 
 def fill_lists(session: Any, rows: int) -> None:
@@ -95,7 +100,8 @@ def fill_lists(session: Any, rows: int) -> None:
 
     for name in LISTED:
         columns = [column.name for column in Base.metadata.tables[name].columns if column.computed is None]
-        quoted, values = ", ".join(f'"{one}"' for one in columns), ", ".join(FRESH.get(one) or f'pattern."{one}"' for one in columns)
+        own = FRESH | UNLIKE.get(name, {})
+        quoted, values = ", ".join(f'"{one}"' for one in columns), ", ".join(own.get(one) or f'pattern."{one}"' for one in columns)
         plain = "WHERE kind = 'strategies'" if name == "comparisons" else ""  # a copy of a search would be led on
         newest = f'SELECT * FROM "{name}" {plain} ORDER BY created_at DESC LIMIT 1'
         query = f'INSERT INTO "{name}" ({quoted}) SELECT {values} FROM ({newest}) AS pattern, generate_series(1, CAST(:rows AS int)) AS n'

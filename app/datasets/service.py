@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from sqlalchemy import Select, func, insert, literal, or_, select
-from sqlalchemy.orm import Session, defer
+from sqlalchemy import ColumnElement, Select, exists, func, insert, literal, or_, select
+from sqlalchemy.orm import Session, aliased, defer
 
 from app import db, formats, queue
 from app.datasets import readers
@@ -23,7 +23,7 @@ from app.datasets.ingest import VERSION
 from app.errors import BadField, Conflict
 from app.formats._messages import known_role
 from app.kit import ids, once
-from app.ownership import mine, owned
+from app.ownership import either, mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef
 from app.storage import files, places
@@ -217,15 +217,23 @@ def offered(session: Session, user: User, *named: str | None) -> list[Dataset]:
     read one by one where one is looked at."""
     newest = mine(Dataset, user).with_only_columns(Dataset.id).order_by(*_LATEST).limit(OFFERED)
     keys = [ids.parse(ids.DATASET, name) for name in named if name and re.fullmatch(r"ds-[0-9a-f]{32}", name)]
-    own = mine(Dataset, user).where(Dataset.id.in_(newest) | Dataset.id.in_(keys)).options(defer(Dataset.report))
-    return list(session.scalars(own.order_by(*_LATEST)))
+    chosen = either(newest, select(Dataset.id).where(Dataset.id.in_(keys)))
+    return list(session.scalars(mine(Dataset, user, Dataset.id.in_(chosen)).options(defer(Dataset.report)).order_by(*_LATEST)))
 
 
-def newest_versions(user: User) -> Select[Any]:
-    """Ids of the datasets that a list shows, one for all versions of a file under one name: the newest."""
-    lines = (Dataset.file_id, Dataset.name)
-    own = mine(Dataset, user).with_only_columns(Dataset.id)
-    return own.distinct(*lines).order_by(*lines, *_LATEST)
+def lines(user: User) -> Select[uuid.UUID | None, str]:
+    """(file, name) of the lines of a list of datasets: one for all versions of a file under one name."""
+    return mine(Dataset, user).with_only_columns(Dataset.file_id, Dataset.name).distinct()
+
+
+def newest_versions(user: User) -> tuple[ColumnElement[bool], ...]:
+    """The conditions of the datasets that a list shows, of each line the newest."""
+    other = aliased(Dataset)
+    later = (other.created_at > Dataset.created_at) | ((other.created_at == Dataset.created_at) & (other.id < Dataset.id))
+    same = (other.project_id == Dataset.project_id) & (other.name == Dataset.name) & other.deleted_at.is_(None)
+    of_files = exists().where(same, other.file_id == Dataset.file_id, later)
+    without = exists().where(same, other.file_id.is_(None), Dataset.file_id.is_(None), later)
+    return Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None), ~of_files, ~without
 
 
 def family(session: Session, dataset: Dataset) -> list[uuid.UUID]:

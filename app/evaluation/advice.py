@@ -7,7 +7,7 @@ evaluation of the kind `advice` on request, and used here from then on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
@@ -88,11 +88,23 @@ class Advised(BaseModel):
 HOW_TO_MEASURE = "Send the same request with measure set to true: the base model is then tested on validation rows, zero-shot and few-shot."
 
 
-def advise(
-    session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None, *, others: bool = True
-) -> Advised:
-    """The advice; `others` looks at other models too. Raises NotFound for the model, Conflict while the dataset is being parsed, BadField for
-    run settings that are not supported here."""
+class _Judged(NamedTuple):
+    """The methods in their order, and what that follows from."""
+
+    resolved: models.Resolved
+    settings: RunSettings
+    measured: Evaluation | None
+    facts: Facts
+    tune: Tune
+    ranking: list[Advice]
+
+
+def rank(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> dict[str, Advice]:
+    """Every method by its name, the best first. Raises as `advise` does."""
+    return {one.strategy: one for one in _judge(session, user, model, dataset, run).ranking}
+
+
+def _judge(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None) -> _Judged:
     asked = dict(run or {})
     settings = RunSettings.model_validate(usual_run(dataset, asked) | asked)
     feasibility.refuse_device(settings, heartbeats.training_machine(device=settings.device))
@@ -110,10 +122,17 @@ def advise(
     if result and not why_not:
         untested = facts_of(dataset, None, settings.device)
         tune.changed = changed(ranking, advisor.advise(untested, resolved.ref.shape, costs, past=past))
+    return _Judged(resolved, settings, measured, facts, tune, ranking)
+
+
+def advise(session: Session, user: User, model: str, dataset: Dataset, run: Mapping[str, Any] | None = None) -> Advised:
+    """The advice, also about other models. Raises NotFound for the model, Conflict while the dataset is being parsed, BadField for
+    run settings that are not supported here."""
+    resolved, settings, measured, facts, tune, ranking = _judge(session, user, model, dataset, run)
     offered = models.offered(session, user)
     whole = WholeRun(
         resolved.model, resolved.ref.shape.parameters(), settings, longer(resolved.ref.shape, dataset, settings),
-        _others(session, resolved.model, offered, dataset, facts, settings) if others else [],
+        _others(session, resolved.model, offered, dataset, facts, settings),
     )  # fmt: skip
     chosen = cards(ranking, facts, resolved.model.name, ids.public(ids.DATASET, dataset.id), whole)
     return Advised(

@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import exists, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from app import limits
 from app.errors import BadField
@@ -268,8 +268,8 @@ def thread(session: Session, user: User, exchange_id: uuid.UUID) -> list[tuple[E
 
 def history(session: Session, user: User, limit: int = 30) -> list[tuple[Exchange, list[Answer]]]:
     """Saved comparisons, then the newest exchanges of the playground; of a conversation its last turn, and the turns saved on the way."""
-    gone_on = select(Exchange.parent_id).where(Exchange.parent_id.is_not(None))
-    shown = or_(Exchange.title.is_not(None), Exchange.id.not_in(gone_on))
+    later = aliased(Exchange)
+    shown = or_(Exchange.title.is_not(None), ~exists().where(later.parent_id == Exchange.id))
     query = select(Exchange).where(Exchange.project_id == user.project_id, Exchange.source == "playground", shown)
     rows = session.scalars(query.order_by(Exchange.title.is_(None), Exchange.created_at.desc(), Exchange.id).limit(limit)).all()
     said = answers(session, [e.id for e in rows])

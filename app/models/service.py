@@ -19,6 +19,7 @@ from app.kit import ids, manifest
 from app.models import hub, interpolation
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result
+from app.ownership import either
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import Adapter, ModelRef
@@ -88,11 +89,15 @@ OFFERED = 200  # an older one is offered where a link names it
 
 def offered(session: Session, user: User, *named: str | None) -> list[Model]:
     """What a form offers: every base, the newest of the fine-tuned models, and those named, by name or public id."""
-    tuned = select(Model.id).where(visible(user), Model.base_id.is_not(None), Model.kept)
-    newest = tuned.order_by(Model.created_at.desc()).limit(OFFERED)
     names = [name.replace("\0", "") for name in named if name]
     keys = [ids.parse(ids.MODEL, name) for name in names if re.fullmatch(r"model-[0-9a-f]{32}", name)]
-    return list_(session, user, or_(Model.base_id.is_(None), Model.id.in_(newest), Model.name.in_(names), Model.id.in_(keys)))
+    seen = select(Model.id).where(visible(user))
+    tuned = seen.where(Model.base_id.is_not(None), Model.kept).order_by(Model.created_at.desc()).limit(OFFERED)
+    found = either(
+        seen.where(Model.base_id.is_(None)), tuned.where(Model.project_id == user.project_id), tuned.where(Model.project_id.is_(None)),
+        seen.where(Model.name.in_(names)), seen.where(Model.id.in_(keys)),
+    )  # fmt: skip
+    return list_(session, user, Model.id.in_(found))
 
 
 def resolve(session: Session, user: User, name: str, *, allowed: bool = False) -> Resolved:

@@ -36,7 +36,7 @@ def list_strategies(session: Db, user: CurrentUser, model: str | None = None, da
         task = task or datasets.usual_task(data)
     ranking = {}
     if chosen is not None and data is not None and data.status == "ready" and task == datasets.usual_task(data):
-        ranking = {a.strategy: a for a in advice.advise(session, user, chosen.model.name, data, others=False).ranking}
+        ranking = advice.rank(session, user, chosen.model.name, data)
     return {
         "object": "list",
         "data": [

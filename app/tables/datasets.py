@@ -68,6 +68,9 @@ class Dataset(Leased, Base):
     __table_args__ = (
         Index(None, "project_id", "created_at"),
         Index("ix_datasets_live", "project_id", "file_id", "name", postgresql_where=text("deleted_at IS NULL")),
+        Index("ix_datasets_filename", "project_id", text("(origin ->> 'filename')"), postgresql_where=text("deleted_at IS NULL")),
+        Index("ix_datasets_uncounted", "created_at", postgresql_where=text("counted IS FALSE")),
+        Index(None, "status", "lease_until"),
     )
 
 

@@ -31,4 +31,4 @@ class Evaluation(Leased, Base):
     created_at: Mapped[datetime] = now()
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "project_id", "created_at"),)
+    __table_args__ = (Index(None, "project_id", "created_at"), Index(None, "status", "lease_until"))

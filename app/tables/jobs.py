@@ -134,7 +134,10 @@ class Checkpoint(Base):
     best: Mapped[bool] = mapped_column(server_default=false())
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None] = mapped_column(comment="its folder was swept away")
-    __table_args__ = (UniqueConstraint("job_id", "step"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "step"),
+        Index("ix_checkpoints_live", "created_at", postgresql_where=text("deleted_at IS NULL")),
+    )
 
 
 class CheckpointPermission(Base):

@@ -54,6 +54,10 @@ class Model(Leased, Base):
         Index("uq_models_shared_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL AND project_id IS NULL")),
         Index(None, "project_id", "created_at"),
         Index("uq_models_result", "job_id", unique=True, postgresql_where=text("step IS NULL")),
+        Index("ix_models_made", "created_at", postgresql_where=text("base_id IS NOT NULL AND deleted_at IS NULL")),
+        Index("ix_models_bases", "created_at", postgresql_where=text("base_id IS NULL AND deleted_at IS NULL")),
+        Index("ix_models_imported", "status", postgresql_where=text("(source ->> 'from') IN ('folder', 'hub')")),
+        Index(None, "status", "lease_until"),
     )
 
     @property

@@ -30,6 +30,14 @@ class Exchange(Base):
     created_at: Mapped[datetime] = now()
     __table_args__ = (
         Index(None, "project_id", "created_at"),
+        Index(
+            "ix_exchanges_history",
+            "project_id",
+            text("(title IS NULL)"),
+            text("created_at DESC"),
+            "id",
+            postgresql_where=text("source = 'playground'"),
+        ),
         Index("ix_exchanges_stored", "project_id", "source", "created_at", postgresql_where=text("stored IS NOT NULL")),
     )
 

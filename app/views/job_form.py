@@ -21,7 +21,7 @@ from app.jobs.defaults import rows_per_step, usual_run
 from app.jobs.fair_share import PRIORITIES, Priority
 from app.jobs.request import JobRequest
 from app.jobs.resources_form import Offers
-from app.kit import ids
+from app.kit import ids, once
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill, whole_number
 from app.machines.placement import Resources
 from app.models import service as models
@@ -223,6 +223,11 @@ class OrderForm:
 
 def order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
     """The form for the current input, whatever it is. Never raises for it: errors are returned with their fields."""
+    with once.remembered():
+        return _order_form(session, user, typed)
+
+
+def _order_form(session: Session, user: User, typed: Mapping[str, str]) -> OrderForm:
     from app.datasets import service as datasets
 
     typed = dict(typed)

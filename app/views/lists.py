@@ -20,6 +20,7 @@ from app.evaluation import comparisons as comparisons_service
 from app.jobs.service import ENDED
 from app.kit import ids
 from app.models import service as models_service
+from app.ownership import either
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Dataset, Job, Model, User
 
@@ -105,6 +106,20 @@ def values(found: Iterable[str | None]) -> list[tuple[str, str]]:
     return [(value, value) for value in sorted({one for one in found if one}, key=str.casefold)]
 
 
+def _sorted(column: ColumnElement[Any] | InstrumentedAttribute[Any], bar: Bar) -> ColumnElement[Any]:
+    """The order that the bar asks for, what has no value last. Where none can be missing it is the plain one, which an index gives."""
+    ordered: ColumnElement[Any] = column.desc() if bar.sort.startswith("-") else column.asc()
+    return ordered.nulls_last() if getattr(column, "nullable", True) else ordered
+
+
+NEWEST = 300
+"""Of a list so many are read for the values it can be filtered by: a look into every row of ten thousand takes too long."""
+
+
+def _newest(table: Any, *seen: ColumnElement[bool]) -> Select[Any]:
+    return select(table.id).where(*seen).order_by(table.created_at.desc()).limit(NEWEST)
+
+
 def methods(found: Iterable[str | None]) -> list[tuple[str, str]]:
     return sorted(((one, STRATEGIES[one].title if one in STRATEGIES else one) for one in {one for one in found if one}), key=lambda o: o[1])
 
@@ -123,16 +138,19 @@ MODEL_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
 def models_bar(session: Session, user: User, wish: ListQuery, kinds: Mapping[str, str]) -> Bar:
     own = models_service.visible(user)
     bases = session.execute(select(Model.name, Model.title).where(own, Model.base_id.is_(None)).order_by(Model.created_at, Model.id))
-    used = session.execute(select(Model.strategy, Model.kind, Model.kept).where(own).distinct()).all()
-    tags = session.scalars(select(func.jsonb_array_elements_text(Model.tags)).where(own).distinct())
+    newest = Model.id.in_(either(select(Model.id).where(own, Model.base_id.is_(None)), _newest(Model, own, Model.base_id.is_not(None))))
+    used = session.execute(select(Model.strategy, Model.kind, Model.kept).where(newest).distinct()).all()
+    tags = session.scalars(select(func.jsonb_array_elements_text(Model.tags)).where(newest).distinct())
     filters = [
         Filter("model", "Base model", [(name, title) for name, title in bases]),
-        Filter("method", "Method", methods(strategy for strategy, _, _ in used)),
-        Filter("kind", "Kind", [(kind, kinds[kind]) for kind in kinds if any(kind == one for _, one, _ in used)]),
+        Filter("method", "Method", methods([*(strategy for strategy, _, _ in used), wish.method])),
+        Filter("kind", "Kind", [(kind, kinds[kind]) for kind in kinds if kind == wish.kind or any(kind == one for _, one, _ in used)]),
         Filter(
-            "kept", "Results", [("yes", "without comparisons"), ("no", "from comparisons")] if not all(kept for _, _, kept in used) else []
+            "kept",
+            "Results",
+            [("yes", "without comparisons"), ("no", "from comparisons")] if wish.kept or not all(kept for _, _, kept in used) else [],
         ),
-        Filter("tag", "Tag", values(tags)),
+        Filter("tag", "Tag", values([*tags, wish.tag])),
     ]
     return Bar("/models", wish, filters, MODEL_SORTS)
 
@@ -158,7 +176,7 @@ def models(session: Session, user: User, bar: Bar) -> tuple[list[Model], bool]:
         tuned = tuned.join(line, line.c.id == Model.id).order_by(line.c.path)
     else:
         column = MODEL_COLUMNS[bar.sort.removeprefix("-")]
-        tuned = tuned.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Model.created_at, Model.id)
+        tuned = tuned.order_by(_sorted(column, bar), Model.created_at, Model.id)
     found = session.scalars(tuned.limit(wish.shown + 1)).all()
     return [*bases, *found[: wish.shown]], len(found) > wish.shown
 
@@ -189,12 +207,8 @@ JOB_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
 }
 
 
-NEWEST = 1000
-"""Jobs whose models, datasets, methods and tags a list of jobs can be filtered by: a look into every spec of ten thousand takes too long."""
-
-
 def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
-    newest = select(Job.id).where(Job.project_id == user.project_id, Job.deleted_at.is_(None)).order_by(Job.created_at.desc()).limit(NEWEST)
+    newest = _newest(Job, Job.project_id == user.project_id, Job.deleted_at.is_(None))
     used = session.execute(select(_MODEL, _DATASET, _METHOD).where(Job.id.in_(newest)).distinct()).all()
     tags = session.scalars(select(func.jsonb_array_elements_text(Job.tags)).where(Job.id.in_(newest)).distinct())
     filters = [
@@ -217,7 +231,7 @@ def jobs(query: Select[Job], bar: Bar) -> Select[Job]:
     if wish.tag:
         query = query.where(Job.tags.contains([wish.tag]))
     column = JOB_COLUMNS[bar.sort.removeprefix("-")]
-    return query.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Job.created_at.desc(), Job.id.desc())
+    return query.order_by(_sorted(column, bar), Job.created_at.desc(), Job.id.desc())
 
 
 # Datasets -----------------------------------------------------------------------------------------------------------
@@ -233,13 +247,13 @@ DATASET_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
 
 
 def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
-    own = (Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None))
-    known = set(session.scalars(select(Dataset.format).where(*own).distinct()))
-    tags = session.scalars(select(func.jsonb_array_elements_text(Dataset.tags)).where(*own).distinct())
+    newest = _newest(Dataset, Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None))
+    known = {*session.scalars(select(Dataset.format).where(Dataset.id.in_(newest)).distinct()), wish.format}
+    tags = session.scalars(select(func.jsonb_array_elements_text(Dataset.tags)).where(Dataset.id.in_(newest)).distinct())
     filters = [
         Filter("status", "Status", [(one, one) for one in ("reading", "ready", "error")]),
         Filter("format", "Format", [(name, entry.title) for name, entry in formats.FORMATS.items() if name in known]),
-        Filter("tag", "Tag", values(tags)),
+        Filter("tag", "Tag", values([*tags, wish.tag])),
     ]
     return Bar("/datasets", wish, filters, DATASET_SORTS)
 
@@ -247,14 +261,14 @@ def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
 def datasets(user: User, bar: Bar) -> Select[Dataset]:
     """A query of datasets without their reports, which may be long; one line for all versions of a dataset."""
     wish, column = bar.wish, DATASET_COLUMNS[bar.sort.removeprefix("-")]
-    query = select(Dataset).options(defer(Dataset.report)).where(Dataset.id.in_(datasets_service.newest_versions(user)))
+    query = select(Dataset).options(defer(Dataset.report)).where(*datasets_service.newest_versions(user))
     for of, value in ((Dataset.status, wish.status), (Dataset.format, wish.format)):
         query = query.where(of == value) if value else query
     if wish.q.strip():
         query = query.where(Dataset.name.icontains(wish.q.strip(), autoescape=True))
     if wish.tag:
         query = query.where(Dataset.tags.contains([wish.tag]))
-    return query.order_by((column.desc() if bar.sort.startswith("-") else column.asc()).nulls_last(), Dataset.created_at.desc(), Dataset.id)
+    return query.order_by(_sorted(column, bar), Dataset.created_at.desc(), Dataset.id)
 
 
 def tokens(session: Session, shown: Sequence[Dataset]) -> dict[uuid.UUID, int | None]:
@@ -265,8 +279,8 @@ def tokens(session: Session, shown: Sequence[Dataset]) -> dict[uuid.UUID, int | 
 
 def twins(session: Session, user: User, shown: Sequence[Dataset]) -> set[str]:
     """The names of these datasets that another line of the list has too."""
-    names, lines = {one.name for one in shown}, Dataset.id.in_(datasets_service.newest_versions(user))
-    return set(session.scalars(select(Dataset.name).where(lines, Dataset.name.in_(names)).group_by(Dataset.name).having(func.count() > 1)))
+    lines = datasets_service.lines(user).where(Dataset.name.in_({one.name for one in shown})).subquery()
+    return set(session.scalars(select(lines.c.name).group_by(lines.c.name).having(func.count() > 1)))
 
 
 # Comparisons --------------------------------------------------------------------------------------------------------

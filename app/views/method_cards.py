@@ -35,7 +35,7 @@ def ranking_of(session: Session, user: User, model: Model | None, dataset: Datas
         return {}
     run = {"device": "cpu"} if device == "cpu" else None  # other input is checked where the job is built
     try:
-        return {a.strategy: a for a in advice.advise(session, user, model.name, dataset, run, others=False).ranking}
+        return advice.rank(session, user, model.name, dataset, run)
     except StudioError:
         return {}  # the form itself reports errors of the model or the data
 

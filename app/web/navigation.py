@@ -11,10 +11,11 @@ from sqlalchemy import ScalarSelect, func, or_, select
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
+from app.datasets import service as datasets_service
 from app.db import transaction
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, plural
-from app.tables import Dataset, Job, Model, Project, ProjectMember, User
+from app.tables import Job, Model, Project, ProjectMember, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in
 from app.web.policy import ALLOWED, changes, scope_of
@@ -113,13 +114,12 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
 def notes(user: User) -> MenuState:
     """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
     mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
-    lines = select(Dataset.file_id, Dataset.name).where(Dataset.project_id == user.project_id, Dataset.deleted_at.is_(None)).distinct()
-    files = select(func.count()).select_from(lines.subquery())  # versions of one dataset share its file and name, as on its list
+    lines = select(func.count()).select_from(datasets_service.lines(user).subquery())
     try:
         with transaction() as session:
             datasets, models, jobs, busy = session.execute(
                 select(
-                    files.scalar_subquery(),
+                    lines.scalar_subquery(),
                     _count(Model, or_(Model.project_id == user.project_id, Model.project_id.is_(None))),
                     _count(Job, Job.project_id == user.project_id),
                     _count(Job, Job.status == "running"),
