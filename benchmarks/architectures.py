@@ -1,12 +1,13 @@
 """Which architectures the studio takes, and what it found when it tried them: `python -m benchmarks.architectures`.
 
-    python -m benchmarks.architectures [--only gpt2,phi3,…] [--steps 20] [--no-training] [--json FILE]
+    python -m benchmarks.architectures [--only gpt2,phi3,…] [--steps 20] [--no-training] [--kill] [--json FILE]
 
 For every architecture of the installed transformers that makes a language model or an encoder, a random model of some 100,000
 parameters is put into the import folder of a whole studio, added through the API and, where it is taken, tuned with LoRA for some
 steps: on conversations, or as a classifier. The table holds its
-tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused. What FILE holds already is
-not tried again.
+tier, the methods that work, the training loss at the first and the last step, and the reason where it is refused. With `--kill` the same job
+is started once more, and its trainer killed (`kill -9`) after the first checkpoint: the table says whether the weights are the same in the
+end. What FILE holds already is not tried again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.comparison import sent
 from benchmarks.servers import PROJECT, Studio, studio
@@ -43,6 +47,29 @@ SMALL = {
 _SIZES = {name: value for value, names in SMALL.items() for name in names.split()}
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "q_lora_rank")
 """Keys that are left out where the architecture's own default is none."""
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_moe": {"moe_k": 2},
+    "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What the others do not have: sizes that must fit each other, and which layers attend."""
 SECONDS = 20
 """For making a config and a model: some architectures build large tables."""
 SAMPLE, LABELED = PROJECT / "samples" / "plain-explanations.jsonl", PROJECT / "samples" / "shop-questions.csv"
@@ -66,8 +93,12 @@ def small_config(kind: str) -> Any:
     known = text.to_dict()
     given = {name: size for name, size in _SIZES.items() if name in known and not isinstance(known[name], list | dict)}
     given = {name: size for name, size in given.items() if name not in _OPTIONAL or known[name] is not None}
-    if "qk_rope_head_dim" in known:  # its heads are as wide as their parts
+    if "qk_rope_head_dim" in known:  # its heads are as wide as their parts, and each has keys of its own
         given.pop("head_dim", None)
+        given |= {"num_key_value_heads": 4} if "num_key_value_heads" in given else {}
+    if len(types := list(dict.fromkeys(known.get("layer_types") or []))) > 1:  # one layer of each kind
+        given |= {"layer_types": types, "num_hidden_layers": len(types)}
+    given |= OWN.get(text.model_type, {})
     for name, value in {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}.items():
         if isinstance(known.get(name), int):
             given[name] = value
@@ -107,6 +138,7 @@ def main() -> None:
     parser.add_argument("--only", help="architectures, with commas between them")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-training", action="store_true", help="add them only")
+    parser.add_argument("--kill", action="store_true", help="kill the trainer of a second job, and compare the weights")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -117,14 +149,14 @@ def main() -> None:
         write_small("llama", start)
         with studio(start, "smollm2-135m-instruct") as here:
             for kind in names:
-                found.append(tried(here, kind, 0 if given.no_training else given.steps))
+                found.append(tried(here, kind, 0 if given.no_training else given.steps, given.kill))
                 print(as_line(found[-1]), flush=True)
                 if given.json:
                     given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(as_text(found))
 
 
-def tried(here: Studio, kind: str, steps: int) -> dict[str, Any]:
+def tried(here: Studio, kind: str, steps: int, kill: bool = False) -> dict[str, Any]:
     """One architecture, from its folder to a tuned model."""
     from openai import OpenAI
 
@@ -149,24 +181,65 @@ def tried(here: Studio, kind: str, steps: int) -> dict[str, Any]:
             return told | {"tier": None, "reason": model["error"]["message"]}
         certificate = model["certificate"]
         told |= {"tier": certificate["tier"], "checks": certificate["checks"], "strategies": certificate["strategies"], "reason": ""}
-        return told | (_trained(client, model, steps) if steps else {})
+        return told | (_trained(client, model, steps, str(here.folder) if kill else "") if steps else {})
 
 
-def _trained(client: Any, model: dict[str, Any], steps: int) -> dict[str, Any]:
-    run = {"max_steps": steps, "epochs": 50, "max_tokens_per_step": 512, "learning_rate": 5e-3, "forgetting": False, "samples": 0}
+def _trained(client: Any, model: dict[str, Any], steps: int, kill_in: str) -> dict[str, Any]:
+    """`kill_in` is the folder of the studio whose trainer is killed."""
+    run = {
+        "max_steps": steps,
+        "save_steps": max(1, steps // 4),
+        "epochs": 50,
+        "max_tokens_per_step": 512,
+        "learning_rate": 5e-3,
+        "forgetting": False,
+        "samples": 0,
+    }
     data = sent(client, LABELED if model["kind"] == "encoder" else SAMPLE, None)
     order = {"model": model["id"], "strategy": {"name": "lora"}, "run": run, "training_file": data}
     try:
-        job: Any = client.post("/fine_tuning/jobs", body=order, cast_to=object)
-        while job["status"] not in ("succeeded", "failed", "cancelled"):
-            time.sleep(0.5)
-            job = client.get(f"/fine_tuning/jobs/{job['id']}", cast_to=object)
+        job: Any = _ended(client, order)
+        killed: Any = _ended(client, order, kill_in) if kill_in and job["status"] == "succeeded" else None
     except Exception as error:
         return {"job": "refused", "why": str(error)[:300]}
     events: Any = client.get(f"/fine_tuning/jobs/{job['id']}/events?limit=100", cast_to=object)
     losses = [e["data"]["train_loss"] for e in reversed(events["data"]) if e["type"] == "metrics" and "train_loss" in (e["data"] or {})]
     why = (job.get("error") or {}).get("message", "")
-    return {"job": job["status"], "why": why, "first": losses[0] if losses else None, "last": losses[-1] if losses else None}
+    told = {"job": job["status"], "why": why, "first": losses[0] if losses else None, "last": losses[-1] if losses else None}
+    return told | ({"killed": _same(client, job, killed)} if killed else {})
+
+
+def _ended(client: Any, order: dict[str, Any], kill_in: str = "") -> Any:
+    """A job that has ended; its trainer was killed once, when it had saved a checkpoint."""
+    job: Any = client.post("/fine_tuning/jobs", body=order, cast_to=object)
+    while job["status"] not in ("succeeded", "failed", "cancelled"):
+        time.sleep(0.05 if kill_in else 0.5)
+        if kill_in and client.get(f"/fine_tuning/jobs/{job['id']}/checkpoints", cast_to=object)["data"]:
+            kill_in = kill_in if not kill_trainers(kill_in) else ""
+        job = client.get(f"/fine_tuning/jobs/{job['id']}", cast_to=object)
+    return job
+
+
+def kill_trainers(folder: str) -> int:
+    """`kill -9` of every trainer of the studio in this folder."""
+    count = 0
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "worker.run" in line and folder in line:
+            with suppress(psutil.Error):
+                process.kill()
+                count += 1
+    return count
+
+
+def _same(client: Any, job: Any, killed: Any) -> str:
+    if killed["status"] != "succeeded":
+        return f"killed: {killed['status']}, {(killed.get('error') or {}).get('message', '')}"
+    events: Any = client.get(f"/fine_tuning/jobs/{killed['id']}/events?limit=100", cast_to=object)
+    if not any(event["type"] == "lost" or "worker_lost" in str(event["data"]) or "retry" in str(event["data"]) for event in events["data"]):
+        return "ended before it was killed"
+    first, second = (client.get(f"/models/{one['fine_tuned_model']}", cast_to=object)["adapter_sha256"] for one in (job, killed))
+    return "killed: the same weights" if first == second else "killed: other weights"
 
 
 class _limit:
@@ -193,7 +266,8 @@ def as_line(one: dict[str, Any]) -> str:
     methods = f"{len(works)} of {len(one['strategies'])}" if one["strategies"] else "all"
     loss = f"{one['first']:.2f} → {one['last']:.2f}" if one.get("first") is not None else one.get("job", "")
     failed = ", ".join(name for name in one["strategies"] if name not in works)
-    return f"| {one['kind']} | {one['tier']} | {methods} | {loss} | {f'without {failed}' if failed else ''}{one.get('why', '')} |"
+    more = "; ".join(filter(None, (f"without {failed}" if failed else "", one.get("why", ""), one.get("killed", ""))))
+    return f"| {one['kind']} | {one['tier']} | {methods} | {loss} | {more} |"
 
 
 def as_text(found: list[dict[str, Any]]) -> str:

@@ -25,7 +25,17 @@ def wrapped(model: torch.nn.Module) -> PeftModel:
 
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The stack without its head: `model.model` of a causal LM, the model itself when it was loaded without a head."""
-    return transformer(model).base_model
+    return _headless(transformer(model).base_model)
+
+
+def decoder(model: torch.nn.Module) -> PreTrainedModel:
+    """The layers that write, without the head."""
+    return _headless(transformer(model).get_decoder())
+
+
+def _headless(found: Any) -> PreTrainedModel:
+    """What transformers gives for a part; where that is the whole with its head, as of Llama4ForCausalLM, its `model`."""
+    return cast("PreTrainedModel", found.model if hasattr(found, "lm_head") and hasattr(found, "model") else found)
 
 
 def structure_of(model: torch.nn.Module) -> Structure | None:
@@ -36,7 +46,8 @@ def structure_of(model: torch.nn.Module) -> Structure | None:
 
 def _inside(model: torch.nn.Module, name: str) -> torch.nn.Module:
     """A module by its name in the model with its head, in one that may have none."""
-    return backbone(model).get_submodule(name.removeprefix(f"{transformer(model).base_model_prefix}."))
+    body, own = backbone(model), name.removeprefix(f"{transformer(model).base_model_prefix}.")
+    return body.get_submodule(own if hasattr(body, own.partition(".")[0]) else own.partition(".")[2])
 
 
 def norms_of(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
 from app.errors import Unsupported
 from app.shapes import Block, Linear, Shape, Structure
-from app.strategies._model import is_norm
+from app.strategies._model import decoder, is_norm
 from worker.modeling.auto import width_of
 
 _EXPERTS = "experts"
@@ -23,12 +25,12 @@ def shape_of_model(model: Any, architecture: Literal["decoder", "encoder"] = "de
     out."""
     config = model.config.get_text_config()
     encoder_stack, encoder_layers = _lists_of(model, model.get_encoder(), "the encoder") if config.is_encoder_decoder else ("", ())
-    stack, own = _lists_of(model, model.get_decoder(), "the decoder") if config.is_encoder_decoder else _stack(model, config)
+    stack, own = _lists_of(model, decoder(model), "the decoder") if config.is_encoder_decoder else _stack(model, config)
     layers = [*encoder_layers, *own]
     embedding, head = model.get_input_embeddings(), _head(model, architecture)
     if embedding is None or (architecture == "decoder" and getattr(head, "weight", None) is None):
         raise _strange(config, "no embedding of tokens and output layer over them")
-    kinds, order = _kinds(layers, config)
+    kinds, order = _kinds(layers, _expert_share(config), _left_out(model))
     inside = {id(weight) for block in layers for weight in block.parameters()}
     tied = architecture == "decoder" and head.weight is embedding.weight
     last = _final_norm(model, stack, inside)
@@ -109,17 +111,34 @@ _FUSED = frozenset({"out_proj", "conv1d"})
 """Layers of these architectures whose weights a kernel reads past the layer, so that peft puts no LoRA next to them."""
 
 
-def _kinds(layers: Sequence[torch.nn.Module], config: Any) -> tuple[list[Block], list[int]]:
+def _left_out(model: Any) -> frozenset[str]:
+    """Last names of the layers that no adapter can be put next to: those of `_FUSED`, and those of which peft takes the names to mean
+    the experts of an earlier transformers, so that for the dense layer of that name it would train the experts instead."""
+    fused = _FUSED if model.config.model_type in _FUSED_TYPES else frozenset()
+    names = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # whole, since some are refused alone
+    asked = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(asked, model, None)
+    return fused | (names - set(asked.target_modules or ()))
+
+
+def _kinds(layers: Sequence[torch.nn.Module], share: float, left_out: frozenset[str]) -> tuple[list[Block], list[int]]:
     kinds: list[Block] = []
     order: list[int] = []
-    share = _expert_share(config)
-    left_out = _FUSED if config.model_type in _FUSED_TYPES else frozenset()
     for block in layers:
         found = _block(block, share, left_out)
         if found not in kinds:
             kinds.append(found)
         order.append(kinds.index(found))
     return kinds, order
+
+
+def _answers_as_linear(module: torch.nn.Linear) -> bool:
+    """Whether a linear layer, perhaps with a forward of its own, gives one tensor of its width: a router may answer with more."""
+    if type(module).forward is torch.nn.Linear.forward:
+        return True
+    with torch.no_grad():
+        out: Any = module(module.weight.new_zeros(1, module.in_features))
+    return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
 
 
 def _block(block: torch.nn.Module, share: float, left_out: frozenset[str]) -> Block:
@@ -134,7 +153,7 @@ def _block(block: torch.nn.Module, share: float, left_out: frozenset[str]) -> Bl
             continue
         elif isinstance(module, Conv1D):
             linears.append(Linear(name, module.weight.shape[0], module.weight.shape[1], True))
-        elif isinstance(module, torch.nn.Linear):
+        elif isinstance(module, torch.nn.Linear) and _answers_as_linear(module):
             linears.append(Linear(name, module.in_features, module.out_features, module.bias is not None))
         elif name.split(".")[-1] == _EXPERTS:
             experts += sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() == 3)

@@ -60,7 +60,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
     if hidden:
         raise Unsupported(f"config.json has the key {hidden[0][:60]!r}, which is no setting.", hint="Remove the key.", param="path")
     try:
-        made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != STRUCTURE})
+        made = CONFIG_MAPPING[kind].from_dict(_with_infinities({key: value for key, value in config.items() if key != STRUCTURE}))
         with torch.device("meta"):
             encoder = is_encoder(config) and not made.is_encoder_decoder
             model: Any = maker_for(made, encoder=encoder).from_config(made)
@@ -79,6 +79,15 @@ def read_shape(config: dict[str, Any]) -> Shape:
         ) from error
     import_checks.check_widths(shape)
     return shape
+
+
+def _with_infinities(value: Any) -> Any:
+    """A value of config.json in which what JSON cannot write is a number again: transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_infinities(one) for key, one in value.items()}
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
 
 
 _QUESTION_AND_ANSWER = """{{%- for message in messages -%}}

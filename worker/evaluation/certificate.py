@@ -35,6 +35,7 @@ from app.errors import Unsupported
 from app.planning.memory import layer_bytes
 from app.shapes import MeasuredStep, Shape, shape_of
 from app.strategies import STRATEGIES, Strategy
+from app.strategies._model import decoder
 from app.strategies.prompt_tuning import PromptTuning
 from worker.conversion.convert import write_answer
 from worker.evaluation import step_cost
@@ -239,7 +240,7 @@ def _read(model: Any, **arguments: Any) -> torch.Tensor:
 def _read_answers(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Logits of an encoder–decoder: of a pack as the trainer reads it, or of one text by transformers' own call."""
     if arguments:
-        states = model.get_decoder()(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state[0]
+        states = decoder(model)(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state[0]
         head = head_of(model)
         logits = F.linear(states, head.weight) * head.scale + (0 if head.bias is None else head.bias)
         return logits * states.any(-1, keepdim=True)  # none for the prompt
@@ -259,7 +260,7 @@ def _states(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _hidden(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
-    return model.get_decoder()(**_pack(model, texts), use_cache=False).last_hidden_state[0]
+    return decoder(model)(**_pack(model, texts), use_cache=False).last_hidden_state[0]
 
 
 def _mean_loss(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from app.strategies._model import place_for_notes, transformer
+from app.strategies._model import decoder, place_for_notes, transformer
 
 NAME = "luthier_padded"
 
 
 def pad_packs(model: torch.nn.Module) -> None:
     """Let a model's stack of layers read packs as padded batches. Nothing changes for a call without lengths."""
-    body = transformer(model).get_decoder()
+    body = decoder(model)
     object.__setattr__(body, NAME, place_for_notes(next(body.parameters()).device))
     if encodes(model):
         object.__setattr__(body, _ENCODER, transformer(model).get_encoder())  # plain attributes: neither is a part of the decoder
@@ -39,7 +39,7 @@ def pad_packs(model: torch.nn.Module) -> None:
 def _noted(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Note the lengths of a call of the model with its head: not every class hands on arguments that it does not know."""
     if (lengths := _lengths(kwargs)) is not None:
-        getattr(transformer(model).get_decoder(), NAME).noted = lengths
+        getattr(decoder(model), NAME).noted = lengths
     return args, kwargs
 
 
@@ -171,7 +171,7 @@ def _whole_answers(model: torch.nn.Module, texts: Sequence[Sequence[int]]) -> li
 
 def is_padded(model: torch.nn.Module) -> bool:
     """Whether packs are read as padded batches by this model."""
-    return hasattr(transformer(model).get_decoder(), NAME)
+    return hasattr(decoder(model), NAME)
 
 
 @torch.no_grad()

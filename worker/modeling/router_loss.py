@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from app.strategies._model import decoder
+
 
 class RouterLoss(NamedTuple):
     """The loss of a model: `function(router logits by layer, experts, experts per token, mask (1, T))` gives a scalar."""
@@ -38,7 +40,7 @@ def router_loss_of(model: torch.nn.Module) -> RouterLoss | None:
 
 def _routers(model: Any) -> Iterator[torch.nn.Module]:
     """The modules whose outputs transformers records as router logits."""
-    named = (getattr(model.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits", [])
+    named = (getattr(decoder(model), "_can_record_outputs", None) or {}).get("router_logits", [])
     kinds = [getattr(one, "target_class", one) for one in (named if isinstance(named, list) else [named])]
     for module in model.modules():
         if any(isinstance(kind, type) and isinstance(module, kind) for kind in kinds):

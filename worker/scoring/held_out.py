@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from app.strategies._model import transformer, wrapped
+from app.strategies._model import decoder, transformer, wrapped
 from worker.data import answer_form
 from worker.data.batching import Batch, Row, Tokenised, make_batch
 from worker.data.chat_template import render_prompt, sample_of, stop_ids
@@ -46,9 +46,9 @@ def hidden_states(model: torch.nn.Module, batch: Batch, engine: Compute) -> torc
 
 def decoded(model: torch.nn.Module, batch: Batch, engine: Compute, **more: Any) -> Any:
     """What the decoder without its head gives for a pack, with further arguments of its call."""
-    decoder = plain_model(model).get_decoder()
+    stack = decoder(plain_model(model))
     with engine.autocast():
-        return decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments, **more)
+        return stack(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.arguments, **more)
 
 
 @contextlib.contextmanager

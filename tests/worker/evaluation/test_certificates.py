@@ -137,6 +137,25 @@ def test_a_certificate_says_what_was_tried(kind: str, tmp_path: Path) -> None:
         assert told["works"] or told["message"], name
 
 
+@pytest.mark.parametrize("kind", ["llama4_text", pytest.param("deepseek_v3", marks=pytest.mark.long)])
+def test_adapters_stand_next_to_plain_layers_alone(kind: str, tmp_path: Path) -> None:
+    """Llama 4's router is a linear layer that answers with two tensors; of DeepSeek's dense layers peft takes the names to mean the experts."""
+    shape = kept(kind, tmp_path)
+    names = {linear.name.rpartition(".")[2] for linear in shape.linears()}
+    assert names.isdisjoint({"router", "gate_proj"} if kind == "deepseek_v3" else {"router"}) and "o_proj" in names
+    found = certify(tmp_path, shape)
+    refused = {name for name, told in found["strategies"].items() if not told["works"]}
+    assert found["tier"] == "B" and refused <= {"oft"}, found["strategies"]
+
+
+def test_a_config_may_name_infinities(tmp_path: Path) -> None:
+    """As transformers writes them, since JSON cannot."""
+    write_small("mamba2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert trial.read_shape(config).model_type == "mamba2"
+
+
 @pytest.mark.parametrize("kind", ["mamba", pytest.param("bloom", marks=pytest.mark.long)], ids=["by its recurrence", "by its positions"])
 def test_one_whose_texts_would_see_each_other_gets_padded_batches(kind: str, tmp_path: Path) -> None:
     found = certify(tmp_path, kept(kind, tmp_path))

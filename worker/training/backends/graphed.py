@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
+from app.strategies._model import decoder
 from worker.data.batching import Batch
 from worker.modeling.packed_attention import as_size
 from worker.runtime import devices
@@ -121,7 +122,7 @@ class GraphedBackend(PlainBackend):
     def prepare(
         self, lesson: TrainingObjective, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: int, saved: Path | None = None
     ) -> dict[str, Any]:
-        self.decoder = plain_model(model).get_decoder()
+        self.decoder = decoder(plain_model(model))
         return super().prepare(lesson, model, optimizer, parts, saved)
 
     def passes(self, pack: Sequence[Any], learnt: int) -> list[LossOutput]:
