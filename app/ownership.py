@@ -97,6 +97,16 @@ def mine(table: type[T], user: User, *conditions: ColumnElement[bool]) -> Select
     return select(table).where(table.project_id == user.project_id, *([] if deleted_at is None else [deleted_at.is_(None)]), *conditions)
 
 
+MADE = "luthier_made"
+"""Where a session has the rows that statements made, for the audit log: it sees only those that were added as objects."""
+
+
+def made(session: Session, row: T) -> T:
+    """This row, which a statement of this transaction made."""
+    session.info.setdefault(MADE, []).append(row)
+    return row
+
+
 def either(*queries: Select[Any]) -> CompoundSelect[Any]:
     """The ids that any of these queries of ids finds, each by an index of its own: under one OR every row would be read."""
     return union(*(select(query.subquery().c.id) for query in queries))

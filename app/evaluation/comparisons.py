@@ -32,7 +32,7 @@ from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.humanize import plural
 from app.models import service as models
-from app.ownership import owned
+from app.ownership import made, owned
 from app.tables import JSON, Comparison, Job, Model, User
 
 SEARCH = "search"
@@ -76,9 +76,10 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
     )
     if key is None:  # the same request came twice concurrently, and the other one won
         return by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
+    comparison = made(session, session.get_one(Comparison, key))
     for one in plan.jobs:
         jobs.create(session, user, one.order.model_copy(update={"name": f"{name[:120]}: {one.title}", "comparison_id": key}))
-    return session.get_one(Comparison, key)
+    return comparison
 
 
 def _check_enough(order: ComparisonOrder, plan: Plan) -> None:

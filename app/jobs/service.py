@@ -25,7 +25,7 @@ from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
 from app.models import service as models
-from app.ownership import maker_of, owned
+from app.ownership import made, maker_of, owned
 from app.settings import get_settings
 from app.spec import JobSpec
 from app.tables import Checkpoint, Dataset, Event, Job, Model, User
@@ -80,9 +80,10 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
         return _by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
     if _complete(spec):
         queue.enqueue(session, queue.TRAIN, job_id)
+    job = made(session, session.get_one(Job, job_id))
     record_event(session, job_id, 0, said.Queued(reason="submitted"))
     tracking.begin(session, job_id, chosen)
-    return session.get_one(Job, job_id)
+    return job
 
 
 def may_hurry(user: User) -> bool:

@@ -34,7 +34,7 @@ from app.limits import LimitReached
 from app.machines import heartbeats
 from app.metrics import figure, judged_by
 from app.models import service as models
-from app.ownership import maker_of, owned
+from app.ownership import made, maker_of, owned
 from app.run_settings import RunSettings
 from app.searches import halving, sampler, space, trials
 from app.searches.halving import Budget, NextMove, Pruned
@@ -99,7 +99,7 @@ def create(session: Session, user: User, order: SearchOrder, idempotency_key: st
     )  # fmt: skip
     if key is None:  # the same request came twice concurrently, and the other one won
         return comparisons.by_key(session, user, idempotency_key or "", asked) or create(session, user, order, idempotency_key)
-    search = session.get_one(Comparison, key)
+    search = made(session, session.get_one(Comparison, key))
     _begin(session, user, search, [])  # what is wrong with the first trial is an error of the request
     queue.enqueue(session, queue.SEARCH, key)
     return search

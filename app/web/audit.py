@@ -27,7 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db import on_commit, transaction
 from app.kit import ids
-from app.tables import AuditLog, BrowserSession
+from app.ownership import MADE
+from app.tables import AuditLog, BrowserSession, Comparison
 from app.web import templates as web_templates
 from app.web.auth import SAFE
 
@@ -163,12 +164,13 @@ def _write(session: Session) -> None:
     if session.in_nested_transaction():  # the end of a savepoint, which says nothing yet
         return
     session.flush()
-    tables, made = session.info.pop(_WRITTEN, (set(), []))
+    tables, added = session.info.pop(_WRITTEN, (set(), []))
+    made = [*session.info.pop(MADE, []), *added]
     request = web_templates.current.get(None)
     if request is None and (command := _console.get()):
         for row in made:
-            if row.__tablename__ in SHOWN:
-                noun, prefix = SHOWN[row.__tablename__]
+            if shown := _shown(row):
+                noun, prefix = shown
                 told = {"object_id": ids.public(prefix, row.id), "details": {"command": command}}
                 session.add(AuditLog(type=f"{noun}.created", actor="console", **told))
     if request is not None and (entry := _deed(request, tables - QUIET, made)) is not None:
@@ -189,11 +191,18 @@ def _deed(request: Request, tables: set[str], made: list[Any]) -> AuditLog | Non
     if request.url.path == "/sign-out":
         return _entry(request, "logout.succeeded")
     for row in made:
-        if row.__tablename__ in SHOWN:
-            noun, prefix = SHOWN[row.__tablename__]
+        if shown := _shown(row):
+            noun, prefix = shown
             return _entry(request, f"{noun}.created", object_id=ids.public(prefix, row.id))
     place = str(request.path_params.get("place", ""))
     return _entry(request, type_of(request.method, _route(request), place), object_id=_named(request))
+
+
+def _shown(row: Any) -> tuple[str, str] | None:
+    """What a new row is called, and the prefix of its id; None for one that is no deed of its own."""
+    if isinstance(row, Comparison) and row.kind == "search":
+        return "search", ids.SEARCH
+    return SHOWN.get(row.__tablename__)
 
 
 def _route(request: Request) -> str:

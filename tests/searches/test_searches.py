@@ -14,7 +14,7 @@ from app.jobs.lifecycle import stopped
 from app.kit import ids
 from app.models import service as models
 from app.searches import service as searches
-from app.tables import Comparison, Job, MachineUse, Model, Outbox, User
+from app.tables import AuditLog, Comparison, Job, MachineUse, Model, Outbox, User
 from tests import lives
 from tests.routes.test_comparisons import chats, kinds, words
 
@@ -245,6 +245,7 @@ def test_the_same_key_orders_once_and_a_search_is_no_comparison(api, session, us
     assert first["id"] == again["id"] and len(jobs.list_(session, user)) == 1
     assert [one["id"] for one in api.get("/v1/searches").json()["data"]] == [first["id"]]
     assert api.get("/v1/comparisons").json()["data"] == []
+    assert session.execute(select(AuditLog.type, AuditLog.object_id)).all() == [("search.created", first["id"])]
     key = ids.parse(ids.SEARCH, first["id"])
     assert api.get(f"/v1/comparisons/{ids.public(ids.COMPARISON, key)}").status_code == 404
     assert api.patch(f"/v1/searches/{first['id']}", json={"name": "Another"}).json()["name"] == "Another"

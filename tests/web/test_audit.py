@@ -81,6 +81,16 @@ def test_an_upload_its_download_and_its_deletion(api, session):
     ]
 
 
+def test_what_a_statement_makes_is_created_too(api, session, job):
+    """Jobs and comparisons are no objects of the session: of two concurrent requests with one key only one makes a row."""
+    order = {"model": "tiny", "dataset_id": ids.public(ids.DATASET, job.dataset_id)}
+    begun = len(rows(session))
+    made = api.post("/v1/fine_tuning/jobs", json=order, headers={"idempotency-key": "k"}).json()["id"]
+    assert api.post("/v1/fine_tuning/jobs", json=order, headers={"idempotency-key": "k"}).json()["id"] == made, "the second makes nothing"
+    both = api.post("/v1/comparisons", json={**order, "strategies": ["lora", "ia3"]}).json()["id"]
+    assert [(row.type, row.object_id) for row in rows(session)[begun:]] == [("job.created", made), ("comparison.created", both)]
+
+
 def test_sign_ins_and_those_that_were_refused(web, session, user, monkeypatch):
     monkeypatch.setattr(audit, "_refusals", audit._Refusals())
     link = auth.new_sign_in_link(session, user)
