@@ -19,6 +19,7 @@ from app.kit.json_safe import to_json
 from app.settings import get_settings
 
 _AFTER = "luthier_after_commit"
+_UNDO = "luthier_after_rollback"
 
 
 class Patience(NamedTuple):
@@ -86,6 +87,11 @@ def on_commit(session: Session, action: Callable[[], object]) -> None:
     session.info.setdefault(_AFTER, []).append(action)
 
 
+def on_rollback(session: Session, action: Callable[[], object]) -> None:
+    """Run `action` if this session's transaction is rolled back, such as the removal of files that its rows were to name."""
+    session.info.setdefault(_UNDO, []).append(action)
+
+
 @contextmanager
 def transaction() -> Iterator[Session]:
     """One transaction: committed at the end, rolled back on any error."""
@@ -96,7 +102,10 @@ def transaction() -> Iterator[Session]:
         except BaseException:
             session.info.pop(_AFTER, None)
             session.rollback()
+            for action in session.info.pop(_UNDO, []):
+                action()
             raise
+        session.info.pop(_UNDO, None)
         for action in session.info.pop(_AFTER, []):
             action()
 

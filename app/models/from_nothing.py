@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import struct
 import uuid
 from array import array
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from app import limits
+from app.db import on_rollback
 from app.kit import manifest
 from app.models import import_checks
 from app.ownership import mine
@@ -69,6 +71,7 @@ def ensure(session: Session, user: User, size: BlankSize) -> Model:
     key = uuid.uuid4()
     folder = get_settings().folder("models") / str(key)
     folder.mkdir()
+    on_rollback(session, lambda: shutil.rmtree(folder, ignore_errors=True))
     write(folder, size)
     source = {"from": "nothing", "seed": SEED}
     facts = manifest.write(folder, source=source, license=None, kind="generic", shape=shape.model_dump(), rules=import_checks.RULES)
