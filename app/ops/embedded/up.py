@@ -278,14 +278,15 @@ def welcome() -> str:
 
 
 def import_samples(session: Session, user: User) -> None:
-    """The small datasets of `samples/`, once: into a studio that never had a file."""
+    """The small datasets of `samples/`, once: into a studio that never had a file. The first of them is made last, so that lists and forms
+    begin with it."""
     from sqlalchemy import select
 
     from app.datasets import samples
     from app.tables import File
 
     if session.scalar(select(File.id).limit(1)) is None:
-        for sample in samples.list_():
+        for sample in reversed(samples.list_()):
             samples.add(session, user, sample["name"])
 
 
