@@ -99,6 +99,11 @@ class AdaLora(InOnePass, LowRank):
         return self.orthogonality * torch.stack(terms).mean()
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
+        import torch
+
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # of an expert to which no token went; peft multiplies by it
+                parameter.grad = torch.zeros_like(parameter)
         _tuner(model).update_and_allocate(step)
 
     def extra_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:

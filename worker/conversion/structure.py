@@ -115,7 +115,7 @@ def _left_out(model: Any) -> frozenset[str]:
     """Last names of the layers that no adapter can be put next to: those of `_FUSED`, and those of which peft takes the names to mean
     the experts of an earlier transformers, so that for the dense layer of that name it would train the experts instead."""
     fused = _FUSED if model.config.model_type in _FUSED_TYPES else frozenset()
-    names = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # whole, since some are refused alone
+    names = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # whole, since some are refused alone
     asked = LoraConfig(target_modules=sorted(names))
     convert_peft_config_for_transformers(asked, model, None)
     return fused | (names - set(asked.target_modules or ()))
@@ -133,11 +133,15 @@ def _kinds(layers: Sequence[torch.nn.Module], share: float, left_out: frozenset[
 
 
 def _answers_as_linear(module: torch.nn.Linear) -> bool:
-    """Whether a linear layer, perhaps with a forward of its own, gives one tensor of its width: a router may answer with more."""
+    """Whether a linear layer, perhaps with a forward of its own, gives one tensor of its width: a router may answer with more, and one of
+    groups reads another shape."""
     if type(module).forward is torch.nn.Linear.forward:
         return True
-    with torch.no_grad():
-        out: Any = module(module.weight.new_zeros(1, module.in_features))
+    try:
+        with torch.no_grad():
+            out: Any = module(module.weight.new_zeros(1, module.in_features))
+    except Exception:
+        return False
     return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
 
 

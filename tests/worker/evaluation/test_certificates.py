@@ -148,6 +148,12 @@ def test_adapters_stand_next_to_plain_layers_alone(kind: str, tmp_path: Path) ->
     assert found["tier"] == "B" and refused <= {"oft"}, found["strategies"]
 
 
+@pytest.mark.long
+def test_ranks_are_decided_where_an_expert_got_no_token(tmp_path: Path) -> None:
+    found = certify(tmp_path, kept("jamba", tmp_path))
+    assert found["strategies"]["adalora"]["works"], found["strategies"]["adalora"]
+
+
 def test_a_config_may_name_infinities(tmp_path: Path) -> None:
     """As transformers writes them, since JSON cannot."""
     write_small("mamba2", tmp_path)
