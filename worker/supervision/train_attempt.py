@@ -151,6 +151,7 @@ class Attempt:
         self.stop_at: float | None = None  # when the trainer was asked to stop
         self.stop_reason = ""
         self.hung = False
+        self.started = False  # before it has, it would die of the signal to save
         self.save_sent = False
         self.checkpoints = storing.CheckpointStore(held, self._say)
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
@@ -254,6 +255,7 @@ class Attempt:
             event = confinement.believed(events.read_line(line), self.held.folder)
         except ValidationError as error:
             event = events.Log(level="warn", message=f"The trainer said something unknown: {line[:200]!r} ({error.errors()[0]['msg']})")
+        self.started = self.started or isinstance(event, events.Started)
         if isinstance(event, events.Saved):
             self.checkpoints.saved(event)
         self.pace.note(event)
@@ -363,7 +365,7 @@ class Attempt:
                 self._stop("asked for")
             elif self.going_down():
                 self._stop("the worker is going down")
-            elif self.wishes.save and not self.save_sent:
+            elif self.wishes.save and self.started and not self.save_sent:
                 self.save_sent = exit_codes.ask_to_save(self.trainer.pid, self.held.processes)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
             self.trainer.kill_group()

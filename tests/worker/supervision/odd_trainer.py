@@ -21,6 +21,11 @@ def step(n):
         tokens_per_second=1.0, memory_bytes=1, seconds=n / 10)  # fmt: skip
 
 
+if how == "slow":  # as one that imports for long, before it hears signals
+    time.sleep(2)
+if how in ("polite", "slow"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGUSR1, lambda *_: say(type="saved", step=1, path=f"{folder}/x", bytes=1, manifest_sha256="0" * 64))
 say(type="started", device="cpu", precision="fp32", total_steps=10, train_rows=4, validation_rows=0, train_tokens=9,
     trainable_parameters=1, parameters=2)  # fmt: skip
 step(1)
@@ -86,9 +91,7 @@ if how == "chatty":
 if how == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(type="log", message="deaf")
-if how == "polite":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    signal.signal(signal.SIGUSR1, lambda *_: say(type="saved", step=1, path=f"{folder}/x", bytes=1, manifest_sha256="0" * 64))
+if how in ("polite", "slow"):
     say(type="log", message="ready")
     for n in range(2, 100_000):
         step(n)

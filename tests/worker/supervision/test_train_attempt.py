@@ -350,20 +350,27 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
     assert any(e.data["what"] == "Scoring the validation rows" for e in said(job, "progress"))
 
 
+def trainers_of(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
+
+
 def test_the_fence_is_lost_and_the_trainer_with_it(odd):
     job, thread = odd("polite")
     wait_until(lambda: said(job, "log"), what="the trainer")
     with transaction() as session:
         session.execute(Job.__table__.update().where(Job.id == job.id).values(fence=9))
     ended(job, thread)
-    children = [p for p in psutil.Process().children(recursive=True) if "odd_trainer" in " ".join(p.cmdline())]
-    assert not children
+    assert not trainers_of("odd_trainer")
     assert not said(job, "stopped", "failed", "lost")
 
 
-def test_a_save_is_asked_for_once(odd, user):
-    job, thread = odd("polite")
-    wait_until(lambda: said(job, "log"), what="the trainer")
+@pytest.mark.parametrize("how", ["polite", "slow"])
+def test_a_save_is_asked_for_once(odd, user, how):
+    """Also of one that has not started, which would die of the signal."""
+    job, thread = odd(how)
+    wait_until(
+        lambda: said(job, "log") if how == "polite" else now_of(job).status == "running" and trainers_of("odd_trainer"), what="the trainer"
+    )
     with transaction() as session:
         jobs.save_now(session, user, job.id)
     wait_until(lambda: said(job, "saved"), what="the checkpoint")
@@ -371,7 +378,7 @@ def test_a_save_is_asked_for_once(odd, user):
     with transaction() as session:
         jobs.cancel(session, user, job.id)
     ended(job, thread)
-    assert len(said(job, "saved")) == 1
+    assert len(said(job, "saved")) == 1 and now_of(job).attempt == 1 and not said(job, "lost")
 
 
 def test_a_worker_that_goes_down_gives_the_job_back(new_job, monkeypatch):
