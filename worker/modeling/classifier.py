@@ -23,7 +23,7 @@ from app.spec import Adapter, ModelRef
 from app.strategies import Strategy
 from app.strategies._model import backbone as body_without_head
 from app.strategies._model import transformer, wrapped
-from worker.modeling.loading import folder_of, lay_adapter, load_plain, load_strategy, made_ready, straight_to
+from worker.modeling.loading import folder_of, lay_adapter, load_plain, load_strategy, made_ready, own_attention, straight_to
 from worker.runtime.transfer import sent
 
 Pooling = Literal["mean", "last", "first"]
@@ -41,7 +41,7 @@ def load_backbone(ref: ModelRef, dtype: torch.dtype = torch.float32, attention: 
         model = AutoModel.from_pretrained(
             folder_of(ref.path),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=own_attention(ref, attention),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -57,16 +57,21 @@ def load_tokenizer(ref: ModelRef) -> Any:
         raise BadModel(f"The tokenizer of {ref.name} cannot be read: {error}", hint="Add the model again.") from error
 
 
+def own_attention(ref: ModelRef, attention: str) -> str | None:
+    """The attention that a model is loaded with: where packs failed when it was added its own, since another gives it no mask."""
+    structure = ref.shape.structure
+    return attention if structure is None or structure.packs else None
+
+
 def load_base(
     ref: ModelRef, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu", bits: int | None = None
 ) -> PreTrainedModel:
     """The weights in `ref.path` without adapters, in `dtype` (or in 4 or 8 `bits`), on `device`, in evaluation mode."""
-    structure = ref.shape.structure
     try:
         model = maker_of(ref.shape).from_pretrained(
             folder_of(ref.path),
             dtype=dtype,
-            attn_implementation=attention if structure is None or structure.packs else None,
+            attn_implementation=own_attention(ref, attention),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -39,7 +39,7 @@ from worker.evaluation.certificate import certify
 from worker.inference.engine import Engine
 from worker.inference.model_pool import ModelPool
 from worker.modeling import new_tokens, padded
-from worker.modeling.classifier import load_classifier
+from worker.modeling.classifier import load_backbone, load_classifier
 from worker.modeling.loading import load_tokenizer
 from worker.modeling.packed_attention import NAME, packed
 from worker.runtime.device import choose
@@ -294,7 +294,8 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("kind", "tier"), [pytest.param("distilbert", "B", marks=pytest.mark.fault), ("modernbert", "B"), ("deberta-v2", "C")]
+    ("kind", "tier"),
+    [pytest.param("distilbert", "B", marks=pytest.mark.fault), ("modernbert", "B"), ("deberta-v2", "C")],
 )
 def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, session, user, data_dir: Path) -> None:
     write_small(kind, data_dir / "import" / "small")
@@ -318,6 +319,20 @@ def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, ses
     )
     assert together == pytest.approx(np.array(alone), abs=1e-4), "texts of a pack see nothing of each other"
     assert [labels[at] for at in together.argmax(1)] == [row["label"] for row in texts(6)]
+
+
+def test_an_encoder_of_tier_c_keeps_its_own_attention(data_dir: Path) -> None:
+    """Longformer makes its windows from a mask, which the packed attention gives to none."""
+    shape = kept("longformer", data_dir / "models" / "windows")
+    assert shape.structure is not None
+    padded_shape = shape.model_copy(update={"structure": shape.structure.model_copy(update={"packs": False})})
+    ref = ModelRef(id=uuid4(), name="windows", kind="encoder", path="models/windows", revision="r", shape=padded_shape)
+    model = load_backbone(ref, attention=NAME)
+    ids = list(range(4, 44))
+    with torch.no_grad():
+        together = model(**packed(ids, [30, 10], torch.device("cpu"))).last_hidden_state[0, 30:40]
+        alone = model(input_ids=torch.tensor([ids[30:]])).last_hidden_state[0]
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long
