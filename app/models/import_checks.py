@@ -55,7 +55,7 @@ _OWN_TOKENIZER = {
     "gemma3_text": "GemmaTokenizer", "bert": "BertTokenizer", "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
 }  # fmt: skip
 
-RULES = 2
+RULES = 3
 """Version of these rules. A model that was imported under an earlier one is examined again (`app/models/imports.py`)."""
 
 _SIZES = {

@@ -148,6 +148,13 @@ def test_adapters_stand_next_to_plain_layers_alone(kind: str, tmp_path: Path) ->
     assert found["tier"] == "B" and refused <= {"oft"}, found["strategies"]
 
 
+def test_one_whose_answers_the_cache_would_change_is_read_whole(tmp_path: Path) -> None:
+    """CodeGen attends by itself: its packs are right, and the engine's cache of keys is not asked."""
+    found = certify(tmp_path, kept("codegen", tmp_path))
+    assert found["tier"] == "C" and [check["name"] for check in found["checks"] if not check["passed"]] == ["cached"]
+    assert found["strategies"]["lora"]["works"]
+
+
 @pytest.mark.long
 def test_ranks_are_decided_where_an_expert_got_no_token(tmp_path: Path) -> None:
     found = certify(tmp_path, kept("jamba", tmp_path))
