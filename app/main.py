@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import hashlib
 import importlib
 import mimetypes
@@ -122,6 +124,14 @@ async def _handle(request: Request, error: Exception) -> Response:
     return await run_in_threadpool(error_responses.answer, request, fault)
 
 
+@functools.cache
+def _settle() -> None:
+    """Take what was imported out of garbage collection, once per process: each full one went through a quarter of a million objects, and
+    pages stood still for 140 ms meanwhile."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Create the first account if the database is there already, run batches meanwhile, and close the pools at the end."""
@@ -138,6 +148,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
     app.state.background = BackgroundRunner(app, (batch_runner.KIND, eval_runner.KIND))
     running = asyncio.create_task(app.state.background.run())
+    _settle()
     yield
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
