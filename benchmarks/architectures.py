@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.comparison import sent
-from benchmarks.servers import PROJECT, Studio, studio
+from benchmarks.servers import PROJECT, Studio, studio, trainers
 
 SMALL = {
     64: "hidden_size dim emb_dim n_embd d_model embedding_size word_embed_proj_dim lru_width",
@@ -199,47 +199,39 @@ def _trained(client: Any, model: dict[str, Any], steps: int, kill_in: str) -> di
     data = sent(client, LABELED if model["kind"] == "encoder" else SAMPLE, None)
     order = {"model": model["id"], "strategy": {"name": "lora"}, "run": run, "training_file": data}
     try:
-        job: Any = _ended(client, order)
-        killed: Any = _ended(client, order, kill_in) if kill_in and job["status"] == "succeeded" else None
+        job, _ = _ended(client, order)
+        again = _ended(client, order, kill_in) if kill_in and job["status"] == "succeeded" else None
     except Exception as error:
         return {"job": "refused", "why": str(error)[:300]}
     events: Any = client.get(f"/fine_tuning/jobs/{job['id']}/events?limit=100", cast_to=object)
     losses = [e["data"]["train_loss"] for e in reversed(events["data"]) if e["type"] == "metrics" and "train_loss" in (e["data"] or {})]
     why = (job.get("error") or {}).get("message", "")
     told = {"job": job["status"], "why": why, "first": losses[0] if losses else None, "last": losses[-1] if losses else None}
-    return told | ({"killed": _same(client, job, killed)} if killed else {})
+    return told | ({"killed": _same(client, job, *again)} if again else {})
 
 
-def _ended(client: Any, order: dict[str, Any], kill_in: str = "") -> Any:
-    """A job that has ended; its trainer was killed once, when it had saved a checkpoint."""
+def _ended(client: Any, order: dict[str, Any], kill_in: str = "") -> tuple[Any, bool]:
+    """A job that has ended, and whether its trainer was killed (`kill -9`), once, when it had saved a checkpoint."""
     job: Any = client.post("/fine_tuning/jobs", body=order, cast_to=object)
+    killed = False
     while job["status"] not in ("succeeded", "failed", "cancelled"):
-        time.sleep(0.05 if kill_in else 0.5)
-        if kill_in and client.get(f"/fine_tuning/jobs/{job['id']}/checkpoints", cast_to=object)["data"]:
-            kill_in = kill_in if not kill_trainers(kill_in) else ""
+        waits = bool(kill_in) and not killed
+        time.sleep(0.05 if waits else 0.5)
+        if waits and client.get(f"/fine_tuning/jobs/{job['id']}/checkpoints", cast_to=object)["data"]:
+            for process in trainers(kill_in):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    killed = True
         job = client.get(f"/fine_tuning/jobs/{job['id']}", cast_to=object)
-    return job
+    return job, killed
 
 
-def kill_trainers(folder: str) -> int:
-    """`kill -9` of every trainer of the studio in this folder."""
-    count = 0
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "worker.run" in line and folder in line:
-            with suppress(psutil.Error):
-                process.kill()
-                count += 1
-    return count
-
-
-def _same(client: Any, job: Any, killed: Any) -> str:
-    if killed["status"] != "succeeded":
-        return f"killed: {killed['status']}, {(killed.get('error') or {}).get('message', '')}"
-    events: Any = client.get(f"/fine_tuning/jobs/{killed['id']}/events?limit=100", cast_to=object)
-    if not any(event["type"] == "lost" or "worker_lost" in str(event["data"]) or "retry" in str(event["data"]) for event in events["data"]):
+def _same(client: Any, job: Any, again: Any, killed: bool) -> str:
+    if not killed:
         return "ended before it was killed"
-    first, second = (client.get(f"/models/{one['fine_tuned_model']}", cast_to=object)["adapter_sha256"] for one in (job, killed))
+    if again["status"] != "succeeded":
+        return f"killed: {again['status']}, {(again.get('error') or {}).get('message', '')}"
+    first, second = (client.get(f"/models/{one['fine_tuned_model']}", cast_to=object)["adapter_sha256"] for one in (job, again))
     return "killed: the same weights" if first == second else "killed: other weights"
 
 

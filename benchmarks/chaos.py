@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.servers import Servers, free_port, python, servers, tiny_model, wait_for_database
+from benchmarks.servers import Servers, free_port, python, servers, tiny_model, trainers, wait_for_database
 
 RUN = {
     "epochs": 2, "max_tokens_per_step": 64, "evaluations_per_epoch": 2, "samples": 0, "early_stopping_patience": 0, "validation_fraction": 0.2,
@@ -220,7 +220,7 @@ def chaos(options: argparse.Namespace, running: Servers) -> dict[str, Any]:
             time.sleep(1)
             studio.tend()
         drained = time.monotonic() - began
-        orphans = _trainers(str(running.folder))
+        orphans = len(trainers(str(running.folder)))
     finally:
         studio.stop()
     if client.refused:
@@ -244,14 +244,6 @@ def _waiting() -> int:
             return session.scalar(select(func.count()).select_from(Job).where(Job.status.in_(("queued", "running"))))
     except DBAPIError:
         return 1
-
-
-def _trainers(mark: str) -> int:
-    count = 0
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        count += "worker.run" in line and mark in line and process.info["status"] != psutil.STATUS_ZOMBIE
-    return count
 
 
 def verdict(jobs: int, kills: dict[str, int], drained: float, orphans: int) -> dict[str, Any]:

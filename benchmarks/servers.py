@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import psutil
+
 PROJECT = Path(__file__).resolve().parent.parent
 STARTER = "smollm2-135m-instruct"
 
@@ -192,6 +194,16 @@ def studio(model: Path, name: str = STARTER, others: Mapping[str, Path] = Mappin
         process.send_signal(signal.SIGTERM)
         process.wait(90)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def trainers(folder: str) -> list[psutil.Process]:
+    """The trainers that run for the studio in this folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "worker.run" in line and folder in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
 
 
 def trained_alone(order: dict[str, Any], code: str) -> Any:

@@ -227,7 +227,8 @@ def lines(user: User) -> Select[uuid.UUID | None, str]:
 
 
 def newest_versions(user: User) -> tuple[ColumnElement[bool], ...]:
-    """The conditions of the datasets that a list shows, of each line the newest."""
+    """The conditions of the datasets that a list shows, of each line the newest. Those with a file and those without are asked for apart,
+    each by its index."""
     other = aliased(Dataset)
     later = (other.created_at > Dataset.created_at) | ((other.created_at == Dataset.created_at) & (other.id < Dataset.id))
     same = (other.project_id == Dataset.project_id) & (other.name == Dataset.name) & other.deleted_at.is_(None)

@@ -301,8 +301,7 @@ def test_a_folder_of_another_architecture_becomes_a_model_that_trains_and_answer
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("kind", "tier"),
-    [pytest.param("distilbert", "B", marks=pytest.mark.fault), ("modernbert", "B"), ("deberta-v2", "C")],
+    ("kind", "tier"), [pytest.param("distilbert", "B", marks=pytest.mark.fault), ("modernbert", "B"), ("deberta-v2", "C")]
 )
 def test_an_encoder_of_another_architecture_classifies(kind: str, tier: str, session, user, data_dir: Path) -> None:
     write_small(kind, data_dir / "import" / "small")

@@ -350,8 +350,8 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
     assert any(e.data["what"] == "Scoring the validation rows" for e in said(job, "progress"))
 
 
-def trainers_of(name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
+def odd_trainers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if ODD.name in " ".join(p.cmdline())]
 
 
 def test_the_fence_is_lost_and_the_trainer_with_it(odd):
@@ -360,7 +360,7 @@ def test_the_fence_is_lost_and_the_trainer_with_it(odd):
     with transaction() as session:
         session.execute(Job.__table__.update().where(Job.id == job.id).values(fence=9))
     ended(job, thread)
-    assert not trainers_of("odd_trainer")
+    assert not odd_trainers()
     assert not said(job, "stopped", "failed", "lost")
 
 
@@ -368,9 +368,7 @@ def test_the_fence_is_lost_and_the_trainer_with_it(odd):
 def test_a_save_is_asked_for_once(odd, user, how):
     """Also of one that has not started, which would die of the signal."""
     job, thread = odd(how)
-    wait_until(
-        lambda: said(job, "log") if how == "polite" else now_of(job).status == "running" and trainers_of("odd_trainer"), what="the trainer"
-    )
+    wait_until(lambda: said(job, "log") if how == "polite" else now_of(job).status == "running" and odd_trainers(), what="the trainer")
     with transaction() as session:
         jobs.save_now(session, user, job.id)
     wait_until(lambda: said(job, "saved"), what="the checkpoint")
