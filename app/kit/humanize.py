@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from app.kit.languages import gettext, localized, ngettext
+
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 NOTHING = "–"
 
@@ -31,7 +33,7 @@ def human_bytes(value: float) -> str:
             break
         size /= 1000
     digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
-    return f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " ")
+    return localized(f"{size:.{digits}f} {unit}".replace("." + "0" * digits + " ", " "))
 
 
 @_or_nothing
@@ -40,7 +42,7 @@ def human_seconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:.0f} ms"
     if value < 10:
-        return f"{value:.1f} s"
+        return localized(f"{value:.1f} s")
     whole = round(value)
     parts = [(whole // 86_400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
     while parts[0][0] == 0:
@@ -58,23 +60,23 @@ def human_number(value: float, digits: int | None = None) -> str:
             return _small(value)
         else:
             digits = 2
-    return f"{value:,.{digits}f}"
+    return localized(f"{value:,.{digits}f}")
 
 
 def _small(value: float) -> str:
     """Three significant digits, without an exponent as long as the zeros can be counted at a glance."""
     if abs(value) < 1e-6:
-        return f"{value:.3g}"
+        return localized(f"{value:.3g}")
     digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{digits}f}".rstrip("0")
+    return localized(f"{value:.{digits}f}".rstrip("0"))
 
 
 @_or_nothing
 def human_percent(value: float, digits: int = 1) -> str:
     """A fraction, 0 to 1: 0.018 → `1.8%`. A positive value that would round to 0 is shown as below the smallest step."""
     if 0 < abs(value) * 100 < 0.5 * 10**-digits:
-        return f"{'−' if value < 0 else ''}<{10**-digits:.{digits}f}%"
-    return f"{value * 100:.{digits}f}%"
+        return localized(f"{'−' if value < 0 else ''}<{10**-digits:.{digits}f}%")
+    return localized(f"{value * 100:.{digits}f}%")
 
 
 @_or_nothing
@@ -82,7 +84,7 @@ def human_count(value: float) -> str:
     """A number of parameters with three significant digits: `2.44 M`, `135 M`, `1.24 B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g}{NARROW}{unit}"
+            return localized(f"{value / size:.3g}{NARROW}{unit}")
     return f"{value:g}"
 
 
@@ -109,11 +111,21 @@ def ago(value: datetime) -> str:
 
 
 def _ago(seconds: float) -> str:
-    if abs(seconds) < 45:
-        return "just now"
-    for size, unit in ((86_400 * 365, "year"), (86_400 * 30, "month"), (86_400, "day"), (3600, "h"), (60, "min")):
-        if abs(seconds) >= size or unit == "min":
-            count = max(1, round(abs(seconds) / size))
-            word = unit if unit in ("h", "min") or count == 1 else f"{unit}s"
-            return f"{count} {word} ago" if seconds > 0 else f"in {count} {word}"
-    raise AssertionError
+    away, past = abs(seconds), seconds > 0
+    if away < 45:
+        return gettext("just now")
+    if away < 3600:
+        count = max(1, round(away / 60))
+        return ngettext("%(num)s min ago", "%(num)s min ago", count) if past else ngettext("in %(num)s min", "in %(num)s min", count)
+    if away < 86_400:
+        count = round(away / 3600)
+        return ngettext("%(num)s h ago", "%(num)s h ago", count) if past else ngettext("in %(num)s h", "in %(num)s h", count)
+    days = away / 86_400
+    if days < 30:
+        count = round(days)
+        return ngettext("%(num)s day ago", "%(num)s days ago", count) if past else ngettext("in %(num)s day", "in %(num)s days", count)
+    if days < 365:
+        count = round(days / 30)
+        return ngettext("%(num)s month ago", "%(num)s months ago", count) if past else ngettext("in %(num)s month", "in %(num)s months", count)
+    count = round(days / 365)
+    return ngettext("%(num)s year ago", "%(num)s years ago", count) if past else ngettext("in %(num)s year", "in %(num)s years", count)

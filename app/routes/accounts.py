@@ -133,8 +133,19 @@ def sign_out(request: Request, user: CurrentUser, session: Db) -> Response:
 @pages.post("/theme")
 def theme(request: Request, user: CurrentUser, theme: Annotated[Literal["", "light", "dark"], Form()] = "") -> Response:
     """The theme is stored in a cookie, so that the page is rendered with it and does not change color after it has loaded."""
+    return _back_with(request, "luthier_theme", theme)
+
+
+@pages.post("/language")
+def language(request: Request, language: Annotated[Literal["", "en", "de", "zh"], Form()] = "") -> Response:
+    """Kept in a cookie, like the theme, so that the sign-in page has it too; empty: what the browser asks for."""
+    return _back_with(request, "luthier_language", language)
+
+
+def _back_with(request: Request, cookie: str, value: str) -> Response:
+    """Back to the page the form was on, which is made anew with the choice."""
     back = request.headers.get("referer", "/")
     path = safe_next("/" + back.split("/", 3)[3]) if back.count("/") >= 3 else "/"
     response = RedirectResponse(path, 303)
-    response.set_cookie("luthier_theme", theme, max_age=365 * 86_400, samesite="lax", secure=auth.secure(request), path="/")
+    response.set_cookie(cookie, value, max_age=365 * 86_400, samesite="lax", secure=auth.secure(request), path="/")
     return response

@@ -29,7 +29,7 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
-from app.kit import humanize, tracing
+from app.kit import humanize, languages, tracing
 from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
@@ -77,6 +77,7 @@ class Context:
         request.state.nonce = secrets.token_urlsafe(16)
         token = web_templates.current.set(request)
         structlog.contextvars.bind_contextvars(request_id=request.state.id)
+        spoken = languages.current.set(_language(request))
         started, status = time.perf_counter(), 500
 
         async def finish(message: Message) -> None:
@@ -99,6 +100,14 @@ class Context:
             _note(request, status, time.perf_counter() - started)
             structlog.contextvars.unbind_contextvars("request_id")
             web_templates.current.reset(token)
+            languages.current.reset(spoken)
+
+
+def _language(request: Request) -> str:
+    """Programs are answered in English: they may compare what they are told."""
+    if accepts.is_program(request) or request.url.path.startswith(QUIET[0]):
+        return languages.SOURCE
+    return languages.chosen(request.cookies.get("luthier_language", ""), request.headers.get("accept-language", ""))
 
 
 def _span(request: Request) -> AbstractContextManager[Any]:

@@ -125,7 +125,7 @@ POST /v1/model_aliases/{alias:path}/back /v1/model_aliases/{alias:path}/evaluati
 POST /aliases/{alias:path}/model /aliases/{alias:path}/gate /aliases/{alias:path}/evaluations /aliases/{alias:path}/back
 """,
     "session": """
-POST /sign-out /theme
+POST /sign-out /theme /language
 """,
     "account": """
 POST /settings/account/identities /settings/account/identities/{identity_id}/remove

@@ -13,9 +13,11 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
 from app import objectives
+from app.kit import languages
 from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
 from app.settings import RESOURCES, get_settings
 
@@ -49,8 +51,9 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[Nonces],
+        extensions=[Nonces, "jinja2.ext.i18n"],
     )
+    env.policies["ext.i18n.trimmed"] = True
     from app import metrics
     from app.datasets import issue_names
     from app.models import service as models  # the first page needs them; the import of the web process does not
@@ -69,6 +72,8 @@ def environment() -> Environment:
         "metric_table": metrics.METRICS,
         "objective": objectives.get,
         "static": static, "integrity": integrity, "csrf_field": csrf_field, "csrf_query": csrf_query, "csrf_token": _token,
+        "_": languages.gettext, "gettext": languages.gettext, "ngettext": languages.ngettext, "language": languages.current.get,
+        "languages": languages.LANGUAGES, "script_words": _script_words,
         "nonce": _nonce, "user": None, "theme": "", "messages": [], "nav": [], "foot": [], "projects": (),
     }  # fmt: skip
     return env
@@ -102,6 +107,16 @@ def csrf_field() -> Markup:
 def csrf_query() -> str:
     """The same for a multipart form whose route reads the body as a stream: put it behind the `?` of the action."""
     return f"csrf_token={_token()}"
+
+
+def _script_words() -> Markup:
+    """The scripts' own texts in the page's language: an element that `static/js/words.js` reads; nothing for English."""
+    words = languages.words(languages.current.get())
+    return Markup('<script type="application/json" id="words">{}</script>').format(_json_data(words)) if words else Markup("")
+
+
+def _json_data(value: Any) -> Markup:
+    return htmlsafe_json_dumps(value, ensure_ascii=False)
 
 
 def _nonce() -> str:
