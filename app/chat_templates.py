@@ -10,16 +10,18 @@ import re
 from collections.abc import Container
 from typing import Any, Literal
 
+from app.kit.languages import mark
+
 TemplateName = Literal["model", "chatml", "hermes", "llama3", "gemma", "alpaca", "plain", "jinja"]
 SAMPLES = {
-    "model": "the model's own; plain where it has none",
+    "model": mark("the model's own; plain where it has none"),
     "chatml": "chatml: <|im_start|>user ↵ Hello<|im_end|>",
-    "hermes": "hermes: chatml with tools and <tool_call>{…}</tool_call>",
+    "hermes": mark("hermes: chatml with tools and <tool_call>{…}</tool_call>"),
     "llama3": "llama3: <|start_header_id|>user<|end_header_id|> ↵↵ Hello<|eot_id|>",
     "gemma": "gemma: <start_of_turn>user ↵ Hello<end_of_turn>",
     "alpaca": "alpaca: ### Instruction: ↵ Hello ↵↵ ### Response:",
     "plain": "plain: ### User: ↵ Hello ↵↵ ### Assistant:",
-    "jinja": "jinja: written below",
+    "jinja": mark("jinja: written below"),
 }
 """Each template's label, and an example of a user's turn."""
 MAX_CHARACTERS = 8000

@@ -25,6 +25,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from app.kit.languages import gettext, mark
+
 
 class StudioError(Exception):
     """An error with a status, a code for programs, and a hint for people.
@@ -43,7 +45,7 @@ class StudioError(Exception):
     def __init__(self, message: str, *, hint: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint or self.usual_hint
+        self.hint = hint or gettext(self.usual_hint)
         self.param = param
         if code is not None:
             self.code = code
@@ -63,7 +65,7 @@ class StudioError(Exception):
 
 class BadRequest(StudioError):
     status, code, type = 400, "invalid_request", "invalid_request_error"
-    usual_hint = "Change it and send the request again."
+    usual_hint = mark("Change it and send the request again.")
 
 
 class BadField(BadRequest):
@@ -84,39 +86,39 @@ class DoesNotFit(BadRequest):
 
 class NotSignedIn(StudioError):
     status, code, type = 401, "invalid_api_key", "invalid_request_error"
-    usual_hint = "Sign in, or send an API key."
+    usual_hint = mark("Sign in, or send an API key.")
 
 
 class Forbidden(StudioError):
     status, code, type = 403, "forbidden", "invalid_request_error"
-    usual_hint = "Ask an admin."
+    usual_hint = mark("Ask an admin.")
 
 
 class NotFound(StudioError):
     status, code, type = 404, "resource_missing", "invalid_request_error"
-    usual_hint = "Look it up in its list: it may have been deleted."
+    usual_hint = mark("Look it up in its list: it may have been deleted.")
 
 
 class Conflict(StudioError):
     status, code, type = 409, "conflict", "invalid_request_error"
-    usual_hint = "Look at its state, and try again when that has changed."
+    usual_hint = mark("Look at its state, and try again when that has changed.")
 
 
 class TooLarge(StudioError):
     status, code, type = 413, "too_large", "invalid_request_error"
-    usual_hint = "Send less at once."
+    usual_hint = mark("Send less at once.")
 
 
 class Unsupported(StudioError):
     status, code, type = 415, "unsupported", "invalid_request_error"
-    usual_hint = "Send it in another form."
+    usual_hint = mark("Send it in another form.")
 
 
 class TooMany(StudioError):
     """Carries `retry_after_seconds`, sent as the `Retry-After` header."""
 
     status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
-    usual_hint = "Wait a moment and try again."
+    usual_hint = mark("Wait a moment and try again.")
 
     def __init__(self, message: str, *, retry_after_seconds: float = 1.0, **rest: str) -> None:
         super().__init__(message, **rest)
@@ -125,14 +127,14 @@ class TooMany(StudioError):
 
 class Unavailable(StudioError):
     status, code, type = 503, "unavailable", "server_error"
-    usual_hint = "Try again in a moment."
+    usual_hint = mark("Try again in a moment.")
 
 
 class DiskFull(StudioError, OSError):
     """Also an OSError, so that code that handles a full disk need not know which of the two was raised."""
 
     status, code, type = 507, "disk_full", "server_error"
-    usual_hint = "Make room there, then try again."
+    usual_hint = mark("Make room there, then try again.")
 
     def __init__(self, message: str, *, hint: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, hint=hint, param=param, code=code)

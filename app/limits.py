@@ -21,6 +21,7 @@ from app import leases, queue
 from app.db import on_commit
 from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
+from app.kit.languages import gettext, lowered, mark
 from app.kit.token_meter import TokenMeter
 from app.settings import get_settings
 from app.tables import (
@@ -63,7 +64,7 @@ class Limit(NamedTuple):
     unit: str
     figure: Callable[[float], str]
     hint: str
-    """What frees some of it."""
+    """What frees some of it; where its window has an end that is told, when."""
     window: Literal["", "minute", "day", "month"] = ""
 
 
@@ -73,12 +74,22 @@ def _number(value: float) -> str:
 
 
 LIMITS: dict[Name, Limit] = {
-    "running_jobs": Limit("Running runs", "", _number, "It starts when another one has ended."),
-    "queued_jobs": Limit("Queued runs", "", _number, "Wait until one has started, or cancel one."),
-    "gpu_hours_per_month": Limit("GPU-hours this month", "GPU-hours", _number, "They begin anew with the next month (UTC).", "month"),
-    "storage_bytes": Limit("Storage", "", human_bytes, "Delete files, models, exports or runs that are no longer needed."),
-    "tokens_per_day": Limit("Tokens today", "tokens", _number, "They begin anew with the next day (UTC).", "day"),
-    "requests_per_minute": Limit("Requests this minute", "requests", _number, "They begin anew with the next minute.", "minute"),
+    "running_jobs": Limit(mark("Running runs"), "", _number, mark("It starts when another one has ended.")),
+    "queued_jobs": Limit(mark("Queued runs"), "", _number, mark("Wait until one has started, or cancel one.")),
+    "gpu_hours_per_month": Limit(
+        mark("GPU-hours this month"),
+        mark("GPU-hours"),
+        _number,
+        mark("They begin anew with the next month (UTC) at %(when)s UTC."),
+        "month",
+    ),
+    "storage_bytes": Limit(mark("Storage"), "", human_bytes, mark("Delete files, models, exports or runs that are no longer needed.")),
+    "tokens_per_day": Limit(
+        mark("Tokens today"), mark("tokens"), _number, mark("They begin anew with the next day (UTC) at %(when)s UTC."), "day"
+    ),
+    "requests_per_minute": Limit(
+        mark("Requests this minute"), mark("requests"), _number, mark("They begin anew with the next minute."), "minute"
+    ),
 }
 """In the order of pages. An hour of a train worker without a GPU counts as one GPU-hour. Requests are counted, and
 refused, by `app.web.request_rate`."""
@@ -236,7 +247,8 @@ def set_own(of: User | Project, changes: Mapping[str, float | None]) -> None:
         if name not in LIMITS:
             raise BadField(f"There is no limit {name[:60]!r}.", hint=f"There are {', '.join(LIMITS)}.", param="limits")
         if value is not None and not 0 <= value <= 1e15:
-            raise BadField(f"{LIMITS[name].title} cannot be limited to {value}.", hint="Send 0 or more, or null.", param=f"limits.{name}")
+            message = gettext("%(limit)s cannot be limited to %(value)s.", limit=gettext(LIMITS[name].title), value=value)
+            raise BadField(message, hint=gettext("Send 0 or more, or null."), param=f"limits.{name}")
     kept: JSON = {name: value for name, value in ((of.limits or {}) | dict(changes)).items() if value is not None}
     of.limits = kept or None
 
@@ -259,16 +271,20 @@ def check(session: Session, user: User, name: Name, more: float = 0) -> None:
 
 def _reached(name: Name, by: By, have: float, most: float) -> LimitReached:
     limit = LIMITS[name]
-    whose = "Your limit" if by == "person" else "The limit of this project"
-    unit = f" {limit.unit}" if limit.unit else ""
     free = frees_at(limit.window)
-    when = f" at {free:%Y-%m-%d %H:%M} UTC" if free else ""
     wait = (free - datetime.now(UTC)).total_seconds() if free else 60.0
-    return LimitReached(
-        f"{whose} is reached: {limit.title.lower()}, {limit.figure(have)} used of {limit.figure(most)}{unit}.",
-        hint=f"{limit.hint.rstrip('.')}{when}. An admin can raise it.",
-        retry_after_seconds=wait,
-    )
+    told = {
+        "what": lowered(gettext(limit.title)),
+        "used": limit.figure(have),
+        "most": f"{limit.figure(most)} {gettext(limit.unit)}".strip(),
+    }
+    if by == "person":
+        message = gettext("Your limit is reached: %(what)s, %(used)s used of %(most)s.", **told)
+    else:
+        message = gettext("The limit of this project is reached: %(what)s, %(used)s used of %(most)s.", **told)
+    when = {"when": free.strftime("%Y-%m-%d %H:%M")} if free else {}
+    hint = gettext(limit.hint, **when) + " " + gettext("An admin can raise it.")
+    return LimitReached(message, hint=hint, retry_after_seconds=wait)
 
 
 def frees_at(window: str) -> datetime | None:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.errors import BadField
+from app.kit.languages import gettext
 from app.tables import Comparison, Dataset, Job, Model
 
 Named = Job | Model | Dataset | Comparison
@@ -35,9 +36,10 @@ def tag(session: Session, found: Tagged, tags: Iterable[str]) -> None:
     """Replace its tags by these. Raises BadField."""
     kept = sorted({_text(one, "tags", MAX_TAG_LENGTH) for one in tags}, key=str.casefold)
     if any("," in one for one in kept):
-        raise BadField("A tag has a comma in it.", hint="Write two tags.", param="tags")
+        raise BadField(gettext("A tag has a comma in it."), hint=gettext("Write two tags."), param="tags")
     if len(kept) > MAX_TAGS:
-        raise BadField(f"{len(kept)} tags are too many.", hint=f"It may have {MAX_TAGS}.", param="tags")
+        message = gettext("%(num)s tags are too many.", num=len(kept))
+        raise BadField(message, hint=gettext("It may have %(most)s.", most=MAX_TAGS), param="tags")
     for version in datasets.line(session, found) if isinstance(found, Dataset) else [found]:
         version.tags = kept
 
@@ -50,11 +52,19 @@ def words(text: str) -> list[str]:
 def _text(text: str, param: str, longest: int) -> str:
     """One printable line. Raises BadField."""
     line = " ".join(text.split())
-    what = "The name" if param == "name" else "A tag"
+    is_name = param == "name"
     if not line:
-        raise BadField(f"{what} is empty.", hint="Write a word.", param=param)
+        raise BadField(gettext("The name is empty.") if is_name else gettext("A tag is empty."), hint=gettext("Write a word."), param=param)
     if len(line) > longest:
-        raise BadField(f"{what} has {len(line)} characters.", hint=f"It may have {longest}.", param=param)
+        said = (
+            gettext("The name has %(num)s characters.", num=len(line))
+            if is_name
+            else gettext("A tag has %(num)s characters.", num=len(line))
+        )
+        raise BadField(said, hint=gettext("It may have %(most)s.", most=longest), param=param)
     if not line.isprintable():
-        raise BadField(f"{what} has a character that cannot be shown.", hint="Remove it.", param=param)
+        said = (
+            gettext("The name has a character that cannot be shown.") if is_name else gettext("A tag has a character that cannot be shown.")
+        )
+        raise BadField(said, hint=gettext("Remove it."), param=param)
     return line

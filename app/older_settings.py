@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from app.kit.languages import mark
+
 RENAMED = {
     "accumulation": (
         "micro_batches",
-        "It is called micro_batches now: passes that a batch is split over. To add up the gradients of several batches, which makes a step "
-        "larger, send gradient_accumulation_steps.",
+        mark(
+            "It is called micro_batches now: passes that a batch is split over. To add up the gradients of several batches, which makes a "
+            "step larger, send gradient_accumulation_steps."
+        ),
     )
 }
 """Settings of older jobs: the current name, and the message for a request that uses them."""

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import NotFound
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.tables import (
     Comparison,
     Dataset,
@@ -61,33 +62,33 @@ T = TypeVar(
 
 
 class _Shown(NamedTuple):
-    """What people call an object, the prefix of its public id, and the field of a request that names it."""
+    """What is said where an object is not there, the prefix of its public id, and the field of a request that names it."""
 
-    name: str
+    message: str
     prefix: str | None
     param: str | None
     hint: str = ""
 
 
 _SHOWN: dict[type[Any], _Shown] = {
-    Eval: _Shown("eval", ids.EVAL, "eval_id"),
-    EvalRun: _Shown("run of an eval", ids.EVAL_RUN, "run_id"),
-    WebhookEndpoint: _Shown("webhook endpoint", ids.WEBHOOK, "webhook_endpoint_id"),
-    RequestBatch: _Shown("batch", ids.BATCH, "batch_id"),
-    File: _Shown("file", ids.FILE, "file_id"),
-    Dataset: _Shown("dataset", ids.DATASET, "dataset"),
-    Job: _Shown("fine-tuning job", ids.JOB, "fine_tuning_job_id"),
-    Comparison: _Shown("comparison", ids.COMPARISON, "comparison_id"),
-    Evaluation: _Shown("evaluation", ids.EVALUATION, "evaluation_id"),
-    Export: _Shown("export", ids.EXPORT, "export_id"),
-    Prompt: _Shown("prompt", ids.PROMPT, "prompt_id"),
-    PromptRun: _Shown("run", ids.RUN, "run_id"),
-    DistillationRun: _Shown("distillation", ids.DISTILLATION, "distillation_id"),
-    SavedGrader: _Shown("grader", ids.GRADER, "grader_id"),
-    Vote: _Shown("vote", ids.VOTE, "vote_id"),
-    Exchange: _Shown("conversation", None, None, "The playground's history lists those that are stored."),
-    StopVisit: _Shown("result of the reading room", None, "visit", "The page of the stop lists yours."),
-    Upload: _Shown("upload", None, None, "Begin again."),
+    Eval: _Shown(mark("No such eval: %(id)s"), ids.EVAL, "eval_id"),
+    EvalRun: _Shown(mark("No such run of an eval: %(id)s"), ids.EVAL_RUN, "run_id"),
+    WebhookEndpoint: _Shown(mark("No such webhook endpoint: %(id)s"), ids.WEBHOOK, "webhook_endpoint_id"),
+    RequestBatch: _Shown(mark("No such batch: %(id)s"), ids.BATCH, "batch_id"),
+    File: _Shown(mark("No such file: %(id)s"), ids.FILE, "file_id"),
+    Dataset: _Shown(mark("No such dataset: %(id)s"), ids.DATASET, "dataset"),
+    Job: _Shown(mark("No such fine-tuning job: %(id)s"), ids.JOB, "fine_tuning_job_id"),
+    Comparison: _Shown(mark("No such comparison: %(id)s"), ids.COMPARISON, "comparison_id"),
+    Evaluation: _Shown(mark("No such evaluation: %(id)s"), ids.EVALUATION, "evaluation_id"),
+    Export: _Shown(mark("No such export: %(id)s"), ids.EXPORT, "export_id"),
+    Prompt: _Shown(mark("No such prompt: %(id)s"), ids.PROMPT, "prompt_id"),
+    PromptRun: _Shown(mark("No such run: %(id)s"), ids.RUN, "run_id"),
+    DistillationRun: _Shown(mark("No such distillation: %(id)s"), ids.DISTILLATION, "distillation_id"),
+    SavedGrader: _Shown(mark("No such grader: %(id)s"), ids.GRADER, "grader_id"),
+    Vote: _Shown(mark("No such vote: %(id)s"), ids.VOTE, "vote_id"),
+    Exchange: _Shown(mark("No such conversation: %(id)s"), None, None, mark("The playground's history lists those that are stored.")),
+    StopVisit: _Shown(mark("No such result of the reading room: %(id)s"), None, "visit", mark("The page of the stop lists yours.")),
+    Upload: _Shown(mark("No such upload: %(id)s"), None, None, mark("Begin again.")),
 }
 
 
@@ -117,9 +118,9 @@ def owned(session: Session, table: type[T], user: User, key: uuid.UUID, *conditi
     query = mine(table, user, *conditions).where(table.id == key)
     found = session.scalar(query.execution_options(populate_existing=True))
     if found is None:
-        name, prefix, param, hint = _SHOWN[table]
-        hint = _elsewhere(session, table, user, key) or hint
-        raise NotFound(f"No such {name}: {ids.public(prefix, key) if prefix else key}", param=param, hint=hint)
+        message, prefix, param, hint = _SHOWN[table]
+        hint = _elsewhere(session, table, user, key) or gettext(hint)
+        raise NotFound(gettext(message, id=ids.public(prefix, key) if prefix else key), param=param, hint=hint)
     return found
 
 
@@ -129,7 +130,7 @@ def _elsewhere(session: Session, table: type[Any], user: User, key: uuid.UUID) -
     deleted_at = getattr(table, "deleted_at", None)
     query = query if deleted_at is None else query.where(deleted_at.is_(None))
     name = session.scalar(query.where(table.id == key, ProjectMember.user_id == user.id, Project.id != user.project_id))
-    return f"It is in your project {name}: choose that one first." if name else ""
+    return gettext("It is in your project %(project)s: choose that one first.", project=name) if name else ""
 
 
 def maker_of(session: Session, row: Any) -> User:

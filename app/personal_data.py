@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from app.db import on_commit, transaction
 from app.errors import Conflict, NotFound
 from app.kit import ids
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.storage import atomic, files, places
 from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, Project, User
@@ -145,7 +146,8 @@ def remove_project(session: Session, project: Project) -> dict[str, int]:
 def _remove(session: Session, name: str, kind: str, rows: dict[Table, ColumnElement[bool]], mine: Mine) -> dict[str, int]:
     for table, condition in rows.items():
         if "lease_until" in table.c and session.scalar(select(table.c.id).where(condition, table.c.lease_until.is_not(None)).limit(1)):
-            raise Conflict(f"Something of {name} is running ({table.name}).", hint="Cancel it first, or wait for its end.")
+            message = gettext("Something of %(name)s is running (%(what)s).", name=name, what=table.name)
+            raise Conflict(message, hint=gettext("Cancel it first, or wait for its end."))
     root = get_settings().data_dir
     folders = [folder for _, folder in _folders_of(session, mine)]
     datasets = session.scalars(select(Dataset.id).where(mine(Dataset)))
@@ -160,7 +162,11 @@ def _remove(session: Session, name: str, kind: str, rows: dict[Table, ColumnElem
                 counts[table.name] = _delete(session, table, condition)
     except IntegrityError as error:
         detail = str(getattr(error.orig, "diag", None) and error.orig.diag.message_detail)  # type: ignore[union-attr]
-        raise Conflict(f"Something of {name} is used by another {kind}: {detail}", hint="Delete or hand over that first.") from None
+        if kind == "project":
+            message = gettext("Something of %(name)s is used by another project: %(detail)s", name=name, detail=detail)
+        else:
+            message = gettext("Something of %(name)s is used by another person: %(detail)s", name=name, detail=detail)
+        raise Conflict(message, hint=gettext("Delete or hand over that first.")) from None
     for folder in folders:
         on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
     for key in keys:

@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, Table, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.db import on_commit, touched
+from app.kit.languages import mark
 from app.leases import now
 from app.models import exports
 from app.settings import get_settings
@@ -176,10 +177,10 @@ def _remove_deleted(session: Session, due: Sequence[Due]) -> None:
 
 RULES = (
     RetentionRule(
-        "playground", "Conversations of the playground and answers of the API", "keep_playground_days", _exchanges, _remove_exchanges
+        "playground", mark("Conversations of the playground and answers of the API"), "keep_playground_days", _exchanges, _remove_exchanges
     ),
-    RetentionRule("logs", "Logs of runs and evaluations that ended", "keep_log_days", _logs, _remove_files),
-    RetentionRule("checkpoints", "Checkpoints of runs that ended", "keep_checkpoint_days", _checkpoints, _remove_checkpoints),
-    RetentionRule("exports", "Exports", "keep_export_days", _exports, _remove_exports),
-    RetentionRule("deleted", "Records of what was deleted", "keep_deleted_days", _deleted, _remove_deleted),
+    RetentionRule("logs", mark("Logs of runs and evaluations that ended"), "keep_log_days", _logs, _remove_files),
+    RetentionRule("checkpoints", mark("Checkpoints of runs that ended"), "keep_checkpoint_days", _checkpoints, _remove_checkpoints),
+    RetentionRule("exports", mark("Exports"), "keep_export_days", _exports, _remove_exports),
+    RetentionRule("deleted", mark("Records of what was deleted"), "keep_deleted_days", _deleted, _remove_deleted),
 )

@@ -15,6 +15,7 @@ from app.errors import BadField, NotFound
 from app.graders import Grader
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.ownership import either, owned
 from app.tables import JSON, SavedGrader, User
 
@@ -75,7 +76,8 @@ def named(session: Session, user: User, given: Sequence[str | JSON], param: str 
     """Graders by their ids, or as they are written in the request. Raises NotFound, and BadField for one that does not work, for too many,
     and for two of one name, whose results could not be told apart."""
     if len(given) > MAX_AT_ONCE:
-        raise BadField(f"{len(given)} graders were named; {MAX_AT_ONCE} is the most.", hint="Combine them, or measure twice.", param=param)
+        message = gettext("%(num)s graders were named; %(most)s is the most.", num=len(given), most=MAX_AT_ONCE)
+        raise BadField(message, hint=gettext("Combine them, or measure twice."), param=param)
     found = []
     for place, one in enumerate(given):
         if isinstance(one, str):
@@ -88,7 +90,8 @@ def named(session: Session, user: User, given: Sequence[str | JSON], param: str 
                 raise
     names = [grader.name for grader in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadField(f"Two graders are called {twice}.", hint="Give each a name of its own.", param=param)
+        message = gettext("Two graders are called %(name)s.", name=twice)
+        raise BadField(message, hint=gettext("Give each a name of its own."), param=param)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import BadData
+from app.kit.languages import gettext
 
 
 class Linear(NamedTuple):
@@ -267,8 +268,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         return _decoder(config)
     except KeyError as missing:
         raise BadData(
-            f"The model's config.json has no {missing.args[0]!r}, which Luthier needs to know its size.",
-            hint="Use a folder saved by transformers' save_pretrained().",
+            gettext("The model's config.json has no %(key)s, which Luthier needs to know its size.", key=repr(missing.args[0])),
+            hint=gettext("Use a folder saved by transformers' save_pretrained()."),
         ) from None
 
 

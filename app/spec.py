@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.kit.languages import mark
 from app.objectives import OBJECTIVES, SETTINGS, Task
 from app.older_settings import renamed
 from app.optimizers import OPTIMIZERS
@@ -15,7 +16,7 @@ from app.shapes import Shape
 from app.strategies import AnyStrategy, Strategy
 
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder", "reward"]
-SILENT = {"classifier": "a classifier", "encoder": "an encoder", "reward": "a reward model"}
+SILENT = {"classifier": mark("a classifier"), "encoder": mark("an encoder"), "reward": mark("a reward model")}
 """Kinds of models that write no text, and what one is called."""
 
 

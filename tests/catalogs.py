@@ -43,10 +43,8 @@ def extracted(paths: Iterable[Path] | None = None) -> Catalog:
     for path in sources() if paths is None else paths:
         place = path.relative_to(ROOT).as_posix()
         if path.suffix == ".html":
-            found: Iterable[Any] = [
-                (0, texts if isinstance(texts, str) else tuple(t for t in texts if isinstance(t, str)), [], None)
-                for _, _, texts in environment().extract_translations(path.read_text(), gettext_functions=("_", "gettext", "ngettext"))
-            ]
+            calls = environment().extract_translations(path.read_text(), gettext_functions=("_", "gettext", "ngettext"))
+            found: Iterable[Any] = [(0, message, [], None) for _, _, texts in calls if (message := _message(texts))]
         elif path.suffix == ".js":
             found = extract_from_file("javascript", path, keywords=JS_KEYWORDS)
         else:
@@ -54,6 +52,12 @@ def extracted(paths: Iterable[Path] | None = None) -> Catalog:
         for _, message, comments, context in found:
             catalog.add(message, locations=[(place, 1)], auto_comments=comments, context=context)
     return catalog
+
+
+def _message(texts: Any) -> str | tuple[str, ...]:
+    """The literals of a call in a template, whose other arguments Jinja gives as None: one text, or the two forms of `ngettext`."""
+    literals = (texts,) if isinstance(texts, str) else tuple(text for text in texts or () if isinstance(text, str))
+    return literals if len(literals) > 1 else "".join(literals)
 
 
 def update() -> dict[str, int]:

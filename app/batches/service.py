@@ -26,7 +26,9 @@ from app.batches import requests
 from app.errors import BadField
 from app.jobs.request import MetadataKey, MetadataValue
 from app.kit import ids
+from app.kit.humanize import human_number
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.storage import files
 from app.tables import JSON, BatchAnswer, RequestBatch, User
 from app.webhooks import service as webhooks
@@ -61,11 +63,12 @@ def create(session: Session, user: User, order: BatchOrder) -> RequestBatch:
     """An open batch; its file is read when it is run. Raises NotFound, and BadField for a file of another purpose or one that is too large."""
     file = files.get(session, user, ids.parse(ids.FILE, order.input_file_id, param="input_file_id"))
     if file.purpose != "batch":
-        raise BadField(f"{file.filename} was uploaded for {file.purpose}.", hint="Upload it with the purpose batch.", param="input_file_id")
+        message = gettext("%(file)s was uploaded for %(purpose)s.", file=file.filename, purpose=file.purpose)
+        raise BadField(message, hint=gettext("Upload it with the purpose batch."), param="input_file_id")
     if file.bytes > requests.MAX_BYTES:
-        raise BadField(
-            f"{file.filename} has {file.bytes:,} bytes; {requests.MAX_BYTES:,} is the most.", hint="Split it.", param="input_file_id"
-        )
+        size, most = human_number(file.bytes), human_number(requests.MAX_BYTES)
+        message = gettext("%(file)s has %(size)s bytes; %(most)s is the most.", file=file.filename, size=size, most=most)
+        raise BadField(message, hint=gettext("Split it."), param="input_file_id")
     files.content(session, user, file.id)
     batch = RequestBatch(
         id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, endpoint=order.endpoint, input_file_id=file.id,

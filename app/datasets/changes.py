@@ -13,10 +13,12 @@ from sqlalchemy.orm import Session
 
 from app.datasets import inspections
 from app.datasets.row_store import read_rows
+from app.kit.humanize import human_number
 from app.kit.json_safe import shortened
+from app.kit.languages import gettext, mark, ngettext
 from app.tables import Dataset, Inspection
 
-KINDS = {"removed": "removed", "relabeled": "relabeled", "edited": "edited", "added": "now valid"}
+KINDS = {"removed": mark("removed"), "relabeled": mark("relabeled"), "edited": mark("edited"), "added": mark("now valid")}
 """Each kind of change, and its label."""
 EXAMPLES, EXAMPLE_BYTES = 5, 4 << 10
 
@@ -42,11 +44,31 @@ def ask(session: Session, dataset: Dataset) -> Inspection | None:
 
 def words(result: dict[str, Any]) -> str:
     """`2 rows removed, 1 edited`."""
-    found = [(name, result[kind]) for kind, name in KINDS.items() if result[kind]]
+    found = [(kind, result[kind]) for kind in KINDS if result[kind]]
     if not found:
-        return "No row changed"
-    (name, first), *others = found
-    return ", ".join([f"{first:,} row{'s' if first != 1 else ''} {name}", *(f"{count:,} {name}" for name, count in others)])
+        return gettext("No row changed")
+    (kind, count), *others = found
+    return ", ".join([_first(kind, count), *(_further(kind, count) for kind, count in others)])
+
+
+def _first(kind: str, count: int) -> str:
+    return {
+        "removed": lambda: ngettext("%(num)s row removed", "%(num)s rows removed", count),
+        "relabeled": lambda: ngettext("%(num)s row relabeled", "%(num)s rows relabeled", count),
+        "edited": lambda: ngettext("%(num)s row edited", "%(num)s rows edited", count),
+        "added": lambda: ngettext("%(num)s row now valid", "%(num)s rows now valid", count),
+    }[kind]()
+
+
+def _further(kind: str, count: int) -> str:
+    """The same behind another kind, so without the word row."""
+    said = {
+        "removed": gettext("%(count)s removed", count=human_number(count)),
+        "relabeled": gettext("%(count)s relabeled", count=human_number(count)),
+        "edited": gettext("%(count)s edited", count=human_number(count)),
+        "added": gettext("%(count)s now valid", count=human_number(count)),
+    }
+    return said[kind]
 
 
 # In a child of the data worker ----------------------------------------------------------------------------------------

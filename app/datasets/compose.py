@@ -19,6 +19,8 @@ from app.datasets import compose_rows, versions
 from app.datasets import service as datasets
 from app.errors import BadField, Conflict
 from app.kit import ids
+from app.kit.humanize import human_number
+from app.kit.languages import english, gettext, lowered, ngettext
 from app.tables import Dataset, User
 
 Operation = Literal["concatenate", "mix", "sample", "deduplicate", "convert"]
@@ -70,6 +72,8 @@ def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
     shape = _shape(found, wish)
     rows = _rows(found, [weight for _, weight in parts], wish)
     first = found[0]
+    with english():  # it is stored
+        converted = conversions(found, shape)
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -89,7 +93,7 @@ def order(session: Session, user: User, wish: CombineRequest) -> Dataset:
             "rows": rows,
             "seed": wish.seed,
             "near": wish.near,
-            "converted": conversions(found, shape),
+            "converted": converted,
         },
     )
     session.add(new)
@@ -119,16 +123,19 @@ def shape_of(dataset: Dataset) -> str:
 def _check_sources(found: list[Dataset], wish: CombineRequest) -> None:
     for dataset in found:
         if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
-            state = "has no valid rows" if dataset.status == "ready" else f"is {dataset.status}"
-            raise Conflict(f"The dataset {dataset.name} {state}.", hint="Wait until it is ready, or exclude it.")
+            if dataset.status == "ready":
+                said = gettext("The dataset %(name)s has no valid rows.", name=dataset.name)
+            else:
+                said = gettext("The dataset %(name)s is %(status)s.", name=dataset.name, status=gettext(dataset.status))
+            raise Conflict(said, hint=gettext("Wait until it is ready, or exclude it."))
     if wish.operation in ("sample", "convert") and len(found) > 1:
-        raise BadField(
-            f"Only one dataset can be {'sampled' if wish.operation == 'sample' else 'converted'} at a time, and {len(found)} were chosen.",
-            hint="Choose one, or combine several first.",
-            param="datasets",
-        )
+        if wish.operation == "sample":
+            said = gettext("Only one dataset can be sampled at a time, and %(count)s were chosen.", count=len(found))
+        else:
+            said = gettext("Only one dataset can be converted at a time, and %(count)s were chosen.", count=len(found))
+        raise BadField(said, hint=gettext("Choose one, or combine several first."), param="datasets")
     if wish.operation in ("concatenate", "mix") and len(found) < 2:
-        raise BadField("Combining needs at least two datasets.", hint="Choose another one.", param="datasets")
+        raise BadField(gettext("Combining needs at least two datasets."), hint=gettext("Choose another one."), param="datasets")
 
 
 def _shape(found: list[Dataset], wish: CombineRequest) -> str:
@@ -137,21 +144,25 @@ def _shape(found: list[Dataset], wish: CombineRequest) -> str:
     if wish.operation != "convert":
         common = compose_rows.common_shape(shapes)
         if common is None:
-            named = "; ".join(f"{dataset.name} is {_title(shape)}" for dataset, shape in zip(found, shapes, strict=True))
+            named = "; ".join(
+                gettext("%(name)s is %(format)s", name=dataset.name, format=_title(shape))
+                for dataset, shape in zip(found, shapes, strict=True)
+            )
             raise BadField(
-                f"These datasets have different formats, and none converts to another without loss: {named}.",
-                hint="Choose datasets of one format, or convert one of them first; the result lists what was lost.",
+                gettext("These datasets have different formats, and none converts to another without loss: %(formats)s.", formats=named),
+                hint=gettext("Choose datasets of one format, or convert one of them first; the result lists what was lost."),
                 param="datasets",
             )
         return common
     wanted = formats.get(wish.format).shape if wish.format else ""
     if wanted == shapes[0] or compose_rows.conversion(shapes[0], wanted) is None:
-        able = (
-            ", ".join(name for name in compose_rows.MAPPINGS if name != shapes[0] and compose_rows.conversion(shapes[0], name))
-            or "nothing else"
-        )
+        able = ", ".join(
+            name for name in compose_rows.MAPPINGS if name != shapes[0] and compose_rows.conversion(shapes[0], name)
+        ) or gettext("nothing else")
         raise BadField(
-            f"Rows in the format {_title(shapes[0])} can be converted to {able}.", hint="Send format with one of these.", param="format"
+            gettext("Rows in the format %(format)s can be converted to %(formats)s.", format=_title(shapes[0]), formats=able),
+            hint=gettext("Send format with one of these."),
+            param="format",
         )
     return wanted
 
@@ -168,7 +179,7 @@ def conversions(found: list[Dataset], shape: str) -> list[str]:
 
 
 def _title(shape: str) -> str:
-    return formats.FORMATS[shape].title.lower()
+    return lowered(gettext(formats.FORMATS[shape].title))
 
 
 def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> int | None:
@@ -176,22 +187,37 @@ def _rows(found: list[Dataset], weights: list[float], wish: CombineRequest) -> i
     sizes = [dataset.good_rows or 0 for dataset in found]
     if wish.operation == "sample":
         if wish.rows is None:
-            raise BadField("The number of rows to sample is missing.", hint=f"Send rows, 1 to {sizes[0]:,}.", param="rows")
+            hint = gettext("Send rows, 1 to %(most)s.", most=human_number(sizes[0]))
+            raise BadField(gettext("The number of rows to sample is missing."), hint=hint, param="rows")
         if wish.rows > sizes[0]:
-            raise BadField(f"{found[0].name} has {sizes[0]:,} rows, fewer than {wish.rows:,}.", hint="Sample fewer.", param="rows")
+            said = ngettext(
+                "%(name)s has %(num)s row, fewer than %(wanted)s.",
+                "%(name)s has %(num)s rows, fewer than %(wanted)s.",
+                sizes[0],
+                name=found[0].name,
+                wanted=human_number(wish.rows),
+            )
+            raise BadField(said, hint=gettext("Sample fewer."), param="rows")
         return wish.rows
     if wish.operation != "mix":
         return None
     most = compose_rows.most_rows(weights, sizes)
     if wish.rows is None:
         if most < 1:
-            raise BadField("At these weights no row can be used.", hint="Choose weights that are closer together.", param="datasets")
+            hint = gettext("Choose weights that are closer together.")
+            raise BadField(gettext("At these weights no row can be used."), hint=hint, param="datasets")
         return min(most, MAX_ROWS)
     for dataset, size, count in zip(found, sizes, compose_rows.shares(weights, wish.rows), strict=True):
         if count > size and not wish.repeat:
             raise BadField(
-                f"{wish.rows:,} rows at these weights take {count:,} of {dataset.name}, which has {size:,}.",
-                hint=f"Ask for at most {most:,} rows, or allow repeated rows.",
+                gettext(
+                    "%(rows)s rows at these weights take %(count)s of %(name)s, which has %(size)s.",
+                    rows=human_number(wish.rows),
+                    count=human_number(count),
+                    name=dataset.name,
+                    size=human_number(size),
+                ),
+                hint=gettext("Ask for at most %(most)s rows, or allow repeated rows.", most=human_number(most)),
                 param="rows",
             )
     return wish.rows

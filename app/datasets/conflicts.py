@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from app.datasets import inspections, issue_names, versions
 from app.errors import BadField, NotFound
+from app.kit.languages import gettext
 from app.tables import Dataset, Finding, Inspection, User
 
 PER_PAGE = 10
@@ -59,13 +60,19 @@ def resolve(session: Session, user: User, dataset: Dataset, first: int, do: str,
     found, _ = groups(session, dataset, line=first)
     group = next((group for group in found if group.lines[0] == first), None)
     if group is None:
-        message = f"Version {dataset.version} of {dataset.name} has no conflict that begins at line {first}."
-        raise NotFound(message, hint="Load the list of conflicts again.", param="first")
+        message = gettext(
+            "Version %(version)s of %(name)s has no conflict that begins at line %(line)s.",
+            version=dataset.version,
+            name=dataset.name,
+            line=first,
+        )
+        raise NotFound(message, hint=gettext("Load the list of conflicts again."), param="first")
     if do == "relabel":
         return versions.relabel(session, user, dataset, group.lines, label)
     if do == "remove":
         return versions.drop_rows(session, user, dataset, group.lines)
     kept = do.removeprefix("keep:")
     if not do.startswith("keep:") or kept not in map(str, group.lines):
-        raise BadField("A conflict is resolved by keeping one of its rows.", hint="Press one of its buttons.", param="do")
+        said = gettext("A conflict is resolved by keeping one of its rows.")
+        raise BadField(said, hint=gettext("Press one of its buttons."), param="do")
     return versions.keep_row(session, user, dataset, int(kept), [line for line in group.lines if line != int(kept)])

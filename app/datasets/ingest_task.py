@@ -29,6 +29,7 @@ from app.datasets.row_store import verify_rows
 from app.errors import BadData, Conflict, StudioError
 from app.kit import sandbox
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.ownership import maker_of
 from app.settings import get_settings
 from app.storage import atomic, files, places
@@ -110,10 +111,13 @@ def read_again(session: Session, dataset: Dataset) -> None:
     written. Raises Conflict where there is no such error."""
     if dataset.status == "ready" and _rows_are_whole(dataset):
         raise Conflict(
-            "The rows of this dataset are whole, so there is nothing to read again.", hint="Change its format or columns instead."
+            gettext("The rows of this dataset are whole, so there is nothing to read again."),
+            hint=gettext("Change its format or columns instead."),
         )
     if dataset.status != "ready" and not can_be_read_again(dataset):
-        raise Conflict("This dataset cannot be read again as it is.", hint="Change its format or columns, or upload another file.")
+        raise Conflict(
+            gettext("This dataset cannot be read again as it is."), hint=gettext("Change its format or columns, or upload another file.")
+        )
     dataset.error, dataset.progress, dataset.deaths = None, None, 0
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is not None:

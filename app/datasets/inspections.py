@@ -25,6 +25,7 @@ from app import db, leases, queue
 from app.datasets import service as datasets
 from app.errors import Conflict, StudioError
 from app.kit import sandbox
+from app.kit.languages import gettext
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.spec import ModelRef
@@ -53,7 +54,8 @@ def ask(
     """The inspection for this question, enqueued when it is new or failed a while ago; `announce` is False for one whose answer
     exists already."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
+        said = gettext("The dataset %(name)s is %(status)s.", name=dataset.name, status=gettext(dataset.status))
+        raise Conflict(said, hint=gettext("Wait until it is ready."))
     asked = json.dumps(
         [str(dataset.id), str(model.id) if model else None, model.revision if model else None, kind, arguments, ANSWERS],
         sort_keys=True,

@@ -8,6 +8,8 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.errors import BadField, TooLarge
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.storage import files
 from app.tables import Dataset, User
 
@@ -18,10 +20,12 @@ def paste(session: Session, user: User, text: str, name: str | None = None) -> D
     """A dataset of pasted rows: cells of a spreadsheet, CSV or JSON. Raises BadField for what is no table, TooLarge beyond the limit."""
     text = text.replace("\r\n", "\n").strip("\n")
     if len(text) > MAX_CHARACTERS:
-        raise TooLarge(f"The pasted text is longer than {MAX_CHARACTERS:,} characters.", hint="Upload it as a file.", param="text")
+        said = gettext("The pasted text is longer than %(most)s characters.", most=human_number(MAX_CHARACTERS))
+        raise TooLarge(said, hint=gettext("Upload it as a file."), param="text")
     extension = extension_of(text)
     if not text.strip() or (extension in (".tsv", ".csv") and "\n" not in text):
-        raise BadField("A table needs column names and at least one row.", hint="Paste both, each row on its own line.", param="text")
+        said = gettext("A table needs column names and at least one row.")
+        raise BadField(said, hint=gettext("Paste both, each row on its own line."), param="text")
     title = (name or "").strip() or "Pasted table"
     file = files.add_bytes(session, user, text.encode("utf-8", "replace"), f"pasted{extension}", "fine-tune")
     return datasets.create(session, user, file, title)

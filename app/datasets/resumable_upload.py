@@ -32,6 +32,8 @@ from app.datasets.upload_pieces import PIECE_BYTES, Gone, Locked, write
 from app.db import on_commit, transaction
 from app.errors import BadField, Conflict, TooLarge
 from app.kit import ids
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.ownership import owned
 from app.settings import get_settings
 from app.storage import atomic, files
@@ -74,9 +76,10 @@ def begin(
     """A new upload of `length` bytes. Whatever can be known to be wrong is refused before any byte is sent."""
     limit = get_settings().upload_limit_bytes
     if length > limit:
-        raise TooLarge(f"The file is larger than {limit:,} bytes.", hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES.", param="file")
+        said = gettext("The file is larger than %(limit)s bytes.", limit=human_number(limit))
+        raise TooLarge(said, hint=gettext("Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES."), param="file")
     if length <= 0:
-        raise BadField("The file is empty.", hint="Choose a file with at least one row.", param="file")
+        raise BadField(gettext("The file is empty."), hint=gettext("Choose a file with at least one row."), param="file")
     files.check_upload_purpose(purpose)
     if purpose == "fine-tune":
         readers.kind_of(filename)
@@ -86,7 +89,8 @@ def begin(
     limits.check(session, user, "storage_bytes", more=length)
     open_ = session.scalar(select(func.count()).where(Upload.owner_id == user.id, Upload.file_id.is_(None)))
     if (open_ or 0) >= MAX_OPEN:
-        raise Conflict(f"{open_} uploads are open already.", hint="Finish or stop some of them; each ends by itself after a day.")
+        said = gettext("%(count)s uploads are open already.", count=open_)
+        raise Conflict(said, hint=gettext("Finish or stop some of them; each ends by itself after a day."))
     key = uuid.uuid4()
     path = get_settings().folder("tmp") / f"tus-{key.hex}"
     with disk_errors():
@@ -114,7 +118,7 @@ def get(session: Session, user: User, upload_id: uuid.UUID) -> Upload:
     """An upload of this user. Raises NotFound, and Gone for one that has expired."""
     upload = owned(session, Upload, user, upload_id)
     if upload.file_id is None and session.scalars(select(leases.now())).one() >= upload.expires_at:
-        raise Gone("This upload has expired.", hint="Begin again.")
+        raise Gone(gettext("This upload has expired."), hint=gettext("Begin again."))
     return upload
 
 
@@ -139,13 +143,15 @@ async def append(held: UploadHandle, offset: int, chunks: AsyncIterator[bytes]) 
             await run_in_threadpool(upload_pieces.catch_up, held.id, handle)
         at = kept = os.fstat(handle).st_size
         if at != offset:
-            raise Conflict(f"The upload is at byte {at:,}, not {offset:,}.", hint="Ask with HEAD where to go on.", param="Upload-Offset")
+            said = gettext("The upload is at byte %(at)s, not %(offset)s.", at=human_number(at), offset=human_number(offset))
+            raise Conflict(said, hint=gettext("Ask with HEAD where to go on."), param="Upload-Offset")
         buffer = bytearray()
         try:
             async for chunk in chunks:
                 buffer += chunk
                 if at + len(buffer) > held.length:
-                    raise TooLarge("More bytes came than were announced.", hint="Begin again with the right Upload-Length.")
+                    said = gettext("More bytes came than were announced.")
+                    raise TooLarge(said, hint=gettext("Begin again with the right Upload-Length."))
                 if len(buffer) >= _WRITE_BYTES:
                     at += await run_in_threadpool(write, handle, buffer)
                     buffer = bytearray()
@@ -170,7 +176,7 @@ def locked(path: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if shared else 0), 0o600)
     except FileNotFoundError:
-        raise Gone("The bytes of this upload are gone.", hint="Begin again.") from None
+        raise Gone(gettext("The bytes of this upload are gone."), hint=gettext("Begin again.")) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

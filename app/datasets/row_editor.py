@@ -7,6 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from app.errors import BadField
+from app.kit.languages import gettext
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -23,14 +24,24 @@ class RowText(NamedTuple):
 def parts(row: dict[str, Any]) -> list[RowText]:
     """The texts of a normalized row in reading order."""
     found: list[RowText] = []
-    for key in ("text", "prompt", "completion", "label"):
+    titles = {"text": gettext("Text"), "prompt": gettext("Prompt"), "completion": gettext("Completion"), "label": gettext("Label")}
+    for key, title in titles.items():
         if isinstance(row.get(key), str):
-            found.append(RowText(key, key.capitalize(), row[key]))
-    for key, title in (("messages", "Message"), ("chosen", "Chosen answer"), ("rejected", "Rejected answer"), ("answer", "Answer")):
+            found.append(RowText(key, title, row[key]))
+    for key in ("messages", "chosen", "rejected", "answer"):
         for place, message in enumerate(row.get(key) or ()):
             if isinstance(message, dict):
-                found.append(RowText(f"{key}[{place}]", f"{title} {place + 1}", message.get("content") or "", message.get("role")))
+                found.append(RowText(f"{key}[{place}]", _title(key, place + 1), message.get("content") or "", message.get("role")))
     return found
+
+
+def _title(key: str, number: int) -> str:
+    return {
+        "messages": gettext("Message %(number)s", number=number),
+        "chosen": gettext("Chosen answer %(number)s", number=number),
+        "rejected": gettext("Rejected answer %(number)s", number=number),
+        "answer": gettext("Answer %(number)s", number=number),
+    }[key]
 
 
 def parsed(text: str) -> dict[str, Any] | None:
@@ -45,7 +56,7 @@ def merged(text: str, typed: dict[str, str]) -> str:
     """The row's JSON with the edited fields. Browsers send line ends as CR LF; rows have LF."""
     row = parsed(text)
     if row is None:
-        raise BadField("The row is not valid JSON.", hint="Load the page again.", param="row")
+        raise BadField(gettext("The row is not valid JSON."), hint=gettext("Load the page again."), param="row")
     for name, value in typed.items():
         kind, _, path = name.partition(".")
         if kind not in ("text", "role") or not path:
@@ -60,5 +71,6 @@ def merged(text: str, typed: dict[str, str]) -> str:
             else:
                 row[found[1]][int(found[2])]["content" if kind == "text" else "role"] = value
         except (KeyError, IndexError, TypeError, ValueError):
-            raise BadField(f"The row has no “{path[:60]}”.", hint="Load the page again.", param=name[:60]) from None
+            said = gettext("The row has no “%(field)s”.", field=path[:60])
+            raise BadField(said, hint=gettext("Load the page again."), param=name[:60]) from None
     return json.dumps(row, ensure_ascii=False)

@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from app.errors import BadData
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
-READ_AGAIN = "Read the dataset again: on its page under “Change format or columns”, or with POST /v1/datasets/{id}/retry."
+READ_AGAIN = mark("Read the dataset again: on its page under “Change format or columns”, or with POST /v1/datasets/{id}/retry.")
 
 
 class RowsFile:
@@ -71,7 +73,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
     """(line, row as JSON) of a rows file, in its order. Raises BadData where the file is missing or cannot be read."""
     line = 0
-    with _opened(path, name, lambda: f"behind line {line}") as file:
+    with _opened(path, name, lambda: gettext("behind line %(line)s", line=line)) as file:
         for batch in file.iter_batches(batch_size=1000, columns=["line", "row"], use_threads=False):
             lines, texts = cast("list[int]", batch["line"].to_pylist()), cast("list[str]", batch["row"].to_pylist())
             for line, row in zip(lines, texts, strict=True):
@@ -80,14 +82,14 @@ def read_rows(path: Path, name: str = "") -> Iterator[tuple[int, str]]:
 
 def row_at(path: Path, place: int, name: str = "") -> str:
     """The row at an index, counted from 0, as JSON; only the row group that contains it is read. Raises BadData as `read_rows`."""
-    with _opened(path, name, lambda: f"near row {place + 1:,}") as file:
+    with _opened(path, name, lambda: gettext("near row %(row)s", row=human_number(place + 1))) as file:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if place < count:
                 row: str = file.read_row_group(group, columns=["row"], use_threads=False)["row"][place].as_py()
                 return row
             place -= count
-    raise _damaged(name, "it has fewer rows than were written")
+    raise _damaged(name, gettext("it has fewer rows than were written"))
 
 
 @contextlib.contextmanager
@@ -97,7 +99,8 @@ def _opened(path: Path, name: str, where: Callable[[], str]) -> Iterator[pq.Parq
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise BadData(f"The rows of {_named(name)} are gone.", hint=READ_AGAIN, code="bad_data")
+        said = gettext("The rows of dataset %(name)s are gone.", name=name) if name else gettext("The rows of the dataset are gone.")
+        raise BadData(said, hint=gettext(READ_AGAIN), code="bad_data")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
@@ -120,7 +123,13 @@ def verify_rows(path: Path, sha256: str, name: str = "") -> None:
         digest.update(_hashed(line, row))
         rows += 1
     if digest.hexdigest() != sha256:
-        raise _damaged(name, f"its {rows:,} rows have the SHA-256 {digest.hexdigest()[:12]}…, and {sha256[:12]}… was written")
+        how = gettext(
+            "its %(rows)s rows have the SHA-256 %(found)s…, and %(written)s… was written",
+            rows=human_number(rows),
+            found=digest.hexdigest()[:12],
+            written=sha256[:12],
+        )
+        raise _damaged(name, how)
     if stamp is not None:
         _whole[path] = (stamp, sha256)
 
@@ -140,9 +149,9 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _named(name: str) -> str:
-    return f"dataset {name}" if name else "the dataset"
-
-
 def _damaged(name: str, how: str) -> BadData:
-    return BadData(f"The rows file of {_named(name)} is damaged: {how}.", hint=READ_AGAIN, code="bad_data")
+    if name:
+        said = gettext("The rows file of dataset %(name)s is damaged: %(how)s.", name=name, how=how)
+    else:
+        said = gettext("The rows file of the dataset is damaged: %(how)s.", how=how)
+    return BadData(said, hint=gettext(READ_AGAIN), code="bad_data")

@@ -11,12 +11,44 @@ from sqlalchemy.orm import Session, defer
 
 from app.datasets import service as datasets
 from app.errors import NotFound
+from app.kit.languages import gettext, mark
 from app.ownership import mine
 from app.settings import RESOURCES
 from app.storage import files
 from app.tables import Dataset, User
 
 FOLDER = RESOURCES / "samples"
+SHOWS = (
+    mark("Customer support in one voice. After training the model answers briefly and warmly, names the next step and signs off as Ada."),
+    mark(
+        "A fixed answer format. After training the model explains in one plain sentence and adds a comparison that begins with “Think of”."
+    ),
+    mark("Log entries in one style. After training the model continues a date and the wind as a dry harbor log."),
+    mark("Plain text from a violin workshop. After training the model continues any beginning with its vocabulary and style."),
+    mark("Customer questions in six classes, such as delivery, return and payment."),
+    mark("Pairs of a direct and an evasive answer. After training the model answers the question at once."),
+    mark("Conversations of two turns. After training the model answers in one short sentence and asks a question back."),
+    mark("Single answers, each rated good or bad. After training (KTO) the model answers with a number."),
+    mark(
+        "A model that calls functions. After training it writes the right call with the right arguments, and answers itself "
+        "where none is needed. Take the chat template hermes with a model whose own knows no tools."
+    ),
+    mark(
+        "Questions whose answer is one number, so that a grader can check it. Choose the objective Reinforcement learning and "
+        "the reward Right number, and watch the share of right answers; or train on the answers, and compare."
+    ),
+    mark(
+        "Arithmetic in a sentence or two, each with its steps and the number after ####. Score prompts on it, with and without "
+        "a chain of thought, or train on the steps."
+    ),
+    mark("Descriptions of a thing in two classes. Rules, frozen features and a prompt all do something; compare them in the reading room."),
+    mark(
+        "Short notes of a doctor, invented, with the abbreviations that they use. After training the model continues in them; "
+        "measure what it forgot of general text."
+    ),
+    mark("A word and its opposite. A model that is shown some continues the list; trained on it, it answers with the word alone."),
+)
+"""`shows` of every sample, for the catalogs of the languages, which do not read YAML."""
 
 
 def list_() -> list[dict[str, Any]]:
@@ -42,7 +74,8 @@ def add(session: Session, user: User, name: str) -> Dataset:
     """A sample as a dataset of this user: the existing one, or a new one. Raises NotFound for a name that is not in the index."""
     sample = next((sample for sample in list_() if sample["name"] == name), None)
     if sample is None:
-        raise NotFound(f"There is no sample “{name[:60]}”.", hint=f"There are {', '.join(entry['name'] for entry in list_())}.")
+        names = ", ".join(entry["name"] for entry in list_())
+        raise NotFound(gettext("There is no sample “%(name)s”.", name=name[:60]), hint=gettext("There are %(names)s.", names=names))
     here = added(parsed(session, user), sample)
     if here is not None:
         return here

@@ -23,6 +23,7 @@ from app.datasets.ingest import VERSION
 from app.errors import BadField, Conflict
 from app.formats._messages import known_role
 from app.kit import ids, once
+from app.kit.languages import gettext
 from app.ownership import either, mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef
@@ -154,7 +155,8 @@ def file_of(session: Session, dataset: Dataset) -> File:
     """The file it is parsed from. Raises Conflict when it was deleted."""
     file = session.get(File, dataset.file_id) if dataset.file_id else None
     if file is None or file.deleted_at is not None or not files.is_kept(file.sha256):
-        raise Conflict("The file of this dataset was deleted, so it cannot be read again.", hint="Upload the file again.")
+        said = gettext("The file of this dataset was deleted, so it cannot be read again.")
+        raise Conflict(said, hint=gettext("Upload the file again."))
     return file
 
 
@@ -174,8 +176,12 @@ def for_file(session: Session, user: User, file_id: uuid.UUID) -> Dataset:
     dataset = session.scalars(query.limit(1)).first()
     if dataset is None:
         raise BadField(
-            f"The file {file.filename} was uploaded with the purpose “{file.purpose}” and is not a dataset.",
-            hint="Upload it with purpose fine-tune.",
+            gettext(
+                "The file %(file)s was uploaded with the purpose “%(purpose)s” and is not a dataset.",
+                file=file.filename,
+                purpose=file.purpose,
+            ),
+            hint=gettext("Upload it with purpose fine-tune."),
             param="file_id",
         )
     return dataset
@@ -286,7 +292,8 @@ def reference(dataset: Dataset) -> DatasetRef:
     """The reference by which a trainer reads the rows. Its `format` is the shape of the rows. Raises Conflict before the dataset
     is ready."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.rows_sha256 or not dataset.format:
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}, not ready.", hint="Wait until it is read, or look at its report.")
+        said = gettext("The dataset %(name)s is %(status)s, not ready.", name=dataset.name, status=gettext(dataset.status))
+        raise Conflict(said, hint=gettext("Wait until it is read, or look at its report."))
     return DatasetRef(
         id=dataset.id,
         name=dataset.name,
@@ -347,7 +354,8 @@ def findings(
     if severity:
         query = query.where(Finding.severity == severity)
     if sort not in ORDERS:
-        raise BadField(f"Issues cannot be sorted by “{sort[:40]}”.", hint="Use line, rule or severity.", param="sort")
+        said = gettext("Issues cannot be sorted by “%(order)s”.", order=sort[:40])
+        raise BadField(said, hint=gettext("Use line, rule or severity."), param="sort")
     query = query.order_by(*ORDERS[sort], Finding.line, Finding.id).offset(after).limit(limit + 1)
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
@@ -369,8 +377,13 @@ def delete(session: Session, user: User, dataset: Dataset) -> None:
     ).first()
     if job is not None:
         raise Conflict(
-            f"The job “{job.name}” ({job.status}) still needs the dataset {dataset.name}.",
-            hint=f"Cancel {ids.public(ids.JOB, job.id)} first, or wait until it has finished.",
+            gettext(
+                "The job “%(job)s” (%(status)s) still needs the dataset %(name)s.",
+                job=job.name,
+                status=gettext(job.status),
+                name=dataset.name,
+            ),
+            hint=gettext("Cancel %(id)s first, or wait until it has finished.", id=ids.public(ids.JOB, job.id)),
         )
     dataset.deleted_at = func.clock_timestamp()
     session.flush()

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from app.db import transaction
 from app.errors import NotFound, StudioError
+from app.kit.languages import gettext
 from app.storage import objects, places
 from app.storage.atomic import disk_errors
 from app.tables import Upload, UploadPiece
@@ -34,7 +35,8 @@ class Locked(StudioError):
     status, code, type = 423, "locked", "invalid_request_error"
 
     def __init__(self) -> None:
-        super().__init__("Another request is sending bytes of this upload.", hint="Wait a moment, and ask with HEAD where to go on.")
+        said = gettext("Another request is sending bytes of this upload.")
+        super().__init__(said, hint=gettext("Wait a moment, and ask with HEAD where to go on."))
 
 
 class Gone(NotFound):
@@ -77,7 +79,7 @@ def keep(upload_id: uuid.UUID, source: Path, size: int, start: int | None = None
         with transaction() as session:
             added = session.scalar(made.on_conflict_do_nothing(index_elements=["upload_id", "start"]).returning(UploadPiece.id))
     except IntegrityError:
-        raise Gone("This upload was stopped.", hint="Begin again.") from None
+        raise Gone(gettext("This upload was stopped."), hint=gettext("Begin again.")) from None
     if added is None:
         raise Locked
 
@@ -102,7 +104,7 @@ def catch_up(upload_id: uuid.UUID, handle: int) -> None:
         query = select(*columns).outerjoin(UploadPiece, and_(UploadPiece.upload_id == Upload.id, UploadPiece.start.is_not(None)))
         found = session.execute(query.where(Upload.id == upload_id).order_by(UploadPiece.start)).all()
     if not found:
-        raise Gone("This upload was stopped.", hint="Begin again.")
+        raise Gone(gettext("This upload was stopped."), hint=gettext("Begin again."))
     if found[0].file_id is not None:
         raise Locked  # it is complete: on this machine the bytes may be those of the file now, and are not touched
     pieces: list[tuple[int, int, str]] = [(row.start, row.bytes, row.path) for row in found if row.start is not None]
@@ -119,7 +121,7 @@ def brought(place: str) -> Path:
     """The file of a piece, brought to this machine. Raises Gone where it is in the storage no longer."""
     path = places.path(place)
     if not path.is_file():
-        raise Gone("Some bytes of this upload are gone from the object storage.", hint="Begin again.")
+        raise Gone(gettext("Some bytes of this upload are gone from the object storage."), hint=gettext("Begin again."))
     return path
 
 

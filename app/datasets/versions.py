@@ -3,6 +3,7 @@ again with a longer list of edits (`app/datasets/edits.py`)."""
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ from app.datasets.readers import parse_json
 from app.errors import BadField, Conflict
 from app.formats._messages import CHOICES
 from app.kit import ids
+from app.kit.humanize import human_number
 from app.kit.json_safe import DEEPEST, too_deep
+from app.kit.languages import english, gettext, localized, ngettext
 from app.storage import places
 from app.tables import Dataset, Finding, User
 
@@ -48,24 +51,29 @@ class Fixed(NamedTuple):
 def why_unfixed(found: Finding) -> str | None:
     """Why an issue has no automatic fix; None where it has one."""
     if not found.line:
-        return "It is about the whole dataset, not one row."
+        return gettext("It is about the whole dataset, not one row.")
     if found.fix is None:
-        return "No automatic fix. Edit or remove the row."
-    return "Two rows contradict each other: choose which one is right." if found.fix["operation"] == issue_names.CHOOSE else None
+        return gettext("No automatic fix. Edit or remove the row.")
+    if found.fix["operation"] == issue_names.CHOOSE:
+        return gettext("Two rows contradict each other: choose which one is right.")
+    return None
 
 
 def fix_some(session: Session, user: User, dataset: Dataset, finding_ids: Sequence[int]) -> Fixed:
     """A version with the fixes of these findings that have one. Raises BadField when none has."""
     wanted = sorted(set(finding_ids))
     if len(wanted) > MAX_FINDINGS:
-        raise BadField(f"At most {MAX_FINDINGS:,} issues are fixed at once.", hint="Fix all of one rule instead.", param="finding")
+        said = gettext("At most %(most)s issues are fixed at once.", most=human_number(MAX_FINDINGS))
+        raise BadField(said, hint=gettext("Fix all of one rule instead."), param="finding")
     query = select(Finding).where(Finding.dataset_id == dataset.id, Finding.id.in_(wanted)).order_by(Finding.id)
     found = session.scalars(query).all()
     if gone := set(wanted) - {one.id for one in found}:
-        raise BadField(f"Version {dataset.version} has no issue {min(gone)}.", hint="Load the page again.", param="finding")
+        said = gettext("Version %(version)s has no issue %(issue)s.", version=dataset.version, issue=min(gone))
+        raise BadField(said, hint=gettext("Load the page again."), param="finding")
     fixed, unfixed = [one for one in found if not why_unfixed(one)], [one for one in found if why_unfixed(one)]
     if not fixed:
-        raise BadField("None of the selected issues has an automatic fix.", hint="Edit or remove their rows.", param="finding")
+        said = gettext("None of the selected issues has an automatic fix.")
+        raise BadField(said, hint=gettext("Edit or remove their rows."), param="finding")
     rules = " and ".join(dict.fromkeys(one.rule for one in fixed))
     merges, others = [one for one in fixed if _merges(one)], [one for one in fixed if not _merges(one)]
     lines = sorted({one.line for one in others if one.line})
@@ -81,8 +89,14 @@ def fix_all(session: Session, user: User, dataset: Dataset, rule: str) -> Fixed:
     found = session.scalars(query.where(Finding.fix.is_not(None)).limit(1)).first()
     lines = lines_of(session, dataset, rule) if found is not None and not why_unfixed(found) else []
     if found is None or not lines:
-        why = "its rows contradict each other, and which one is right is your choice" if rule in issue_names.CONFLICTS else "it has none"
-        raise BadField(f"No automatic fix for “{issue_names.title(rule[:60])}”: {why}.", hint="Edit or remove the rows.", param="rule")
+        title = issue_names.title(rule[:60])
+        if rule in issue_names.CONFLICTS:
+            said = gettext(
+                "No automatic fix for “%(issue)s”: its rows contradict each other, and which one is right is your choice.", issue=title
+            )
+        else:
+            said = gettext("No automatic fix for “%(issue)s”: it has none.", issue=title)
+        raise BadField(said, hint=gettext("Edit or remove the rows."), param="rule")
     if _merges(found):
         return fix_some(session, user, dataset, [one.id for one in session.scalars(query.limit(MAX_FINDINGS))])
     unfixed = list(session.scalars(query.where(Finding.fix.is_(None)).limit(MAX_FINDINGS)))
@@ -102,7 +116,8 @@ def _merged_rows(dataset: Dataset, found: Finding) -> int:
 
 def _told_unfixed(unfixed: Sequence[Finding]) -> dict[str, Any]:
     """The first issues that were not fixed, stored with the version so that its page can list them."""
-    told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MAX_TOLD]]
+    with english():
+        told = [{"line": one.line, "rule": one.rule, "message": one.message, "why": why_unfixed(one)} for one in unfixed[:MAX_TOLD]]
     return {"unfixed": told, "unfixed_count": len(unfixed)} if unfixed else {}
 
 
@@ -133,7 +148,8 @@ def lines_of(session: Session, dataset: Dataset, rule: str) -> list[int]:
 def repair(session: Session, user: User, dataset: Dataset) -> Dataset:
     """A version of a file that could not be parsed at all, with its lines read as they were probably meant. Raises Conflict for others."""
     if dataset.status != "error" or not (dataset.error or {}).get("repair"):
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}; there is nothing to repair.", hint="Look at its issues.")
+        said = gettext("The dataset %(name)s is %(status)s; there is nothing to repair.", name=dataset.name, status=gettext(dataset.status))
+        raise Conflict(said, hint=gettext("Look at its issues."))
     new = Dataset(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -155,19 +171,24 @@ def change_roles(session: Session, user: User, dataset: Dataset, roles: dict[str
     for name, role in roles.items():
         if name not in unknown or role not in CHOICES:
             raise BadField(
-                f"“{name[:40]}” cannot become “{role[:40]}”.",
-                hint=f"Unknown roles here: {', '.join(unknown) or 'none'}. Each can become {', '.join(CHOICES)}.",
+                gettext("“%(name)s” cannot become “%(role)s”.", name=name[:40], role=role[:40]),
+                hint=gettext(
+                    "Unknown roles here: %(unknown)s. Each can become %(roles)s.",
+                    unknown=", ".join(unknown) or gettext("none"),
+                    roles=", ".join(CHOICES),
+                ),
                 param="roles",
             )
     if not roles:
-        raise BadField("No role was chosen.", hint=f"Choose one of {', '.join(CHOICES)} for at least one name.", param="roles")
+        hint = gettext("Choose one of %(roles)s for at least one name.", roles=", ".join(CHOICES))
+        raise BadField(gettext("No role was chosen."), hint=hint, param="roles")
     return make(session, user, dataset, [{"operation": "roles", "lines": [], "roles": roles}], {"operation": "roles", "roles": roles})
 
 
 def drop_rows(session: Session, user: User, dataset: Dataset, lines: Sequence[int]) -> Dataset:
     """A version without these lines."""
     if not lines or len(lines) > MAX_LINES:
-        raise BadField("No row was chosen.", hint="Choose at least one row.", param="lines")
+        raise BadField(gettext("No row was chosen."), hint=gettext("Choose at least one row."), param="lines")
     kept = sorted(set(lines))
     return make(session, user, dataset, [{"operation": "drop_row", "lines": kept}], {"operation": "drop", **_named(kept)})
 
@@ -188,11 +209,13 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
     """A version in which these lines have this label. Raises BadField for a dataset without labels, and for what is no label."""
     label = label.strip()
     if not objectives.get(dataset.task).classifies:
-        raise BadField(f"The rows of {dataset.name} have no label.", hint="Edit the rows instead.", param="label")
+        said = gettext("The rows of %(name)s have no label.", name=dataset.name)
+        raise BadField(said, hint=gettext("Edit the rows instead."), param="label")
     if not label or len(label) > MAX_LABEL_LENGTH or "\0" in label:
-        raise BadField(f"A label has 1 to {MAX_LABEL_LENGTH} characters.", hint="Type another one.", param="label")
+        said = gettext("A label has 1 to %(most)s characters.", most=MAX_LABEL_LENGTH)
+        raise BadField(said, hint=gettext("Type another one."), param="label")
     if not lines or len(lines) > MAX_LINES:
-        raise BadField("No row was chosen.", hint="Choose at least one row.", param="lines")
+        raise BadField(gettext("No row was chosen."), hint=gettext("Choose at least one row."), param="lines")
     kept = sorted(set(lines))
     edit = {"operation": "relabel", "lines": kept, "label": label}
     return make(session, user, dataset, [edit], {"operation": "relabel", "label": label, **_named(kept)})
@@ -201,17 +224,18 @@ def relabel(session: Session, user: User, dataset: Dataset, lines: Sequence[int]
 def edit_row(session: Session, user: User, dataset: Dataset, line: int, text: str) -> Dataset:
     """A version in which one row is replaced by JSON of a normalized row that a person typed. Raises BadField saying what is wrong."""
     if not dataset.format:
-        raise Conflict("This dataset is not read yet.", hint="Wait until it is ready.")
+        raise Conflict(gettext("This dataset is not read yet."), hint=gettext("Wait until it is ready."))
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadField(f"The row is not valid JSON: {error}.", hint="Fix the text and save again.", param="row") from None
+        said = gettext("The row is not valid JSON: %(error)s.", error=error)
+        raise BadField(said, hint=gettext("Fix the text and save again."), param="row") from None
     if too_deep(row):
-        message = f"The row is nested deeper than {DEEPEST} levels."
-        raise BadField(message, hint="Flatten it and save again.", param="row")
+        said = gettext("The row is nested deeper than %(most)s levels.", most=DEEPEST)
+        raise BadField(said, hint=gettext("Flatten it and save again."), param="row")
     for found in edits.check_normalised(row, formats.get(dataset.format).shape):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", hint="Fix the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", hint=gettext("Fix the row and save again."), param="row")
     edit = {"operation": "replace", "lines": [line], "row": row}
     return make(session, user, dataset, [edit], {"operation": "edit", "lines": [line]})
 
@@ -220,20 +244,25 @@ def retype_line(session: Session, user: User, dataset: Dataset, line: int, text:
     """A version in which one line of the file is replaced by JSON, with the file's own columns, that a person typed. Raises
     BadField saying what is wrong."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
+        raise _not_ready(dataset)
     row = parse_json(text)
     if not isinstance(row, dict):
-        raise BadField(row.message, hint="Fix the text and save again.", param="row")
+        raise BadField(row.message, hint=gettext("Fix the text and save again."), param="row")
     for found in formats.get(dataset.format or "").check(row, dataset.mapping):
         if found.severity == "error":
-            raise BadField(f"{found.message} ({found.column or 'row'})", hint="Fix the row and save again.", param="row")
+            raise BadField(f"{found.message} ({found.column or 'row'})", hint=gettext("Fix the row and save again."), param="row")
     return make(session, user, dataset, [{"operation": "retype", "lines": [line], "row": row}], {"operation": "edit", "lines": [line]})
+
+
+def _not_ready(dataset: Dataset) -> Conflict:
+    said = gettext("The dataset %(name)s is %(status)s.", name=dataset.name, status=gettext(dataset.status))
+    return Conflict(said, hint=gettext("Wait until it is ready."))
 
 
 def make(session: Session, user: User, dataset: Dataset, more: list[dict[str, Any]], origin: dict[str, Any]) -> Dataset:
     """The next version: the parent's edits and some more, with its parsing enqueued."""
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Wait until it is ready.")
+        raise _not_ready(dataset)
     file = datasets.file_of(session, dataset)
     new = Dataset(
         id=uuid.uuid4(),
@@ -268,25 +297,52 @@ def describe(dataset: Dataset) -> str:
     """The origin of a version, in a few words."""
     origin = dataset.origin or {}
     count = origin.get("count") or len(origin.get("lines", ()))
-    rows = f"{count:,} row{'s' if count != 1 else ''}"
-    rule = " and ".join(issue_names.title(rule) for rule in str(origin.get("rule", "")).split(" and "))
+    titles = [issue_names.title(rule) for rule in str(origin.get("rule", "")).split(" and ")]
+    rule = functools.reduce(lambda one, other: gettext("%(one)s and %(other)s", one=one, other=other), titles)
+    roles = ", ".join(f"{name} → {role}" for name, role in (origin.get("roles") or {}).items())
+    hub = ", ".join(str(origin[part]) for part in ("repo", "subset", "split") if origin.get(part))
     return {
-        "upload": "Uploaded",
-        "read_as": "Re-mapped",
-        "fix": f"Fixed {rule} in {rows}",
-        "roles": f"Changed roles: {', '.join(f'{name} → {role}' for name, role in (origin.get('roles') or {}).items())}",
-        "drop": f"Removed {rows}",
-        "relabel": f"Labeled {rows} as “{origin.get('label')}”",
-        "keep": f"Kept line {origin.get('kept')}, removed {rows} that contradicted it",
-        "edit": f"Edited line {origin.get('lines', ['?'])[0]}",
-        "concatenate": "Concatenated",
-        "mix": "Mixed (weighted)",
-        "sample": f"Sampled {origin.get('rows') or 0:,} rows",
-        "deduplicate": "Deduplicated",
-        "convert": "Converted",
-        "repair": "Repaired line by line",
-        "distillation": f"Answers of {origin.get('teacher')} ({origin.get('license')}) to {origin.get('prompts') or 0:,} prompts, "
-        f"{origin.get('kept') or 0:,} of them kept"
-        + (f" by {origin['grader']} from {origin.get('threshold'):g}" if origin.get("grader") else ""),
-        "hub": f"From Hugging Face: {', '.join(str(origin[part]) for part in ('repo', 'subset', 'split') if origin.get(part))}",
+        "upload": gettext("Uploaded"),
+        "read_as": gettext("Re-mapped"),
+        "fix": ngettext("Fixed %(rule)s in %(num)s row", "Fixed %(rule)s in %(num)s rows", count, rule=rule),
+        "roles": gettext("Changed roles: %(roles)s", roles=roles),
+        "drop": ngettext("Removed %(num)s row", "Removed %(num)s rows", count),
+        "relabel": ngettext("Labeled %(num)s row as “%(label)s”", "Labeled %(num)s rows as “%(label)s”", count, label=origin.get("label")),
+        "keep": ngettext(
+            "Kept line %(line)s, removed %(num)s row that contradicted it",
+            "Kept line %(line)s, removed %(num)s rows that contradicted it",
+            count,
+            line=origin.get("kept"),
+        ),
+        "edit": gettext("Edited line %(line)s", line=origin.get("lines", ["?"])[0]),
+        "concatenate": gettext("Concatenated"),
+        "mix": gettext("Mixed (weighted)"),
+        "sample": ngettext("Sampled %(num)s row", "Sampled %(num)s rows", origin.get("rows") or 0),
+        "deduplicate": gettext("Deduplicated"),
+        "convert": gettext("Converted"),
+        "repair": gettext("Repaired line by line"),
+        "distillation": _distilled(origin),
+        "hub": gettext("From Hugging Face: %(name)s", name=hub),
     }.get(str(origin.get("operation")), str(origin.get("operation", "–")))
+
+
+def _distilled(origin: dict[str, Any]) -> str:
+    if origin.get("operation") != "distillation":
+        return ""
+    said = {"teacher": origin.get("teacher"), "license": origin.get("license"), "kept": human_number(origin.get("kept") or 0)}
+    prompts = origin.get("prompts") or 0
+    if not origin.get("grader"):
+        return ngettext(
+            "Answers of %(teacher)s (%(license)s) to %(num)s prompt, %(kept)s of them kept",
+            "Answers of %(teacher)s (%(license)s) to %(num)s prompts, %(kept)s of them kept",
+            prompts,
+            **said,
+        )
+    return ngettext(
+        "Answers of %(teacher)s (%(license)s) to %(num)s prompt, %(kept)s of them kept by %(grader)s from %(threshold)s",
+        "Answers of %(teacher)s (%(license)s) to %(num)s prompts, %(kept)s of them kept by %(grader)s from %(threshold)s",
+        prompts,
+        **said,
+        grader=origin["grader"],
+        threshold=localized(f"{origin.get('threshold'):g}"),
+    )

@@ -28,6 +28,7 @@ from app.inference.protocol import MAX_CHOICES, ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.ownership import maker_of, owned
 from app.spec import DatasetRef, ModelRef
 from app.storage import files
@@ -93,13 +94,14 @@ def create(session: Session, user: User, model: str, dataset: Dataset, order: Di
     who, ref = playground.speaker(session, user, model), datasets.reference(dataset)
     if not formats.asks(ref.format):
         raise BadField(
-            f"The rows of {dataset.name} have no prompts.",
-            hint="Take a dataset of conversations, instructions, completions or preferences.",
+            gettext("The rows of %(name)s have no prompts.", name=dataset.name),
+            hint=gettext("Take a dataset of conversations, instructions, completions or preferences."),
             param="dataset_id",
         )
     license_ = _license(order, who.resolved.model.license, model)
     if order.grader is None and order.answers != 1:
-        raise BadField("Without a grader no answer is the best of several.", hint="Send a grader, or answers: 1.", param="answers")
+        said = gettext("Without a grader no answer is the best of several.")
+        raise BadField(said, hint=gettext("Send a grader, or answers: 1."), param="answers")
     graded = saved_graders.named(session, user, [order.grader], "grader") if order.grader else []
     spec = DistillationSpec(
         owner=user.id, teacher=who.ref, engine=who.engine, license=license_, dataset=ref, rows=min(order.rows, ref.rows), answers=order.answers,
@@ -122,11 +124,16 @@ def _license(order: DistillationOrder, known: str | None, model: str) -> str:
     """The license that is kept. Raises BadField where none is known, or its permission was not confirmed."""
     found = (order.license or known or "").strip()
     if not found:
-        raise BadField(f"The license of {model} is not known here.", hint="Send license: the terms of its answers.", param="license")
+        said = gettext("The license of %(model)s is not known here.", model=model)
+        raise BadField(said, hint=gettext("Send license: the terms of its answers."), param="license")
     if not order.allows_training:
         raise BadField(
-            f"Some licenses forbid to train other models on a model's answers, and {model} has the license {found}.",
-            hint="Read it, and send allows_training: true where it allows that.",
+            gettext(
+                "Some licenses forbid to train other models on a model's answers, and %(model)s has the license %(license)s.",
+                model=model,
+                license=found,
+            ),
+            hint=gettext("Read it, and send allows_training: true where it allows that."),
             param="allows_training",
             code="license_not_confirmed",
         )
@@ -193,7 +200,8 @@ def resume(session: Session, user: User, run: DistillationRun) -> DistillationRu
     """Queue a failed or cancelled run again, which goes on behind the prompts that are answered. Raises Conflict, LimitReached."""
     session.refresh(run, with_for_update=True)
     if run.status not in ("failed", "cancelled"):
-        raise Conflict(f"The run is {run.status}.", hint="One that failed or was cancelled can be resumed.")
+        said = gettext("The run is %(status)s.", status=gettext(run.status))
+        raise Conflict(said, hint=gettext("One that failed or was cancelled can be resumed."))
     limits.check(session, user, "tokens_per_day")
     run.status, run.error, run.finished_at, run.deaths = "queued", None, None, 0
     session.flush()
@@ -205,7 +213,7 @@ def resume(session: Session, user: User, run: DistillationRun) -> DistillationRu
 def delete(session: Session, run: DistillationRun) -> None:
     """Delete a run; its dataset stays. Raises Conflict while it has not ended."""
     if run.status in ("queued", "running"):
-        raise Conflict("The run has not ended.", hint="Cancel it first.")
+        raise Conflict(gettext("The run has not ended."), hint=gettext("Cancel it first."))
     run.deleted_at = func.clock_timestamp()
     session.flush()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from app import graders
 from app.errors import BadField
 from app.graders import Graded, Grader
+from app.kit.languages import gettext
 from app.tables import JSON
 
 PASSES = 0.5
@@ -29,11 +30,13 @@ class Criterion(NamedTuple):
 def read(given: Sequence[Any], *, prove: bool = True) -> list[Criterion]:
     """Criteria as they were sent. Raises BadField, naming the place; with `prove` also for one that does not work here."""
     if not 1 <= len(given) <= MAX_CRITERIA:
-        raise BadField(f"An eval has 1 to {MAX_CRITERIA} criteria; {len(given)} were sent.", param="testing_criteria")
+        said = gettext("An eval has 1 to %(most)s criteria; %(count)s were sent.", most=MAX_CRITERIA, count=len(given))
+        raise BadField(said, param="testing_criteria")
     found = [_criterion(place, one, prove) for place, one in enumerate(given)]
     names = [one.grader.name for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadField(f"Two criteria are called {twice}.", hint="Give each a name of its own.", param="testing_criteria")
+        said = gettext("Two criteria are called %(name)s.", name=twice)
+        raise BadField(said, hint=gettext("Give each a name of its own."), param="testing_criteria")
     return found
 
 
@@ -42,11 +45,13 @@ def _criterion(place: int, given: Any, prove: bool) -> Criterion:
     body: JSON = dict(given) if isinstance(given, dict) else {}
     threshold = body.pop("pass_threshold", None)
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
-        raise BadField(f"{where}.pass_threshold is no number.", param=f"{where}.pass_threshold")
+        where = f"{where}.pass_threshold"
+        raise BadField(gettext("%(field)s is no number.", field=where), param=where)
     if body.get("type") == "text_similarity" and threshold is None:
+        where = f"{where}.pass_threshold"
         raise BadField(
-            f"{where}.pass_threshold is missing.", hint="Say from which similarity on an answer passes, as 0.8.",
-            param=f"{where}.pass_threshold", code="missing_required_parameter",
+            gettext("%(field)s is missing.", field=where), hint=gettext("Say from which similarity on an answer passes, as 0.8."),
+            param=where, code="missing_required_parameter",
         )  # fmt: skip
     try:
         return Criterion(graders.read(body) if prove else graders.parse(body), threshold)

@@ -23,7 +23,9 @@ from app.evals import criteria, sources
 from app.evals.sources import CompletionsDataSource, DataSource, FileId, StoredCompletions
 from app.inference import judges, playground, stored
 from app.kit import ids, stats
+from app.kit.humanize import human_number
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.storage import files
 from app.tables import JSON, Eval, EvalItem, EvalRun, Exchange, User
@@ -69,14 +71,19 @@ def _check_config(config: JSON) -> None:
     """Raises BadField for the configuration of a data source that does not work here."""
     kind, where = config.get("type"), "data_source_config"
     if kind != "custom" and kind not in STORED:
-        raise BadField(f"{where}.type is {str(kind)[:40]!r}.", hint="There are custom, logs and stored_completions.", param=f"{where}.type")
+        where = f"{where}.type"
+        said = gettext("%(field)s is %(value)s.", field=where, value=repr(str(kind)[:40]))
+        raise BadField(said, hint=gettext("There are custom, logs and stored_completions."), param=where)
     if unknown := set(config) - {"type", *(("metadata",) if kind in STORED else ("item_schema", "include_sample_schema"))}:
-        raise BadField(f"{where} of the type {kind} has no field {min(unknown)[:60]!r}.", param=f"{where}.{min(unknown)[:60]}")
-    if kind == "custom" and (fault := graders.schema_fault(config.get("item_schema"))):
-        raise BadField(f"{where}.item_{fault}.", hint="Send a JSON schema of an item.", param=f"{where}.item_schema")
+        named = min(unknown)[:60]
+        said = gettext("%(field)s of the type %(type)s has no field %(name)s.", field=where, type=kind, name=repr(named))
+        raise BadField(said, param=f"{where}.{named}")
+    if kind == "custom" and (fault := graders.schema_fault(config.get("item_schema"), f"{where}.item_schema")):
+        raise BadField(f"{fault}.", hint=gettext("Send a JSON schema of an item."), param=f"{where}.item_schema")
     pairs = config.get("metadata")
     if pairs is not None and not (isinstance(pairs, dict) and all(isinstance(value, str) for value in pairs.values())):
-        raise BadField(f"{where}.metadata holds something else than texts by name.", param=f"{where}.metadata")
+        where = f"{where}.metadata"
+        raise BadField(gettext("%(field)s holds something else than texts by name.", field=where), param=where)
 
 
 def item_schema(found: Eval) -> JSON:
@@ -151,18 +158,21 @@ def _stored_ids(session: Session, user: User, found: Eval, wanted: StoredComplet
         query = query.where(Exchange.user_metadata.contains(pairs))
     chosen = session.scalars(query.with_only_columns(Exchange.id)).all()
     if not chosen:
-        hint = "Ask with store: true first, or widen the filters of the run and of the eval."
-        raise BadField("No stored chat completion fits this.", hint=hint, param="data_source.source")
+        hint = gettext("Ask with store: true first, or widen the filters of the run and of the eval.")
+        raise BadField(gettext("No stored chat completion fits this."), hint=hint, param="data_source.source")
     if len(chosen) > sources.MAX_ITEMS:
-        hint = f"Send a limit of at most {sources.MAX_ITEMS:,}, or narrow the filters."
-        raise BadField(f"More than {sources.MAX_ITEMS:,} stored chat completions fit this.", hint=hint, param="data_source.source.limit")
+        most = human_number(sources.MAX_ITEMS)
+        said = gettext("More than %(most)s stored chat completions fit this.", most=most)
+        hint = gettext("Send a limit of at most %(most)s, or narrow the filters.", most=most)
+        raise BadField(said, hint=hint, param="data_source.source.limit")
     return [str(key) for key in chosen]
 
 
 def check_item(found: Eval, item: JSON, where: str) -> None:
     """Raises BadField for an item that does not follow the eval's schema."""
     if not graders.follows(item_schema(found), item):
-        raise BadField(f"{where} does not follow the item_schema of the eval.", hint="Change the item, or the eval.", param=where)
+        said = gettext("%(field)s does not follow the item_schema of the eval.", field=where)
+        raise BadField(said, hint=gettext("Change the item, or the eval."), param=where)
 
 
 def runs_of(user: User, found: Eval, status: str | None = None) -> Select[EvalRun]:
@@ -173,7 +183,7 @@ def runs_of(user: User, found: Eval, status: str | None = None) -> Select[EvalRu
 def get_run(session: Session, user: User, eval_id: uuid.UUID, run_id: uuid.UUID) -> EvalRun:
     run = ownership.owned(session, EvalRun, user, run_id)
     if run.eval_id != eval_id:
-        raise NotFound(f"No such run of this eval: {ids.public(ids.EVAL_RUN, run_id)}", param="run_id")
+        raise NotFound(gettext("No such run of this eval: %(id)s", id=ids.public(ids.EVAL_RUN, run_id)), param="run_id")
     return run
 
 

@@ -15,6 +15,7 @@ from app.graders._base import GradedSample, GradeError
 from app.graders._templates import Template, fill
 from app.inference.stored import StoredFilter
 from app.kit.json_safe import too_deep
+from app.kit.languages import gettext
 from app.tables import JSON
 
 MAX_ITEMS = 10_000
@@ -123,8 +124,9 @@ class CompletionsDataSource(_Strict):
         reads = isinstance(self.source, StoredCompletions) and "sampling_params" not in self.model_fields_set
         if not all(asks.values()) and (any(asks.values()) or not reads):
             missing = next(name for name, there in asks.items() if not there)
-            hint = "Send model and input_messages; without both, the answers of stored completions are graded as they are."
-            raise BadField(f"data_source.{missing} is missing.", hint=hint, param=f"data_source.{missing}")
+            hint = gettext("Send model and input_messages; without both, the answers of stored completions are graded as they are.")
+            where = f"data_source.{missing}"
+            raise BadField(gettext("%(field)s is missing.", field=where), hint=hint, param=where)
         return self
 
 

@@ -22,6 +22,7 @@ from app.evaluation.advice_cards import AdviceStep, Card, OtherModel, WholeRun, 
 from app.jobs.defaults import usual_run
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_count, human_number
+from app.kit.languages import gettext, lowered
 from app.machines import heartbeats
 from app.models import from_nothing
 from app.models import service as models
@@ -110,7 +111,11 @@ def _judge(session: Session, user: User, model: str, dataset: Dataset, run: Mapp
     feasibility.refuse_device(settings, heartbeats.training_machine(device=settings.device))
     resolved = models.resolve(session, user, model)
     if dataset.status != "ready":
-        raise Conflict(f"The dataset {dataset.name} is {dataset.status}.", hint="Ask again when it has been read.", param="dataset_id")
+        raise Conflict(
+            gettext("The dataset %(name)s is %(status)s.", name=dataset.name, status=gettext(dataset.status)),
+            hint=gettext("Ask again when it has been read."),
+            param="dataset_id",
+        )
     measured = evaluations.latest(session, user, resolved.model.id, "advice", dataset.id)
     result = result_of(measured)
     facts = facts_of(dataset, result, settings.device)
@@ -177,13 +182,20 @@ def changed(ranking: list[Advice], before: list[Advice]) -> str:
     places = {a.strategy: n for n, a in enumerate(before, 1)}
     first = ranking[0]
     if places[first.strategy] != 1:
-        return f"The test moved {first.title} from place {places[first.strategy]} to the top."
+        return gettext(
+            "The test moved %(method)s from place %(place)s to the top.", method=gettext(first.title), place=places[first.strategy]
+        )
     moves = {a.strategy: places[a.strategy] - n for n, a in enumerate(ranking, 1) if a.available}
     most = max(moves, key=lambda name: abs(moves[name]), default="")
     if not most or not moves[most]:
-        return f"The test changed no rank: {first.title} stays first."
-    title = STRATEGIES[most].title
-    return f"The test moved {title} from place {places[most]} to {places[most] - moves[most]}; {first.title} stays first."
+        return gettext("The test changed no rank: %(method)s stays first.", method=gettext(first.title))
+    return gettext(
+        "The test moved %(method)s from place %(before)s to %(now)s; %(first)s stays first.",
+        method=gettext(STRATEGIES[most].title),
+        before=places[most],
+        now=places[most] - moves[most],
+        first=gettext(first.title),
+    )
 
 
 def measure(session: Session, user: User, model: str, dataset: Dataset) -> Evaluation:
@@ -247,35 +259,39 @@ def costs_of(session: Session, ref: ModelRef, dataset: Dataset, facts: Facts, ru
 
 def show(facts: Facts, shape: Shape) -> list[ShownFact]:
     """The facts in words, in the order of their importance."""
-    found = [ShownFact(name="Rows", value=human_number(facts.rows), note=objectives.get(facts.task).title.lower())]
+    task = lowered(gettext(objectives.get(facts.task).title))
+    found = [ShownFact(name=gettext("Rows"), value=human_number(facts.rows), note=task)]
     if facts.tokens is not None:
-        each = f"{facts.tokens / max(facts.rows, 1):,.0f} a row"
-        found.append(ShownFact(name="Tokens", value=human_number(facts.tokens), note=each))
+        each = gettext("%(tokens)s a row", tokens=human_number(facts.tokens / max(facts.rows, 1), 0))
+        found.append(ShownFact(name=gettext("Tokens"), value=human_number(facts.tokens), note=each))
     if facts.classes:
-        note = (
-            "" if facts.smallest_class is None else f"{human_number(facts.smallest_class)} to {human_number(facts.largest_class)} rows each"
-        )
-        found.append(ShownFact(name="Classes", value=human_number(facts.classes), note=note))
+        least, most = human_number(facts.smallest_class), human_number(facts.largest_class)
+        note = "" if facts.smallest_class is None else gettext("%(least)s to %(most)s rows each", least=least, most=most)
+        found.append(ShownFact(name=gettext("Classes"), value=human_number(facts.classes), note=note))
         if facts.smallest_class is not None:
             uneven = _advice.balance(facts)
-            even = "imbalanced: judge by macro F1, not accuracy" if uneven >= _advice.UNEVEN else "largest class to smallest"
-            found.append(ShownFact(name="Balance", value=f"{uneven:,.1f} : 1", note=even))
-    found.append(ShownFact(name="Model", value=human_count(shape.parameters()), note=f"parameters, {shape.architecture}"))
-    found.append(ShownFact(name="Available memory", value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
+            bad = uneven >= _advice.UNEVEN
+            even = gettext("imbalanced: judge by macro F1, not accuracy") if bad else gettext("largest class to smallest")
+            found.append(ShownFact(name=gettext("Balance"), value=f"{human_number(uneven, 1)} : 1", note=even))
+    kind = gettext("parameters, %(architecture)s", architecture=gettext(shape.architecture))
+    found.append(ShownFact(name=gettext("Model"), value=human_count(shape.parameters()), note=kind))
+    found.append(ShownFact(name=gettext("Available memory"), value=human_bytes(facts.memory_bytes), note="GPU" if facts.cuda else "CPU"))
     found.append(_domain(facts))
     return found
 
 
 def _domain(facts: Facts) -> ShownFact:
+    name = gettext("Domain distance")
     if facts.distance is None:
-        return ShownFact(name="Domain distance", value="–", note="not applicable to encoders" if facts.how == "vectors" else "not measured")
-    return ShownFact(name="Domain distance", value=f"{facts.distance:.2f} ×", note=closeness(facts.distance))
+        why = gettext("not applicable to encoders") if facts.how == "vectors" else gettext("not measured")
+        return ShownFact(name=name, value="–", note=why)
+    return ShownFact(name=name, value=f"{human_number(facts.distance, 2)} ×", note=closeness(facts.distance))
 
 
 def closeness(distance: float) -> str:
     if distance <= _advice.CLOSE:
-        return "close to general text"
-    return "far from general text" if distance >= _advice.FAR else "somewhat new to the model"
+        return gettext("close to general text")
+    return gettext("far from general text") if distance >= _advice.FAR else gettext("somewhat new to the model")
 
 
 # Should you fine-tune at all? ----------------------------------------------------------------------------------------------
@@ -294,11 +310,11 @@ def prompted(result: Mapping[str, Any]) -> tuple[str | None, float | None, float
 def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
     """From the scores of a prompt alone on validation rows, zero-shot and few-shot."""
     if not result:
-        return Tune(answer="Not measured yet. Test the base model first: if a prompt is good enough, there is nothing to train.")
+        return Tune(answer=gettext("Not measured yet. Test the base model first: if a prompt is good enough, there is nothing to train."))
     metric, zero, few = prompted(result)
     if metric is None or facts.prompted is None:
-        reason = result.get("reason") or "No prompt could be tried on these rows."
-        return Tune(answer=f"{reason} A short job shows whether fine-tuning is worth it.", measured=True)
+        reason = result.get("reason") or gettext("No prompt could be tried on these rows.")
+        return Tune(answer=gettext("%(reason)s A short job shows whether fine-tuning is worth it.", reason=reason), measured=True)
     return Tune(
         answer=_answer(facts, zero, few) + _foreseen(result),
         worth_it=_advice.worth_tuning(facts),
@@ -315,22 +331,38 @@ def should_tune(facts: Facts, result: Mapping[str, Any]) -> Tune:
 
 def _answer(facts: Facts, zero: float | None, few: float | None) -> str:
     metric = facts.metric or PROMPTED[0]
-    reached = f"{metrics.in_text(metric)} {metrics.figure(facts.prompted, metric, 2)}"
-    by = _by(facts, examples=few is not None and (zero is None or few > zero))
+    said = {
+        "by": _by(facts, examples=few is not None and (zero is None or few > zero)),
+        "metric": metrics.in_text(metric),
+        "score": metrics.figure(facts.prompted, metric, 2),
+    }
     if not _advice.worth_tuning(facts):
-        return f"Perhaps not. {by} the base model reaches {reached} on the validation set: a prompt may be sufficient."
+        return gettext(
+            "Perhaps not. %(by)s the base model reaches %(metric)s %(score)s on the validation set: a prompt may be sufficient.", **said
+        )
     if facts.chance is not None and (facts.prompted or 0) <= facts.chance + 0.05:
-        return f"Yes. {by} the base model reaches {reached}, no more than the majority baseline ({metrics.figure(facts.chance, metric)}): much headroom."
-    return f"Yes. {by} the base model reaches {reached} on the validation set: headroom for fine-tuning."
+        return gettext(
+            "Yes. %(by)s the base model reaches %(metric)s %(score)s, no more than the majority baseline (%(chance)s): much headroom.",
+            **said,
+            chance=metrics.figure(facts.chance, metric),
+        )
+    return gettext("Yes. %(by)s the base model reaches %(metric)s %(score)s on the validation set: headroom for fine-tuning.", **said)
 
 
 def _by(facts: Facts, *, examples: bool) -> str:
+    """How a prompt was tried, at the beginning of a sentence."""
     if facts.how == "vectors":
-        return "By nearest neighbor among a few examples" if examples else "By the label name with the nearest vector"
-    return "Few-shot" if examples else "Zero-shot"
+        return gettext("By nearest neighbor among a few examples") if examples else gettext("By the label name with the nearest vector")
+    return gettext("Few-shot") if examples else gettext("Zero-shot")
 
 
 def _foreseen(result: Mapping[str, Any]) -> str:
     """The effect of few-shot examples on the likelihood of the references, which is less noisy than a few generated answers."""
     before, after = ((result.get(name) or {}).get("bits_per_byte") for name in ("zero_shot", "few_shot"))
-    return f" Bits per byte of the references: {before:.2f} zero-shot, {after:.2f} few-shot." if before and after else ""
+    if not before or not after:
+        return ""
+    return " " + gettext(
+        "Bits per byte of the references: %(before)s zero-shot, %(after)s few-shot.",
+        before=human_number(before, 2),
+        after=human_number(after, 2),
+    )

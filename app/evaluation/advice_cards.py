@@ -9,9 +9,10 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
 
-from app.kit import ids
+from app.kit import ids, languages
 from app.kit.forms import as_text
-from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds, plural
+from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds
+from app.kit.languages import gettext, ngettext
 from app.metrics import in_text
 from app.objectives import OBJECTIVES
 from app.planning.advisor import Advice, CostEstimate
@@ -103,7 +104,7 @@ def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str, 
         if whole and whole.length and a.strategy == best.strategy and other is None:
             asked["run.max_length"] = str(whole.length)
         return Card(
-            kind=kind, model=named, strategy=a.strategy, title=a.title, sentence=sentence, label="Use this method", url=f"/jobs/new?{urlencode(asked)}",
+            kind=kind, model=named, strategy=a.strategy, title=gettext(a.title), sentence=sentence, label=gettext("Use this method"), url=f"/jobs/new?{urlencode(asked)}",
             settings=_settings(a, facts, whole, "run.max_length" in asked) if whole else [],
             memory_bytes=a.cost.memory_bytes if a.cost else None, seconds=a.cost.seconds if a.cost else None,
         )  # fmt: skip
@@ -111,7 +112,7 @@ def cards(ranking: Sequence[Advice], facts: Facts, model: str, dataset_id: str, 
     if _advice.worth_tuning(facts) is False and facts.how != "vectors":
         return [
             _prompt(facts, model, dataset_id),
-            card("stronger", best, "The best method if that is not good enough: " + _lower(_why(best))),
+            card("stronger", best, gettext("The best method if that is not good enough: %(why)s", why=_lower(_why(best)))),
         ]
     found = [card("recommended", best, _why(best))]
     if cheaper := next((a for a in usable[1:] if _is_cheaper(a.cost, best.cost)), None):
@@ -129,11 +130,17 @@ def _settings(a: Advice, facts: Facts, whole: WholeRun, longer: bool) -> list[Ca
     """The settings of the run as its form has them; a classifier that is fitted on vectors has none of these but the length."""
     run, strategy = whole.run, STRATEGIES[a.strategy]
     length = whole.length if longer and whole.length else run.max_length
-    found = [("Max length", f"{human_number(length)} tokens")]
+    found = [(gettext("Max length"), ngettext("%(num)s token", "%(num)s tokens", length))]
     if strategy.recipe != "features":
         rate = usual_learning_rate(strategy, facts.task, run.optimizer)
-        step = f"{human_number(run.max_tokens_per_step)} tokens" if run.max_tokens_per_step else f"{human_number(run.batch_size)} rows"
-        found = [("Epochs", as_text(run.epochs)), ("Learning rate", as_text(run.learning_rate or rate)), ("A step", step), *found]
+        most = run.max_tokens_per_step
+        step = ngettext("%(num)s token", "%(num)s tokens", most) if most else ngettext("%(num)s row", "%(num)s rows", run.batch_size or 1)
+        found = [
+            (gettext("Epochs"), as_text(run.epochs)),
+            (gettext("Learning rate"), as_text(run.learning_rate or rate)),
+            (gettext("A step"), step),
+            *found,
+        ]
     return [CardSetting(name=name, value=str(value)) for name, value in found]
 
 
@@ -147,13 +154,17 @@ def _other(whole: WholeRun, *, larger: bool) -> OtherModel | None:
 
 def _other_size(other: OtherModel, whole: WholeRun, best: Advice) -> str:
     """Why the other model: its size, and what it costs instead."""
-    sizes = f"{other.model.title} has {human_count(other.parameters)} parameters instead of {human_count(whole.parameters)}"
+    sizes = {"model": other.model.title, "size": human_count(other.parameters), "own_size": human_count(whole.parameters)}
     if other.best is None or other.best.cost is None or best.cost is None:
-        return f"{sizes}."
+        return gettext("%(model)s has %(size)s parameters instead of %(own_size)s.", **sizes)
     cost, own = other.best.cost, best.cost
-    return (
-        f"{sizes}: {human_bytes(cost.memory_bytes)} instead of {human_bytes(own.memory_bytes)}, "
-        f"{human_seconds(cost.seconds)} instead of {human_seconds(own.seconds)}."
+    return gettext(
+        "%(model)s has %(size)s parameters instead of %(own_size)s: %(memory)s instead of %(own_memory)s, %(time)s instead of %(own_time)s.",
+        **sizes,
+        memory=human_bytes(cost.memory_bytes),
+        own_memory=human_bytes(own.memory_bytes),
+        time=human_seconds(cost.seconds),
+        own_time=human_seconds(own.seconds),
     )
 
 
@@ -163,19 +174,24 @@ def _prompt(facts: Facts, model: str, dataset_id: str) -> Card:
         kind="recommended",
         model=model,
         strategy=None,
-        title="A prompt, no training",
-        sentence=f"The base model reaches {metric} {facts.prompted or 0:.2f} on the validation set with a prompt alone.",
-        label="Open in the prompt lab",
+        title=gettext("A prompt, no training"),
+        sentence=gettext(
+            "The base model reaches %(metric)s %(score)s on the validation set with a prompt alone.",
+            metric=metric,
+            score=human_number(facts.prompted or 0.0, 2),
+        ),
+        label=gettext("Open in the prompt lab"),
         url=f"/playground/prompts/new?{urlencode({'builder': 'few_shot', 'dataset': dataset_id})}",
     )
 
 
 def _why(best: Advice) -> str:
-    return best.decisive(speaks_for=True) or "It has the best ratio of capacity to cost here."
+    return best.decisive(speaks_for=True) or gettext("It has the best ratio of capacity to cost here.")
 
 
 def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
+    """A sentence after a colon, which English begins with a small letter."""
+    return text[0].lower() + text[1:] if languages.current.get() == languages.SOURCE else text
 
 
 def _is_cheaper(cost: CostEstimate | None, best: CostEstimate | None) -> bool:
@@ -192,19 +208,38 @@ def _is_stronger(cost: CostEstimate | None, best: CostEstimate | None) -> bool:
 def _less(a: Advice, best: Advice) -> str:
     assert a.cost and best.cost
     assert a.cost.seconds is not None and best.cost.seconds is not None
-    said = []
-    if a.cost.memory_bytes <= CHEAPER * best.cost.memory_bytes:
-        said.append(f"{human_bytes(a.cost.memory_bytes)} instead of {human_bytes(best.cost.memory_bytes)}")
-    if a.cost.seconds <= CHEAPER * best.cost.seconds:
-        said.append(f"{human_seconds(a.cost.seconds)} instead of {human_seconds(best.cost.seconds)}")
-    return f"Takes {' and '.join(said)}, for somewhat less capacity than {best.title}."
+    memory, own_memory = human_bytes(a.cost.memory_bytes), human_bytes(best.cost.memory_bytes)
+    time, own_time = human_seconds(a.cost.seconds), human_seconds(best.cost.seconds)
+    smaller, quicker = a.cost.memory_bytes <= CHEAPER * best.cost.memory_bytes, a.cost.seconds <= CHEAPER * best.cost.seconds
+    if smaller and quicker:
+        return gettext(
+            "Takes %(memory)s instead of %(own_memory)s and %(time)s instead of %(own_time)s, for somewhat less capacity than %(method)s.",
+            memory=memory, own_memory=own_memory, time=time, own_time=own_time, method=gettext(best.title),
+        )  # fmt: skip
+    return gettext(
+        "Takes %(amount)s instead of %(own_amount)s, for somewhat less capacity than %(method)s.",
+        amount=memory if smaller else time,
+        own_amount=own_memory if smaller else own_time,
+        method=gettext(best.title),
+    )
 
 
 def _more(a: Advice, best: Advice) -> str:
     assert a.cost and best.cost
     trains = human_number(a.cost.trainable_parameters)
-    than = f"instead of {human_number(best.cost.trainable_parameters)}" if best.cost.trainable_parameters else "where nothing was trained"
-    return f"Trains {trains} parameters {than}: for when {best.title} stops improving too early."
+    title = gettext(best.title)
+    if not best.cost.trainable_parameters:
+        return gettext(
+            "Trains %(count)s parameters where nothing was trained: for when %(method)s stops improving too early.",
+            count=trains,
+            method=title,
+        )
+    return gettext(
+        "Trains %(count)s parameters instead of %(own_count)s: for when %(method)s stops improving too early.",
+        count=trains,
+        own_count=human_number(best.cost.trainable_parameters),
+        method=title,
+    )
 
 
 # What to do about the data and the model ------------------------------------------------------------------------------
@@ -214,8 +249,10 @@ def steps(model: Model, shape: Shape, dataset: Dataset, facts: Facts, run: RunSe
     """What would help more than another method: a model for the task, more rows, a larger max sequence length, balanced classes."""
     found = [_other_model(model, shape, dataset, facts, others), _more_rows(dataset, facts), _length(model, shape, dataset, run)]
     if _advice.balance(facts) >= _advice.UNEVEN:
-        text = f"Balance the classes: the largest has {_advice.balance(facts):,.0f} times the rows of the smallest."
-        found.append(AdviceStep(about="classes", text=text, label="Combine & transform", url="/datasets/combine"))
+        text = gettext(
+            "Balance the classes: the largest has %(times)s times the rows of the smallest.", times=human_number(_advice.balance(facts), 0)
+        )
+        found.append(AdviceStep(about="classes", text=text, label=gettext("Combine & transform"), url="/datasets/combine"))
     return [step for step in found if step is not None]
 
 
@@ -226,22 +263,33 @@ def _other_model(model: Model, shape: Shape, dataset: Dataset, facts: Facts, oth
     if classifies and model.kind in ("generic", "instruction", "dialogue"):
         encoder = next((m for m in ready if m.kind == "encoder"), None)
         if encoder is None:
-            text = f"Use an encoder for labels: {ENCODER[1]} is small, and its vectors are made to be compared."
-            return AdviceStep(about="model", text=text, label="Add a model", url="/models#add")
+            text = gettext("Use an encoder for labels: %(model)s is small, and its vectors are made to be compared.", model=ENCODER[1])
+            return AdviceStep(about="model", text=text, label=gettext("Add a model"), url="/models#add")
         small, large = Shape.model_validate(encoder.shape).parameters(), shape.parameters()
         if small < large:
-            text = f"Use the encoder {encoder.title} for labels: {human_count(small)} parameters instead of {human_count(large)}."
+            text = gettext(
+                "Use the encoder %(model)s for labels: %(size)s parameters instead of %(own_size)s.",
+                model=encoder.title,
+                size=human_count(small),
+                own_size=human_count(large),
+            )
             return _take(encoder, dataset, text)
     if not classifies and model.kind in SILENT:
         writer = next((m for m in ready if m.kind in ("dialogue", "instruction", "generic")), None)
-        text = f"Use a model that generates text: {model.title} is {SILENT[model.kind]}."
-        return _take(writer, dataset, text) if writer else AdviceStep(about="model", text=text, label="Add a model", url="/models#add")
+        kind = gettext(SILENT[model.kind])
+        text = gettext("Use a model that generates text: %(model)s is %(kind)s.", model=model.title, kind=kind)
+        return (
+            _take(writer, dataset, text)
+            if writer
+            else AdviceStep(about="model", text=text, label=gettext("Add a model"), url="/models#add")
+        )
     return None
 
 
 def _take(model: Model, dataset: Dataset, text: str) -> AdviceStep:
     asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id)})
-    return AdviceStep(about="model", text=text, label=f"Advice for {model.title}", url=f"/jobs/advice?{asked}")
+    label = gettext("Advice for %(model)s", model=model.title)
+    return AdviceStep(about="model", text=text, label=label, url=f"/jobs/advice?{asked}")
 
 
 def _more_rows(dataset: Dataset, facts: Facts) -> AdviceStep | None:
@@ -249,17 +297,31 @@ def _more_rows(dataset: Dataset, facts: Facts) -> AdviceStep | None:
     if facts.smallest_class is not None and facts.smallest_class < _advice.FEW_PER_CLASS:
         least = _advice.FEW_PER_CLASS
         small = sorted((count, label) for label, count in (dataset.report or {}).get("labels", {}).items() if count < least)
-        wanted = [f"{least - count:,} more rows of “{str(label)[:40]}”" for count, label in small[:SHOWN_CLASSES]]
-        rest = (
-            f", and rows of {plural(len(small) - SHOWN_CLASSES, 'further class', 'further classes')}" if len(small) > SHOWN_CLASSES else ""
+        wanted = [
+            gettext("%(count)s more rows of “%(label)s”", count=human_number(least - count), label=str(label)[:40])
+            for count, label in small[:SHOWN_CLASSES]
+        ]
+        asked = ", ".join(wanted) or gettext("more rows")
+        if (further := len(small) - SHOWN_CLASSES) > 0:
+            asked = ngettext(
+                "%(wanted)s, and rows of %(num)s further class", "%(wanted)s, and rows of %(num)s further classes", further, wanted=asked
+            )
+        text = gettext(
+            "Get %(wanted)s: the smallest class has %(smallest)s; %(least)s or more per class train more reliably.",
+            wanted=asked,
+            smallest=human_number(facts.smallest_class),
+            least=least,
         )
-        asked = (", ".join(wanted) or "more rows") + rest
-        text = f"Get {asked}: the smallest class has {facts.smallest_class:,}; {least} or more per class train more reliably."
     elif facts.rows < _advice.FEW_ROWS:
-        text = f"Add rows: {facts.rows:,} are few; {ENOUGH_ROWS - facts.rows:,} more, {ENOUGH_ROWS} in all, train more reliably."
+        text = gettext(
+            "Add rows: %(rows)s are few; %(more)s more, %(enough)s in all, train more reliably.",
+            rows=human_number(facts.rows),
+            more=human_number(ENOUGH_ROWS - facts.rows),
+            enough=ENOUGH_ROWS,
+        )
     else:
         return None
-    return AdviceStep(about="rows", text=text, label="Add a dataset", url="/datasets")
+    return AdviceStep(about="rows", text=text, label=gettext("Add a dataset"), url="/datasets")
 
 
 def _kept(dataset: Dataset, length: int) -> float | None:
@@ -289,9 +351,21 @@ def _length(model: Model, shape: Shape, dataset: Dataset, run: RunSettings) -> A
         return None
     raised = longer(shape, dataset, run)
     if raised is None:
-        text = f"Split long texts: {model.title} reads {limit:,} tokens at once, which truncates {human_percent(1 - share, 0)} of the rows."
-        return AdviceStep(about="length", text=text, label="Browse rows", url=f"/datasets/{ids.public(ids.DATASET, dataset.id)}/rows")
+        text = gettext(
+            "Split long texts: %(model)s reads %(limit)s tokens at once, which truncates %(share)s of the rows.",
+            model=model.title,
+            limit=human_number(limit),
+            share=human_percent(1 - share, 0),
+        )
+        return AdviceStep(
+            about="length", text=text, label=gettext("Browse rows"), url=f"/datasets/{ids.public(ids.DATASET, dataset.id)}/rows"
+        )
     asked = urlencode({"model": model.name, "dataset": ids.public(ids.DATASET, dataset.id), "run.max_length": raised})
     keeps = human_percent(_kept(dataset, raised) or 0.0, 0)
-    text = f"Raise max length to {raised:,}: it keeps {keeps} of the rows whole instead of {human_percent(share, 0)}."
-    return AdviceStep(about="length", text=text, label="Use this length", url=f"/jobs/new?{asked}")
+    text = gettext(
+        "Raise max length to %(length)s: it keeps %(keeps)s of the rows whole instead of %(share)s.",
+        length=human_number(raised),
+        keeps=keeps,
+        share=human_percent(share, 0),
+    )
+    return AdviceStep(about="length", text=text, label=gettext("Use this length"), url=f"/jobs/new?{asked}")

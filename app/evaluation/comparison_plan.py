@@ -19,6 +19,8 @@ from app.jobs.defaults import usual_run
 from app.jobs.request import DatasetId, JobRequest
 from app.kit import once
 from app.kit.forms import as_text
+from app.kit.humanize import human_number, human_percent
+from app.kit.languages import gettext, ngettext
 from app.objectives import Task
 from app.run_settings import RunSettings
 from app.spec import Split
@@ -136,14 +138,16 @@ def planned(session: Session, user: User, order: ComparisonOrder) -> Plan:
     with once.remembered():
         for one in order.on_each_dataset():
             plan = plan._replace(dataset_name=_plan_on(session, user, one, plan))
-    return plan._replace(dataset_name=f"{len(order.dataset_ids)} datasets") if order.dataset_ids else plan
+    if not order.dataset_ids:
+        return plan
+    return plan._replace(dataset_name=ngettext("%(num)s dataset", "%(num)s datasets", len(order.dataset_ids)))
 
 
 def refuse_many(plan: Plan) -> None:
     """Raises BadField for more runs than one comparison may have."""
     if len(plan.jobs) > MAX_JOBS:
-        said = f"{len(plan.jobs)} runs are more than the {MAX_JOBS} of one comparison."
-        raise BadField(said, hint="Compare fewer methods, models or datasets.", param="strategies")
+        said = gettext("%(runs)s runs are more than the %(most)s of one comparison.", runs=len(plan.jobs), most=MAX_JOBS)
+        raise BadField(said, hint=gettext("Compare fewer methods, models or datasets."), param="strategies")
 
 
 def _plan_on(session: Session, user: User, order: ComparisonOrder, plan: Plan) -> str:
@@ -152,8 +156,8 @@ def _plan_on(session: Session, user: User, order: ComparisonOrder, plan: Plan) -
     found = contexts[order.bases[0]]
     if found.dataset.status != "ready":
         raise Conflict(
-            f"The dataset {found.dataset.name} is still being read, so it is not known yet which methods fit.",
-            hint="Ask again in a moment.",
+            gettext("The dataset %(name)s is still being read, so it is not known yet which methods fit.", name=found.dataset.name),
+            hint=gettext("Ask again in a moment."),
             param="dataset_ids" if order.dataset_ids else "dataset_id",
             code="still_reading",
         )
@@ -170,7 +174,7 @@ def _plan_jobs(session: Session, order: ComparisonOrder, model: str, found: spec
         for fraction in sorted(set(order.fractions)) if order.kind == "learning_curve" else (None,):
             asked = {"name": strategy.name, **strategy.model_dump(mode="json", exclude_defaults=True)}
             one = _job_order(order, model, asked, fraction, usual)
-            title = title_of(strategy) if fraction is None else f"{strategy.title}, {fraction:.0%} of the rows"
+            title = title_of(strategy) if fraction is None else _title_on_a_part(strategy, fraction)
             parts = [found.dataset.name if order.dataset_ids else "", model if order.models else "", title]
             title = ", ".join(part for part in parts if part)
             reason, estimate = _try(session, found, one)
@@ -191,8 +195,8 @@ def read_strategies(order: ComparisonOrder) -> list[Strategy]:
             raise
         if strategy in found:
             raise BadField(
-                f"{title_of(strategy)} is named twice with the same settings.",
-                hint="Remove one of them, or give it other settings.",
+                gettext("%(method)s is named twice with the same settings.", method=title_of(strategy)),
+                hint=gettext("Remove one of them, or give it other settings."),
                 param=f"strategies.{place}",
             )
         found.append(strategy)
@@ -243,11 +247,12 @@ def _try(session: Session, found: spec_builder.OrderContext, order: JobRequest) 
     cost = spec_builder.estimate_of(session, spec)
     assert cost is not None, "the rows were read"
     if not cost["fits"]:
-        return (
-            f"{spec.strategy.title} needs {cost['memory_bytes'] / 1e9:.1f} GB of memory, which this machine does not have. "
-            "Choose a shorter length or fewer tokens per batch.",
-            None,
+        reason = gettext(
+            "%(method)s needs %(size)s GB of memory, which this machine does not have. Choose a shorter length or fewer tokens per batch.",
+            method=gettext(spec.strategy.title),
+            size=human_number(cost["memory_bytes"] / 1e9, 1),
         )
+        return reason, None
     return "", cost
 
 
@@ -255,6 +260,11 @@ def title_of(strategy: Strategy) -> str:
     """Its title, with the settings that differ from the defaults: `LoRA (rank 4)`. From random weights it is no fine-tuning."""
     changed = strategy.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     if changed == {"weights": "random"}:
-        return "From nothing"
+        return gettext("From nothing")
     words = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changed.items())
-    return f"{strategy.title} ({words})" if words else strategy.title
+    title = gettext(strategy.title)
+    return f"{title} ({words})" if words else title
+
+
+def _title_on_a_part(strategy: Strategy, fraction: float) -> str:
+    return gettext("%(method)s, %(share)s of the rows", method=gettext(strategy.title), share=human_percent(fraction, 0))

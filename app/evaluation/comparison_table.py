@@ -18,7 +18,9 @@ from app.errors import problem_json
 from app.evaluation import comparison_plan, comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
-from app.metrics import METRICS, Metric
+from app.kit.humanize import human_number, human_percent
+from app.kit.languages import gettext, localized, mark, ngettext
+from app.metrics import METRICS, Metric, judged_by
 from app.objectives import DEFAULT, OBJECTIVES
 from app.shapes import Shape
 from app.strategies import STRATEGIES
@@ -58,19 +60,19 @@ def score_columns(task: str, several_models: bool = False) -> list[ScoreColumn]:
     """The scores of a job, the deciding one first; with several base models those that do not depend on a tokenizer."""
     names = OBJECTIVES[task].across_models if several_models else OBJECTIVES[task].metrics
     found = [(name, METRICS[name]) for name in names or OBJECTIVES[task].metrics]
-    return [ScoreColumn(name, metric.column or metric.title, metric.unit, metric.lower_is_better) for name, metric in found]
+    return [ScoreColumn(name, gettext(metric.column or metric.title), metric.unit, metric.lower_is_better) for name, metric in found]
 
 
 SCORED = tuple(dict.fromkeys(name for entry in OBJECTIVES.values() for name in (*entry.metrics, *entry.across_models)))
 BASE = Metric._field_defaults["base"]
 """What a score is compared with that depends on the base model."""
-PARAMETERS = ScoreColumn("parameters", "Parameters", "count", True)
+PARAMETERS = ScoreColumn("parameters", mark("Parameters"), "count", True)
 COSTS = [
-    ScoreColumn("forgetting", "General ability", "change", True),
-    ScoreColumn("trainable_parameters", "Trainable", "count", True, "predicted_trainable_parameters"),
-    ScoreColumn("peak_memory_bytes", "Peak memory", "bytes", True, "predicted_memory_bytes"),
-    ScoreColumn("seconds", "Time", "seconds", True, "predicted_seconds"),
-    ScoreColumn("bytes", "On disk", "bytes", True),
+    ScoreColumn("forgetting", mark("General ability"), "change", True),
+    ScoreColumn("trainable_parameters", mark("Trainable"), "count", True, "predicted_trainable_parameters"),
+    ScoreColumn("peak_memory_bytes", mark("Peak memory"), "bytes", True, "predicted_memory_bytes"),
+    ScoreColumn("seconds", mark("Time"), "seconds", True, "predicted_seconds"),
+    ScoreColumn("bytes", mark("On disk"), "bytes", True),
 ]
 
 
@@ -79,7 +81,7 @@ def table(session: Session, comparison: Comparison) -> Table:
     found = table_of(session, comparisons.jobs_of(session, comparison))
     for row in found.rows:
         if comparison.kind == "learning_curve":
-            row["title"] = f"{row['data_fraction']:.0%} of the rows"
+            row["title"] = gettext("%(share)s of the rows", share=human_percent(row["data_fraction"], 0))
         elif comparison.kind in ("models", "matrix"):
             row["title"] = f"{row['base_model']}, {row['title']}"
         if comparison.kind == "matrix":
@@ -96,13 +98,14 @@ def table_of(session: Session, found: list[Job]) -> Table:
     tasks = dict.fromkeys(job.spec["task"] for job in found) or [DEFAULT]
     several = len({row["base_model"] for row in rows}) > 1
     scores = {column.key: column for task in tasks for column in score_columns(task, several)}
-    columns = [*scores.values(), *([PARAMETERS] if several else []), *COSTS]
+    costs = [*([PARAMETERS] if several else []), *COSTS]
+    columns = [*scores.values(), *(column._replace(title=gettext(column.title)) for column in costs)]
     alike = len({_checked(job) for job in found}) == 1
     bases = {
         job.spec["model"]["name"]: scores for job in found if alike and not _blank(job) and (scores := _scores(job.evaluation, "base"))
     }
     sure = [_sure(job, row, alike, several) for job, row in zip(found, rows, strict=True)]
-    winners = {c.key: [] if c is PARAMETERS else _winners(rows, sure, c) for c in columns}
+    winners = {c.key: [] if c.key == PARAMETERS.key else _winners(rows, sure, c) for c in columns}
     if several and alike:
         winners |= {name: _best_on_rows(session, rows, name) for name in ("bits_per_byte",) if name in winners}
     return Table(columns, rows, winners, bases)
@@ -266,29 +269,62 @@ def more_data(session: Session, found: Table) -> MoreDataVerdict | None:
         return None
     last, newest = points[-2:]
     share, before, now = last["data_fraction"], last[column.key], newest[column.key]
-    what = column.title.lower()
-    write = "{:.1%}".format if column.unit == "share" else "{:.3f}".format
-    moved = f"From {share:.0%} of the rows to all of them the {what} went from {write(before)} to {write(now)}"
+    said = {"share": human_percent(share, 0), "metric": judged_by(column.key)}
     if column.unit == "share":
-        return _by_share(moved, before, now, newest["rows"])
+        said |= {"before": human_percent(before), "now": human_percent(now)}
+        return _by_share(_moved_on(said, newest["rows"]), before, now, newest["rows"])
+    said |= {"before": human_number(before, 3), "now": human_number(now, 3)}
     low, high = _moved_by(session, last["job"], newest["job"]) or (now - before, now - before)
-    if low < high:
-        moved += f" ({low:+.3f} to {high:+.3f} on the same validation rows)"
+    if low >= high:
+        return _by_loss(_moved(said), before, now, low, high)
+    moved = gettext(
+        "From %(share)s of the rows to all of them the %(metric)s went from %(before)s to %(now)s (%(low)s to %(high)s on the same validation rows)",
+        **said,
+        low=localized(f"{low:+.3f}"),
+        high=localized(f"{high:+.3f}"),
+    )
     return _by_loss(moved, before, now, low, high)
+
+
+def _moved(said: dict[str, str]) -> str:
+    """The change as a clause that the conclusion goes on from."""
+    return gettext("From %(share)s of the rows to all of them the %(metric)s went from %(before)s to %(now)s", **said)
+
+
+def _moved_on(said: dict[str, str], rows: int | None) -> str:
+    """The same with the number of validation rows, where it is known."""
+    if not rows:
+        return _moved(said)
+    return ngettext(
+        "From %(share)s of the rows to all of them the %(metric)s went from %(before)s to %(now)s on %(num)s validation row",
+        "From %(share)s of the rows to all of them the %(metric)s went from %(before)s to %(now)s on %(num)s validation rows",
+        rows,
+        **said,
+    )
 
 
 def _by_loss(moved: str, before: float, now: float, low: float, high: float) -> MoreDataVerdict:
     """`low` to `high` is the interval of the change of the loss."""
     gain, least = (before - now) / max(abs(before), 1e-9), WORTH_MORE * abs(before)
     if gain >= WORTH_MORE and high < 0:
-        return MoreDataVerdict("more", f"More data would very likely help. {moved}, {gain:.0%} better, and it has not levelled off.")
-    if low > 0 and gain <= -WORTH_MORE:
-        return MoreDataVerdict("unclear", f"Inconclusive. {moved}, which is worse: training may have gone on for too long.")
-    if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
-        return MoreDataVerdict(
-            "enough", f"More data of this kind would bring little. {moved}: hardly at all. Better rows or another method might."
+        better = gettext(
+            "More data would very likely help. %(moved)s, %(gain)s better, and it has not levelled off.",
+            moved=moved,
+            gain=human_percent(gain, 0),
         )
-    return MoreDataVerdict("unclear", f"Inconclusive. {moved}: too few validation rows.")
+        return MoreDataVerdict("more", better)
+    if low > 0 and gain <= -WORTH_MORE:
+        return MoreDataVerdict("unclear", _worse(moved))
+    if abs(gain) < WORTH_MORE and max(-low, high) < 2 * least:
+        little = gettext(
+            "More data of this kind would bring little. %(moved)s: hardly at all. Better rows or another method might.", moved=moved
+        )
+        return MoreDataVerdict("enough", little)
+    return MoreDataVerdict("unclear", gettext("Inconclusive. %(moved)s: too few validation rows.", moved=moved))
+
+
+def _worse(moved: str) -> str:
+    return gettext("Inconclusive. %(moved)s, which is worse: training may have gone on for too long.", moved=moved)
 
 
 def _moved_by(session: Session, before: str, now: str) -> tuple[float, float] | None:
@@ -311,13 +347,13 @@ def _by_share(moved: str, before: float, now: float, rows: int | None) -> MoreDa
     """The same for an accuracy, whose uncertainty follows from the number of validation rows."""
     noise = 1.96 * math.sqrt(max(now * (1 - now), 1e-6) / rows) if rows else 0.02  # 95%, were the two measured on different rows
     gain = now - before
-    held = f" on {rows:,} validation rows" if rows else ""
     if gain > noise:
-        return MoreDataVerdict(
-            "more", f"More data would very likely help. {moved}{held}, more than chance explains, and it has not levelled off."
-        )
+        more = gettext("More data would very likely help. %(moved)s, more than chance explains, and it has not levelled off.", moved=moved)
+        return MoreDataVerdict("more", more)
     if abs(gain) <= noise and (gain >= LEVEL or noise >= 2 * LEVEL):
-        return MoreDataVerdict("unclear", f"Inconclusive. {moved}{held}, no more than chance explains: too few validation rows.")
+        unclear = gettext("Inconclusive. %(moved)s, no more than chance explains: too few validation rows.", moved=moved)
+        return MoreDataVerdict("unclear", unclear)
     if gain > -noise:
-        return MoreDataVerdict("enough", f"More data of this kind would bring little. {moved}{held}, no more than chance explains.")
-    return MoreDataVerdict("unclear", f"Inconclusive. {moved}{held}, which is worse: training may have gone on for too long.")
+        enough = gettext("More data of this kind would bring little. %(moved)s, no more than chance explains.", moved=moved)
+        return MoreDataVerdict("enough", enough)
+    return MoreDataVerdict("unclear", _worse(moved))

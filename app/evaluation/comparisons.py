@@ -30,7 +30,7 @@ from app.evaluation.comparison_plan import ComparisonOrder, Plan, planned, read_
 from app.jobs import service as jobs
 from app.jobs.request import bad_field
 from app.kit import ids
-from app.kit.humanize import plural
+from app.kit.languages import english, gettext, ngettext
 from app.models import service as models
 from app.ownership import made, owned
 from app.tables import JSON, Comparison, Job, Model, User
@@ -55,10 +55,7 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
     asked = order.model_dump(mode="json", exclude_none=True)
     if idempotency_key is not None and (earlier := by_key(session, user, idempotency_key, asked)) is not None:
         return earlier
-    plan = planned(session, user, order)
-    _check_enough(order, plan)
-    refuse_many(plan)
-    name = (order.name or f"{_title(order, plan)} on {plan.dataset_name}")[:200]
+    plan, name = _planned(session, user, order)
     key = session.scalar(
         insert(Comparison)
         .values(
@@ -82,22 +79,32 @@ def create(session: Session, user: User, order: ComparisonOrder, idempotency_key
     return comparison
 
 
+def _planned(session: Session, user: User, order: ComparisonOrder) -> tuple[Plan, str]:
+    """The plan and the name of the comparison. Both are stored, so they are in English."""
+    with english():
+        plan = planned(session, user, order)
+        name = (order.name or f"{_title(order, plan)} on {plan.dataset_name}")[:200]
+    _check_enough(order, plan)
+    refuse_many(plan)
+    return plan, name
+
+
 def _check_enough(order: ComparisonOrder, plan: Plan) -> None:
     """Raises DoesNotFit with the reasons when nothing is left to compare."""
     reasons = " ".join(dict.fromkeys(r["reason"] for r in plan.refused))
     if order.kind == "learning_curve" and len(order.strategies) != 1:
-        raise BadField("A learning curve is drawn for one strategy.", hint="Name exactly one.", param="strategies")
+        raise BadField(gettext("A learning curve is drawn for one strategy."), hint=gettext("Name exactly one."), param="strategies")
     if not plan.jobs:
         raise DoesNotFit(
-            f"No method of this comparison fits. {reasons[:1500]}",
-            hint="Choose other methods, another model, or fewer tokens per batch.",
+            gettext("No method of this comparison fits. %(reasons)s", reasons=reasons[:1500]),
+            hint=gettext("Choose other methods, another model, or fewer tokens per batch."),
             param="strategies",
             code="no_strategy_fits",
         )
     if len(plan.jobs) < 2:
         raise DoesNotFit(
-            f"Only {plan.jobs[0].title} is left to compare. {reasons[:1500]}".strip(),
-            hint="Choose at least two methods or base models that can run, or create one job.",
+            gettext("Only %(method)s is left to compare. %(reasons)s", method=plan.jobs[0].title, reasons=reasons[:1500]).strip(),
+            hint=gettext("Choose at least two methods or base models that can run, or create one job."),
             param="strategies",
             code="nothing_to_compare",
         )
@@ -107,7 +114,8 @@ def _title(order: ComparisonOrder, plan: Plan) -> str:
     if order.kind == "learning_curve":
         return f"Learning curve of {read_strategies(order)[0].title}"
     if order.models:
-        return plural(len({one.model for one in plan.jobs}), "base model")
+        models_ = len({one.model for one in plan.jobs})
+        return f"{models_} base model{'' if models_ == 1 else 's'}"
     return f"{len(plan.jobs)} methods"
 
 
@@ -119,8 +127,8 @@ def by_key(session: Session, user: User, key: str, asked: JSON) -> Comparison | 
     )
     if found is not None and found.order != asked:
         raise Conflict(
-            "This Idempotency-Key was used for another order.",
-            hint="Send a new key with a new order, or the first order unchanged.",
+            gettext("This Idempotency-Key was used for another order."),
+            hint=gettext("Send a new key with a new order, or the first order unchanged."),
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )
@@ -184,9 +192,16 @@ def delete(session: Session, user: User, comparison_id: uuid.UUID) -> None:
 def remove(session: Session, found: Comparison, param: str) -> None:
     open_ = [job for job in jobs_of(session, found) if job.status not in jobs.ENDED]
     if open_:
+        search = gettext("Cancel the search first, or wait for its jobs.")
         raise Conflict(
-            f"{len(open_)} of its jobs {'has' if len(open_) == 1 else 'have'} not ended ({open_[0].name} is {open_[0].status}).",
-            hint=f"Cancel the {'search' if found.kind == SEARCH else 'comparison'} first, or wait for its jobs.",
+            ngettext(
+                "%(num)s of its jobs has not ended (%(name)s is %(status)s).",
+                "%(num)s of its jobs have not ended (%(name)s is %(status)s).",
+                len(open_),
+                name=open_[0].name,
+                status=gettext(open_[0].status),
+            ),
+            hint=search if found.kind == SEARCH else gettext("Cancel the comparison first, or wait for its jobs."),
             param=param,
             code="wrong_state",
         )
@@ -198,10 +213,14 @@ def keep(session: Session, found: Comparison, job_id: uuid.UUID) -> Model:
     """Offer the result of one of its jobs wherever models are chosen. Raises NotFound, Conflict for a job without a model."""
     job = next((job for job in jobs_of(session, found) if job.id == job_id), None)
     if job is None:
-        raise NotFound(f"No such job in this comparison: {ids.public(ids.JOB, job_id)}", param="job")
+        raise NotFound(gettext("No such job in this comparison: %(id)s", id=ids.public(ids.JOB, job_id)), param="job")
     model = jobs.tuned_model(session, job)
     if model is None:
-        raise Conflict(f"{job.name} has no model that could be kept.", hint="Keep the result of a job that succeeded.", param="job")
+        raise Conflict(
+            gettext("%(name)s has no model that could be kept.", name=job.name),
+            hint=gettext("Keep the result of a job that succeeded."),
+            param="job",
+        )
     return models.keep(model)
 
 

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.evaluation.comparison_table import is_number, score_columns
-from app.kit.humanize import human_percent, plural
+from app.kit.humanize import human_number, human_percent
+from app.kit.languages import gettext, mark, ngettext
 from app.metrics import METRICS, ability, judged_by
 from app.ownership import mine
 from app.strategies import STRATEGIES
@@ -21,7 +22,7 @@ from app.tables import Dataset, Job, User
 
 MAX_JOBS = 300
 """Newest finished runs that are looked at."""
-WHERE = ("the same task", "this model", "this model and data")
+WHERE = (mark("the same task"), mark("this model"), mark("this model and data"))
 """How near past runs are to the question; of each method the nearest count."""
 GAINED, MOST, LITTLE, NOTHING = 2, 6, -4, -8
 """Points: it gained; it gained most of all methods that ran there; less than half as much as that one; nothing."""
@@ -96,9 +97,49 @@ def _points(name: str, gains: dict[str, float], nearest: dict[str, int]) -> int:
 def _sentence(group: list[PastRun]) -> str:
     """`Measured here: 3 runs on this model and data lowered validation loss by 41% (median), with general ability −0.8%.`"""
     gain, metric = statistics.median(run.gain for run in group), group[0].metric
-    moved = "lowered" if METRICS[metric].lower_is_better == (gain > 0) else "raised"
-    by = human_percent(abs(gain)) if METRICS[metric].lower_is_better else f"{abs(gain) * 100:.1f} points"
-    said = f"Measured here: {plural(len(group), 'run')} on {WHERE[group[0].nearness]} {moved} {judged_by(metric)} by {by}"
-    said += " (median)" if len(group) > 1 else ""
+    if METRICS[metric].lower_is_better:
+        by = human_percent(abs(gain))
+    else:
+        by = gettext("%(points)s points", points=human_number(abs(gain) * 100, 1))
+    said = {
+        "where": gettext(WHERE[group[0].nearness]),
+        "metric": judged_by(metric),
+        "by": gettext("%(by)s (median)", by=by) if len(group) > 1 else by,
+    }
     forgot = [run.forgot for run in group if run.forgot is not None]
-    return f"{said}, with general ability {ability(statistics.median(forgot))}." if forgot else f"{said}."
+    if forgot:
+        said["ability"] = ability(statistics.median(forgot))
+    lowered = METRICS[metric].lower_is_better == (gain > 0)
+    return _lowered(len(group), said) if lowered else _raised(len(group), said)
+
+
+def _lowered(runs: int, said: dict[str, str]) -> str:
+    if "ability" not in said:
+        return ngettext(
+            "Measured here: %(num)s run on %(where)s lowered %(metric)s by %(by)s.",
+            "Measured here: %(num)s runs on %(where)s lowered %(metric)s by %(by)s.",
+            runs,
+            **said,
+        )
+    return ngettext(
+        "Measured here: %(num)s run on %(where)s lowered %(metric)s by %(by)s, with general ability %(ability)s.",
+        "Measured here: %(num)s runs on %(where)s lowered %(metric)s by %(by)s, with general ability %(ability)s.",
+        runs,
+        **said,
+    )
+
+
+def _raised(runs: int, said: dict[str, str]) -> str:
+    if "ability" not in said:
+        return ngettext(
+            "Measured here: %(num)s run on %(where)s raised %(metric)s by %(by)s.",
+            "Measured here: %(num)s runs on %(where)s raised %(metric)s by %(by)s.",
+            runs,
+            **said,
+        )
+    return ngettext(
+        "Measured here: %(num)s run on %(where)s raised %(metric)s by %(by)s, with general ability %(ability)s.",
+        "Measured here: %(num)s runs on %(where)s raised %(metric)s by %(by)s, with general ability %(ability)s.",
+        runs,
+        **said,
+    )

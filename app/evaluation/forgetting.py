@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from app.kit.languages import mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies import Strategy
@@ -68,16 +69,18 @@ def without_measuring(strategy: Strategy, shape: Shape, task: str, labels: int) 
     """A head on a stack that does not learn forgets nothing; an encoder's writing cannot be scored; random weights have nothing to forget. None
     for all others."""
     if getattr(strategy, "weights", "pretrained") == "random":
-        sentence = "It began with random weights, so there was no general ability that it could lose."
+        sentence = mark("It began with random weights, so there was no general ability that it could lose.")
         return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
     if not OBJECTIVES[task].heads:
         return None
     if strategy.trainable_parameters(shape, task=task, labels=labels) == strategy.head_parameters(shape, labels):
-        sentence = "Only the head on top was trained. The weights of the model below it are unchanged, and so is its general ability."
+        sentence = mark("Only the head on top was trained. The weights of the model below it are unchanged, and so is its general ability.")
         return WithoutMeasuring(change=0.0, interval=(0.0, 0.0), verdict="nothing, by construction", sentence=sentence)
     if shape.architecture == "encoder":
-        sentence = "An encoder writes no text, so its general ability cannot be measured in bits per byte. Its vectors did change: "
-        sentence += "use the base for anything but these classes."
+        sentence = mark(
+            "An encoder writes no text, so its general ability cannot be measured in bits per byte. Its vectors did change: "
+            "use the base for anything but these classes."
+        )
         return WithoutMeasuring(change=None, interval=None, verdict="not applicable", sentence=sentence)
     return None
 

@@ -20,7 +20,8 @@ from app.datasets import service as datasets
 from app.errors import BadField, Conflict, NotFound, StudioError
 from app.evaluation import service as evaluations
 from app.kit import ids, stats
-from app.kit.humanize import human_number, human_percent, plural
+from app.kit.humanize import human_number, human_percent
+from app.kit.languages import gettext, localized, ngettext
 from app.metrics import METRICS, in_text, signed
 from app.models import aliases
 from app.models import service as models
@@ -93,7 +94,7 @@ class _Measure(NamedTuple):
         return self.grader is None and METRICS[self.name].lower_is_better
 
     def text(self) -> str:
-        return f"the grader {self.name}" if self.grader is not None else in_text(self.name)
+        return gettext("the grader %(name)s", name=self.name) if self.grader is not None else in_text(self.name)
 
     def number(self, value: float) -> str:
         as_share = self.grader is not None or METRICS[self.name].unit == "share"
@@ -127,9 +128,13 @@ def apply(session: Session, user: User, name: str, order: AliasOrder) -> AliasTa
     """
     found = aliases.find(session, user, name, lock=True)
     if found is None and order.model is None:
-        raise NotFound(f"No such alias: {name[:120]!r}.", hint="Name a model to create it.", param="alias")
+        raise NotFound(
+            gettext("No such alias: %(name)s.", name=repr(name[:120])), hint=gettext("Name a model to create it."), param="alias"
+        )
     if order.force and not order.reason:
-        raise BadField("force needs a reason.", hint="Say why the gate is passed over: the history keeps it.", param="reason")
+        raise BadField(
+            gettext("force needs a reason."), hint=gettext("Say why the gate is passed over: the history keeps it."), param="reason"
+        )
     gate = checked(session, user, order.gate) if order.gate else None
     changes_gate = "gate" in order.model_fields_set and found is not None and found.alias.gate is not None and found.alias.gate != gate
     if found is not None and ((order.force and found.alias.gate) or changes_gate):
@@ -164,17 +169,25 @@ def checked(session: Session, user: User, wanted: PromotionGate) -> JSON:
     entry = objectives.get(dataset.task)
     if not entry.scored:
         raise BadField(
-            "Preference rows have no score that a gate could ask for.", hint="Use rows with answers or labels.", param="gate.dataset"
+            gettext("Preference rows have no score that a gate could ask for."),
+            hint=gettext("Use rows with answers or labels."),
+            param="gate.dataset",
         )
     own = own_metric(dataset)
     grader = wanted.grader or own
     if grader.startswith(f"{ids.GRADER}-"):
         saved_graders.named(session, user, [grader], "gate.grader")
         if entry.classifies:
-            raise BadField("Graders score answers, and these rows have labels.", hint=f"Use {own}.", param="gate.grader")
+            raise BadField(
+                gettext("Graders score answers, and these rows have labels."),
+                hint=gettext("Use %(metric)s.", metric=own),
+                param="gate.grader",
+            )
     elif grader != own:
         raise BadField(
-            f"gate.grader is {grader[:60]!r}.", hint=f"For this dataset it is the id of a saved grader, or {own}.", param="gate.grader"
+            gettext("gate.grader is %(grader)s.", grader=repr(grader[:60])),
+            hint=gettext("For this dataset it is the id of a saved grader, or %(metric)s.", metric=own),
+            param="gate.grader",
         )
     return {"dataset": ids.public(ids.DATASET, dataset.id), "grader": grader, "max_forgetting": wanted.max_forgetting}
 
@@ -222,7 +235,9 @@ def _measure(session: Session, user: User, alias: ModelAlias) -> _Measure:
         saved = saved_graders.get(session, user, ids.parse_grader(name))
     except NotFound:
         raise Conflict(
-            f"The grader of the gate of {alias.name} was deleted.", hint="Set a gate with another grader.", param="gate.grader"
+            gettext("The grader of the gate of %(alias)s was deleted.", alias=alias.name),
+            hint=gettext("Set a gate with another grader."),
+            param="gate.grader",
         ) from None
     return _Measure(saved.name, graders.to_json(graders.parse(saved.body)))
 
@@ -302,16 +317,26 @@ def _forgotten(session: Session, model: Model, evaluation: Evaluation) -> float 
 
 def _refusal(target: AliasTarget, model: Model, dataset: Dataset, measure: _Measure, result: GateResult) -> Conflict:
     """The gate is measured and not passed: the numbers in words."""
-    said = [] if result.better else [f"{model.name} is not shown to be better than {target.model.name}: {in_words(result)}."]
-    if result.better:
-        if result.forgetting is None:
-            said.append(f"{model.name} is better, but its forgetting was not measured, and the gate bounds it.")
-        else:
-            changed, bound = signed(result.forgetting), human_percent(result.max_forgetting)
-            said.append(f"{model.name} is better, but general texts take {changed} bits with it, and the gate allows +{bound}.")
+    if not result.better:
+        said = gettext(
+            "%(model)s is not shown to be better than %(other)s: %(numbers)s.",
+            model=model.name,
+            other=target.model.name,
+            numbers=in_words(result),
+        )
+    elif result.forgetting is None:
+        said = gettext("%(model)s is better, but its forgetting was not measured, and the gate bounds it.", model=model.name)
+    else:
+        said = gettext(
+            "%(model)s is better, but general texts take %(change)s bits with it, and the gate allows +%(bound)s.",
+            model=model.name,
+            change=signed(result.forgetting),
+            bound=human_percent(result.max_forgetting),
+        )
+    stays = gettext("%(alias)s stays where it is.", alias=target.alias.name)
     return Conflict(
-        f"{target.alias.name} stays where it is. {' '.join(said)}",
-        hint="Evaluate on more rows or use another model. Who created the alias, and admins, can move it with force and a reason.",
+        f"{stays} {said}",
+        hint=gettext("Evaluate on more rows or use another model. Who created the alias, and admins, can move it with force and a reason."),
         param="model",
         code="gate_not_passed",
     )
@@ -321,28 +346,55 @@ def in_words(result: GateResult) -> str:
     """The numbers of a result: `accuracy 0.81, before 0.74, on 120 rows; difference +0.07 (95% interval +0.01 to +0.13)`."""
     measure = _Measure(result.measure, {} if result.grader.startswith(f"{ids.GRADER}-") else None)
     low, high = result.interval
-    numbers = f"{measure.text()} {measure.number(result.after)}, before {measure.number(result.before)}, on {plural(result.rows, 'row')}"
-    return f"{numbers}; difference {_signed(result.difference)} (95% interval {_signed(low)} to {_signed(high)})"
+    return ngettext(
+        "%(measure)s %(after)s, before %(before)s, on %(num)s row; difference %(difference)s (95%% interval %(low)s to %(high)s)",
+        "%(measure)s %(after)s, before %(before)s, on %(num)s rows; difference %(difference)s (95%% interval %(low)s to %(high)s)",
+        result.rows,
+        measure=measure.text(),
+        after=measure.number(result.after),
+        before=measure.number(result.before),
+        difference=_signed(result.difference),
+        low=_signed(low),
+        high=_signed(high),
+    )
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return localized(f"{value:+.3f}").replace("-", "−")
 
 
 def _not_measured(
     target: AliasTarget, dataset: Dataset, measure: _Measure, missing: Sequence[Model], waiting: Sequence[Evaluation], *, both: bool
 ) -> Conflict:
-    about = f"The gate of {target.alias.name} compares {measure.text()} on {dataset.name}"
-    names = " and ".join(dict.fromkeys(one.name for one in missing))
+    names = list(dict.fromkeys(one.name for one in missing))
+    about = {
+        "alias": target.alias.name,
+        "measure": measure.text(),
+        "dataset": dataset.name,
+        "models": names[0] if len(names) == 1 else gettext("%(one)s and %(other)s", one=names[0], other=names[1]),
+    }
     if both:
-        what = f"the evaluations of {names} have fewer than {stats.MIN_PAIRED} rows in common that neither was trained on and that were scored in the same way"
+        said = gettext(
+            "The gate of %(alias)s compares %(measure)s on %(dataset)s, and the evaluations of %(models)s have fewer than %(rows)s rows "
+            "in common that neither was trained on and that were scored in the same way.",
+            **about,
+            rows=stats.MIN_PAIRED,
+        )
     else:
-        what = f"there is no finished evaluation of {names} with it"
+        said = gettext(
+            "The gate of %(alias)s compares %(measure)s on %(dataset)s, and there is no finished evaluation of %(models)s with it.", **about
+        )
     path = f"/v1/model_aliases/{target.alias.name}/evaluations"
-    hint = f"Start what is missing with POST {path} or on the page of the alias, and move the alias when it has succeeded."
+    hint = gettext(
+        "Start what is missing with POST %(path)s or on the page of the alias, and move the alias when it has succeeded.", path=path
+    )
     if waiting:
-        hint = f"{plural(len(waiting), 'evaluation')} for it {'is' if len(waiting) == 1 else 'are'} queued or running: try again after the end."
-    return Conflict(f"{about}, and {what}.", hint=hint, param="model", code="evaluations_missing")
+        hint = ngettext(
+            "%(num)s evaluation for it is queued or running: try again after the end.",
+            "%(num)s evaluations for it are queued or running: try again after the end.",
+            len(waiting),
+        )
+    return Conflict(said, hint=hint, param="model", code="evaluations_missing")
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -354,7 +406,11 @@ def start(session: Session, user: User, target: AliasTarget, model: Model) -> li
 
     Raises what `evaluations.create` raises, and Conflict for an alias without a gate."""
     if not target.alias.gate:
-        raise Conflict(f"{target.alias.name} has no gate.", hint="Move it as it is, or set a gate first.", param="alias")
+        raise Conflict(
+            gettext("%(alias)s has no gate.", alias=target.alias.name),
+            hint=gettext("Move it as it is, or set a gate first."),
+            param="alias",
+        )
     now = state(session, user, target, model)
     dataset = _dataset(session, user, _gate(target.alias))
     splits = {one.id: _split_of(session, user, one, dataset) for one in (target.model, model)}
@@ -367,8 +423,12 @@ def start(session: Session, user: User, target: AliasTarget, model: Model) -> li
         made.append(evaluations.create(session, user, evaluations.read_order(order)))
         if made[-1].spec["note"] == evaluations.TRAINED_ON:
             raise Conflict(
-                f"{one.name} was trained on every row of {dataset.name}, so a score there says nothing about new rows.",
-                hint="Set a gate with a dataset that no model was trained on.",
+                gettext(
+                    "%(model)s was trained on every row of %(dataset)s, so a score there says nothing about new rows.",
+                    model=one.name,
+                    dataset=dataset.name,
+                ),
+                hint=gettext("Set a gate with a dataset that no model was trained on."),
                 param="gate.dataset",
             )
     return made

@@ -18,6 +18,7 @@ from app.errors import BadField
 from app.graders import Ask, Graded, GradedSample, GradeError, Grader, Reply
 from app.inference import judges
 from app.kit import stats
+from app.kit.languages import gettext
 from app.tables import User
 
 JSON = dict[str, Any]
@@ -37,12 +38,12 @@ def ordered(
     """The graders of an evaluation's spec, the models that they ask, and the number of answers. Raises NotFound and BadField."""
     if kind != "scores" or objectives.get(task).classifies:
         raise BadField(
-            "Graders score generated answers, which this evaluation has none of.",
-            hint="Take kind scores and a dataset of answers, or leave graders out.",
+            gettext("Graders score generated answers, which this evaluation has none of."),
+            hint=gettext("Take kind scores and a dataset of answers, or leave graders out."),
             param="graders",
         )
     if answers == 0:
-        raise BadField("Graders need answers.", hint="Ask for some, or leave graders out.", param="answers")
+        raise BadField(gettext("Graders need answers."), hint=gettext("Ask for some, or leave graders out."), param="answers")
     found = saved_graders.named(session, user, given)
     return {
         "graders": tuple(map(graders.to_json, found)),

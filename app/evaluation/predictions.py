@@ -34,6 +34,7 @@ from app.evaluation.service import EvaluationSpec, Kind
 from app.inference import tryout
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.models import service as models
 from app.objectives import DEFAULT
 from app.settings import get_settings
@@ -70,7 +71,11 @@ def create(session: Session, user: User, order: PredictionOrder) -> Evaluation:
     _check_is_here(resolved)
     file = files.get(session, user, ids.parse(ids.FILE, order.file, param="file"))
     if not files.is_kept(file.sha256):
-        raise NotFound(f"The bytes of {file.filename} are gone from the disk.", hint="Upload the file again.", param="file")
+        raise NotFound(
+            gettext("The bytes of %(file)s are gone from the disk.", file=file.filename),
+            hint=gettext("Upload the file again."),
+            param="file",
+        )
     readers.kind_of(file.filename)
     look = tryout.of_name(session, user, order.model) if resolved.ref.kind in ("dialogue", "instruction") else None
     path = files.blob_path(file.sha256).relative_to(get_settings().data_dir).as_posix()
@@ -97,10 +102,18 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
     resolved = models.resolve(session, user, model)
     _check_is_here(resolved)
     if resolved.ref.labels:
-        raise BadField(f"{model} is a classifier.", hint="Take an embedding model, or the base it was fine-tuned from.", param="model")
+        raise BadField(
+            gettext("%(model)s is a classifier.", model=model),
+            hint=gettext("Take an embedding model, or the base it was fine-tuned from."),
+            param="model",
+        )
     dataset = evaluations.find_dataset(session, user, dataset_id, None)
     if dataset.status != "ready" or not dataset.good_rows:
-        raise Conflict(f"{dataset.name} is {dataset.status}.", hint="Take a dataset that is ready.", param="dataset_id")
+        raise Conflict(
+            gettext("%(name)s is %(status)s.", name=dataset.name, status=gettext(dataset.status)),
+            hint=gettext("Take a dataset that is ready."),
+            param="dataset_id",
+        )
     task = dataset.task or DEFAULT
     ref = datasets.reference(dataset)
     spec = EvaluationSpec(
@@ -117,8 +130,8 @@ def create_vectors(session: Session, user: User, model: str, dataset_id: str) ->
 def _check_is_here(resolved: models.Resolved) -> None:
     if resolved.model.answered_elsewhere:
         raise BadField(
-            f"{resolved.ref.name} answers through another server; its weights are not here.",
-            hint="Take a model of this studio.",
+            gettext("%(model)s answers through another server; its weights are not here.", model=resolved.ref.name),
+            hint=gettext("Take a model of this studio."),
             param="model",
         )
 
@@ -213,7 +226,11 @@ def usual_format(filename: str) -> Format:
 def content(found: Evaluation, format: Format) -> Iterator[str]:
     """The file with its added columns, in pieces. Raises Conflict before there is one."""
     if found.status != "succeeded" or not (path := places.path(_place(found.id))).is_file():
-        raise Conflict(f"The predictions are {found.status}.", hint="Wait until they have succeeded.", code="not_ready")
+        raise Conflict(
+            gettext("The predictions are %(status)s.", status=gettext(found.status)),
+            hint=gettext("Wait until they have succeeded."),
+            code="not_ready",
+        )
     if format == "jsonl":
         return _lines(path)
     result = found.result or {}

@@ -24,14 +24,14 @@ from sqlalchemy.orm import Session
 
 from app import leases, limits, objectives, ownership, queue
 from app.datasets import service as datasets
-from app.datasets.report import label_name
 from app.errors import BadField, Conflict, problem_json
-from app.evaluation import grading
+from app.evaluation import grading, suited
 from app.inference.judges import ResolvedJudge
 from app.jobs import usage
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext, mark
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models
@@ -47,9 +47,11 @@ SCORING: tuple[Kind, ...] = ("scores", "advice", "blend")
 Part = Literal["all", "validation"]
 ROWS: dict[str, int] = {"scores": 500, "advice": 64, "blend": 200}
 OPEN = ("queued", "running")
-TRAINED_ON = (
+TRAINED_ON = mark(
     "The model was trained on some or all of these rows: the scores show how well it remembers them, not how well it does on new ones."
 )
+OTHER_VERSION = mark("The model was trained on another version of this dataset: a few of these rows may be among its training rows.")
+"""Notes of an evaluation, which are stored in English."""
 MAX_ROW_SCORES = 5000
 
 
@@ -168,25 +170,31 @@ def find_dataset(session: Session, user: User, dataset_id: str | None, file: str
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if file:
         return datasets.for_file(session, user, ids.parse(ids.FILE, file, param=param))
-    raise BadField("No data was named.", hint=f"Send dataset_id or {param}.", param="dataset_id", code="missing_required_parameter")
+    hint = gettext("Send dataset_id or %(field)s.", field=param)
+    raise BadField(gettext("No data was named."), hint=hint, param="dataset_id", code="missing_required_parameter")
 
 
 def _spec(session: Session, order: EvaluationRequest, resolved: models.Resolved, dataset: Dataset) -> EvaluationSpec:
     if dataset.status != "ready" or not dataset.good_rows:
         raise Conflict(
-            f"The dataset {dataset.name} cannot be evaluated on: it is {dataset.status} and has {dataset.good_rows or 0} valid rows.",
-            hint="Wait until it has been read, or fix the issues of its report.",
+            gettext(
+                "The dataset %(name)s cannot be evaluated on: it is %(status)s and has %(rows)s valid rows.",
+                name=dataset.name,
+                status=gettext(dataset.status),
+                rows=dataset.good_rows or 0,
+            ),
+            hint=gettext("Wait until it has been read, or fix the issues of its report."),
             param="dataset_id",
         )
     task = dataset.task or DEFAULT
     job, base = models.origin(session, resolved)
-    _check_can_do(resolved, dataset, order.kind, job)
+    suited.check(resolved, dataset, order.kind, job)
     trained_on = job is not None and job.dataset_id in datasets.family(session, dataset)
     run = job.spec["run"] if job and trained_on else {}
     shared = trained_on and job is not None and job.spec.get("validation") is None and run.get("validation_fraction", 0) > 0
     part = order.part or ("validation" if order.kind == "advice" or shared else "all")
     if order.points and order.kind != "blend":
-        raise BadField("points are those of a blend.", hint='Remove them, or set kind to "blend".', param="points")
+        raise BadField(gettext("points are those of a blend."), hint=gettext('Remove them, or set kind to "blend".'), param="points")
     own_seed = {"seed": order.seed} if order.seed not in (None, run.get("seed")) else {}
     return EvaluationSpec(
         kind=order.kind,
@@ -213,54 +221,7 @@ def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, 
     own_split = order.seed in (None, run.get("seed")) and order.validation_fraction in (None, run.get("validation_fraction"))
     if part == "all" or not shared or not own_split:
         return TRAINED_ON
-    return "" if same else "The model was trained on another version of this dataset: a few of these rows may be among its training rows."
-
-
-def _strategy(job: Job | None) -> str | None:
-    return job.spec["strategy"]["name"] if job is not None else None
-
-
-def _check_can_do(resolved: models.Resolved, dataset: Dataset, kind: Kind, job: Job | None) -> None:
-    model, ref = resolved.model, resolved.ref
-    name = ref.name
-    if model.answered_elsewhere:
-        raise BadField(f"{name} answers through another server.", hint="Take a model whose weights are here.", param="model")
-    if kind == "blend":
-        if ref.name != interpolation.split_name(ref.name)[0]:
-            raise BadField(f"{name} is a blend already.", hint="Name the fine-tuned model itself.", param="model")
-        if reason := interpolation.why_not(_strategy(job), labels=bool(ref.labels)):
-            raise BadField(f"{name} cannot be blended with its base: {reason}", hint="Score it as it is.", param="model")
-    if kind == "advice":
-        if ref.labels:
-            raise BadField(f"{name} is a classifier already, not to be tested before fine-tuning.", hint="Take its base.", param="model")
-        return
-    if fault := unfit(name, ref.shape.architecture, ref.labels, dataset):
-        raise fault
-
-
-def unfit(name: str, architecture: str, labels: Sequence[str] | None, dataset: Dataset) -> BadField | None:
-    """Why a model cannot be scored on these rows; None where it can."""
-    entry = objectives.get(dataset.task)
-    if not entry.scored:
-        return BadField(f"Rows for {entry.name} cannot be scored yet.", hint="Take a dataset of answers or of labels.", param="dataset_id")
-    if entry.classifies and not labels:
-        return BadField(
-            f"{name} is not a classifier, so it cannot be scored on labels.",
-            hint="Use a model fine-tuned on labeled rows. Advice tests what a prompt alone reaches.",
-            param="model",
-        )
-    if not entry.classifies and (architecture == "encoder" or labels):
-        return BadField(
-            f"{name} generates no text, so it cannot be scored on answers.", hint="Use a model that generates text.", param="model"
-        )
-    own = (dataset.report or {}).get("labels") if labels else None
-    if labels and own and own.keys().isdisjoint(map(label_name, labels)):
-        return BadField(
-            f"{name} assigns other labels than those of {dataset.name}: {', '.join(map(str, labels[:5]))}.",
-            hint="Take a dataset with the same labels.",
-            param="dataset_id",
-        )
-    return None
+    return "" if same else OTHER_VERSION
 
 
 LAST_PAIRS = 50
@@ -280,7 +241,7 @@ def usual_pair(
     last += session.execute(scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS))
     recent = [(usable[m], rows[d]) for _, m, d in sorted(last, key=lambda row: row[0], reverse=True) if m in usable and d in rows]
     pairs = itertools.chain(recent, itertools.product(usable.values(), rows.values()))
-    return next(((m, d) for m, d in pairs if m.shape and unfit(m.name, m.shape["architecture"], m.labels, d) is None), None)
+    return next(((m, d) for m, d in pairs if m.shape and suited.unfit(m.name, m.shape["architecture"], m.labels, d) is None), None)
 
 
 # Looking ------------------------------------------------------------------------------------------------------------

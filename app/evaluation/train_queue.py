@@ -24,7 +24,8 @@ from app.evaluation import service as evaluations
 from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
-from app.kit import once
+from app.kit import languages, once
+from app.kit.languages import gettext, mark
 from app.machines import heartbeats, placement
 from app.machines.placement import Needs
 from app.settings import get_settings
@@ -36,7 +37,7 @@ EVALUATION_SECONDS = 120.0
 
 WORK: dict[str, leases.Work[Any]] = {"jobs": lifecycle.WORK, "evaluations": evaluations.WORK}
 """Every kind of work of the train workers, by its table."""
-NO_ROOM = "What trains now leaves too little memory for it."
+NO_ROOM = mark("What trains now leaves too little memory for it.")
 
 
 class Place(NamedTuple):
@@ -137,6 +138,7 @@ class _Last(NamedTuple):
     database: str | None
     good_until: float
     places: dict[uuid.UUID, Place]
+    language: str = languages.SOURCE  # of the words of its places
 
 
 _last = _Last(None, 0.0, {})
@@ -168,12 +170,12 @@ def evaluation_json(session: Session, evaluation: Evaluation) -> JSON:
 def _recent_places(session: Session) -> dict[uuid.UUID, Place]:
     """Computed anew each time, unless that is slow: those of thousands of jobs are shown for a while."""
     global _last
-    database, now = get_settings().database_url, time.monotonic()
-    if _last.database == database and now < _last.good_until:
+    database, language, now = get_settings().database_url, languages.current.get(), time.monotonic()
+    if (_last.database, _last.language) == (database, language) and now < _last.good_until:
         return _last.places
     found = _places(session)
     took = time.monotonic() - now
-    _last = _Last(database, now + took * SHARE if took > SLOW_SECONDS else now, found)
+    _last = _Last(database, now + took * SHARE if took > SLOW_SECONDS else now, found, language)
     return found
 
 
@@ -205,7 +207,10 @@ def _nowhere(at: Situation) -> dict[uuid.UUID, str]:
 def _kept_for(session: Session) -> dict[uuid.UUID, str]:
     """The jobs for which a machine keeps GPUs, in words."""
     kept = select(Job.id, Job.reserved_by).where(Job.reserved_until > leases.now(), Job.status == "queued")
-    return {key: f"Its turn has come: {host} keeps every suitable GPU that gets free for it." for key, host in session.execute(kept)}
+    return {
+        key: gettext("Its turn has come: %(machine)s keeps every suitable GPU that gets free for it.", machine=host)
+        for key, host in session.execute(kept)
+    }
 
 
 def _place_beside_training(at: Situation, workers: int, found: dict[uuid.UUID, Place]) -> None:
@@ -214,7 +219,7 @@ def _place_beside_training(at: Situation, workers: int, found: dict[uuid.UUID, P
     waiting = [one for one in at.waiting if one.kind == "evaluations"]
     passed_over = residency.without_room(one.key for one in waiting)
     for key in passed_over:
-        found[key] = found[key]._replace(waits_for=found[key].waits_for or NO_ROOM)
+        found[key] = found[key]._replace(waits_for=found[key].waits_for or gettext(NO_ROOM))
     alone = replace(at, waiting=[one for one in waiting if one.key not in passed_over])
     free = max(0, workers - sum(running.kind == "evaluations" for running in at.running))
     for position, (one, begins) in enumerate(fair_share.order(alone, len(at.running) + free), 1):
@@ -224,10 +229,10 @@ def _place_beside_training(at: Situation, workers: int, found: dict[uuid.UUID, P
 
 
 def _waits_for(at: Situation, one: Waiting) -> str | None:
-    for whose, most, count in (
-        ("its owner", at.people_limits.get(one.person), sum(r.person == one.person for r in at.running)),
-        ("its project", at.project_limits.get(one.project), sum(r.project == one.project for r in at.running)),
-    ):
-        if most is not None and count >= most:
-            return f"The limit of {whose} is reached: {count} running, {most} allowed."
+    most, count = at.people_limits.get(one.person), sum(r.person == one.person for r in at.running)
+    if most is not None and count >= most:
+        return gettext("The limit of its owner is reached: %(count)s running, %(most)s allowed.", count=count, most=most)
+    most, count = at.project_limits.get(one.project), sum(r.project == one.project for r in at.running)
+    if most is not None and count >= most:
+        return gettext("The limit of its project is reached: %(count)s running, %(most)s allowed.", count=count, most=most)
     return None

@@ -18,9 +18,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
-from app.kit.humanize import human_percent, plural
+from app.kit.humanize import human_percent
+from app.kit.languages import gettext, localized, mark, ngettext
 from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job
@@ -37,6 +38,22 @@ STILL_FALLING = 0.15
 """Minimum share of the whole gain in the last third of a run that was stopped too early."""
 LOST_AGAIN = 0.5
 """Minimum share of the gain that is lost again in an overfitted run."""
+
+HEADINGS: dict[Outcome, str] = {
+    "better": mark("Better than the base"),
+    "no_better": mark("No better"),
+    "worse": mark("Worse than the base"),
+    "undertrained": mark("Undertrained"),
+    "overfitted": mark("Overfitted"),
+    "diverged": mark("Diverged"),
+    "too_few_rows": mark("Too few rows to tell"),
+}
+BASE_IS_BETTER = {
+    "of the base": mark("The base does better; do not use this result."),
+    "of always answering the commonest label": mark("Always answering the commonest label does better; do not use this result."),
+    "of a coin": mark("A coin does better; do not use this result."),
+}
+"""By the `beside` of a metric."""
 
 
 class Suggestion(BaseModel):
@@ -56,6 +73,31 @@ class Verdict(BaseModel):
     interval: tuple[float, float] | None = None
     n: int = 0
     suggestions: list[Suggestion] = []
+    _beaten_by: str = PrivateAttr("")
+    _forgot: bool = PrivateAttr(False)
+
+    def with_words(self, *, beaten_by: str = "", forgot: bool = False) -> Verdict:
+        """The verdict with what its heading follows from: whether examples do better in a `prompt` or by their `vectors`, and whether the
+        sentence says what was forgotten."""
+        self._beaten_by, self._forgot = beaten_by, forgot
+        return self
+
+    @property
+    def heading(self) -> str:
+        """The verdict in a few words, for a page."""
+        if self._beaten_by:
+            return gettext("A prompt does better") if self._beaten_by == "prompt" else gettext("Better without training")
+        return gettext(HEADINGS[self.outcome])
+
+    @property
+    def details(self) -> str:
+        """The sentence without what the heading says."""
+        return self.sentence.removeprefix(f"{_better()} ").removeprefix(f"{_worse()} ")
+
+    @property
+    def says_forgetting(self) -> bool:
+        """Whether the sentence says what was forgotten."""
+        return self._forgot
 
     @property
     def ready(self) -> bool:
@@ -104,8 +146,13 @@ def verdict(
     if base is None:
         return Verdict(
             outcome="too_few_rows",
-            sentence="No rows were held out, so it is not known whether it is better than its base.",
-            suggestions=[Suggestion(label="Hold out 20% and train again", order={"run": {"validation_fraction": 0.2}})],
+            sentence=gettext("No rows were held out, so it is not known whether it is better than its base."),
+            suggestions=[
+                Suggestion(
+                    label=gettext("Hold out %(share)s and train again", share=human_percent(0.2, 0)),
+                    order={"run": {"validation_fraction": 0.2}},
+                )
+            ],
         )
     figures = {
         "metric": metric,
@@ -116,8 +163,9 @@ def verdict(
         "n": base.rows,
     }
     judged = _judge(spec, found, contest, base, few_shot, metric)
-    sentences = [*judged.sentences, *_forgot(spec, forgetting)]
-    return Verdict(**figures, outcome=judged.outcome, sentence=" ".join(sentences), suggestions=judged.suggestions)
+    forgot = _forgot(spec, forgetting)
+    whole = Verdict(**figures, outcome=judged.outcome, sentence=" ".join([*judged.sentences, *forgot]), suggestions=judged.suggestions)
+    return whole.with_words(beaten_by=judged.beaten_by, forgot=bool(forgot))
 
 
 def of_job(job: Job) -> Verdict | None:
@@ -130,17 +178,33 @@ def of_job(job: Job) -> Verdict | None:
 
 def diverged(spec: JobSpec, error: Mapping[str, Any] | None) -> Verdict:
     rate = ((error or {}).get("suggestion") or {}).get("learning_rate") or spec.learning_rate / 10
-    sentence = f"Training diverged. {(error or {}).get('message', '')}".strip()
+    said = gettext("Training diverged.")
+    sentence = f"{said} {(error or {}).get('message', '')}".strip()
     return Verdict(
         outcome="diverged",
         sentence=sentence,
-        suggestions=[Suggestion(label=f"Try again with learning rate {rate:.1g}", order={"run": {"learning_rate": rate}})],
+        suggestions=[Suggestion(label=_with_rate(rate), order={"run": {"learning_rate": rate}})],
     )
 
 
 def interrupted(step: int | None) -> Verdict:
-    at = f"Cancelled at step {step}" if step else "Cancelled before the first step"
-    return Verdict(outcome="undertrained", sentence=f"{at}, so it was not compared with its base.")
+    if step:
+        sentence = gettext("Cancelled at step %(step)s, so it was not compared with its base.", step=step)
+    else:
+        sentence = gettext("Cancelled before the first step, so it was not compared with its base.")
+    return Verdict(outcome="undertrained", sentence=sentence)
+
+
+def _with_rate(rate: float) -> str:
+    return gettext("Try again with learning rate %(rate)s", rate=localized(f"{rate:.1g}"))
+
+
+def _better() -> str:
+    return gettext("Better than the base.")
+
+
+def _worse() -> str:
+    return gettext("Worse than the base.")
 
 
 # Jobs with one ----------------------------------------------------------------------------------------------------------
@@ -150,6 +214,7 @@ class _Judged(NamedTuple):
     outcome: Outcome
     sentences: list[str]
     suggestions: list[Suggestion]
+    beaten_by: str = ""
 
 
 def _judge(
@@ -158,34 +223,51 @@ def _judge(
     curve = [(int(step), float(loss)) for step, loss in found.get("curve") or [] if loss is not None and math.isfinite(float(loss))]
     steps, against = int(found.get("steps") or 0), _against(base, metric, spec, contest)
     more = _more_epochs(spec, found) if still_falling(curve) else []
-    lower = [Suggestion(label=f"Try again with learning rate {spec.learning_rate / 3:.1g}", order=_rate(spec, 1 / 3))]
+    lower = [Suggestion(label=_with_rate(spec.learning_rate / 3), order=_rate(spec, 1 / 3))]
     if base.rows < MIN_ROWS or base.interval is None:
-        return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
+        return _Judged("too_few_rows", [_too_few(base), against], _hold_out_more(spec))
     if base.worse:
-        other = METRICS[metric].beside.removeprefix("of ").capitalize()
-        return _Judged("worse", [f"Worse than the base. {against}", f"{other} does better; do not use this result."], lower)
+        return _Judged("worse", [_worse(), against, gettext(BASE_IS_BETTER[METRICS[metric].beside])], lower)
     if (best := overfitted(curve)) is not None and not base.better:
-        sentence = f"Overfitted: the validation loss was lowest at step {best} and rose again. {against}"
-        return _Judged("overfitted", [sentence], [*lower, *_fewer_epochs(spec, best, steps)])
+        sentence = gettext("Overfitted: the validation loss was lowest at step %(step)s and rose again.", step=best)
+        return _Judged("overfitted", [sentence, against], [*lower, *_fewer_epochs(spec, best, steps)])
     if not base.better:
         if more or (0 < steps < MIN_STEPS and spec.strategy.recipe != "features"):
-            why = "its validation loss was still falling" if more else f"{plural(steps, 'step')} {'is' if steps == 1 else 'are'} few"
-            sentence = f"Undertrained: not yet better than the base beyond chance, and {why}. {against}"
-            return _Judged("undertrained", [sentence], more or _more_epochs(spec, found))
+            return _Judged("undertrained", [_undertrained(steps, falling=bool(more)), against], more or _more_epochs(spec, found))
         if base.rows < FEW_ROWS:
-            return _Judged("too_few_rows", [f"Too few validation rows to tell (n = {base.rows}). {against}"], _hold_out_more(spec))
-        return _Judged("no_better", [f"No better than the base, as far as {plural(base.rows, 'row')} can tell. {against}"], more)
+            return _Judged("too_few_rows", [_too_few(base), against], _hold_out_more(spec))
+        sentence = ngettext(
+            "No better than the base, as far as %(num)s row can tell.",
+            "No better than the base, as far as %(num)s rows can tell.",
+            base.rows,
+        )
+        return _Judged("no_better", [sentence, against], more)
     if few_shot is not None and few_shot.worse:
-        sentence = f"Better than the base, but {_prompt(contest)} does better still: {_told(few_shot.score, metric)} against {_told(few_shot.tuned, metric)}."
-        return _Judged("no_better", [sentence, against], more or (_more_epochs(spec, found) if 0 < steps < MIN_STEPS else []))
-    words = [f"Better than the base. {against}", *_beside_prompt(few_shot, contest, metric)]
+        by = "vectors" if contest.get("few_shot_by") == "vectors" else "prompt"
+        next_ = more or (_more_epochs(spec, found) if 0 < steps < MIN_STEPS else [])
+        return _Judged("no_better", [_beaten(few_shot, contest, metric), against], next_, by)
+    words = [_better(), against, *_beside_prompt(few_shot, contest, metric)]
     if more:
-        words.append("Its validation loss was still falling at the end: more epochs would likely help.")
+        words.append(gettext("Its validation loss was still falling at the end: more epochs would likely help."))
     elif best is not None:
-        words.append(f"The loss rose again after step {best}; that checkpoint was kept.")
+        words.append(gettext("The loss rose again after step %(step)s; that checkpoint was kept.", step=best))
     if metric != "loss" and base.tuned == 1.0:
-        words.append("Not one mistake: make sure that no training row stands among the held-out ones.")
+        words.append(gettext("Not one mistake: make sure that no training row stands among the held-out ones."))
     return _Judged("better", words, more)
+
+
+def _too_few(base: VerdictSide) -> str:
+    return gettext("Too few validation rows to tell (n = %(rows)s).", rows=base.rows)
+
+
+def _undertrained(steps: int, *, falling: bool) -> str:
+    if falling:
+        return gettext("Undertrained: not yet better than the base beyond chance, and its validation loss was still falling.")
+    return ngettext(
+        "Undertrained: not yet better than the base beyond chance, and %(num)s step is few.",
+        "Undertrained: not yet better than the base beyond chance, and %(num)s steps are few.",
+        steps,
+    )
 
 
 def _side(side: Mapping[str, Any] | None, metric: str) -> VerdictSide | None:
@@ -199,13 +281,30 @@ def _side(side: Mapping[str, Any] | None, metric: str) -> VerdictSide | None:
 
 def _against(base: VerdictSide, metric: str, spec: JobSpec, contest: Mapping[str, Any]) -> str:
     """`Validation loss 2.31 against 3.10 (difference −0.92 to −0.66 with 95% confidence, 40 held-out rows).`"""
-    name, other = METRICS[metric].column or METRICS[metric].title, METRICS[metric].beside
-    between = ""
-    if base.interval:
-        low, high = (_signed(end, metric) for end in base.interval)
-        between = f"difference {low} to {high}{' points' if METRICS[metric].unit == 'share' else ''} with 95% confidence, "
-    rows = f"{plural(base.rows, 'row')} in cross-validation" if contest.get("cross_validated") else plural(base.rows, "validation row")
-    return f"{name} {_told(base.tuned, metric)} against {_told(base.score, metric)} {other} ({between}{rows})."
+    said = {
+        "metric": gettext(METRICS[metric].column or METRICS[metric].title),
+        "tuned": _told(base.tuned, metric),
+        "base": _told(base.score, metric),
+        "of_base": gettext(METRICS[metric].beside),
+        "rows": _rows(base.rows, crossed=bool(contest.get("cross_validated"))),
+    }
+    if not base.interval:
+        return gettext("%(metric)s %(tuned)s against %(base)s %(of_base)s (%(rows)s).", **said)
+    said["low"], said["high"] = (_signed(end, metric) for end in base.interval)
+    if METRICS[metric].unit == "share":
+        return gettext(
+            "%(metric)s %(tuned)s against %(base)s %(of_base)s (difference %(low)s to %(high)s points with 95%% confidence, %(rows)s).",
+            **said,
+        )
+    return gettext(
+        "%(metric)s %(tuned)s against %(base)s %(of_base)s (difference %(low)s to %(high)s with 95%% confidence, %(rows)s).", **said
+    )
+
+
+def _rows(count: int, *, crossed: bool) -> str:
+    if crossed:
+        return ngettext("%(num)s row in cross-validation", "%(num)s rows in cross-validation", count)
+    return ngettext("%(num)s validation row", "%(num)s validation rows", count)
 
 
 def _forgot(spec: JobSpec, measured: Mapping[str, Any] | None) -> list[str]:
@@ -214,33 +313,78 @@ def _forgot(spec: JobSpec, measured: Mapping[str, Any] | None) -> list[str]:
     if found.get("verdict") not in ("forgot some", "forgot much") or not found.get("interval"):
         return []
     low, high = (-100 * float(end) for end in reversed(found["interval"]))
-    change = -100 * float(found["change"])
-    removable = ", with the adapter on; removable" if type(spec.strategy).adapter else ""
-    lost = f"It {found['verdict']}: general ability {change:+.0f}% (95%: {low:+.0f} to {high:+.0f}%){removable}."
-    return [lost.replace("-", "−")]
+    ends = {"change": -100 * float(found["change"]), "low": low, "high": high}
+    said = {name: f"{value:+.0f}".replace("-", "−") for name, value in ends.items()}
+    much, removable = found["verdict"] == "forgot much", type(spec.strategy).adapter
+    if much and removable:
+        return [
+            gettext("It forgot much: general ability %(change)s%% (95%%: %(low)s to %(high)s%%), with the adapter on; removable.", **said)
+        ]
+    if much:
+        return [gettext("It forgot much: general ability %(change)s%% (95%%: %(low)s to %(high)s%%).", **said)]
+    if removable:
+        return [
+            gettext("It forgot some: general ability %(change)s%% (95%%: %(low)s to %(high)s%%), with the adapter on; removable.", **said)
+        ]
+    return [gettext("It forgot some: general ability %(change)s%% (95%%: %(low)s to %(high)s%%).", **said)]
+
+
+def _beaten(few_shot: VerdictSide, contest: Mapping[str, Any], metric: str) -> str:
+    """Better than the base alone, but not than what examples reach without training."""
+    score, tuned = _told(few_shot.score, metric), _told(few_shot.tuned, metric)
+    if contest.get("few_shot_by") == "vectors":
+        return gettext(
+            "Better than the base, but nearest-neighbor classification without training does better still: %(score)s against %(tuned)s.",
+            score=score,
+            tuned=tuned,
+        )
+    return ngettext(
+        "Better than the base, but the base with %(num)s example in its prompt does better still: %(score)s against %(tuned)s.",
+        "Better than the base, but the base with %(num)s examples in its prompt does better still: %(score)s against %(tuned)s.",
+        int(contest.get("examples") or 0),
+        score=score,
+        tuned=tuned,
+    )
 
 
 def _beside_prompt(few_shot: VerdictSide | None, contest: Mapping[str, Any], metric: str) -> list[str]:
     if few_shot is None:
         return []
-    if few_shot.better:
-        return [f"Better than {_prompt(contest)}, too ({_told(few_shot.score, metric)})."]
-    enough = "no training may be needed" if contest.get("few_shot_by") == "vectors" else "a prompt may be enough"
-    return [f"No significant difference from {_prompt(contest)} ({_told(few_shot.score, metric)}): {enough}."]
-
-
-def _prompt(contest: Mapping[str, Any]) -> str:
+    examples, score = int(contest.get("examples") or 0), _told(few_shot.score, metric)
     if contest.get("few_shot_by") == "vectors":
-        return "nearest-neighbor classification without training"
-    return f"the base with {plural(int(contest.get('examples') or 0), 'example')} in its prompt"
+        if few_shot.better:
+            return [gettext("Better than nearest-neighbor classification without training, too (%(score)s).", score=score)]
+        return [
+            gettext(
+                "No significant difference from nearest-neighbor classification without training (%(score)s): no training may be needed.",
+                score=score,
+            )
+        ]
+    if few_shot.better:
+        return [
+            ngettext(
+                "Better than the base with %(num)s example in its prompt, too (%(score)s).",
+                "Better than the base with %(num)s examples in its prompt, too (%(score)s).",
+                examples,
+                score=score,
+            )
+        ]
+    return [
+        ngettext(
+            "No significant difference from the base with %(num)s example in its prompt (%(score)s): a prompt may be enough.",
+            "No significant difference from the base with %(num)s examples in its prompt (%(score)s): a prompt may be enough.",
+            examples,
+            score=score,
+        )
+    ]
 
 
 def _told(value: float, metric: str) -> str:
-    return f"{value:.3g}" if METRICS[metric].unit != "share" else human_percent(value, 0)
+    return localized(f"{value:.3g}") if METRICS[metric].unit != "share" else human_percent(value, 0)
 
 
 def _signed(value: float, metric: str) -> str:
-    return (f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f}").replace("-", "−")
+    return localized(f"{value:+.2g}" if METRICS[metric].unit != "share" else f"{value * 100:+.0f}").replace("-", "−")
 
 
 # Curves -----------------------------------------------------------------------------------------------------------------
@@ -275,20 +419,27 @@ def _more_epochs(spec: JobSpec, found: Mapping[str, Any]) -> list[Suggestion]:
     epochs = math.ceil(spec.run.epochs * longer)
     if spec.run.max_steps:  # else a limit, as of the quick preset, would end it where it ended before
         limit = math.ceil(spec.run.max_steps * longer)
-        return [Suggestion(label=f"Train for {limit} steps", order={"run": {"epochs": epochs, "max_steps": limit}})]
-    return [Suggestion(label=f"Train for {epochs} epochs", order={"run": {"epochs": epochs}})]
+        label = ngettext("Train for %(steps)s step", "Train for %(steps)s steps", limit, steps=limit)
+        return [Suggestion(label=label, order={"run": {"epochs": epochs, "max_steps": limit}})]
+    return [_for_epochs(epochs)]
 
 
 def _fewer_epochs(spec: JobSpec, best: int, steps: int) -> list[Suggestion]:
     if not steps or best >= steps:
         return []
     epochs = max(1, math.ceil(spec.run.epochs * best / steps))
-    return [Suggestion(label=f"Train for {epochs} epoch{'s' if epochs > 1 else ''}", order={"run": {"epochs": epochs}})]
+    return [_for_epochs(epochs)]
+
+
+def _for_epochs(epochs: int) -> Suggestion:
+    label = ngettext("Train for %(epochs)s epoch", "Train for %(epochs)s epochs", epochs, epochs=epochs)
+    return Suggestion(label=label, order={"run": {"epochs": epochs}})
 
 
 def _hold_out_more(spec: JobSpec) -> list[Suggestion]:
     share = min(0.5, max(0.2, 2 * spec.run.validation_fraction))
-    return [Suggestion(label=f"Hold out {human_percent(share, 0)} of the rows", order={"run": {"validation_fraction": share}})]
+    label = gettext("Hold out %(share)s of the rows", share=human_percent(share, 0))
+    return [Suggestion(label=label, order={"run": {"validation_fraction": share}})]
 
 
 def _rate(spec: JobSpec, factor: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pkgutil
 
 from app.errors import BadField
 from app.export_formats._base import PART, ExportFormat, ModelFacts
+from app.kit.languages import gettext
 
 __all__ = ["FORMATS", "PART", "ExportFormat", "ModelFacts", "get"]
 
@@ -28,5 +29,6 @@ FORMATS: dict[str, ExportFormat] = _scan()
 def get(name: str) -> ExportFormat:
     """The format with this name. Raises BadField."""
     if name not in FORMATS:
-        raise BadField(f"“{name[:40]}” is not an export format.", hint=f"Use one of {', '.join(FORMATS)}.", param="format")
+        hint = gettext("Use one of %(names)s.", names=", ".join(FORMATS))
+        raise BadField(gettext("“%(name)s” is not an export format.", name=name[:40]), hint=hint, param="format")
     return FORMATS[name]

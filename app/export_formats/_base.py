@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from app.errors import BadField
+from app.kit.languages import gettext
 from app.shapes import Shape
 
 PART = ".part"
@@ -56,19 +57,23 @@ class ExportFormat(ABC):
         """The types that were asked for, each once, in the order of `types`. Raises BadField."""
         wanted = set(types or self.types[:1])
         if unknown := sorted(wanted - set(self.types)):
-            raise BadField(f"{self.title} has no type “{unknown[0][:40]}”.", hint=f"Use some of {', '.join(self.types)}.", param="types")
+            said = gettext("%(format)s has no type “%(type)s”.", format=gettext(self.title), type=unknown[0][:40])
+            raise BadField(said, hint=gettext("Use some of %(types)s.", types=", ".join(self.types)), param="types")
         return [name for name in self.types if name in wanted]
 
 
 def tokens_apart(facts: ModelFacts, program: str) -> str | None:
     """Why an adapter that added tokens cannot be written without its base."""
     if facts.new_tokens:
-        return f"It has new tokens, whose rows {program} would not read next to an adapter. Choose a format that merges it."
+        return gettext(
+            "It has new tokens, whose rows %(program)s would not read next to an adapter. Choose a format that merges it.", program=program
+        )
     return None
 
 
 def needs_merging(facts: ModelFacts) -> str | None:
     """Why a model whose adapters stay apart cannot be written as plain weights."""
     if facts.unmergeable:
-        return f"It was fine-tuned with {facts.unmergeable}, which cannot be merged into the weights."
+        method = gettext(facts.unmergeable)
+        return gettext("It was fine-tuned with %(method)s, which cannot be merged into the weights.", method=method)
     return None

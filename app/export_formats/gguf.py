@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, needs_merging
+from app.kit.languages import gettext, mark
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """`model_type` of transformers → `general.architecture` of llama.cpp."""
@@ -19,18 +20,22 @@ OUTPUT_BITS = {"F32": 32.0, "F16": 16.0, "BF16": 16.0}
 
 class Gguf(ExportFormat):
     name, title, place, proves = "gguf", "GGUF", 10, True
-    summary = "One file per type, for llama.cpp, Ollama, LM Studio and others that run models on a CPU or a small GPU."
+    summary = mark("One file per type, for llama.cpp, Ollama, LM Studio and others that run models on a CPU or a small GPU.")
     types = tuple(BITS)
     weighted = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
 
     def accepts(self, facts: ModelFacts) -> str | None:
         if facts.labels:
-            return "It has an output layer of its own, which llama.cpp cannot read."
+            return gettext("It has an output layer of its own, which llama.cpp cannot read.")
         if facts.shape.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            return f"Its architecture, {facts.shape.model_type}, is not one of those that are written here: {known}."
+            return gettext(
+                "Its architecture, %(architecture)s, is not one of those that are written here: %(known)s.",
+                architecture=facts.shape.model_type,
+                known=known,
+            )
         if facts.shape.mlp_bias:
-            return "Its feed-forward layers have biases, which llama.cpp's graph of this architecture lacks."
+            return gettext("Its feed-forward layers have biases, which llama.cpp's graph of this architecture lacks.")
         return needs_merging(facts)
 
     def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:

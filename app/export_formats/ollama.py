@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from app.export_formats.gguf import Gguf
+from app.kit.languages import mark
 
 
 class Ollama(Gguf):
     name, title, place = "ollama", "Ollama", 20
-    summary = "A GGUF file and a Modelfile with template, stops and system prompt: then ollama create NAME -f Modelfile."
+    summary = mark("A GGUF file and a Modelfile with template, stops and system prompt: then ollama create NAME -f Modelfile.")
 
 
 FORMAT = Ollama()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, needs_merging
+from app.kit.languages import mark
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 class Safetensors(ExportFormat):
-    name, title, place, proves = "safetensors", "Merged safetensors", 25, True
-    summary = "The weights with every adapter merged, its tokenizer and config, for transformers, vLLM and SGLang."
+    name, title, place, proves = "safetensors", mark("Merged safetensors"), 25, True
+    summary = mark("The weights with every adapter merged, its tokenizer and config, for transformers, vLLM and SGLang.")
     types = tuple(BYTES)
 
     def accepts(self, facts: ModelFacts) -> str | None:

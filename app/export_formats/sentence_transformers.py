@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, needs_merging
+from app.kit.languages import gettext, mark
 
 
 class SentenceTransformers(ExportFormat):
     name, title, place = "sentence_transformers", "sentence-transformers", 40
-    summary = "A folder that SentenceTransformer(…) and vector databases load, with mean pooling and unit length as here."
+    summary = mark("A folder that SentenceTransformer(…) and vector databases load, with mean pooling and unit length as here.")
     types = ("F32",)
 
     def accepts(self, facts: ModelFacts) -> str | None:
         if facts.kind != "encoder" or facts.labels:
-            return "Only embedding models have this layout."
+            return gettext("Only embedding models have this layout.")
         return needs_merging(facts)
 
     def bytes_of(self, facts: ModelFacts, types: Sequence[str]) -> int:

@@ -23,6 +23,7 @@ from app.errors import BadField
 from app.formats import _base, _content
 from app.formats._base import Field, Format, Guess, Row, RowFinding
 from app.formats.rated import verdict
+from app.kit.languages import gettext
 from app.kit.registry import classes_in
 from app.objectives import OBJECTIVES, Objective
 
@@ -52,7 +53,8 @@ def get(name: str) -> Format:
     try:
         return FORMATS[name]
     except KeyError:
-        raise BadField(f"There is no format “{name[:80]}”.", hint=f"Choose one of {', '.join(FORMATS)}.", param="format") from None
+        hint = gettext("Choose one of %(formats)s.", formats=", ".join(FORMATS))
+        raise BadField(gettext("There is no format “%(name)s”.", name=name[:80]), hint=hint, param="format") from None
 
 
 _OWNERS = sorted((entry for entry in FORMATS.values() if entry.name == entry.shape), key=lambda entry: -len(entry.keys))

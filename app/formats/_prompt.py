@@ -6,15 +6,16 @@ from typing import Any, TypeGuard
 
 from app.formats._base import Columns, Field, Row, parsed, text_of
 from app.formats._messages import as_messages
+from app.kit.languages import mark
 
 PROMPT = (
     "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "dialog", "chat", "input", "user",
 )  # fmt: skip
 FIELDS = (
-    Field("input", "The text an instruction is about; it is put below the prompt.", ("input", "context"), False),
-    Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
-    Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),
-    Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),
+    Field("input", mark("The text an instruction is about; it is put below the prompt."), ("input", "context"), False),
+    Field("system", mark("How the assistant should behave."), ("system", "system_prompt"), False),
+    Field("history", mark("Earlier turns, as pairs of question and answer."), ("history",), False),
+    Field("tools", mark("The tools the assistant may call."), ("tools", "functions"), False),
 )
 
 

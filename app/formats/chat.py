@@ -9,13 +9,14 @@ from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, fi
 from app.formats._conversions import Conversion, prompt_and_completion, single
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
+from app.kit.languages import mark
 
 
 class Chat(Messages, Format):
     name: ClassVar = "chat"
-    title: ClassVar = "Chat"
+    title: ClassVar = mark("Chat")
     shape: ClassVar = "chat"
-    summary: ClassVar = "Conversations: a list of messages, each with a role and its text. The assistant's messages are trained on."
+    summary: ClassVar = mark("Conversations: a list of messages, each with a role and its text. The assistant's messages are trained on.")
     example: ClassVar = {
         "messages": [
             {"role": "system", "content": "You answer in one sentence."},
@@ -26,12 +27,12 @@ class Chat(Messages, Format):
     fields: ClassVar = (
         Field(
             "messages",
-            "The conversation: a list of {role, content}.",
+            mark("The conversation: a list of {role, content}."),
             ("messages", "conversation", "conversations", "chat", "dialogue", "dialog", "texts", "turns"),
             holds="turns",
         ),
-        Field("system", "The system's message.", ("system", "system_prompt"), False),
-        Field("tools", "The tools the assistant may call.", ("tools", "functions"), False),
+        Field("system", mark("The system's message."), ("system", "system_prompt"), False),
+        Field("tools", mark("The tools the assistant may call."), ("tools", "functions"), False),
     )
     place: ClassVar = 10
     file_columns: ClassVar = {"messages": "messages", "system": ""}

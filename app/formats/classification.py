@@ -8,25 +8,26 @@ from typing import Any, ClassVar
 from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, check_text, fix, shown, text_of
 from app.formats._conversions import Conversion
 from app.formats._rows import with_rest
+from app.kit.languages import mark
 
 
 class Classification(Format):
     name: ClassVar = "classification"
-    title: ClassVar = "Classification"
+    title: ClassVar = mark("Classification")
     task: ClassVar = "classification"
     shape: ClassVar = "classification"
-    summary: ClassVar = "A text and the class it belongs to."
+    summary: ClassVar = mark("A text and the class it belongs to.")
     example: ClassVar = {"text": "My card was declined.", "label": "card"}
     fields: ClassVar = (
         Field(
             "text",
-            "The text to classify.",
+            mark("The text to classify."),
             ("text", "sentence", "content", "review", "utterance", "question", "tweet", "message", "comment"),
             holds="text",
         ),
         Field(
             "label",
-            "Its class.",
+            mark("Its class."),
             ("label", "category", "class", "intent", "target", "sentiment", "topic", "labels", "label_text", "tag"),
             holds="label",
         ),

@@ -7,21 +7,22 @@ from typing import ClassVar
 from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._conversions import Conversion, single, turns
 from app.formats._rows import PromptAndCompletion
+from app.kit.languages import mark
 
 _TURNS = "each prompt becomes the user's turn and its completion the assistant's"
 
 
 class Completion(PromptAndCompletion, Format):
     name: ClassVar = "completion"
-    title: ClassVar = "Completion"
+    title: ClassVar = mark("Completion")
     shape: ClassVar = "completion"
-    summary: ClassVar = "A prompt and the text that goes on from it, with no roles. The completion is trained on."
+    summary: ClassVar = mark("A prompt and the text that goes on from it, with no roles. The completion is trained on.")
     example: ClassVar = {"prompt": "Once upon a time,", "completion": " a fox found a violin."}
     fields: ClassVar = (
-        Field("prompt", "The text that is given.", ("prompt", "source", "input_text"), holds="question"),
+        Field("prompt", mark("The text that is given."), ("prompt", "source", "input_text"), holds="question"),
         Field(
             "completion",
-            "The text that follows it.",
+            mark("The text that follows it."),
             ("completion", "response", "output", "target", "continuation", "target_text"),
             holds="answer",
         ),

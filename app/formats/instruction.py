@@ -8,30 +8,31 @@ from app.formats._base import Columns, Field, Format, Row, RowFinding, check_tex
 from app.formats._conversions import Conversion, as_it_is, prompt_and_completion
 from app.formats._prompt import is_history, joined
 from app.formats._rows import Messages
+from app.kit.languages import mark
 
 
 class Instruction(Messages, Format):
     name: ClassVar = "instruction"
-    title: ClassVar = "Instruction"
+    title: ClassVar = mark("Instruction")
     shape: ClassVar = "instruction"
-    summary: ClassVar = "One instruction, perhaps with an input, and the answer to it. The answer is trained on."
+    summary: ClassVar = mark("One instruction, perhaps with an input, and the answer to it. The answer is trained on.")
     example: ClassVar = {"instruction": "Name the color.", "input": "grass", "output": "green"}
     fields: ClassVar = (
         Field(
             "instruction",
-            "What is asked.",
+            mark("What is asked."),
             ("instruction", "question", "query", "user", "human", "task", "request", "problem"),
             holds="question",
         ),
-        Field("input", "The text the instruction is about.", ("input", "context", "passage"), False),
+        Field("input", mark("The text the instruction is about."), ("input", "context", "passage"), False),
         Field(
             "output",
-            "The answer to train on.",
+            mark("The answer to train on."),
             ("output", "response", "answer", "assistant", "reply", "target", "solution"),
             holds="answer",
         ),
-        Field("system", "How the assistant should behave.", ("system", "system_prompt"), False),
-        Field("history", "Earlier turns, as pairs of question and answer.", ("history",), False),
+        Field("system", mark("How the assistant should behave."), ("system", "system_prompt"), False),
+        Field("history", mark("Earlier turns, as pairs of question and answer."), ("history",), False),
     )
     place: ClassVar = 20
     checked_as: ClassVar = "chat"  # its normalised rows are conversations

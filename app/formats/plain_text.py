@@ -6,15 +6,16 @@ from typing import ClassVar
 
 from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._rows import Text
+from app.kit.languages import mark
 
 
 class PlainText(Text, Format):
     name: ClassVar = "plain_text"
-    title: ClassVar = "Plain text"
+    title: ClassVar = mark("Plain text")
     shape: ClassVar = "plain_text"
-    summary: ClassVar = "Passages of text. Every token is trained on: the model picks up vocabulary and style."
+    summary: ClassVar = mark("Passages of text. Every token is trained on: the model picks up vocabulary and style.")
     example: ClassVar = {"text": "The bridge of a violin is carved from maple and held by the strings alone."}
-    fields: ClassVar = (Field("text", "The passage.", ("text", "content", "document", "passage", "body", "story"), holds="text"),)
+    fields: ClassVar = (Field("text", mark("The passage."), ("text", "content", "document", "passage", "body", "story"), holds="text"),)
     place: ClassVar = 60
     model_kinds: ClassVar = ("generic", "instruction", "dialogue")
 

@@ -11,28 +11,29 @@ from app.formats._conversions import Conversion, answer_of
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
 from app.formats._rows import given_and_all, last_of, said, texts_of, with_rest, without_system
+from app.kit.languages import mark
 
 DROP = fix("Remove row", "drop_row")
 
 
 class Preference(Format):
     name: ClassVar = "preference"
-    title: ClassVar = "Preference"
+    title: ClassVar = mark("Preference")
     task: ClassVar = "preference"
     shape: ClassVar = "preference"
-    summary: ClassVar = "A prompt with a better and a worse answer. The model is trained to prefer the better one."
+    summary: ClassVar = mark("A prompt with a better and a worse answer. The model is trained to prefer the better one.")
     example: ClassVar = {"prompt": "Thank the customer.", "chosen": "Thank you, that helps us a lot.", "rejected": "ok thx"}
     fields: ClassVar = (
-        Field("prompt", "The prompt, as text or messages; OpenAI's “input” is understood too.", PROMPT, False, "question"),
+        Field("prompt", mark("The prompt, as text or messages; OpenAI's “input” is understood too."), PROMPT, False, "question"),
         Field(
             "chosen",
-            "The better answer, as text or messages.",
+            mark("The better answer, as text or messages."),
             ("chosen", "preferred_output", "preferred", "accepted", "chosen_response", "chosen_text", "response", "text", "output"),
             holds="answer",
         ),
         Field(
             "rejected",
-            "The worse answer, as text or messages.",
+            mark("The worse answer, as text or messages."),
             ("rejected", "non_preferred_output", "dispreferred", "rejected_response", "rejected_text", "rejected_output"),
             holds="answer",
         ),

@@ -13,6 +13,7 @@ from app.formats._messages import as_messages, check_messages, normalise_message
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
 from app.formats._rows import given_and_all, last_of, said, texts_of, trained, with_rest, without_system
 from app.formats.preference import conversation_with
+from app.kit.languages import mark
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}
@@ -21,23 +22,23 @@ DROP = fix("Remove row", "drop_row")
 
 class Rated(Format):
     name: ClassVar = "rated"
-    title: ClassVar = "Rated answers"
+    title: ClassVar = mark("Rated answers")
     task: ClassVar = "kto"
     shape: ClassVar = "rated"
-    summary: ClassVar = "A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it."
+    summary: ClassVar = mark("A prompt, one answer to it, and whether that answer was good: true or false, as KTO takes it.")
     example: ClassVar = {"prompt": "Thank the customer.", "completion": "ok thx", "label": False}
     fields: ClassVar = (
-        Field("prompt", "The prompt, as text or messages.", PROMPT, holds="question"),
+        Field("prompt", mark("The prompt, as text or messages."), PROMPT, holds="question"),
         Field(
             "completion",
-            "The answer. If omitted, it is the last message of the prompt's conversation.",
+            mark("The answer. If omitted, it is the last message of the prompt's conversation."),
             ("completion", "response", "output", "answer"),
             False,
             "answer",
         ),
         Field(
             "label",
-            "Whether the answer was good: true or false.",
+            mark("Whether the answer was good: true or false."),
             ("label", "kto_tag", "rating", "liked", "good", "thumb", "feedback"),
             holds="rating",
         ),

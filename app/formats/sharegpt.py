@@ -7,23 +7,24 @@ from typing import ClassVar
 from app.formats._base import Columns, Field, Format, Row, RowFinding, fix, parsed, shown, text_of
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
+from app.kit.languages import mark
 
 
 class ShareGpt(Messages, Format):
     name: ClassVar = "sharegpt"
     title: ClassVar = "ShareGPT"
     shape: ClassVar = "chat"
-    summary: ClassVar = "Conversations as a list of {from, value}, or of {human, assistant} pairs."
+    summary: ClassVar = mark("Conversations as a list of {from, value}, or of {human, assistant} pairs.")
     example: ClassVar = {"conversations": [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "Hello!"}]}
     fields: ClassVar = (
         Field(
             "conversations",
-            "The conversation: a list of {from, value}.",
+            mark("The conversation: a list of {from, value}."),
             ("conversations", "conversation", "dialogue", "dialog", "messages", "chat", "texts", "turns", "items"),
             holds="turns",
         ),
-        Field("system", "The system's message.", ("system", "system_prompt"), False),
-        Field("tools", "The tools the assistant may call.", ("tools",), False),
+        Field("system", mark("The system's message."), ("system", "system_prompt"), False),
+        Field("tools", mark("The tools the assistant may call."), ("tools",), False),
     )
     place: ClassVar = 15
 

@@ -27,6 +27,7 @@ from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
 from app.graders._simulated import SimulatedTools
 from app.graders._tool_calls import calls_in, without_calls
 from app.kit.json_safe import too_deep
+from app.kit.languages import gettext
 from app.kit.registry import classes_in
 
 __all__ = [
@@ -70,23 +71,30 @@ MAX_BYTES = 256 << 10
 def parse(given: Any) -> Grader:
     """A grader from its JSON, its fields checked. Raises BadField."""
     if not isinstance(given, dict):
-        raise BadField("A grader is a JSON object.", hint="Send {“type”: …, “name”: …} and the fields of its type.", param="grader")
+        hint = gettext("Send {“type”: …, “name”: …} and the fields of its type.")
+        raise BadField(gettext("A grader is a JSON object."), hint=hint, param="grader")
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in GRADERS:
-        raise BadField(f"There is no type of grader {str(kind)[:60]!r}.", hint=f"Use one of {', '.join(GRADERS)}.", param="grader.type")
+        said = gettext("There is no type of grader %(type)s.", type=repr(str(kind)[:60]))
+        raise BadField(said, hint=gettext("Use one of %(names)s.", names=", ".join(GRADERS)), param="grader.type")
     if too_deep(given) or len(json.dumps(given)) > MAX_BYTES:
-        raise BadField(f"The grader has more than {MAX_BYTES >> 10} KiB, or is nested too deeply.", hint="Shorten it.", param="grader")
+        said = gettext("The grader has more than %(most)s KiB, or is nested too deeply.", most=MAX_BYTES >> 10)
+        raise BadField(said, hint=gettext("Shorten it."), param="grader")
     try:
         return GRADERS[kind].model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = field_path(("grader", *first["loc"]))
         if first["type"] == "missing":
-            raise BadField(f"{where} is missing.", hint=f"Send {where}.", param=where, code="missing_required_parameter") from None
+            said = gettext("%(field)s is missing.", field=where)
+            hint = gettext("Send %(field)s.", field=where)
+            raise BadField(said, hint=hint, param=where, code="missing_required_parameter") from None
         if first["type"] == "extra_forbidden":
             known = ", ".join(info.alias or name for name, info in GRADERS[kind].model_fields.items())
-            raise BadField(f"A {kind} grader has no field {where}.", hint=f"It has {known}.", param=where) from None
-        raise BadField(f"{where} does not fit: {plain(first['msg'])}", hint="Change it and send the grader again.", param=where) from None
+            said = gettext("A %(type)s grader has no field %(field)s.", type=kind, field=where)
+            raise BadField(said, hint=gettext("It has %(fields)s.", fields=known), param=where) from None
+        said = gettext("%(field)s does not fit: %(reason)s", field=where, reason=plain(first["msg"]))
+        raise BadField(said, hint=gettext("Change it and send the grader again."), param=where) from None
 
 
 def read(given: Any) -> Grader:
@@ -106,11 +114,11 @@ def read_child(given: Any) -> Grader:
         raise ValueError(f"{error.message.rstrip('.')}. {error.hint}") from None
 
 
-def schema_fault(schema: Any) -> str:
-    """Why a JSON schema cannot be checked here, as `schema.a is not supported`; empty where it can."""
+def schema_fault(schema: Any, where: str = "schema") -> str:
+    """Why a JSON schema cannot be checked here, as `schema.a is not supported`; empty where it can. `where` is what it is called."""
     if not isinstance(schema, dict) or too_deep(schema) or len(json.dumps(schema)) > MAX_BYTES:
-        return "schema is no JSON schema"
-    return fault_in(schema)
+        return gettext("%(field)s is no JSON schema", field=where)
+    return fault_in(schema, where)
 
 
 def follows(schema: Any, value: Any) -> bool:
@@ -155,7 +163,7 @@ class Graded:
 
 def no_models(ask: Ask) -> Reply:
     """Where no model can be asked."""
-    raise GradeError("model_grader_server_error", "No model can be asked here.")
+    raise GradeError("model_grader_server_error", gettext("No model can be asked here."))
 
 
 def grade(grader: Grader, sample: GradedSample, item: Mapping[str, Any], answer: Callable[[Ask], Reply] = no_models) -> Graded:

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.graders._tool_calls import calls_in
+from app.kit.humanize import human_number
 from app.kit.json_safe import finite, too_deep
+from app.kit.languages import gettext, mark
 
 JSON = dict[str, Any]
 MAX_TEXT = 1 << 20
@@ -61,13 +63,15 @@ class GradedSample:
     def output_json(self) -> Any:
         """The answer as JSON. Raises GradeError."""
         if len(self.output_text) > MAX_TEXT:
-            raise GradeError("sample_parse_error", f"The answer has {len(self.output_text):,} characters; {MAX_TEXT:,} is the most.")
+            size = human_number(len(self.output_text))
+            said = gettext("The answer has %(size)s characters; %(most)s is the most.", size=size, most=human_number(MAX_TEXT))
+            raise GradeError("sample_parse_error", said)
         try:
             value = json.loads(self.output_text, parse_constant=_no_constant, parse_float=finite)
         except (ValueError, RecursionError) as error:
-            raise GradeError("sample_parse_error", f"The answer is not JSON: {str(error)[:100]}.") from None
+            raise GradeError("sample_parse_error", gettext("The answer is not JSON: %(error)s.", error=str(error)[:100])) from None
         if too_deep(value):
-            raise GradeError("sample_parse_error", "The answer is nested too deeply.")
+            raise GradeError("sample_parse_error", gettext("The answer is nested too deeply."))
         return value
 
     def value(self, name: str) -> Any:
@@ -87,6 +91,33 @@ class GradedSample:
         return {"output_text": self.output_text, "output_json": value, "output_tools": self.output_tools, "choices": self.choices()}
 
 
+FIELDS = (
+    mark("Input"),
+    mark("Reference"),
+    mark("Operation"),
+    mark("Evaluation metric"),
+    mark("Model"),
+    mark("Tool"),
+    mark("Arguments"),
+    mark("Match"),
+    mark("Graders"),
+    mark("Calculate output"),
+    mark("Unit"),
+    mark("Min"),
+    mark("Max"),
+    mark("Tolerance"),
+    mark("Relative"),
+    mark("Labels"),
+    mark("Passing labels"),
+    mark("Range"),
+    mark("Sampling params"),
+    mark("Schema"),
+    mark("Source"),
+    mark("Image tag"),
+    mark("Pattern"),
+    mark("Ignore case"),
+)
+"""The fields' names as a form shows them: `app.kit.forms` makes them of the names in code."""
 SAMPLE_NAMES = ("output_text", "output_json", "output_tools", "choices")
 
 
@@ -166,7 +197,7 @@ class Grader(BaseModel):
     ours: ClassVar[bool] = False  # not one of OpenAI's
 
     type: str
-    name: str = Field(min_length=1, max_length=200, description="Name of the grader.")
+    name: str = Field(min_length=1, max_length=200, description=mark("Name of the grader."))
 
     @abstractmethod
     def steps(self, sample: GradedSample, item: JSON) -> Steps:
@@ -191,5 +222,12 @@ class Grader(BaseModel):
         """A reward as a score, 0 to 1. Raises GradeError for one outside the range."""
         low, high = self.bounds()
         if not math.isfinite(reward) or not low - 1e-9 <= reward <= high + 1e-9:
-            raise GradeError("other_error", f"The grader {self.name} gave {reward:.6g}; a score lies between {low:g} and {high:g}.")
+            said = gettext(
+                "The grader %(name)s gave %(reward)s; a score lies between %(low)s and %(high)s.",
+                name=self.name,
+                reward=format(reward, ".6g"),
+                low=format(low, "g"),
+                high=format(high, "g"),
+            )
+            raise GradeError("other_error", said)
         return min(1.0, max(0.0, (reward - low) / (high - low)))

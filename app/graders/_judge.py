@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.graders._base import JSON, GradedSample, Grader, JudgeAsk
 from app.graders._templates import Template, fill
+from app.kit.languages import mark
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -38,8 +39,10 @@ class JudgeMessage(BaseModel):
 class Judge(Grader):
     """A grader whose model reads messages."""
 
-    model: str = Field(min_length=1, max_length=300, description="The model that judges, one of this studio or of a registered server.")
-    input: tuple[JudgeMessage, ...] = Field(min_length=1, max_length=50, description="Messages to the judge, with templates.")
+    model: str = Field(
+        min_length=1, max_length=300, description=mark("The model that judges, one of this studio or of a registered server.")
+    )
+    input: tuple[JudgeMessage, ...] = Field(min_length=1, max_length=50, description=mark("Messages to the judge, with templates."))
 
     def models(self) -> Iterator[str | None]:
         yield self.model

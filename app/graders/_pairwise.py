@@ -14,6 +14,7 @@ from app.graders._base import JSON, GradedSample, GradeError, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit import stats
 from app.kit.answers import label_in
+from app.kit.languages import gettext
 
 Side = Literal["first", "second", "tie"]
 _SAID: dict[str, Side] = {"1": "first", "2": "second", "tie": "tie"}
@@ -35,7 +36,9 @@ def prefer(judge: Judge, item: JSON, first: str, second: str) -> Steps:
     found = result_in(reply.text)
     said = label_in(str(found if found is not None else reply.text), tuple(_SAID))
     if said not in _SAID:
-        raise GradeError("model_grader_parse_error", f"The judge named none of the two answers: {reply.text[:200]!r}")
+        raise GradeError(
+            "model_grader_parse_error", gettext("The judge named none of the two answers: %(text)s", text=repr(reply.text[:200]))
+        )
     return Result(float(SIDES.index(_SAID[said])), tokens={reply.model or judge.model: reply.tokens})
 
 

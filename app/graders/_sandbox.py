@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from app.graders._base import JSON, GradeError
+from app.kit.languages import gettext
 
 if TYPE_CHECKING:
     from pydantic_monty import ExternalModule, Monty, MontySession
@@ -78,7 +79,8 @@ def session() -> Iterator[MontySession]:
             break
         except (MontyCrashedError, OSError) as error:  # a waiting process was killed, or took too long; the pool replaces it
             if not left:
-                raise NoProcess("python_grader_server_error", f"No process was free for the code: {str(error)[:200]}") from None
+                said = gettext("No process was free for the code: %(error)s", error=str(error)[:200])
+                raise NoProcess("python_grader_server_error", said) from None
     try:
         yield running
     finally:
@@ -109,7 +111,8 @@ def feed(running: MontySession, code: str, inputs: JSON | None = None) -> Any:
     try:
         return running.feed_run(code, inputs=inputs, print_callback=CollectString(PRINTED_BYTES))
     except MontyCrashedError as error:
-        raise GradeError("python_grader_server_error", f"The code was ended: {str(error)[:200]}") from None
+        said = gettext("The code was ended: %(error)s", error=str(error)[:200])
+        raise GradeError("python_grader_server_error", said) from None
     except MontyError as error:
         raise GradeError("python_grader_runtime_error", said_of(error)) from None
 
@@ -117,7 +120,8 @@ def feed(running: MontySession, code: str, inputs: JSON | None = None) -> Any:
 def said_of(error: Any) -> str:
     """An error of the code, with its line."""
     frames = error.traceback() if hasattr(error, "traceback") else []
-    return f"{str(error)[:400]}{f' (line {frames[-1].line})' if frames else ''}"
+    text = str(error)[:400]
+    return gettext("%(error)s (line %(line)s)", error=text, line=frames[-1].line) if frames else text
 
 
 def run(source: str, sample: JSON, item: JSON) -> float:
@@ -126,11 +130,12 @@ def run(source: str, sample: JSON, item: JSON) -> float:
         feed(running, source)
         found = feed(running, "grade(sample, item)", {"sample": sample, "item": item})
     if not isinstance(found, int | float):
-        raise GradeError("python_grader_runtime_error", f"grade returned {type(found).__name__}; it must return a number.")
+        said = gettext("grade returned %(type)s; it must return a number.", type=type(found).__name__)
+        raise GradeError("python_grader_runtime_error", said)
     try:
         return float(found)
     except OverflowError:
-        raise GradeError("python_grader_runtime_error", "grade returned a number that is too large.") from None
+        raise GradeError("python_grader_runtime_error", gettext("grade returned a number that is too large.")) from None
 
 
 # What the code may call -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 from app.graders._re2 import fault_of, matches
 from app.graders.tool_call import same
+from app.kit.languages import gettext
 
 MAX_STEPS = 100_000
 MAX_DEPTH = 60
@@ -67,11 +68,14 @@ def fault_in(schema: Any, where: str = "schema", root: Any = None, depth: int = 
     if isinstance(schema, bool):
         return ""
     if not isinstance(schema, dict) or depth > MAX_DEPTH:
-        return f"{where} is no schema" if depth <= MAX_DEPTH else f"{where} is nested too deeply"
+        return (
+            gettext("%(field)s is no schema", field=where) if depth <= MAX_DEPTH else gettext("%(field)s is nested too deeply", field=where)
+        )
     for key, value in schema.items():
         here = f"{where}.{key}"
         if key not in KEYWORDS:
-            return f"{here} is not supported; there is {', '.join(k for k in KEYWORDS if k not in SILENT)}"
+            known = ", ".join(k for k in KEYWORDS if k not in SILENT)
+            return gettext("%(field)s is not supported; there is %(keywords)s", field=here, keywords=known)
         if fault := _fault_of(key, value, here) or _fault_within(key, value, here, root, depth):
             return fault
     return ""
@@ -80,15 +84,15 @@ def fault_in(schema: Any, where: str = "schema", root: Any = None, depth: int = 
 def _fault_of(key: str, value: Any, here: str) -> str:
     names = value if isinstance(value, list) else [value]
     if key == "type" and not (names and all(isinstance(name, str) and name in TYPES for name in names)):
-        return f"{here} must be one of {', '.join(TYPES)}"
+        return gettext("%(field)s must be one of %(types)s", field=here, types=", ".join(TYPES))
     if key in _COUNTS and not (_number(value) and math.isfinite(value) and (key != "multipleOf" or value > 0)):
-        return f"{here} must be a number"
+        return gettext("%(field)s must be a number", field=here)
     if key == "required" and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-        return f"{here} must be a list of names"
+        return gettext("%(field)s must be a list of names", field=here)
     if key == "enum" and not isinstance(value, list):
-        return f"{here} must be a list"
+        return gettext("%(field)s must be a list", field=here)
     if key == "pattern":
-        reason = fault_of(value) if isinstance(value, str) else "it is no text"
+        reason = fault_of(value) if isinstance(value, str) else gettext("it is no text")
         return f"{here}: {reason}" if reason else ""
     return ""
 
@@ -98,12 +102,14 @@ def _fault_within(key: str, value: Any, here: str, root: Any, depth: int) -> str
         return (
             ""
             if isinstance(value, str) and target(root, value) is not None
-            else f"{here} must lead to a part of this schema, as #/$defs/NAME"
+            else gettext("%(field)s must lead to a part of this schema, as #/$defs/NAME", field=here)
         )
     parts: Mapping[Any, Any] = {}
     if key in _SUBSCHEMAS or key in _LISTS:
         if not isinstance(value, dict if key in _SUBSCHEMAS else list):
-            return f"{here} must be {'an object' if key in _SUBSCHEMAS else 'a list'} of schemas"
+            if key in _SUBSCHEMAS:
+                return gettext("%(field)s must be an object of schemas", field=here)
+            return gettext("%(field)s must be a list of schemas", field=here)
         parts = value if isinstance(value, dict) else dict(enumerate(value))
     elif key in ("items", "additionalProperties", "not"):
         return fault_in(value, here, root, depth + 1)

@@ -12,6 +12,7 @@ from app.graders import _sandbox
 from app.graders._base import JSON, GradeError
 from app.graders.python import HINT, MAX_SOURCE
 from app.graders.tool_call import same
+from app.kit.languages import gettext
 
 COLUMN = "tool_results"
 """The column of a row with the table: a list of {"name", "arguments", "result"}."""
@@ -30,7 +31,8 @@ class SimulatedTools:
         if not self.source:
             return
         if len(self.source) > MAX_SOURCE:
-            raise BadField(f"The code has more than {MAX_SOURCE >> 10} KiB.", hint="Shorten it.", param=param)
+            said = gettext("The code has more than %(most)s KiB.", most=MAX_SOURCE >> 10)
+            raise BadField(said, hint=gettext("Shorten it."), param=param)
         try:
             with _sandbox.session() as running:
                 _sandbox.feed(running, self.source)
@@ -39,10 +41,12 @@ class SimulatedTools:
             raise Unavailable(error.message, param=param) from None
         except GradeError as error:
             if "name 'call'" in error.message:
-                raise BadField("The code defines no function call.", hint="Define call(name, arguments, item).", param=param) from None
-            raise BadField(f"The code does not run here: {error.message}", hint=HINT, param=param) from None
+                said = gettext("The code defines no function call.")
+                raise BadField(said, hint=gettext("Define call(name, arguments, item)."), param=param) from None
+            said = gettext("The code does not run here: %(error)s", error=error.message)
+            raise BadField(said, hint=gettext(HINT), param=param) from None
         if "function" not in kind:
-            raise BadField("call is no function.", hint="Define call(name, arguments, item).", param=param)
+            raise BadField(gettext("call is no function."), hint=gettext("Define call(name, arguments, item)."), param=param)
 
     def answers_for(self, item: Mapping[str, Any]) -> bool:
         """Whether a row's calls can be answered at all."""

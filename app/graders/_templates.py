@@ -13,6 +13,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, StringConstraints
 
 from app.graders._base import MAX_TEXT, SAMPLE_NAMES, GradedSample, GradeError
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 
 MAX_TEMPLATE = 20_000
 _PLACE = re.compile(r"\{\{([^{}]*)\}\}")
@@ -50,14 +52,15 @@ def fill(template: str, sample: GradedSample, item: dict[str, Any]) -> str:
         end = found.end()
         total += len(parts[-1])
         if total > MAX_TEXT:
-            raise GradeError("truncated_observation_error", f"The filled template is longer than {MAX_TEXT:,} characters.")
+            said = gettext("The filled template is longer than %(most)s characters.", most=human_number(MAX_TEXT))
+            raise GradeError("truncated_observation_error", said)
     return "".join([*parts, template[end:]])
 
 
 def _value(name: str, sample: GradedSample, item: dict[str, Any]) -> Any:
     path = _PATH.fullmatch(name)
     if path is None:
-        raise GradeError("invalid_variable_error", f"{name.strip()[:60]!r} is no name.")
+        raise GradeError("invalid_variable_error", gettext("%(name)s is no name.", name=repr(name.strip()[:60])))
     steps = steps_of(path[2])
     value: Any = item
     if path[1] == "sample":
@@ -68,10 +71,19 @@ def _value(name: str, sample: GradedSample, item: dict[str, Any]) -> Any:
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             value = value[step]
         else:
-            where = "The item" if path[1] == "item" else "The answer"
-            known = f" it has {', '.join(map(str, list(value)[:8]))}" if isinstance(value, dict) and value else ""
-            raise GradeError("invalid_variable_error", f"{where} has no {name.strip()[:60]}{':' + known if known else ''}.")
+            known = ", ".join(map(str, list(value)[:8])) if isinstance(value, dict) else ""
+            raise GradeError("invalid_variable_error", _absent(name.strip()[:60], known, of_item=path[1] == "item"))
     return value
+
+
+def _absent(name: str, known: str, *, of_item: bool) -> str:
+    if of_item and known:
+        return gettext("The item has no %(name)s: it has %(known)s.", name=name, known=known)
+    if of_item:
+        return gettext("The item has no %(name)s.", name=name)
+    if known:
+        return gettext("The answer has no %(name)s: it has %(known)s.", name=name, known=known)
+    return gettext("The answer has no %(name)s.", name=name)
 
 
 def text_of(value: Any) -> str:

@@ -11,24 +11,29 @@ from app.errors import BadField
 from app.graders._base import JSON, MAX_TEXT, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._schema import MAX_BYTES, MAX_STEPS, OutOfSteps, SchemaCheck, fault_in
 from app.graders._templates import Template, fill
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 
 
 class JsonSchemaGrader(Grader):
     place: ClassVar = 50
-    title: ClassVar = "JSON schema"
-    summary: ClassVar = "The answer is JSON that the schema allows."
+    title: ClassVar = mark("JSON schema")
+    summary: ClassVar = mark("The answer is JSON that the schema allows.")
     example: ClassVar = {"schema": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}}
     ours: ClassVar = True
 
     type: Literal["json_schema"]
-    input: Template = Field("{{sample.output_text}}", description="The text that is graded.")
-    schema_: dict[str, Any] = Field(alias="schema", description="A JSON Schema; `pattern` is in RE2's syntax.")
+    input: Template = Field("{{sample.output_text}}", description=mark("The text that is graded."))
+    schema_: dict[str, Any] = Field(alias="schema", description=mark("A JSON Schema; `pattern` is in RE2's syntax."))
 
     def prove(self) -> None:
         size = len(json.dumps(self.schema_))
-        fault = f"schema has {size:,} bytes; {MAX_BYTES:,} is the most" if size > MAX_BYTES else fault_in(self.schema_)
+        fault = fault_in(self.schema_) if size <= MAX_BYTES else ""
+        if size > MAX_BYTES:
+            fault = gettext("schema has %(size)s bytes; %(most)s is the most", size=human_number(size), most=human_number(MAX_BYTES))
         if fault:
-            raise BadField(f"The schema cannot be used: {fault}.", hint="Simplify it.", param="grader.schema")
+            said = gettext("The schema cannot be used: %(fault)s.", fault=fault)
+            raise BadField(said, hint=gettext("Simplify it."), param="grader.schema")
 
     def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()
@@ -40,4 +45,5 @@ class JsonSchemaGrader(Grader):
         try:
             return Result(float(SchemaCheck(self.schema_).fits(value)), {"json": 1.0})
         except OutOfSteps:
-            raise GradeError("other_error", f"To check the answer takes more than {MAX_STEPS:,} steps.") from None
+            said = gettext("To check the answer takes more than %(most)s steps.", most=human_number(MAX_STEPS))
+            raise GradeError("other_error", said) from None

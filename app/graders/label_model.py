@@ -9,14 +9,15 @@ from pydantic import Field, StringConstraints, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import label_in
+from app.kit.languages import gettext, mark
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 
 
 class LabelModelGrader(Judge):
     place: ClassVar = 45
-    title: ClassVar = "Judge, label"
-    summary: ClassVar = "A model reads the answer and gives it a label; some labels pass."
+    title: ClassVar = mark("Judge, label")
+    summary: ClassVar = mark("A model reads the answer and gives it a label; some labels pass.")
     example: ClassVar = {
         "model": "",
         "input": [
@@ -27,8 +28,8 @@ class LabelModelGrader(Judge):
     }  # fmt: skip
 
     type: Literal["label_model"]
-    labels: tuple[Label, ...] = Field(min_length=2, max_length=50, description="The labels that the judge chooses from.")
-    passing_labels: tuple[Label, ...] = Field(min_length=1, max_length=50, description="The labels that count 1; the others count 0.")
+    labels: tuple[Label, ...] = Field(min_length=2, max_length=50, description=mark("The labels that the judge chooses from."))
+    passing_labels: tuple[Label, ...] = Field(min_length=1, max_length=50, description=mark("The labels that count 1; the others count 0."))
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -42,5 +43,6 @@ class LabelModelGrader(Judge):
         found = result_in(reply.text)
         label = label_in(found if isinstance(found, str) else reply.text, self.labels)
         if label not in self.labels:
-            raise GradeError("model_grader_parse_error", f"The judge gave none of the labels: {reply.text[:200]!r}")
+            said = gettext("The judge gave none of the labels: %(text)s", text=repr(reply.text[:200]))
+            raise GradeError("model_grader_parse_error", said)
         return Result(float(label in self.passing_labels), tokens={reply.model or self.model: reply.tokens})

@@ -8,20 +8,21 @@ from pydantic import Field, model_validator
 
 from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._templates import Template, fill
+from app.kit.languages import mark
 
 
 class LengthGrader(Grader):
     place: ClassVar = 90
-    title: ClassVar = "Length"
-    summary: ClassVar = "The answer has at least and at most so many characters, words or lines."
+    title: ClassVar = mark("Length")
+    summary: ClassVar = mark("The answer has at least and at most so many characters, words or lines.")
     example: ClassVar = {"input": "{{sample.output_text}}", "unit": "words", "max": 100}
     ours: ClassVar = True
 
     type: Literal["length"]
-    input: Template = Field("{{sample.output_text}}", description="The text that is graded.")
-    unit: Literal["characters", "words", "lines"] = Field("characters", description="What is counted.")
-    min: int | None = Field(None, ge=0, description="The fewest allowed.")
-    max: int | None = Field(None, ge=0, description="The most allowed.")
+    input: Template = Field("{{sample.output_text}}", description=mark("The text that is graded."))
+    unit: Literal["characters", "words", "lines"] = Field("characters", description=mark("What is counted."))
+    min: int | None = Field(None, ge=0, description=mark("The fewest allowed."))
+    max: int | None = Field(None, ge=0, description=mark("The most allowed."))
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, mod
 
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._formula import FUNCTIONS, FormulaError, compute, parse
+from app.kit.languages import gettext, mark
 
 if TYPE_CHECKING:
     import ast
@@ -20,8 +21,8 @@ _DOCUMENTED = {"anyOf": [{"type": "object"}, {"type": "array", "items": {"type":
 
 class MultiGrader(Grader):
     place: ClassVar = 200
-    title: ClassVar = "Combination"
-    summary: ClassVar = "Several graders, combined by a formula."
+    title: ClassVar = mark("Combination")
+    summary: ClassVar = mark("Several graders, combined by a formula.")
     example: ClassVar = {
         "graders": {
             "same": {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}"},
@@ -32,10 +33,12 @@ class MultiGrader(Grader):
 
     type: Literal["multi"]
     graders: Annotated[dict[str, SerializeAsAny[Grader]], WithJsonSchema(_DOCUMENTED)] = Field(
-        description="Graders by the names that the formula has for them; or one grader."
+        description=mark("Graders by the names that the formula has for them; or one grader.")
     )
     calculate_output: str = Field(
-        min_length=1, max_length=2000, description=f"A formula of the graders' names, numbers, + - * / ^ and {', '.join(FUNCTIONS)}."
+        min_length=1,
+        max_length=2000,
+        description=mark("A formula of the graders' names, numbers, + - * / ^ and min, max, abs, floor, ceil, exp, sqrt, log."),
     )
 
     @field_validator("graders", mode="before")
@@ -88,7 +91,7 @@ class MultiGrader(Grader):
         try:
             reward = compute(self.formula, {name: one.reward for name, one in found.items()})
         except FormulaError as error:
-            raise GradeError("formula_parse_error", f"The formula has no value: {error}.") from None
+            raise GradeError("formula_parse_error", gettext("The formula has no value: %(reason)s.", reason=error)) from None
         tokens: dict[str, int] = {}
         for one in found.values():
             for model, count in one.tokens.items():

@@ -13,25 +13,25 @@ from app.errors import BadField
 from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._re2 import fault_of, matches
 from app.graders._templates import Template, fill
+from app.kit.languages import gettext, mark
 
 
 class RegexGrader(Grader):
     place: ClassVar = 80
-    title: ClassVar = "Regular expression"
-    summary: ClassVar = "The answer matches a regular expression."
+    title: ClassVar = mark("Regular expression")
+    summary: ClassVar = mark("The answer matches a regular expression.")
     example: ClassVar = {"input": "{{sample.output_text}}", "pattern": r"^\d{4}-\d{2}-\d{2}$"}
     ours: ClassVar = True
 
     type: Literal["regex"]
-    input: Template = Field("{{sample.output_text}}", description="The text that is graded.")
-    pattern: str = Field(min_length=1, max_length=2000, description="In RE2's syntax: without look-around and backreferences.")
-    ignore_case: bool = Field(False, description="Without regard to case.")
+    input: Template = Field("{{sample.output_text}}", description=mark("The text that is graded."))
+    pattern: str = Field(min_length=1, max_length=2000, description=mark("In RE2's syntax: without look-around and backreferences."))
+    ignore_case: bool = Field(False, description=mark("Without regard to case."))
 
     def prove(self) -> None:
         if reason := fault_of(self.pattern):
-            raise BadField(
-                f"The expression is not valid: {reason}.", hint="RE2 knows no look-around and no backreferences.", param="grader.pattern"
-            )
+            said = gettext("The expression is not valid: %(reason)s.", reason=reason)
+            raise BadField(said, hint=gettext("RE2 knows no look-around and no backreferences."), param="grader.pattern")
 
     def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()

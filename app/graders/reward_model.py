@@ -11,19 +11,20 @@ from pydantic import Field
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, RewardAsk, Steps
 from app.graders._judge import JudgeMessage
 from app.graders._templates import fill
+from app.kit.languages import gettext, mark
 
 
 class RewardModelGrader(Grader):
     place: ClassVar = 47
-    title: ClassVar = "Reward model"
-    summary: ClassVar = "A reward model that was trained on pairs gives the answer a number; the score is its sigmoid."
+    title: ClassVar = mark("Reward model")
+    summary: ClassVar = mark("A reward model that was trained on pairs gives the answer a number; the score is its sigmoid.")
     example: ClassVar = {"model": ""}
     ours: ClassVar = True
 
     type: Literal["reward_model"]
-    model: str = Field(min_length=1, max_length=300, description="The reward model, one of this studio.")
+    model: str = Field(min_length=1, max_length=300, description=mark("The reward model, one of this studio."))
     input: tuple[JudgeMessage, ...] | None = Field(
-        None, min_length=1, max_length=50, description="Messages before the answer, with templates. Without them, those of the row."
+        None, min_length=1, max_length=50, description=mark("Messages before the answer, with templates. Without them, those of the row.")
     )
 
     def models(self) -> Iterator[str | None]:
@@ -43,9 +44,8 @@ class RewardModelGrader(Grader):
             last = max((place for place, one in enumerate(messages) if one.get("role") == "assistant"), default=len(messages))
             return [{"role": one.get("role", "user"), "content": one["content"]} for one in messages[:last]]
         if not isinstance(item.get("prompt"), str):
-            raise GradeError(
-                "invalid_variable_error", "The row has no messages and no prompt that the answer is to; give the grader an input."
-            )
+            said = gettext("The row has no messages and no prompt that the answer is to; give the grader an input.")
+            raise GradeError("invalid_variable_error", said)
         return [{"role": "user", "content": item["prompt"]}]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, JudgeAsk, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import number_in
+from app.kit.languages import gettext, mark
 
 
 class SamplingParams(BaseModel):
@@ -26,8 +27,8 @@ class SamplingParams(BaseModel):
 
 class ScoreModelGrader(Judge):
     place: ClassVar = 40
-    title: ClassVar = "Judge, score"
-    summary: ClassVar = "A model reads the answer and gives it a number."
+    title: ClassVar = mark("Judge, score")
+    summary: ClassVar = mark("A model reads the answer and gives it a number.")
     example: ClassVar = {
         "model": "",
         "input": [
@@ -37,8 +38,8 @@ class ScoreModelGrader(Judge):
     }  # fmt: skip
 
     type: Literal["score_model"]
-    range: tuple[float, float] = Field((0.0, 1.0), description="The lowest and the highest number.")
-    sampling_params: SamplingParams = Field(SamplingParams(), description="How the judge answers.")
+    range: tuple[float, float] = Field((0.0, 1.0), description=mark("The lowest and the highest number."))
+    sampling_params: SamplingParams = Field(SamplingParams(), description=mark("How the judge answers."))
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -68,7 +69,14 @@ class ScoreModelGrader(Judge):
         found = result_in(reply.text)
         number = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else number_in(str(found or reply.text))
         if number is None:
-            raise GradeError("model_grader_parse_error", f"The judge gave no number: {reply.text[:200]!r}")
+            said = gettext("The judge gave no number: %(text)s", text=repr(reply.text[:200]))
+            raise GradeError("model_grader_parse_error", said)
         if not low <= number <= high:
-            raise GradeError("model_grader_parse_error", f"The judge gave {number:g}, which is not between {low:g} and {high:g}.")
+            said = gettext(
+                "The judge gave %(number)s, which is not between %(low)s and %(high)s.",
+                number=format(number, "g"),
+                low=format(low, "g"),
+                high=format(high, "g"),
+            )
+            raise GradeError("model_grader_parse_error", said)
         return Result(number, tokens={reply.model or self.model: reply.tokens})

@@ -8,20 +8,21 @@ from pydantic import Field
 
 from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._templates import Template, fill
+from app.kit.languages import mark
 
 
 class StringCheckGrader(Grader):
     place: ClassVar = 10
-    title: ClassVar = "String check"
-    summary: ClassVar = "The answer equals the reference, or contains it."
+    title: ClassVar = mark("String check")
+    summary: ClassVar = mark("The answer equals the reference, or contains it.")
     example: ClassVar = {"input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}"}
 
     type: Literal["string_check"]
-    input: Template = Field(description="The text that is graded.")
+    input: Template = Field(description=mark("The text that is graded."))
     operation: Literal["eq", "ne", "like", "ilike"] = Field(
-        description="eq: equal; ne: not equal; like: contains the reference; ilike: the same without regard to case."
+        description=mark("eq: equal; ne: not equal; like: contains the reference; ilike: the same without regard to case.")
     )
-    reference: Template = Field(description="The text that it is compared with.")
+    reference: Template = Field(description=mark("The text that it is compared with."))
 
     def steps(self, sample: GradedSample, item: JSON) -> Steps:
         yield from ()

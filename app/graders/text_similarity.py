@@ -9,6 +9,8 @@ from pydantic import Field
 
 from app.graders._base import JSON, EmbedAsk, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 from app.kit.similarity import BY_WORDS, MAX_COMPARED, cosine, fuzzy_match, words_of
 
 Metric = Literal["fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l", "cosine"]
@@ -16,15 +18,17 @@ Metric = Literal["fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", 
 
 class TextSimilarityGrader(Grader):
     place: ClassVar = 20
-    title: ClassVar = "Text similarity"
-    summary: ClassVar = "How similar the answer is to the reference, by its words or by its meaning."
+    title: ClassVar = mark("Text similarity")
+    summary: ClassVar = mark("How similar the answer is to the reference, by its words or by its meaning.")
     example: ClassVar = {"input": "{{sample.output_text}}", "reference": "{{item.reference}}", "evaluation_metric": "rouge_l"}
 
     type: Literal["text_similarity"]
-    input: Template = Field(description="The text that is graded.")
-    reference: Template = Field(description="The text that it is compared with.")
-    evaluation_metric: Metric = Field(description="How the two are compared; cosine compares their embeddings.")
-    model: str | None = Field(None, max_length=300, description="The embedding model of cosine; empty takes the newest of the project.")
+    input: Template = Field(description=mark("The text that is graded."))
+    reference: Template = Field(description=mark("The text that it is compared with."))
+    evaluation_metric: Metric = Field(description=mark("How the two are compared; cosine compares their embeddings."))
+    model: str | None = Field(
+        None, max_length=300, description=mark("The embedding model of cosine; empty takes the newest of the project.")
+    )
 
     def models(self) -> Iterator[str | None]:
         if self.evaluation_metric == "cosine":
@@ -35,7 +39,12 @@ class TextSimilarityGrader(Grader):
         if self.evaluation_metric == "cosine":
             return (yield from self._cosine(text, reference))
         if (longest := max(len(text), len(reference))) > MAX_COMPARED:
-            raise GradeError("truncated_observation_error", f"A text has {longest:,} characters; {MAX_COMPARED:,} are compared at most.")
+            said = gettext(
+                "A text has %(size)s characters; %(most)s are compared at most.",
+                size=human_number(longest),
+                most=human_number(MAX_COMPARED),
+            )
+            raise GradeError("truncated_observation_error", said)
         if self.evaluation_metric == "fuzzy_match":
             return Result(fuzzy_match(text, reference))
         return Result(BY_WORDS[self.evaluation_metric](words_of(text), words_of(reference)))

@@ -12,21 +12,23 @@ from pydantic import Field, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.graders._tool_calls import calls_in
+from app.kit.languages import gettext, mark
 
 
 class ToolCallGrader(Grader):
     place: ClassVar = 60
-    title: ClassVar = "Tool call"
-    summary: ClassVar = "The answer calls the right tool with the right arguments, or no tool where none is needed."
+    title: ClassVar = mark("Tool call")
+    summary: ClassVar = mark("The answer calls the right tool with the right arguments, or no tool where none is needed.")
     example: ClassVar = {}
     ours: ClassVar = True
 
     type: Literal["tool_call"]
     tool: Template | None = Field(
-        None, description="The name of the right tool; none where no call must be made. Without it the calls of the reference are right."
+        None,
+        description=mark("The name of the right tool; none where no call must be made. Without it the calls of the reference are right."),
     )
-    arguments: Template | None = Field(None, description="The right arguments, a JSON object; without them the tool alone is graded.")
-    match: Literal["exact", "subset"] = Field("exact", description="exact: no other arguments; subset: others are allowed.")
+    arguments: Template | None = Field(None, description=mark("The right arguments, a JSON object; without them the tool alone is graded."))
+    match: Literal["exact", "subset"] = Field("exact", description=mark("exact: no other arguments; subset: others are allowed."))
 
     @model_validator(mode="after")
     def _of_a_tool(self) -> ToolCallGrader:
@@ -47,13 +49,16 @@ class ToolCallGrader(Grader):
     def _wanted(self, sample: GradedSample, item: JSON) -> list[_Wanted]:
         if self.tool is None:
             if not isinstance(item.get("reference"), str):
-                raise GradeError("invalid_variable_error", "The row has no reference whose calls would be the right ones; name the tool.")
+                said = gettext("The row has no reference whose calls would be the right ones; name the tool.")
+                raise GradeError("invalid_variable_error", said)
             calls = [call["function"] for call in calls_in(item["reference"])]
-            return [_Wanted(call["name"], _parsed(call["arguments"], "The arguments of the reference are")) for call in calls]
+            fault = gettext("The arguments of the reference are not JSON.")
+            return [_Wanted(call["name"], _parsed(call["arguments"], fault)) for call in calls]
         name = fill(self.tool, sample, item).strip()
         if name in ("", "none"):
             return []
-        arguments = ... if self.arguments is None else _parsed(fill(self.arguments, sample, item), "The right arguments are")
+        fault = gettext("The right arguments are not JSON.")
+        arguments = ... if self.arguments is None else _parsed(fill(self.arguments, sample, item), fault)
         return [_Wanted(name, arguments)]
 
     def _matched(self, wanted: Sequence[_Wanted], calls: Sequence[JSON]) -> bool:
@@ -85,11 +90,11 @@ class _Wanted(NamedTuple):
     arguments: Any
 
 
-def _parsed(text: str, what: str) -> Any:
+def _parsed(text: str, fault: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise GradeError("invalid_variable_error", f"{what} not JSON.") from None
+        raise GradeError("invalid_variable_error", fault) from None
 
 
 def same(one: Any, other: Any, depth: int = 0) -> bool:

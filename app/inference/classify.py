@@ -15,6 +15,7 @@ from app.errors import BadField, StudioError
 from app.inference import playground
 from app.inference.playground import MAX_PANES, Option
 from app.inference.protocol import MAX_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
+from app.kit.languages import gettext, mark
 from app.models import service as models
 from app.spec import ModelRef
 from app.tables import User
@@ -51,14 +52,25 @@ def ask(session: Session, user: User, names: Sequence[str], texts: Sequence[str]
     """One request for each classifier. Raises BadField for no or too many models or texts, for one that is empty or too long, and
     for a model that is no classifier."""
     if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
-        raise BadField(f"Name between one and {MAX_PANES} different classifiers; {len(names)} were named.", param="model")
+        raise BadField(
+            gettext("Name between one and %(most)s different classifiers; %(count)s were named.", most=MAX_PANES, count=len(names)),
+            param="model",
+        )
     if not 1 <= len(texts) <= MAX_TEXTS:
-        raise BadField(f"Give between one and {MAX_TEXTS} texts; {len(texts)} were given.", param="input")
+        raise BadField(
+            gettext("Give between one and %(most)s texts; %(count)s were given.", most=MAX_TEXTS, count=len(texts)), param="input"
+        )
     for place, text in enumerate(texts):
         if not text.strip():
-            raise BadField(f"Text {place} is empty.", hint="Remove it.", param="input")
+            raise BadField(gettext("Text %(place)s is empty.", place=place), hint=gettext("Remove it."), param="input")
         if len(text) > MAX_TEXT_LENGTH:
-            raise BadField(f"Text {place} has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", hint="Shorten it.", param="input")
+            raise BadField(
+                gettext(
+                    "Text %(place)s has %(count)s characters; %(most)s is the most.", place=place, count=len(text), most=MAX_TEXT_LENGTH
+                ),
+                hint=gettext("Shorten it."),
+                param="input",
+            )
     limits.check(session, user, "tokens_per_day")
     given = [playground.readable(text) for text in texts]
     return [
@@ -71,7 +83,9 @@ def _classifier(session: Session, user: User, name: str) -> ModelRef:
     ref = models.resolve(session, user, name).ref
     if ref.kind != "classifier" or not ref.labels:
         raise BadField(
-            f"{name} is no classifier.", hint="Choose a model fine-tuned on labeled rows; the page Models lists them.", param="model"
+            gettext("%(name)s is no classifier.", name=name),
+            hint=gettext("Choose a model fine-tuned on labeled rows; the page Models lists them."),
+            param="model",
         )
     return ref
 
@@ -81,7 +95,11 @@ def read(name: str, request: GenerateRequest, entries: Sequence[Entry]) -> Sorti
     broke = next((e for e in entries if isinstance(e, StreamError)), None)
     found = next((e for e in entries if isinstance(e, Classified)), None)
     if broke or found is None:
-        error = {"message": broke.message, "hint": broke.hint} if broke else {"message": "No answer came.", "hint": "Ask again."}
+        error = (
+            {"message": broke.message, "hint": broke.hint}
+            if broke
+            else {"message": gettext("No answer came."), "hint": gettext("Ask again.")}
+        )
         return Sorting(name, request.model, [], [], 0, error)
     done = next((e for e in entries if isinstance(e, Done)), None)
     texts = [sorted(zip(found.labels, p, strict=True), key=lambda pair: -pair[1]) for p in found.probabilities]
@@ -101,5 +119,8 @@ def to_json(sorting: Sorting) -> dict[str, Any]:
 def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]]:
     """The classifiers on offer, newest first, those that are named among them."""
     rows = [m for m in models.offered(session, user, *named) if m.status == "ready" and m.kind == "classifier"]
-    found = {"Classifiers": [playground.option(m) for m in reversed(rows)], "Aliases": playground.alias_options(session, user, rows)}
+    found = {
+        mark("Classifiers"): [playground.option(m) for m in reversed(rows)],
+        mark("Aliases"): playground.alias_options(session, user, rows),
+    }
     return {group: options for group, options in found.items() if options}

@@ -36,6 +36,8 @@ from app.inference.protocol import (
     unpack,
     worker_key,
 )
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.machines import heartbeats
 from app.queue import GENERATE
 from app.settings import get_settings
@@ -59,7 +61,7 @@ def _wire() -> redis.asyncio.Redis:
     """One client per event loop: its connections belong to the loop that opened them."""
     loop, url = asyncio.get_running_loop(), get_settings().redis_url
     if not url:
-        raise Unavailable("No message broker is set.", hint="Start the studio with `luthier up`.")
+        raise Unavailable(gettext("No message broker is set."), hint=gettext("Start the studio with `luthier up`."))
     known = _clients.get(loop)
     if known is None or known[0] != url:
         # Longer than the timeout of a blocking read, which a silent server would otherwise extend forever.
@@ -114,7 +116,7 @@ async def _own(request: GenerateRequest) -> AsyncGenerator[list[Entry]]:
     except redis.RedisError as error:
         if queue.cannot_write(error):
             raise  # it is not unreachable; `app.web.error_responses` says what is wrong
-        raise Unavailable("The message broker went away in the middle of the answer.", hint="Ask again.") from error
+        raise Unavailable(gettext("The message broker went away in the middle of the answer."), hint=gettext("Ask again.")) from error
     finally:
         # Not awaited here: a reader that is being cancelled must not wait for anything.
         task = asyncio.ensure_future(_leave(wire, request))
@@ -148,7 +150,7 @@ async def _read(wire: redis.asyncio.Redis, request: GenerateRequest) -> AsyncIte
         for entry_id, fields in entries:
             last = entry_id
             if int(fields[b"seq"]) != seq:
-                raise Unavailable("A part of the answer was lost on the way.", hint="Ask again.", code="answer_lost")
+                raise Unavailable(gettext("A part of the answer was lost on the way."), hint=gettext("Ask again."), code="answer_lost")
             seq += 1
             yield unpack(fields[b"entries"])
 
@@ -184,8 +186,8 @@ class _Watch:
         self.absent = 0 if await self.wire.exists(worker_key(self.worker)) else self.absent + 1
         if self.absent >= 2:
             raise Unavailable(
-                "The worker that was answering has stopped.",
-                hint="Ask again: it starts anew by itself.",
+                gettext("The worker that was answering has stopped."),
+                hint=gettext("Ask again: it starts anew by itself."),
                 code="worker_lost",
             )
 
@@ -193,12 +195,14 @@ class _Watch:
         now = time.monotonic()
         if now - self.began > WAIT_SECONDS:
             raise Unavailable(
-                f"Every worker has had its hands full for {WAIT_SECONDS:.0f} seconds.",
-                hint="Try again in a moment, or start another generate worker.",
+                gettext("Every worker has had its hands full for %(seconds)s seconds.", seconds=human_number(WAIT_SECONDS, 0)),
+                hint=gettext("Try again in a moment, or start another generate worker."),
                 code="busy",
             )
         if now - self.began > NO_WORKER_SECONDS and not [w for w in await run_in_threadpool(heartbeats.alive) if w.queue == "generate"]:
-            raise Unavailable("No generate worker is running.", hint="Start the studio with `luthier up`.", code="no_worker")
+            raise Unavailable(
+                gettext("No generate worker is running."), hint=gettext("Start the studio with `luthier up`."), code="no_worker"
+            )
         if now - self.sent > AGAIN_SECONDS:
             self.sent = now
             await _send(self.request)

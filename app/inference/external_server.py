@@ -34,6 +34,7 @@ from app.inference.protocol import (
 )
 from app.kit import addresses
 from app.kit.addresses import Address
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.storage import places
 
@@ -66,8 +67,10 @@ def find(url: str) -> Address:
     wanted = url.strip().rstrip("/")
     if wanted not in known:
         raise BadField(
-            f"{wanted[:120]!r} is not among the engines of this studio.",
-            hint=f"There are {', '.join(known)}." if known else "Whoever runs the studio lists them in LUTHIER_ENGINES.",
+            gettext("%(url)s is not among the engines of this studio.", url=repr(wanted[:120])),
+            hint=gettext("There are %(names)s.", names=", ".join(known))
+            if known
+            else gettext("Whoever runs the studio lists them in LUTHIER_ENGINES."),
             param="url",
         )
     return known[wanted]
@@ -163,9 +166,11 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
     answer = await client.post(where, json={"lora_name": engine.model, "lora_path": folder}, **more)
     if answer.status_code != 200 and "already" not in answer.text[:2000]:
         raise Unavailable(
-            f"{address.host} would not load the adapter (status {answer.status_code}).",
-            hint="Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-            "on a machine that sees the data folder; or take the engine away from the base model.",
+            gettext("%(engine)s would not load the adapter (status %(status)s).", engine=address.host, status=answer.status_code),
+            hint=gettext(
+                "Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
+                "on a machine that sees the data folder; or take the engine away from the base model."
+            ),
             code="engine_adapter",
         )
     _loaded.add((address.url, engine.model))
@@ -273,8 +278,8 @@ class Fold:
         for index, text in enumerate(self.texts):
             if self.reasons.get(index) == "stop" and index in self.calls.without_calls() and not is_json(text):
                 raise Unavailable(
-                    f"The engine at {self.address.host} did not follow the schema.",
-                    hint="Take a server that honors response_format, or the built-in engine.",
+                    gettext("The engine at %(engine)s did not follow the schema.", engine=self.address.host),
+                    hint=gettext("Take a server that honors response_format, or the built-in engine."),
                     code="engine_failed",
                 )
         self.calls.check(self.request, self.reasons, self.address.host)
@@ -347,16 +352,16 @@ def _options(address: Address, seconds: float = SILENT_SECONDS) -> dict[str, Any
 
 def away(address: Address, error: Exception) -> Unavailable:
     return Unavailable(
-        f"The engine at {address.host} cannot be reached ({type(error).__name__}).",
-        hint="Start it, or take it away from the model on the model's page; then the studio's own engine answers.",
+        gettext("The engine at %(engine)s cannot be reached (%(error)s).", engine=address.host, error=type(error).__name__),
+        hint=gettext("Start it, or take it away from the model on the model's page; then the studio's own engine answers."),
         code="engine_unreachable",
     )
 
 
 def strange(address: Address) -> Unavailable:
     return Unavailable(
-        f"The engine at {address.host} answered what no OpenAI-compatible server answers.",
-        hint="Check its address in LUTHIER_ENGINES; it usually ends in /v1.",
+        gettext("The engine at %(engine)s answered what no OpenAI-compatible server answers.", engine=address.host),
+        hint=gettext("Check its address in LUTHIER_ENGINES; it usually ends in /v1."),
         code="engine_answer",
     )
 
@@ -385,11 +390,13 @@ def refused(address: Address, status: int, body: bytes, request: GenerateRequest
         return fault
     if status in (401, 403):
         return Unavailable(
-            f"The engine at {address.host} refuses the studio's key.", hint="Put its key into LUTHIER_ENGINES.", code="engine_key"
+            gettext("The engine at %(engine)s refuses the studio's key.", engine=address.host),
+            hint=gettext("Put its key into LUTHIER_ENGINES."),
+            code="engine_key",
         )
-    words = f": {message}" if message else ""
+    told = gettext("The engine at %(engine)s answered with status %(status)s: %(error)s", engine=address.host, status=status, error=message)
     return Unavailable(
-        f"The engine at {address.host} answered with status {status}{words}",
-        hint="See its log, or take it away from the model on the model's page.",
+        told if message else gettext("The engine at %(engine)s answered with status %(status)s", engine=address.host, status=status),
+        hint=gettext("See its log, or take it away from the model on the model's page."),
         code="engine_failed",
     )

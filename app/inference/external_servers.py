@@ -17,6 +17,7 @@ from app.export_formats.gguf import ARCHITECTURES
 from app.inference import llama_cpp
 from app.inference.external_server import find, names
 from app.inference.protocol import LLAMA_CPP, ExternalEngine
+from app.kit.languages import gettext
 from app.models.service import Resolved
 from app.models.vocabulary import has_new_tokens
 from app.shapes import Shape
@@ -31,13 +32,18 @@ def register(model: Model, url: str, name: str, via: str = "tokens") -> External
         return _register_llama_cpp(model, name)
     address = find(url)
     if via not in ("tokens", "chat"):
-        raise BadField(f"{via[:20]!r} is no way to send a prompt.", hint="There are tokens and chat.", param="via")
+        raise BadField(
+            gettext("%(via)s is no way to send a prompt.", via=repr(via[:20])), hint=gettext("There are tokens and chat."), param="via"
+        )
     if model.kind in SILENT:
-        raise BadField(f"{model.name} does not write text, so no engine can answer for it.", param="model")
+        raise BadField(gettext("%(model)s does not write text, so no engine can answer for it.", model=model.name), param="model")
     served = names(address)
     if name not in served:
-        shown = ", ".join(served[:8]) or "nothing"
-        raise BadField(f"{address.host} serves no model {name[:120]!r}.", hint=f"It serves {shown}.", param="engine_model")
+        raise BadField(
+            gettext("%(engine)s serves no model %(name)s.", engine=address.host, name=repr(name[:120])),
+            hint=gettext("It serves %(models)s.", models=", ".join(served[:8])) if served else gettext("It serves nothing."),
+            param="engine_model",
+        )
     engine = ExternalEngine(url=address.url, model=name, via=via)
     model.engine = engine.model_dump(mode="json", exclude={"adapter"})
     return engine
@@ -48,10 +54,16 @@ def _register_llama_cpp(model: Model, kind: str) -> ExternalEngine:
     engine = llama_cpp.engine(kind)
     if model.adapter:
         raise BadField(
-            f"{model.name} is an adapter: it is answered as its base model is.", hint="Choose llama.cpp for the base model.", param="model"
+            gettext("%(model)s is an adapter: it is answered as its base model is.", model=model.name),
+            hint=gettext("Choose llama.cpp for the base model."),
+            param="model",
         )
     if not llama_cpp.runs(model.kind, Shape.model_validate(model.shape)):
-        raise BadField(f"llama.cpp cannot run {model.name}.", hint=f"It runs {', '.join(ARCHITECTURES)}.", param="model")
+        raise BadField(
+            gettext("llama.cpp cannot run %(model)s.", model=model.name),
+            hint=gettext("It runs %(names)s.", names=", ".join(ARCHITECTURES)),
+            param="model",
+        )
     model.engine = engine.model_dump(mode="json", exclude={"adapter"})
     return engine
 
@@ -66,7 +78,7 @@ def llama_types(model: Model) -> tuple[str, ...]:
 def remove(model: Model) -> None:
     """Return to our own engine. Raises Conflict for a model that has no other."""
     if model.engine is None:
-        raise Conflict(f"{model.name} is answered by the studio's own engine already.", param="model")
+        raise Conflict(gettext("%(model)s is answered by the studio's own engine already.", model=model.name), param="model")
     model.engine = None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.errors import BadField, Unavailable
 from app.inference.protocol import Entry, GenerateRequest, ReasoningPart, ToolCallPart
+from app.kit.languages import gettext
 
 JSON = dict[str, Any]
 
@@ -17,8 +18,11 @@ def check(request: GenerateRequest) -> None:
     if engine is None or engine.via == "chat" or not request.tools or not (use.constrains or request.sampling.json_schema is not None):
         return
     raise BadField(
-        f"The engine at {engine.host} is sent tokens, so it cannot be bound to call a tool or to keep to its parameters.",
-        hint="Take the built-in engine or one that is sent messages; or omit tool_choice, strict and response_format.",
+        gettext(
+            "The engine at %(engine)s is sent tokens, so it cannot be bound to call a tool or to keep to its parameters.",
+            engine=engine.host,
+        ),
+        hint=gettext("Take the built-in engine or one that is sent messages; or omit tool_choice, strict and response_format."),
         param="tool_choice" if use.calls == "required" else "tools",
         code="unsupported_parameter",
     )
@@ -55,8 +59,8 @@ class ServersCalls:
         """Raises Unavailable for an answer that had to call a tool, has come to its end and called none."""
         if request.tool_use.calls == "required" and any(reasons.get(index) == "stop" for index in self.without_calls()):
             raise Unavailable(
-                f"The engine at {host} called no tool, though it had to.",
-                hint="Take a server that honors tool_choice, or the built-in engine.",
+                gettext("The engine at %(engine)s called no tool, though it had to.", engine=host),
+                hint=gettext("Take a server that honors tool_choice, or the built-in engine."),
                 code="engine_failed",
             )
 

@@ -14,6 +14,7 @@ from app.errors import BadField, Unavailable
 from app.inference import client, playground
 from app.inference.playground import ResolvedModel
 from app.inference.protocol import Entry, GenerateRequest, Logprob, PromptLogprobs, Sampling, TextPart
+from app.kit.languages import gettext, localized
 from app.spec import ModelRef
 from app.tables import User
 
@@ -41,7 +42,11 @@ class Distance(NamedTuple):
 async def check(user: User, who: ResolvedModel) -> dict[str, Any]:
     """The comparison for the API. Raises BadField for a model that the built-in engine answers, and what either side raises."""
     if who.engine is None:
-        raise BadField(f"{who.name} is answered by the built-in engine.", hint="There is nothing to compare.", param="model")
+        raise BadField(
+            gettext("%(model)s is answered by the built-in engine.", model=who.name),
+            hint=gettext("There is nothing to compare."),
+            param="model",
+        )
     theirs = [await _next_of_engine(_request(user, who, prompt)) for prompt in PROMPTS]
     tuned = distance(theirs, [await _next_here(_request(user, who, prompt), who.ref) for prompt in PROMPTS])
     base = None
@@ -60,17 +65,25 @@ async def check(user: User, who: ResolvedModel) -> dict[str, Any]:
 def fault(host: str, tuned: Distance, base: Distance | None) -> dict[str, str] | None:
     """What is wrong with the engine, in words; None where it computes the model."""
     if base is not None and base.nats < 0.5 * tuned.nats:
-        message = f"{host} answers as the base does ({base.nats:.2g} nats per token away) and not as the model ({tuned.nats:.2g}): the adapter is not applied."
+        message = gettext(
+            "%(engine)s answers as the base does (%(base)s nats per token away) and not as the model (%(model)s): the adapter is not applied.",
+            engine=host,
+            base=localized(f"{base.nats:.2g}"),
+            model=localized(f"{tuned.nats:.2g}"),
+        )
         return {
             "cause": "adapter",
             "message": message,
-            "hint": "See whether the server loaded the adapter, and with a rank that is large enough.",
+            "hint": gettext("See whether the server loaded the adapter, and with a rank that is large enough."),
         }
     if not tuned.nats <= FAR:
-        message = (
-            f"{host} gives other next tokens than the model here: {tuned.nats:.2g} nats per token away, where rounding explains {FAR:g}."
+        message = gettext(
+            "%(engine)s gives other next tokens than the model here: %(nats)s nats per token away, where rounding explains %(far)s.",
+            engine=host,
+            nats=localized(f"{tuned.nats:.2g}"),
+            far=localized(f"{FAR:g}"),
         )
-        return {"cause": "weights", "message": message, "hint": "See which weights and which quantization the server has loaded."}
+        return {"cause": "weights", "message": message, "hint": gettext("See which weights and which quantization the server has loaded.")}
     return None
 
 
@@ -96,7 +109,9 @@ async def _next_of_engine(request: GenerateRequest) -> list[Logprob]:
     listed = sorted(parts[0][0].top, key=lambda one: -one.logprob) if parts else []
     if not listed or not request.engine:
         raise Unavailable(
-            "The engine gives no log-probabilities, so it cannot be compared.", hint="Switch them on there.", code="engine_answer"
+            gettext("The engine gives no log-probabilities, so it cannot be compared."),
+            hint=gettext("Switch them on there."),
+            code="engine_answer",
         )
     return listed
 

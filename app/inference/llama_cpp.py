@@ -14,6 +14,7 @@ from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from app.inference.external_server import Fold
 from app.inference.protocol import LLAMA_CPP, AnswerStarted, ExternalEngine, GenerateRequest, Sampling
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import SILENT
@@ -28,7 +29,11 @@ SEEDS = 2**32 - 1
 def engine(kind: str, adapter: str | None = None) -> ExternalEngine:
     """The engine that runs a model in a GGUF type of `TYPES`, with the LoRA folder `adapter` on it. Raises BadField."""
     if kind not in TYPES:
-        raise BadField(f"llama.cpp has no type {kind[:40]!r}.", hint=f"There are {', '.join(TYPES)}.", param="engine_model")
+        raise BadField(
+            gettext("llama.cpp has no type %(kind)s.", kind=repr(kind[:40])),
+            hint=gettext("There are %(names)s.", names=", ".join(TYPES)),
+            param="engine_model",
+        )
     return ExternalEngine(url=LLAMA_CPP, model=kind, adapter=adapter)
 
 

@@ -13,6 +13,7 @@ from app.errors import BadField
 from app.inference import playground
 from app.inference.playground import MAX_PANES, PendingAnswer, ResolvedModel
 from app.inference.protocol import MAX_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
+from app.kit.languages import gettext
 from app.tables import User
 
 MAX_TEXT_LENGTH = 20_000  # characters
@@ -21,13 +22,20 @@ MAX_TEXT_LENGTH = 20_000  # characters
 def ask(session: Session, user: User, names: Sequence[str], text: str, top_k: int) -> list[PendingAnswer]:
     """One request for each model. Raises BadField for no or too many models, and for an empty or overlong text."""
     if not 1 <= len(names) <= MAX_PANES or len(set(names)) != len(names):
-        raise BadField(f"Name between one and {MAX_PANES} different models; {len(names)} were named.", param="models")
+        raise BadField(
+            gettext("Name between one and %(most)s different models; %(count)s were named.", most=MAX_PANES, count=len(names)),
+            param="models",
+        )
     if not text:
-        raise BadField("The text is empty.", hint="Write at least one character.", param="prompt")
+        raise BadField(gettext("The text is empty."), hint=gettext("Write at least one character."), param="prompt")
     if len(text) > MAX_TEXT_LENGTH:
-        raise BadField(f"The text has {len(text)} characters; {MAX_TEXT_LENGTH} is the most.", hint="Shorten it.", param="prompt")
+        raise BadField(
+            gettext("The text has %(count)s characters; %(most)s is the most.", count=len(text), most=MAX_TEXT_LENGTH),
+            hint=gettext("Shorten it."),
+            param="prompt",
+        )
     if not 1 <= top_k <= MAX_NEXT:
-        raise BadField(f"top_k lies between 1 and {MAX_NEXT}.", param="top_k")
+        raise BadField(gettext("top_k lies between 1 and %(most)s.", most=MAX_NEXT), param="top_k")
     asked = []
     for name in names:
         who = playground.speaker(session, user, name)

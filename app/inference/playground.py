@@ -23,6 +23,7 @@ from app.inference.answer_fold import AnswerFold, Choice
 from app.inference.protocol import ExternalEngine, GenerateRequest, Sampling
 from app.jobs import solved_examples
 from app.kit.json_safe import storable
+from app.kit.languages import gettext, localized, mark
 from app.models import aliases, asked_models, interpolation
 from app.models import service as models
 from app.models.service import Resolved
@@ -74,7 +75,11 @@ def column_speaker(session: Session, user: User, name: str) -> ResolvedModel:
         return speaker(session, user, name)
     look = tryout.of_name(session, user, name)
     if look is None or not look.examples:
-        raise BadField(f"{name} has no solved examples.", hint="Choose a model fine-tuned on questions with answers.", param="models")
+        raise BadField(
+            gettext("%(name)s has no solved examples.", name=name),
+            hint=gettext("Choose a model fine-tuned on questions with answers."),
+            param="models",
+        )
     return speaker(session, user, look.base.name)._replace(name=name, examples=tuple(look.examples))
 
 
@@ -104,13 +109,19 @@ def ask(
     """A new exchange and, for each model, the request that continues its column: its own, or the one it `follows`. All panes
     share one seed."""
     if not 1 <= len(names) <= MAX_PANES:
-        raise BadField(f"Choose between one and {MAX_PANES} models; {len(names)} were named.", param="models")
+        raise BadField(
+            gettext("Choose between one and %(most)s models; %(count)s were named.", most=MAX_PANES, count=len(names)), param="models"
+        )
     if len(set(names)) != len(names):
-        raise BadField("A model was named twice.", hint="Choose different models.", param="models")
+        raise BadField(gettext("A model was named twice."), hint=gettext("Choose different models."), param="models")
     if not prompt:
-        raise BadField("The prompt is empty.", hint="Write something for the models to answer.", param="prompt")
+        raise BadField(gettext("The prompt is empty."), hint=gettext("Write something for the models to answer."), param="prompt")
     if len(prompt) > MAX_PROMPT_LENGTH:
-        raise BadField(f"The prompt has {len(prompt)} characters; {MAX_PROMPT_LENGTH} is the most.", hint="Shorten it.", param="prompt")
+        raise BadField(
+            gettext("The prompt has %(count)s characters; %(most)s is the most.", count=len(prompt), most=MAX_PROMPT_LENGTH),
+            hint=gettext("Shorten it."),
+            param="prompt",
+        )
     limits.check(session, user, "tokens_per_day")
     prompt, system = readable(prompt), readable(system)
     taken_over = {name: old for name, old in (follows or {}).items() if name in names and old != name}
@@ -285,9 +296,17 @@ def proof_line(
     adapter_sha256: str | None, revision: str | None, tokens_per_second: float | None, seed: int, engine: str | None = None
 ) -> str:
     """The line under an answer that says which weights gave it; for an external engine, which model was requested."""
-    parts = [f"adapter {adapter_sha256[:6]} on " if adapter_sha256 else "", f"revision {(revision or '')[:6]}"]
-    speed = f" · {tokens_per_second:.1f} tokens/s" if tokens_per_second else ""
-    return "".join(parts) + speed + f" · seed {seed}" + (f" · through {engine}" if engine else "")
+    weights = (revision or "")[:6]
+    if adapter_sha256:
+        parts = [gettext("adapter %(adapter)s on revision %(revision)s", adapter=adapter_sha256[:6], revision=weights)]
+    else:
+        parts = [gettext("revision %(revision)s", revision=weights)]
+    if tokens_per_second:
+        parts.append(gettext("%(speed)s tokens/s", speed=localized(f"{tokens_per_second:.1f}")))
+    parts.append(gettext("seed %(seed)s", seed=seed))
+    if engine:
+        parts.append(gettext("through %(engine)s", engine=engine))
+    return " · ".join(parts)
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -328,14 +347,19 @@ def choices(session: Session, user: User, *named: str) -> dict[str, list[Option]
     kinds: dict[uuid.UUID | None, str] = {m.id: m.kind for m in rows}
     few_shot = [m for m in tryout.with_few_shot(session, rows) if m.base_id in kinds]
     found = {
-        "Base models": [option(m) for m in rows if m.base_id is None],
-        "Fine-tuned models": [option(m) for m in reversed(rows) if m.base_id is not None],
-        "Base, few-shot": [
-            option(m, tryout.FEW_SHOT + m.name, f"Base of {m.title}, few-shot")._replace(kind=kinds[m.base_id]) for m in few_shot
+        mark("Base models"): [option(m) for m in rows if m.base_id is None],
+        mark("Fine-tuned models"): [option(m) for m in reversed(rows) if m.base_id is not None],
+        mark("Base, few-shot"): [
+            option(m, tryout.FEW_SHOT + m.name, gettext("Base of %(model)s, few-shot", model=m.title))._replace(kind=kinds[m.base_id])
+            for m in few_shot
         ],
-        "Blends": [option(m, f"{m.name}@0.5", f"{m.title} at 50% strength") for m in reversed(rows) if _blends(m)][:20],
-        "Checkpoints": _checkpoints(session, user),
-        "Aliases": alias_options(session, user, rows),
+        mark("Blends"): [
+            option(m, f"{m.name}@0.5", gettext("%(model)s at %(strength)s%% strength", model=m.title, strength=50))
+            for m in reversed(rows)
+            if _blends(m)
+        ][:20],
+        mark("Checkpoints"): _checkpoints(session, user),
+        mark("Aliases"): alias_options(session, user, rows),
     }
     return {group: options for group, options in found.items() if options}
 
@@ -365,7 +389,11 @@ def _checkpoints(session: Session, user: User, limit: int = 50) -> list[Option]:
     rows = session.execute(query.order_by(Checkpoint.created_at.desc())).all()
     return [
         Option(
-            models.checkpoint_name(session, job, row.step), title := f"{job.name}, step {row.step}", kind, title, job.comparison_id is None
+            models.checkpoint_name(session, job, row.step),
+            title := gettext("%(job)s, step %(step)s", job=job.name, step=row.step),
+            kind,
+            title,
+            job.comparison_id is None,
         )
         for row, job, kind in rows
         if kind not in SILENT
@@ -384,4 +412,7 @@ def pane(name: str, offered: dict[str, list[Option]], thread: Sequence[tuple[Exc
 def option_of(name: str, offered: dict[str, list[Option]]) -> Option:
     plain, share = interpolation.split_name(name)
     found = next((o for group in offered.values() for o in group if o.name == plain), Option(name, name, ""))
-    return found if share is None else Option(name, f"{found.title} at {share * 100:g}% strength", found.kind)
+    if share is None:
+        return found
+    strength = localized(f"{share * 100:g}")
+    return Option(name, gettext("%(model)s at %(strength)s%% strength", model=found.title, strength=strength), found.kind)

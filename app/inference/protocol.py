@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.answer_syntax import Syntax
+from app.kit.languages import mark
 from app.queue import PREFIX
 from app.spec import ModelRef
 
@@ -44,18 +45,18 @@ class Sampling(_Frozen):
     """How the next token is chosen. The descriptions are the help under each field of the playground."""
 
     temperature: float = Field(0.7, ge=0, le=2, description="0 always takes the likeliest token; higher is more varied.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Only the likeliest tokens that together hold this share of the probability.")
-    top_k: int = Field(0, ge=0, le=1_000_000, description="Only this many of the likeliest tokens. 0 is no limit.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest.")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, tokens that were seen before become less likely.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers a token each time the answer has used it.")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Lowers a token once the answer has used it.")
-    max_tokens: int | None = Field(128, ge=1, le=1_000_000, description="Longest answer. Empty is whatever the context has room for.")
+    top_p: float = Field(0.95, gt=0, le=1, description=mark("Only the likeliest tokens that together hold this share of the probability."))
+    top_k: int = Field(0, ge=0, le=1_000_000, description=mark("Only this many of the likeliest tokens. 0 is no limit."))
+    min_p: float = Field(0.0, ge=0, le=1, description=mark("Only tokens at least this share as likely as the likeliest."))
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description=mark("Above 1, tokens that were seen before become less likely."))
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description=mark("Lowers a token each time the answer has used it."))
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description=mark("Lowers a token once the answer has used it."))
+    max_tokens: int | None = Field(128, ge=1, le=1_000_000, description=mark("Longest answer. Empty is whatever the context has room for."))
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         (), max_length=MAX_STOPS, description="The answer ends before any of these texts."
     )
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="The same seed gives the same answer. Empty draws one, and the answer states it."
+        None, ge=-(2**63), lt=2**63, description=mark("The same seed gives the same answer. Empty draws one, and the answer states it.")
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Answers to the same prompt.")
     logprobs: bool = False

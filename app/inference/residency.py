@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.kit.languages import gettext, localized
 from app.machines.gpus import visible_gpus
 from app.machines.hardware import this_machine
 from app.models import service as models
@@ -144,9 +145,10 @@ def _room(job_id: uuid.UUID) -> str:
 def rule() -> str:
     """The rule of loading and eviction, in words for the pages."""
     minutes = get_settings().generate_idle_seconds / 60
-    return (
-        f"Loaded at the first request; unloaded after {minutes:g} min idle, when another model needs the memory, or while a run "
-        "that trains on the same machine needs it. A model with an active request finishes it first."
+    return gettext(
+        "Loaded at the first request; unloaded after %(minutes)s min idle, when another model needs the memory, or while a run "
+        "that trains on the same machine needs it. A model with an active request finishes it first.",
+        minutes=localized(f"{minutes:g}"),
     )
 
 

@@ -21,6 +21,7 @@ from app.errors import Conflict, NotFound
 from app.jobs.request import MetadataKey, MetadataValue
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.storage import files
 from app.tables import JSON, Dataset, Exchange, User
 
@@ -67,8 +68,8 @@ def get(session: Session, user: User, source: str, prefix: str, key: uuid.UUID, 
     """One stored answer. Raises NotFound, also for another project's and for one that was not stored."""
     found = session.scalar(mine(user, source).where(Exchange.id == key).execution_options(populate_existing=True))
     if found is None:
-        hint = "Only answers that were asked for with store are kept, for as long as the retention rules of the studio say."
-        raise NotFound(f"Nothing is stored as {ids.public(prefix, key)}.", hint=hint, param=param)
+        hint = gettext("Only answers that were asked for with store are kept, for as long as the retention rules of the studio say.")
+        raise NotFound(gettext("Nothing is stored as %(id)s.", id=ids.public(prefix, key)), hint=hint, param=param)
     return found
 
 
@@ -130,7 +131,9 @@ def make_dataset(session: Session, user: User, wanted: StoredFilter, name: str |
     rows = [_training_row(one) for one in session.scalars(query.execution_options(yield_per=500))]
     lines = [row for row in reversed(rows) if row]
     if not lines:
-        raise Conflict("No stored chat completion that ended fits this.", hint="Ask with store: true first, or widen the filter.")
+        raise Conflict(
+            gettext("No stored chat completion that ended fits this."), hint=gettext("Ask with store: true first, or widen the filter.")
+        )
     data = "\n".join(lines).encode()
     file = files.add_bytes(session, user, data, "stored-completions.jsonl", "fine-tune")
     dataset = datasets.create(session, user, file, name=name or "Stored completions", format="chat")

@@ -24,6 +24,7 @@ from app.inference.playground import PendingAnswer
 from app.inference.protocol import Sampling
 from app.kit import ids, stats
 from app.kit.json_safe import storable
+from app.kit.languages import gettext, localized, ngettext
 from app.ownership import owned
 from app.storage import files, places
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote
@@ -37,14 +38,20 @@ def draw(dataset: Dataset) -> list[JSON]:
     """A conversation that needs an answer, from a random row. Raises Conflict while the dataset is not ready, and BadField for
     texts without questions."""
     if dataset.status != "ready" or not dataset.rows_path or not dataset.good_rows:
-        raise Conflict(f"{dataset.name} has no rows that can be read.", hint="Wait until it is read, or choose another.", param="dataset")
+        raise Conflict(
+            gettext("%(dataset)s has no rows that can be read.", dataset=dataset.name),
+            hint=gettext("Wait until it is read, or choose another."),
+            param="dataset",
+        )
     for _ in range(20):
         place = secrets.randbelow(dataset.good_rows)
         messages = _asks(json.loads(row_at(places.path(dataset.rows_path), place, dataset.name)))
         if messages and str(messages[-1].get("content") or "").strip():
             return messages
     raise BadField(
-        f"The rows of {dataset.name} ask nothing.", hint="Take a dataset of conversations, instructions or labels.", param="dataset"
+        gettext("The rows of %(dataset)s ask nothing.", dataset=dataset.name),
+        hint=gettext("Take a dataset of conversations, instructions or labels."),
+        param="dataset",
     )
 
 
@@ -63,10 +70,10 @@ def begin(
     Raises BadField for anything but two different models, and for an empty prompt.
     """
     if len(names) != 2 or names[0] == names[1]:
-        raise BadField("A blind vote needs two different models.", hint="Choose two.", param="models")
+        raise BadField(gettext("A blind vote needs two different models."), hint=gettext("Choose two."), param="models")
     question = str(messages[-1].get("content", "")) if messages else ""
     if not question.strip():
-        raise BadField("The prompt is empty.", hint="Write something for the models to answer.", param="prompt")
+        raise BadField(gettext("The prompt is empty."), hint=gettext("Write something for the models to answer."), param="prompt")
     sides = list(names) if secrets.randbelow(2) else list(reversed(names))
     if sampling.seed is None:
         sampling = sampling.model_copy(update={"seed": secrets.randbelow(2**31)})
@@ -115,7 +122,7 @@ def add(
 ) -> Vote:
     """A vote that was cast elsewhere, as `POST /v1/votes` sends it."""
     if len(names) != 2 or len(texts) != 2 or names[0] == names[1]:
-        raise BadField("A vote names two different models and an answer of each.", param="models")
+        raise BadField(gettext("A vote names two different models and an answer of each."), param="models")
     vote = Vote(
         id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, messages=storable(messages), left_model=names[0], right_model=names[1],
         left_text=storable(texts[0]), right_text=storable(texts[1]),
@@ -129,11 +136,14 @@ def cast(session: Session, vote: Vote, choice: int, edited: str | None = None) -
     """1 is the left answer, 2 the right one, 0 neither. Raises Conflict for a second vote: by then the names are known."""
     session.refresh(vote, with_for_update=True)
     if choice not in (0, 1, 2):
-        raise BadField("A vote is 1, 2 or 0 for a tie.", param="choice")
+        raise BadField(gettext("A vote is 1, 2 or 0 for a tie."), param="choice")
     if vote.choice is not None:
-        raise Conflict("This round was voted on already.", hint="Ask for the next one.")
+        raise Conflict(gettext("This round was voted on already."), hint=gettext("Ask for the next one."))
     if edited and len(edited) > MAX_EDIT_LENGTH:
-        raise BadField(f"The edited answer has {len(edited)} characters; {MAX_EDIT_LENGTH} is the most.", param="edited")
+        raise BadField(
+            gettext("The edited answer has %(count)s characters; %(most)s is the most.", count=len(edited), most=MAX_EDIT_LENGTH),
+            param="edited",
+        )
     vote.choice, vote.edited = choice, storable(edited) if edited and edited.strip() else None
     vote.voted_at = func.clock_timestamp()
     session.flush()
@@ -146,12 +156,14 @@ def prefer(session: Session, user: User, answer_id: uuid.UUID) -> tuple[Exchange
     there is none."""
     chosen = session.get(Answer, answer_id)
     if chosen is None:
-        raise NotFound("No such answer.", hint="Reload the playground: an answer is stored when it has ended.", param="answer")
+        raise NotFound(
+            gettext("No such answer."), hint=gettext("Reload the playground: an answer is stored when it has ended."), param="answer"
+        )
     exchange = playground.get(session, user, chosen.exchange_id)
     thread = playground.thread(session, user, exchange.id)
     others = [a for a in thread[-1][1] if a.id != chosen.id and not a.error and a.model_name != chosen.model_name]
     if chosen.error or not others:
-        raise Conflict("There is no other answer to prefer this one over.", hint="Ask two models the same.")
+        raise Conflict(gettext("There is no other answer to prefer this one over."), hint=gettext("Ask two models the same."))
     messages = list(exchange.messages or [])
     for earlier, answer in playground.column(thread, chosen.model_name)[:-1]:
         messages += [{"role": "user", "content": earlier.prompt}, {"role": "assistant", "content": answer.text}]
@@ -207,11 +219,22 @@ class Score(NamedTuple):
     def says(self) -> str:
         if self.decided < FEWEST:
             missing = FEWEST - self.decided
-            return f"Too few to tell: {missing} more vote{'s' if missing > 1 else ''} for a side, at least."
+            return ngettext(
+                "Too few to tell: %(num)s more vote for a side, at least.",
+                "Too few to tell: %(num)s more votes for a side, at least.",
+                missing,
+            )
         if self.p >= stats.SURE:
-            return f"Too close to tell: chance alone brings such a result in {self.p:.0%} of cases. More votes would tell."
+            return gettext(
+                "Too close to tell: chance alone brings such a result in %(share)s of cases. More votes would tell.",
+                share=localized(f"{self.p:.0%}"),
+            )
         better = self.first if self.won > self.lost else self.second
-        return f"{better} is preferred by more than chance explains (exact sign test, p = {max(self.p, 1e-4):.2g})."
+        return gettext(
+            "%(model)s is preferred by more than chance explains (exact sign test, p = %(p)s).",
+            model=better,
+            p=localized(f"{max(self.p, 1e-4):.2g}"),
+        )
 
 
 def scores(session: Session, user: User) -> list[Score]:
@@ -246,9 +269,12 @@ def make_dataset(session: Session, user: User, kind: str) -> Dataset:
     rows = list(session.scalars(mine(user).order_by(Vote.created_at, Vote.id)))
     lines = [line for vote in rows for line in (_pairs(vote) if kind == "preference" else _turns(vote))]
     if kind not in ("preference", "chat"):
-        raise BadField("Votes become a preference or a chat dataset.", param="kind")
+        raise BadField(gettext("Votes become a preference or a chat dataset."), param="kind")
     if not lines:
-        raise Conflict("No vote prefers one answer yet, so there is nothing to train on.", hint="Vote for one side, or edit an answer.")
+        raise Conflict(
+            gettext("No vote prefers one answer yet, so there is nothing to train on."),
+            hint=gettext("Vote for one side, or edit an answer."),
+        )
     data = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     file = files.add_bytes(session, user, data, f"votes-{kind}.jsonl", "fine-tune")
     return datasets.create(session, user, file, name=f"{'Preferences' if kind == 'preference' else 'Best answers'} from votes", format=kind)

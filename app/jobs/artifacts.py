@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from app.events import from_row
 from app.jobs import service as jobs
 from app.jobs.progress import JobProgress, fold
+from app.kit.languages import english
 from app.settings import get_settings
 from app.storage import places
 from app.tables import Job
@@ -42,7 +43,9 @@ def output(job: Job) -> list[str]:
 
 def log(session: Session, job: Job) -> Iterator[bytes]:
     """The whole log as text: the job's events, then the trainer log of each attempt. The session is not needed while it is sent."""
-    return itertools.chain(list(_said(session, job)), _written(job))
+    with english():  # as the log of the trainer, with which it is read
+        said = list(_said(session, job))
+    return itertools.chain(said, _written(job))
 
 
 def _said(session: Session, job: Job) -> Iterator[bytes]:

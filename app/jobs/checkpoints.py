@@ -16,6 +16,8 @@ from app.errors import BadData, Conflict, NotFound
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.kit import ids, manifest
+from app.kit.languages import gettext
+from app.kit.states import state_word
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.settings import get_settings
@@ -31,7 +33,11 @@ def get(session: Session, job: Job, step: int) -> Checkpoint:
     """A checkpoint that was not deleted. Raises NotFound."""
     query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step, Checkpoint.deleted_at.is_(None))
     if (row := session.scalar(query)) is None:
-        raise NotFound(f"The job has no checkpoint of step {step}.", hint="Its page lists those that are still there.", param="step")
+        raise NotFound(
+            gettext("The job has no checkpoint of step %(step)s.", step=step),
+            hint=gettext("Its page lists those that are still there."),
+            param="step",
+        )
     return row
 
 
@@ -40,7 +46,10 @@ def folder_of(row: Checkpoint) -> Path:
     folder = places.path(row.path)
     manifest.verify(folder, deep=False)
     if manifest.sha256_of(folder / manifest.NAME) != row.manifest_sha256:
-        raise BadData(f"The checkpoint of step {row.step} is no longer whole on disk.", hint="Choose another checkpoint of the job.")
+        raise BadData(
+            gettext("The checkpoint of step %(step)s is no longer whole on disk.", step=row.step),
+            hint=gettext("Choose another checkpoint of the job."),
+        )
     return folder
 
 
@@ -88,7 +97,11 @@ def keep(session: Session, job: Job, step: int) -> Model:
     if known is not None and known.deleted_at is None:
         return known
     if session.scalar(select(Model.id).where(Model.name == model.name, Model.project_id == job.project_id, Model.deleted_at.is_(None))):
-        raise Conflict(f"Another checkpoint of step {step} is kept already.", hint="Delete that model first.", param="step")
+        raise Conflict(
+            gettext("Another checkpoint of step %(step)s is kept already.", step=step),
+            hint=gettext("Delete that model first."),
+            param="step",
+        )
     target = get_settings().data_dir / "models" / str(model.id)
     made = _link(source, target)
     model.path, model.revision, model.bytes = f"models/{model.id}", made["revision"], made["bytes"]
@@ -132,11 +145,15 @@ def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) ->
     job = jobs.get(session, user, job_id)
     row = get(session, job, step)
     if job.status not in ("paused", "failed", "cancelled"):
-        raise Conflict(f"The job is {job.status}, so it cannot go back to a checkpoint.", param="step", code="wrong_state")
+        raise Conflict(
+            gettext("The job is %(status)s, so it cannot go back to a checkpoint.", status=state_word(job.status)),
+            param="step",
+            code="wrong_state",
+        )
     if not resumable(row):
         raise Conflict(
-            f"The best checkpoint before step {step} was swept, so the job cannot go on from there.",
-            hint="Resume from the newest checkpoint, or clone the job.",
+            gettext("The best checkpoint before step %(step)s was swept, so the job cannot go on from there.", step=step),
+            hint=gettext("Resume from the newest checkpoint, or clone the job."),
             param="step",
         )
     resumed = jobs.resume(session, user, job_id)  # locks the job's row: no trainer runs until this is committed

@@ -26,6 +26,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
+from app.kit.languages import gettext
 from app.machines.placement import Resources
 from app.objectives import OBJECTIVES
 from app.older_settings import renamed
@@ -118,14 +119,18 @@ def read(session: Session, user: User, file: bytes) -> dict[str, str]:
     try:
         body = yaml.safe_load(file.decode("utf-8"))
     except UnicodeDecodeError:
-        raise BadData("The file is not text in UTF-8.", hint="Choose the YAML file of a run.") from None
+        raise BadData(gettext("The file is not text in UTF-8."), hint=gettext("Choose the YAML file of a run.")) from None
     except yaml.YAMLError as error:
-        raise BadData(f"The file is not YAML: {str(error)[:200]}", hint="Fix the line it names.") from None
+        raise BadData(gettext("The file is not YAML: %(error)s", error=str(error)[:200]), hint=gettext("Fix the line it names.")) from None
     if not isinstance(body, dict):
-        raise BadData("The file holds no settings.", hint="It needs at least `model:` and `dataset_id:` or `training_file:`.")
+        raise BadData(
+            gettext("The file holds no settings."), hint=gettext("It needs at least `model:` and `dataset_id:` or `training_file:`.")
+        )
     if unknown := [str(key) for key in body if key not in KEYS]:
         raise BadField(
-            f"The form has no {unknown[0][:60]!r}.", hint=f"Remove it. Known are {', '.join(sorted(KEYS))}.", param=unknown[0][:60]
+            gettext("The form has no %(key)s.", key=repr(unknown[0][:60])),
+            hint=gettext("Remove it. Known are %(names)s.", names=", ".join(sorted(KEYS))),
+            param=unknown[0][:60],
         )
     order = job_request.read_order(body)
     dataset, validation = (
@@ -173,8 +178,8 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: str | None) ->
         return None
     if not file.startswith("file-"):
         raise BadField(
-            f"The file names data on a disk: {file[:100]}.",
-            hint="Upload it and write its `dataset_id:` here, or run the file with `luthier train`.",
+            gettext("The file names data on a disk: %(file)s.", file=file[:100]),
+            hint=gettext("Upload it and write its `dataset_id:` here, or run the file with `luthier train`."),
             param="training_file",
         )
     return datasets.for_file(session, user, ids.parse(ids.FILE, file, param="training_file"))

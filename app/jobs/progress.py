@@ -34,6 +34,7 @@ from app.events import (
     Stopped,
     TaskProgress,
 )
+from app.kit.languages import gettext, localized, mark
 
 Point = tuple[int, float]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -49,12 +50,18 @@ KEPT_LOG_LINES = 500
 
 @dataclass(slots=True)
 class LogLine:
-    """One line of the page's log: the trainer's own, or about the job's state."""
+    """One line of the page's log: the trainer's own, or about the job's state. It is put into words when it is read, since the fold is kept
+    for readers of every language."""
 
     at: datetime | None
     level: Literal["info", "warn", "error"]
-    message: str
+    event: JobEvent
+    resume_reason: str
     attempt: int
+
+    @property
+    def message(self) -> str:
+        return _words(self.event, self.resume_reason)
 
 
 @dataclass(slots=True)
@@ -175,12 +182,16 @@ class JobProgress:
     @property
     def resumed(self) -> str:
         """`resumed at step 40 after the worker was lost`, or empty for a job without interruptions."""
+        reason, step = gettext(self.resume_reason), self.resumed_from
         if self.loading:
-            return self.resume_reason
-        if self.resumed_from is None:
-            return f"started over {self.resume_reason}".strip() if self.attempt > 1 and self.started and self.resume_reason else ""
-        exact = "" if self.started is None or self.started.exact else ", not bit for bit"
-        return f"resumed at step {self.resumed_from} {self.resume_reason}".strip() + exact
+            return reason
+        if step is None:
+            return gettext("started over %(reason)s", reason=reason) if self.attempt > 1 and self.started and reason else ""
+        if self.started is None or self.started.exact:
+            words = gettext("resumed at step %(step)s %(reason)s", step=step, reason=reason)
+            return words if reason else gettext("resumed at step %(step)s", step=step)
+        words = gettext("resumed at step %(step)s %(reason)s, not bit for bit", step=step, reason=reason)
+        return words if reason else gettext("resumed at step %(step)s, not bit for bit", step=step)
 
 
 def progress(events: Iterable[JobEvent]) -> JobProgress:
@@ -199,9 +210,9 @@ def fold(progress: JobProgress, event: JobEvent, *, at: datetime | None = None, 
     _FOLDS[type(event)](progress, event)
     if isinstance(event, Claimed):
         progress.claimed_at = at
-    line = _log_line(progress, event)
-    if line is not None:
-        progress.log.append(LogLine(at, *line, attempt=progress.attempt))
+    level = event.level if isinstance(event, Log) else _LEVELS.get(type(event))
+    if level is not None:
+        progress.log.append(LogLine(at, level, event, progress.resume_reason, progress.attempt))
         del progress.log[:-KEPT_LOG_LINES]
     return progress
 
@@ -211,14 +222,14 @@ def fold(progress: JobProgress, event: JobEvent, *, at: datetime | None = None, 
 
 _REASONS = {
     "submitted": "",
-    "resumed": "after a pause",
-    "worker_left": "after its worker was restarted",
-    "worker_lost": "after the worker was lost",
-    "retry": "after a fault that may pass",
+    "resumed": mark("after a pause"),
+    "worker_left": mark("after its worker was restarted"),
+    "worker_lost": mark("after the worker was lost"),
+    "retry": mark("after a fault that may pass"),
 }
 
 
-_AFTER = {"cancelled": "after it was cancelled", "failed": "after it failed"}
+_AFTER = {"cancelled": mark("after it was cancelled"), "failed": mark("after it failed")}
 
 
 def _queued(progress: JobProgress, event: Queued) -> None:
@@ -283,7 +294,7 @@ def _stopped(progress: JobProgress, event: Stopped) -> None:
 
 def _lost(progress: JobProgress, event: Lost) -> None:
     progress.status = "queued"
-    progress.resume_reason = "after the worker was lost"
+    progress.resume_reason = _REASONS["worker_lost"]
 
 
 def _nothing(progress: JobProgress, event: Log | TaskProgress) -> None:
@@ -316,41 +327,67 @@ def _forget_after(progress: JobProgress, step: int) -> None:
     progress.step = step
 
 
-def _log_line(progress: JobProgress, event: JobEvent) -> tuple[Literal["info", "warn", "error"], str] | None:
-    """The log line of an event; steps have none, they are the curves."""
+_LEVELS: dict[type[JobEvent], Literal["info", "warn", "error"]] = {
+    Queued: "info", Claimed: "info", Started: "info", Evaluated: "info", Saved: "info", Lost: "warn", Stopped: "info", Failed: "error",
+    Finished: "info",
+}  # fmt: skip
+"""Of the log line of an event; steps have none, they are the curves."""
+_STOPPED = {
+    ("paused", False, False): mark("Paused."),
+    ("paused", False, True): mark("Paused at step %(step)s."),
+    ("paused", True, False): mark("Paused by you."),
+    ("paused", True, True): mark("Paused by you at step %(step)s."),
+    ("cancelled", False, False): mark("Cancelled."),
+    ("cancelled", False, True): mark("Cancelled at step %(step)s."),
+    ("cancelled", True, False): mark("Cancelled by you."),
+    ("cancelled", True, True): mark("Cancelled by you at step %(step)s."),
+}
+"""By status, whether a person asked for it, and whether the step is known."""
+
+
+def _words(event: JobEvent, resume_reason: str) -> str:
+    """The log line of an event, in the language of the reader; what is stored as a text stays as it is."""
     match event:
-        case Log():
-            return event.level, event.message
+        case Log() | Lost():
+            return event.message
         case Queued(reason="submitted"):
-            return "info", "Queued."
+            return gettext("Queued.")
         case Queued():
-            return "info", f"Queued again, {progress.resume_reason}."
+            return gettext("Queued again, %(reason)s.", reason=gettext(resume_reason))
         case Claimed():
-            return "info", f"Attempt {event.attempt} started on {event.worker}."
+            return gettext("Attempt %(attempt)s started on %(worker)s.", attempt=event.attempt, worker=event.worker)
         case Started():
-            start = f"Training resumes at step {event.resumed_from} of" if event.resumed_from is not None else "Training starts:"
-            return "info", f"{start} {event.total_steps} steps over {event.train_rows} rows, on {event.device} in {event.precision}."
+            return _started_words(event)
         case Evaluated():
-            return "info", f"Step {event.step}: validation loss {event.loss:.4f}{', the best so far' if event.best else ''}."
+            loss = localized(f"{event.loss:.4f}")
+            if event.best:
+                return gettext("Step %(step)s: validation loss %(loss)s, the best so far.", step=event.step, loss=loss)
+            return gettext("Step %(step)s: validation loss %(loss)s.", step=event.step, loss=loss)
         case Saved():
-            return "info", f"Step {event.step}: checkpoint saved and verified."
-        case Lost():
-            return "warn", event.message
+            return gettext("Step %(step)s: checkpoint saved and verified.", step=event.step)
         case Stopped():
-            where = f" at step {event.step}" if event.step is not None else ""
-            by = " by you" if event.reason == "asked for" else ""
-            return "info", f"{event.status.capitalize()}{by}{where}. {'' if by else event.reason}".strip()
+            asked = event.reason == "asked for"
+            words = gettext(_STOPPED[event.status, asked, event.step is not None], step=event.step)
+            return words if asked else f"{words} {event.reason}".strip()
         case Failed():
-            return "error", f"{event.message} {event.hint}".strip()
+            return f"{event.message} {event.hint}".strip()
         case Finished():
-            early = (
-                (f" {event.why}" if event.why else " The validation score had stopped improving.")
-                if event.reason == "early_stopped"
-                else ""
-            )
-            return "info", f"Succeeded at step {event.step}.{early}"
+            words = gettext("Succeeded at step %(step)s.", step=event.step)
+            early = event.why or gettext("The validation score had stopped improving.")
+            return f"{words} {early}" if event.reason == "early_stopped" else words
         case _:
-            return None
+            return ""
+
+
+def _started_words(event: Started) -> str:
+    values = {"steps": event.total_steps, "rows": event.train_rows, "device": event.device, "precision": event.precision}
+    if event.resumed_from is None:
+        return gettext("Training starts: %(steps)s steps over %(rows)s rows, on %(device)s in %(precision)s.", **values)
+    return gettext(
+        "Training resumes at step %(step)s of %(steps)s steps over %(rows)s rows, on %(device)s in %(precision)s.",
+        step=event.resumed_from,
+        **values,
+    )
 
 
 # Fewer points, the same picture --------------------------------------------------------------------------------------

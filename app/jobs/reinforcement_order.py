@@ -10,18 +10,19 @@ from app import saved_graders
 from app.errors import BadField, StudioError
 from app.graders import Grader
 from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
+from app.kit.languages import gettext, mark
 from app.models import asked_models
 from app.objectives.reinforcement import ReinforcementSettings
 from app.tables import JSON, User
 
 Number = TypeVar("Number", int, float)
 USUAL_REWARDS: dict[str, JSON] = {
-    "number": {"type": "numeric", "name": "Right number", "reference": "{{item.reference}}"},
+    "number": {"type": "numeric", "name": mark("Right number"), "reference": "{{item.reference}}"},
     "text": {
-        "type": "string_check", "name": "Right text", "input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}",
+        "type": "string_check", "name": mark("Right text"), "input": "{{sample.output_text}}", "operation": "eq", "reference": "{{item.reference}}",
     },
     "similar": {
-        "type": "text_similarity", "name": "Similar text", "input": "{{sample.output_text}}", "reference": "{{item.reference}}",
+        "type": "text_similarity", "name": mark("Similar text"), "input": "{{sample.output_text}}", "reference": "{{item.reference}}",
         "evaluation_metric": "rouge_l",
     },
 }  # fmt: skip
@@ -37,8 +38,8 @@ def reward_of(session: Session, user: User, order: JobRequest) -> Grader:
         given, param = getattr(named, "grader", None), "method.reinforcement.grader"
     if not given:
         raise BadField(
-            "Reinforcement learning needs a reward.",
-            hint="Send method.reinforcement.grader: a grader as {“type”: …}, or the id of a saved one.",
+            gettext("Reinforcement learning needs a reward."),
+            hint=gettext("Send method.reinforcement.grader: a grader as {“type”: …}, or the id of a saved one."),
             param=param,
             code="missing_required_parameter",
         )
@@ -75,6 +76,6 @@ def fill_run(settings: dict[str, Any], asked: Hyperparameters) -> None:
 def _within(name: str, value: Number, low: float, high: float) -> Number:
     """The value of a hyperparameter. Raises BadField, which names it as the request does."""
     if not low <= value <= high:
-        hint = f'Give a number from {low:g} to {high:g}, or "auto".'
-        raise BadField(f"{name} cannot be {value}.", hint=hint, param=f"hyperparameters.{name}")
+        hint = gettext('Give a number from %(low)s to %(high)s, or "auto".', low=f"{low:g}", high=f"{high:g}")
+        raise BadField(gettext("%(name)s cannot be %(value)s.", name=name, value=value), hint=hint, param=f"hyperparameters.{name}")
     return value

@@ -12,6 +12,7 @@ from app import trackers
 from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.machines.placement import Resources
 from app.objectives import METHODS, OBJECTIVES, Task
 from app.older_settings import RENAMED
@@ -148,14 +149,23 @@ def bad_field(error: ValidationError, prefix: str = "", tag: str = "") -> BadFie
     first = error.errors(include_url=False, include_context=False)[0]
     param = ".".join(filter(None, (prefix, field_path(first["loc"], tag))))
     if first["type"] == "extra_forbidden":
-        where = "the settings under /v1/strategies" if prefix else "what this request takes in /v1/openapi.json"
-        _, now = RENAMED.get(param.rpartition(".")[2], ("", f"Omit it, or look up {where}."))
-        return BadField(f"There is no setting {param!r}.", hint=now, param=param)
+        usual = (
+            mark("Omit it, or look up the settings under /v1/strategies.")
+            if prefix
+            else mark("Omit it, or look up what this request takes in /v1/openapi.json.")
+        )
+        _, now = RENAMED.get(param.rpartition(".")[2], ("", usual))
+        return BadField(gettext("There is no setting %(param)s.", param=repr(param)), hint=gettext(now), param=param)
     if first["type"] == "missing":
-        return BadField(f"{param} is missing.", hint=f"Send {param} with the request.", param=param, code="missing_required_parameter")
+        return BadField(
+            gettext("%(param)s is missing.", param=param),
+            hint=gettext("Send %(param)s with the request.", param=param),
+            param=param,
+            code="missing_required_parameter",
+        )
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
-    return BadField(f"{param} cannot be {shown}.", hint=plain(first["msg"]), param=param)
+    return BadField(gettext("%(param)s cannot be %(shown)s.", param=param, shown=shown), hint=plain(first["msg"]), param=param)
 
 
 _strategies: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
@@ -165,7 +175,11 @@ def read_strategy(asked: Mapping[str, Any]) -> Strategy:
     """The strategy with its settings. Raises BadField."""
     name = asked.get("name", UNNAMED)
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise BadField(f"There is no strategy {str(name)[:60]!r}.", hint=f"Use one of {', '.join(STRATEGIES)}.", param="strategy.name")
+        raise BadField(
+            gettext("There is no strategy %(name)s.", name=repr(str(name)[:60])),
+            hint=gettext("Use one of %(names)s.", names=", ".join(STRATEGIES)),
+            param="strategy.name",
+        )
     try:
         return _strategies.validate_python({**asked, "name": name})
     except ValidationError as error:
@@ -187,8 +201,8 @@ def read_objective_settings(task: str, asked: Mapping[str, Any]) -> BaseModel | 
             loss = getattr(found, "loss", task)
             takes = ", ".join(one for one in kind.model_fields if one not in found.unused())
             raise BadField(
-                f"{name} means nothing with the loss {loss}.",
-                hint=f"Omit it, or choose a loss that takes it: {loss} takes {takes}.",
+                gettext("%(name)s means nothing with the loss %(loss)s.", name=name, loss=loss),
+                hint=gettext("Omit it, or choose a loss that takes it: %(loss)s takes %(takes)s.", loss=loss, takes=takes),
                 param=f"preference.{name}",
                 code="setting_without_use",
             )

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.kit.languages import mark
 from app.storage import places
 from app.tables import Dataset, Event, Job, User
 
 FILE = "ledger.json"
 SORTS = {
-    "after": "highest final loss",
-    "before": "highest initial loss",
-    "gain": "smallest improvement",
+    "after": mark("highest final loss"),
+    "before": mark("highest initial loss"),
+    "gain": mark("smallest improvement"),
 }
 
 

@@ -24,6 +24,8 @@ from app.jobs import lifecycle, needs, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
+from app.kit.languages import english, gettext, mark
+from app.kit.states import state_word
 from app.models import service as models
 from app.ownership import made, maker_of, owned
 from app.settings import get_settings
@@ -53,6 +55,8 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
     limits.check(session, user, "storage_bytes")
     chosen = trackers.read(order.integrations or [])
     spec = build_spec(session, user, order)
+    with english():  # it is stored
+        estimate = estimate_of(session, spec, order.resources)
     job_id = uuid.uuid4()
     inserted = session.scalar(
         insert(Job)
@@ -70,7 +74,7 @@ def create(session: Session, user: User, order: JobRequest, idempotency_key: str
             priority=order.priority or "normal",
             user_metadata=order.metadata,
             idempotency_key=idempotency_key,
-            estimate=estimate_of(session, spec, order.resources),
+            estimate=estimate,
             **needs.columns(session, spec, order.resources),
         )
         .on_conflict_do_nothing(index_elements=["project_id", "owner_id", "idempotency_key"])
@@ -94,8 +98,8 @@ def check_priority(user: User, priority: str | None) -> None:
     """Raises Forbidden for a high one that this person may not order."""
     if priority == "high" and not may_hurry(user):
         raise Forbidden(
-            "Only admins start runs of high priority.",
-            hint="Use normal, or ask an admin.",
+            gettext("Only admins start runs of high priority."),
+            hint=gettext("Use normal, or ask an admin."),
             param="priority",
             code="insufficient_permissions",
         )
@@ -105,8 +109,8 @@ def _by_key(session: Session, user: User, key: str, asked: dict[str, Any]) -> Jo
     job = session.scalar(select(Job).where(Job.project_id == user.project_id, Job.owner_id == user.id, Job.idempotency_key == key))
     if job is not None and job.order != asked:
         raise Conflict(
-            "This Idempotency-Key was used for another order.",
-            hint="Send a new key with a new order, or the first order unchanged.",
+            gettext("This Idempotency-Key was used for another order."),
+            hint=gettext("Send a new key with a new order, or the first order unchanged."),
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )
@@ -191,7 +195,7 @@ def _stop(session: Session, job: Job, status: str, idle: tuple[str, ...]) -> Job
         if db.touched(session, update(Job).where(Job.id == job.id, Job.status == "running").values(**wish)) == 0:
             session.refresh(job)
             if job.status != status:
-                raise _state(job, "cancelled" if status == "cancelled" else "paused")
+                raise _state(job, _CANCELLED if status == "cancelled" else _PAUSED)
     queue.notify(session, "job", job.id)
     session.refresh(job)
     return job
@@ -230,9 +234,9 @@ def resume(session: Session, user: User, job_id: uuid.UUID) -> Job:
     ):
         queue.notify(session, "job", job.id)  # the trainer may not have read the pause; if it has, it pauses all the same
     elif job.status == "cancelled":
-        raise _state(job, "resumed: it has no checkpoint", "Clone it to start anew.")
+        raise _state(job, mark("The job is %(status)s, so it cannot be resumed: it has no checkpoint."), gettext("Clone it to start anew."))
     elif job.status not in ("queued", "running"):
-        raise _state(job, "resumed")
+        raise _state(job, mark("The job is %(status)s, so it cannot be resumed."))
     session.refresh(job)
     return job
 
@@ -241,7 +245,7 @@ def save_now(session: Session, user: User, job_id: uuid.UUID) -> Job:
     """Request a checkpoint of a running job at its next step. Raises NotFound, Conflict."""
     job = get(session, user, job_id)
     if db.touched(session, update(Job).where(Job.id == job.id, Job.status == "running").values(save_requested=True)) == 0:
-        raise _state(job, "asked for a checkpoint")
+        raise _state(job, mark("The job is %(status)s, so it cannot be asked for a checkpoint."))
     session.refresh(job)
     return job
 
@@ -253,7 +257,7 @@ def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
         session, update(Job).where(Job.id == job.id, Job.status.in_((*ENDED, "paused"))).values(deleted_at=func.clock_timestamp())
     )
     if not moved:
-        raise _state(job, "deleted", "Cancel it first.")
+        raise _state(job, mark("The job is %(status)s, so it cannot be deleted."), gettext("Cancel it first."))
     session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(deleted_at=func.clock_timestamp()))
     folder = get_settings().data_dir / "runs" / str(job.id)
     if tuned_model(session, job) is None:
@@ -270,11 +274,16 @@ def delete(session: Session, user: User, job_id: uuid.UUID) -> None:
 def refuse_cancelled(job: Job) -> None:
     """For the API, which refuses a second cancel as OpenAI does; a second click on a page is no error. Raises Conflict."""
     if job.status == "cancelled":
-        raise _state(job, "cancelled again")
+        raise _state(job, mark("The job is %(status)s, so it cannot be cancelled again."))
 
 
-def _state(job: Job, what: str, hint: str = "") -> Conflict:
-    return Conflict(f"The job is {job.status}, so it cannot be {what}.", hint=hint, param="fine_tuning_job_id", code="wrong_state")
+_CANCELLED = mark("The job is %(status)s, so it cannot be cancelled.")
+_PAUSED = mark("The job is %(status)s, so it cannot be paused.")
+
+
+def _state(job: Job, why: str, hint: str = "") -> Conflict:
+    said = gettext(why, status=state_word(job.status))
+    return Conflict(said, hint=hint, param="fine_tuning_job_id", code="wrong_state")
 
 
 # The reaper's round -------------------------------------------------------------------------------------------------
@@ -328,7 +337,8 @@ def resolve_waiting_jobs(session: Session, dataset_id: uuid.UUID | None = None) 
 def _resolve_waiting_job(session: Session, job: Job) -> None:
     owner, order = maker_of(session, job), JobRequest.model_validate(job.order)
     try:
-        spec = build_spec(session, owner, order)
+        with english():  # the error is stored
+            spec = build_spec(session, owner, order)
     except StudioError as error:
         failed = said.Failed(kind="bad_data", message=error.message, hint=error.hint)
         job.status, job.finished_at = "failed", session.scalar(select(func.clock_timestamp()))
@@ -338,7 +348,8 @@ def _resolve_waiting_job(session: Session, job: Job) -> None:
         return
     if job.name == job.spec["name"]:  # nobody renamed it while it waited
         job.name = spec.name
-    job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec, order.resources)
+    with english():
+        job.spec, job.estimate = spec.model_dump(mode="json"), estimate_of(session, spec, order.resources)
     for name, value in needs.columns(session, spec, order.resources).items():
         setattr(job, name, value)
     # A file's id may stand for another version by now, where the one that was waited for failed.

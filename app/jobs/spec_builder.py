@@ -6,6 +6,7 @@ setting out of range, a strategy the model cannot run.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,23 +14,27 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 
-from app import formats, graders, objectives, saved_graders
+from app import graders, objectives, saved_graders
 from app.errors import BadField, StudioError
 from app.graders import Grader
 from app.jobs import reinforcement_order
 from app.jobs.defaults import mean_tokens, usual_run
+from app.jobs.order_rows import check_dataset, split_of
 from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
+from app.kit.states import state_word
 from app.machines.placement import Resources
 from app.models import asked_models
 from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, DrawnSettings, Task
-from app.planning import feasibility
+from app.planning import data_warnings, feasibility
 from app.planning.reinforcement import refuse_drawn
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape
-from app.spec import AskedModel, DatasetRef, JobSpec, ModelRef, Split, usual_learning_rate
+from app.spec import AskedModel, DatasetRef, JobSpec, ModelRef, usual_learning_rate
 from app.strategies import Strategy
 from app.tables import JSON, Dataset, User
 
@@ -62,23 +67,30 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
     resolved = _with_param("model", models.resolve, session, user, order.model)
     if resolved.model.status != "ready":
         raise BadField(
-            f"The model {order.model} is not ready: it is {resolved.model.status}.",
-            hint="Wait until it has been fetched, or look at its page for what went wrong.",
+            gettext("The model %(model)s is not ready: it is %(status)s.", model=order.model, status=state_word(resolved.model.status)),
+            hint=gettext("Wait until it has been fetched, or look at its page for what went wrong."),
             param="model",
         )
     if any(adapter.blend < 1 for adapter in resolved.ref.adapters):
-        hint = "Fine-tune the model itself, or its base, and blend the result."
-        raise BadField(f"{order.model} is a blend, which can be used and evaluated but not fine-tuned.", hint=hint, param="model")
+        hint = gettext("Fine-tune the model itself, or its base, and blend the result.")
+        raise BadField(
+            gettext("%(model)s is a blend, which can be used and evaluated but not fine-tuned.", model=order.model),
+            hint=hint,
+            param="model",
+        )
     dataset, param = _dataset(session, user, order.dataset_id, order.training_file, "training_file")
     if dataset is None:
         raise BadField(
-            "No data was named.", hint="Send training_file or dataset_id.", param="training_file", code="missing_required_parameter"
+            gettext("No data was named."),
+            hint=gettext("Send training_file or dataset_id."),
+            param="training_file",
+            code="missing_required_parameter",
         )
     validation, validation_param = _dataset(session, user, order.validation_dataset_id, order.validation_file, "validation_file")
     task = _task(order, dataset)
     for named, where in ((dataset, param), (validation, validation_param)):
         if named is not None:
-            _check_dataset(named, task, where)
+            check_dataset(named, task, where)
     feasibility.refuse_untunable(resolved.ref, task if _task_is_known(order, dataset) else "classification")
     feasibility.refuse_labels(task, dataset, validation, param, validation_param)
     reward = reinforcement_order.reward_of(session, user, order) if OBJECTIVES[task].rewards else None
@@ -110,7 +122,8 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     reason = why_not(strategy, model.shape, task if _task_is_known(order, dataset) else None, run.device, order.resources)
     if reason:
         hidden = run.device == "cpu" and has_gpu()
-        hint = "Choose another method or model, or leave device out." if hidden else "Choose another method or model."
+        without = gettext("Choose another method or model, or leave device out.")
+        hint = without if hidden else gettext("Choose another method or model.")
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
@@ -132,7 +145,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         model=model,
         dataset=reference(dataset),
         validation=reference(validation) if validation is not None else None,
-        split=_split(order, dataset),
+        split=split_of(order, dataset),
         run=run,
         strategy=strategy,
         preference=own,
@@ -146,8 +159,10 @@ def refuse_judges(judges: Sequence[AskedModel], processes: int) -> None:
     """Raises BadField where several processes would train together, of which none may ask models."""
     if judges and processes > 1:
         raise BadField(
-            f"A grader asks the model {judges[0].name or 'for embeddings'}, which a job of several processes cannot.",
-            hint="Take a grader without a model, or ask for one GPU (resources.gpus, or LUTHIER_GPUS_PER_JOB for all jobs).",
+            gettext("A grader asks the model %(model)s, which a job of several processes cannot.", model=judges[0].name)
+            if judges[0].name
+            else gettext("A grader asks the model for embeddings, which a job of several processes cannot."),
+            hint=gettext("Take a grader without a model, or ask for one GPU (resources.gpus, or LUTHIER_GPUS_PER_JOB for all jobs)."),
             param="graders",
         )
 
@@ -155,18 +170,28 @@ def refuse_judges(judges: Sequence[AskedModel], processes: int) -> None:
 def trainable_graders(found: Sequence[Grader], task: Task) -> tuple[JSON, ...]:
     """Graders as a spec has them. Raises BadField for what a trainer cannot grade."""
     if found and not OBJECTIVES[task].graded:
-        raise BadField(f"Graders score written answers; a job for {task} writes none.", hint="Remove graders.", param="graders")
+        raise BadField(
+            gettext("Graders score written answers; a job for %(task)s writes none.", task=task),
+            hint=gettext("Remove graders."),
+            param="graders",
+        )
     return tuple(map(graders.to_json, found))
 
 
 def check_graded(run: RunSettings, graded: tuple[JSON, ...], *, validated_elsewhere: bool, reward: bool = False) -> None:
     """Raises BadField for settings and graders that need each other. A `reward` is a grader too, and needs no validation rows."""
     if not reward and run.graded_rows != RunSettings.model_fields["graded_rows"].default and not graded:
-        raise BadField("graded_rows means nothing without graders.", hint="Omit it, or send graders.", param="run.graded_rows")
+        raise BadField(
+            gettext("graded_rows means nothing without graders."), hint=gettext("Omit it, or send graders."), param="run.graded_rows"
+        )
     if run.metric_for_best == "grader" and not graded and not reward:
-        raise BadField("No grader was named to choose the best checkpoint by.", hint="Send graders.", param="run.metric_for_best")
+        raise BadField(
+            gettext("No grader was named to choose the best checkpoint by."), hint=gettext("Send graders."), param="run.metric_for_best"
+        )
     if graded and not validated_elsewhere and run.validation_fraction == 0:
-        raise BadField("Graders need validation rows, and none are held out.", hint="Set validation_fraction.", param="graders")
+        raise BadField(
+            gettext("Graders need validation rows, and none are held out."), hint=gettext("Set validation_fraction."), param="graders"
+        )
 
 
 def why_not(strategy: Strategy, shape: Shape, task: str | None, device: str = "auto", asked: Resources | None = None) -> str | None:
@@ -212,17 +237,33 @@ def _task(order: JobRequest, dataset: Dataset) -> Task:
     if order.method and (named := _named_by_method(order)):
         if order.task not in (None, *named):
             raise BadField(
-                f"The method {order.method.type} is for {' and '.join(named)}, not {order.task}.", hint="Omit task.", param="task"
+                gettext(
+                    "The method %(method)s is for %(tasks)s, not %(task)s.",
+                    method=order.method.type,
+                    tasks=_all_of(named),
+                    task=order.task,
+                ),
+                hint=gettext("Omit task."),
+                param="task",
             )
         return order.task or named[0]
     own = objectives.get(datasets.usual_task(dataset)).method
     if order.method and order.task is None and dataset.status == "ready" and own != SUPERVISED:
         raise BadField(
-            f"The method supervised needs single answers, and the dataset {dataset.name} is for {datasets.usual_task(dataset)}.",
-            hint=f"Set the method to {own}, or choose a dataset with one answer to each prompt.",
+            gettext(
+                "The method supervised needs single answers, and the dataset %(dataset)s is for %(task)s.",
+                dataset=dataset.name,
+                task=datasets.usual_task(dataset),
+            ),
+            hint=gettext("Set the method to %(own)s, or choose a dataset with one answer to each prompt.", own=own),
             param="method.type",
         )
     return order.task or (datasets.usual_task(dataset) if dataset.status == "ready" else None) or objectives.DEFAULT
+
+
+def _all_of(names: Sequence[str]) -> str:
+    """`a and b and c`."""
+    return functools.reduce(lambda one, other: gettext("%(one)s and %(other)s", one=one, other=other), names)
 
 
 def _named_by_method(order: JobRequest) -> list[str]:
@@ -233,55 +274,6 @@ def _named_by_method(order: JobRequest) -> list[str]:
 
 def _task_is_known(order: JobRequest, dataset: Dataset) -> bool:
     return order.task is not None or dataset.status == "ready" or bool(_named_by_method(order))
-
-
-def _check_dataset(dataset: Dataset, task: Task, param: str) -> None:
-    """Check that the dataset can be trained on for this task. One that is still being parsed is checked when it is ready."""
-    from app.datasets import service as datasets
-
-    if dataset.status == "reading":
-        return
-    if dataset.status == "error":
-        said = (dataset.error or {}).get("message", "It could not be read.")
-        raise BadField(
-            f"The dataset {dataset.name} has an error: {said}",
-            hint=(dataset.error or {}).get("hint") or "Fix the file and upload it again.",
-            param=param,
-            code="invalid_training_file",
-        )
-    if not dataset.good_rows:
-        raise BadField(
-            f"The dataset {dataset.name} has no valid row.",
-            hint="Its report lists every invalid row with the reason.",
-            param=param,
-            code="invalid_training_file",
-        )
-    if dataset.format and OBJECTIVES[task] not in formats.objectives_of(dataset.format):
-        usual = datasets.usual_task(dataset)
-        raise BadField(
-            f"The dataset {dataset.name} holds rows for {usual} ({dataset.format}), which cannot be used for {task}.",
-            hint=f"Set task to {usual}, or choose a dataset for {task}.",
-            param="task" if param != "validation_file" else param,
-        )
-
-
-def _split(order: JobRequest, dataset: Dataset) -> Split | None:
-    """The validation split; None for a random one, the default."""
-    asked = order.split
-    if asked is None or (asked.method == "random" and asked.seed is None):
-        return None
-    if order.validation_file or order.validation_dataset_id:
-        raise BadField("Both a validation file and a split are set.", hint="Remove one of them.", param="split")
-    if asked.method == "grouped" and not asked.column:
-        raise BadField("The group column is missing.", hint="Send split.column.", param="split.column")
-    if dataset.status == "ready":
-        known = set((dataset.report or {}).get("columns", [])) - set((dataset.mapping or {}).values())
-        if asked.column and asked.column not in known | {"label"}:
-            hint = f"Take one of {', '.join(sorted(known)[:20])}." if known else "This dataset keeps no further columns."
-            raise BadField(f"There is no column “{asked.column[:60]}” to split by.", hint=hint, param="split.column")
-        if asked.method == "stratified" and not asked.column and not objectives.get(dataset.task).classifies:
-            raise BadField("Only labeled rows can be split by label.", hint="Send split.column, or split at random.", param="split")
-    return asked
 
 
 MAX_STEP_TOKENS = 1_048_576
@@ -301,7 +293,11 @@ def _run_settings(order: JobRequest, strategy: Strategy, dataset: Dataset, task:
         ("learning_rate_multiplier", asked.learning_rate_multiplier),
     ):
         if value != "auto" and value <= 0:
-            raise BadField(f"{name} cannot be {value}.", hint='Give a number above 0, or "auto".', param=f"hyperparameters.{name}")
+            raise BadField(
+                gettext("%(name)s cannot be %(value)s.", name=name, value=value),
+                hint=gettext('Give a number above 0, or "auto".'),
+                param=f"hyperparameters.{name}",
+            )
     if asked.n_epochs != "auto":
         settings.setdefault("epochs", asked.n_epochs)
     if asked.learning_rate_multiplier != "auto":
@@ -334,15 +330,23 @@ def _objective_settings(order: JobRequest, task: Task, dataset: Dataset, reward:
         # While the dataset is being parsed its task is unknown, so settings of another task are refused when it is ready.
         if order.preference is not None and dataset.status == "ready":
             raise BadField(
-                f"The settings “preference” are for {' and '.join(n for n, o in OBJECTIVES.items() if o.settings)}; this job is for {task}.",
-                hint="Remove them, or choose another dataset.",
+                gettext(
+                    "The settings “preference” are for %(tasks)s; this job is for %(task)s.",
+                    tasks=_all_of([n for n, o in OBJECTIVES.items() if o.settings]),
+                    task=task,
+                ),
+                hint=gettext("Remove them, or choose another dataset."),
                 param="preference",
             )
         return None
     settings, beta = dict(order.preference or {}), order.asked().beta
     if beta != "auto" and "beta" in wanted.model_fields:
         if not 0 < beta <= 10:
-            raise BadField(f"beta cannot be {beta}.", hint='Give a number above 0 and up to 10, or "auto".', param="hyperparameters.beta")
+            raise BadField(
+                gettext("beta cannot be %(beta)s.", beta=beta),
+                hint=gettext('Give a number above 0 and up to 10, or "auto".'),
+                param="hyperparameters.beta",
+            )
         settings.setdefault("beta", beta)
     if reward is not None:
         settings = {**reinforcement_order.asked_settings(order), **settings, "grader": reward}
@@ -388,9 +392,9 @@ def estimate_of(session: Session, spec: JobSpec, asked: Resources | None = None)
     both_sides, warnings = split_leakage.leakage_summary(session, spec)
     later = datasets.failed_later(session, dataset)
     warnings = [
-        *feasibility.later_failed(dataset, later),
-        *feasibility.few_steps(spec, found["steps"]),
-        *feasibility.warnings(spec, dataset, validation),
+        *data_warnings.later_failed(dataset, later),
+        *data_warnings.few_steps(spec, found["steps"]),
+        *data_warnings.warnings(spec, dataset, validation),
         *_refused_rows(spec, dataset),
         *warnings,
     ]
@@ -404,6 +408,11 @@ def _refused_rows(spec: JobSpec, dataset: Dataset) -> list[str]:
     if not count or report.get("tokenizer") != spec.model.name or spec.run.chat_template != "model":
         return []
     return [
-        f"The chat template of {spec.model.name} refuses {count:,} of {dataset.rows:,} rows, and the run would stop at the first of them. "
-        "Choose another chat template under Advanced (hermes for rows with tool calls), or look at the rows under the dataset's issues."
+        gettext(
+            "The chat template of %(model)s refuses %(count)s of %(rows)s rows, and the run would stop at the first of them. "
+            "Choose another chat template under Advanced (hermes for rows with tool calls), or look at the rows under the dataset's issues.",
+            model=spec.model.name,
+            count=human_number(count),
+            rows=human_number(dataset.rows),
+        )
     ]

@@ -15,7 +15,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.datasets import inspections
-from app.kit import ids, once
+from app.kit import ids, languages, once
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, ngettext
 from app.spec import JobSpec
 from app.tables import JSON, Dataset, Inspection, Job
 
@@ -43,7 +45,7 @@ def ask(session: Session, spec: JobSpec) -> Inspection | None:
 def leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
     """(its part of an estimate, warnings). `status` is none, waiting, ready or error; `rows` are validation rows that are in the
     training set too, of `held_out`; `page` lists them."""
-    return once.of(("leakage", spec.dataset.id, page_of(spec)), lambda: _leakage_summary(session, spec))
+    return once.of(("leakage", languages.current.get(), spec.dataset.id, page_of(spec)), lambda: _leakage_summary(session, spec))
 
 
 def _leakage_summary(session: Session, spec: JobSpec) -> tuple[JSON, list[str]]:
@@ -70,12 +72,21 @@ def page_of(spec: JobSpec) -> str:
 def words(spec: JobSpec, result: dict[str, Any]) -> str:
     """The warning: how many, how similar, which lines, and where they can be removed at once."""
     count, whole = result["overlap"], result["whole"]
-    alike = {0: "by their prompt", count: "as whole rows"}.get(whole, f"{whole:,} as whole rows, {count - whole:,} by their prompt")
-    lines = ", ".join(f"{item['line']:,}" for item in result["examples"][:NAMED]) + (", …" if count > NAMED else "")
-    return (
-        f"{count:,} of the {result['validation']:,} validation rows {'is' if count == 1 else 'are'} also in the training set of "
-        f"{spec.dataset.name}, {alike} (validation {'line' if count == 1 else 'lines'} {lines}). Metrics on them look better than they "
-        "are. The split page lists every line and removes them from the training set with one click."
+    some = gettext("%(whole)s as whole rows, %(prompts)s by their prompt", whole=human_number(whole), prompts=human_number(count - whole))
+    alike = {0: gettext("by their prompt"), count: gettext("as whole rows")}.get(whole, some)
+    lines = ", ".join(human_number(item["line"]) for item in result["examples"][:NAMED]) + (", …" if count > NAMED else "")
+    return ngettext(
+        "%(num)s of the %(rows)s validation rows is also in the training set of %(dataset)s, %(alike)s (validation line %(lines)s). "
+        "Metrics on them look better than they are. "
+        "The split page lists every line and removes them from the training set with one click.",
+        "%(num)s of the %(rows)s validation rows are also in the training set of %(dataset)s, %(alike)s (validation lines %(lines)s). "
+        "Metrics on them look better than they are. "
+        "The split page lists every line and removes them from the training set with one click.",
+        count,
+        rows=human_number(result["validation"]),
+        dataset=spec.dataset.name,
+        alike=alike,
+        lines=lines,
     )
 
 

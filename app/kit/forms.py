@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from app.errors import plain
+from app.kit.languages import gettext
 
 Widget = Literal["number", "select", "checkbox", "text", "area"]
 
@@ -87,20 +88,21 @@ def controls(
     for name, info in cls.model_fields.items():
         if name == "name":
             continue
+        about, unit = info.description or "", _extra(info, "unit") or ""
         default = "" if name in placeholders else as_text(info.get_default(call_default_factory=True))
         found.append(
             FormField(
                 name=name,
                 key=f"{prefix}.{name}",
                 label=label_of(name, info),
-                help=info.description or "",
+                help=gettext(about),
                 value=typed.get(name, default),
                 default=default,
                 placeholder=placeholders.get(name, default),
                 error=errors.get(name),
                 basic=bool(_extra(info, "basic")),
-                unit=_extra(info, "unit"),
-                words=_extra(info, "words") or {},
+                unit=gettext(unit) or None,
+                words={choice: gettext(words) for choice, words in (_extra(info, "words") or {}).items()},
                 group=_extra(info, "group") or "Method",
                 **_widget(info),
             )
@@ -133,31 +135,33 @@ def explain(cls: type[BaseModel], error: Mapping[str, Any]) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     info = cls.model_fields.get(name)
     if info is None:
-        return f"There is no setting {name!r}. There is: {', '.join(n for n in cls.model_fields if n != 'name')}."
-    label, limits, wrote = label_of(name, info), error.get("ctx", {}), f"you wrote {as_text(error.get('input'))[:40]}"
+        known = ", ".join(n for n in cls.model_fields if n != "name")
+        return gettext("There is no setting %(name)s. There is: %(known)s.", name=repr(name), known=known)
+    limits = error.get("ctx", {})
+    given = {"label": label_of(name, info), "text": as_text(error.get("input"))[:40]}
     if as_text(error.get("input")).strip().lower() in ("nan", "-nan", "+nan"):
-        return f"{label} takes a number; {wrote}."
+        return gettext("%(label)s takes a number; you wrote %(text)s.", **given)
     match error["type"]:
         case "greater_than_equal":
-            return f"{label} must be {as_text(limits['ge'])} or more; {wrote}."
+            return gettext("%(label)s must be %(limit)s or more; you wrote %(text)s.", limit=as_text(limits["ge"]), **given)
         case "greater_than":
-            return f"{label} must be more than {as_text(limits['gt'])}; {wrote}."
+            return gettext("%(label)s must be more than %(limit)s; you wrote %(text)s.", limit=as_text(limits["gt"]), **given)
         case "less_than_equal":
-            return f"{label} must be {as_text(limits['le'])} or less; {wrote}."
+            return gettext("%(label)s must be %(limit)s or less; you wrote %(text)s.", limit=as_text(limits["le"]), **given)
         case "less_than":
-            return f"{label} must be less than {as_text(limits['lt'])}; {wrote}."
+            return gettext("%(label)s must be less than %(limit)s; you wrote %(text)s.", limit=as_text(limits["lt"]), **given)
         case "int_parsing" | "int_from_float" | "int_type" | "int_parsing_size":
-            return f"{label} takes a whole number; {wrote}."
+            return gettext("%(label)s takes a whole number; you wrote %(text)s.", **given)
         case "float_parsing" | "float_type" | "finite_number":
-            return f"{label} takes a number; {wrote}."
+            return gettext("%(label)s takes a number; you wrote %(text)s.", **given)
         case "literal_error":
-            return f"{label} is one of {', '.join(_choices(info))}; {wrote}."
+            return gettext("%(label)s is one of %(choices)s; you wrote %(text)s.", choices=", ".join(_choices(info)), **given)
         case "bool_parsing" | "bool_type":
-            return f"{label} is true or false; {wrote}."
+            return gettext("%(label)s is true or false; you wrote %(text)s.", **given)
         case "value_error":
-            return f"{label}: {plain(error['msg'])}"
+            return f"{given['label']}: {plain(error['msg'])}"
         case _:
-            return f"{label}: {error['msg']}; {wrote}."
+            return gettext("%(label)s: %(fault)s; you wrote %(text)s.", fault=error["msg"], **given)
 
 
 def whole_number(text: str) -> int | None:
@@ -182,7 +186,8 @@ def as_text(value: Any) -> str:
 
 
 def label_of(name: str, info: FieldInfo) -> str:
-    return info.title or name.replace("_", " ").capitalize()
+    """The label of a setting in the language of the page: its title, or else its name in words."""
+    return gettext(info.title or name.replace("_", " ").capitalize())
 
 
 def _extra(info: FieldInfo, key: str) -> Any:

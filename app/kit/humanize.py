@@ -126,6 +126,8 @@ def _ago(seconds: float) -> str:
         return ngettext("%(num)s day ago", "%(num)s days ago", count) if past else ngettext("in %(num)s day", "in %(num)s days", count)
     if days < 365:
         count = round(days / 30)
-        return ngettext("%(num)s month ago", "%(num)s months ago", count) if past else ngettext("in %(num)s month", "in %(num)s months", count)
+        return (
+            ngettext("%(num)s month ago", "%(num)s months ago", count) if past else ngettext("in %(num)s month", "in %(num)s months", count)
+        )
     count = round(days / 365)
     return ngettext("%(num)s year ago", "%(num)s years ago", count) if past else ngettext("in %(num)s year", "in %(num)s years", count)

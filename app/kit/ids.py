@@ -6,6 +6,7 @@ import uuid
 from functools import partial
 
 from app.errors import NotFound
+from app.kit.languages import gettext, mark
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"
@@ -16,30 +17,30 @@ EVAL, EVAL_RUN, EVAL_ITEM = "evalset", "evalrun", "outputitem"
 CHAT_COMPLETION, RESPONSE = "chatcmpl", "resp"
 ALIAS_MOVE, DISTILLATION, SEARCH = "aliasmove", "distill", "search"
 
-_NAMES = {
-    FILE: "file",
-    DATASET: "dataset",
-    JOB: "fine-tuning job",
-    CHECKPOINT: "checkpoint",
-    MODEL: "model",
-    COMPARISON: "comparison",
-    EVALUATION: "evaluation",
-    PREDICTION: "prediction",
-    EXPORT: "export",
-    GRADER: "grader",
-    USER: "person",
-    INVITATION: "invitation",
-    PROJECT: "project",
-    BATCH: "batch",
-    EVAL: "eval",
-    EVAL_RUN: "run of an eval",
-    EVAL_ITEM: "item of a run",
-    WEBHOOK: "webhook endpoint",
-    CHAT_COMPLETION: "stored chat completion",
-    RESPONSE: "stored response",
-    ALIAS_MOVE: "move of an alias",
-    DISTILLATION: "distillation",
-    SEARCH: "search",
+_MISSING = {
+    FILE: mark("No such file: %(id)s"),
+    DATASET: mark("No such dataset: %(id)s"),
+    JOB: mark("No such fine-tuning job: %(id)s"),
+    CHECKPOINT: mark("No such checkpoint: %(id)s"),
+    MODEL: mark("No such model: %(id)s"),
+    COMPARISON: mark("No such comparison: %(id)s"),
+    EVALUATION: mark("No such evaluation: %(id)s"),
+    PREDICTION: mark("No such prediction: %(id)s"),
+    EXPORT: mark("No such export: %(id)s"),
+    GRADER: mark("No such grader: %(id)s"),
+    USER: mark("No such person: %(id)s"),
+    INVITATION: mark("No such invitation: %(id)s"),
+    PROJECT: mark("No such project: %(id)s"),
+    BATCH: mark("No such batch: %(id)s"),
+    EVAL: mark("No such eval: %(id)s"),
+    EVAL_RUN: mark("No such run of an eval: %(id)s"),
+    EVAL_ITEM: mark("No such item of a run: %(id)s"),
+    WEBHOOK: mark("No such webhook endpoint: %(id)s"),
+    CHAT_COMPLETION: mark("No such stored chat completion: %(id)s"),
+    RESPONSE: mark("No such stored response: %(id)s"),
+    ALIAS_MOVE: mark("No such move of an alias: %(id)s"),
+    DISTILLATION: mark("No such distillation: %(id)s"),
+    SEARCH: mark("No such search: %(id)s"),
 }
 
 
@@ -61,7 +62,9 @@ def parse(prefix: str, text: str, *, param: str | None = None) -> uuid.UUID:
             raise ValueError
         return uuid.UUID(hex=tail)
     except ValueError:
-        raise NotFound(f"No such {_NAMES.get(prefix, prefix)}: {text[:80]}", param=param) from None
+        missing = _MISSING.get(prefix)
+        message = gettext(missing, id=text[:80]) if missing else gettext("No such %(kind)s: %(id)s", kind=prefix, id=text[:80])
+        raise NotFound(message, param=param) from None
 
 
 parse_job = partial(parse, JOB, param="fine_tuning_job_id")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import gettext as standard
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -26,20 +28,28 @@ current: ContextVar[str] = ContextVar("language", default=SOURCE)
 """The language of the page that is being made. `app.web.middleware` sets it."""
 
 
-def gettext(message: str, **values: Any) -> str:
+def gettext(message: str, /, **values: Any) -> str:
     """`message` in the current language, with `%(name)s` replaced by `values`. Without values a percent sign is only itself."""
     language = current.get()
-    text = message if language == SOURCE else _catalog(language).gettext(message)
+    text = message if language == SOURCE or not message else _catalog(language).gettext(message)  # "" has the catalog's own header
     return text % values if values else text
 
 
-def ngettext(one: str, many: str, num: int, **values: Any) -> str:
+def ngettext(one: str, many: str, num: int, /, **values: Any) -> str:
     """The form for `num` of a message that counts; `%(num)s` is the number as people write it."""
-    from app.kit.humanize import human_number  # it formats by the current language, so it needs this file
-
     language = current.get()
     text = (one if num == 1 else many) if language == SOURCE else _catalog(language).ngettext(one, many, num)
-    return text % ({"num": human_number(num)} | values)
+    return text % ({"num": localized(f"{num:,.0f}")} | values)
+
+
+@contextmanager
+def english() -> Iterator[None]:
+    """Within this block texts are English: those that are stored, or written into a file, while a page is answered."""
+    token = current.set(SOURCE)
+    try:
+        yield
+    finally:
+        current.reset(token)
 
 
 def mark(message: str) -> str:
@@ -82,6 +92,11 @@ def localized(number: str) -> str:
         return number
     group, decimal = separators(language)
     return number.translate({ord(","): group, ord("."): decimal})
+
+
+def lowered(title: str) -> str:
+    """A title in the current language as a part of a sentence: only English then writes it in lower case."""
+    return title.lower() if current.get() == SOURCE else title
 
 
 @cache

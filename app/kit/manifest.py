@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData
+from app.kit.languages import gettext
 
 NAME = "manifest.json"
 SEEN = ".verified.json"
@@ -78,11 +79,13 @@ def verify(folder: Path, *, deep: bool = True, beat: Callable[[], object] = lamb
     """
     manifest = read(folder)
     if manifest is None:
-        raise BadData("The folder has no readable manifest, so its files cannot be trusted.", hint="Add the model again.")
+        message = gettext("The folder has no readable manifest, so its files cannot be trusted.")
+        raise BadData(message, hint=gettext("Add the model again."))
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"] or (deep and sha256_of(path, beat) != entry["sha256"]):
-            raise BadData(f"The file {name} is missing or differs from what was written.", hint="Add the model again.")
+            message = gettext("The file %(name)s is missing or differs from what was written.", name=name)
+            raise BadData(message, hint=gettext("Add the model again."))
     return manifest
 
 

@@ -12,8 +12,8 @@ from app.inference import playground
 from app.inference.answer_fold import AnswerFold
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import Entry, Sampling
-from app.kit.humanize import plural
 from app.kit.json_safe import storable
+from app.kit.languages import ngettext
 from app.learn._base import StartedStop, StopBar, StopBars, StopText
 from app.tables import Exchange, StopVisit, User
 
@@ -67,7 +67,11 @@ def token_bars(session: Session, visit: StopVisit, titles: Mapping[str, str], co
     said = {keys[exchange]: rows[0].usage or {} for exchange, rows in playground.answers(session, list(keys)).items() if rows}
     counts = {key: int(said[key].get(count) or 0) for key in titles if key in said}
     most = max(counts.values(), default=0)
-    bars = [StopBar(titles[key], number / most, plural(number, "token")) for key, number in counts.items()] if most else []
+    bars = (
+        [StopBar(titles[key], number / most, ngettext("%(num)s token", "%(num)s tokens", number)) for key, number in counts.items()]
+        if most
+        else []
+    )
     return [StopBars(title, bars)] if bars else []
 
 

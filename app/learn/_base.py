@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import Entry
+from app.kit.languages import gettext, mark
 from app.tables import JSON, Dataset, StopVisit, User
 from app.web.charts import LinesPicture
 
@@ -112,7 +113,8 @@ class StartedStop:
 
 
 class Stop(ABC):
-    """One stop. A subclass in a file of this folder is all that it takes; `part` is a template of its own for the result."""
+    """One stop. A subclass in a file of this folder is all that it takes; `part` is a template of its own for the result. Its texts are marked,
+    and translated where they are shown."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -123,7 +125,7 @@ class Stop(ABC):
     needs: ClassVar[tuple[Need, ...]] = ()
     samples: ClassVar[tuple[str, ...]] = ()  # datasets that are read before it begins
     part: ClassVar[str] = "learn/result.html"
-    button: ClassVar[str] = "Start"
+    button: ClassVar[str] = mark("Start")
     reads: ClassVar[Literal["", "read", "encoded"]] = ""  # whose requests write nothing: how their tokens count against limits
 
     def datasets(self, session: Session, user: User) -> list[Dataset]:
@@ -135,7 +137,7 @@ class Stop(ABC):
         return []
 
     def buttons(self, session: Session, user: User, visit: StopVisit | None) -> list[StopButton]:
-        return [StopButton("", self.button)]
+        return [StopButton("", gettext(self.button))]
 
     @abstractmethod
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:

@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.learn._base import StopCurve, StopTable
 from app.tables import Event, Job
 from app.web import charts
@@ -31,14 +32,19 @@ def written(session: Session, job: Job) -> list[tuple[int, str, str]]:
     return [(step, sample["prompt"], sample["answer"]) for step, sample in sorted(found.items())]
 
 
-def loss_curve(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str = "Step") -> list[StopCurve]:
+def loss_curve(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str = "") -> list[StopCurve]:
     """The losses of several jobs in one drawing, with their numbers; none where there are fewer than two points."""
-    found = charts.lines(lines, Scale(x, lambda v: human_number(v, 0), amount=True), Scale("Validation loss", lambda v: human_number(v, 1)))
+    found = charts.lines(
+        lines,
+        Scale(x or gettext("Step"), lambda v: human_number(v, 0), amount=True),
+        Scale(gettext("Validation loss"), lambda v: human_number(v, 1)),
+    )
     if found is None:
         return []
     rows = [
-        [name, *(f"{human_number(y, 2)} at {human_number(at, 0)}" for at, y in (points[0], points[-1]))]
+        [name, *(gettext("%(loss)s at %(step)s", loss=human_number(y, 2), step=human_number(at, 0)) for at, y in (points[0], points[-1]))]
         for name, points in lines.items()
         if points
     ]
-    return [StopCurve(title, found, StopTable(f"{title}, first and last", ("Run", "First", "Last"), rows, (1, 2)))]
+    head = (gettext("Run"), gettext("First"), gettext("Last"))
+    return [StopCurve(title, found, StopTable(gettext("%(title)s, first and last", title=title), head, rows, (1, 2)))]

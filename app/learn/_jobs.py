@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
+from app.kit.languages import gettext
 from app.learn._base import Stop
 from app.ownership import mine
 from app.tables import Dataset, Job, Model, User
@@ -50,8 +51,14 @@ def moving(job: Job) -> bool:
 def fault_of(job: Job) -> str:
     """Why a job gave no result; empty while it may."""
     if job.status == "failed":
-        return f"{(job.error or {}).get('message', 'The run failed.')} {(job.error or {}).get('hint', '')}".strip()
-    return "The run was cancelled." if job.status == "cancelled" else ""
+        error = job.error or {}
+        return f"{error.get('message', gettext('The run failed.'))} {error.get('hint', '')}".strip()
+    return gettext("The run was cancelled.") if job.status == "cancelled" else ""
+
+
+def doing(job: Job, learning: str = "") -> str:
+    """What a job that has not ended does; `learning` says it while it runs."""
+    return (learning or gettext("Training")) if job.status == "running" else gettext("Waiting for the worker")
 
 
 def share_done(job: Job) -> float:

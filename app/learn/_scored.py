@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from app.datasets import samples
 from app.kit import ids, stats
-from app.kit.humanize import human_percent, human_seconds, plural
+from app.kit.humanize import human_percent, human_seconds
+from app.kit.languages import gettext, localized, lowered, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopText, Typed
 from app.ownership import mine
@@ -24,7 +25,7 @@ OPEN = ("queued", "running")
 
 
 class ScoredPrompt(NamedTuple):
-    """One prompt of a stop: what it is called there, its body, and whether it is sent without a chat template."""
+    """One prompt of a stop: what it is called there (marked, since its name is stored), its body, and whether it is sent without a chat template."""
 
     title: str
     body: PromptBody
@@ -58,19 +59,34 @@ def path_of(run: PromptRun) -> str:
 def bar_of(title: str, run: PromptRun, best: bool = False) -> StopBar:
     """A run's score with its interval."""
     told = run.result or {}
-    rows = told.get("rows", 0)
-    value = (
-        f"{human_percent(told.get('score'), 0)} of {plural(rows, 'row')} in {human_seconds(told.get('seconds'))}" if rows else run.status
-    )
+    value = gettext(run.status)
+    if rows := told.get("rows", 0):
+        value = ngettext(
+            "%(share)s of %(num)s row in %(time)s", "%(share)s of %(num)s rows in %(time)s", rows,
+            share=human_percent(told.get("score"), 0), time=human_seconds(told.get("seconds")),
+        )  # fmt: skip
     return StopBar(title, told.get("score") or 0.0, value, told.get("low"), told.get("high"), path_of(run), best)
 
 
 def compared(session: Session, one: tuple[str, PromptRun], other: tuple[str, PromptRun]) -> str:
     """Two runs on the rows that both answered, in a sentence that calls no difference real which may be chance."""
     found = prompt_vs_tuning.paired(session, one[1], other[1])
-    counted = f"{plural(found.tuned_better, 'row')} better, {found.prompt_better} worse, of {found.lines}"
-    said = "a significant difference" if found.p < stats.SURE else "it may be chance, and more rows would tell"
-    return f"{one[0]} against {other[0].lower()}: {counted} (exact paired test, p = {max(found.p, 1e-4):.2g}): {said}."
+    values = {
+        "one": one[0], "other": lowered(other[0]), "worse": found.prompt_better, "rows": found.lines, "p": localized(f"{max(found.p, 1e-4):.2g}"),
+    }  # fmt: skip
+    if found.p < stats.SURE:
+        return ngettext(
+            "%(one)s against %(other)s: %(num)s row better, %(worse)s worse, of %(rows)s (exact paired test, p = %(p)s): a significant difference.",
+            "%(one)s against %(other)s: %(num)s rows better, %(worse)s worse, of %(rows)s (exact paired test, p = %(p)s): a significant difference.",
+            found.tuned_better, **values,
+        )  # fmt: skip
+    return ngettext(
+        "%(one)s against %(other)s: %(num)s row better, %(worse)s worse, of %(rows)s (exact paired test, p = %(p)s): it may be chance, and more "
+        "rows would tell.",
+        "%(one)s against %(other)s: %(num)s rows better, %(worse)s worse, of %(rows)s (exact paired test, p = %(p)s): it may be chance, and more "
+        "rows would tell.",
+        found.tuned_better, **values,
+    )  # fmt: skip
 
 
 class ScoredPromptsStop(Stop):
@@ -95,7 +111,7 @@ def scored_result(session: Session, user: User, visit: StopVisit, wanted: Mappin
     """The runs of a visit as bars, with an answer of each and the difference between the last and the first."""
     kept = visit.refs["runs"]  # JSONB keeps no order
     runs = runs_of(session, user, {key: kept[key] for key in wanted if key in kept})
-    titles = {key: wanted[key].title for key in runs}
+    titles = {key: gettext(wanted[key].title) for key in runs}
     done = {key: run for key, run in runs.items() if run.status == "succeeded" and (run.result or {}).get("rows")}
     scores = {key: float((run.result or {})["score"]) for key, run in done.items()}
     failed = next((run for run in runs.values() if run.status == "failed"), None)
@@ -103,13 +119,21 @@ def scored_result(session: Session, user: User, visit: StopVisit, wanted: Mappin
     best = max(scores.values(), default=0.0)
     result = StopResult(
         ended=bool(done) and not moving and not failed,
-        fault=f"{failed.error['message']} {failed.error['hint']}" if failed and failed.error else "" if runs else "Its runs were deleted.",
-        doing=f"{len(runs) - len(moving)} of {plural(len(runs), 'prompt')} scored" if moving else "",
+        fault=f"{failed.error['message']} {failed.error['hint']}"
+        if failed and failed.error
+        else ""
+        if runs
+        else gettext("Its runs were deleted."),
+        doing=ngettext("%(done)s of %(num)s prompt scored", "%(done)s of %(num)s prompts scored", len(runs), done=len(runs) - len(moving))
+        if moving
+        else "",
         progress=sum(run.progress or 0.0 for run in runs.values()) / max(len(runs), 1),
-        headline=", ".join(f"{titles[key].lower()} {human_percent(score, 0)}" for key, score in scores.items()),
-        bars=[StopBars("Right answers", [bar_of(titles[key], run, scores[key] == best > 0) for key, run in done.items()])] if done else [],
+        headline=", ".join(f"{lowered(titles[key])} {human_percent(score, 0)}" for key, score in scores.items()),
+        bars=[StopBars(gettext("Right answers"), [bar_of(titles[key], run, scores[key] == best > 0) for key, run in done.items()])]
+        if done
+        else [],
         texts=[text for key, run in done.items() for text in _example(session, titles[key], run)],
-        links=[("Prompt lab: every prompt and every run", "/playground/prompts")],
+        links=[(gettext("Prompt lab: every prompt and every run"), "/playground/prompts")],
     )
     if len(done) > 1 and not moving:
         (first, one), *_, (last, other) = done.items()
@@ -122,7 +146,12 @@ def _example(session: Session, title: str, run: PromptRun) -> Sequence[StopText]
     found = prompt_runs.results(session, run, limit=1)
     return [
         StopText(
-            title, row.said[0].strip() if row.said else "", row.rendered_prompt, row.score == 1, path_of(run), f"Reference: {row.expected}"
+            title,
+            row.said[0].strip() if row.said else "",
+            row.rendered_prompt,
+            row.score == 1,
+            path_of(run),
+            gettext("Reference: %(answer)s", answer=row.expected),
         )
         for row in found
     ]

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict
 from app.kit.json_safe import storable
+from app.kit.languages import SOURCE, current, english, gettext
 from app.learn._base import Need, StartedStop, Stop, StopResult
 from app.models import first_model, from_nothing, starters
 from app.models import service as models
@@ -39,7 +40,12 @@ def take_model(session: Session, user: User, need: Need) -> Model:
     found = model_for(need, bases(session, user))
     if found is None:
         title = starters.find(STARTERS[need]).title
-        raise Conflict(f"This stop needs a model such as {title}.", hint="Add it on the page Models.", param="model", code="no_model")
+        raise Conflict(
+            gettext("This stop needs a model such as %(model)s.", model=title),
+            hint=gettext("Add it on the page Models."),
+            param="model",
+            code="no_model",
+        )
     return found
 
 
@@ -82,8 +88,19 @@ def add(session: Session, user: User, stop: Stop, begun: StartedStop) -> StopVis
     return visit
 
 
-def settle(session: Session, visit: StopVisit, result: StopResult) -> None:
-    """Keep the headline of a visit that has ended."""
+def settle(session: Session, user: User, stop: Stop, visit: StopVisit, result: StopResult) -> None:
+    """Keep the headline of a visit that has ended, in English."""
     if result.ended and visit.done_at is None:
-        visit.headline, visit.done_at = result.headline, session.scalar(select(func.clock_timestamp()))
+        kept = result.headline
+        if current.get() != SOURCE:
+            with english():
+                kept = stop.look(session, user, visit).headline
+        visit.headline, visit.done_at = kept, session.scalar(select(func.clock_timestamp()))
         session.flush()
+
+
+def headline(session: Session, user: User, stop: Stop, visit: StopVisit) -> str:
+    """The headline of a visit that has ended, in the reader's language: read anew from what was started, or as it was kept where that is gone."""
+    if visit.headline is None or current.get() == SOURCE:
+        return visit.headline or ""
+    return stop.look(session, user, visit).headline or visit.headline

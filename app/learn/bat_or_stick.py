@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from app.datasets import samples
 from app.kit import stats
-from app.kit.humanize import human_percent, human_seconds, plural
+from app.kit.humanize import human_percent, human_seconds
+from app.kit.languages import gettext, lowered, mark, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopTable, Typed
 from app.learn._jobs import fault_of, job_of, moving, order_job, path_of
@@ -30,7 +31,7 @@ RULES: tuple[tuple[str, str], ...] = (
 SPLIT = {"validation_fraction": 0.5, "seed": 42}
 """Half of the rows, so that the three are compared on more than a handful."""
 ASKED = ScoredPrompt(
-    "A prompt",
+    mark("A prompt"),
     PromptBody(
         template="Is it a cricket bat or a hockey stick?\n\n{{input}}\n\nAnswer with one of: {{labels}}.", score="label", max_tokens=12
     ),
@@ -39,17 +40,19 @@ ASKED = ScoredPrompt(
 
 class BatOrStickStop(Stop):
     name: ClassVar = "bat-or-stick"
-    title: ClassVar = "Bat or stick: three ways"
+    title: ClassVar = mark("Bat or stick: three ways")
     place: ClassVar = 80
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "Is it a cricket bat or a hockey stick? Once one wrote rules: it is used for sport, has a handle, and is wide at the bottom. Then "
         "one trained a network on examples. Now one can also ask a language model."
     )
-    do: ClassVar = "Three rules, a classifier trained on the vectors of a frozen encoder, and a prompt are scored on the same descriptions."
+    do: ClassVar = mark(
+        "Three rules, a classifier trained on the vectors of a frozen encoder, and a prompt are scored on the same descriptions."
+    )
     words: ClassVar = ("Feature extraction", "Encoder", "Zero-shot", "Accuracy", "Validation set")
     needs: ClassVar[tuple[Need, ...]] = ("writes", "encoder")
     samples: ClassVar = ("bat-or-stick",)
-    button: ClassVar = "Score all three"
+    button: ClassVar = mark("Score all three")
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         writer, encoder = (_visits.take_model(session, user, need) for need in self.needs)
@@ -62,22 +65,23 @@ class BatOrStickStop(Stop):
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         job, run = job_of(session, user, visit.refs["job"]), runs_of(session, user, visit.refs["runs"]).get("prompt")
         if job is None or run is None:
-            return StopResult(fault="What it started was deleted.")
+            return StopResult(fault=gettext("What it started was deleted."))
         waits = moving(job) or run.status in OPEN
         fault = fault_of(job) or ((run.error or {}).get("message", "") if run.status == "failed" else "")
         result = StopResult(
-            doing="The three are scored" if waits else "", progress=(run.progress or 0.0) / 2 if waits else None, fault=fault
+            doing=gettext("The three are scored") if waits else "", progress=(run.progress or 0.0) / 2 if waits else None, fault=fault
         )
         if waits or fault:
             return result
         rows = session.scalars(select(PromptResult).where(PromptResult.run_id == run.id)).all()
-        bars = [_by_rules(rows), _by_features(job, len(rows)), bar_of(ASKED.title, run)]
+        bars = [_by_rules(rows), _by_features(job, len(rows)), bar_of(gettext(ASKED.title), run)]
         best = max(bar.share for bar in bars)
         result.ended = True
-        result.bars = [StopBars(f"Right of {plural(len(rows), 'description')}", [bar._replace(best=bar.share == best) for bar in bars])]
-        result.headline = ", ".join(f"{bar.label.lower()} {human_percent(bar.share, 0)}" for bar in bars)
+        title = ngettext("Right of %(num)s description", "Right of %(num)s descriptions", len(rows))
+        result.bars = [StopBars(title, [bar._replace(best=bar.share == best) for bar in bars])]
+        result.headline = ", ".join(f"{lowered(bar.label)} {human_percent(bar.share, 0)}" for bar in bars)
         result.tables = [_ways(job, run, len(rows)), _mistakes(rows)]
-        result.links = [("The classifier's run", path_of(job)), ("The prompt's answers", bars[2].path)]
+        result.links = [(gettext("The classifier's run"), path_of(job)), (gettext("The prompt's answers"), bars[2].path)]
         return result
 
 
@@ -89,29 +93,38 @@ def by_rules(text: str) -> str:
 def _by_rules(rows: Sequence[PromptResult]) -> StopBar:
     scores = [float(by_rules(row.input) == row.expected) for row in rows]
     low, high = stats.interval(scores)
-    return StopBar("Rules", sum(scores) / max(len(scores), 1), _share(scores), low, high)
+    return StopBar(gettext("Rules"), sum(scores) / max(len(scores), 1), _share(scores), low, high)
 
 
 def _by_features(job: Job, rows: int) -> StopBar:
     told: Mapping[str, Any] = (job.evaluation or {}).get("tuned") or {}
     accuracy = float(told.get("accuracy") or 0.0)
     low, high = stats.wilson(accuracy * rows, rows)
-    return StopBar("Frozen features", accuracy, f"{human_percent(accuracy, 0)} of {plural(rows, 'row')}", low, high, path_of(job))
+    return StopBar(gettext("Frozen features"), accuracy, _of_rows(accuracy, rows), low, high, path_of(job))
 
 
 def _share(scores: Sequence[float]) -> str:
-    return f"{human_percent(sum(scores) / max(len(scores), 1), 0)} of {plural(len(scores), 'row')}"
+    return _of_rows(sum(scores) / max(len(scores), 1), len(scores))
+
+
+def _of_rows(share: float, rows: int) -> str:
+    return ngettext("%(share)s of %(num)s row", "%(share)s of %(num)s rows", rows, share=human_percent(share, 0))
 
 
 def _ways(job: Job, run: PromptRun, rows: int) -> StopTable:
     measured, labeled = job.measured or {}, job.spec["dataset"]["rows"] - rows
     return StopTable(
-        "What each way took",
-        ("Way", "Written or trained", "Labeled rows", "Time"),
+        gettext("What each way took"),
+        (gettext("Way"), gettext("Written or trained"), gettext("Labeled rows"), gettext("Time")),
         (
-            ("Rules", f"{len(RULES)} rules by a person", "0", "under a second"),
-            ("Frozen features", "a classifier on the vectors", str(labeled), human_seconds(measured.get("seconds"))),
-            ("A prompt", "one sentence", "0", human_seconds((run.result or {}).get("seconds"))),
+            (
+                gettext("Rules"),
+                ngettext("%(num)s rule by a person", "%(num)s rules by a person", len(RULES)),
+                "0",
+                gettext("under a second"),
+            ),
+            (gettext("Frozen features"), gettext("a classifier on the vectors"), str(labeled), human_seconds(measured.get("seconds"))),
+            (gettext("A prompt"), gettext("one sentence"), "0", human_seconds((run.result or {}).get("seconds"))),
         ),
         (2, 3),
     )
@@ -121,7 +134,7 @@ def _mistakes(rows: Sequence[PromptResult]) -> StopTable:
     """Descriptions that the rules or the prompt got wrong: most say nothing of a wide bottom."""
     wrong = [row for row in rows if by_rules(row.input) != row.expected or row.score < 1][:5]
     return StopTable(
-        "Descriptions that were hard",
-        ("Description", "Is", "Rules", "Prompt"),
+        gettext("Descriptions that were hard"),
+        (gettext("Description"), gettext("Is"), gettext("Rules"), gettext("Prompt")),
         [(r.input, r.expected, by_rules(r.input), r.answer[:40]) for r in wrong],
     )

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.inference.protocol import Entry
 from app.kit.answers import number_in
+from app.kit.languages import gettext, mark
 from app.learn import _asking, _visits
 from app.learn._base import Need, StartedStop, Stop, StopResult, StopText, Typed
 from app.learn._scored import ScoredPrompt, scored_result, start
@@ -46,33 +47,35 @@ AT_ONCE = "{question}\nAnswer with the number only."
 STEPS = "{worked}Question: {question}\nReasoning:"
 CHAIN = {**STARTS["chain_of_thought"], "template": STEPS.format(worked=PENS.worked(), question="{{input}}"), "max_tokens": 80}
 ROWS = 8
+ASKED = (mark("Pens at once"), mark("Pens with steps"), mark("Cows at once"), mark("Cows with steps"))
+"""Keys of the exchanges, and their titles."""
 
 
 class ChainOfThoughtStop(Stop):
     name: ClassVar = "chain-of-thought"
-    title: ClassVar = "Chain of thought"
+    title: ClassVar = mark("Chain of thought")
     place: ClassVar = 70
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "A prompt with a worked example makes a model reason step by step before it answers. It helps with arithmetic, common sense and "
         "symbols, in large models. In self-consistency several chains are drawn, and the most frequent answer counts."
     )
-    do: ClassVar = (
+    do: ClassVar = mark(
         "Two word problems are asked with and without a worked example, then eight others of the sample are scored: answered at once, with "
         "the worked example, and by the majority of three chains."
     )
     words: ClassVar = ("Chain-of-thought", "Sampling", "Temperature", "Hallucination")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
     samples: ClassVar = ("word-problems",)
-    button: ClassVar = "Ask and score"
+    button: ClassVar = mark("Ask and score")
     prompts: ClassVar[Mapping[str, ScoredPrompt]] = {
         "at_once": ScoredPrompt(
-            "At once",
+            mark("At once"),
             PromptBody(
                 template=AT_ONCE.format(question="{{input}}"), extract="last_number", reference="after", score="numeric", max_tokens=16
             ),
         ),
-        "chain": ScoredPrompt("Worked example", PromptBody(**CHAIN)),
-        "majority": ScoredPrompt("Majority of three chains", PromptBody(**CHAIN | {"samples": 3, "temperature": 0.7})),
+        "chain": ScoredPrompt(mark("Worked example"), PromptBody(**CHAIN)),
+        "majority": ScoredPrompt(mark("Majority of three chains"), PromptBody(**CHAIN | {"samples": 3, "temperature": 0.7})),
     }
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
@@ -96,7 +99,7 @@ class ChainOfThoughtStop(Stop):
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         result = scored_result(session, user, visit, self.prompts)
-        titles = {key: key for problem in (PENS, COWS) for key in (f"{problem.title} at once", f"{problem.title} with steps")}
+        titles = {key: gettext(key) for key in ASKED}
         found = _asking.answers(session, user, visit, titles)
         graded = [
             _graded(problem, found[key]) for problem in (PENS, COWS) for key in titles if key.startswith(problem.title) and key in found
@@ -104,7 +107,9 @@ class ChainOfThoughtStop(Stop):
         result.texts = [*graded, *result.texts]
         result.fault = result.fault or _asking.fault_of(session, visit)
         if result.ended:
-            result.notes.append("Wei et al. 2022 found the gain in models of about 100 billion parameters, and none in small ones.")
+            result.notes.append(
+                gettext("Wei et al. 2022 found the gain in models of about 100 billion parameters, and none in small ones.")
+            )
         return result
 
 
@@ -112,4 +117,5 @@ def _graded(problem: WordProblem, said: StopText) -> StopText:
     """An answer with whether its number is right: the one after ####, or the last one."""
     found = take(said.text, "after" if "####" in said.text else "last_number", "####").splitlines()
     value = number_in(found[0]) if found else None
-    return said._replace(right=value is not None and value == problem.answer, note=f"{said.note}. Right is {problem.answer:g}.")
+    note = gettext("%(note)s. Right is %(answer)s.", note=said.note, answer=f"{problem.answer:g}")
+    return said._replace(right=value is not None and value == problem.answer, note=note)

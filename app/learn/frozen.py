@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.kit.humanize import human_count, human_percent
+from app.kit.languages import gettext, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.shapes import Shape
@@ -27,14 +28,14 @@ SHOWN = (
 )
 """One or two methods of each family, in the order in which introductions tell them."""
 FAMILIES = {
-    "feature": "feature-based",
-    "partial": "partial",
-    "full": "full",
-    "additive": "additive",
-    "selective": "selective",
-    "reparametrized": "reparametrized",
+    "feature": mark("feature-based"),
+    "partial": mark("partial"),
+    "full": mark("full"),
+    "additive": mark("additive"),
+    "selective": mark("selective"),
+    "reparametrized": mark("reparametrized"),
 }
-ALSO = {"top_layers": "partial; the literature lists it under selective too"}
+ALSO = {"top_layers": mark("partial; the literature lists it under selective too")}
 
 
 class LayerCount(NamedTuple):
@@ -47,26 +48,30 @@ class LayerCount(NamedTuple):
 
 class FrozenStop(Stop):
     name: ClassVar = "frozen"
-    title: ClassVar = "What is frozen, what is trained"
+    title: ClassVar = mark("What is frozen, what is trained")
     place: ClassVar = 100
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "Feature-based methods leave the model alone; partial ones add dense layers or train the last ones; full fine-tuning trains all. "
         "Parameter-efficient methods are additive (adapters, soft prompts), selective (only some layers) or reparametrized (LoRA)."
     )
-    do: ClassVar = "Choose a method: the drawing counts what it freezes and trains in each layer of a model that is installed here."
+    do: ClassVar = mark("Choose a method: the drawing counts what it freezes and trains in each layer of a model that is installed here.")
     words: ClassVar = ("Parameter", "PEFT", "Adapter", "Soft prompt", "LoRA", "Rank", "Feature extraction")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
     part: ClassVar = "learn/frozen.html"
-    button: ClassVar = "Count"
+    button: ClassVar = mark("Count")
 
     def fields(self, session: Session, user: User, visit: StopVisit | None) -> list[StopField]:
-        choices = tuple((name, f"{STRATEGIES[name].title} ({family_of(name)})") for name in SHOWN)
-        return [StopField("method", "Method", visit.refs["method"] if visit else "lora", choices)]
+        choices = tuple((name, f"{gettext(STRATEGIES[name].title)} ({family_of(name)})") for name in SHOWN)
+        return [StopField("method", gettext("Method"), visit.refs["method"] if visit else "lora", choices)]
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         method = typed.get("method", "")
         if method not in SHOWN:
-            raise BadField(f"There is no method {method[:40]!r} here.", hint="Choose one of the list.", param="method")
+            raise BadField(
+                gettext("There is no method %(name)s here.", name=repr(method[:40])),
+                hint=gettext("Choose one of the list."),
+                param="method",
+            )
         model = _visits.take_model(session, user, "writes")
         return StartedStop({"method": method, "model": model.title, "shape": model.shape})
 
@@ -74,18 +79,24 @@ class FrozenStop(Stop):
         shape, method = Shape.model_validate(visit.refs["shape"]), visit.refs["method"]
         layers = count_layers(STRATEGIES[method](), shape)
         total, trained = shape.parameters(), sum(layer.trained for layer in layers)
-        share = trained / total
+        title = gettext(STRATEGIES[method].title)
         return StopResult(
             ended=True,
-            headline=f"{STRATEGIES[method].title} trains {human_count(trained)} of {human_count(total)}, {human_percent(share, 2)}",
+            headline=gettext(
+                "%(method)s trains %(trained)s of %(all)s, %(share)s",
+                method=title,
+                trained=human_count(trained),
+                all=human_count(total),
+                share=human_percent(trained / total, 2),
+            ),
             more={"layers": layers, "model": visit.refs["model"], "method": STRATEGIES[method], "most": max(x.parameters for x in layers)},
             tables=[_families(shape)],
-            links=[(f"{STRATEGIES[method].title}: how it works", f"/guide/{method}")],
+            links=[(gettext("%(method)s: how it works", method=title), f"/guide/{method}")],
         )
 
 
 def family_of(method: str) -> str:
-    return ALSO.get(method) or FAMILIES[STRATEGIES[method].family]
+    return gettext(ALSO.get(method) or FAMILIES[STRATEGIES[method].family])
 
 
 def count_layers(strategy: Strategy, shape: Shape) -> list[LayerCount]:
@@ -101,11 +112,11 @@ def count_layers(strategy: Strategy, shape: Shape) -> list[LayerCount]:
     rest = total - head - sum(trained)
     above = shape.parameters() - embedding - own * shape.layers
     in_input = embedding if full else rest if strategy.drawing().get("input") else 0
-    layers = [LayerCount(f"Layer {place + 1}", own, trained[place]) for place in reversed(range(shape.layers))]
+    layers = [LayerCount(gettext("Layer %(number)s", number=place + 1), own, trained[place]) for place in reversed(range(shape.layers))]
     return [
-        LayerCount("Output", above, rest - in_input + head),
+        LayerCount(gettext("Output"), above, rest - in_input + head),
         *layers,
-        LayerCount("Embedding" if not in_input or full else "Input, before the embedding", embedding, in_input),
+        LayerCount(gettext("Embedding") if not in_input or full else gettext("Input, before the embedding"), embedding, in_input),
     ]
 
 
@@ -124,5 +135,8 @@ def _families(shape: Shape) -> StopTable:
     for name in SHOWN:
         strategy = STRATEGIES[name]()
         trained = strategy.trainable_parameters(shape, task=strategy.tasks[0], labels=2)
-        rows.append([STRATEGIES[name].title, family_of(name), human_count(trained), human_percent(trained / shape.parameters(), 3)])
-    return StopTable("The families on this model", ("Method", "Family", "Trained", "Share"), rows, (2, 3))
+        rows.append(
+            [gettext(STRATEGIES[name].title), family_of(name), human_count(trained), human_percent(trained / shape.parameters(), 3)]
+        )
+    head = (gettext("Method"), gettext("Family"), gettext("Trained"), gettext("Share"))
+    return StopTable(gettext("The families on this model"), head, rows, (2, 3))

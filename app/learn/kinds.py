@@ -8,6 +8,7 @@ from typing import ClassVar
 from sqlalchemy.orm import Session
 
 from app.inference.protocol import Entry
+from app.kit.languages import gettext, mark
 from app.learn import _asking, _visits
 from app.learn._base import Need, StartedStop, Stop, StopResult, Typed
 from app.models import service as models
@@ -22,19 +23,24 @@ TURNS = (
     {"role": "user", "content": QUESTION},
 )
 
+STAND_INS = (mark("generic"), mark("instruction"), mark("generic or instruction"))
+"""The kinds whose place a chat model takes, as a note says them."""
+
 
 class KindsStop(Stop):
     name: ClassVar = "kinds"
-    title: ClassVar = "Generic, instruction-tuned, dialogue-tuned"
+    title: ClassVar = mark("Generic, instruction-tuned, dialogue-tuned")
     place: ClassVar = 40
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "A generic model predicts the next word of a text. An instruction-tuned model answers the instruction in its input. A "
         "dialogue-tuned model is a special case of it: its prompt is a conversation whose roles are clearly marked."
     )
-    do: ClassVar = f"“{QUESTION}” in a text that goes on, as one instruction, and as the last turn of a conversation."
+    do: ClassVar = mark(
+        "“What is the capital of France?” in a text that goes on, as one instruction, and as the last turn of a conversation."
+    )
     words: ClassVar = ("Base model", "Chat template", "System prompt", "Fine-tuning")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
-    button: ClassVar = "Ask all three"
+    button: ClassVar = mark("Ask all three")
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         """Each kind answers with a model of its own where there is one; otherwise one model is prompted in all three ways."""
@@ -59,27 +65,32 @@ class KindsStop(Stop):
 
     def look(self, session: Session, user: User, visit: StopVisit) -> StopResult:
         titles = {
-            "generic": "Generic: it continues the text",
-            "instruction": "Instruction-tuned: it answers",
-            "dialogue": "Dialogue-tuned: it takes its turn",
+            "generic": gettext("Generic: it continues the text"),
+            "instruction": gettext("Instruction-tuned: it answers"),
+            "dialogue": gettext("Dialogue-tuned: it takes its turn"),
         }
         found = _asking.answers(session, user, visit, titles)
         fault = _asking.fault_of(session, visit)
         stand_ins = visit.refs.get("stand_ins") or []
-        notes = ["The question is the same in all three prompts. Open each to see what is around it."]
+        notes = [gettext("The question is the same in all three prompts. Open each to see what is around it.")]
         if stand_ins:
             notes.append(
-                f"No model of the kind {' or '.join(stand_ins)} is installed, so the chat model takes its place: without its chat template "
-                "it gets the text alone, as a generic model does. What it was trained on still shows."
+                gettext(
+                    "No model of the kind %(kind)s is installed, so the chat model takes its place: without its chat template "
+                    "it gets the text alone, as a generic model does. What it was trained on still shows.",
+                    kind=gettext(" or ".join(stand_ins)),
+                )
             )
         return StopResult(
             ended=len(found) == len(titles) and not fault,
             fault=fault,
-            headline="One question, three kinds of prompt",
+            headline=gettext("One question, three kinds of prompt"),
             notes=notes,
             texts=list(found.values()),
-            bars=_asking.token_bars(session, visit, titles, "prompt_tokens", "Tokens of each prompt: the question, and what is around it"),
-            links=[("Train the instruction model yourself", "/playground/tutorial")],
+            bars=_asking.token_bars(
+                session, visit, titles, "prompt_tokens", gettext("Tokens of each prompt: the question, and what is around it")
+            ),
+            links=[(gettext("Train the instruction model yourself"), "/playground/tutorial")],
         )
 
 

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.evaluation import comparison_table, comparisons
 from app.kit import ids
-from app.kit.humanize import human_count, human_number, human_percent, plural
+from app.kit.humanize import human_count, human_number, human_percent
+from app.kit.languages import gettext, mark, ngettext
 from app.learn import _text, _visits
 from app.learn._base import Need, StartedStop, Stop, StopCurve, StopResult, StopTable, Typed
 from app.learn._events import validation_losses
@@ -30,20 +31,20 @@ STEPS: dict[str, Any] = RUN | {"max_steps": 60, "eval_steps": 30, "learning_rate
 
 class MoreStop(Stop):
     name: ClassVar = "more"
-    title: ClassVar = "More data, more parameters"
+    title: ClassVar = mark("More data, more parameters")
     place: ClassVar = 110
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "“Large” means much text and many parameters. A parameter is a number that training finds; a hyperparameter, such as the learning "
         "rate, is chosen before. From GPT-2 to GPT-3 both grew a hundredfold, and so did what the model could do."
     )
-    do: ClassVar = (
+    do: ClassVar = mark(
         "A classifier is trained on a quarter, half and all of a sample, and three models from nothing, each larger than the one before, "
         "read the same text for the same number of steps."
     )
     words: ClassVar = ("Parameter", "Hyperparameter", "Pre-training", "Loss", "Validation set")
     needs: ClassVar[tuple[Need, ...]] = ("encoder",)
     samples: ClassVar = ("shop-questions",)
-    button: ClassVar = "Measure both curves"
+    button: ClassVar = mark("Measure both curves")
 
     def datasets(self, session: Session, user: User) -> list[Dataset]:
         return [samples.add(session, user, self.samples[0]), _text.dataset(session, user)]
@@ -70,19 +71,21 @@ class MoreStop(Stop):
         ]
         grown = [(parameters, job) for parameters, job in sized if job is not None]
         if comparison is None or len(grown) < len(sized):
-            return StopResult(fault="What it started was deleted.")
+            return StopResult(fault=gettext("What it started was deleted."))
         shares = comparisons.jobs_of(session, comparison)
         every = [*shares, *(job for _, job in grown)]
         result = StopResult(fault=next(filter(None, map(fault_of, every)), ""))
         waits = [job for job in every if moving(job)]
         if waits:
-            result.doing = f"{len(every) - len(waits)} of {plural(len(every), 'run')} done"
+            result.doing = ngettext(
+                "%(done)s of %(num)s run done", "%(done)s of %(num)s runs done", len(every), done=len(every) - len(waits)
+            )
             result.progress = sum(map(share_done, every)) / len(every)
         _by_data(session, comparison, result)
         _by_size(session, grown, result)
         result.ended = not waits and not result.fault
         result.links = [
-            ("The learning curve", f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"),
+            (gettext("The learning curve"), f"/compare/{ids.public(ids.COMPARISON, comparison.id)}"),
             *((job.name, path_of(job)) for _, job in grown),
         ]
         return result
@@ -94,19 +97,20 @@ def _by_data(session: Session, comparison: Comparison, result: StopResult) -> No
     ]
     points = sorted((100 * row["data_fraction"], 100 * row["accuracy"]) for row in rows)
     found = charts.lines(
-        {"accuracy": points},
-        Scale("Share of the training rows, %", lambda v: f"{v:.0f}", amount=True),
-        Scale("Accuracy, %", lambda v: f"{v:.0f}"),
+        {gettext("accuracy"): points},
+        Scale(gettext("Share of the training rows, %"), lambda v: f"{v:.0f}", amount=True),
+        Scale(gettext("Accuracy, %"), lambda v: f"{v:.0f}"),
     )
     if found is not None:
         table = StopTable(
-            "Accuracy by data",
-            ("Share of the rows", "Accuracy"),
+            gettext("Accuracy by data"),
+            (gettext("Share of the rows"), gettext("Accuracy")),
             [[human_percent(x / 100, 0), human_percent(y / 100)] for x, y in points],
             (1,),
         )
-        result.curves.append(StopCurve("More data", found, table))
-        result.headline = f"Accuracy {human_percent(points[0][1] / 100, 0)} → {human_percent(points[-1][1] / 100, 0)} with more rows"
+        result.curves.append(StopCurve(gettext("More data"), found, table))
+        few, many = (human_percent(at[1] / 100, 0) for at in (points[0], points[-1]))
+        result.headline = gettext("Accuracy %(few)s → %(many)s with more rows", few=few, many=many)
 
 
 def _by_size(session: Session, grown: list[tuple[int, Job]], result: StopResult) -> None:
@@ -116,13 +120,17 @@ def _by_size(session: Session, grown: list[tuple[int, Job]], result: StopResult)
         if job.status == "succeeded" and (losses := validation_losses(session, job))
     ]
     found = charts.lines(
-        {"loss": [(float(n), loss) for n, loss in ends]},
-        Scale("Parameters", human_count, amount=True),
-        Scale("Validation loss", lambda v: human_number(v, 2)),
+        {gettext("loss"): [(float(n), loss) for n, loss in ends]},
+        Scale(gettext("Parameters"), human_count, amount=True),
+        Scale(gettext("Validation loss"), lambda v: human_number(v, 2)),
     )
     if found is not None:
         table = StopTable(
-            "Loss by size", ("Parameters", "Validation loss"), [[human_count(n), human_number(loss, 3)] for n, loss in ends], (1,)
+            gettext("Loss by size"),
+            (gettext("Parameters"), gettext("Validation loss")),
+            [[human_count(n), human_number(loss, 3)] for n, loss in ends],
+            (1,),
         )
-        result.curves.append(StopCurve("More parameters", found, table))
-        result.headline += f"; loss {human_number(ends[0][1], 2)} → {human_number(ends[-1][1], 2)} with more parameters"
+        result.curves.append(StopCurve(gettext("More parameters"), found, table))
+        small, large = (human_number(at[1], 2) for at in (ends[0], ends[-1]))
+        result.headline += "; " + gettext("loss %(small)s → %(large)s with more parameters", small=small, large=large)

@@ -12,6 +12,7 @@ from app.errors import Unavailable
 from app.inference import next_tokens
 from app.inference.protocol import Entry
 from app.kit.humanize import human_percent
+from app.kit.languages import gettext, mark, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopField, StopResult, Typed
 from app.tables import StopVisit, User
@@ -22,20 +23,20 @@ SHOWN = 8
 
 class NextTokenStop(Stop):
     name: ClassVar = "next-token"
-    title: ClassVar = "The next token"
+    title: ClassVar = mark("The next token")
     place: ClassVar = 20
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "A generic language model predicts the next word, as autocomplete does: after “The cat sat on” it expects “the”. Everything else "
         "is built on this one step, repeated."
     )
-    do: ClassVar = "The model gives every token of its vocabulary a probability; the likeliest ones are shown."
+    do: ClassVar = mark("The model gives every token of its vocabulary a probability; the likeliest ones are shown.")
     words: ClassVar = ("Token", "Sampling", "Temperature")
     needs: ClassVar[tuple[Need, ...]] = ("writes",)
-    button: ClassVar = "Predict"
+    button: ClassVar = mark("Predict")
     reads: ClassVar = "read"
 
     def fields(self, session: Session, user: User, visit: StopVisit | None) -> list[StopField]:
-        return [StopField("text", "Text", visit.refs["text"] if visit else TEXT, long=True)]
+        return [StopField("text", gettext("Text"), visit.refs["text"] if visit else TEXT, long=True)]
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         model = _visits.take_model(session, user, "writes")
@@ -46,7 +47,7 @@ class NextTokenStop(Stop):
     def heard(self, session: Session, user: User, begun: StartedStop, entries: Mapping[str, Sequence[Entry]]) -> None:
         found = next_tokens.view(begun.asked["next"], entries["next"])
         if found.error:
-            raise Unavailable(found.error["message"], hint=found.error["hint"] or "Try it again.")
+            raise Unavailable(found.error["message"], hint=found.error["hint"] or gettext("Try it again."))
         begun.refs["next"] = [[t.token, next_tokens.probability(t)] for t in found.following[:SHOWN]]
         begun.refs["tokens"] = [t.token for t in found.tokens]
 
@@ -56,13 +57,27 @@ class NextTokenStop(Stop):
         bars = [StopBar(_shown(token), p, human_percent(p), path=_again(model, text + token)) for token, p in found]
         return StopResult(
             ended=True,
-            headline=f"After “{text[-60:]}”: “{first.strip() or _shown(first)}” with {human_percent(share)}",
-            bars=[StopBars(f"Likeliest tokens after “{text[-60:]}”, by {model}", [bars[0]._replace(best=True), *bars[1:]])],
-            notes=[
-                f"The text is {len(pieces)} tokens to the model: {' · '.join(_shown(one) for one in pieces[:40])}. "
-                "Choose a token in the bars to go on with it."
+            headline=gettext(
+                "After “%(text)s”: “%(token)s” with %(share)s",
+                text=text[-60:],
+                token=first.strip() or _shown(first),
+                share=human_percent(share),
+            ),
+            bars=[
+                StopBars(
+                    gettext("Likeliest tokens after “%(text)s”, by %(model)s", text=text[-60:], model=model),
+                    [bars[0]._replace(best=True), *bars[1:]],
+                )
             ],
-            links=[("This view with more models", _again(model, text))],
+            notes=[
+                ngettext(
+                    "The text is %(num)s tokens to the model: %(tokens)s. Choose a token in the bars to go on with it.",
+                    "The text is %(num)s tokens to the model: %(tokens)s. Choose a token in the bars to go on with it.",
+                    len(pieces),
+                    tokens=" · ".join(_shown(one) for one in pieces[:40]),
+                )
+            ],
+            links=[(gettext("This view with more models"), _again(model, text))],
         )
 
 

@@ -9,9 +9,10 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.errors import Conflict
 from app.kit.humanize import human_count, human_number
+from app.kit.languages import gettext, mark, ngettext
 from app.learn import _events, _text
 from app.learn._base import StartedStop, Stop, StopButton, StopResult, StopText, Typed
-from app.learn._jobs import fault_of, job_of, moving, order_job, path_of, share_done
+from app.learn._jobs import doing, fault_of, job_of, moving, order_job, path_of, share_done
 from app.models import from_nothing
 from app.models.from_nothing import BlankSize
 from app.ownership import mine
@@ -26,18 +27,18 @@ RUN: dict[str, Any] = {
 FROM_NOTHING = RUN | {"max_steps": 160, "eval_steps": 16, "learning_rate": 3e-3, "validation_fraction": 0.05}
 TUNED = RUN | {"max_steps": 20, "eval_steps": 4, "learning_rate": 1e-3, "validation_fraction": 0.2}
 
-TITLES = {"first": "The pre-training", "tuned": "Fine-tuned after it", "twin": "The twin without it"}
+TITLES = {"first": mark("The pre-training"), "tuned": mark("Fine-tuned after it"), "twin": mark("The twin without it")}
 
 
 class PreTrainingStop(Stop):
     name: ClassVar = "pre-training"
-    title: ClassVar = "Pre-training, seen"
+    title: ClassVar = mark("Pre-training, seen")
     place: ClassVar = 30
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "Pre-training gives general ability, fine-tuning a special one: a child can walk and run before it trains for athletics. "
         "Transfer learning is faster and needs less data, because what was learned before is kept."
     )
-    do: ClassVar = (
+    do: ClassVar = mark(
         "A model of about a million random parameters reads letters until it can spell, while you watch. Then it is fine-tuned on another "
         "text, next to the same model that was never pre-trained."
     )
@@ -47,9 +48,9 @@ class PreTrainingStop(Stop):
         return [_text.dataset(session, user), samples.add(session, user, "workshop-notes")]
 
     def buttons(self, session: Session, user: User, visit: StopVisit | None) -> list[StopButton]:
-        first = StopButton("", "1. Pre-train from nothing")
+        first = StopButton("", gettext("1. Pre-train from nothing"))
         ready = visit is not None and _trained(session, user, visit.refs["first"]) is not None
-        return [first, StopButton("tune", "2. Fine-tune both", "" if ready else "as soon as the model is pre-trained.")]
+        return [first, StopButton("tune", gettext("2. Fine-tune both"), "" if ready else gettext("as soon as the model is pre-trained."))]
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         blank = from_nothing.ensure(session, user, SIZE)
@@ -59,7 +60,7 @@ class PreTrainingStop(Stop):
             return StartedStop({"first": str(job.id)})
         trained = _trained(session, user, visit.refs["first"]) if visit else None
         if visit is None or trained is None:
-            raise Conflict("There is no pre-trained model yet.", hint="Pre-train one first, and wait for its end.")
+            raise Conflict(gettext("There is no pre-trained model yet."), hint=gettext("Pre-train one first, and wait for its end."))
         tuned = order_job(session, user, self, trained, own, {"name": "full"}, TUNED, title="pre-trained, then fine-tuned")
         twin = order_job(session, user, self, blank, own, {"name": "full"}, TUNED, title="the same without pre-training")
         return StartedStop({"first": visit.refs["first"], "tuned": str(tuned.id), "twin": str(twin.id)})
@@ -68,19 +69,19 @@ class PreTrainingStop(Stop):
         found = {name: job_of(session, user, visit.refs[name]) for name in TITLES if name in visit.refs}
         jobs = {name: job for name, job in found.items() if job is not None}
         if len(jobs) < len(found):
-            return StopResult(fault="A run of this result was deleted.")
+            return StopResult(fault=gettext("A run of this result was deleted."))
         result = StopResult(
-            fault=next(filter(None, map(fault_of, jobs.values())), ""), links=[(TITLES[n], path_of(j)) for n, j in jobs.items()]
+            fault=next(filter(None, map(fault_of, jobs.values())), ""), links=[(gettext(TITLES[n]), path_of(j)) for n, j in jobs.items()]
         )
         current = next((job for job in jobs.values() if moving(job)), None)
         if current is not None:
-            result.doing = "Training" if current.status == "running" else "Waiting for the worker"
+            result.doing = doing(current)
             result.progress = sum(map(share_done, jobs.values())) / len(jobs)
         _show_spelling(session, jobs["first"], result)
         if "twin" in jobs:
             _show_twins(session, jobs["tuned"], jobs["twin"], result)
         elif not current and not result.fault:
-            result.notes.append("Now fine-tune it: press the second button.")
+            result.notes.append(gettext("Now fine-tune it: press the second button."))
         result.ended = not current and not result.fault and "twin" in jobs
         return result
 
@@ -96,25 +97,35 @@ def _show_spelling(session: Session, job: Job, result: StopResult) -> None:
     shown = [texts[place] for place in sorted({0, len(texts) // 4, len(texts) // 2, len(texts) - 1})] if texts else []
     size = human_count(Shape.model_validate(job.spec["model"]["shape"]).parameters())
     result.texts = [
-        StopText(f"After {human_number(step)} steps", text, prompt, None, path_of(job), f"by {size} parameters, letter by letter")
+        StopText(
+            ngettext("After %(num)s steps", "After %(num)s steps", step),
+            text,
+            prompt,
+            None,
+            path_of(job),
+            gettext("by %(size)s parameters, letter by letter", size=size),
+        )
         for step, prompt, text in shown
     ]
-    result.curves = _events.loss_curve("Learning to spell", {"pre-training": _events.validation_losses(session, job)})
+    result.curves = _events.loss_curve(gettext("Learning to spell"), {gettext("pre-training"): _events.validation_losses(session, job)})
 
 
 def _show_twins(session: Session, tuned: Job, twin: Job, result: StopResult) -> None:
     """The two fine-tunings on the same rows with the same settings."""
     lines = {
-        "pre-trained first": _events.validation_losses(session, tuned),
-        "from random weights": _events.validation_losses(session, twin),
+        gettext("pre-trained first"): _events.validation_losses(session, tuned),
+        gettext("from random weights"): _events.validation_losses(session, twin),
     }
     result.curves += _events.loss_curve(
-        "Fine-tuning the same shape on the same rows", {name: points for name, points in lines.items() if points}
+        gettext("Fine-tuning the same shape on the same rows"), {name: points for name, points in lines.items() if points}
     )
     if all(lines.values()):
-        ends = [min(loss for _, loss in points) for points in lines.values()]
-        result.headline = f"Loss on new text: {human_number(ends[0], 2)} after pre-training, {human_number(ends[1], 2)} without"
+        tuned_end, twin_end = (human_number(min(loss for _, loss in points), 2) for points in lines.values())
+        ends = {"tuned": tuned_end, "twin": twin_end}
+        result.headline = gettext("Loss on new text: %(tuned)s after pre-training, %(twin)s without", **ends)
         result.notes.append(
-            f"With the same rows, steps and settings the pre-trained one ends at {human_number(ends[0], 2)} nats per letter, its twin at "
-            f"{human_number(ends[1], 2)}."
+            gettext(
+                "With the same rows, steps and settings the pre-trained one ends at %(tuned)s nats per letter, its twin at %(twin)s.",
+                **ends,
+            )
         )

@@ -14,10 +14,11 @@ from app.datasets import samples
 from app.errors import Conflict
 from app.jobs.reinforcement_order import USUAL_REWARDS
 from app.kit import stats
-from app.kit.humanize import human_percent
+from app.kit.humanize import human_number, human_percent
+from app.kit.languages import gettext, lowered, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopButton, StopResult, StopText, Typed
-from app.learn._jobs import fault_of, job_of, moving, order_job, path_of, share_done
+from app.learn._jobs import doing, fault_of, job_of, moving, order_job, path_of, share_done
 from app.ownership import mine
 from app.tables import Event, Job, Model, StopVisit, User
 
@@ -50,13 +51,13 @@ class PassRate(NamedTuple):
 
 class RewardStop(Stop):
     name: ClassVar = "reward"
-    title: ClassVar = "Examples, then a reward"
+    title: ClassVar = mark("Examples, then a reward")
     place: ClassVar = 107
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "A model that reasons is made in steps: pre-training, worked examples, and then reinforcement, where it answers by itself and a grader "
         "says what was right. No right answer has to be written for that, only checked."
     )
-    do: ClassVar = (
+    do: ClassVar = mark(
         "A model answers small sums that it has not seen: as it is, after worked examples, and after reinforcement learning from there. Each "
         "pass rate has its interval, and with so small a model and so few steps they may well overlap."
     )
@@ -67,8 +68,8 @@ class RewardStop(Stop):
     def buttons(self, session: Session, user: User, visit: StopVisit | None) -> list[StopButton]:
         ready = visit is not None and _tuned(session, user, visit.refs["examples"]) is not None
         return [
-            StopButton("", "1. Train on worked examples"),
-            StopButton("reward", "2. Go on with a reward", "" if ready else "as soon as the model is trained."),
+            StopButton("", gettext("1. Train on worked examples")),
+            StopButton("reward", gettext("2. Go on with a reward"), "" if ready else gettext("as soon as the model is trained.")),
         ]
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
@@ -79,7 +80,9 @@ class RewardStop(Stop):
             return StartedStop({"examples": str(job.id)})
         tuned = _tuned(session, user, visit.refs["examples"]) if visit else None
         if visit is None or tuned is None:
-            raise Conflict("There is no trained model yet.", hint="Train it on worked examples first, and wait for its end.")
+            raise Conflict(
+                gettext("There is no trained model yet."), hint=gettext("Train it on worked examples first, and wait for its end.")
+            )
         asked = {"task": "reinforcement", "preference": DRAWN}
         job = order_job(session, user, self, tuned, dataset, {"name": "lora"}, REINFORCED, title="reward", **asked)
         return StartedStop({"examples": visit.refs["examples"], "reward": str(job.id)})
@@ -88,23 +91,27 @@ class RewardStop(Stop):
         steps: tuple[str, ...] = ("examples", "reward")
         jobs = {key: job_of(session, user, visit.refs[key]) for key in steps if key in visit.refs}
         if not all(jobs.values()):
-            return StopResult(fault="A run was deleted.")
+            return StopResult(fault=gettext("A run was deleted."))
         found = {key: job for key, job in jobs.items() if job is not None}
         result = StopResult(
             links=[
-                ("The run on worked examples" if key == "examples" else "The run with a reward", path_of(job)) for key, job in found.items()
+                (gettext("The run on worked examples") if key == "examples" else gettext("The run with a reward"), path_of(job))
+                for key, job in found.items()
             ]
         )
         result.fault = next(filter(None, map(fault_of, found.values())), "")
         job = list(found.values())[-1]
         if moving(job):
-            what = "Learning from worked examples" if job is found["examples"] else "Answering, grading and learning"
-            result.doing, result.progress = what if job.status == "running" else "Waiting for the worker", share_done(job)
+            by_examples = job is found["examples"]
+            learning = gettext("Learning from worked examples") if by_examples else gettext("Answering, grading and learning")
+            result.doing, result.progress = doing(job, learning), share_done(job)
         _show(session, found, result)
         if not result.fault and not result.doing:
             result.ended = "reward" in found
             if not result.ended:
-                result.notes.append("Now the second button: the model answers by itself, and a grader says which answers are right.")
+                result.notes.append(
+                    gettext("Now the second button: the model answers by itself, and a grader says which answers are right.")
+                )
         return result
 
 
@@ -126,16 +133,16 @@ def pass_rates(session: Session, job: Job) -> list[PassRate]:
 def _show(session: Session, jobs: dict[str, Job], result: StopResult) -> None:
     """Bars of the steps that are done, what may be said of their differences, and answers."""
     rates = {key: pass_rates(session, job) for key, job in jobs.items()}
-    told = [("As it is", rate, "examples") for rate in rates["examples"][:1]]
-    for key, title in (("examples", "After worked examples"), ("reward", "After the reward")):
+    told = [(gettext("As it is"), rate, "examples") for rate in rates["examples"][:1]]
+    for key, title in (("examples", gettext("After worked examples")), ("reward", gettext("After the reward"))):
         if key in jobs and jobs[key].status == "succeeded" and rates[key]:
             told.append((title, rates[key][-1], key))
     if not told:
         return
     best = max(rate.share for _, rate, _ in told)
     bars = [_bar(title, rate, path_of(jobs[key]), rate.share == best > 0) for title, rate, key in told]
-    result.bars = [StopBars("Right answers to questions that were held out", bars)]
-    result.headline = ", ".join(f"{title.lower()} {human_percent(rate.share, 0)}" for title, rate, _ in told)
+    result.bars = [StopBars(gettext("Right answers to questions that were held out"), bars)]
+    result.headline = ", ".join(f"{lowered(title)} {human_percent(rate.share, 0)}" for title, rate, _ in told)
     result.notes += [_difference(one, other) for one, other in itertools.pairwise(told)]
     if "reward" in jobs:
         result.notes += _of_check(session, jobs["reward"])
@@ -144,17 +151,28 @@ def _show(session: Session, jobs: dict[str, Job], result: StopResult) -> None:
 
 def _bar(title: str, rate: PassRate, path: str, best: bool) -> StopBar:
     low, high = rate.interval
-    value = f"{human_percent(rate.share, 0)} of {rate.rows}, {human_percent(low, 0)} to {human_percent(high, 0)}"
+    value = gettext(
+        "%(share)s of %(rows)s, %(low)s to %(high)s",
+        share=human_percent(rate.share, 0),
+        rows=rate.rows,
+        low=human_percent(low, 0),
+        high=human_percent(high, 0),
+    )
     return StopBar(title, rate.share, value, low, high, path, best)
 
 
 def _difference(one: tuple[str, PassRate, str], other: tuple[str, PassRate, str]) -> str:
     """Two steps in a sentence that calls no difference real whose intervals overlap."""
     (low, high), (other_low, other_high) = one[1].interval, other[1].interval
-    said = f"{one[0]} {human_percent(one[1].share, 0)}, {other[0].lower()} {human_percent(other[1].share, 0)}"
+    values = {
+        "one": one[0], "share": human_percent(one[1].share, 0), "other": lowered(other[0]), "other_share": human_percent(other[1].share, 0),
+    }  # fmt: skip
     if other_low > high or other_high < low:
-        return f"{said}: the intervals are apart, so this is more than chance."
-    return f"{said}: the intervals overlap, so it may be chance; more rows or more steps would tell."
+        return gettext("%(one)s %(share)s, %(other)s %(other_share)s: the intervals are apart, so this is more than chance.", **values)
+    return gettext(
+        "%(one)s %(share)s, %(other)s %(other_share)s: the intervals overlap, so it may be chance; more rows or more steps would tell.",
+        **values,
+    )
 
 
 def _of_check(session: Session, job: Job) -> list[str]:
@@ -164,8 +182,14 @@ def _of_check(session: Session, job: Job) -> list[str]:
     if not check:
         return []
     return [
-        f"The check before the run: {check['answers']} answers to {check['prompts']} questions, a mean reward of {check['reward']:.2f}; on "
-        f"{human_percent(check['spread'], 0)} of the questions the answers differ, and only these teach."
+        gettext(
+            "The check before the run: %(answers)s answers to %(questions)s questions, a mean reward of %(reward)s; on %(share)s of the questions "
+            "the answers differ, and only these teach.",
+            answers=check["answers"],
+            questions=check["prompts"],
+            reward=human_number(check["reward"], 2),
+            share=human_percent(check["spread"], 0),
+        )
     ]
 
 
@@ -174,13 +198,13 @@ def _answers(session: Session, job: Job, title: str) -> Sequence[StopText]:
     data = (
         session.scalar(select(Event.data).where(Event.job_id == job.id, Event.type == "sampled").order_by(Event.id.desc()).limit(1)) or {}
     )
-    name = "After worked examples" if title == "examples" else "After the reward"
+    name = gettext("After worked examples") if title == "examples" else gettext("After the reward")
     return [
         StopText(
             f"{name}: {sample['prompt'][:80]}",
             sample["answer"],
             path=path_of(job),
-            note=f"Reference: {sample['reference']}. Before: {sample['base']}",
+            note=gettext("Reference: %(answer)s. Before: %(before)s", answer=sample["reference"], before=sample["base"]),
         )
         for sample in data.get("samples", [])[:2]
         if job.status == "succeeded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from app.kit.languages import mark
 from app.learn._scored import ScoredPrompt, ScoredPromptsStop
 from app.prompts.service import PromptBody
 
@@ -27,21 +28,21 @@ def shots_body(count: int) -> PromptBody:
 
 class ShotsStop(ScoredPromptsStop):
     name: ClassVar = "shots"
-    title: ClassVar = "Zero-shot and few-shot"
+    title: ClassVar = mark("Zero-shot and few-shot")
     place: ClassVar = 50
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "A general model does decently with little data of yours: with none (zero-shot), or with a few examples in the prompt (few-shot). "
         "Nothing is trained either way."
     )
-    do: ClassVar = (
+    do: ClassVar = mark(
         "The model is to write opposites: “hot: cold”. It gets the task without an example, with two and with six, as a text that it "
         "continues, and is right where it writes the word alone."
     )
     words: ClassVar = ("Zero-shot", "Few-shot", "Context window", "Accuracy")
     samples: ClassVar = ("opposites",)
     prompts: ClassVar[Mapping[str, ScoredPrompt]] = {
-        "zero": ScoredPrompt("Zero-shot", shots_body(0), raw=True),
-        "two": ScoredPrompt("Two examples", shots_body(2), raw=True),
-        "six": ScoredPrompt("Six examples", shots_body(6), raw=True),
+        "zero": ScoredPrompt(mark("Zero-shot"), shots_body(0), raw=True),
+        "two": ScoredPrompt(mark("Two examples"), shots_body(2), raw=True),
+        "six": ScoredPrompt(mark("Six examples"), shots_body(6), raw=True),
     }
-    button: ClassVar = "Score all three"
+    button: ClassVar = mark("Score all three")

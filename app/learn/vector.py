@@ -18,6 +18,7 @@ from app.inference.playground import PendingAnswer, ResolvedModel
 from app.inference.protocol import Embedded, Entry, GenerateRequest, Sampling, StreamError
 from app.kit import ids
 from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.models import service as models
@@ -31,27 +32,27 @@ COLORS = 8
 
 class VectorStop(Stop):
     name: ClassVar = "vector"
-    title: ClassVar = "The vector of a text"
+    title: ClassVar = mark("The vector of a text")
     place: ClassVar = 90
-    idea: ClassVar = (
+    idea: ClassVar = mark(
         "In feature-based fine-tuning a frozen model turns each text into an n-dimensional vector. Texts of one meaning lie close together, "
         "so a small classifier on top (logistic regression, or a dense layer) gives each class a probability."
     )
-    do: ClassVar = "Your text becomes a vector, is compared with rows of a sample, and all rows of the sample are drawn as a map."
+    do: ClassVar = mark("Your text becomes a vector, is compared with rows of a sample, and all rows of the sample are drawn as a map.")
     words: ClassVar = ("Embedding", "Encoder", "Feature extraction")
     needs: ClassVar[tuple[Need, ...]] = ("encoder",)
     samples: ClassVar = ("shop-questions",)
     part: ClassVar = "learn/vector.html"
-    button: ClassVar = "Turn it into a vector"
+    button: ClassVar = mark("Turn it into a vector")
     reads: ClassVar = "encoded"
 
     def fields(self, session: Session, user: User, visit: StopVisit | None) -> list[StopField]:
-        return [StopField("text", "Text", visit.refs["text"] if visit else TEXT, long=True)]
+        return [StopField("text", gettext("Text"), visit.refs["text"] if visit else TEXT, long=True)]
 
     def begin(self, session: Session, user: User, typed: Typed, visit: StopVisit | None) -> StartedStop:
         text = typed.get("text", "").strip()[:2000]
         if not text:
-            raise BadField("The text is empty.", hint="Write at least one word.", param="text")
+            raise BadField(gettext("The text is empty."), hint=gettext("Write at least one word."), param="text")
         limits.check(session, user, "tokens_per_day")
         model, dataset = _visits.take_model(session, user, "encoder"), samples.add(session, user, self.samples[0])
         rows = _rows(dataset)
@@ -63,7 +64,7 @@ class VectorStop(Stop):
         found = next((entry for entry in entries["vectors"] if isinstance(entry, Embedded)), None)
         if found is None:
             broke = next((entry for entry in entries["vectors"] if isinstance(entry, StreamError)), None)
-            raise Unavailable(broke.message if broke else "The encoder gave no vectors.", hint="Try it again.")
+            raise Unavailable(broke.message if broke else gettext("The encoder gave no vectors."), hint=gettext("Try it again."))
         own, *others = found.vectors
         for row, vector in zip(begun.refs["rows"], others, strict=True):
             row["cosine"] = math.fsum(a * b for a, b in zip(own, vector, strict=True))
@@ -76,20 +77,25 @@ class VectorStop(Stop):
         moving = found is not None and found.status in ("queued", "running")
         return StopResult(
             ended=not moving,
-            doing="The map is being drawn" if moving else "",
+            doing=gettext("The map is being drawn") if moving else "",
             progress=found.progress if found and moving else None,
-            fault="" if found is not None and found.status != "failed" else "The map could not be drawn, or was deleted.",
-            headline=f"{human_number(refs['size'])} numbers; nearest: “{near[0]['text'][:60]}” ({near[0]['label']})",
+            fault="" if found is not None and found.status != "failed" else gettext("The map could not be drawn, or was deleted."),
+            headline=gettext(
+                "%(count)s numbers; nearest: “%(text)s” (%(label)s)",
+                count=human_number(refs["size"]),
+                text=near[0]["text"][:60],
+                label=near[0]["label"],
+            ),
             tables=[
                 StopTable(
-                    f"Rows of the sample by their cosine with “{refs['text'][:60]}”",
-                    ("Row", "Class", "Cosine"),
+                    gettext("Rows of the sample by their cosine with “%(text)s”", text=refs["text"][:60]),
+                    (gettext("Row"), gettext("Class"), gettext("Cosine")),
                     [[row["text"], row["label"], human_number(row["cosine"], 3)] for row in (*near[:4], *near[-2:])],
                     (2,),
                 )
             ],
-            notes=["1 is the same direction, 0 has nothing in common. The last two rows are those that are farthest."],
-            links=[("The map with every row and its neighbors", map_path(found))] if found is not None else [],
+            notes=[gettext("1 is the same direction, 0 has nothing in common. The last two rows are those that are farthest.")],
+            links=[(gettext("The map with every row and its neighbors"), map_path(found))] if found is not None else [],
             more={"points": _points(found), "numbers": refs["numbers"], "size": refs["size"], "model": refs["model"]},
         )
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.kit.humanize import human_bytes
+from app.kit.humanize import human_bytes, human_number
+from app.kit.languages import gettext, ngettext
 from app.machines.gpus import GpuCard
 from app.machines.hardware import Machine
 
@@ -59,19 +61,35 @@ class Needs:
 
     def in_words(self, processes: int = 1) -> str:
         """`a GPU H100 with 42.1 GB, and the label a`."""
-        count = self.num_gpus or processes
         if self.gpu_bytes is None:
-            what = f"{human_bytes((self.cpu_bytes or 0) * processes)} of memory"
+            what = gettext("%(size)s of memory", size=human_bytes((self.cpu_bytes or 0) * processes))
         else:
-            name = f" {self.gpu_type}" if self.gpu_type else ""
-            what = f"a GPU{name}" if count == 1 else f"{count} GPUs{name} of one machine"
-            if self.gpu_bytes:
-                what += f" with {human_bytes(self.gpu_bytes)}{' each' if count > 1 else ''}"
-            if self.cpu_bytes is not None:
-                what += f", or {human_bytes(self.cpu_bytes * processes)} of memory without a GPU" if self.cpu_bytes else ", or a CPU"
+            what = self._gpus_in_words(self.num_gpus or processes)
+            if self.cpu_bytes:
+                size = human_bytes(self.cpu_bytes * processes)
+                what = gettext("%(gpus)s, or %(size)s of memory without a GPU", gpus=what, size=size)
+            elif self.cpu_bytes is not None:
+                what = gettext("%(gpus)s, or a CPU", gpus=what)
         if self.labels:
-            what += f", and the label{'s' if len(self.labels) > 1 else ''} {' and '.join(self.labels)}"
+            labels = reduce(lambda first, second: gettext("%(first)s and %(second)s", first=first, second=second), self.labels)
+            what = ngettext(
+                "%(machine)s, and the label %(labels)s",
+                "%(machine)s, and the labels %(labels)s",
+                len(self.labels),
+                machine=what,
+                labels=labels,
+            )
         return what
+
+    def _gpus_in_words(self, count: int) -> str:
+        told = {"name": self.gpu_type, "size": human_bytes(self.gpu_bytes)}
+        if self.gpu_type and self.gpu_bytes:
+            return ngettext("a GPU %(name)s with %(size)s", "%(num)s GPUs %(name)s of one machine with %(size)s each", count, **told)
+        if self.gpu_bytes:
+            return ngettext("a GPU with %(size)s", "%(num)s GPUs of one machine with %(size)s each", count, **told)
+        if self.gpu_type:
+            return ngettext("a GPU %(name)s", "%(num)s GPUs %(name)s of one machine", count, **told)
+        return ngettext("a GPU", "%(num)s GPUs of one machine", count)
 
 
 class GpuKind(NamedTuple):
@@ -130,9 +148,11 @@ def why_nowhere(needs: Needs, known: Collection[Capacity]) -> str | None:
     if not known or any(one.fits(needs) for one in known):
         return None
     there = [one.in_words() for one in known]
-    more = f"; and {len(there) - NAMED} more" if len(there) > NAMED else ""
-    processes = min(one.processes for one in known)
-    return f"No train worker can take it: it needs {needs.in_words(processes)}. There is {'; '.join(there[:NAMED])}{more}."
+    named = "; ".join(there[:NAMED])
+    if len(there) > NAMED:
+        named = gettext("%(machines)s; and %(num)s more", machines=named, num=human_number(len(there) - NAMED))
+    wanted = needs.in_words(min(one.processes for one in known))
+    return gettext("No train worker can take it: it needs %(wanted)s. There is %(machines)s.", wanted=wanted, machines=named)
 
 
 def matching(machines: Iterable[Machine], asked: Resources | None, device: str) -> list[Machine]:

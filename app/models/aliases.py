@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from app.errors import Conflict, Forbidden, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.models import imports, starters
 from app.models import service as models
 from app.tables import JSON, AliasMove, Model, ModelAlias, ProjectMember, User
@@ -47,7 +48,9 @@ def of_models(session: Session, user: User) -> dict[uuid.UUID, list[str]]:
 def get(session: Session, user: User, name: str) -> AliasTarget:
     """Raises NotFound."""
     if (found := find(session, user, name)) is None:
-        raise NotFound(f"No such alias: {name[:120]!r}.", hint="GET /v1/model_aliases lists yours.", param="alias")
+        raise NotFound(
+            gettext("No such alias: %(name)s.", name=repr(name[:120])), hint=gettext("GET /v1/model_aliases lists yours."), param="alias"
+        )
     return found
 
 
@@ -69,7 +72,9 @@ def set_(
     """
     imports.good_name(name, param="alias")
     if name in starters.STARTERS or imports.is_a_model(session, name, user.project_id):
-        raise Conflict(f"{name} is the name of a model.", hint="Choose another name for the alias.", param="alias")
+        raise Conflict(
+            gettext("%(name)s is the name of a model.", name=name), hint=gettext("Choose another name for the alias."), param="alias"
+        )
     model = models.get(session, user, model_name)
     session.refresh(model, with_for_update={"read": True})  # locked, so that it is not deleted meanwhile
     models.reference(session, model)  # raises where its weights are not available
@@ -114,8 +119,11 @@ def check_may_override(session: Session, user: User, alias: ModelAlias) -> None:
     """Raises Forbidden."""
     if not may_override(session, user, alias):
         raise Forbidden(
-            f"The gate of {alias.name} is changed, removed and passed by force only by the person who created the alias, and by admins.",
-            hint="Ask one of them.",
+            gettext(
+                "The gate of %(alias)s is changed, removed and passed by force only by the person who created the alias, and by admins.",
+                alias=alias.name,
+            ),
+            hint=gettext("Ask one of them."),
             code="insufficient_permissions",
         )
 
@@ -141,10 +149,16 @@ def go_back(session: Session, user: User, name: str, reason: str | None = None) 
     find(session, user, name, lock=True)
     move = undoable(session, user, name)
     if move is None:
-        raise Conflict(f"{name} has always pointed to this model.", hint="Point it to another one.", param="alias")
+        raise Conflict(
+            gettext("%(name)s has always pointed to this model.", name=name), hint=gettext("Point it to another one."), param="alias"
+        )
     earlier = session.get(Model, move.from_id) if move.from_id else None
     if earlier is None or earlier.deleted_at is not None:
-        raise Conflict(f"{move.from_name}, to which {name} pointed before, was deleted.", hint="Point it to another model.", param="alias")
+        raise Conflict(
+            gettext("%(model)s, to which %(name)s pointed before, was deleted.", model=move.from_name, name=name),
+            hint=gettext("Point it to another model."),
+            param="alias",
+        )
     return set_(session, user, name, ids.public(ids.MODEL, earlier.id), "back", reason)
 
 

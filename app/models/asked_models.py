@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField, StudioError
 from app.graders import Grader
+from app.kit.languages import gettext
 from app.models import service as models
 from app.models.service import Resolved
 from app.models.vocabulary import why_apart
@@ -39,8 +40,8 @@ def writer(session: Session, user: User, name: str) -> Resolved:
     found = models.resolve(session, user, name, allowed=True)
     if found.ref.kind in SILENT:
         raise BadField(
-            f"{name} is {SILENT[found.ref.kind]}: it does not write text.",
-            hint="Choose a generic, instruction or dialogue model.",
+            gettext("%(name)s is %(kind)s: it does not write text.", name=name, kind=gettext(SILENT[found.ref.kind])),
+            hint=gettext("Choose a generic, instruction or dialogue model."),
             param="model",
         )
     return found
@@ -50,8 +51,8 @@ def teacher(session: Session, user: User, name: str, student: ModelRef) -> Model
     """A teacher of a student, whose probability of every token is read. Raises BadField naming `preference.teacher`, NotFound and Conflict."""
     if not name:
         raise BadField(
-            "Distillation needs a teacher.",
-            hint="Send preference.teacher: the name of a model.",
+            gettext("Distillation needs a teacher."),
+            hint=gettext("Send preference.teacher: the name of a model."),
             param=TEACHER,
             code="missing_required_parameter",
         )
@@ -62,22 +63,28 @@ def teacher(session: Session, user: User, name: str, student: ModelRef) -> Model
         raise
     if found.checkpoint is None and found.model.answered_elsewhere:
         raise BadField(
-            f"{name} is answered by a server, which does not give the probability of every token.",
-            hint="Take a model whose weights are here, or make a dataset of its answers.",
+            gettext("%(name)s is answered by a server, which does not give the probability of every token.", name=name),
+            hint=gettext("Take a model whose weights are here, or make a dataset of its answers."),
             param=TEACHER,
         )
     if found.ref == student:
-        raise BadField(f"{name} is the student itself, which it can teach nothing.", hint="Take a stronger teacher.", param=TEACHER)
+        raise BadField(
+            gettext("%(name)s is the student itself, which it can teach nothing.", name=name),
+            hint=gettext("Take a stronger teacher."),
+            param=TEACHER,
+        )
     if found.ref.shape.encodes or student.shape.encodes:
-        raise BadField("An encoder–decoder cannot be distilled token by token.", hint="Take two decoders.", param=TEACHER)
+        raise BadField(gettext("An encoder–decoder cannot be distilled token by token."), hint=gettext("Take two decoders."), param=TEACHER)
     if any(STRATEGIES[adapter.strategy]().virtual_tokens() for adapter in found.ref.adapters):
         raise BadField(
-            f"{name} reads trained vectors before each text, which the student has not.", hint="Take another teacher.", param=TEACHER
+            gettext("%(name)s reads trained vectors before each text, which the student has not.", name=name),
+            hint=gettext("Take another teacher."),
+            param=TEACHER,
         )
     if reason := why_apart(student, found.ref):
         raise BadField(
-            f"{name} has another vocabulary: {reason}.",
-            hint="Take a teacher of the same family, or make a dataset of the teacher's answers.",
+            gettext("%(name)s has another vocabulary: %(reason)s.", name=name, reason=reason),
+            hint=gettext("Take a teacher of the same family, or make a dataset of the teacher's answers."),
             param=TEACHER,
             code="other_vocabulary",
         )
@@ -98,7 +105,9 @@ def _reward_model(session: Session, user: User, name: str | None) -> Resolved:
     found = models.resolve(session, user, name or "")
     if found.ref.kind != "reward":
         raise BadField(
-            f"{name} is no reward model.", hint="Fine-tune one on preference pairs with the objective reward.", param="grader.model"
+            gettext("%(name)s is no reward model.", name=name),
+            hint=gettext("Fine-tune one on preference pairs with the objective reward."),
+            param="grader.model",
         )
     return found
 
@@ -108,14 +117,18 @@ def _encoder(session: Session, user: User, name: str | None) -> Resolved:
         ready = [m for m in models.offered(session, user) if m.kind == "encoder" and m.status == "ready"]
         if not ready:
             raise BadField(
-                "The metric cosine needs an embedding model, and this project has none.",
-                hint="Add the starter all-minilm-l6-v2, or compare words: rouge_l.",
+                gettext("The metric cosine needs an embedding model, and this project has none."),
+                hint=gettext("Add the starter all-minilm-l6-v2, or compare words: rouge_l."),
                 param="grader.evaluation_metric",
             )
         name = ready[-1].name
     found = models.resolve(session, user, name)
     if found.ref.kind != "encoder":
-        raise BadField(f"{name} is no encoder, so it gives no embeddings.", hint="Add the starter all-minilm-l6-v2.", param="grader.model")
+        raise BadField(
+            gettext("%(name)s is no encoder, so it gives no embeddings.", name=name),
+            hint=gettext("Add the starter all-minilm-l6-v2."),
+            param="grader.model",
+        )
     return found
 
 

@@ -27,18 +27,19 @@ from sqlalchemy.orm import Session
 from app import db, export_formats, leases, limits, queue
 from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioError, Unavailable, Unsupported
 from app.export_formats import PART, ExportFormat, ModelFacts
+from app.kit.humanize import human_number
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
+from app.kit.states import state_word
 from app.leases import now
 from app.models import hub, hub_upload, integrity, starters
 from app.models import service as models
+from app.models.export_facts import facts_of
 from app.models.model_card import about, upstream
-from app.models.vocabulary import has_new_tokens
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.spec import ModelRef
 from app.storage import places
-from app.strategies import STRATEGIES
-from app.strategies._peft import PeftStrategy
 from app.tables import JSON, Export, Model, User
 
 OPEN = ("queued", "running")
@@ -86,14 +87,16 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     kind, resolved = export_formats.get(format), models.resolve(session, user, name)
     if resolved.model.answered_elsewhere:
         raise BadField(
-            f"{resolved.ref.name} answers through another server; its weights are not here.",
-            hint="Take a model of this studio.",
+            gettext("%(model)s answers through another server; its weights are not here.", model=resolved.ref.name),
+            hint=gettext("Take a model of this studio."),
             param="model",
         )
     facts = facts_of(resolved.ref)
     if reason := kind.accepts(facts):
         raise Unsupported(
-            f"{resolved.ref.name} cannot be exported as {kind.title}. {reason}", hint="Choose another format.", param="format"
+            gettext("%(model)s cannot be exported as %(format)s. %(reason)s", model=resolved.ref.name, format=kind.title, reason=reason),
+            hint=gettext("Choose another format."),
+            param="format",
         )
     chosen = kind.chosen(types)
     _check_room(kind, facts, chosen)
@@ -111,14 +114,6 @@ def create(session: Session, user: User, name: str, format: str, types: Sequence
     queue.enqueue(session, queue.EXPORT, export.id)
     session.refresh(export)
     return export
-
-
-def facts_of(ref: ModelRef) -> ModelFacts:
-    strategies = tuple(adapter.strategy for adapter in ref.adapters)
-    stuck = next((STRATEGIES[name].title for name in strategies if name in STRATEGIES and not STRATEGIES[name].merges), None)
-    peft = bool(strategies) and issubclass(STRATEGIES.get(strategies[-1], object), PeftStrategy)
-    added = any(has_new_tokens(adapter.path) for adapter in ref.adapters)
-    return ModelFacts(ref.name, ref.kind, ref.shape, tuple(ref.labels or ()), strategies, stuck, peft, added)
 
 
 def _spec(session: Session, resolved: models.Resolved, kind: ExportFormat, types: list[str], system: str) -> ExportSpec:
@@ -145,8 +140,12 @@ def _check_room(kind: ExportFormat, facts: ModelFacts, types: Sequence[str]) -> 
     free = shutil.disk_usage(get_settings().data_dir).free
     if needed > free:
         raise DiskFull(
-            f"This export takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the disk are free.",
-            hint="Choose fewer or smaller types, or make room on the disk of the data folder.",
+            gettext(
+                "This export takes about %(needed)s GB, and %(free)s GB of the disk are free.",
+                needed=human_number(needed / 1e9, 1),
+                free=human_number(free / 1e9, 1),
+            ),
+            hint=gettext("Choose fewer or smaller types, or make room on the disk of the data folder."),
             param="types",
         )
 
@@ -158,19 +157,6 @@ def of_model(session: Session, user: User, model: Model) -> list[Export]:
     """Exports of one model, newest first."""
     found = mine(Export, user, Export.model_id == model.id).order_by(Export.created_at.desc(), Export.id)
     return list(session.scalars(found.limit(50)))
-
-
-def facts(session: Session, model: Model) -> ModelFacts | None:
-    """What the formats are told of a model; None for one whose weights are not here."""
-    try:
-        return None if model.answered_elsewhere else facts_of(models.reference(session, model))
-    except StudioError:
-        return None
-
-
-def choices(facts: ModelFacts) -> list[tuple[ExportFormat, str | None]]:
-    """Every format, and why this model cannot be written in it."""
-    return [(kind, kind.accepts(facts)) for kind in export_formats.FORMATS.values()]
 
 
 def cancel(session: Session, user: User, export_id: uuid.UUID) -> Export:
@@ -218,9 +204,11 @@ def push(session: Session, user: User, export_id: uuid.UUID, repo: str, private:
     """
     hub.check_name(repo, None)
     if "/" not in repo:
-        raise BadField(f"{repo[:80]!r} names no owner.", hint="It looks like `owner/name`.", param="repo")
+        raise BadField(gettext("%(repo)s names no owner.", repo=repr(repo[:80])), hint=gettext("It looks like `owner/name`."), param="repo")
     if token is None and user.role != "admin":
-        raise BadField("A token of the hub is needed.", hint="Make one with write permission in its settings.", param="token")
+        raise BadField(
+            gettext("A token of the hub is needed."), hint=gettext("Make one with write permission in its settings."), param="token"
+        )
     if token is not None:
         hub_upload.check_token(token)
     hub.must_be_allowed()
@@ -229,8 +217,8 @@ def push(session: Session, user: User, export_id: uuid.UUID, repo: str, private:
     ready = update(Export).where(Export.id == export_id, Export.status == "succeeded", Export.deleted_at.is_(None))
     queued = ready.values(status="queued", hub=wanted, deaths=0, progress=0.0, stage=None)
     if session.scalar(queued.returning(Export.id)) is None:
-        state = "being pushed" if found.files else found.status
-        raise Conflict(f"The export is {state}.", hint="Wait until that has ended.", code="not_ready")
+        state = gettext("being pushed") if found.files else state_word(found.status)
+        raise Conflict(gettext("The export is %(status)s.", status=state), hint=gettext("Wait until that has ended."), code="not_ready")
     if token is not None:
         hub_upload.keep_token(export_id, token)
     queue.enqueue(session, queue.EXPORT, export_id)
@@ -248,11 +236,19 @@ def _place(export_id: uuid.UUID) -> str:
 def file_path(export: Export, name: str) -> Path:
     """Where one file of an export lies. Raises Conflict before it has succeeded, NotFound for a name that is not in its list."""
     if not export.files:
-        raise Conflict(f"The export is {export.status}.", hint="Wait until it has succeeded.", code="not_ready")
+        raise Conflict(
+            gettext("The export is %(status)s.", status=state_word(export.status)),
+            hint=gettext("Wait until it has succeeded."),
+            code="not_ready",
+        )
     listed = name in {file["name"] for file in export.files}
     path = places.path(f"{_place(export.id)}/{name}") if listed else folder_of(export.id)
     if not listed or not path.is_file():
-        raise NotFound(f"The export has no file {name[:120]!r}.", hint="Its list of files has the names.", param="name")
+        raise NotFound(
+            gettext("The export has no file %(name)s.", name=repr(name[:120])),
+            hint=gettext("Its list of files has the names."),
+            param="name",
+        )
     return path
 
 

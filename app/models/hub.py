@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable, Unsupported
+from app.kit.languages import gettext
 from app.models import hub_files, hub_token, import_checks
 from app.models.hub_files import HubFile
 from app.settings import get_settings
@@ -30,17 +31,23 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 def check_name(repo: str, revision: str | None) -> None:
     """Raises BadField for what is no valid repository name; a path or a URL never passes."""
     if not _REPO.fullmatch(repo) or ".." in repo:
-        raise BadField(f"{repo[:80]!r} is no name of a hub model.", hint="It looks like `owner/name`.", param="repo")
+        raise BadField(
+            gettext("%(repo)s is no name of a hub model.", repo=repr(repo[:80])), hint=gettext("It looks like `owner/name`."), param="repo"
+        )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise BadField(f"{revision[:80]!r} is no branch, tag or commit.", hint="Leave it empty for the newest.", param="revision")
+        raise BadField(
+            gettext("%(revision)s is no branch, tag or commit.", revision=repr(revision[:80])),
+            hint=gettext("Leave it empty for the newest."),
+            param="revision",
+        )
 
 
 def must_be_allowed() -> None:
     """Raises Unavailable when the studio is configured to stay offline."""
     if get_settings().offline:
         raise Unavailable(
-            "The studio is set to stay offline, so the hub is not asked.",
-            hint="Unset LUTHIER_OFFLINE, or add a starter model or a local folder.",
+            gettext("The studio is set to stay offline, so the hub is not asked."),
+            hint=gettext("Unset LUTHIER_OFFLINE, or add a starter model or a local folder."),
             code="offline",
         )
 

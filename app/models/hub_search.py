@@ -7,6 +7,7 @@ import os
 from typing import Any, NamedTuple
 
 from app.errors import BadField, TooMany, Unavailable
+from app.kit.languages import gettext
 from app.machines.hardware import Machine
 from app.models import hub, hub_token
 from app.shapes import FORMULAS
@@ -40,7 +41,11 @@ def search(query: str, machine: Machine, limit: int = LIMIT) -> list[HubModel]:
     import httpx
 
     if not query.strip() or len(query) > MAX_QUERY:
-        raise BadField(f"Type 1 to {MAX_QUERY} characters to search for.", hint="Part of a name, such as smollm.", param="search")
+        raise BadField(
+            gettext("Type 1 to %(most)s characters to search for.", most=MAX_QUERY),
+            hint=gettext("Part of a name, such as smollm."),
+            param="search",
+        )
     hub.must_be_allowed()
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     asked = {"search": query.strip(), "filter": "safetensors", "sort": "downloads", "direction": "-1", "limit": str(limit)}
@@ -54,16 +59,18 @@ def search(query: str, machine: Machine, limit: int = LIMIT) -> list[HubModel]:
         )
         if answer.status_code in (401, 403):
             raise Unavailable(
-                "The hub does not accept the token.", hint="Save a new one under Models, Hugging Face Hub.", code="hub_unauthorized"
+                gettext("The hub does not accept the token."),
+                hint=gettext("Save a new one under Models, Hugging Face Hub."),
+                code="hub_unauthorized",
             )
         if answer.status_code == 429:
-            raise TooMany("The hub asks to wait.", hint="Try again in a minute; with a token more is allowed.")
+            raise TooMany(gettext("The hub asks to wait."), hint=gettext("Try again in a minute; with a token more is allowed."))
         answer.raise_for_status()
         rows = answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise Unavailable(
-            f"The hub cannot be reached ({type(error).__name__}).",
-            hint="Check the network, or add a starter model or a local folder; those need no hub.",
+            gettext("The hub cannot be reached (%(error)s).", error=type(error).__name__),
+            hint=gettext("Check the network, or add a starter model or a local folder; those need no hub."),
             code="hub_unreachable",
         ) from None
     return [_found(row, machine) for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from app.errors import BadField, Conflict
 from app.kit import secret
+from app.kit.languages import gettext
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,200}")
 
@@ -29,7 +30,9 @@ def keep(token: str) -> None:
     _refuse_given()
     if not _TOKEN.fullmatch(token.strip()):
         raise BadField(
-            "That is no token of the hub.", hint="It begins with hf_; make one at huggingface.co/settings/tokens.", param="token"
+            gettext("That is no token of the hub."),
+            hint=gettext("It begins with hf_; make one at huggingface.co/settings/tokens."),
+            param="token",
         )
     draft = path().with_suffix(f".{os.getpid()}")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -46,6 +49,8 @@ def forget() -> None:
 def _refuse_given() -> None:
     if secret.are_given():
         raise Conflict(
-            "The secrets of this studio are given from outside.",
-            hint="Put the token into hub.token of LUTHIER_SECRETS_DIR, or set HF_TOKEN for the web process, data, import and export.",
+            gettext("The secrets of this studio are given from outside."),
+            hint=gettext(
+                "Put the token into hub.token of LUTHIER_SECRETS_DIR, or set HF_TOKEN for the web process, data, import and export."
+            ),
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 from app.errors import BadData, BadField, Conflict, Forbidden, NotSignedIn, StudioError, TooLarge, Unavailable
 from app.kit import child_process
+from app.kit.languages import gettext, mark
 from app.models import hub
 from app.settings import get_settings
 
@@ -60,11 +61,11 @@ def token_file(export_id: uuid.UUID) -> Path:
 def check_token(token: str) -> None:
     """Raises BadField for what is no token, Unavailable where the export worker may be on a machine with another data folder."""
     if not _TOKEN.fullmatch(token):
-        raise BadField("That is no token of the hub.", hint="It is one word, as hf_….", param="token")
+        raise BadField(gettext("That is no token of the hub."), hint=gettext("It is one word, as hf_…."), param="token")
     if get_settings().storage_url:
         raise Unavailable(
-            "A token of one's own does not reach the export worker of a studio with an object storage.",
-            hint="Let an admin push with the worker's own token (HF_TOKEN), or download the files and push them from there.",
+            gettext("A token of one's own does not reach the export worker of a studio with an object storage."),
+            hint=gettext("Let an admin push with the worker's own token (HF_TOKEN), or download the files and push them from there."),
             param="token",
             code="token_stays_here",
         )
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> None:
 def _reporter(path: Path) -> Callable[[float], None]:
     def report(share: float) -> None:
         fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps({"progress": round(share, 4), "stage": "Uploading to the hub"}))
+        fresh.write_text(json.dumps({"progress": round(share, 4), "stage": mark("Uploading to the hub")}))
         os.replace(fresh, path)
 
     return report

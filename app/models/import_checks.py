@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.models import model_json, quantized
 from app.shapes import FORMULAS, Shape, shape_of
 
@@ -74,11 +76,11 @@ def check_config(config: Any) -> Shape | None:
     """The shape that a config.json gives, None for an architecture whose shape is read from the model itself. Raises Unsupported for
     a key that names code, BadData for a value."""
     if not isinstance(config, dict):
-        raise BadData("config.json does not hold an object.", hint="Use a folder saved by save_pretrained().")
+        raise BadData(gettext("config.json does not hold an object."), hint=gettext("Use a folder saved by save_pretrained()."))
     model_json.refuse_code(config, "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[a-z0-9][\w-]{0,59}", kind):
-        raise BadData("config.json names no model_type.", hint="Use a folder saved by save_pretrained().", param="path")
+        raise BadData(gettext("config.json names no model_type."), hint=gettext("Use a folder saved by save_pretrained()."), param="path")
     if "quantization_config" in config:
         quantized.scheme_of(config["quantization_config"])
         config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -90,7 +92,9 @@ def check_config(config: Any) -> Shape | None:
     except BadData:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadData(f"config.json has a value of the wrong kind: {str(error)[:200]}", hint="Save the model again.") from None
+        raise BadData(
+            gettext("config.json has a value of the wrong kind: %(error)s", error=str(error)[:200]), hint=gettext("Save the model again.")
+        ) from None
     check_widths(shape)
     return shape
 
@@ -101,7 +105,10 @@ def check_widths(shape: Shape) -> None:
     for name, most in limits.items():
         value = getattr(shape, name)
         if not 1 <= value <= most:
-            raise BadData(f"config.json says {name} = {value}; possible are 1 to {most}.", hint="Save the model again.")
+            raise BadData(
+                gettext("config.json says %(name)s = %(value)s; possible are 1 to %(most)s.", name=name, value=value, most=most),
+                hint=gettext("Save the model again."),
+            )
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -158,9 +165,14 @@ def refuse_pickled(name: str) -> None:
     """Raises Unsupported for the name of a pickled file."""
     if name.lower().endswith(PICKLED):
         raise Unsupported(
-            f"{name[:120]} is in a format that can run code when it is opened (or that is not read here), so nothing of this folder was taken.",
-            hint="Luthier takes safetensors only. Load the model where you trust it, call save_pretrained(), "
-            "and add the new folder; or remove such files when model.safetensors is next to them.",
+            gettext(
+                "%(name)s is in a format that can run code when it is opened (or that is not read here), so nothing of this folder was taken.",
+                name=name[:120],
+            ),
+            hint=gettext(
+                "Luthier takes safetensors only. Load the model where you trust it, call save_pretrained(), "
+                "and add the new folder; or remove such files when model.safetensors is next to them."
+            ),
             param="path",
             code="pickled_weights",
         )
@@ -172,7 +184,11 @@ def list_folder(folder: Path) -> list[Path]:
     root = folder.resolve()
     entries = list(itertools.islice(folder.rglob("*"), _MAX_ENTRIES + 1))
     if len(entries) > _MAX_ENTRIES:
-        raise BadData(f"{folder.name} holds more than {_MAX_ENTRIES:,} files.", hint="Give the folder of one model.", param="path")
+        raise BadData(
+            gettext("%(folder)s holds more than %(most)s files.", folder=folder.name, most=human_number(_MAX_ENTRIES)),
+            hint=gettext("Give the folder of one model."),
+            param="path",
+        )
     found = []
     for path in sorted(p for p in entries if p.is_symlink() or p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -185,8 +201,8 @@ def list_folder(folder: Path) -> list[Path]:
             outside = True
         if outside:
             raise Unsupported(
-                f"{name} is a link that leads out of the folder.",
-                hint="Copy the files themselves (cp -rL) and add that folder.",
+                gettext("%(name)s is a link that leads out of the folder.", name=name),
+                hint=gettext("Copy the files themselves (cp -rL) and add that folder."),
                 param="path",
             )
         if path.is_file():
@@ -197,15 +213,29 @@ def list_folder(folder: Path) -> list[Path]:
 def check_head(folder: Path) -> tuple[Shape | None, list[Path]]:
     """What `check_config` gives, and the files that would be imported; no other file is opened. Raises Unsupported or BadData."""
     if not folder.is_dir():
-        raise BadData(f"There is no folder {folder}.", hint="Give the folder that holds config.json.", param="path")
+        raise BadData(
+            gettext("There is no folder %(folder)s.", folder=folder), hint=gettext("Give the folder that holds config.json."), param="path"
+        )
     files = list_folder(folder)
     names = {path.relative_to(folder).as_posix() for path in files}
     if "config.json" not in names:
-        raise BadData(f"{folder.name} holds no config.json.", hint="Give the folder that save_pretrained() wrote.", param="path")
+        raise BadData(
+            gettext("%(folder)s holds no config.json.", folder=folder.name),
+            hint=gettext("Give the folder that save_pretrained() wrote."),
+            param="path",
+        )
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
-        raise BadData(f"{folder.name} holds no tokenizer.", hint="Save the tokenizer into the same folder.", param="path")
+        raise BadData(
+            gettext("%(folder)s holds no tokenizer.", folder=folder.name),
+            hint=gettext("Save the tokenizer into the same folder."),
+            param="path",
+        )
     if not any(name.endswith(".safetensors") for name in names):
-        raise Unsupported(f"{folder.name} holds no model.safetensors.", hint="Save the model with save_pretrained().", param="path")
+        raise Unsupported(
+            gettext("%(folder)s holds no model.safetensors.", folder=folder.name),
+            hint=gettext("Save the model with save_pretrained()."),
+            param="path",
+        )
     return check_config(model_json.read(folder, "config.json")), files
 
 

@@ -22,10 +22,13 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app import db, leases, limits, queue
-from app.errors import BadData, BadField, Conflict, Forbidden, StudioError
+from app.errors import BadData, BadField, Conflict, StudioError
 from app.kit import manifest
+from app.kit.languages import gettext
+from app.kit.states import state_word
 from app.leases import now
 from app.models import hub, import_checks, integrity, starters
+from app.models.import_folders import import_folder
 from app.models.model_card import license_of
 from app.settings import get_settings
 from app.spec import ModelRef
@@ -62,8 +65,13 @@ def add_starter(session: Session, name: str, accept_terms: bool = False) -> Mode
         return model
     if starter.terms and not accept_terms:
         raise Conflict(
-            f"{starter.title} comes under the {starter.terms} ({starter.terms_url}), which must be accepted first.",
-            hint="Read them and accept them on the page Models.",
+            gettext(
+                "%(model)s comes under the %(terms)s (%(url)s), which must be accepted first.",
+                model=starter.title,
+                terms=starter.terms,
+                url=starter.terms_url,
+            ),
+            hint=gettext("Read them and accept them on the page Models."),
             param="accept_terms",
             code="terms_not_accepted",
         )
@@ -132,10 +140,16 @@ def try_again(session: Session, model: Model) -> Model:
     """Request a failed fetch again. Raises Conflict for a model that did not fail."""
     session.refresh(model, with_for_update=True)
     if model.status != "error":
-        raise Conflict(f"{model.name} is {model.status}; only a failed fetch can be tried again.", hint="Reload the page.")
+        raise Conflict(
+            gettext("%(model)s is %(status)s; only a failed fetch can be tried again.", model=model.name, status=state_word(model.status)),
+            hint=gettext("Reload the page."),
+        )
     base = session.get_one(Model, model.base_id) if model.base_id is not None else None
     if (_was_refused(model) and (base is not None or model.job_id is not None)) or (base is not None and _was_refused(base)):
-        raise Conflict(f"{model.name} was made from a model that was refused.", hint="Delete it, and add a model that passes.")
+        raise Conflict(
+            gettext("%(model)s was made from a model that was refused.", model=model.name),
+            hint=gettext("Delete it, and add a model that passes."),
+        )
     return order(session, model)
 
 
@@ -148,16 +162,16 @@ def good_name(name: str, param: str = "name") -> str:
     """A valid name of a model, or of an alias. Raises BadField."""
     if re.match(r"model-[0-9a-f]{32}$|ftckpt_", name):
         raise BadField(
-            f"{name[:80]} is how an id is written, so a model of that name could not be found.",
-            hint="Choose another name.",
+            gettext("%(name)s is how an id is written, so a model of that name could not be found.", name=name[:80]),
+            hint=gettext("Choose another name."),
             param=param,
         )
     if name == "loaded":
-        raise BadField("“loaded” is where the loaded models are listed.", hint="Choose another name.", param=param)
+        raise BadField(gettext("“loaded” is where the loaded models are listed."), hint=gettext("Choose another name."), param=param)
     if not _NAME.fullmatch(name):
         raise BadField(
-            f"{name[:80]!r} cannot be a model's name.",
-            hint="Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`.",
+            gettext("%(name)s cannot be a model's name.", name=repr(name[:80])),
+            hint=gettext("Use letters, digits, dots, hyphens and underscores, with at most one slash, as in `lab/my-model`."),
             param=param,
         )
     return name
@@ -171,43 +185,16 @@ def is_a_model(session: Session, name: str, project_id: uuid.UUID | None) -> boo
 
 def _free(session: Session, name: str, project_id: uuid.UUID | None) -> str:
     if is_a_model(session, name, project_id):
-        raise Conflict(f"There is a model called {name} already.", hint="Give another name, or delete that one.", param="name")
-    if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name, ModelAlias.project_id == project_id)):
-        raise Conflict(f"{name} is an alias already.", hint="Give another name, or remove the alias.", param="name")
-    return name
-
-
-def import_folders() -> list[Path]:
-    """The folders below which a request may name a model: `import` in the data folder and those of LUTHIER_IMPORT_DIRS."""
-    settings = get_settings()
-    named = [Path(part).expanduser() for part in settings.import_dirs.split(":") if part.strip()]
-    return [settings.data_dir / "import", *named]
-
-
-def import_folder(path: str, anywhere: bool = False) -> Path:
-    """The folder of a path, with links resolved. Raises Forbidden when it is outside the import folders."""
-    roots = [root.resolve() for root in import_folders()]
-    try:
-        if "\0" in path or not path.strip():
-            raise ValueError
-        folder = (Path(path).expanduser() if anywhere else roots[0] / path).resolve()
-        folder.is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a lone surrogate
-        raise BadField("Give the path of a folder.", hint="It is the folder that holds config.json.", param="path") from None
-    if not anywhere and not any(root in folder.parents for root in roots):
-        raise Forbidden(
-            "A folder can be added from the browser only when it lies in an import folder.",
-            hint=f"Put it into {import_folders()[0]}, name its parent in LUTHIER_IMPORT_DIRS, or run `luthier models add FOLDER`.",
-            param="path",
-            code="outside_import_folders",
+        raise Conflict(
+            gettext("There is a model called %(name)s already.", name=name),
+            hint=gettext("Give another name, or delete that one."),
+            param="name",
         )
-    return folder
-
-
-def importable() -> list[Path]:
-    """Folders with a config.json directly below the import folders, for the page's list."""
-    found = (path.parent for root in import_folders() if root.is_dir() for path in sorted(root.glob("*/config.json")))
-    return list(found)[:100]
+    if session.scalar(select(ModelAlias.name).where(ModelAlias.name == name, ModelAlias.project_id == project_id)):
+        raise Conflict(
+            gettext("%(name)s is an alias already.", name=name), hint=gettext("Give another name, or remove the alias."), param="name"
+        )
+    return name
 
 
 def adopt_starters(session: Session) -> list[Model]:

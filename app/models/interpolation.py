@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from app.errors import BadField
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, localized
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 
@@ -34,8 +36,8 @@ def split_name(name: str) -> tuple[str, float | None]:
     share = float(found["share"])
     if share > 1:
         raise BadField(
-            f"A blend lies between 0, the base, and 1, the fine-tuned model; {found['share']} does not.",
-            hint="Write a share such as @0.5 behind the name.",
+            gettext("A blend lies between 0, the base, and 1, the fine-tuned model; %(share)s does not.", share=found["share"]),
+            hint=gettext("Write a share such as @0.5 behind the name."),
             param="model",
         )
     return found["name"], share
@@ -49,10 +51,10 @@ def why_not(strategy: str | None, *, labels: bool = False) -> str | None:
     """Why the result of a strategy cannot be blended with its base; None when it can."""
     cls = STRATEGIES.get(strategy or "")
     if cls is None:
-        return "it was not fine-tuned here, so there is no base to go back to."
+        return gettext("it was not fine-tuned here, so there is no base to go back to.")
     if labels:
-        return "not available for classifiers, whose base has no such head."
-    return None if cls.blends else cls.no_blend
+        return gettext("not available for classifiers, whose base has no such head.")
+    return None if cls.blends else gettext(cls.no_blend)
 
 
 def blended(tuned: ModelRef, base: ModelRef, strategy: str, share: float) -> ModelRef:
@@ -116,8 +118,8 @@ def curve(result: Mapping[str, Any] | None) -> Curve | None:
     kept: list[Point] = [(p["blend"], -100 * p["forgetting"], *_ends(p.get("interval"))) for p in points if p.get("forgetting") is not None]
     best, advice = advise(points)
     return Curve(
-        score=_panel("Validation loss", "nats per token", loss, "{:.3f}", zero=False),
-        ability=_panel("General ability", "% against the base", kept, "{:+.1f}", zero=True) if len(kept) > 1 else None,
+        score=_panel(gettext("Validation loss"), gettext("nats per token"), loss, "{:.3f}", zero=False),
+        ability=_panel(gettext("General ability"), gettext("% against the base"), kept, "{:+.1f}", zero=True) if len(kept) > 1 else None,
         rows=points,
         advice=advice,
         best=best,
@@ -136,18 +138,21 @@ def _panel(title: str, unit: str, values: list[Point], form: str, *, zero: bool)
     def place(y: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * (y - low) / room
 
+    def said(y: float) -> str:
+        return localized(form.format(y))
+
     marks = [
         ChartPoint(
             LEFT + (RIGHT - LEFT) * x,
             place(y),
             None if a is None else place(a),
             None if b is None else place(b),
-            f"{x:g}: {form.format(y)}",
+            f"{_strength(x)}: {said(y)}",
         )
         for x, y, a, b in values
     ]
     line = " ".join(f"{m.x:.1f},{m.y:.1f}" for m in marks)
-    return ChartPanel(title, unit, marks, line, form.format(low + room), form.format(low), place(0.0) if zero else None)
+    return ChartPanel(title, unit, marks, line, said(low + room), said(low), place(0.0) if zero else None)
 
 
 def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
@@ -156,21 +161,24 @@ def advise(points: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     lowest = min(points, key=lambda p: p["score"])
     gain = base["score"] - lowest["score"]
     if gain <= 0:
-        return 0.0, "The base scores best on these rows: fine-tuning gained nothing here, at any strength."
+        return 0.0, gettext("The base scores best on these rows: fine-tuning gained nothing here, at any strength.")
     if any(p.get("forgetting") is None for p in points):
-        return lowest["blend"], f"The loss is lowest at {lowest['blend']:g}."
+        return lowest["blend"], gettext("The loss is lowest at %(strength)s.", strength=_strength(lowest["blend"]))
     good = [p for p in points if base["score"] - p["score"] >= ENOUGH_GAIN * gain - 1e-9]
     best = min(good, key=lambda p: (max(p["forgetting"], 0.0), -p["blend"]))
     if _saved(best, tuned) >= LITTLE:
         return best["blend"], _trade(best, base, tuned)
     if tuned["score"] - lowest["score"] > 0.01 * gain:
-        gone = f"{lowest['score']:.3f} instead of {tuned['score']:.3f}: the last stretch of tuning went too far."
-        return lowest["blend"], f"At {lowest['blend']:g} the loss is lowest, {gone}"
+        return lowest["blend"], gettext(
+            "At %(strength)s the loss is lowest, %(lowest)s instead of %(last)s: the last stretch of tuning went too far.",
+            strength=_strength(lowest["blend"]),
+            lowest=human_number(lowest["score"], 3),
+            last=human_number(tuned["score"], 3),
+        )
     milder = max(points[1:-1], key=lambda p: _saved(p, tuned) * (base["score"] - p["score"]))
     if _saved(milder, tuned) >= LITTLE:
-        trade = _trade(milder, base, tuned)
-        return 1.0, f"The fine-tuned model as it is scores best. If general ability matters more: {trade[0].lower()}{trade[1:]}"
-    return 1.0, "The fine-tuned model as it is: a lower strength would score worse and hardly keep more general ability."
+        return 1.0, _trade(milder, base, tuned, instead=True)
+    return 1.0, gettext("The fine-tuned model as it is: a lower strength would score worse and hardly keep more general ability.")
 
 
 def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
@@ -179,8 +187,35 @@ def _saved(point: Mapping[str, Any], tuned: Mapping[str, Any]) -> float:
     return less
 
 
-def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> str:
+def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str, Any], *, instead: bool = False) -> str:
+    """What a lower strength keeps, and costs; `instead` of the full model where that scores best."""
     whole, kept = base["score"] - tuned["score"], base["score"] - point["score"]
-    share = f"keeps {kept / whole:.0%} of the gain" if 0 < kept <= whole else "scores better than the whole"
-    forgot = f"general text takes {point['forgetting']:+.1%} bits instead of {tuned['forgetting']:+.1%}"
-    return f"At {point['blend']:g} it {share}, and {forgot}."
+    values = {
+        "strength": _strength(point["blend"]),
+        "after": localized(f"{point['forgetting']:+.1%}"),
+        "before": localized(f"{tuned['forgetting']:+.1%}"),
+    }
+    if 0 < kept <= whole:
+        values |= {"share": localized(f"{kept / whole:.0%}")}
+        if instead:
+            return gettext(
+                "The fine-tuned model as it is scores best. If general ability matters more: at %(strength)s it keeps %(share)s of the gain, "
+                "and general text takes %(after)s bits instead of %(before)s.",
+                **values,
+            )
+        return gettext(
+            "At %(strength)s it keeps %(share)s of the gain, and general text takes %(after)s bits instead of %(before)s.", **values
+        )
+    if instead:
+        return gettext(
+            "The fine-tuned model as it is scores best. If general ability matters more: at %(strength)s it scores better than the whole, "
+            "and general text takes %(after)s bits instead of %(before)s.",
+            **values,
+        )
+    return gettext(
+        "At %(strength)s it scores better than the whole, and general text takes %(after)s bits instead of %(before)s.", **values
+    )
+
+
+def _strength(blend: float) -> str:
+    return localized(f"{blend:g}")

@@ -7,6 +7,7 @@ import uuid
 from sqlalchemy.orm import Session
 
 from app.errors import Conflict
+from app.kit.languages import gettext
 from app.models import service as models
 from app.models.imports import order
 from app.strategies import STRATEGIES
@@ -31,8 +32,10 @@ def merge(session: Session, user: User, model: Model) -> Model:
     """
     if not can_merge(session, model):
         raise Conflict(
-            f"{model.name} cannot be merged.",
-            hint="A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights.",
+            gettext("%(model)s cannot be merged.", model=model.name),
+            hint=gettext(
+                "A whole model needs no merging; a strategy that adds layers or prompts of its own cannot be folded into the weights."
+            ),
             param="model",
         )
     ref = models.reference(session, model)

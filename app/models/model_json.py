@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
+from app.kit.languages import gettext
 from app.shapes import STRUCTURE
 
 MIB = 2**20
@@ -274,12 +275,20 @@ def read(folder: Path, name: str) -> Any:
         data = file.read(most + 1)
     if len(data) > most:
         size = f"{most // MIB} MiB" if most >= MIB else f"{most // 1024} KiB"
-        raise BadData(f"{name} is larger than {size}.", hint="Such a file belongs to no model read here.", param="path")
+        raise BadData(
+            gettext("%(name)s is larger than %(size)s.", name=name, size=size),
+            hint=gettext("Such a file belongs to no model read here."),
+            param="path",
+        )
     try:
         return json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        why = error.args[0] if isinstance(error, _NotFinite) else f"it is not JSON ({str(error)[:120]})"
-        raise BadData(f"{name} cannot be read: {why}.", hint="Save the model again with save_pretrained().", param="path") from None
+        why = error.args[0] if isinstance(error, _NotFinite) else gettext("it is not JSON (%(error)s)", error=str(error)[:120])
+        raise BadData(
+            gettext("%(name)s cannot be read: %(why)s.", name=name, why=why),
+            hint=gettext("Save the model again with save_pretrained()."),
+            param="path",
+        ) from None
 
 
 class _NotFinite(ValueError):
@@ -287,7 +296,7 @@ class _NotFinite(ValueError):
 
 
 def _no_number(word: str) -> float:
-    raise _NotFinite(f"it holds {word}, which is no number that a model can have")
+    raise _NotFinite(gettext("it holds %(word)s, which is no number that a model can have", word=word))
 
 
 def _finite(word: str) -> float:
@@ -302,7 +311,9 @@ def check(name: str, value: Any) -> Any:
             raise BadData(f"{name} does not hold what such a file holds.", hint="Save the model again.", param="path")
         return value
     if not isinstance(value, dict):
-        raise BadData(f"{name} does not hold an object.", hint="Use a folder saved by save_pretrained().", param="path")
+        raise BadData(
+            gettext("%(name)s does not hold an object.", name=name), hint=gettext("Use a folder saved by save_pretrained()."), param="path"
+        )
     if name != "tokenizer.json":  # whose parts only the tokenizers library reads, which opens and imports nothing
         refuse_code(value, name)
     rules, unknown = _KEYS[name], []
@@ -313,14 +324,14 @@ def check(name: str, value: Any) -> Any:
             unknown.append(key[:60])
         elif rule is not None and not rule(item):
             raise BadData(
-                f"{name} has a value for {key[:60]} that such a key cannot have.",
-                hint="Save the model again with save_pretrained(), or remove the key.",
+                gettext("%(name)s has a value for %(key)s that such a key cannot have.", name=name, key=key[:60]),
+                hint=gettext("Save the model again with save_pretrained(), or remove the key."),
                 param="path",
             )
     if unknown:
         raise Unsupported(
-            f"{name} has keys that Luthier does not know: {', '.join(sorted(unknown)[:8])}.",
-            hint="Remove keys that do not matter; a key that changes the arithmetic means the architecture is not supported.",
+            gettext("%(name)s has keys that Luthier does not know: %(keys)s.", name=name, keys=", ".join(sorted(unknown)[:8])),
+            hint=gettext("Remove keys that do not matter; a key that changes the arithmetic means the architecture is not supported."),
             param="path",
         )
     return {key: item for key, item in value.items() if key not in _LAIN and (item is not None or key in rules or _rule_of(name, key))}
@@ -343,8 +354,12 @@ def _rule_of(name: str, key: str) -> Rule | None:
 def _refuse_opener(name: str, key: str) -> None:
     if key in _OPENS or key.endswith(_OPENER_ENDS):
         raise Unsupported(
-            f"{name} has the key {key[:60]!r}, with which a library reads another file than the model's own.",
-            hint="A tokenizer is read from the files of its folder alone. Save it again with save_pretrained(), or remove the key.",
+            gettext(
+                "%(name)s has the key %(key)s, with which a library reads another file than the model's own.", name=name, key=repr(key[:60])
+            ),
+            hint=gettext(
+                "A tokenizer is read from the files of its folder alone. Save it again with save_pretrained(), or remove the key."
+            ),
             param="path",
         )
 
@@ -358,8 +373,12 @@ def refuse_code(value: Any, name: str) -> None:
             for key in item:
                 if key in _CODE or key.startswith(_CODE_STARTS):
                     raise Unsupported(
-                        f"{name} has the key {key[:60]!r}, which makes a library load code that came with the model.",
-                        hint="Luthier never runs a model's own code. Use a model of a standard architecture, or remove the key.",
+                        gettext(
+                            "%(name)s has the key %(key)s, which makes a library load code that came with the model.",
+                            name=name,
+                            key=repr(key[:60]),
+                        ),
+                        hint=gettext("Luthier never runs a model's own code. Use a model of a standard architecture, or remove the key."),
                         param="path",
                     )
             stack.extend(item.values())

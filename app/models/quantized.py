@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from app.errors import Unsupported
+from app.kit.languages import gettext
 
 BITS = 8
 
@@ -32,10 +33,12 @@ class Scheme(NamedTuple):
 def scheme_of(config: Any) -> Scheme:
     """The scheme that a `quantization_config` names. Raises Unsupported for any other, with the reason."""
     if not isinstance(config, dict):
-        raise _refused("quantization_config of config.json is not an object")
-    method = str(config.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in config else "an unnamed method"))[:40]
+        raise _refused(gettext("quantization_config of config.json is not an object"))
+    method = str(config.get("quant_method") or ("bitsandbytes" if "load_in_8bit" in config else ""))[:40]
+    if not method:
+        raise _refused(gettext("the weights are quantized by an unnamed method"))
     if method not in _SCHEMES:
-        raise _refused(f"the weights are quantized by {method}")
+        raise _refused(gettext("the weights are quantized by %(method)s", method=method))
     return _SCHEMES[method](config)
 
 
@@ -43,9 +46,9 @@ def _fp8(config: dict[str, Any]) -> Scheme:
     """transformers' FineGrainedFP8Config, the format of DeepSeek-V3 and Qwen3-FP8."""
     block = config.get("weight_block_size")
     if config.get("expert_dtype", "fp8") != "fp8" or str(config.get("scale_fmt") or "float") not in ("float", "ue8m0"):
-        raise _refused("the weights are quantized by fp8 with experts of 4 bits, or scales of another kind")
+        raise _refused(gettext("the weights are quantized by fp8 with experts of 4 bits, or scales of another kind"))
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= 65_536 for n in block)):
-        raise _refused("the weights are quantized by fp8, and weight_block_size is not two numbers")
+        raise _refused(gettext("the weights are quantized by fp8, and weight_block_size is not two numbers"))
     blocks = f"blocks of {block[0]} × {block[1]}" if block else "whole tensors"
     return Scheme(
         f"fp8, {blocks}", "_scale_inv", block=(block[0], block[1]) if block else None, dropped=("activation_scale", "input_scale")
@@ -55,7 +58,7 @@ def _fp8(config: dict[str, Any]) -> Scheme:
 def _bitsandbytes(config: dict[str, Any]) -> Scheme:
     """LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339): rows of int8 with their largest absolute value."""
     if config.get("load_in_4bit") or not config.get("load_in_8bit"):
-        raise _refused("the weights are quantized by bitsandbytes in 4 bits")
+        raise _refused(gettext("the weights are quantized by bitsandbytes in 4 bits"))
     return Scheme("int8 of bitsandbytes", "SCB", cut="weight", divisor=127.0, formats="weight_format")
 
 
@@ -67,7 +70,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
     sparse = config.get("sparsity_config")
     dense = not sparse or (isinstance(sparse, dict) and sparse.get("format", "dense") == "dense")
     if kind not in ("float-quantized", "int-quantized", "naive-quantized") or bits != {BITS} or not dense:
-        raise _refused(f"the weights are quantized by compressed-tensors as {kind}, or not in 8 bits")
+        raise _refused(gettext("the weights are quantized by compressed-tensors as %(kind)s, or not in 8 bits", kind=kind))
     further = tuple(f"{of}_{what}" for of in ("input", "output", "k", "v", "q") for what in ("scale", "zero_point"))
     return Scheme(f"{kind} of compressed-tensors", "_scale", zero_point="_zero_point", dropped=further)
 
@@ -77,7 +80,9 @@ _SCHEMES = {"fp8": _fp8, "bitsandbytes": _bitsandbytes, "compressed-tensors": _c
 
 def _refused(why: str) -> Unsupported:
     return Unsupported(
-        f"This model cannot be read: {why}.",
-        hint="Use its unquantized version (16 or 32 bit safetensors), or one in fp8, int8 of bitsandbytes, or 8 bits of compressed-tensors.",
+        gettext("This model cannot be read: %(why)s.", why=why),
+        hint=gettext(
+            "Use its unquantized version (16 or 32 bit safetensors), or one in fp8, int8 of bitsandbytes, or 8 bits of compressed-tensors."
+        ),
         param="path",
     )

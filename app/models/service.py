@@ -16,6 +16,8 @@ from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
+from app.kit.languages import gettext, ngettext
+from app.kit.states import state_word
 from app.models import hub, interpolation
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result
@@ -60,8 +62,8 @@ def get(session: Session, user: User, name: str) -> Model:
         model = session.scalar(select(Model).where(Model.id == named, visible(user)))
     if model is None:
         raise NotFound(
-            f"No such model: {name[:120]!r}.",
-            hint="GET /v1/models lists the models of this studio; the page Models can add others.",
+            gettext("No such model: %(name)s.", name=repr(name[:120])),
+            hint=gettext("GET /v1/models lists the models of this studio; the page Models can add others."),
             param="model",
         )
     return model
@@ -119,7 +121,9 @@ def _blended(session: Session, found: Resolved, share: float) -> ModelRef:
     strategy = job.spec["strategy"]["name"] if job else None
     if reason := interpolation.why_not(strategy, labels=bool(found.ref.labels)):
         raise BadField(
-            f"{found.ref.name} cannot be blended with its base: {reason}", hint="Leave the @ and what follows away.", param="model"
+            gettext("%(model)s cannot be blended with its base: %(reason)s", model=found.ref.name, reason=reason),
+            hint=gettext("Leave the @ and what follows away."),
+            param="model",
         )
     assert job is not None and strategy is not None, "what was tuned here has a job"
     return interpolation.blended(found.ref, reference(session, session.get_one(Model, job.model_id)), strategy, share)
@@ -161,8 +165,8 @@ def _resolve_checkpoint(session: Session, user: User, name: str, allowed: bool) 
     found = session.execute(query).first()
     if found is None or (match and match[1] != tuned_name(session, found[1])):
         raise NotFound(
-            f"No such checkpoint: {name[:160]!r}.",
-            hint="A job keeps its newest checkpoints and its best one; its page lists those still there.",
+            gettext("No such checkpoint: %(name)s.", name=repr(name[:160])),
+            hint=gettext("A job keeps its newest checkpoints and its best one; its page lists those still there."),
             param="model",
         )
     checkpoint, job = found
@@ -180,8 +184,8 @@ def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: C
         whole = False
     if not whole:
         raise BadData(
-            f"The checkpoint of step {checkpoint.step} is no longer whole on disk.",
-            hint="Choose another checkpoint of the job.",
+            gettext("The checkpoint of step %(step)s is no longer whole on disk.", step=checkpoint.step),
+            hint=gettext("Choose another checkpoint of the job."),
             param="model",
         )
     strategy = job.spec["strategy"]["name"]
@@ -220,12 +224,24 @@ def reference(session: Session, model: Model) -> ModelRef:
 
 def _must_be_ready(part: Model, wanted: Model) -> None:
     if part.deleted_at is not None:
-        raise NotFound(f"{wanted.name} needs {part.name}, which was deleted.", hint="Add that model again.", param="model")
+        raise NotFound(
+            gettext("%(model)s needs %(part)s, which was deleted.", model=wanted.name, part=part.name),
+            hint=gettext("Add that model again."),
+            param="model",
+        )
     if part.status == "fetching":
-        raise Conflict(f"{part.name} is still being fetched.", hint="Wait until the page Models shows it as ready.", param="model")
+        raise Conflict(
+            gettext("%(part)s is still being fetched.", part=part.name),
+            hint=gettext("Wait until the page Models shows it as ready."),
+            param="model",
+        )
     if part.status != "ready":
-        reason = (part.error or {}).get("message", "It could not be fetched.")
-        raise Conflict(f"{part.name} cannot be used. {reason}", hint="Open it on the page Models and try again.", param="model")
+        reason = (part.error or {}).get("message", gettext("It could not be fetched."))
+        raise Conflict(
+            gettext("%(part)s cannot be used. %(reason)s", part=part.name, reason=reason),
+            hint=gettext("Open it on the page Models and try again."),
+            param="model",
+        )
 
 
 # Tuned models -------------------------------------------------------------------------------------------------------
@@ -333,25 +349,28 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
 def dependants(session: Session, model: Model) -> list[str]:
     """Why the model cannot be deleted, one sentence each: jobs that still need it, adapters on its weights, its aliases."""
     open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons = [f"The job “{job.name}” is {job.status} and fine-tunes it." for job in session.scalars(open_jobs)]
+    reasons = [
+        gettext("The job “%(job)s” is %(status)s and fine-tunes it.", job=job.name, status=state_word(job.status))
+        for job in session.scalars(open_jobs)
+    ]
     asking = Job.spec["judges"].contains([{"model": {"id": str(model.id)}}])
     graded = select(Job).where(asking, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons += [f"A grader of the job “{job.name}” asks it." for job in session.scalars(graded)]
+    reasons += [gettext("A grader of the job “%(job)s” asks it.", job=job.name) for job in session.scalars(graded)]
     taught = Job.spec["teacher"]["id"].astext == str(model.id)
     learning = select(Job).where(taught, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons += [f"The job “{job.name}” distills it." for job in session.scalars(learning)]
+    reasons += [gettext("The job “%(job)s” distills it.", job=job.name) for job in session.scalars(learning)]
     scored = select(Evaluation).where(
         Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
     )
-    reasons += ["An evaluation of it has not ended." for _ in session.scalars(scored.limit(1))]
+    reasons += [gettext("An evaluation of it has not ended.") for _ in session.scalars(scored.limit(1))]
     distilled = select(DistillationRun).where(DistillationRun.model_id == model.id, DistillationRun.status.in_(("queued", "running")))
-    reasons += ["A distillation of it has not ended." for _ in session.scalars(distilled.limit(1))]
+    reasons += [gettext("A distillation of it has not ended.") for _ in session.scalars(distilled.limit(1))]
     exported = select(Export).where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(("queued", "running")))
-    reasons += ["An export of it has not ended." for _ in session.scalars(exported.limit(1))]
+    reasons += [gettext("An export of it has not ended.") for _ in session.scalars(exported.limit(1))]
     tuned = session.scalars(select(Model.name).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
-    reasons += [f"The fine-tuned model {name} is an adapter on its weights." for name in tuned]
+    reasons += [gettext("The fine-tuned model %(model)s is an adapter on its weights.", model=name) for name in tuned]
     named = session.scalars(select(ModelAlias.name).where(ModelAlias.model_id == model.id).order_by(ModelAlias.name))
-    return reasons + [f"The alias {alias} points to it." for alias in named]
+    return reasons + [gettext("The alias %(alias)s points to it.", alias=alias) for alias in named]
 
 
 def delete(session: Session, user: User, model: Model) -> None:
@@ -362,10 +381,11 @@ def delete(session: Session, user: User, model: Model) -> None:
     session.refresh(model, with_for_update=True)
     reasons = dependants(session, model)
     if reasons:
-        more = f" And {len(reasons) - 3} more." if len(reasons) > 3 else ""
+        more = len(reasons) - 3
+        told = [*reasons[:3], *([ngettext("And %(num)s more.", "And %(num)s more.", more)] if more > 0 else [])]
         raise Conflict(
-            f"{model.name} is still needed. {' '.join(reasons[:3])}{more}",
-            hint="Delete, cancel or move those first.",
+            gettext("%(model)s is still needed. %(reasons)s", model=model.name, reasons=" ".join(told)),
+            hint=gettext("Delete, cancel or move those first."),
             param="model",
             code="model_in_use",
         )
@@ -385,7 +405,7 @@ def own_folder(model: Model) -> Path | None:
     root = get_settings().data_dir
     folder = (root / model.path).resolve()
     if root.resolve() not in folder.parents:
-        raise BadField(f"The path of {model.name} lies outside the data folder.")
+        raise BadField(gettext("The path of %(model)s lies outside the data folder.", model=model.name))
     return folder
 
 

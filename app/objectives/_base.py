@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
+from app.kit.languages import mark
 from app.objectives._settings import ObjectiveSettings
 
 Kinds = tuple[Literal["generic", "instruction", "dialogue", "encoder"], ...]
@@ -54,8 +55,8 @@ class Objective:
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # columns of a comparison, the deciding one first; keys of METRICS
     across_models: ClassVar[tuple[str, ...]] = ()  # the same between base models of other tokenizers; empty: those above
     loss_unit: ClassVar[str] = ""  # the unit that a loss is averaged over, where that is not the trained token
-    base_title: ClassVar[str] = "Base"  # what a finished job is compared with
-    evaluation_base_title: ClassVar[str] = "Base"  # the same for an evaluation
+    base_title: ClassVar[str] = mark("Base")  # what a finished job is compared with
+    evaluation_base_title: ClassVar[str] = mark("Base")  # the same for an evaluation
     unfair: ClassVar[tuple[str, ...]] = ()  # metrics that cannot be better than that base's
     graded: ClassVar[bool] = False  # the model writes answers, which graders score at each evaluation
     few_shot: ClassVar[bool] = False  # at the end the base answers validation rows with few-shot examples

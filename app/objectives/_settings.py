@@ -7,6 +7,15 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from app.kit.languages import mark
+
+LABELS = (
+    mark("Answer tokens"), mark("Beta"), mark("Centering"), mark("Check prompts"), mark("Clip high"), mark("Clip low"), mark("Divergence"),
+    mark("Gamma"), mark("Grader"), mark("Group size"), mark("Label smoothing"), mark("Loss"), mark("Max turns"), mark("Prompts per step"),
+    mark("Teacher"), mark("Updates per batch"), mark("Variant"),
+)  # fmt: skip
+"""What `app.kit.forms.label_of` makes of the names of settings that have no title, for the catalogs."""
+
 
 class ObjectiveSettings(BaseModel):
     """Settings of one objective. The descriptions are the help of the form."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from app.kit.languages import mark
 from app.objectives._base import Objective
 
 
 class CausalLM(Objective):
     name: ClassVar = "generation"
-    title: ClassVar = "Generation"
-    summary: ClassVar = "Generation is trained on the answers of the rows, or to continue their texts."
+    title: ClassVar = mark("Generation")
+    summary: ClassVar = mark("Generation is trained on the answers of the rows, or to continue their texts.")
     place: ClassVar = 10
     copies: ClassVar = True
     turns: ClassVar = True

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
+from app.kit.languages import mark
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 
@@ -40,41 +41,54 @@ class PreferenceSettings(ObjectiveSettings):
         0.1,
         gt=0,
         le=10,
-        description="β, the scale of rewards. With DPO higher stays closer to the base model; for ORPO it is the weight of the odds ratio.",
+        description=mark(
+            "β, the scale of rewards. With DPO higher stays closer to the base model; for ORPO it is the weight of the odds ratio."
+        ),
         json_schema_extra={"basic": True},
     )
     loss: Literal["dpo", "ipo", "robust_dpo", "orpo", "simpo", "cpo"] = Field(
         "dpo",
-        description="DPO, IPO and robust DPO measure from the base model; ORPO, SimPO and CPO do not, which saves reading it. IPO has a "
-        "target margin, robust DPO expects wrong labels, ORPO and CPO add the cross-entropy of the chosen answer, and SimPO compares means over tokens.",
+        description=mark(
+            "DPO, IPO and robust DPO measure from the base model; ORPO, SimPO and CPO do not, which saves reading it. IPO has a "
+            "target margin, robust DPO expects wrong labels, ORPO and CPO add the cross-entropy of the chosen answer, and SimPO compares means over tokens."
+        ),
         json_schema_extra={
             "basic": True,
-            "words": {"dpo": "DPO", "ipo": "IPO", "robust_dpo": "Robust DPO", "orpo": "ORPO", "simpo": "SimPO", "cpo": "CPO"},
+            "words": {
+                "dpo": "DPO",
+                "ipo": "IPO",
+                "robust_dpo": mark("Robust DPO"),
+                "orpo": "ORPO",
+                "simpo": "SimPO",
+                "cpo": "CPO",
+            },
         },
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Fraction of the pairs expected to be labeled the wrong way round; DPO and robust DPO only."
+        0.0, ge=0, lt=0.5, description=mark("Fraction of the pairs expected to be labeled the wrong way round; DPO and robust DPO only.")
     )
     length_normalised: bool = Field(
         False,
-        title="Length normalized",
-        description="Compare likelihood per token, so that long answers weigh no more than short ones; DPO and robust DPO only. IPO, ORPO and "
-        "SimPO always do.",
+        title=mark("Length normalized"),
+        description=mark(
+            "Compare likelihood per token, so that long answers weigh no more than short ones; DPO and robust DPO only. IPO, ORPO and "
+            "SimPO always do."
+        ),
     )
     gamma: float | None = Field(
         None,
         ge=0,
         le=20,
-        description="Target margin γ between the rewards of the two answers; SimPO only.",
+        description=mark("Target margin γ between the rewards of the two answers; SimPO only."),
         json_schema_extra={"basic": True},
         exclude_if=lambda value: value is None,
     )
     nll_weight: float | None = Field(
         None,
-        title="Weight of the chosen answer's loss",
+        title=mark("Weight of the chosen answer's loss"),
         ge=0,
         le=10,
-        description="Weight of the cross-entropy of the chosen answer, per token; CPO only.",
+        description=mark("Weight of the cross-entropy of the chosen answer, per token; CPO only."),
         exclude_if=lambda value: value is None,
     )
 
@@ -115,8 +129,8 @@ class PreferenceSettings(ObjectiveSettings):
 
 class DPO(Objective):
     name: ClassVar = "preference"
-    title: ClassVar = "Preference"
-    summary: ClassVar = "Preference training makes the chosen answer of each pair likelier than the rejected one."
+    title: ClassVar = mark("Preference")
+    summary: ClassVar = mark("Preference training makes the chosen answer of each pair likelier than the rejected one.")
     paper: ClassVar = ("Rafailov et al. 2023, Direct Preference Optimization", "https://arxiv.org/abs/2305.18290")
     place: ClassVar = 30
     method: ClassVar = "dpo"
@@ -127,7 +141,7 @@ class DPO(Objective):
     uniform: ClassVar = True
     metrics: ClassVar = ("reward_accuracy", "loss")
     across_models: ClassVar = ("reward_accuracy",)
-    loss_unit: ClassVar = "nats per pair"
+    loss_unit: ClassVar = mark("nats per pair")
 
     def base_reads(self, settings: BaseModel | None) -> int:
         return int(not isinstance(settings, PreferenceSettings) or settings.reads_base)

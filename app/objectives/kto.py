@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
+from app.kit.languages import mark
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 
@@ -17,22 +18,24 @@ class KTOSettings(ObjectiveSettings):
         0.1,
         gt=0,
         le=10,
-        description="β, the scale of rewards: higher stays closer to the base model, lower follows the ratings further.",
+        description=mark("β, the scale of rewards: higher stays closer to the base model, lower follows the ratings further."),
         json_schema_extra={"basic": True},
     )
     desirable_weight: float | None = Field(
         None,
-        title="Weight of good answers",
+        title=mark("Weight of good answers"),
         gt=0,
         le=1000,
-        description="Weight of an answer rated good. Left empty, good and bad answers weigh the same in all, however many there are of each.",
+        description=mark(
+            "Weight of an answer rated good. Left empty, good and bad answers weigh the same in all, however many there are of each."
+        ),
     )
     undesirable_weight: float | None = Field(
         None,
-        title="Weight of bad answers",
+        title=mark("Weight of bad answers"),
         gt=0,
         le=1000,
-        description="Weight of an answer rated bad. Left empty, it follows from the numbers of good and bad answers.",
+        description=mark("Weight of an answer rated bad. Left empty, it follows from the numbers of good and bad answers."),
     )
 
     def weights(self, good: int, bad: int) -> tuple[float, float]:
@@ -52,8 +55,8 @@ class KTOSettings(ObjectiveSettings):
 
 class KTO(Objective):
     name: ClassVar = "kto"
-    title: ClassVar = "Rated answers"
-    summary: ClassVar = "KTO makes answers rated good likelier than the base model has them, and answers rated bad less likely."
+    title: ClassVar = mark("Rated answers")
+    summary: ClassVar = mark("KTO makes answers rated good likelier than the base model has them, and answers rated bad less likely.")
     paper: ClassVar = (
         "Ethayarajh et al. 2024, KTO: Model Alignment as Prospect Theoretic Optimization",
         "https://arxiv.org/abs/2402.01306",
@@ -69,7 +72,7 @@ class KTO(Objective):
     min_rows_per_step: ClassVar = 8  # of whose unrelated answers the baseline is the mean
     metrics: ClassVar = ("rating_accuracy", "loss")
     across_models: ClassVar = ("rating_accuracy",)
-    loss_unit: ClassVar = "lost utility per row"
+    loss_unit: ClassVar = mark("lost utility per row")
 
     def base_reads(self, settings: BaseModel | None) -> int:
         return 1

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.objectives._base import Objective
 from app.objectives._drawn import DRAWN_FORMATS, DrawnSettings
 
@@ -40,71 +41,87 @@ class ReinforcementSettings(DrawnSettings):
 
     grader: dict[str, Any] = Field(
         default_factory=dict,
-        description="The reward: a grader, whose score from 0 to 1 is raised. A request may name a saved one by its id.",
+        description=mark("The reward: a grader, whose score from 0 to 1 is raised. A request may name a saved one by its id."),
         json_schema_extra={"basic": True, "type": ["object", "string"]},
     )
     variant: Variant = Field(
         "grpo",
-        description="GRPO compares the answers to one prompt. Dr. GRPO removes its preference for long wrong answers and for easy prompts; DAPO "
-        "replaces prompts that teach nothing; GSPO weighs whole answers; RLOO compares each answer with the mean of the others.",
+        description=mark(
+            "GRPO compares the answers to one prompt. Dr. GRPO removes its preference for long wrong answers and for easy prompts; DAPO "
+            "replaces prompts that teach nothing; GSPO weighs whole answers; RLOO compares each answer with the mean of the others."
+        ),
         json_schema_extra={"basic": True},
     )
     updates_per_batch: int = Field(
         1,
         ge=1,
         le=32,
-        description="Optimizer steps on each batch of answers (μ in the paper of GRPO). Above 1 less is drawn for as many steps; the later ones "
-        "train on answers of older weights, and the clip bounds how far each may move.",
+        description=mark(
+            "Optimizer steps on each batch of answers (μ in the paper of GRPO). Above 1 less is drawn for as many steps; the later ones "
+            "train on answers of older weights, and the clip bounds how far each may move."
+        ),
     )
     max_turns: int = Field(
         1,
         ge=1,
         le=16,
-        description="Answers of the model in one conversation. Above 1 its tool calls are answered by simulated tools, and it goes on from the "
-        "results, which are not trained.",
+        description=mark(
+            "Answers of the model in one conversation. Above 1 its tool calls are answered by simulated tools, and it goes on from the "
+            "results, which are not trained."
+        ),
     )
     tool_source: str = Field(
         "",
         max_length=64 << 10,
-        title="Simulated tools",
-        description="Python that defines call(name, arguments, item), whose return value is a tool's result, run as Python graders are; empty: the "
-        "results in the column tool_results of the row, a list of name, arguments and result.",
+        title=mark("Simulated tools"),
+        description=mark(
+            "Python that defines call(name, arguments, item), whose return value is a tool's result, run as Python graders are; empty: the "
+            "results in the column tool_results of the row, a list of name, arguments and result."
+        ),
         json_schema_extra={"rows": 4},
     )
     kl: float = Field(
         0.0,
         ge=0,
         le=10,
-        title="KL penalty",
-        description="KL penalty β against the base model: higher stays closer to it. Above 0 each step reads its answers with the adapter off.",
+        title=mark("KL penalty"),
+        description=mark(
+            "KL penalty β against the base model: higher stays closer to it. Above 0 each step reads its answers with the adapter off."
+        ),
     )
     max_kl: float | None = Field(
         None,
         gt=0,
         le=100,
-        title="Stop above this KL divergence",
-        description="The job stops where the mean divergence from the base over three steps is above this, in nats per token; empty for no bound.",
+        title=mark("Stop above this KL divergence"),
+        description=mark(
+            "The job stops where the mean divergence from the base over three steps is above this, in nats per token; empty for no bound."
+        ),
     )
     stop_when_parted: bool = Field(
         True,
-        title="Stop when graders part",
-        description="Stop where the reward rises while the first of the job's graders falls, beyond the 95% interval of the paired difference, at "
-        "two evaluations in a row.",
+        title=mark("Stop when graders part"),
+        description=mark(
+            "Stop where the reward rises while the first of the job's graders falls, beyond the 95% interval of the paired difference, at "
+            "two evaluations in a row."
+        ),
     )
     clip_low: float | None = Field(
-        None, gt=0, lt=1, description="How far below 1 the ratio of an answer's probabilities counts; empty: the variant's."
+        None, gt=0, lt=1, description=mark("How far below 1 the ratio of an answer's probabilities counts; empty: the variant's.")
     )
     clip_high: float | None = Field(
-        None, gt=0, le=10, description="How far above 1 the ratio of an answer's probabilities counts; empty: the variant's."
+        None, gt=0, le=10, description=mark("How far above 1 the ratio of an answer's probabilities counts; empty: the variant's.")
     )
     check_prompts: int = Field(
         16,
         ge=0,
         le=512,
-        description="Prompts that the base model answers before training starts, to see whether the reward can teach; 0 for no check.",
+        description=mark(
+            "Prompts that the base model answers before training starts, to see whether the reward can teach; 0 for no check."
+        ),
     )
     despite_check: bool = Field(
-        False, title="Train despite the check", description="Train although the check finds no difference between rewards."
+        False, title=mark("Train despite the check"), description=mark("Train although the check finds no difference between rewards.")
     )
 
     @property
@@ -129,8 +146,10 @@ class ReinforcementSettings(DrawnSettings):
 
 class Reinforcement(Objective):
     name: ClassVar = "reinforcement"
-    title: ClassVar = "Reinforcement learning"
-    summary: ClassVar = "Reinforcement learning (GRPO) lets the model answer prompts several times, and makes the answers that a grader prefers more likely."
+    title: ClassVar = mark("Reinforcement learning")
+    summary: ClassVar = mark(
+        "Reinforcement learning (GRPO) lets the model answer prompts several times, and makes the answers that a grader prefers more likely."
+    )
     paper: ClassVar = ("Shao et al. 2024, DeepSeekMath (GRPO)", "https://arxiv.org/abs/2402.03300")
     place: ClassVar = 40
     method: ClassVar = "reinforcement"
@@ -142,5 +161,5 @@ class Reinforcement(Objective):
     graded: ClassVar = True
     metrics: ClassVar = ("reward", "loss")
     across_models: ClassVar = ("reward",)
-    loss_unit: ClassVar = "1 less the mean reward"
+    loss_unit: ClassVar = mark("1 less the mean reward")
     loss_per: ClassVar = "prompt"

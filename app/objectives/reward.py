@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 
@@ -17,15 +18,17 @@ class RewardSettings(ObjectiveSettings):
         0.01,
         ge=0,
         le=10,
-        description="Weight of the squared sum of a pair's two rewards, which keeps rewards around zero: pairs alone do not say where zero is.",
+        description=mark(
+            "Weight of the squared sum of a pair's two rewards, which keeps rewards around zero: pairs alone do not say where zero is."
+        ),
         json_schema_extra={"basic": True},
     )
 
 
 class Reward(Objective):
     name: ClassVar = "reward"
-    title: ClassVar = "Reward model"
-    summary: ClassVar = "A reward model gives the chosen answer of each pair a higher number than the rejected one. Graders use it."
+    title: ClassVar = mark("Reward model")
+    summary: ClassVar = mark("A reward model gives the chosen answer of each pair a higher number than the rejected one. Graders use it.")
     paper: ClassVar = (
         "Ouyang et al. 2022, Training language models to follow instructions with human feedback",
         "https://arxiv.org/abs/2203.02155",
@@ -44,6 +47,6 @@ class Reward(Objective):
     uniform: ClassVar = True
     metrics: ClassVar = ("reward_accuracy", "loss")
     across_models: ClassVar = ("reward_accuracy",)
-    loss_unit: ClassVar = "nats per pair"
-    base_title: ClassVar = "Chance"
-    evaluation_base_title: ClassVar = "Chance"
+    loss_unit: ClassVar = mark("nats per pair")
+    base_title: ClassVar = mark("Chance")
+    evaluation_base_title: ClassVar = mark("Chance")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, Field, PrivateAttr
 
-from app.kit.humanize import human_bytes, human_count, human_seconds
+from app.kit.humanize import human_bytes, human_count, human_number, human_seconds
+from app.kit.languages import gettext, localized, ngettext
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._advice import FAMILIES, Facts, Reason, by_nature
@@ -149,7 +150,11 @@ def groups(ranking: list[Advice]) -> list[AdviceGroup]:
     for advice in usable[FIRST:]:
         families.setdefault(advice.family, []).append(advice)
     return [
-        AdviceGroup(title=FAMILIES[family], strategies=[a.strategy for a in members], difference=_spread(members, usable[0]))  # type: ignore[index]
+        AdviceGroup(
+            title=gettext(FAMILIES[family]),  # type: ignore[index]
+            strategies=[a.strategy for a in members],
+            difference=_spread(members, usable[0]),
+        )
         for family, members in families.items()
     ]
 
@@ -164,23 +169,35 @@ def _difference(advice: Advice, best: Advice) -> str | None:
     if advice.cost is None or best.cost is None:
         return None
     trained, memory, seconds = map(_times, _ratios(advice.cost, best.cost))
-    return f"{advice.title} trains {trained} as many parameters as {best.title}, in {memory} its memory and {seconds} its time."
+    return gettext(
+        "%(method)s trains %(trained)s as many parameters as %(best)s, in %(memory)s its memory and %(seconds)s its time.",
+        method=gettext(advice.title), best=gettext(best.title), trained=trained, memory=memory, seconds=seconds,
+    )  # fmt: skip
 
 
 def _spread(members: list[Advice], best: Advice) -> str:
     every = [_ratios(a.cost, best.cost) for a in members if a.cost and best.cost]
+    points = best.score - members[0].score
     if not every:
-        return f"Behind {best.title} by {best.score - members[0].score} points or more."
+        return ngettext(
+            "Behind %(best)s by %(num)s points or more.", "Behind %(best)s by %(num)s points or more.", points, best=gettext(best.title)
+        )
     trained, memory, seconds = (_range(min(values), max(values)) for values in zip(*every, strict=True))
-    return f"{trained} the trained parameters of {best.title}, {memory} its memory, {seconds} its time; {best.score - members[0].score} points behind."
+    return ngettext(
+        "%(trained)s the trained parameters of %(best)s, %(memory)s its memory, %(seconds)s its time; %(num)s points behind.",
+        "%(trained)s the trained parameters of %(best)s, %(memory)s its memory, %(seconds)s its time; %(num)s points behind.",
+        points, best=gettext(best.title), trained=trained, memory=memory, seconds=seconds,
+    )  # fmt: skip
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:,.0f} ×"
+    return localized(f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:,.0f} ×")
 
 
 def _range(low: float, high: float) -> str:
-    return _times(low) if _times(low) == _times(high) else f"{_times(low).removesuffix(' ×')} to {_times(high)}"
+    if _times(low) == _times(high):
+        return _times(low)
+    return gettext("%(low)s to %(high)s", low=_times(low).removesuffix(" ×"), high=_times(high))
 
 
 def _one(
@@ -189,9 +206,10 @@ def _one(
     cost = costs.get(strategy.name)
     why_not = why_not or strategy.unavailable(shape, task=facts.task, cuda=facts.cuda)
     if why_not is None and cost is not None and cost.memory_bytes > facts.memory_bytes:
-        why_not = (
-            f"It needs {_gb(cost.memory_bytes)} and this machine has {_gb(facts.memory_bytes)}. "
-            "Lower the max length or the tokens per batch, or choose another method."
+        why_not = gettext(
+            "It needs %(needed)s and this machine has %(there)s. Lower the max length or the tokens per batch, or choose another method.",
+            needed=_gb(cost.memory_bytes),
+            there=_gb(facts.memory_bytes),
         )
     advice = Advice(
         strategy=strategy.name, title=strategy.title, family=strategy.family, available=why_not is None, reason=why_not, cost=cost
@@ -211,22 +229,22 @@ def _by_cost(strategy: Strategy, facts: Facts, cost: CostEstimate | None) -> lis
 
 
 def _by_time(cost: CostEstimate) -> list[Reason]:
-    return (
-        []
-        if cost.seconds is None
-        else [Reason(1, f"It takes about {human_seconds(cost.seconds)} and {human_bytes(cost.memory_bytes)} here.")]
-    )
+    if cost.seconds is None:
+        return []
+    took = {"time": human_seconds(cost.seconds), "memory": human_bytes(cost.memory_bytes)}
+    return [Reason(1, gettext("It takes about %(time)s and %(memory)s here.", **took))]
 
 
 def _by_room(strategy: Strategy, facts: Facts, cost: CostEstimate) -> list[Reason]:
     share = cost.memory_bytes / facts.memory_bytes
-    needs = f"{_gb(cost.memory_bytes)} of {_gb(facts.memory_bytes)}"
+    memory = {"needed": _gb(cost.memory_bytes), "there": _gb(facts.memory_bytes)}
     if share > TIGHT:
-        return [Reason(-10, f"It needs {needs} of memory: it may just fit.")]
+        return [Reason(-10, gettext("It needs %(needed)s of %(there)s of memory: it may just fit.", **memory))]
     if strategy.base_bits and share < ROOMY:
-        return [Reason(-12, "There is enough memory for the base model in full precision, which is faster and slightly better.")]
+        enough = gettext("There is enough memory for the base model in full precision, which is faster and slightly better.")
+        return [Reason(-12, enough)]
     if strategy.family == "full" and share < ROOMY:
-        return [Reason(4, f"It needs {needs} of memory, so there is room for it.")]
+        return [Reason(4, gettext("It needs %(needed)s of %(there)s of memory, so there is room for it.", **memory))]
     return []
 
 
@@ -234,13 +252,21 @@ def _by_size(facts: Facts, cost: CostEstimate | None) -> list[Reason]:
     """How many parameters are trained for each token of the data: many more than there are tokens can learn them by heart."""
     if cost is None or not facts.tokens or not cost.trainable_parameters:
         return []
-    trained, tokens = human_count(cost.trainable_parameters), human_count(facts.tokens)
+    sizes = {"trained": human_count(cost.trainable_parameters), "tokens": human_count(facts.tokens)}
     each = cost.trainable_parameters / facts.tokens
     if each >= MANY_A_TOKEN:
-        return [Reason(-3, f"It trains {trained} parameters on {tokens} tokens, {each:,.0f} for each: watch the validation loss.")]
+        says = gettext(
+            "It trains %(trained)s parameters on %(tokens)s tokens, %(each)s for each: watch the validation loss.",
+            each=human_number(each, 0),
+            **sizes,
+        )
+        return [Reason(-3, says)]
     if each <= FEW_A_TOKEN:
-        return [Reason(1, f"It trains {trained} parameters on {tokens} tokens, {1 / each:,.0f} tokens for each.")]
-    return [Reason(1, f"It trains {trained} parameters on {tokens} tokens.")]
+        says = gettext(
+            "It trains %(trained)s parameters on %(tokens)s tokens, %(each)s tokens for each.", each=human_number(1 / each, 0), **sizes
+        )
+        return [Reason(1, says)]
+    return [Reason(1, gettext("It trains %(trained)s parameters on %(tokens)s tokens.", **sizes))]
 
 
 def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, CostEstimate]) -> list[Reason]:
@@ -250,24 +276,37 @@ def _by_tight_memory(strategy: Strategy, facts: Facts, costs: dict[str, CostEsti
         return []
     found = []
     if cost.recomputed_layers:
-        found.append(
-            Reason(-10, f"It fits only because {cost.recomputed_layers} layers are recomputed in the backward pass, which takes time.")
+        says = ngettext(
+            "It fits only because %(num)s layers are recomputed in the backward pass, which takes time.",
+            "It fits only because %(num)s layers are recomputed in the backward pass, which takes time.",
+            cost.recomputed_layers,
         )
+        found.append(Reason(-10, says))
     small = {n: c for n, c in costs.items() if STRATEGIES[n].family in ("reparametrized", "additive", "selective")}
     if strategy.name in small:
         least = min(small.values(), key=lambda c: (c.recomputed_layers, c.memory_bytes))
         near = cost.recomputed_layers <= least.recomputed_layers and cost.memory_bytes <= NEAR_LEAST * least.memory_bytes
         if cost is least or near:
-            says = "Memory is short, and of all parameter-efficient methods this needs the least"
-            says = says if cost is least else "Memory is short, and this needs hardly more than the least"
-            found.append(
-                Reason(
-                    25 if cost is least else 18,
-                    f"{says}: {_gb(cost.memory_bytes)}, of which gradients and activations are {_gb(cost.learning_bytes)}.",
-                )
-            )
+            found.append(_short(cost, cost is least))
     return found
 
 
+def _short(cost: CostEstimate, least: bool) -> Reason:
+    """Memory is short, and it needs the least or hardly more."""
+    memory = {"memory": _gb(cost.memory_bytes), "learning": _gb(cost.learning_bytes)}
+    if least:
+        says = gettext(
+            "Memory is short, and of all parameter-efficient methods this needs the least: %(memory)s, of which gradients and activations are "
+            "%(learning)s.",
+            **memory,
+        )
+        return Reason(25, says)
+    says = gettext(
+        "Memory is short, and this needs hardly more than the least: %(memory)s, of which gradients and activations are %(learning)s.",
+        **memory,
+    )
+    return Reason(18, says)
+
+
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return localized(f"{size / 1e9:.1f} GB")

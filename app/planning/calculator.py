@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from app.kit.languages import mark
 from app.machines.hardware import Machine
 from app.planning import memory as memory_estimate
 from app.run_settings import RunSettings
@@ -42,7 +43,7 @@ def shape_for(billions: float) -> Shape:
 
 def table(shape: Shape, tokens: int) -> list[MemoryRow]:
     """The weights alone, then the first method of each family that a decoder supports, the cheapest last."""
-    weights = MemoryRow("Weights only (inference)", None, 0, tuple(shape.parameters() * bits // 8 for bits in BITS))
+    weights = MemoryRow(mark("Weights only (inference)"), None, 0, tuple(shape.parameters() * bits // 8 for bits in BITS))
     first: dict[str, Strategy] = {}
     for cls in STRATEGIES.values():
         if cls().unavailable(shape, task=cls.tasks[0], cuda=True) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.errors import BadField
 from app.graders import SimulatedTools
+from app.kit.languages import gettext
 from app.objectives import DrawnSettings
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.feasibility import longest_row
@@ -18,16 +19,18 @@ def refuse_drawn(strategy: Strategy, run: RunSettings, own: DrawnSettings, shape
     for name in ("batch_size", "micro_batches", "gradient_accumulation_steps"):
         if getattr(run, name) != RunSettings.model_fields[name].default:
             raise BadField(
-                "A step has prompts_per_step prompts, whose answers are packed to max_tokens_per_step tokens a pass.",
-                hint=f"Leave {name} out.",
+                gettext("A step has prompts_per_step prompts, whose answers are packed to max_tokens_per_step tokens a pass."),
+                hint=gettext("Leave %(name)s out.", name=name),
                 param=f"run.{name}",
                 code="setting_without_use",
             )
     room = longest_row(run, shape) - strategy.virtual_tokens()
     if own.answer_tokens >= room:
         raise BadField(
-            f"Answers of {own.answer_tokens} tokens leave no room for a prompt: a row may have {room}.",
-            hint="Lower answer_tokens, or raise the max sequence length.",
+            gettext(
+                "Answers of %(tokens)s tokens leave no room for a prompt: a row may have %(room)s.", tokens=own.answer_tokens, room=room
+            ),
+            hint=gettext("Lower answer_tokens, or raise the max sequence length."),
             param="preference.answer_tokens",
         )
     if isinstance(own, ReinforcementSettings):
@@ -40,8 +43,8 @@ def _refuse_tools(own: ReinforcementSettings) -> None:
     """Raises BadField for simulated tools that would not be asked, or whose code does not run."""
     if own.tool_source and own.max_turns == 1:
         raise BadField(
-            "With max_turns 1 no tool is asked, so its code has no use.",
-            hint="Raise max_turns, or leave tool_source out.",
+            gettext("With max_turns 1 no tool is asked, so its code has no use."),
+            hint=gettext("Raise max_turns, or leave tool_source out."),
             param="preference.tool_source",
             code="setting_without_use",
         )
@@ -50,11 +53,16 @@ def _refuse_tools(own: ReinforcementSettings) -> None:
 
 def _refuse_base(strategy: Strategy, name: str) -> None:
     """Raises BadField where the base cannot be read in between, which the setting `name` asks for."""
-    why = "compares with the base by switching an adapter off"
     if getattr(strategy, "bias", "none") != "none":
-        reason, hint = f"{name} {why}, and biases that were trained stay.", f"Leave {name} or bias out."
+        reason = gettext("%(name)s compares with the base by switching an adapter off, and biases that were trained stay.", name=name)
+        hint = gettext("Leave %(name)s or bias out.", name=name)
     elif not isinstance(strategy, PeftStrategy):
-        reason, hint = f"{name} {why}, and {strategy.title} has none.", f"Leave {name} out, or use LoRA."
+        reason = gettext(
+            "%(name)s compares with the base by switching an adapter off, and %(method)s has none.",
+            name=name,
+            method=gettext(strategy.title),
+        )
+        hint = gettext("Leave %(name)s out, or use LoRA.", name=name)
     else:
         return
     raise BadField(reason, hint=hint, param=f"preference.{name}", code="setting_without_use")

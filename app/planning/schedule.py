@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from app.kit.languages import mark
 from app.objectives import OBJECTIVES
 
 MIN_STEPS = 30
@@ -42,11 +43,15 @@ class Preset(NamedTuple):
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "quick": Preset("Quick look", "About 25 steps, to see whether the data and the settings work.", 25, EPOCHS, 15, {"max_steps": 25}),
-    "balanced": Preset("Balanced", "At least 60 steps, or 3 passes over larger data. Keeps the best checkpoint.", 60, EPOCHS, 15, {}),
+    "quick": Preset(
+        mark("Quick look"), mark("About 25 steps, to see whether the data and the settings work."), 25, EPOCHS, 15, {"max_steps": 25}
+    ),
+    "balanced": Preset(
+        mark("Balanced"), mark("At least 60 steps, or 3 passes over larger data. Keeps the best checkpoint."), 60, EPOCHS, 15, {}
+    ),
     "best": Preset(
-        "Best",
-        "At least 150 steps, or 5 passes, with more patience before it stops early. Keeps the best checkpoint.",
+        mark("Best"),
+        mark("At least 150 steps, or 5 passes, with more patience before it stops early. Keeps the best checkpoint."),
         150,
         5,
         40,

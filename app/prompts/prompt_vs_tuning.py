@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit import stats
+from app.kit.languages import gettext, localized, ngettext
 from app.tables import Prompt, PromptResult, PromptRun, PromptVersion
 
 FEWEST = 20
@@ -41,29 +42,49 @@ def verdict(session: Session, rows: Sequence[Row]) -> str:
     tuned = next((row for row in done if is_tuned(row[0]) and row[0].spec["part"] == "validation"), None)
     plain = [row for row in done if not is_tuned(row[0])]
     if tuned is None or not plain:
-        return "Run a prompt on a base model and on a fine-tuned one, on the validation set, to see whether prompting is sufficient."
+        return gettext(
+            "Run a prompt on a base model and on a fine-tuned one, on the validation set, to see whether prompting is sufficient."
+        )
     rule = tuned[0].spec["body"]["score"]
     prompt = next((row for row in plain if row[0].spec["body"]["score"] == rule), None)
     if prompt is None:
-        return "The fine-tuned models and the prompts were scored with different metrics, so they cannot be compared."
+        return gettext("The fine-tuned models and the prompts were scored with different metrics, so they cannot be compared.")
     found = paired(session, tuned[0], prompt[0])
     if found.lines < FEWEST:
-        return (
-            f"Only {found.lines} rows were run with both the best prompt and the best fine-tuned model. "
-            "Run them together, on rows that neither was trained on."
+        return ngettext(
+            "Only %(num)s rows were run with both the best prompt and the best fine-tuned model. "
+            "Run them together, on rows that neither was trained on.",
+            "Only %(num)s rows were run with both the best prompt and the best fine-tuned model. "
+            "Run them together, on rows that neither was trained on.",
+            found.lines,
         )
-    return _in_words(found, tuned[0].spec["model"]["name"], f"“{prompt[1].name}” on {prompt[0].spec['model']['name']}")
+    return _in_words(found, tuned[0].spec["model"]["name"], prompt[1].name, prompt[0].spec["model"]["name"])
 
 
-def _in_words(found: Paired, tuned: str, prompt: str) -> str:
-    on = f"On the {found.lines} rows of both, {tuned} scores {found.tuned:.1%} and {prompt} {found.prompt:.1%}"
-    counted = f"it is ahead on {found.tuned_better} rows and behind on {found.prompt_better}"
-    test = f"(exact paired test, p = {max(found.p, 1e-4):.2g})"
+def _in_words(found: Paired, tuned: str, prompt: str, base: str) -> str:
+    """`prompt` was run on the model `base`."""
+    values = {
+        "rows": found.lines, "tuned": tuned, "score": localized(f"{found.tuned:.1%}"), "prompt": prompt, "base": base,
+        "other": localized(f"{found.prompt:.1%}"), "better": found.tuned_better, "worse": found.prompt_better,
+        "p": localized(f"{max(found.p, 1e-4):.2g}"),
+    }  # fmt: skip
     if found.p >= stats.SURE:
-        return f"Prompting may be sufficient. {on}; {counted}: no significant difference {test}. More rows would tell."
+        return gettext(
+            "Prompting may be sufficient. On the %(rows)s rows of both, %(tuned)s scores %(score)s and “%(prompt)s” on %(base)s %(other)s; it is "
+            "ahead on %(better)s rows and behind on %(worse)s: no significant difference (exact paired test, p = %(p)s). More rows would tell.",
+            **values,
+        )
     if found.tuned_better > found.prompt_better:
-        return f"Fine-tuning was needed. {on}; {counted}, a significant difference {test}."
-    return f"Prompting is sufficient. {on}; the fine-tuned model is ahead on {found.tuned_better} rows and behind on {found.prompt_better} {test}."
+        return gettext(
+            "Fine-tuning was needed. On the %(rows)s rows of both, %(tuned)s scores %(score)s and “%(prompt)s” on %(base)s %(other)s; it is "
+            "ahead on %(better)s rows and behind on %(worse)s, a significant difference (exact paired test, p = %(p)s).",
+            **values,
+        )
+    return gettext(
+        "Prompting is sufficient. On the %(rows)s rows of both, %(tuned)s scores %(score)s and “%(prompt)s” on %(base)s %(other)s; the "
+        "fine-tuned model is ahead on %(better)s rows and behind on %(worse)s (exact paired test, p = %(p)s).",
+        **values,
+    )
 
 
 def paired(session: Session, tuned: PromptRun, prompt: PromptRun) -> Paired:

@@ -26,6 +26,7 @@ from app.inference.protocol import ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.ownership import owned
 from app.planning.schedule import held_out_share
 from app.prompts.service import PromptBody
@@ -100,18 +101,22 @@ def create(
     ref, entry = datasets.reference(dataset), objectives.get(dataset.task)
     if not formats.asks(ref.format) or not entry.scored:
         raise BadField(
-            f"The rows of {dataset.name} have no reference answers.",
-            hint="Take a dataset of instructions, conversations, completions or labels.",
+            gettext("The rows of %(name)s have no reference answers.", name=dataset.name),
+            hint=gettext("Take a dataset of instructions, conversations, completions or labels."),
             param="dataset_id",
         )
     body = PromptBody(**version.body)
     if body.score == "label" and not entry.classifies:
-        raise BadField(f"{dataset.name} has no labels to score by.", hint="Score by exact match or contains.", param="score")
+        raise BadField(
+            gettext("%(name)s has no labels to score by.", name=dataset.name),
+            hint=gettext("Score by exact match or contains."),
+            param="score",
+        )
     held = _held_out(session, user, [who, *(playground.speaker(session, user, name) for name in order.beside)], dataset, order)
     if body.shots and (order.part == "all" or held["validation_fraction"] == 1) and body.choose != "chosen":
         raise BadField(
-            "Examples come from the training set, and a run over all rows leaves none.",
-            hint="Run on the validation set, or use fixed rows as examples.",
+            gettext("Examples come from the training set, and a run over all rows leaves none."),
+            hint=gettext("Run on the validation set, or use fixed rows as examples."),
             param="part",
         )
     graded = saved_graders.named(session, user, [body.grader], "grader") if body.grader else []
@@ -254,7 +259,7 @@ def cancel(session: Session, user: User, run: PromptRun) -> PromptRun:
 
 def delete(session: Session, user: User, run: PromptRun) -> None:
     if run.status in ("queued", "running"):
-        raise Conflict("The run has not ended.", hint="Cancel it first.")
+        raise Conflict(gettext("The run has not ended."), hint=gettext("Cancel it first."))
     run.deleted_at = func.clock_timestamp()
     session.flush()
 

@@ -24,6 +24,7 @@ from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.answers import NUMBER, label_in, number_in, plain
 from app.kit.json_safe import storable
+from app.kit.languages import gettext, mark
 from app.ownership import owned
 from app.tables import JSON, Prompt, PromptVersion, User
 
@@ -34,22 +35,28 @@ OF_EXAMPLE = ("input", "output", "answer", "instruction", "labels")
 Text = Annotated[str, StringConstraints(max_length=20_000)]
 Rule = Literal["all", "first_line", "last_line", "after", "last_number"]
 Score = Literal["exact", "numeric", "contains", "rouge_l", "label", "grader"]
-BUILDERS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "chain_of_thought": "chain-of-thought"}
+BUILDERS = {"zero_shot": mark("zero-shot"), "few_shot": mark("few-shot"), "chain_of_thought": mark("chain-of-thought")}
 _RULES = {
-    "all": "whole text",
-    "first_line": "first line",
-    "last_line": "last line",
-    "after": "after the marker",
-    "last_number": "last number",
+    "all": mark("whole text"),
+    "first_line": mark("first line"),
+    "last_line": mark("last line"),
+    "after": mark("after the marker"),
+    "last_number": mark("last number"),
 }
 SCORES = {
-    "exact": "exact match",
-    "numeric": "same number",
-    "contains": "contains",
+    "exact": mark("exact match"),
+    "numeric": mark("same number"),
+    "contains": mark("contains"),
     "rouge_l": "ROUGE-L",
-    "label": "label",
-    "grader": "saved grader",
+    "label": mark("label"),
+    "grader": mark("saved grader"),
 }
+
+
+LABELS = (
+    mark("Grader"), mark("Instruction"), mark("Marker"), mark("Max tokens"), mark("Samples"), mark("Temperature"), mark("Variables"),
+)  # fmt: skip
+"""What `app.kit.forms.label_of` makes of the names of fields that have no title, for the catalogs."""
 
 
 class PromptBody(BaseModel):
@@ -59,53 +66,70 @@ class PromptBody(BaseModel):
 
     builder: Literal["zero_shot", "few_shot", "chain_of_thought"] = Field(
         "zero_shot",
-        title="Strategy",
-        description="Zero-shot: the question alone. Few-shot: examples before it. Chain-of-thought: the model reasons before it answers.",
+        title=mark("Strategy"),
+        description=mark(
+            "Zero-shot: the question alone. Few-shot: examples before it. Chain-of-thought: the model reasons before it answers."
+        ),
         json_schema_extra={"words": {**BUILDERS}},
     )
-    system: Text = Field("", title="System prompt", description="For models that take one; put before the text for a base model.")
+    system: Text = Field(
+        "", title=mark("System prompt"), description=mark("For models that take one; put before the text for a base model.")
+    )
     template: Text = Field(
         "{{input}}",
         min_length=1,
-        title="Prompt template",
-        description="{{input}} is the row's question, {{examples}} the few-shot examples.",
+        title=mark("Prompt template"),
+        description=mark("{{input}} is the row's question, {{examples}} the few-shot examples."),
     )
-    example: Text = Field("{{input}}\n{{output}}", title="Example template", description="How one few-shot example is written.")
-    separator: Text = Field("\n\n", title="Example separator", description="Comes after each example.")
-    instruction: Text = Field("Think step by step, then give the final answer after ####.", description="The text of {{instruction}}.")
+    example: Text = Field("{{input}}\n{{output}}", title=mark("Example template"), description=mark("How one few-shot example is written."))
+    separator: Text = Field("\n\n", title=mark("Example separator"), description=mark("Comes after each example."))
+    instruction: Text = Field(
+        "Think step by step, then give the final answer after ####.", description=mark("The text of {{instruction}}.")
+    )
     variables: dict[str, Text] = Field(default_factory=dict, max_length=50)
     shots: int = Field(
-        0, ge=0, le=32, title="Number of examples", description="Few-shot examples before the question, taken from the training set only."
+        0,
+        ge=0,
+        le=32,
+        title=mark("Number of examples"),
+        description=mark("Few-shot examples before the question, taken from the training set only."),
     )
     choose: Literal["chosen", "random", "balanced", "similar"] = Field(
         "random",
-        title="Example selection",
-        description="Fixed rows, a random draw, balanced over the answers, or the nearest neighbors of the question.",
-        json_schema_extra={"words": {"chosen": "fixed rows", "balanced": "balanced", "similar": "nearest neighbors"}},
+        title=mark("Example selection"),
+        description=mark("Fixed rows, a random draw, balanced over the answers, or the nearest neighbors of the question."),
+        json_schema_extra={"words": {"chosen": mark("fixed rows"), "balanced": mark("balanced"), "similar": mark("nearest neighbors")}},
     )
-    lines: list[int] = Field(default_factory=list, max_length=32, title="Row numbers", description="Lines of the dataset, for fixed rows.")
+    lines: list[int] = Field(
+        default_factory=list, max_length=32, title=mark("Row numbers"), description=mark("Lines of the dataset, for fixed rows.")
+    )
     extract: Rule = Field(
-        "all", title="Answer parser", description="Which part of the output is the answer.", json_schema_extra={"words": {**_RULES}}
+        "all",
+        title=mark("Answer parser"),
+        description=mark("Which part of the output is the answer."),
+        json_schema_extra={"words": {**_RULES}},
     )
     reference: Rule = Field(
         "all",
-        title="Reference parser",
-        description="Which part of the row's own answer is the reference.",
+        title=mark("Reference parser"),
+        description=mark("Which part of the row's own answer is the reference."),
         json_schema_extra={"words": {**_RULES}},
     )
-    marker: str = Field("####", min_length=1, max_length=64, description="The final answer comes after it, where a parser uses it.")
+    marker: str = Field("####", min_length=1, max_length=64, description=mark("The final answer comes after it, where a parser uses it."))
     score: Score = Field(
         "exact",
-        title="Metric",
-        description="How the parsed answer is compared with the reference.",
+        title=mark("Metric"),
+        description=mark("How the parsed answer is compared with the reference."),
         json_schema_extra={"words": {**SCORES}},
     )
-    grader: str = Field("", max_length=60, description="Id of a saved grader, where that is the metric.")
-    samples: int = Field(1, ge=1, le=16, description="Answers per question; the most frequent one counts (self-consistency).")
-    temperature: float = Field(0.0, ge=0, le=2, description="0 = deterministic. Several samples need more than 0.")
-    max_tokens: int = Field(64, ge=1, le=4096, description="Longest answer.", json_schema_extra={"unit": "tokens"})
-    stop: Text = Field("", title="Stop sequences", description="Generation stops before any of these; one per line, \\n for a line break.")
-    seed: int = Field(42, ge=0, le=2**31 - 1, title="Random seed", description="Decides the examples drawn and the samples.")
+    grader: str = Field("", max_length=60, description=mark("Id of a saved grader, where that is the metric."))
+    samples: int = Field(1, ge=1, le=16, description=mark("Answers per question; the most frequent one counts (self-consistency)."))
+    temperature: float = Field(0.0, ge=0, le=2, description=mark("0 = deterministic. Several samples need more than 0."))
+    max_tokens: int = Field(64, ge=1, le=4096, description=mark("Longest answer."), json_schema_extra={"unit": "tokens"})
+    stop: Text = Field(
+        "", title=mark("Stop sequences"), description=mark("Generation stops before any of these; one per line, \\n for a line break.")
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1, title=mark("Random seed"), description=mark("Decides the examples drawn and the samples."))
 
     @model_validator(mode="after")
     def _fits(self) -> PromptBody:
@@ -240,14 +264,14 @@ def read_body(body: Mapping[str, Any]) -> PromptBody:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "value_error" and not first["loc"]:
-            raise BadField(f"The prompt does not work: {first['ctx']['error']}.", param="template") from None
+            raise BadField(gettext("The prompt does not work: %(error)s.", error=first["ctx"]["error"]), param="template") from None
         raise bad_field(error) from None
 
 
 def create(session: Session, user: User, name: str, body: PromptBody) -> tuple[Prompt, PromptVersion]:
     name = " ".join(name.split())[:200]
     if not name:
-        raise BadField("The prompt has no name.", hint="Name it after what it is for.", param="name")
+        raise BadField(gettext("The prompt has no name."), hint=gettext("Name it after what it is for."), param="name")
     prompt = Prompt(id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id, name=storable(name))
     session.add(prompt)
     session.flush()
@@ -285,7 +309,7 @@ def version(session: Session, prompt: Prompt, number: int | None = None) -> Prom
     """One version, the newest when none is named. Raises NotFound."""
     found = [v for v in versions(session, prompt) if number is None or v.number == number]
     if not found:
-        raise NotFound(f"The prompt {prompt.name} has no version {number}.", param="version")
+        raise NotFound(gettext("The prompt %(name)s has no version %(number)s.", name=prompt.name, number=number), param="version")
     return found[-1]
 
 

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from app import limits
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.tables import User
 from app.web import auth, oidc, passwords, sessions, two_step
@@ -61,16 +62,15 @@ async def change_password(
     """A new password ends every other session. The one in force is asked for, and wrong ones count as at sign-in."""
     try:
         if _from_setting(user):
-            raise Conflict(
-                "This account's password is the setting LUTHIER_ADMIN_PASSWORD.", hint="Change it there and start the studio again."
-            )
+            message = gettext("This account's password is the setting LUTHIER_ADMIN_PASSWORD.")
+            raise Conflict(message, hint=gettext("Change it there and start the studio again."))
         if user.password_hash is not None:
             await auth.check_password(user.name, current[: passwords.MAX_LENGTH], auth.address_of(request), auth.known_browser(request))
         made = await passwords.new_hash(password)
         await run_in_threadpool(_store_password, request, user, made)
     except StudioError as fault:
         return await run_in_threadpool(_with_fault, request, user, fault, "password")
-    flash(request, "Your password is changed, and you are signed out everywhere else.")
+    flash(request, gettext("Your password is changed, and you are signed out everywhere else."))
     return RedirectResponse(PAGE, 303)
 
 
@@ -93,9 +93,9 @@ def end_session(request: Request, user: CurrentUser, session: Db, session_id: st
     try:
         key = uuid.UUID(session_id)
     except ValueError:
-        raise NotFound("No such session.") from None
+        raise NotFound(gettext("No such session.")) from None
     sessions.end(session, user, key)
-    flash(request, "That browser is signed out.")
+    flash(request, gettext("That browser is signed out."))
     return RedirectResponse(f"{PAGE}#sessions", 303)
 
 
@@ -137,5 +137,5 @@ def two_step_off(request: Request, user: CurrentUser, code: Annotated[str, Form(
         tries.forget()
     except StudioError as fault:
         return _with_fault(request, user, fault, "two-step")
-    flash(request, "Two-step sign-in is off.", "warn")
+    flash(request, gettext("Two-step sign-in is off."), "warn")
     return RedirectResponse(f"{PAGE}#two-step", 303)

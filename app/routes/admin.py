@@ -12,6 +12,7 @@ from app import limits, retention
 from app.db import Db
 from app.errors import BadField
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.tables import Project, User
 from app.views import operations, overview
 from app.web import people, projects
@@ -20,7 +21,7 @@ from app.web.navigation import MenuPage
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("Admin", "/admin", "end", 30),)
+MENU = (MenuPage(mark("Admin"), "/admin", "end", 30),)
 
 
 @pages.get("/admin")
@@ -72,7 +73,7 @@ def show_limits(request: Request, session: Db, user: CurrentUser) -> Response:
 def limit_person(request: Request, user: CurrentUser, session: Db, user_id: str, typed: Form) -> Response:
     person = people.get(session, ids.parse_user(user_id))
     limits.set_own(person, _numbers(typed))
-    flash(request, f"The limits of {person.name} are changed.")
+    flash(request, gettext("The limits of %(name)s are changed.", name=person.name))
     return RedirectResponse(LIMITS_PAGE, 303)
 
 
@@ -82,7 +83,7 @@ def limit_project(request: Request, user: CurrentUser, session: Db, project_id: 
     limits.set_own(project, _numbers(typed))
     if typed.get("weight"):
         projects.set_weight(session, project, _number("weight", typed["weight"]) or 0.0)
-    flash(request, f"The limits of {project.name} are changed.")
+    flash(request, gettext("The limits of %(name)s are changed.", name=project.name))
     return RedirectResponse(LIMITS_PAGE, 303)
 
 
@@ -102,5 +103,6 @@ def _number(name: str, typed: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise BadField(f"{typed[:60]!r} is no number.", hint="Type a number, or leave it empty.", param=name)
+        message = gettext("%(text)s is no number.", text=repr(typed[:60]))
+        raise BadField(message, hint=gettext("Type a number, or leave it empty."), param=name)
     return int(value) if value.is_integer() else value

@@ -18,6 +18,7 @@ from app.evaluation import service as evaluations
 from app.jobs import preselection
 from app.jobs.request import bad_field
 from app.kit import ids
+from app.kit.languages import mark
 from app.models import first_model
 from app.models import service as models
 from app.run_settings import RunSettings
@@ -28,7 +29,7 @@ from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
-MENU = (MenuPage("Advice", "/jobs/advice", "training", 40),)
+MENU = (MenuPage(mark("Advice"), "/jobs/advice", "training", 40),)
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 

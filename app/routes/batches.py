@@ -14,6 +14,7 @@ from app.batches.service import ENDPOINTS, BatchOrder, to_json
 from app.db import Db, on_commit, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.kit import ids
+from app.kit.languages import gettext
 from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.storage import files
@@ -92,9 +93,10 @@ async def start(request: Request, user: CurrentUser) -> Response:
 def _start(user: User, form: Form) -> None:
     upload, endpoint = form.upload, form.fields.get("endpoint", "")
     if upload is None or not upload.filename:
-        raise BadField("No file was chosen.", hint="Choose a file and send the form again.", param="file")
+        raise BadField(gettext("No file was chosen."), hint=gettext("Choose a file and send the form again."), param="file")
     if endpoint not in ENDPOINTS:
-        raise BadField(f"No such endpoint: {endpoint[:80]}", hint=f"Choose one of {', '.join(ENDPOINTS)}.", param="endpoint")
+        message = gettext("No such endpoint: %(endpoint)s", endpoint=endpoint[:80])
+        raise BadField(message, hint=gettext("Choose one of %(names)s.", names=", ".join(ENDPOINTS)), param="endpoint")
     try:
         with transaction() as session:
             file = files.create(session, user, upload.blob, upload.filename, "batch")
@@ -123,6 +125,6 @@ def download(session: Db, user: CurrentUser, batch_id: str, which: str) -> Respo
     batch = batches.get(session, user, ids.parse_batch(batch_id))
     key = {"output": batch.output_file_id, "errors": batch.error_file_id}.get(which)
     if key is None:
-        raise NotFound("The batch has no such file.", hint="Its page shows the files that it has.")
+        raise NotFound(gettext("The batch has no such file."), hint=gettext("Its page shows the files that it has."))
     path, file = files.content(session, user, key), files.get(session, user, key)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename, headers={"x-content-type-options": "nosniff"})

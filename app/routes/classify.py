@@ -17,6 +17,7 @@ from app.inference.classify import Sorting
 from app.inference.client import stream
 from app.inference.playground import MAX_PANES
 from app.inference.protocol import GenerateRequest
+from app.kit.languages import mark
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
@@ -25,7 +26,7 @@ from app.web.navigation import MenuPage
 from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
-MENU = (MenuPage("Classify", "/playground/classify", "playground", 30),)
+MENU = (MenuPage(mark("Classify"), "/playground/classify", "playground", 30),)
 api = APIRouter(prefix="/v1")
 SHOWN = 12
 """Number of classes whose bars are shown at once; the others are collapsed."""

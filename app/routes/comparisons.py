@@ -16,6 +16,7 @@ from app.errors import StudioError
 from app.evaluation import comparison_json, comparison_plan, comparisons
 from app.jobs.config_file import as_curl
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.schemas.openapi import answers, takes
 from app.tables import Comparison
 from app.views import comparison as comparison_view
@@ -28,7 +29,7 @@ from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
-MENU = (MenuPage("Comparisons", "/compare", "training", 30), MenuPage("Learning curves", "/compare/curves", "evaluation", 40))
+MENU = (MenuPage(mark("Comparisons"), "/compare", "training", 30), MenuPage(mark("Learning curves"), "/compare/curves", "evaluation", 40))
 Json = dict[str, Any]
 
 Wish = Annotated[lists.ListQuery, Query()]
@@ -132,7 +133,7 @@ def order_comparison(request: Request, user: CurrentUser, session: Db, items: Po
     if form.unseen:
         return _form_page(request, session, user, items, problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
-        said = next(iter(form.errors.values()), "something below is not right yet.")
+        said = next(iter(form.errors.values()), gettext("something below is not right yet."))
         return _form_page(request, session, user, items, problem=said, status_code=400)
     order = form.order
     found = once(lambda key: comparisons.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
@@ -189,14 +190,15 @@ def comparison_page(
 def keep_result(request: Request, user: CurrentUser, session: Db, comparison_id: str, job: Annotated[str, FormField()]) -> Response:
     found = comparisons.get(session, user, ids.parse_comparison(comparison_id))
     model = comparisons.keep(session, found, ids.parse(ids.JOB, job, param="job"))
-    flash(request, f"The model of {model.title} is kept: it is listed under Models and can be chosen everywhere.")
+    said = gettext("The model of %(name)s is kept: it is listed under Models and can be chosen everywhere.", name=model.title)
+    flash(request, said)
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
 @pages.post("/compare/{comparison_id}/cancel")
 def stop_comparison(request: Request, user: CurrentUser, session: Db, comparison_id: str) -> Response:
     found = comparisons.cancel(session, user, ids.parse_comparison(comparison_id))
-    flash(request, f"The runs of {found.name} that had not ended are being stopped.")
+    flash(request, gettext("The runs of %(name)s that had not ended are being stopped.", name=found.name))
     return RedirectResponse(comparison_view.url(found), status_code=303)
 
 
@@ -208,5 +210,5 @@ def delete_comparison(request: Request, user: CurrentUser, session: Db, comparis
     except StudioError as error:
         flash(request, str(error), "bad")
         return RedirectResponse(comparison_view.url(found), status_code=303)
-    flash(request, f"{found.name} was deleted. Its runs and their models are still there.")
+    flash(request, gettext("%(name)s was deleted. Its runs and their models are still there.", name=found.name))
     return RedirectResponse("/compare", status_code=303)

@@ -11,6 +11,7 @@ from app import objectives
 from app.datasets import conflicts, inspections, row_editor
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
+from app.kit.languages import gettext
 from app.routes.versions import dataset_of, path_of
 from app.tables import User
 from app.web.auth import CurrentUser
@@ -71,5 +72,5 @@ def resolve(
         new = conflicts.resolve(session, user, dataset, first, do, label)
     except (BadField, Conflict) as error:
         return _page(request, user, key, 1, first, error)
-    flash(request, f"Version {new.version} is created; version {dataset.version} is kept.")
+    flash(request, gettext("Version %(new)s is created; version %(old)s is kept.", new=new.version, old=dataset.version))
     return RedirectResponse(f"{path_of(new)}/conflicts", 303)

@@ -16,6 +16,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.schemas.openapi import answers
@@ -33,7 +34,7 @@ from app.web.renamed import deprecated_path, page_moved
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("Datasets", "/datasets", "start", 20),)
+MENU = (MenuPage(mark("Datasets"), "/datasets", "start", 20),)
 api = APIRouter(prefix="/v1")
 MAX_FORM_BYTES = 32 << 20
 """Maximum bytes of one form field: a pasted table, in which a character may be URL-encoded as up to nine bytes."""
@@ -94,10 +95,11 @@ async def upload(request: Request, user: CurrentUser) -> Response:
 def _create(user: User, form: StreamedForm) -> str:
     upload = form.upload
     if upload is None or not upload.filename:
-        raise BadField("No file was chosen.", hint="Choose a file and send the form again.", param="file")
+        raise BadField(gettext("No file was chosen."), hint=gettext("Choose a file and send the form again."), param="file")
     try:
         if upload.blob.bytes == 0:
-            raise BadField(f"The file “{upload.filename}” is empty.", hint="Choose a file with at least one row.", param="file")
+            message = gettext("The file “%(file)s” is empty.", file=upload.filename)
+            raise BadField(message, hint=gettext("Choose a file with at least one row."), param="file")
         with transaction() as session:
             readers.kind_of(upload.filename)
             file = files.create(session, user, upload.blob, upload.filename, "fine-tune")
@@ -133,11 +135,11 @@ def add_sample(request: Request, user: CurrentUser, session: Db, name: str) -> R
 # Combining ----------------------------------------------------------------------------------------------------------------
 
 OPERATIONS = {
-    "concatenate": ("Concatenate", "All rows of each dataset, one after the other."),
-    "mix": ("Mix (weighted)", "Rows of each dataset in proportion to its weight, shuffled by the seed."),
-    "sample": ("Sample", "A random sample of one dataset's rows, drawn by the seed."),
-    "deduplicate": ("Deduplicate", "Each row once: the first of those with the same content."),
-    "convert": ("Convert", "The rows of one dataset in another format."),
+    "concatenate": (mark("Concatenate"), mark("All rows of each dataset, one after the other.")),
+    "mix": (mark("Mix (weighted)"), mark("Rows of each dataset in proportion to its weight, shuffled by the seed.")),
+    "sample": (mark("Sample"), mark("A random sample of one dataset's rows, drawn by the seed.")),
+    "deduplicate": (mark("Deduplicate"), mark("Each row once: the first of those with the same content.")),
+    "convert": (mark("Convert"), mark("The rows of one dataset in another format.")),
 }
 
 
@@ -201,13 +203,13 @@ def _combine_request(typed: dict[str, str]) -> compose.CombineRequest:
         )
     ]
     if not parts:
-        raise BadField("No dataset was chosen.", hint="Select at least one.", param="datasets")
+        raise BadField(gettext("No dataset was chosen."), hint=gettext("Select at least one."), param="datasets")
     try:
         return compose.CombineRequest.model_validate({"operation": operation, "datasets": parts, **values})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        raise BadField(f"“{name}”: {first['msg']}.", hint="Change it and send the form again.", param=name) from None
+        raise BadField(f"“{name}”: {first['msg']}.", hint=gettext("Change it and send the form again."), param=name) from None
 
 
 @pages.post("/datasets/hub")
@@ -280,7 +282,7 @@ def retry(user: CurrentUser, session: Db, key: str) -> Response:
 def delete(request: Request, user: CurrentUser, session: Db, key: str) -> Response:
     dataset = _get(session, user, key)
     datasets.delete(session, user, dataset)
-    flash(request, f"The dataset “{dataset.name}” is deleted.")
+    flash(request, gettext("The dataset “%(name)s” is deleted.", name=dataset.name))
     return RedirectResponse("/datasets", 303)
 
 

@@ -17,6 +17,7 @@ from app.distillations.service import DistillationOrder
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.kit import forms, ids
+from app.kit.languages import gettext, mark
 from app.models import first_model
 from app.schemas.openapi import answers, takes
 from app.tables import Dataset, DistillationRun, User
@@ -27,7 +28,7 @@ from app.web.pagination import After, Limit, Offset, page
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("Distillation", "/distillations", "training", 35),)
+MENU = (MenuPage(mark("Distillation"), "/distillations", "training", 35),)
 api = APIRouter(prefix="/v1/distillations")
 Json = dict[str, Any]
 ON_A_PAGE = 25
@@ -121,7 +122,7 @@ def _form(session: Session, user: User, typed: Typed, fault: StudioError | None 
     return {
         "choices": choices, "datasets": usable(session, user, typed.get("dataset")), "typed": typed, "fault": None if errors else fault, "ids": ids,
         "errors": dict.fromkeys(PLACED) | errors,
-        "controls": [c for c in controls if c.name not in OWN], "graders": [*reward_form.choices(saved, {}), ("", "none: one answer each")],
+        "controls": [c for c in controls if c.name not in OWN], "graders": [*reward_form.choices(saved, {}), ("", gettext("none: one answer each"))],
         "offer": None if choices else first_model.offer(session, user),
         "rows": [(ids.public(ids.DISTILLATION, run.id), run) for run in found],
         "moving": any(run.status in ("queued", "running") for run in found),
@@ -179,8 +180,9 @@ def change_page(request: Request, session: Db, user: CurrentUser, distillation_i
         distillations.resume(session, user, run)
     elif action == "delete":
         distillations.delete(session, run)
-        flash(request, "Deleted the run. Its dataset stays.")
+        flash(request, gettext("Deleted the run. Its dataset stays."))
         return RedirectResponse("/distillations", status_code=303)
     else:
-        raise BadField(f"A distillation has no action {action[:40]}.", hint="It can be cancelled, resumed and deleted.", param="action")
+        message = gettext("A distillation has no action %(action)s.", action=action[:40])
+        raise BadField(message, hint=gettext("It can be cancelled, resumed and deleted."), param="action")
     return RedirectResponse(f"/distillations/{distillation_id}", status_code=303)

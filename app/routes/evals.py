@@ -12,6 +12,7 @@ from app.db import Db, on_commit
 from app.errors import NotFound
 from app.evals import service as evals
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.schemas.openapi import answers
 from app.tables import Eval, EvalItem, EvalRun, User
 from app.web.auth import CurrentUser
@@ -21,7 +22,7 @@ from app.web.pagination import After, Limit, Offset, Order, page
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("API evals", "/evals", "evaluation", 18),)
+MENU = (MenuPage(mark("API evals"), "/evals", "evaluation", 18),)
 api = APIRouter(prefix="/v1/evals")
 Json = dict[str, Any]
 RUN = "/{eval_id}/runs/{run_id}"
@@ -216,7 +217,7 @@ def _shown(run: EvalRun) -> Json:
 def delete_from_page(request: Request, session: Db, user: CurrentUser, eval_id: str) -> Response:
     found = _get(session, user, eval_id)
     evals.delete_eval(session, found)
-    flash(request, f"{found.name} was deleted.")
+    flash(request, gettext("%(name)s was deleted.", name=found.name))
     return RedirectResponse("/evals", status_code=303)
 
 
@@ -227,5 +228,5 @@ def act(request: Request, session: Db, user: CurrentUser, eval_id: str, run_id: 
         evals.cancel(session, run)
     else:
         evals.delete_run(session, run)
-        flash(request, f"{run.name} was deleted.")
+        flash(request, gettext("%(name)s was deleted.", name=run.name))
     return RedirectResponse(f"/evals/{eval_id}", status_code=303)

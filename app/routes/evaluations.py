@@ -15,9 +15,10 @@ from app.datasets import service as datasets
 from app.db import Db
 from app.errors import BadField, StudioError
 from app.evaluation import service as evaluations
-from app.evaluation import train_queue
+from app.evaluation import suited, train_queue
 from app.graders import GRADERS
 from app.kit import forms, ids
+from app.kit.languages import gettext, mark
 from app.models import first_model, interpolation
 from app.models import service as models
 from app.schemas.openapi import answers, takes
@@ -31,7 +32,7 @@ from app.web.pagination import After, Limit, page
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("Scores", "/evaluations", "evaluation", 10),)
+MENU = (MenuPage(mark("Scores"), "/evaluations", "evaluation", 10),)
 api = APIRouter(prefix="/v1/evaluations")
 Json = dict[str, Any]
 SHOWN = 50
@@ -128,7 +129,7 @@ def _list_page(
             model, dataset = usual
         else:  # the form says why nothing can be scored
             model, dataset = model or usable[0], dataset or scorable[0]
-            fault = fault or evaluations.unfit(model.name, (model.shape or {})["architecture"], model.labels, dataset)
+            fault = fault or suited.unfit(model.name, (model.shape or {})["architecture"], model.labels, dataset)
     param = (fault and fault.param) or ""
     return render(
         request,
@@ -180,7 +181,8 @@ def _number(text: str) -> int | None:
         return None
     number = forms.whole_number(text.strip())
     if number is None:
-        raise BadField(f"“{text[:20]}” is not a number of rows.", hint="Enter a whole number, or leave it empty.", param="rows")
+        message = gettext("“%(text)s” is not a number of rows.", text=text[:20])
+        raise BadField(message, hint=gettext("Enter a whole number, or leave it empty."), param="rows")
     return number
 
 
@@ -219,5 +221,5 @@ def cancel_page(session: Db, user: CurrentUser, evaluation_id: str, then: Annota
 @pages.post("/evaluations/{evaluation_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, evaluation_id: str) -> Response:
     evaluations.delete(session, user, ids.parse_evaluation(evaluation_id))
-    flash(request, "The evaluation was deleted.")
+    flash(request, gettext("The evaluation was deleted."))
     return RedirectResponse("/evaluations", status_code=303)

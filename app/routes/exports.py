@@ -11,6 +11,7 @@ from app import schemas
 from app.db import Db
 from app.errors import StudioError
 from app.kit import ids
+from app.kit.languages import gettext
 from app.models import export_json, exports
 from app.models import service as models
 from app.ownership import mine, owned
@@ -124,7 +125,7 @@ def push_from_page(
 def delete_from_page(request: Request, session: Db, user: CurrentUser, export_id: str) -> Response:
     found = owned(session, Export, user, ids.parse_export(export_id))
     exports.delete(session, user, found.id)
-    flash(request, "The export was deleted.")
+    flash(request, gettext("The export was deleted."))
     return _back(session.get_one(Model, found.model_id))
 
 

@@ -15,6 +15,7 @@ from app.errors import Forbidden, StudioError
 from app.inference import external_server, external_servers, handover, playground
 from app.inference.protocol import LLAMA_CPP
 from app.kit.addresses import Address
+from app.kit.languages import gettext, localized
 from app.models import service as models
 from app.schemas.openapi import answers
 from app.tables import JSON, Model, User
@@ -38,7 +39,7 @@ def _may_change(user: User, model: Model | None = None) -> None:
     """Admins only: an external server receives every prompt that is sent to its models. llama.cpp runs here, so a model's owner may
     choose it, and leave it."""
     if user.role != "admin" and not (model is not None and model.project_id == user.project_id):
-        raise Forbidden("Only an admin may choose the engine of a model.", hint="Ask an admin.", param="model")
+        raise Forbidden(gettext("Only an admin may choose the engine of a model."), hint=gettext("Ask an admin."), param="model")
 
 
 @api.get("/engines", operation_id="list_engines", responses=answers(schemas.list_of(schemas.Engine), 403))
@@ -82,8 +83,11 @@ async def check_from_page(request: Request, user: CurrentUser, key: str) -> Resp
     """The same from the page, which tells the result."""
     who = await run_in_threadpool(_speaker_of_key, user, key)
     found = await handover.check(user, who)
-    said = found["fault"]["message"] if found["fault"] else f"It computes this model: {found['distance']:.2g} nats per token apart."
-    flash(request, said)
+    if found["fault"]:
+        flash(request, found["fault"]["message"])
+    else:
+        distance = localized(f"{found['distance']:.2g}")
+        flash(request, gettext("It computes this model: %(distance)s nats per token apart.", distance=distance))
     return RedirectResponse(f"/models/{key}?tab=settings", status_code=303)
 
 
@@ -120,8 +124,8 @@ def from_page(
     _may_change(user, model if url == LLAMA_CPP or not (url or model.answered_elsewhere) else None)
     if not url:
         external_servers.remove(model)
-        flash(request, f"{model.title} runs on the built-in engine.")
+        flash(request, gettext("%(model)s runs on the built-in engine.", model=model.title))
     else:
         engine = external_servers.register(model, url, engine_model, via)
-        flash(request, f"{model.title} runs on {engine.host} from now on.")
+        flash(request, gettext("%(model)s runs on %(server)s from now on.", model=model.title, server=engine.host))
     return RedirectResponse(f"/models/{key}?tab=settings", status_code=303)

@@ -23,6 +23,7 @@ from app.inference.judges import Hear, ResolvedJudge
 from app.inference.protocol import GenerateRequest
 from app.kit import ids
 from app.kit.json_safe import too_deep
+from app.kit.languages import gettext, mark
 from app.kit.token_meter import TokenMeter
 from app.schemas.graders import MAX_ITEM_BYTES
 from app.schemas.openapi import answers, takes
@@ -37,7 +38,7 @@ from app.web.templates import flash, render
 
 pages = APIRouter()
 SHOWN = 50
-MENU = (MenuPage("Graders", "/graders", "evaluation", 15),)
+MENU = (MenuPage(mark("Graders"), "/graders", "evaluation", 15),)
 api = APIRouter(prefix="/v1")
 Json = dict[str, Any]
 ALPHA = "/fine_tuning/alpha/graders"
@@ -104,9 +105,8 @@ def compare_here(request: Request, user: User, judge: Judge, given: Sequence[tup
 def _judge(grader: Grader) -> Judge:
     """Raises BadField for a grader that is no judge."""
     if not isinstance(grader, Judge):
-        raise BadField(
-            f"A {grader.type} grader compares no answers.", hint="Send a judge: score_model or label_model.", param="grader.type"
-        )
+        message = gettext("A %(type)s grader compares no answers.", type=grader.type)
+        raise BadField(message, hint=gettext("Send a judge: score_model or label_model."), param="grader.type")
     return grader
 
 
@@ -259,7 +259,7 @@ async def try_page(request: Request, user: CurrentUser) -> Response:
 def delete_page(request: Request, session: Db, user: CurrentUser, grader_id: str) -> Response:
     saved = saved_graders.get(session, user, ids.parse_grader(grader_id))
     saved_graders.delete(session, saved)
-    flash(request, f"Deleted “{saved.name}”. What was ordered with it keeps it.")
+    flash(request, gettext("Deleted “%(name)s”. What was ordered with it keeps it.", name=saved.name))
     return RedirectResponse("/graders", status_code=303)
 
 
@@ -315,7 +315,7 @@ def _save(request: Request, user: User, data: Typed) -> Response:
     except StudioError as fault:
         with transaction() as session:
             return render(request, "grader.html", status_code=fault.status, **_of_form(session, user, data, fault))
-    flash(request, f"Saved “{grader.name}”.")
+    flash(request, gettext("Saved “%(name)s”.", name=grader.name))
     return RedirectResponse(f"/graders/{place}", status_code=303)
 
 
@@ -325,7 +325,7 @@ def _try(request: Request, user: User, data: Typed) -> Response:
     try:
         tried = _compare(request, user, data) if data.get("do") == "compare" else _grade(request, user, data)
     except (StudioError, GradeError) as error:
-        fault = error if isinstance(error, StudioError) else BadField(error.message, hint="Try again.", param="model")
+        fault = error if isinstance(error, StudioError) else BadField(error.message, hint=gettext("Try again."), param="model")
     with transaction() as session:
         context = _of_form(session, user, data, fault) | tried
         return render(request, "grader.html", status_code=fault.status if fault else 200, **context)
@@ -360,7 +360,7 @@ def _compare(request: Request, user: User, data: Typed) -> Json:
     """Two models answer the rows, and the judge is asked in both orders which answer is better."""
     judge = _judge(_typed_grader(data))
     if data.get("model") == data.get("other"):
-        raise BadField("A model cannot be compared with itself.", hint="Choose two models.", param="other")
+        raise BadField(gettext("A model cannot be compared with itself."), hint=gettext("Choose two models."), param="other")
     with transaction() as session:
         rows = _trial(session, user, data)
         writers = [judges.writer(session, user, data.get(name, "")) for name in ("model", "other")]

@@ -19,6 +19,8 @@ from app.errors import NotFound
 from app.formats import FORMATS
 from app.jobs import spec_builder
 from app.kit.forms import FormField, controls, whole_number
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, localized, mark
 from app.learn import STOPS
 from app.models import service as models
 from app.planning import calculator
@@ -31,22 +33,22 @@ from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
-MENU = (MenuPage("Guide", "/guide", "end", 10),)
+MENU = (MenuPage(mark("Guide"), "/guide", "end", 10),)
 
 FAMILIES = {
-    "feature": ("Feature extraction", "The model is frozen; a small classifier is trained on its vectors."),
-    "partial": ("Partial re-training", "New layers on top, or the last ones, are trained; the rest is frozen."),
-    "full": ("Full", "Every weight is trained."),
-    "additive": ("Additive (adapters, soft prompts)", "New layers or vectors are trained; the model itself is frozen."),
-    "selective": ("Selective", "Only some of the model's own parameters are trained: biases, norms or scales."),
-    "reparametrized": ("Reparametrized (LoRA family)", "The change of a weight matrix is trained in a much smaller form."),
+    "feature": (mark("Feature extraction"), mark("The model is frozen; a small classifier is trained on its vectors.")),
+    "partial": (mark("Partial re-training"), mark("New layers on top, or the last ones, are trained; the rest is frozen.")),
+    "full": (mark("Full"), mark("Every weight is trained.")),
+    "additive": (mark("Additive (adapters, soft prompts)"), mark("New layers or vectors are trained; the model itself is frozen.")),
+    "selective": (mark("Selective"), mark("Only some of the model's own parameters are trained: biases, norms or scales.")),
+    "reparametrized": (mark("Reparametrized (LoRA family)"), mark("The change of a weight matrix is trained in a much smaller form.")),
 }
 """Titles of families of methods. A family that is not listed is shown under its own name."""
 
 FORGETS = {
-    "little": "Low: the base model stays unchanged, and the adapter can be removed.",
-    "some": "Medium: parts of the model itself change. Check general ability on the run's page.",
-    "much": "High: every weight changes. Check general ability on the run's page, and keep the learning rate low.",
+    "little": mark("Low: the base model stays unchanged, and the adapter can be removed."),
+    "some": mark("Medium: parts of the model itself change. Check general ability on the run's page."),
+    "much": mark("High: every weight changes. Check general ability on the run's page, and keep the learning rate low."),
 }
 EXAMPLES = ("1.5", "175")
 """Numbers of parameters, in billions, that the calculator offers."""
@@ -84,10 +86,12 @@ def calculate(parameters: str, tokens: str) -> CalculatorQuery:
     except ValueError:
         billions = math.nan
     if not calculator.LEAST <= billions <= calculator.MOST:
-        return asked._replace(fault=f"Parameters are a number of billions from {calculator.LEAST} to {calculator.MOST:,}, such as 1.5.")
+        least, most = human_number(calculator.LEAST, 2), human_number(calculator.MOST)
+        fault = gettext("Parameters are a number of billions from %(least)s to %(most)s, such as 1.5.", least=least, most=most)
+        return asked._replace(fault=fault)
     count = whole_number(tokens.strip())
     if count is None or not 16 <= count <= 131_072:
-        return asked._replace(fault="Tokens per batch are a whole number from 16 to 131,072, such as 2048.")
+        return asked._replace(fault=gettext("Tokens per batch are a whole number from 16 to 131,072, such as 2048."))
     shape = calculator.shape_for(billions)
     return asked._replace(shape=shape, rows=calculator.table(shape, count))
 
@@ -96,7 +100,8 @@ def calculate(parameters: str, tokens: str) -> CalculatorQuery:
 def strategy_page(request: Request, user: CurrentUser, session: Db, strategy: str) -> Response:
     cls = STRATEGIES.get(strategy)
     if cls is None:
-        raise NotFound(f"There is no method {strategy[:60]!r}.", hint="The guide lists every one.", param="strategy")
+        message = gettext("There is no method %(name)s.", name=repr(strategy[:60]))
+        raise NotFound(message, hint=gettext("The guide lists every one."), param="strategy")
     done = select(Job).where(Job.project_id == user.project_id, Job.deleted_at.is_(None), Job.status == "succeeded")
     jobs = session.scalars(done.where(Job.spec["strategy"]["name"].astext == strategy).order_by(Job.created_at.desc()).limit(5)).all()
     return render(
@@ -113,21 +118,21 @@ def name_of(cls: type[Strategy]) -> str:
 def bounds(control: FormField, info: FieldInfo) -> str:
     """The valid values of a field: `1 to 1024`, `more than 0, up to 10`, or its choices."""
     if control.widget == "checkbox":
-        return "yes or no"
+        return gettext("yes or no")
     if control.choices:
-        return ", ".join(choice or "automatic" for choice in control.choices)
+        return ", ".join(choice or gettext("automatic") for choice in control.choices)
     low = high = ""
     for rule in info.metadata:
         match rule:
             case annotated_types.Ge(ge=bound):
-                low = f"{bound} or more"
+                low = gettext("%(bound)s or more", bound=localized(f"{bound}"))
             case annotated_types.Gt(gt=bound):
-                low = f"more than {bound}"
+                low = gettext("more than %(bound)s", bound=localized(f"{bound}"))
             case annotated_types.Le(le=bound):
-                high = f"up to {bound}"
+                high = gettext("up to %(bound)s", bound=localized(f"{bound}"))
             case annotated_types.Lt(lt=bound):
-                high = f"less than {bound}"
-    return ", ".join(part for part in (low, high) if part) or ("a number" if control.widget == "number" else "text")
+                high = gettext("less than %(bound)s", bound=localized(f"{bound}"))
+    return ", ".join(part for part in (low, high) if part) or (gettext("a number") if control.widget == "number" else gettext("text"))
 
 
 def costs(session: Db, user: CurrentUser, cls: type[Strategy]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids, zip_stream
 from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 from app.models import first_model, model_card
 from app.models import service as models
 from app.planning.schedule import GOVERNED
@@ -34,7 +35,7 @@ from app.web.pagination import MAX_NUMBER, Offset, Step
 from app.web.templates import flash, render
 
 pages = APIRouter()
-MENU = (MenuPage("Runs", "/jobs", "training", 10), MenuPage("New run", "/jobs/new", "training", 20))
+MENU = (MenuPage(mark("Runs"), "/jobs", "training", 10), MenuPage(mark("New run"), "/jobs/new", "training", 20))
 
 
 def _form(items: Posted) -> dict[str, str]:
@@ -87,7 +88,7 @@ def job_file_of_form(request: Request, user: CurrentUser, session: Db) -> Respon
     """The configuration of the job that the form would start, with every setting, as a file for `luthier train`."""
     form = job_form.order_form(session, user, dict(request.query_params.multi_items()))
     if form.unseen or form.spec is None or not form.ready:
-        said = form.unseen or "There is no file of it: something below is not right yet."
+        said = form.unseen or gettext("There is no file of it: something below is not right yet.")
         return _order_page(request, session, user, form, None, problem=said, status_code=409 if form.unseen else 400)
     return _yaml_file(config_file.as_file(form.spec), "job.yaml")
 
@@ -96,10 +97,11 @@ async def _file(request: Request) -> bytes:
     """The configuration file of a posted form. Raises BadField for one that is too large, or BadData."""
     length = request.headers.get("content-length", "")
     if not length.isdigit() or int(length) > config_file.MAX_FILE:
-        raise BadData("The file is too large for the settings of a run.", hint=f"It may have {config_file.MAX_FILE:,} bytes.")
+        hint = gettext("It may have %(most)s bytes.", most=human_number(config_file.MAX_FILE))
+        raise BadData(gettext("The file is too large for the settings of a run."), hint=hint)
     sent = (await request.form(max_files=1)).get("file")
     if not isinstance(sent, UploadFile) or not sent.filename:
-        raise BadField("No file was chosen.", hint="Choose the YAML file of a run.", param="file")
+        raise BadField(gettext("No file was chosen."), hint=gettext("Choose the YAML file of a run."), param="file")
     return await sent.read()
 
 
@@ -126,7 +128,7 @@ def order_job(request: Request, user: CurrentUser, session: Db, typed: Form) -> 
     if form.unseen:
         return _order_page(request, session, user, form, typed.get("key"), problem=form.unseen, status_code=409)
     if not form.ready or form.order is None:
-        said = "The run was not started: something below is not right yet."
+        said = gettext("The run was not started: something below is not right yet.")
         return _order_page(request, session, user, form, typed.get("key"), problem=said, status_code=400)
     order = form.order
     job = once(lambda key: jobs.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
@@ -236,7 +238,7 @@ def resume(user: CurrentUser, session: Db, job_id: str, step: Annotated[int | No
 @pages.post("/jobs/{job_id}/checkpoints/{step}/keep")
 def keep(request: Request, user: CurrentUser, session: Db, job_id: str, step: Step) -> Response:
     model = checkpoints.keep(session, jobs.get(session, user, ids.parse(ids.JOB, job_id)), step)
-    flash(request, f"The checkpoint of step {human_number(step)} is kept as the model {model.name}.")
+    flash(request, gettext("The checkpoint of step %(step)s is kept as the model %(model)s.", step=human_number(step), model=model.name))
     return RedirectResponse(f"/models/{ids.public(ids.MODEL, model.id)}", status_code=303)
 
 
@@ -259,7 +261,7 @@ def stop(request: Request, user: CurrentUser, session: Db, job_id: str) -> Respo
 @pages.post("/jobs/{job_id}/save")
 def save(request: Request, user: CurrentUser, session: Db, job_id: str) -> Response:
     job = jobs.save_now(session, user, ids.parse(ids.JOB, job_id))
-    flash(request, f"A checkpoint is saved at the next step after step {human_number(job.step)}.")
+    flash(request, gettext("A checkpoint is saved at the next step after step %(step)s.", step=human_number(job.step)))
     return _asked(job)
 
 
@@ -269,7 +271,8 @@ def retry(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     found = job_tabs.suggestions(session, job)
     if suggestion >= len(found):
-        raise BadField("This run suggests no such settings.", hint="Clone it, and change what you like.", param="suggestion")
+        message = gettext("This run suggests no such settings.")
+        raise BadField(message, hint=gettext("Clone it, and change what you like."), param="suggestion")
     order = {**job.order, "run": {**job.order.get("run", {}), **found[suggestion].order["run"]}}
     return _asked(jobs.create(session, user, JobRequest.model_validate(order)))
 
@@ -278,7 +281,7 @@ def retry(user: CurrentUser, session: Db, job_id: str, suggestion: Annotated[int
 def delete(request: Request, user: CurrentUser, session: Db, job_id: str) -> Response:
     job = jobs.get(session, user, ids.parse(ids.JOB, job_id))
     jobs.delete(session, user, job.id)
-    flash(request, f"{job.name} was deleted.")
+    flash(request, gettext("%(name)s was deleted.", name=job.name))
     return RedirectResponse("/jobs", status_code=303)
 
 

@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
 from app.inference import reading
+from app.kit.languages import gettext, mark
 from app.learn import STOPS, StartedStop, Stop, StopResult, _visits
 from app.tables import User
 from app.views.glossary import GLOSSARY
@@ -28,19 +29,22 @@ from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
 PAGE = "/learn"
-MENU = (MenuPage("Reading room", PAGE, "end", 5),)
+MENU = (MenuPage(mark("Reading room"), PAGE, "end", 5),)
 READ_SECONDS = 30.0
 """How long a click waits until the sample of a stop is read. No database connection is held meanwhile."""
 
 
 @pages.get(PAGE)
 def room(request: Request, session: Db, user: CurrentUser) -> Response:
-    return web_templates.render(request, "learn.html", stops=list(STOPS.values()), done=_visits.done(session, user))
+    done = _visits.done(session, user)
+    headlines = {name: _visits.headline(session, user, STOPS[name], visit) for name, visit in done.items() if name in STOPS}
+    return web_templates.render(request, "learn.html", stops=list(STOPS.values()), done=done, headlines=headlines)
 
 
 def _stop(name: str) -> Stop:
     if name not in STOPS:
-        raise NotFound(f"There is no stop {name[:60]!r}.", hint="The reading room lists every one.", param="stop")
+        message = gettext("There is no stop %(name)s.", name=repr(name[:60]))
+        raise NotFound(message, hint=gettext("The reading room lists every one."), param="stop")
     return STOPS[name]
 
 
@@ -69,13 +73,14 @@ def _page(
     result = StopResult()
     if shown is not None:
         result = stop.look(session, user, shown)
-        _visits.settle(session, shown, result)
+        _visits.settle(session, user, stop, shown, result)
     names = list(STOPS)
     place = names.index(stop.name)
     context: dict[str, Any] = {
         "stop": stop, "shown": shown, "visits": visits, "result": result, "fault": fault, "number": place + 1, "stops": len(names),
         "missing": _visits.missing(session, user, stop), "fields": stop.fields(session, user, shown), "typed": typed,
-        "buttons": stop.buttons(session, user, shown), "words": [(word, GLOSSARY[word]) for word in stop.words], "page": f"{PAGE}/{stop.name}",
+        "buttons": stop.buttons(session, user, shown), "words": [(word, GLOSSARY[word]) for word in stop.words],
+        "headlines": {one.id: _visits.headline(session, user, stop, one) for one in visits}, "page": f"{PAGE}/{stop.name}",
         "before": STOPS[names[place - 1]] if place else None, "after": STOPS[names[place + 1]] if place + 1 < len(names) else None,
     }  # fmt: skip
     return web_templates.render(request, "learn_stop.html", status_code=fault.status if fault else 200, **context)
@@ -125,7 +130,8 @@ async def _samples_read(user: User, stop: Stop) -> None:
     end = time.monotonic() + READ_SECONDS
     while await run_in_threadpool(_unread, user, stop):
         if time.monotonic() > end:
-            raise Conflict("The sample of this stop is still being read.", hint="Try again in a moment.", code="still_reading")
+            message = gettext("The sample of this stop is still being read.")
+            raise Conflict(message, hint=gettext("Try again in a moment."), code="still_reading")
         await asyncio.sleep(0.2)
 
 

@@ -15,7 +15,7 @@ from app.db import Db
 from app.errors import StudioError
 from app.evaluation import gates, train_queue
 from app.kit import ids
-from app.kit.humanize import plural
+from app.kit.languages import gettext, ngettext
 from app.models import aliases
 from app.models import service as models
 from app.routes.models import show_model
@@ -104,14 +104,14 @@ def set_from_page(request: Request, session: Db, user: CurrentUser, key: str, al
         if fault.code in ("evaluations_missing", "gate_not_passed"):
             return RedirectResponse(_url(alias.strip(), model=key), status_code=303)
         return show_model(request, session, user, model, "use", fault, alias=alias)
-    flash(request, f"{alias.strip()} points to {model.title} from now on.")
+    flash(request, gettext("%(alias)s points to %(model)s from now on.", alias=alias.strip(), model=model.title))
     return RedirectResponse(f"/models/{key}", status_code=303)
 
 
 @pages.post("/models/{key}/aliases/remove")
 def remove_from_page(request: Request, session: Db, user: CurrentUser, key: str, alias: Annotated[str, Form(max_length=512)]) -> Response:
     aliases.remove(session, user, alias)
-    flash(request, f"The alias {alias} was removed.")
+    flash(request, gettext("The alias %(alias)s was removed.", alias=alias))
     return RedirectResponse(f"/models/{key}", status_code=303)
 
 
@@ -156,7 +156,7 @@ def move_from_page(
     except StudioError as fault:
         told = None if fault.code in ("evaluations_missing", "gate_not_passed") else fault  # those are shown with the model
         return _show(request, session, user, alias, told, wanted=model, reason=reason)
-    flash(request, f"{alias} points to {found.model.title} from now on.")
+    flash(request, gettext("%(alias)s points to %(model)s from now on.", alias=alias, model=found.model.title))
     return RedirectResponse(_url(alias), status_code=303)
 
 
@@ -177,7 +177,8 @@ def gate_from_page(
             gates.apply(session, user, alias, gates.AliasOrder(gate=alias_view.gate_of(typed)))
     except StudioError as fault:
         return _show(request, session, user, alias, fault, typed=typed)
-    flash(request, f"The gate of {alias} was {'set' if dataset else 'removed'}.")
+    said = gettext("The gate of %(alias)s was set.", alias=alias) if dataset else gettext("The gate of %(alias)s was removed.", alias=alias)
+    flash(request, said)
     return RedirectResponse(_url(alias), status_code=303)
 
 
@@ -190,7 +191,8 @@ def evaluate_from_page(
             made = gates.start(session, user, aliases.get(session, user, alias), models.get(session, user, model))
     except StudioError as fault:
         return _show(request, session, user, alias, fault, wanted=model)
-    flash(request, f"{plural(len(made), 'evaluation')} started." if made else "Nothing is missing.")
+    started = ngettext("%(num)s evaluation started.", "%(num)s evaluations started.", len(made))
+    flash(request, started if made else gettext("Nothing is missing."))
     return RedirectResponse(_url(alias, model=model), status_code=303)
 
 
@@ -201,5 +203,5 @@ def back_from_page(request: Request, session: Db, user: CurrentUser, alias: str)
             found = aliases.go_back(session, user, alias)
     except StudioError as fault:
         return _show(request, session, user, alias, fault)
-    flash(request, f"{alias} points to {found.model.title} again.")
+    flash(request, gettext("%(alias)s points to %(model)s again.", alias=alias, model=found.model.title))
     return RedirectResponse(_url(alias), status_code=303)

@@ -19,7 +19,8 @@ from app.evaluation import verdict
 from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
-from app.models import aliases, export_json, exports, integrity, merging, model_card, starters
+from app.kit.languages import gettext, mark
+from app.models import aliases, export_facts, export_json, exports, import_folders, integrity, merging, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models
 from app.models.integrity import BadModel
@@ -39,18 +40,18 @@ from app.web.templates import flash, public_address, render
 
 api = APIRouter(prefix="/v1", tags=["models"])
 pages = APIRouter()
-MENU = (MenuPage("Models", "/models", "start", 30),)
+MENU = (MenuPage(mark("Models"), "/models", "start", 30),)
 
 CHILDREN = 50
 """Models made of one that its page lists; the others are on the list of models."""
 KINDS = ("generic", "instruction", "dialogue", "encoder")
 KIND_WORDS = {
-    "generic": "predicts the next token",
-    "instruction": "follows one instruction",
-    "dialogue": "holds a conversation",
-    "classifier": "assigns a class",
-    "encoder": "turns a text into a vector",
-    "reward": "gives an answer a number",
+    "generic": mark("predicts the next token"),
+    "instruction": mark("follows one instruction"),
+    "dialogue": mark("holds a conversation"),
+    "classifier": mark("assigns a class"),
+    "encoder": mark("turns a text into a vector"),
+    "reward": mark("gives an answer a number"),
 }
 
 
@@ -151,9 +152,11 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
     """The row of a model that is being added. Raises BadField unless exactly one source is given."""
     named = [word for word in ("starter", "folder", "hub") if getattr(order, word)]
     if len(named) != 1:
-        raise BadField("Say where the model comes from: one of starter, folder and hub.", hint="Give exactly one.", param="starter")
+        message = gettext("Say where the model comes from: one of starter, folder and hub.")
+        raise BadField(message, hint=gettext("Give exactly one."), param="starter")
     if order.kind and order.kind not in KINDS:
-        raise BadField(f"{order.kind[:40]!r} is no kind of model.", hint=f"There are {', '.join(KINDS)}.", param="kind")
+        message = gettext("%(kind)s is no kind of model.", kind=repr(order.kind[:40]))
+        raise BadField(message, hint=gettext("There are %(names)s.", names=", ".join(KINDS)), param="kind")
     if order.starter:
         return model_imports.add_starter(session, order.starter, accept_terms=order.accept_terms)
     if order.folder:
@@ -164,7 +167,7 @@ def add(session: Session, user: User, order: ModelOrder) -> Model:
 def may_change(user: User, model: Model) -> None:
     """Only an admin may change or delete a shared model."""
     if model.project_id != user.project_id and user.role != "admin":
-        raise Forbidden(f"{model.name} is shared by everyone here.", hint="Ask an admin.", param="model")
+        raise Forbidden(gettext("%(model)s is shared by everyone here.", model=model.name), hint=gettext("Ask an admin."), param="model")
 
 
 # The list -----------------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def _list_page(
     form: dict[str, str] | None = None,
     wish: lists.ListQuery | None = None,
 ) -> Response:
-    bar = lists.models_bar(session, user, wish or lists.ListQuery(), KINDS_SHOWN)
+    bar = lists.models_bar(session, user, wish or lists.ListQuery(), {kind: gettext(word) for kind, word in KINDS_SHOWN.items()})
     found, bar.more = lists.models(session, user, bar)
     few_shot = {model.id for model in tryout.with_few_shot(session, found, limit=len(found))}
     own, known = select(Model.id).where(models.visible(user)), [starters.model_id(name) for name in starters.STARTERS]
@@ -203,8 +206,8 @@ def _list_page(
         groups=_groups(found),
         busy=session.scalar(own.where(Model.status == "fetching").limit(1)) is not None,
         starters=[s for s in starters.STARTERS.values() if starters.model_id(s.name) not in here],
-        folders=[path for path in model_imports.importable()],
-        import_folder=model_imports.import_folders()[0],
+        folders=[path for path in import_folders.importable()],
+        import_folder=import_folders.import_folders()[0],
         offline=get_settings().offline,
         kinds=KINDS,
         kind_words=KIND_WORDS,
@@ -249,7 +252,7 @@ def add_from_form(
         return _list_page(request, session, user, fault, texts)
     except StudioError as fault:
         return _list_page(request, session, user, fault, texts)
-    flash(request, f"{model.title} is being downloaded. It can be used as soon as it is ready.")
+    flash(request, gettext("%(model)s is being downloaded. It can be used as soon as it is ready.", model=model.title))
     return RedirectResponse(safe_next(then), status_code=303)
 
 
@@ -265,7 +268,8 @@ def terms_page(request: Request, user: CurrentUser, name: str, then: Annotated[s
 
 Tab = Literal["use", "export", "evaluations", "lineage", "files", "settings"]
 TABS: dict[Tab, str] = {
-    "use": "Use", "export": "Export", "evaluations": "Evaluations", "lineage": "Lineage", "files": "Files & hashes", "settings": "Settings",
+    "use": mark("Use"), "export": mark("Export"), "evaluations": mark("Evaluations"), "lineage": mark("Lineage"),
+    "files": mark("Files & hashes"), "settings": mark("Settings"),
 }  # fmt: skip
 
 
@@ -303,7 +307,7 @@ def show_model(
     )
     named = aliases.list_(session, user)
     own = [one.alias.name for one in named if one.model.id == model.id]
-    facts = exports.facts(session, model) if tab == "export" else None
+    facts = export_facts.facts(session, model) if tab == "export" else None
     exported = exports.of_model(session, user, model) if tab == "export" else []
     address = f"{public_address(request)}/v1"
     return render(
@@ -313,7 +317,7 @@ def show_model(
         model=model,
         page=page,
         tab=tab,
-        tab_items=list(TABS.items()),
+        tab_items=[(name, gettext(title)) for name, title in TABS.items()],
         key=lists.public_id(model),
         chain=chain,
         below=below[:CHILDREN],
@@ -337,7 +341,7 @@ def show_model(
         aliases=own,
         aliases_elsewhere=[one for one in named if one.model.id != model.id],
         merged=merged,
-        export_formats=exports.choices(facts) if facts else [],
+        export_formats=export_facts.choices(facts) if facts else [],
         export_bytes=lambda kind, name: kind.bytes_of(facts, [name]),
         export_title=lambda name: FORMATS[name].title if name in FORMATS else name,
         exports=[export_json.to_json(one) for one in exported],
@@ -359,7 +363,7 @@ def delete_from_page(request: Request, session: Db, user: CurrentUser, key: str)
         models.delete(session, user, model)
     except Conflict as fault:
         return show_model(request, session, user, model, "settings", fault)
-    flash(request, f"{model.title} was deleted.")
+    flash(request, gettext("%(name)s was deleted.", name=model.title))
     return RedirectResponse("/models", status_code=303)
 
 
@@ -369,7 +373,7 @@ def keep(request: Request, session: Db, user: CurrentUser, key: str, then: Annot
     model = models.get(session, user, key)
     may_change(user, model)
     models.keep(model)
-    flash(request, f"{model.title} is kept: it is listed with the other models and can be chosen everywhere.")
+    flash(request, gettext("%(model)s is kept: it is listed with the other models and can be chosen everywhere.", model=model.title))
     return RedirectResponse(safe_next(then or f"/models/{lists.public_id(model)}"), status_code=303)
 
 
@@ -384,7 +388,7 @@ def retry(session: Db, user: CurrentUser, key: str, then: Annotated[str, Form(al
 @pages.post("/models/{key}/merge")
 def merge(request: Request, session: Db, user: CurrentUser, key: str) -> Response:
     merged = merging.merge(session, user, models.get(session, user, key))
-    flash(request, "The adapter is being merged. The merged model is listed below the fine-tuned one.")
+    flash(request, gettext("The adapter is being merged. The merged model is listed below the fine-tuned one."))
     return RedirectResponse(f"/models/{lists.public_id(merged)}", status_code=303)
 
 
@@ -396,7 +400,7 @@ def download(session: Db, user: CurrentUser, key: str) -> StreamingResponse:
     models.reference(session, model)  # raises where the model is not ready
     folder = models.own_folder(model)
     if folder is None:
-        raise Conflict(f"The files of {model.name} are not there.", hint="Add the model again.")
+        raise Conflict(gettext("The files of %(model)s are not there.", model=model.name), hint=gettext("Add the model again."))
     try:
         integrity.check(str(model.path), model.name, model.revision)
     except BadModel as damaged:

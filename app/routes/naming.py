@@ -18,7 +18,8 @@ from app.errors import BadField, StudioError
 from app.evaluation import comparison_json, comparisons
 from app.jobs import service as jobs
 from app.kit import ids
-from app.kit.humanize import plural
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark, ngettext
 from app.models import service as models
 from app.routes import models as model_routes
 from app.routes import versions
@@ -38,10 +39,12 @@ MAX_TOLD = 5
 
 
 class NamedKind(NamedTuple):
-    """The kind of object that a list holds: its name, and functions that find one, check the permission to change it, and delete
-    it."""
+    """The kind of object that a list holds: its name, and functions that tell what was done to them, find one, check the permission to
+    change it, and delete it."""
 
     title: str
+    counted: Callable[[Literal["deleted", "tagged", "refused"], int, str], str]
+    """What was done to so many of them, as a sentence, with the tags."""
     find: Callable[[Session, User, str], Any]
     delete: Callable[[Session, User, Any], None]
     tagged: bool = True
@@ -53,18 +56,60 @@ def _model(session: Session, user: User, key: str) -> Any:
     return found
 
 
+def _runs(done: str, count: int, tags: str) -> str:
+    if done == "deleted":
+        return ngettext("%(num)s run deleted.", "%(num)s runs deleted.", count)
+    if done == "tagged":
+        return ngettext("%(num)s run tagged %(tags)s.", "%(num)s runs tagged %(tags)s.", count, tags=tags)
+    return ngettext("%(num)s run refused.", "%(num)s runs refused.", count)
+
+
+def _models(done: str, count: int, tags: str) -> str:
+    if done == "deleted":
+        return ngettext("%(num)s model deleted.", "%(num)s models deleted.", count)
+    if done == "tagged":
+        return ngettext("%(num)s model tagged %(tags)s.", "%(num)s models tagged %(tags)s.", count, tags=tags)
+    return ngettext("%(num)s model refused.", "%(num)s models refused.", count)
+
+
+def _datasets(done: str, count: int, tags: str) -> str:
+    if done == "deleted":
+        return ngettext("%(num)s dataset deleted.", "%(num)s datasets deleted.", count)
+    if done == "tagged":
+        return ngettext("%(num)s dataset tagged %(tags)s.", "%(num)s datasets tagged %(tags)s.", count, tags=tags)
+    return ngettext("%(num)s dataset refused.", "%(num)s datasets refused.", count)
+
+
+def _comparisons(done: str, count: int, tags: str) -> str:
+    if done == "deleted":
+        return ngettext("%(num)s comparison deleted.", "%(num)s comparisons deleted.", count)
+    return ngettext("%(num)s comparison refused.", "%(num)s comparisons refused.", count)
+
+
+def _searches(done: str, count: int, tags: str) -> str:
+    if done == "deleted":
+        return ngettext("%(num)s search deleted.", "%(num)s searchs deleted.", count)
+    return ngettext("%(num)s search refused.", "%(num)s searchs refused.", count)
+
+
 KINDS: dict[Place, NamedKind] = {
-    "jobs": NamedKind("run", lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)),
-    "models": NamedKind("model", _model, models.delete),
-    "datasets": NamedKind("dataset", lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line),
+    "jobs": NamedKind(
+        mark("run"), _runs, lambda s, u, key: jobs.get(s, u, ids.parse(ids.JOB, key)), lambda s, u, job: jobs.delete(s, u, job.id)
+    ),
+    "models": NamedKind(mark("model"), _models, _model, models.delete),
+    "datasets": NamedKind(
+        mark("dataset"), _datasets, lambda s, u, key: datasets.get(s, u, ids.parse(ids.DATASET, key)), datasets.delete_line
+    ),
     "compare": NamedKind(
-        "comparison",
+        mark("comparison"),
+        _comparisons,
         lambda s, u, key: comparisons.get(s, u, ids.parse(ids.COMPARISON, key)),
         lambda s, u, found: comparisons.delete(s, u, found.id),
         tagged=False,
     ),
     "searches": NamedKind(
-        "search",
+        mark("search"),
+        _searches,
         lambda s, u, key: searches.get(s, u, ids.parse(ids.SEARCH, key)),
         lambda s, u, found: searches.delete(s, u, found.id),
         tagged=False,
@@ -172,7 +217,10 @@ def bulk(
     if do == "compare" and place == "jobs":
         return RedirectResponse(f"/jobs/compare?{urlencode([('job', key) for key in picked])}", status_code=303)
     if do == "compare" or (do == "tag" and not kind.tagged):
-        raise BadField(f"A {kind.title} cannot be {'compared' if do == 'compare' else 'tagged'} here.", param="do")
+        title = gettext(kind.title)
+        if do == "compare":
+            raise BadField(gettext("A %(kind)s cannot be compared here.", kind=title), param="do")
+        raise BadField(gettext("A %(kind)s cannot be tagged here.", kind=title), param="do")
 
     def act(found: Any) -> None:
         if do == "delete":
@@ -182,22 +230,26 @@ def bulk(
 
     done, refused = _each(session, user, kind, picked, act)
     if done:
-        flash(request, f"{plural(done, kind.title)} {'deleted' if do == 'delete' else 'tagged ' + ', '.join(added)}.")
+        flash(request, kind.counted("deleted" if do == "delete" else "tagged", done, ", ".join(added)))
     if refused:
-        more = f" And {len(refused) - MAX_TOLD} more." if len(refused) > MAX_TOLD else ""
-        said = f"{plural(len(refused), kind.title)} refused. {' '.join(refused[:MAX_TOLD])}{more}"
-        flash(request, said, "bad")
+        more = [gettext("And %(num)s more.", num=human_number(len(refused) - MAX_TOLD))] if len(refused) > MAX_TOLD else []
+        flash(request, " ".join([kind.counted("refused", len(refused), ""), *refused[:MAX_TOLD], *more]), "bad")
     return RedirectResponse(here, status_code=303)
 
 
 def _missing(do: str, place: str, picked: int, added: list[str]) -> str | None:
     """The input that is missing, shown above the list."""
     if not picked:
-        return "No row is selected. Select at least one."
+        return gettext("No row is selected. Select at least one.")
     if do == "compare" and place == "jobs" and not 2 <= picked <= run_comparison.MOST:
-        return f"{plural(picked, 'run')} selected. Select 2 to {run_comparison.MOST} to compare."
+        return ngettext(
+            "%(num)s run selected. Select 2 to %(most)s to compare.",
+            "%(num)s runs selected. Select 2 to %(most)s to compare.",
+            picked,
+            most=run_comparison.MOST,
+        )
     if do == "tag" and not added:
-        return "No tag was written. Write at least one, with commas between them."
+        return gettext("No tag was written. Write at least one, with commas between them.")
     return None
 
 

@@ -18,6 +18,7 @@ from app.inference.client import stream
 from app.inference.next_tokens import ModelTokens
 from app.inference.playground import MAX_PANES, PendingAnswer
 from app.inference.protocol import MAX_NEXT
+from app.kit.languages import mark
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates
@@ -27,7 +28,7 @@ from app.web.renamed import page_moved
 from app.web.streaming import collect, left, stream_or_error
 
 pages = APIRouter()
-MENU = (MenuPage("Next token", "/playground/next-tokens", "playground", 20),)
+MENU = (MenuPage(mark("Next token"), "/playground/next-tokens", "playground", 20),)
 api = APIRouter(prefix="/v1")
 SHOWN = 10
 

@@ -9,6 +9,7 @@ from fastapi.responses import RedirectResponse
 
 from app.db import Db, transaction
 from app.errors import Forbidden
+from app.kit.languages import gettext
 from app.routes.accounts import let_in, safe_next
 from app.web import auth, oidc
 from app.web.auth import CurrentUser
@@ -33,7 +34,7 @@ def connect(request: Request, user: CurrentUser) -> Response:
 @pages.post(f"{ACCOUNT}/identities/{{identity_id}}/remove")
 def disconnect(request: Request, user: CurrentUser, session: Db, identity_id: uuid.UUID) -> Response:
     oidc.disconnect(session, user, identity_id)
-    flash(request, "Disconnected.")
+    flash(request, gettext("Disconnected."))
     return RedirectResponse(ACCOUNT, 303)
 
 
@@ -44,17 +45,17 @@ def callback(request: Request) -> Response:
         if begun.connect:
             known = auth.identify(request)
             if known is None or known.role not in ROLES:  # a guest of a shared project has no account
-                raise Forbidden("You were signed out in the meantime.", hint="Sign in, and connect it again.")
+                raise Forbidden(gettext("You were signed out in the meantime."), hint=gettext("Sign in, and connect it again."))
             oidc.connect(session, known, claims)
-            flash(request, "Connected.")
+            flash(request, gettext("Connected."))
             return RedirectResponse(ACCOUNT, 303)
         user = oidc.account_of(session, claims)
         if user is None and begun.invitation:
             user = oidc.accept(session, begun.invitation, claims)
         if user is None:
             raise Forbidden(
-                "Nobody here has this sign-in.",
-                hint="Ask an admin for an invitation, or sign in another way and connect it under Settings, Account.",
+                gettext("Nobody here has this sign-in."),
+                hint=gettext("Ask an admin for an invitation, or sign in another way and connect it under Settings, Account."),
                 code="unknown_identity",
             )
         key = user.id

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.db import Db
 from app.evaluation import verdict
 from app.kit import ids
+from app.kit.languages import mark
 from app.models import first_model
 from app.routes.accounts import safe_next
 from app.views import overview as views_overview
@@ -15,7 +16,7 @@ from app.web.navigation import MenuPage
 from app.web.templates import render
 
 pages = APIRouter()
-MENU = (MenuPage("Home", "/", "start", 10),)
+MENU = (MenuPage(mark("Home"), "/", "start", 10),)
 STARTING_SECONDS = 60
 """Seconds after the start of the web process during which workers that are not online yet are no problem."""
 

@@ -12,6 +12,7 @@ from app import limits, schemas
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.tables import Invitation, User
@@ -25,6 +26,11 @@ api = APIRouter(prefix="/v1/organization")
 pages = APIRouter()
 Json = dict[str, Any]
 PAGE = "/settings/people"
+NOW_IS = {
+    "admin": mark("%(name)s is an admin from now on."),
+    "member": mark("%(name)s is a member from now on."),
+    "viewer": mark("%(name)s is a viewer from now on."),
+}
 
 
 # The API ----------------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def invite(
 @pages.post(f"{PAGE}/invitations/{{invitation_id}}/revoke")
 def revoke(request: Request, user: CurrentUser, session: Db, invitation_id: str) -> Response:
     people.revoke(session, people.get_invitation(session, ids.parse_invitation(invitation_id)))
-    flash(request, "The invitation is revoked: its link makes no account any more.")
+    flash(request, gettext("The invitation is revoked: its link makes no account any more."))
     return RedirectResponse(PAGE, 303)
 
 
@@ -132,7 +138,7 @@ def revoke(request: Request, user: CurrentUser, session: Db, invitation_id: str)
 def set_role(request: Request, user: CurrentUser, session: Db, user_id: str, role: Annotated[str, Form(max_length=20)] = "") -> Response:
     person = people.get(session, ids.parse_user(user_id))
     people.set_role(session, person, role)
-    flash(request, f"{person.name} is {'an admin' if role == 'admin' else f'a {role}'} from now on.")
+    flash(request, gettext(NOW_IS[role], name=person.name))
     return RedirectResponse(PAGE, 303)
 
 
@@ -140,7 +146,7 @@ def set_role(request: Request, user: CurrentUser, session: Db, user_id: str, rol
 def disable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Response:
     person = people.get(session, ids.parse_user(user_id))
     people.disable(session, person)
-    flash(request, f"{person.name} is signed out everywhere and cannot sign in any more. What they made stays.")
+    flash(request, gettext("%(name)s is signed out everywhere and cannot sign in any more. What they made stays.", name=person.name))
     return RedirectResponse(PAGE, 303)
 
 
@@ -148,7 +154,7 @@ def disable(request: Request, user: CurrentUser, session: Db, user_id: str) -> R
 def enable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Response:
     person = people.get(session, ids.parse_user(user_id))
     projects.let_in_again(session, person)
-    flash(request, f"{person.name} may sign in again. Keys that were revoked stay revoked.")
+    flash(request, gettext("%(name)s may sign in again. Keys that were revoked stay revoked.", name=person.name))
     return RedirectResponse(PAGE, 303)
 
 
@@ -156,7 +162,8 @@ def enable(request: Request, user: CurrentUser, session: Db, user_id: str) -> Re
 def hand_over(request: Request, user: CurrentUser, session: Db, user_id: str, to: Annotated[str, Form(max_length=80)] = "") -> Response:
     person, heir = people.get(session, ids.parse_user(user_id)), people.get(session, ids.parse_user(to))
     moved = projects.hand_over(session, person, heir)
-    flash(request, f"{person.name} has left: {heir.name} owns what they made ({moved} objects).")
+    told = {"name": person.name, "heir": heir.name, "num": moved}
+    flash(request, gettext("%(name)s has left: %(heir)s owns what they made (%(num)s objects).", **told))
     return RedirectResponse(PAGE, 303)
 
 

@@ -21,7 +21,8 @@ from app.inference import playground, residency, tryout, votes
 from app.inference.answer_fold import AnswerFold
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
-from app.kit import forms, humanize
+from app.kit import forms
+from app.kit.languages import gettext, mark, ngettext
 from app.tables import Exchange, User
 from app.views import lists
 from app.web import templates as web_templates
@@ -30,19 +31,35 @@ from app.web.navigation import MenuPage
 from app.web.streaming import Stream, later, left, merge, stream_or_error, while_connected
 
 pages = APIRouter()
-MENU = (MenuPage("Chat", "/playground", "playground", 10),)
+MENU = (MenuPage(mark("Chat"), "/playground", "playground", 10),)
 
 _PLAIN = ("top_p", "max_tokens", "seed", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _KNOBS: dict[str, Any] = {
-    "system": (str, Field("", max_length=20_000, title="System prompt", description="Chat and instruct models read it before all turns.")),
-    "temperature": (float, Field(0.0, ge=0, le=2, description="0 is deterministic: the likeliest token. Higher is more varied.")),
+    "system": (
+        str,
+        Field("", max_length=20_000, title=mark("System prompt"), description=mark("Chat and instruct models read it before all turns.")),
+    ),
+    "temperature": (float, Field(0.0, ge=0, le=2, description=mark("0 is deterministic: the likeliest token. Higher is more varied."))),
     **{name: (Sampling.model_fields[name].annotation, Sampling.model_fields[name]) for name in _PLAIN},
-    "stop": (str, Field("", max_length=4096, title="Stop sequences", description="The answer ends before any of these; one per line.")),
+    "stop": (
+        str,
+        Field("", max_length=4096, title=mark("Stop sequences"), description=mark("The answer ends before any of these; one per line.")),
+    ),
 }
+_LABELS = (
+    mark("Temperature"), mark("Top p"), mark("Max tokens"), mark("Seed"), mark("Top k"), mark("Min p"), mark("Repetition penalty"),
+    mark("Frequency penalty"), mark("Presence penalty"),
+)  # fmt: skip
+"""Labels that the form makes of the names of the others."""
 Knobs: type[BaseModel] = create_model("Knobs", **_KNOBS)
 """Fields of `Sampling` that the form offers. The playground is deterministic by default; the API samples by default, as OpenAI's
 does."""
-STOPS = {"stop": "End of answer", "length": "Stopped at max tokens", "cancelled": "Stopped by you", "error": "No answer"}
+STOPS = {
+    "stop": mark("End of answer"),
+    "length": mark("Stopped at max tokens"),
+    "cancelled": mark("Stopped by you"),
+    "error": mark("No answer"),
+}
 """Labels of finish reasons."""
 
 
@@ -61,7 +78,7 @@ def _uuid(text: str | None) -> uuid.UUID | None:
     try:
         return uuid.UUID(text) if text else None
     except ValueError:
-        raise NotFound("The turn this goes on from does not exist.", hint="Start a new conversation.") from None
+        raise NotFound(gettext("The turn this goes on from does not exist."), hint=gettext("Start a new conversation.")) from None
 
 
 def _asked_before(user: User, exchange_id: uuid.UUID) -> tuple[uuid.UUID | None, str]:
@@ -81,7 +98,8 @@ async def _order(request: Request, user: User) -> Order:
     settings = Knobs(**filled.settings).model_dump()
     system, stops = settings.pop("system", ""), settings.pop("stop", "").splitlines()
     if len(stops) > MAX_STOPS:
-        raise BadField(f"{len(stops)} stop texts were given; {MAX_STOPS} is the most.", param="sampling.stop")
+        message = gettext("%(num)s stop texts were given; %(most)s is the most.", num=len(stops), most=MAX_STOPS)
+        raise BadField(message, param="sampling.stop")
     named = zip_longest(form.getlist("models"), form.getlist("follows"), fillvalue="")
     follows = {str(name): str(old) or str(name) for name, old in named if name}
     parent = _uuid(data.get("parent"))
@@ -284,7 +302,7 @@ def _told(place: int, asked: PendingAnswer, heard: AnswerFold, entry: Entry) -> 
         engine = asked.request.engine.host if asked.request.engine else None
         said["proof"] = playground.proof_line(who.adapter_sha256, who.ref.revision, entry.tokens_per_second, asked.request.seed, engine)
     if isinstance(entry, ChoiceFinished):
-        said |= {"note": STOPS[entry.reason], "html": str(web_templates.markdown(heard.choices[entry.index].text))}
+        said |= {"note": gettext(STOPS[entry.reason]), "html": str(web_templates.markdown(heard.choices[entry.index].text))}
     return said
 
 
@@ -296,5 +314,8 @@ def _line(value: dict[str, Any]) -> bytes:
 def prefer(request: Request, session: Db, user: CurrentUser, answer: Annotated[uuid.UUID, Form()]) -> Response:
     """Record one answer as preferred over the others to the same prompt, as votes."""
     exchange, count = votes.prefer(session, user, answer)
-    web_templates.flash(request, f"{humanize.plural(count, 'vote')} added. Blind A/B makes datasets of all votes.")
+    said = ngettext(
+        "%(num)s vote added. Blind A/B makes datasets of all votes.", "%(num)s votes added. Blind A/B makes datasets of all votes.", count
+    )
+    web_templates.flash(request, said)
     return RedirectResponse(f"/playground/{exchange.id}", status_code=303)

@@ -18,6 +18,7 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.predictions import KINDS, Format, PredictionOrder, to_json
 from app.kit import forms, ids
+from app.kit.languages import gettext
 from app.models import service as models
 from app.schemas.openapi import BYTES, answers
 from app.settings import get_settings
@@ -120,10 +121,10 @@ async def start(request: Request, user: CurrentUser) -> Response:
 def _start(user: User, form: Form) -> None:
     upload, fields = form.upload, form.fields
     if upload is None or not upload.filename:
-        raise BadField("No file was chosen.", hint="Choose a file and send the form again.", param="file")
+        raise BadField(gettext("No file was chosen."), hint=gettext("Choose a file and send the form again."), param="file")
     most = forms.whole_number(fields.get("max_tokens", "128").strip() or "128")
     if most is None or not 1 <= most <= 1024:
-        raise BadField("Max tokens is a whole number from 1 to 1024.", param="max_tokens")
+        raise BadField(gettext("Max tokens is a whole number from 1 to 1024."), param="max_tokens")
     try:
         with transaction() as session:
             file = files.create(session, user, upload.blob, upload.filename, "user_data")
@@ -154,5 +155,5 @@ def cancel_page(session: Db, user: CurrentUser, prediction_id: str) -> Response:
 @pages.post(PAGE + "/{prediction_id}/delete")
 def delete_page(request: Request, session: Db, user: CurrentUser, prediction_id: str) -> Response:
     predictions.delete(session, user, ids.parse_prediction(prediction_id))
-    web_templates.flash(request, "The predictions were deleted.")
+    web_templates.flash(request, gettext("The predictions were deleted."))
     return RedirectResponse(PAGE, status_code=303)

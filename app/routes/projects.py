@@ -13,6 +13,7 @@ from app import limits, schemas
 from app.db import Db
 from app.errors import Forbidden, NotFound
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.routes.accounts import safe_next
 from app.schemas.openapi import answers
 from app.tables import User
@@ -26,6 +27,11 @@ api = APIRouter(prefix="/v1/organization/projects")
 pages = APIRouter()
 Json = dict[str, Any]
 PAGE = "/settings/projects"
+NOW_IS = {
+    "admin": mark("%(name)s is an admin of %(project)s."),
+    "member": mark("%(name)s is a member of %(project)s."),
+    "viewer": mark("%(name)s is a viewer of %(project)s."),
+}
 
 
 # The API ----------------------------------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ def list_page(request: Request, user: CurrentUser, session: Db) -> Response:
 @pages.post(PAGE)
 def create(request: Request, user: CurrentUser, session: Db, name: Annotated[str, Form(max_length=200)] = "") -> Response:
     made = projects.create(session, user, name)
-    flash(request, f"The project {made.name} is created. Switch to it to work in it.")
+    flash(request, gettext("The project %(project)s is created. Switch to it to work in it.", project=made.name))
     return RedirectResponse(_address(made.id), 303)
 
 
@@ -189,10 +195,13 @@ def delete(
     project = projects.managed(session, user, ids.parse_project(project_id))
     to = projects.membership(session, user, ids.parse_project(contents)) if contents not in ("", "delete") else None
     if to is not None and to.role == "viewer":
-        raise Forbidden(f"You are a viewer of {to.project.name}.", hint="Choose a project that you work in.")
+        message = gettext("You are a viewer of %(project)s.", project=to.project.name)
+        raise Forbidden(message, hint=gettext("Choose a project that you work in."))
     found = project_deletion.remove(session, project, move_to=to.project if to else None, with_contents=contents == "delete")
-    became = f" What was in it is in {to.project.name} now: {found.in_words()}." if to and found else ""
-    flash(request, f"The project {project.name} is deleted.{became}")
+    said = gettext("The project %(project)s is deleted.", project=project.name)
+    if to and found:
+        said += " " + gettext("What was in it is in %(project)s now: %(contents)s.", project=to.project.name, contents=found.in_words())
+    flash(request, said)
     return RedirectResponse(PAGE, 303)
 
 
@@ -209,7 +218,7 @@ def set_member(
     project = projects.managed(session, user, ids.parse_project(project_id))
     person = people.named(session, name.strip())
     projects.set_member(session, project, person, role)
-    flash(request, f"{person.name} is {'an admin' if role == 'admin' else f'a {role}'} of {project.name}.")
+    flash(request, gettext(NOW_IS[role], name=person.name, project=project.name))
     return RedirectResponse(_address(project.id), 303)
 
 
@@ -220,7 +229,8 @@ def remove_member(request: Request, user: CurrentUser, session: Db, project_id: 
     found = projects.membership(session, user, key).project if person_id == user.id else projects.managed(session, user, key)
     person = people.get(session, person_id)
     projects.remove_member(session, found, person)
-    flash(request, f"{person.name} is no member of {found.name} any more. What they made stays there.")
+    told = {"name": person.name, "project": found.name}
+    flash(request, gettext("%(name)s is no member of %(project)s any more. What they made stays there.", **told))
     return RedirectResponse(PAGE if person_id == user.id else _address(key), 303)
 
 
@@ -238,9 +248,9 @@ def take_back(request: Request, user: CurrentUser, session: Db, project_id: str,
     try:
         key = uuid.UUID(link_id)
     except ValueError:
-        raise NotFound("No such link.") from None
+        raise NotFound(gettext("No such link.")) from None
     projects.take_back(session, project, key)
-    flash(request, "The link shows nothing any more, and its guests are signed out.")
+    flash(request, gettext("The link shows nothing any more, and its guests are signed out."))
     return RedirectResponse(_address(project.id), 303)
 
 

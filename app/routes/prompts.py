@@ -15,6 +15,7 @@ from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.kit import forms, ids
+from app.kit.languages import gettext, mark
 from app.models import first_model
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs
@@ -30,7 +31,7 @@ from app.web.pagination import After, Limit, Offset, PageNumber, page
 from app.web.renamed import page_moved
 
 pages = APIRouter()
-MENU = (MenuPage("Prompt lab", "/playground/prompts", "evaluation", 20),)
+MENU = (MenuPage(mark("Prompt lab"), "/playground/prompts", "evaluation", 20),)
 api = APIRouter(prefix="/v1/prompts")
 Json = dict[str, Any]
 PREFIX = "prompt"
@@ -131,7 +132,8 @@ def _dataset(session: Session, user: User, dataset_id: Any, file: Any) -> Datase
         return datasets.get(session, user, ids.parse(ids.DATASET, dataset_id, param="dataset_id"))
     if isinstance(file, str):
         return datasets.for_file(session, user, ids.parse(ids.FILE, file, param="file"))
-    raise BadField("No data was named.", hint="Send dataset_id or file.", param="dataset_id", code="missing_required_parameter")
+    hint = gettext("Send dataset_id or file.")
+    raise BadField(gettext("No data was named."), hint=hint, param="dataset_id", code="missing_required_parameter")
 
 
 def _run(session: Session, user: User, prompt: Prompt, number: int | None, model: str, dataset: Dataset, order: Json) -> PromptRun:
@@ -269,7 +271,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
             if action == "try":
                 dataset = _dataset(session, user, data.get("dataset"), None)
                 if not models:
-                    raise BadField("No model was chosen.", hint="Choose one to try the prompt on.", param="models")
+                    raise BadField(gettext("No model was chosen."), hint=gettext("Choose one to try the prompt on."), param="models")
                 run = prompt_lab.try_out(session, user, body, models[0], dataset)
                 return RedirectResponse(f"/playground/prompts/runs/{ids.public(ids.RUN, run.id)}", status_code=303)
             prompt, made = _saved(session, user, data, body)
@@ -281,7 +283,7 @@ def _save(request: Request, user: User, data: Typed, models: list[str], action: 
             prompt_ = prompts.get(session, user, ids.parse_prompt(data["prompt_id"])) if data.get("prompt_id") else None
             context = _form(session, user, None, data, models, prompt_, typed=_typed(data), error=error)
             return web_templates.render(request, "prompt.html", status_code=error.status, **context)
-    web_templates.flash(request, f"Saved “{name}”, version {number}.")
+    web_templates.flash(request, gettext("Saved “%(name)s”, version %(version)s.", name=name, version=number))
     return RedirectResponse("/playground/prompts#scores" if action == "run" else f"/playground/prompts/{place}", status_code=303)
 
 
@@ -302,10 +304,10 @@ def _typed_body(typed: Typed) -> Json:
     found["separator"] = typed.get("separator", "\\n\\n").replace("\\n", "\n")
     lines = [forms.whole_number(part) for part in typed.get("lines", "").replace(",", " ").split()]
     if None in lines:
-        raise BadField("Row numbers are whole numbers separated by commas.", param="lines")
+        raise BadField(gettext("Row numbers are whole numbers separated by commas."), param="lines")
     pairs = [line.partition("=") for line in typed.get("variables", "").splitlines() if line.strip()]
     if not all(sign and name.strip() for name, sign, _ in pairs):
-        raise BadField("Write each variable as name = text, one per line.", param="variables")
+        raise BadField(gettext("Write each variable as name = text, one per line."), param="variables")
     return found | {"lines": lines, "variables": {n.strip(): v.strip() for n, _, v in pairs}}
 
 
@@ -321,7 +323,7 @@ def show(request: Request, session: Db, user: CurrentUser, prompt_id: str, versi
 def remove(request: Request, session: Db, user: CurrentUser, prompt_id: str) -> Response:
     prompt = prompts.get(session, user, ids.parse_prompt(prompt_id))
     prompts.delete(session, user, prompt)
-    web_templates.flash(request, f"Deleted “{prompt.name}”. Its runs are kept.")
+    web_templates.flash(request, gettext("Deleted “%(name)s”. Its runs are kept.", name=prompt.name))
     return RedirectResponse("/playground/prompts", status_code=303)
 
 
@@ -366,5 +368,6 @@ def change_run(session: Db, user: CurrentUser, run_id: str, action: str) -> Resp
     elif action == "delete":
         prompt_runs.delete(session, user, run)
     else:
-        raise BadField(f"A run has no action {action[:40]}.", hint="It can be cancelled and deleted.", param="action")
+        message = gettext("A run has no action %(action)s.", action=action[:40])
+        raise BadField(message, hint=gettext("It can be cancelled and deleted."), param="action")
     return RedirectResponse("/playground/prompts#scores", status_code=303)

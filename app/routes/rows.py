@@ -15,6 +15,7 @@ from app.db import transaction
 from app.errors import BadField, NotFound, problem_json
 from app.jobs import row_losses
 from app.kit import ids
+from app.kit.languages import gettext
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import TRAIN_ON, TrainOn
 from app.schemas.openapi import answers
@@ -76,7 +77,8 @@ def asked(
     ] = None,
 ) -> RowsQuery:
     if sort and sort not in row_view.SORTS:
-        raise BadField(f"Rows cannot be sorted by “{sort[:40]}”.", hint=f"Use {', '.join(row_view.SORTS)}.", param="sort")
+        message = gettext("Rows cannot be sorted by “%(sort)s”.", sort=sort[:40])
+        raise BadField(message, hint=gettext("Use %(names)s.", names=", ".join(row_view.SORTS)), param="sort")
     return RowsQuery(model, cutoff, search, page, line, sort, job, train_on)
 
 
@@ -169,11 +171,11 @@ def _raw_line(request: Request, user: User, key: str, line: int, text: str | Non
     if answer.status == "error":
         raise NotFound((answer.error or {}).get("message", ""), hint=(answer.error or {}).get("hint") or "")
     if answer.status != "ready" or not answer.result:
-        raise _NOT_YET
+        raise _not_yet()
     if not answer.result["problems"] and answer.result["text"] is None:
-        raise NotFound(
-            f"Version {dataset.version} of {dataset.name} has no row with the number {line}.", hint="Look it up in the list of rows."
-        )
+        told = {"version": dataset.version, "name": dataset.name, "line": line}
+        message = gettext("Version %(version)s of %(name)s has no row with the number %(line)s.", **told)
+        raise NotFound(message, hint=gettext("Look it up in the list of rows."))
     return render(
         request,
         "row_raw.html",
@@ -208,7 +210,8 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
             else:
                 text = row_editor.merged(text, typed) if typed.get("do") != "json" else text
                 new = versions.edit_row(session, user, dataset, line, text)
-        flash(request, f"Version {new.version} is created with this change; version {dataset.version} is kept.")
+        told = {"new": new.version, "old": dataset.version}
+        flash(request, gettext("Version %(new)s is created with this change; version %(old)s is kept.", **told))
         return RedirectResponse(path_of(new), 303)
     except BadField as error:
         if typed.get("do") == "raw":
@@ -222,7 +225,9 @@ def _save(request: Request, user: User, key: str, line: int, typed: dict[str, st
         )  # fmt: skip
 
 
-_NOT_YET = NotFound("The row is not loaded yet: the data worker has not answered.", hint="Reload the page in a moment.")
+def _not_yet() -> NotFound:
+    message = gettext("The row is not loaded yet: the data worker has not answered.")
+    return NotFound(message, hint=gettext("Reload the page in a moment."))
 
 
 def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | None]:
@@ -232,7 +237,7 @@ def _row(user: User, key: str, line: int) -> tuple[Dataset, dict[str, Any] | Non
         asked = inspections.ask(session, dataset, "rows", {"count": 1, "cutoff": row_view.DEFAULT_CUTOFF, "lines": [line], "whole": True})
     found = inspections.wait(asked.id, 20)
     if found.status != "ready" or not found.result:
-        raise _NOT_YET
+        raise _not_yet()
     return dataset, found.result["rows"][0]["row"] if found.result["rows"] else None
 
 

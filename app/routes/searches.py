@@ -13,6 +13,7 @@ from app.db import Db
 from app.errors import StudioError
 from app.jobs.config_file import as_curl
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.routes.naming import NewName
 from app.schemas.openapi import answers, takes
 from app.searches import service as searches
@@ -27,7 +28,7 @@ from app.web.templates import flash, render
 
 api = APIRouter(prefix="/v1")
 pages = APIRouter()
-MENU = (MenuPage("Search", "/searches", "training", 32),)
+MENU = (MenuPage(mark("Search"), "/searches", "training", 32),)
 Json = dict[str, Any]
 ON_A_PAGE = 50
 
@@ -102,7 +103,7 @@ def new_search(request: Request, user: CurrentUser, session: Db) -> Response:
 def order_search(request: Request, user: CurrentUser, session: Db, items: Posted) -> Response:
     form, typed = _read(session, user, items)
     if not form.ready or form.order is None:
-        said = next(iter(form.errors.values()), "something below is not right yet.")
+        said = next(iter(form.errors.values()), gettext("something below is not right yet."))
         return _form_page(request, session, user, items, problem=said, status_code=400)
     order = form.order
     found = once(lambda key: searches.create(session, user, order, idempotency_key=key), typed.get("key") or uuid.uuid4().hex)
@@ -140,7 +141,7 @@ def search_page(request: Request, user: CurrentUser, session: Db, search_id: str
 @pages.post("/searches/{search_id}/cancel")
 def stop_search(request: Request, user: CurrentUser, session: Db, search_id: str) -> Response:
     found = searches.cancel(session, user, ids.parse_search(search_id))
-    flash(request, f"{found.name} is ended. Its runs that had not ended are being stopped.")
+    flash(request, gettext("%(name)s is ended. Its runs that had not ended are being stopped.", name=found.name))
     return RedirectResponse(search_view.url(found), status_code=303)
 
 
@@ -152,5 +153,5 @@ def delete_search(request: Request, user: CurrentUser, session: Db, search_id: s
     except StudioError as error:
         flash(request, str(error), "bad")
         return RedirectResponse(search_view.url(found), status_code=303)
-    flash(request, f"{found.name} was deleted. Its runs and their models are still there.")
+    flash(request, gettext("%(name)s was deleted. Its runs and their models are still there.", name=found.name))
     return RedirectResponse("/searches", status_code=303)

@@ -12,6 +12,7 @@ from fastapi.responses import RedirectResponse
 from app.db import Db
 from app.errors import NotFound
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.tables import User
 from app.views import overview
 from app.web import auth, navigation, policy, projects
@@ -20,8 +21,13 @@ from app.web.navigation import MenuPage
 from app.web.templates import flash, public_address, render
 
 pages = APIRouter()
-SCOPES = {"read": "Read everything", "generate": "Run models", "write": "Read, run and change", "admin": "Everything"}
-MENU = (MenuPage("Settings", "/settings", "end", 20),)
+SCOPES = {
+    "read": mark("Read everything"),
+    "generate": mark("Run models"),
+    "write": mark("Read, run and change"),
+    "admin": mark("Everything"),
+}
+MENU = (MenuPage(mark("Settings"), "/settings", "end", 20),)
 
 
 @pages.get("/settings")
@@ -71,7 +77,7 @@ def revoke_key(request: Request, user: CurrentUser, session: Db, key: str) -> Re
     try:
         key_id = uuid.UUID(key)
     except ValueError:
-        raise NotFound("No such API key.") from None
+        raise NotFound(gettext("No such API key.")) from None
     name = auth.revoke_key(session, user, key_id).name
-    flash(request, f"The key “{name}” is revoked. Programs that use it have lost access.")
+    flash(request, gettext("The key “%(name)s” is revoked. Programs that use it have lost access.", name=name))
     return RedirectResponse("/settings#keys", 303)

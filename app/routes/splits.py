@@ -14,6 +14,7 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
+from app.kit.languages import gettext, ngettext
 from app.planning.schedule import held_out_share
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import RunSettings
@@ -58,7 +59,8 @@ def _ask(
         if validation:
             other = dataset_of(session, user, validation)
             if other.status != "ready" or not other.rows_path:
-                raise BadField(f"The dataset {other.name} is not ready.", hint="Wait until it is ready.", param="validation")
+                message = gettext("The dataset %(name)s is not ready.", name=other.name)
+                raise BadField(message, hint=gettext("Wait until it is ready."), param="validation")
             arguments = {"validation_rows": other.rows_path}
         asked = inspections.ask(session, dataset, "split", arguments)
         rows = None
@@ -124,14 +126,18 @@ def drop(
     dataset, asked, *_, share = _ask(user, key, method, column, fraction, seed, validation)
     found = inspections.wait(asked.id, WAIT_SECONDS) if asked is not None else None
     if found is None or not found.result:
-        raise Conflict("The two sides are not compared yet.", hint="Reload the split page and wait until its rows are shown.")
+        hint = gettext("Reload the split page and wait until its rows are shown.")
+        raise Conflict(gettext("The two sides are not compared yet."), hint=hint)
     lines = found.result["drop"]
     with transaction() as session:
         new = versions.drop_rows(session, user, dataset, lines)
-    flash(
-        request,
-        f"Version {new.version} removes {len(lines):,} row{'s' if len(lines) != 1 else ''} from the training set that leaked into validation.",
+    said = ngettext(
+        "Version %(version)s removes %(num)s row from the training set that leaked into validation.",
+        "Version %(version)s removes %(num)s rows from the training set that leaked into validation.",
+        len(lines),
+        version=new.version,
     )
+    flash(request, said)
     query = {"method": method, "column": column, "fraction": share, "seed": seed, "validation": validation}
     return RedirectResponse(f"{path_of(new)}/split?{urlencode(query)}", 303)
 

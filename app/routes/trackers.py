@@ -12,6 +12,7 @@ from app import schemas, trackers
 from app.db import Db
 from app.jobs import service as jobs
 from app.kit import ids
+from app.kit.languages import gettext
 from app.schemas.openapi import answers
 from app.tracking import service as tracking
 from app.web.auth import CurrentUser
@@ -52,5 +53,5 @@ def add_from_page(request: Request, session: Db, user: CurrentUser, job_id: str,
     job = jobs.get(session, user, ids.parse_job(job_id))
     known = next((row.wish for row in tracking.of_job(session, job) if row.kind == kind), {})
     (row,) = tracking.add(session, job, trackers.read([{"type": kind, kind: known}]))
-    flash(request, f"The run is sent to {trackers.TRACKERS[row.kind].title} in a moment.")
+    flash(request, gettext("The run is sent to %(tracker)s in a moment.", tracker=trackers.TRACKERS[row.kind].title))
     return RedirectResponse(f"/jobs/{ids.public(ids.JOB, job.id)}?tab=config#trackers", status_code=303)

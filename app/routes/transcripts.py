@@ -12,6 +12,7 @@ from app.db import Db
 from app.errors import BadField
 from app.inference import playground, transcript
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.web.auth import CurrentUser
 
 pages = APIRouter()
@@ -28,7 +29,7 @@ def save(session: Db, user: CurrentUser, exchange_id: uuid.UUID, title: Annotate
 def export_it(session: Db, user: CurrentUser, exchange_id: uuid.UUID, format: Annotated[str, Query()] = "jsonl") -> Response:
     thread = playground.thread(session, user, exchange_id)
     if format not in ("jsonl", "md"):
-        raise BadField("A comparison is exported as jsonl or md.", param="format")
+        raise BadField(gettext("A comparison is exported as jsonl or md."), param="format")
     title = thread[-1][0].title or "Comparison"
     text = transcript.as_jsonl(thread) if format == "jsonl" else transcript.as_markdown(thread, title)
     kind = "application/jsonl" if format == "jsonl" else "text/markdown; charset=utf-8"

@@ -17,7 +17,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
-from app.kit.humanize import plural
+from app.kit.languages import gettext, ngettext
 from app.schemas.openapi import answers
 from app.tables import Dataset, User
 from app.views import dataset as dataset_view
@@ -90,16 +90,15 @@ def fix(
     try:
         if finding and do == "drop":
             new = versions.drop_found(session, user, dataset, finding)
-            told = f"Version {new.version} is created; version {dataset.version} is kept."
+            told = gettext("Version %(new)s is created; version %(old)s is kept.", new=new.version, old=dataset.version)
         elif finding or all_of:
             fixed = (
                 versions.fix_some(session, user, dataset, finding) if finding else versions.fix_all(session, user, dataset, all_of or "")
             )
             new = fixed.dataset
-            left = f" {plural(len(fixed.unfixed), 'issue has', 'issues have')} no automatic fix: see below." if fixed.unfixed else ""
-            told = f"Version {new.version} is created with {plural(fixed.rows, 'row')} fixed; version {dataset.version} is kept.{left}"
+            told = _fixed_in_words(fixed, dataset)
         else:
-            raise BadField("No issue was selected.", hint="Select at least one.", param="finding")
+            raise BadField(gettext("No issue was selected."), hint=gettext("Select at least one."), param="finding")
     except (BadField, Conflict) as error:
         chosen = dataset_view.Chosen("issues", rule, severity, sort if sort in datasets.ORDERS else "line", page)
         values = dataset_view.context(session, dataset, chosen, error, finding or ())
@@ -108,11 +107,30 @@ def fix(
     return RedirectResponse(path_of(new), 303)
 
 
+def _fixed_in_words(fixed: versions.Fixed, dataset: Dataset) -> str:
+    said = ngettext(
+        "Version %(new)s is created with %(num)s row fixed; version %(old)s is kept.",
+        "Version %(new)s is created with %(num)s rows fixed; version %(old)s is kept.",
+        fixed.rows,
+        new=fixed.dataset.version,
+        old=dataset.version,
+    )
+    if not fixed.unfixed:
+        return said
+    left = ngettext(
+        "%(num)s issue has no automatic fix: see below.", "%(num)s issues have no automatic fix: see below.", len(fixed.unfixed)
+    )
+    return f"{said} {left}"
+
+
 @pages.post("/datasets/{key}/repair")
 def repair(request: Request, user: CurrentUser, session: Db, key: Key) -> Response:
     """Parse a file without a single valid line, with each line repaired."""
     new = versions.repair(session, user, dataset_of(session, user, key))
-    flash(request, f"Version {new.version} reads the lines as they were probably meant. Check its rows before you fine-tune on them.")
+    said = gettext(
+        "Version %(version)s reads the lines as they were probably meant. Check its rows before you fine-tune on them.", version=new.version
+    )
+    flash(request, said)
     return RedirectResponse(path_of(new), 303)
 
 
@@ -135,7 +153,14 @@ def _change_roles(user: User, key: str, roles: dict[str, str]) -> str:
 def drop(request: Request, user: CurrentUser, session: Db, key: Key, line: Annotated[list[Number], Form()]) -> Response:
     dataset = dataset_of(session, user, key)
     new = versions.drop_rows(session, user, dataset, line)
-    flash(request, f"Version {new.version} is created without {plural(len(set(line)), 'row')}; version {dataset.version} is kept.")
+    said = ngettext(
+        "Version %(new)s is created without %(num)s row; version %(old)s is kept.",
+        "Version %(new)s is created without %(num)s rows; version %(old)s is kept.",
+        len(set(line)),
+        new=new.version,
+        old=dataset.version,
+    )
+    flash(request, said)
     return RedirectResponse(path_of(new), 303)
 
 

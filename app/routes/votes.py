@@ -18,6 +18,7 @@ from app.inference import playground, votes
 from app.inference.answer_fold import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
+from app.kit.languages import mark
 from app.schemas.chat import Message
 from app.schemas.openapi import answers
 from app.tables import User
@@ -29,7 +30,7 @@ from app.web.renamed import page_moved
 from app.web.streaming import collect, later, left, stream_or_error
 
 pages = APIRouter()
-MENU = (MenuPage("Blind A/B", "/playground/arena", "evaluation", 30),)
+MENU = (MenuPage(mark("Blind A/B"), "/playground/arena", "evaluation", 30),)
 api = APIRouter(prefix="/v1/votes")
 Json = dict[str, Any]
 

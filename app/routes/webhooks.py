@@ -13,6 +13,7 @@ from app import schemas
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError, Unavailable
 from app.kit import ids
+from app.kit.languages import gettext
 from app.schemas.openapi import answers
 from app.tables import User, WebhookEndpoint
 from app.web import templates as web_templates
@@ -89,9 +90,8 @@ def test(user: CurrentUser, webhook_endpoint_id: str, order: schemas.TryWebhookE
 
 def _sample(endpoint: WebhookEndpoint, event_type: str) -> tuple[int | None, str | None]:
     if event_type not in webhooks.EVENT_TYPES:
-        raise BadField(
-            f"This studio has no events {event_type[:60]!r}.", hint=f"There are {', '.join(webhooks.EVENT_TYPES)}.", param="event_type"
-        )
+        message = gettext("This studio has no events %(name)s.", name=repr(event_type[:60]))
+        raise BadField(message, hint=gettext("There are %(names)s.", names=", ".join(webhooks.EVENT_TYPES)), param="event_type")
     prefix = {"batch": ids.BATCH, "eval": ids.EVAL_RUN}.get(event_type.partition(".")[0], ids.JOB)
     event = {
         "id": f"evt_{uuid.uuid4().hex}", "object": "event", "type": event_type, "created_at": int(time.time()),
@@ -155,13 +155,16 @@ def act(request: Request, session: Db, user: CurrentUser, webhook_endpoint_id: s
     match action:
         case "test":
             code, error = _sample(endpoint, endpoint.event_types[0])
-            web_templates.flash(request, f"{endpoint.name}: {error or f'it took the sample and answered {code}.'}")
+            if error:
+                web_templates.flash(request, f"{endpoint.name}: {error}")
+            else:
+                web_templates.flash(request, gettext("%(name)s: it took the sample and answered %(code)s.", name=endpoint.name, code=code))
         case "rotate":
             webhooks.rotate(session, endpoint, keep_old=True)
             return _page(request, session, user, new_secret=webhooks.signing_secret(endpoint), new_name=endpoint.name)
         case "delete":
             webhooks.delete_endpoint(session, endpoint)
-            web_templates.flash(request, f"Nothing more is sent to {endpoint.name}.")
+            web_templates.flash(request, gettext("Nothing more is sent to %(name)s.", name=endpoint.name))
         case _:
-            raise NotFound("There is no such action.", hint="Use the buttons of the page.")
+            raise NotFound(gettext("There is no such action."), hint=gettext("Use the buttons of the page."))
     return _page(request, session, user)

@@ -30,6 +30,7 @@ from app.evaluation.comparisons import SEARCH
 from app.jobs import service as jobs
 from app.jobs import spec_builder
 from app.jobs.request import bad_field
+from app.kit.languages import SOURCE, current, english, gettext, mark
 from app.limits import LimitReached
 from app.machines import heartbeats
 from app.metrics import figure, judged_by
@@ -73,8 +74,8 @@ def plan(session: Session, user: User, order: SearchOrder) -> tuple[Plan, list[P
     if not methods:
         reasons = " ".join(dict.fromkeys(one["reason"] for one in found.refused))
         raise DoesNotFit(
-            f"No method of this search fits. {reasons[:1500]}",
-            hint="Choose other methods, another model, or fewer tokens per batch.",
+            gettext("No method of this search fits. %(reasons)s", reasons=reasons[:1500]),
+            hint=gettext("Choose other methods, another model, or fewer tokens per batch."),
             param="strategies",
             code="no_strategy_fits",
         )
@@ -87,6 +88,9 @@ def create(session: Session, user: User, order: SearchOrder, idempotency_key: st
     if idempotency_key is not None and (earlier := comparisons.by_key(session, user, idempotency_key, asked)) is not None:
         return earlier
     found, methods = plan(session, user, order)
+    if current.get() != SOURCE:  # what is kept of it is English
+        with english():
+            found, methods = plan(session, user, order)
     state = {"status": "running", "methods": [method.model_dump(mode="json") for method in methods]}
     key = session.scalar(
         insert(Comparison)
@@ -142,7 +146,7 @@ def cancel(session: Session, user: User, key: uuid.UUID) -> Comparison:
     get(session, user, key)
     search = session.get_one(Comparison, key, with_for_update=True, populate_existing=True)
     if state_of(search)["status"] == "running":
-        _settle(session, search, "cancelled", "It was cancelled.")
+        _settle(session, search, "cancelled", mark("It was cancelled."))
         comparisons.cancel_jobs(session, user, search)
     return search
 
@@ -151,7 +155,7 @@ def delete(session: Session, user: User, key: uuid.UUID) -> None:
     """Delete an ended search; its runs and their models stay. Raises NotFound, Conflict while it runs."""
     search = get(session, user, key)
     if state_of(search)["status"] == "running":
-        raise Conflict("The search is running.", hint="Cancel it first.", param="search_id", code="wrong_state")
+        raise Conflict(gettext("The search is running."), hint=gettext("Cancel it first."), param="search_id", code="wrong_state")
     comparisons.remove(session, search, "search_id")
 
 
@@ -299,7 +303,7 @@ def _end(session: Session, user: User, search: Comparison, found: list[TrialJob]
 
 
 def _left(move: NextMove) -> str:
-    return "The time of the search was over." if move.why == "time" else "The search ended while it was paused by hand."
+    return mark("The time of the search was over.") if move.why == "time" else mark("The search ended while it was paused by hand.")
 
 
 def _why(move: NextMove, best: int | None, found: list[TrialJob]) -> str:
@@ -311,7 +315,7 @@ def _why(move: NextMove, best: int | None, found: list[TrialJob]) -> str:
         return f"Trial {move.winner} is the winner: with another seed it was run again, and it leads with both results counted.{late}"
     if best is not None:
         return f"Trial {best} is the best so far. The time was over before it could be run again with another seed, so it is not called the winner."
-    return "The time was over before a trial had ended. Resume the one that went furthest, or give the search more time."
+    return mark("The time was over before a trial had ended. Resume the one that went furthest, or give the search more time.")
 
 
 def _waits(session: Session, search: Comparison, why: str) -> bool:

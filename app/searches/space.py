@@ -16,6 +16,7 @@ from app.evaluation.comparison_plan import Plan, SharedOrder, title_of
 from app.jobs import request as job_request
 from app.jobs.request import JobRequest
 from app.kit.forms import as_text
+from app.kit.languages import gettext, localized, mark
 from app.spec import Split, usual_learning_rate
 from app.strategies import Strategy
 from app.tables import JSON
@@ -30,17 +31,17 @@ REDUCTION = 3
 RUNGS = (1 / 9, 1 / 3)
 """The shares of its steps after which a trial pauses and is compared."""
 DECIDED = {
-    "learning_rate": "learning_rate, which is one value or the ends of a range",
-    "epochs": "epochs, a list of those to try",
+    "learning_rate": mark("Send learning_rate, which is one value or the ends of a range."),
+    "epochs": mark("Send epochs, a list of those to try."),
     "eval_steps": None,
     "evaluations_per_epoch": None,
     "early_stopping_patience": None,
     "save_steps": None,
     "metric_for_best": None,
     "load_best": None,
-    "seed": "seed",
+    "seed": mark("Send seed."),
 }
-"""Run settings that a search decides itself, and where they are named instead."""
+"""Run settings that a search decides itself, and a hint where they are named instead."""
 
 
 class SearchOrder(SharedOrder):
@@ -99,20 +100,26 @@ def refuse(order: SearchOrder) -> None:
     """Raises BadField for settings that the search decides, and for ranges that are none."""
     for name, instead in DECIDED.items():
         if name in order.run:
-            hint = f"Send {instead}." if instead else "Omit it: every trial is evaluated at the same shares of its steps."
-            raise BadField(f"A search decides {name} itself.", hint=hint, param=f"run.{name}", code="setting_without_use")
+            hint = gettext(instead) if instead else gettext("Omit it: every trial is evaluated at the same shares of its steps.")
+            raise BadField(
+                gettext("A search decides %(name)s itself.", name=name), hint=hint, param=f"run.{name}", code="setting_without_use"
+            )
     if order.run.get("validation_fraction") == 0 and not (order.validation_file or order.validation_dataset_id):
-        hint = "Omit validation_fraction, or name a validation file."
-        raise BadField("Without validation rows no trial is better than another.", hint=hint, param="run.validation_fraction")
+        hint = gettext("Omit validation_fraction, or name a validation file.")
+        raise BadField(gettext("Without validation rows no trial is better than another."), hint=hint, param="run.validation_fraction")
     if order.learning_rate and order.learning_rate[0] > order.learning_rate[-1]:
         low, high = order.learning_rate[0], order.learning_rate[-1]
-        raise BadField(f"The range from {low:g} to {high:g} is empty.", hint="Send the lower end first.", param="learning_rate")
+        raise BadField(
+            gettext("The range from %(low)s to %(high)s is empty.", low=localized(f"{low:g}"), high=localized(f"{high:g}")),
+            hint=gettext("Send the lower end first."),
+            param="learning_rate",
+        )
     for name in ("rank", "epochs"):
         given = getattr(order, name) or []
         if len(set(given)) < len(given):
-            raise BadField(f"A value of {name} is named twice.", hint="Name each once.", param=name)
+            raise BadField(gettext("A value of %(name)s is named twice.", name=name), hint=gettext("Name each once."), param=name)
     if order.epochs and order.run.get("max_steps"):
-        raise BadField("max_steps ends every run, whatever its epochs.", hint="Omit one of the two.", param="epochs")
+        raise BadField(gettext("max_steps ends every run, whatever its epochs."), hint=gettext("Omit one of the two."), param="epochs")
 
 
 def methods_of(order: SearchOrder, plan: Plan, task: str) -> list[PlannedMethod]:
@@ -122,7 +129,7 @@ def methods_of(order: SearchOrder, plan: Plan, task: str) -> list[PlannedMethod]
     for one in plan.jobs:
         strategy = job_request.read_strategy(one.order.strategy)
         if type(strategy).recipe == "features":
-            reason = "It has no learning rate, no epochs and no steps to pause at. Put it next to the winner in a comparison."
+            reason = gettext("It has no learning rate, no epochs and no steps to pause at. Put it next to the winner in a comparison.")
             plan.refused.append({"model": one.model, "strategy": one.strategy, "title": one.title, "reason": reason})
             continue
         for rank in order.rank or () if "rank" in type(strategy).model_fields else ():

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.evaluation.comparison_table import score_columns
 from app.kit import ids
+from app.kit.languages import gettext
 from app.searches import halving, service, space, trials
 from app.searches.halving import END
 from app.searches.space import SearchOrder
@@ -40,7 +41,7 @@ def to_json(session: Session, search: Comparison) -> JSON:
         "data": [_entry(one, tuned) for one in found],
         "winner": state.get("winner"),
         "best": state.get("best"),
-        "says": state.get("why") or state.get("waits"),
+        "says": gettext(state.get("why") or state.get("waits") or "") or None,
         "refused": search.refused,
     }
 
@@ -95,7 +96,7 @@ def _entry(one: TrialJob, tuned: dict[object, tuple[str, bool]]) -> JSON:
         "loss": one.trial.scores[level][1] if level else None,
         "scores": {str(rung): trials.written(metric, score) for rung, score in one.trial.scores.items()},
         "seconds": round(one.seconds, 1),
-        "reason": facts.get("out") or ((job.error or {}).get("message") if job.status == "failed" else None),
+        "reason": gettext(facts.get("out") or "") or ((job.error or {}).get("message") if job.status == "failed" else None),
         "model": model,
         "kept": kept,
     }

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.errors import DiskFull
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.settings import get_settings
 
 
@@ -48,8 +50,9 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(get_settings().data_dir).free
+            told = {"folder": get_settings().data_dir, "free": human_number(free)}
             raise DiskFull(
-                f"The disk of {get_settings().data_dir} is full ({free:,} bytes left); nothing was saved.",
-                hint="Make room there, delete files or models, then try again.",
+                gettext("The disk of %(folder)s is full (%(free)s bytes left); nothing was saved.", **told),
+                hint=gettext("Make room there, delete files or models, then try again."),
             ) from error
         raise

@@ -26,6 +26,8 @@ from starlette.concurrency import run_in_threadpool
 from app import limits
 from app.errors import BadField, NotFound, TooLarge, Unavailable
 from app.kit import ids
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.storage import places
@@ -97,8 +99,8 @@ class BlobWriter:
         self.bytes += len(data)
         if self.bytes > self.limit:
             raise TooLarge(
-                f"The file is larger than {self.limit:,} bytes.",
-                hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES and start the studio again.",
+                gettext("The file is larger than %(most)s bytes.", most=human_number(self.limit)),
+                hint=gettext("Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES and start the studio again."),
                 param="file",
             )
         self._hash.update(data)
@@ -187,7 +189,7 @@ def create(
         limits.check(session, user, "storage_bytes", more=blob.bytes)
     _lock(session, blob.sha256)
     if not is_kept(blob.sha256):
-        raise Unavailable("The uploaded bytes are gone.", hint="Upload the file again.")
+        raise Unavailable(gettext("The uploaded bytes are gone."), hint=gettext("Upload the file again."))
     file = File(
         id=uuid.uuid4(),
         owner_id=user.id,
@@ -259,7 +261,8 @@ def content(session: Session, user: User, file_id: uuid.UUID) -> Path:
     """The path of a file's bytes. Raises NotFound when they are missing."""
     path = brought(get(session, user, file_id).sha256)
     if not path.exists():
-        raise NotFound(f"The bytes of {ids.public(ids.FILE, file_id)} are gone from the disk.", hint="Upload the file again.")
+        message = gettext("The bytes of %(id)s are gone from the disk.", id=ids.public(ids.FILE, file_id))
+        raise NotFound(message, hint=gettext("Upload the file again."))
     return path
 
 

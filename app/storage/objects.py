@@ -16,10 +16,9 @@ import hashlib
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,7 +27,9 @@ from typing import Any, TypeVar
 
 from app.errors import BadData, StudioError, Unavailable
 from app.kit import manifest
+from app.kit.languages import gettext
 from app.settings import get_settings
+from app.storage._parallel import Parallel
 from app.storage.atomic import disk_errors, sync, write_atomically
 
 T = TypeVar("T")
@@ -39,7 +40,6 @@ PART_BYTES = 16 * 2**20
 PARALLEL = 4
 """Parts in flight at once, each of them in memory."""
 PARTIAL = ".partial"
-BEAT_SECONDS = 1.0
 RETRY_SECONDS = 60.0
 """How long a request is tried again while the storage does not answer."""
 TRUSTED_SECONDS = 1800.0
@@ -149,14 +149,15 @@ class ObjectStorage:
         """
         began = time.monotonic()
         sent: dict[str, _Sending] = {}
-        with _Parallel(beat) as pool:
+        with Parallel(beat, PARALLEL) as pool:
             for name, path in _files_below(source):
                 sent[name] = _Sending(path)
                 for piece in sent[name].pieces():
                     sent[name].parts.append(pool.start(functools.partial(self._put_part, piece)))
             stored = StoredPlace({name: one.sent(pool.wait) for name, one in sent.items()}, PART_BYTES)
             if time.monotonic() - began > KEPT_SECONDS - 2 * TRUSTED_SECONDS:
-                raise StorageAway(f"{place} was sent too slowly to {self.url}: what was found there may be gone.", hint="It is sent again.")
+                message = gettext("%(place)s was sent too slowly to %(url)s: what was found there may be gone.", place=place, url=self.url)
+                raise StorageAway(message, hint=gettext("It is sent again."))
             pool.wait(pool.start(lambda: self.write(f"manifests/{place}.json", stored.to_json())))
         return stored
 
@@ -180,14 +181,15 @@ class ObjectStorage:
         if beat is None:
             data = self.read(name)
         else:
-            with _Parallel(beat) as pool:
+            with Parallel(beat, PARALLEL) as pool:
                 data = pool.wait(pool.start(lambda: self.read(name)))
         if data is None:
             return None
         try:
             return StoredPlace.from_json(data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ObjectDamaged(f"The manifest of {place} in {self.url} is damaged: {error}", hint="Restore it from a backup.") from error
+            message = gettext("The manifest of %(place)s in %(url)s is damaged: %(reason)s", place=place, url=self.url, reason=error)
+            raise ObjectDamaged(message, hint=gettext("Restore it from a backup.")) from error
 
     def forget(self, place: str) -> None:
         """Remove a place. Its objects go with the next sweep, unless another place has them too."""
@@ -225,7 +227,7 @@ class ObjectStorage:
         resumed = draft.exists()
         with draft.open("r+b" if resumed else "wb") as opened:
             opened.truncate(file.bytes)
-        with _Parallel(beat) as pool:
+        with Parallel(beat, PARALLEL) as pool:
             parts = []
             for index, part in enumerate(file.parts):
                 size = min(part_bytes, file.bytes - index * part_bytes)
@@ -239,8 +241,11 @@ class ObjectStorage:
     def _get_part(self, path: Path, offset: int, part: str) -> None:
         data = self.read(f"objects/{part}")
         if data is None or hashlib.sha256(data).hexdigest() != _digest(part):
-            what = "is missing" if data is None else "holds other bytes than were stored"
-            raise ObjectDamaged(f"The object {part} in {self.url} {what}.", hint="Restore it from a version or a copy of the bucket.")
+            if data is None:
+                message = gettext("The object %(name)s in %(url)s is missing.", name=part, url=self.url)
+            else:
+                message = gettext("The object %(name)s in %(url)s holds other bytes than were stored.", name=part, url=self.url)
+            raise ObjectDamaged(message, hint=gettext("Restore it from a version or a copy of the bucket."))
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(data)
@@ -303,7 +308,7 @@ class ObjectStorage:
             except StudioError:
                 raise
             except Exception as error:  # each vendor's package raises types of its own
-                fault = self._fault(f"be used ({what})", error)
+                fault = self._fault(what, error)
                 if isinstance(fault, StorageRefuses) or time.monotonic() > deadline:
                     raise fault from error
             time.sleep(pause * random.uniform(0.5, 1.0))
@@ -311,12 +316,13 @@ class ObjectStorage:
 
     def _fault(self, what: str, error: Exception) -> StudioError:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        message = gettext("The object storage %(url)s cannot be used (%(what)s). %(said)s", url=self.url, what=what, said=said)
         if isinstance(error, PermissionError) or type(error).__name__ in _REFUSALS:
-            hint = "Check LUTHIER_STORAGE_URL and the keys of this process, as docs/deploy.md says; `luthier doctor` tries them."
-            return StorageRefuses(f"The object storage {self.url} cannot {what}. {said}", hint=hint)
+            hint = gettext("Check LUTHIER_STORAGE_URL and the keys of this process, as docs/deploy.md says; `luthier doctor` tries them.")
+            return StorageRefuses(message, hint=hint)
         if isinstance(error, FileNotFoundError):  # of a write: reads and removals take it for an answer
-            return StorageRefuses(f"The object storage {self.url} cannot {what}. {said}", hint="Make the bucket first.")
-        return StorageAway(f"The object storage {self.url} cannot {what}. {said}", hint="Is it running, and can this machine reach it?")
+            return StorageRefuses(message, hint=gettext("Make the bucket first."))
+        return StorageAway(message, hint=gettext("Is it running, and can this machine reach it?"))
 
 
 _REFUSALS = {
@@ -377,46 +383,6 @@ class _Sending:
 
     def sent(self, wait: Callable[[Future[str]], str]) -> StoredFile:
         return StoredFile(self.bytes, self._hash.hexdigest(), tuple(map(wait, self.parts)))
-
-
-class _Parallel:
-    """A few threads that take a part each; `start` waits until one is free, so that no more parts are in memory, and raises what one of
-    them met. Whoever waits sends heartbeats meanwhile: a storage that is away may keep a thread for a minute."""
-
-    def __init__(self, beat: Beat) -> None:
-        self._beat = beat
-
-    def __enter__(self) -> _Parallel:
-        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="storage")
-        self._free = threading.Semaphore(PARALLEL)
-        self._error: BaseException | None = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def start(self, action: Callable[[], T]) -> Future[T]:
-        while not self._free.acquire(timeout=BEAT_SECONDS):
-            self._beat()
-        self._beat()
-        if self._error is not None:
-            raise self._error
-        started = self._pool.submit(action)
-        started.add_done_callback(self._done)
-        return started
-
-    def wait(self, future: Future[T]) -> T:
-        while True:
-            with suppress(TimeoutError):
-                return future.result(timeout=BEAT_SECONDS)
-            if future.done():
-                return future.result()
-            self._beat()
-
-    def _done(self, future: Future[Any]) -> None:
-        if not future.cancelled():
-            self._error = self._error or future.exception()
-        self._free.release()
 
 
 def _files_below(source: Path) -> list[tuple[str, Path]]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData
 from app.kit import manifest
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.storage import objects
 from app.storage.objects import Beat, ObjectStorage
@@ -90,11 +91,13 @@ def verified(relative: str) -> Path:
         return folder
     told, stored = manifest.read(folder), storage.find(relative)
     if told is None or stored is None:
-        raise BadData(f"{relative} has no readable manifest, so its files cannot be trusted.", hint="Restore it in the object storage.")
+        message = gettext("%(place)s has no readable manifest, so its files cannot be trusted.", place=relative)
+        raise BadData(message, hint=gettext("Restore it in the object storage."))
     for name, entry in told["files"].items():
         there = stored.files.get(name)
         if there is None or there.sha256 != entry["sha256"]:
-            raise BadData(f"The file {name} is missing in the object storage, or differs from what was written.", hint="Restore it there.")
+            message = gettext("The file %(name)s is missing in the object storage, or differs from what was written.", name=name)
+            raise BadData(message, hint=gettext("Restore it there."))
     return folder
 
 

@@ -10,17 +10,19 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 from app.metrics import METRICS, in_text
 from app.objectives import OBJECTIVES, Task
 
 Family = Literal["feature", "partial", "full", "additive", "selective", "reparametrized"]
 FAMILIES: dict[Family, str] = {
-    "reparametrized": "LoRA family",
-    "additive": "Adapters and soft prompts",
-    "selective": "Selective",
-    "partial": "Partial",
-    "full": "Full",
-    "feature": "Feature extraction",
+    "reparametrized": mark("LoRA family"),
+    "additive": mark("Adapters and soft prompts"),
+    "selective": mark("Selective"),
+    "partial": mark("Partial"),
+    "full": mark("Full"),
+    "feature": mark("Feature extraction"),
 }
 """Families in the order of forms, in plain words."""
 Situation = Literal["few rows", "many rows", "far data", "close data", "solved"]
@@ -96,21 +98,21 @@ def task_skill(facts: Facts) -> float | None:
 def by_data(strategy: Weighed, facts: Facts) -> list[Reason]:
     if OBJECTIVES[facts.task].classifies:
         return strategy.label_reasons(facts)
-    rows = f"{facts.rows:,} rows"
+    rows = human_number(facts.rows)
     if facts.rows < FEW_ROWS:
         # Liu et al. 2022 (T-Few): with tens of examples the smallest methods overfit least.
         if "few rows" in strategy.suits:
-            return [Reason(12, f"{rows} are few, and so few trainable parameters hardly overfit.")]
+            return [Reason(12, gettext("%(rows)s rows are few, and so few trainable parameters hardly overfit.", rows=rows))]
         if strategy.family == "full":
-            return [Reason(-40, f"{rows} are too few to train every weight: it would overfit.")]
+            return [Reason(-40, gettext("%(rows)s rows are too few to train every weight: it would overfit.", rows=rows))]
         return []
     if facts.rows >= MANY_ROWS:
         if strategy.family == "full":
-            return [Reason(15, f"{rows} are enough to train every weight.")]
+            return [Reason(15, gettext("%(rows)s rows are enough to train every weight.", rows=rows))]
         if "many rows" in strategy.suits:
-            return [Reason(8, f"{rows} can use the capacity beyond plain LoRA.")]
+            return [Reason(8, gettext("%(rows)s rows can use the capacity beyond plain LoRA.", rows=rows))]
         if "many rows" in strategy.unsuited:
-            return [Reason(-15, f"{rows} hold more than so few trainable parameters can take up.")]
+            return [Reason(-15, gettext("%(rows)s rows hold more than so few trainable parameters can take up.", rows=rows))]
     return []
 
 
@@ -119,29 +121,29 @@ def by_labels(strategy: Weighed, facts: Facts) -> list[Reason]:
     found = []
     words, least, large = labeled(facts)
     if strategy.family == "feature":
-        quick = "a classifier on the frozen model is quick, hard to beat, and keeps the base model unchanged."
-        found.append(Reason(30 if large else 35, f"{words}: {quick}"))
+        quick = gettext(
+            "%(rows)s: a classifier on the frozen model is quick, hard to beat, and keeps the base model unchanged.", rows=words
+        )
+        found.append(Reason(30 if large else 35, quick))
         if facts.distance is not None and facts.distance >= FAR:
-            found.append(
-                Reason(-20, "The texts are far from what the model was trained on, so its frozen vectors may not separate the classes.")
-            )
+            far = gettext("The texts are far from what the model was trained on, so its frozen vectors may not separate the classes.")
+            found.append(Reason(-20, far))
     elif least < FEW_PER_CLASS:
-        found.append(Reason(-15, f"{rows_a_class(facts)} are few to train the model itself."))
+        found.append(Reason(-15, gettext("%(rows)s are few to train the model itself.", rows=rows_a_class(facts))))
     elif least >= MANY_PER_CLASS and strategy.family in ("reparametrized", "additive"):
-        found.append(Reason(10, f"{words}: enough to adapt the model itself."))
+        found.append(Reason(10, gettext("%(rows)s: enough to adapt the model itself.", rows=words)))
     return found + by_balance(strategy.family, facts)
 
 
 def by_balance(family: str, facts: Facts) -> list[Reason]:
     """The effect of imbalanced classes on a model with many trainable parameters."""
     if balance(facts) >= UNEVEN and family in ("full", "partial", "reparametrized"):
-        uneven = f"The largest class has {balance(facts):,.0f} times the rows of the smallest"
-        return [
-            Reason(
-                -4,
-                f"{uneven}, so a model with many trainable parameters soon predicts only the large one. Watch macro F1, or balance the classes.",
-            )
-        ]
+        uneven = gettext(
+            "The largest class has %(times)s times the rows of the smallest, so a model with many trainable parameters soon predicts only the "
+            "large one. Watch macro F1, or balance the classes.",
+            times=human_number(balance(facts), 0),
+        )
+        return [Reason(-4, uneven)]
     return []
 
 
@@ -153,7 +155,12 @@ def balance(facts: Facts) -> float:
 def labeled(facts: Facts) -> tuple[str, float, bool]:
     """(the labeled rows in words, rows of the smallest class, whether there are many of every class)."""
     least = _per_class(facts) if facts.smallest_class is None else facts.smallest_class
-    words = f"{facts.rows:,} labeled rows in {facts.classes} classes ({rows_a_class(facts)})"
+    words = gettext(
+        "%(rows)s labeled rows in %(classes)s classes (%(each)s)",
+        rows=human_number(facts.rows),
+        classes=facts.classes,
+        each=rows_a_class(facts),
+    )
     return words, least, facts.rows >= MANY_ROWS and least >= MANY_PER_CLASS
 
 
@@ -162,8 +169,10 @@ def _per_class(facts: Facts) -> float:
 
 
 def rows_a_class(facts: Facts) -> str:
-    mean = _per_class(facts)
-    return f"{mean:,.0f} rows a class" + (f", {facts.smallest_class:,} in the smallest" if balance(facts) > 1.5 else "")
+    mean = human_number(_per_class(facts), 0)
+    if balance(facts) > 1.5:
+        return gettext("%(rows)s rows a class, %(least)s in the smallest", rows=mean, least=human_number(facts.smallest_class))
+    return gettext("%(rows)s rows a class", rows=mean)
 
 
 def told_apart(facts: Facts) -> bool | None:
@@ -177,55 +186,96 @@ def told_apart(facts: Facts) -> bool | None:
 def by_distance(strategy: Weighed, facts: Facts) -> list[Reason]:
     if facts.distance is None:
         return []
-    says = f"This data is {facts.distance:.2f} × as hard to predict as general text for the base model"
-    if facts.distance >= FAR:
+    points, says = _of_distance(strategy, facts.distance)
+    return [Reason(points, says % {"times": human_number(facts.distance, 2)})] if points else []
+
+
+def _of_distance(strategy: Weighed, distance: float) -> tuple[int, str]:
+    """(points, the reason with a place for the distance); 0 where it decides nothing."""
+    if distance >= FAR:
         if strategy.family == "full":
-            return [Reason(32, f"{says}: far from what it was trained on, so every weight may have to change.")]
+            return 32, gettext(
+                "This data is %(times)s × as hard to predict as general text for the base model: far from what it was trained on, so every "
+                "weight may have to change."
+            )
         if "far data" in strategy.unsuited:
-            return [Reason(-12, f"{says}: too far for so few trainable parameters.")]
+            return -12, gettext(
+                "This data is %(times)s × as hard to predict as general text for the base model: too far for so few trainable parameters."
+            )
         if "far data" in strategy.suits:
-            return [Reason(6, f"{says}: more capacity helps.")]
-    if facts.distance <= CLOSE:
+            return 6, gettext("This data is %(times)s × as hard to predict as general text for the base model: more capacity helps.")
+    if distance <= CLOSE:
         if strategy.family == "full":
-            return [Reason(-15, f"{says}: it predicts such text already, so training every weight mostly makes it forget.")]
+            return -15, gettext(
+                "This data is %(times)s × as hard to predict as general text for the base model: it predicts such text already, so training "
+                "every weight mostly makes it forget."
+            )
         if "close data" in strategy.suits:
-            return [Reason(6, f"{says}: a small change is enough.")]
-    return []
+            return 6, gettext("This data is %(times)s × as hard to predict as general text for the base model: a small change is enough.")
+    return 0, ""
 
 
 def by_prompts(strategy: Weighed, facts: Facts) -> list[Reason]:
     """The model's ability before fine-tuning: a task it can do needs little, one it cannot do needs larger changes."""
     skill = task_skill(facts)
     if skill is not None and facts.how == "vectors":
-        says = f"A few examples per class reach accuracy {facts.prompted:.2f} by nearest neighbor"
-        if strategy.family == "feature" and skill >= CLOSE_TASK:
-            return [Reason(8, f"{says}: its vectors separate these classes already.")]
-        if strategy.family == "feature" and skill <= FAR_TASK:
-            return [Reason(-14, f"{says}: its frozen vectors hardly separate these classes.")]
-        if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
-            return [Reason(8, f"{says}, so the model itself has to be trained.")]
-        return []
+        return _by_neighbors(strategy, skill, human_number(facts.prompted, 2))
     if worth_tuning(facts) is False:
-        says = f"A prompt alone reaches {in_text(facts.metric or '')} {facts.prompted:.2f} on the validation set"
+        reached = {"metric": in_text(facts.metric or ""), "score": human_number(facts.prompted, 2)}
         if strategy.family == "full":
-            return [Reason(-12, f"{says}: little headroom for full fine-tuning.")]
+            says = gettext(
+                "A prompt alone reaches %(metric)s %(score)s on the validation set: little headroom for full fine-tuning.", **reached
+            )
+            return [Reason(-12, says)]
         if "solved" in strategy.suits:
-            return [Reason(6, f"{says}: little headroom, so a small change is enough.")]
+            says = gettext(
+                "A prompt alone reaches %(metric)s %(score)s on the validation set: little headroom, so a small change is enough.",
+                **reached,
+            )
+            return [Reason(6, says)]
     return []
 
 
-PLAIN_LORA = Reason(30, "Matches full fine-tuning on most datasets and forgets less.")
+def _by_neighbors(strategy: Weighed, skill: float, accuracy: str) -> list[Reason]:
+    """The same for labels that the nearest of a few examples decided."""
+    if strategy.family == "feature" and skill >= CLOSE_TASK:
+        says = gettext(
+            "A few examples per class reach accuracy %(accuracy)s by nearest neighbor: its vectors separate these classes already.",
+            accuracy=accuracy,
+        )
+        return [Reason(8, says)]
+    if strategy.family == "feature" and skill <= FAR_TASK:
+        says = gettext(
+            "A few examples per class reach accuracy %(accuracy)s by nearest neighbor: its frozen vectors hardly separate these classes.",
+            accuracy=accuracy,
+        )
+        return [Reason(-14, says)]
+    if skill <= FAR_TASK and strategy.family in ("full", "reparametrized", "additive"):
+        says = gettext(
+            "A few examples per class reach accuracy %(accuracy)s by nearest neighbor, so the model itself has to be trained.",
+            accuracy=accuracy,
+        )
+        return [Reason(8, says)]
+    return []
+
+
+PLAIN_LORA = Reason(30, mark("Matches full fine-tuning on most datasets and forgets less."))
 """LoRA on all linear layers equals full fine-tuning on most small and medium datasets, with less forgetting (Biderman et al.
 2024, LoRA Learns Less and Forgets Less; Schulman et al. 2025, LoRA Without Regret)."""
-LORA_VARIANT = Reason(22, "LoRA variant, as dependable: compare it once plain LoRA has shown what is possible.")
-SMALL_PART = Reason(10, "Trains a small part: the base model stays unchanged and can be shared.")
+LORA_VARIANT = Reason(22, mark("LoRA variant, as dependable: compare it once plain LoRA has shown what is possible."))
+SMALL_PART = Reason(10, mark("Trains a small part: the base model stays unchanged and can be shared."))
 
 
 def by_nature(strategy: Weighed) -> list[Reason]:
     """Reasons that apply to any data."""
-    found = [strategy.standing] if strategy.standing else []
+    found = [_said(strategy.standing)] if strategy.standing else []
     if strategy.standing is None and strategy.family in ("reparametrized", "additive", "partial"):
-        found.append(SMALL_PART)
+        found.append(_said(SMALL_PART))
     if strategy.forgets == "much":
-        found.append(Reason(-8, "Trains every weight, so it forgets most: watch general ability."))
+        found.append(Reason(-8, gettext("Trains every weight, so it forgets most: watch general ability.")))
     return found
+
+
+def _said(reason: Reason) -> Reason:
+    """A constant reason in the reader's language."""
+    return reason._replace(text=gettext(reason.text))

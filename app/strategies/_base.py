@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from app.kit.languages import gettext, mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts
@@ -51,6 +52,13 @@ class Loading(NamedTuple):
 
 UNNAMED = "lora"
 """The strategy of a request that names none."""
+LABELS = (
+    mark("Activation"), mark("Alpha"), mark("Arrangement"), mark("Bias"), mark("Block"), mark("Classifier"), mark("Depth"), mark("Dropout"),
+    mark("Factor"), mark("Layers"), mark("Modules to save"), mark("Norm"), mark("Orthogonality"), mark("Output layer"), mark("Passes"),
+    mark("Pooling"), mark("Rank"), mark("Regularisation"), mark("Scale"), mark("Start rank"), mark("Target modules"), mark("Tokens"),
+    mark("Width"),
+)  # fmt: skip
+"""What `app.kit.forms.label_of` makes of the names of settings that have no title, for the catalogs."""
 
 
 class Strategy(BaseModel, ABC):
@@ -77,7 +85,7 @@ class Strategy(BaseModel, ABC):
     adapter: ClassVar[bool] = True  # the result needs its base's weights; False: it is a whole model
     merges: ClassVar[bool] = False  # `merge` gives a plain model with the same outputs
     blends: ClassVar[bool] = False  # `load_blended` can scale its change
-    no_blend: ClassVar[str] = "what it changes has no halfway."  # why not, where `blends` is false
+    no_blend: ClassVar[str] = mark("what it changes has no halfway.")  # why not, where `blends` is false
     switchable: ClassVar[bool] = True  # one loaded base can serve it and others in turn, without loading twice
     default_learning_rate: ClassVar[float] = 2e-4
     preference_share: ClassVar[float] = 0.1  # of that rate, for pairs: DPO moves far with small steps
@@ -169,12 +177,16 @@ class Strategy(BaseModel, ABC):
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         """Why this model or machine cannot run it, in a sentence that ends with what to do; None when it can."""
         if not OBJECTIVES[task].classifies and shape.architecture == "encoder":
-            return "An encoder writes no text. Choose a dataset with labels, or a decoder."
+            return gettext("An encoder writes no text. Choose a dataset with labels, or a decoder.")
         if shape.structure and not self.any_architecture:
-            return f"Its places in a {shape.model_type} are not known. Choose LoRA, which finds its layers in the model itself."
+            return gettext(
+                "Its places in a %(model)s are not known. Choose LoRA, which finds its layers in the model itself.", model=shape.model_type
+            )
         refused = dict(shape.structure.refused) if shape.structure else {}
         if self.name in refused:
-            return f"It was tried when the model was added, and failed: {refused[self.name]}. Choose another method."
+            return gettext(
+                "It was tried when the model was added, and failed: %(reason)s. Choose another method.", reason=refused[self.name]
+            )
         return self.unsupported(task)
 
     @classmethod
@@ -183,7 +195,12 @@ class Strategy(BaseModel, ABC):
         its own tasks alone."""
         if task in cls.tasks or (OBJECTIVES[task].trains_as in cls.tasks and cls.recipe == "gradient"):
             return None
-        return f"{cls.title} does not support the task {task}; it supports {' and '.join(cls.tasks)}."
+        return gettext(
+            "%(method)s does not support the task %(task)s; it supports %(tasks)s.",
+            method=gettext(cls.title),
+            task=task,
+            tasks=f" {gettext('and')} ".join(cls.tasks),
+        )
 
     @classmethod
     def drawing(cls) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from app.kit.languages import mark
 from app.shapes import Linear, Shape
 from app.strategies._low_rank import LowRank
 
@@ -29,22 +30,26 @@ class ChosenLowRank(LowRank):
         None,
         min_length=1,
         max_length=2000,
-        description="Names of the modules that are trained in addition, instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
-        "and * matches anything: layers.[01].*.q_proj.",
+        description=mark(
+            "Names of the modules that are trained in addition, instead of a preset: q_proj, v_proj. A name may be the end of a whole one, "
+            "and * matches anything: layers.[01].*.q_proj."
+        ),
         exclude_if=lambda names: names is None,
     )
     init_lora_weights: Literal["default", "gaussian"] = Field(
         "default",
-        title="Init LoRA weights",
-        description="How A begins: default is uniform (Kaiming), gaussian has a deviation of 1 / rank. B begins at zero.",
+        title=mark("Init LoRA weights"),
+        description=mark("How A begins: default is uniform (Kaiming), gaussian has a deviation of 1 / rank. B begins at zero."),
         exclude_if=lambda kind: kind == "default",
     )
     loraplus_lr_ratio: float | None = Field(
         None,
         ge=1,
         le=1000,
-        title="LoRA+ LR ratio",
-        description="LoRA+: how many times the learning rate B learns at (Hayou et al. 2024 advise 16). Empty gives A and B the same.",
+        title=mark("LoRA+ LR ratio"),
+        description=mark(
+            "LoRA+: how many times the learning rate B learns at (Hayou et al. 2024 advise 16). Empty gives A and B the same."
+        ),
         exclude_if=lambda ratio: ratio is None,
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Linear, Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._model import transformer
@@ -69,10 +70,12 @@ class LowRank(PeftStrategy):
     scaled: ClassVar[tuple[str, ...]] = (".lora_B.",)
     default_learning_rate: ClassVar = 5e-4
 
-    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r. Higher = more capacity and memory.", json_schema_extra={"basic": True})
-    alpha: float = Field(16, gt=0, le=4096, description="LoRA alpha (scale = alpha/r).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the adapter's inputs dropped at random during training.")
-    layers: LayerChoice = Field("all-linear", description="Which linear layers are adapted. Target modules name single ones.")
+    rank: int = Field(
+        8, ge=1, le=1024, description=mark("LoRA rank r. Higher = more capacity and memory."), json_schema_extra={"basic": True}
+    )
+    alpha: float = Field(16, gt=0, le=4096, description=mark("LoRA alpha (scale = alpha/r)."))
+    dropout: float = Field(0.0, ge=0, lt=1, description=mark("Fraction of the adapter's inputs dropped at random during training."))
+    layers: LayerChoice = Field("all-linear", description=mark("Which linear layers are adapted. Target modules name single ones."))
 
     def targets(self, shape: Shape) -> list[str]:
         return linear_names(shape, self.layers)

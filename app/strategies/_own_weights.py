@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, field_validator
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._chosen import ChosenLowRank, ModuleNames, names_in
 from app.strategies._low_rank import InOnePass
@@ -23,8 +24,10 @@ TABLES = ("embed_tokens", "lm_head")
 class WithOwnWeights(InOnePass, ChosenLowRank):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none",
-        description="Biases of the model itself that are trained besides: none, all of them, or those of the layers that LoRA is on. Many "
-        "decoders have none.",
+        description=mark(
+            "Biases of the model itself that are trained besides: none, all of them, or those of the layers that LoRA is on. Many "
+            "decoders have none."
+        ),
         exclude_if=lambda kind: kind == "none",
     )
 
@@ -32,8 +35,10 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
         None,
         min_length=1,
         max_length=200,
-        description="Tables of words that are trained whole and saved with the adapter: embed_tokens, lm_head. For new words or tags; they are "
-        "large. A model that has one table for both trains that.",
+        description=mark(
+            "Tables of words that are trained whole and saved with the adapter: embed_tokens, lm_head. For new words or tags; they are "
+            "large. A model that has one table for both trains that."
+        ),
         exclude_if=lambda names: names is None,
     )
 
@@ -72,7 +77,7 @@ class WithOwnWeights(InOnePass, ChosenLowRank):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.modules_to_save is not None and shape.structure:
-            return f"The embeddings of a {shape.model_type} have other names. Leave modules_to_save empty."
+            return gettext("The embeddings of a %(model)s have other names. Leave modules_to_save empty.", model=shape.model_type)
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def variant(self) -> dict[str, Any]:

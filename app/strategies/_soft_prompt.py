@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter
@@ -29,7 +30,7 @@ NAME = "luthier_prompt"
 class SoftPrompt(Strategy):
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
-    no_blend: ClassVar = (
+    no_blend: ClassVar = mark(
         "its trained vectors are put before the text or they are not; half of each is another prompt that was never trained."
     )
 
@@ -37,7 +38,7 @@ class SoftPrompt(Strategy):
         20,
         ge=1,
         le=1024,
-        description="Number of trained vectors (virtual tokens). Each takes one token of the context.",
+        description=mark("Number of trained vectors (virtual tokens). Each takes one token of the context."),
         json_schema_extra={"basic": True},
     )
 
@@ -49,7 +50,11 @@ class SoftPrompt(Strategy):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.tokens >= shape.positions:
-            return f"The model reads {shape.positions} tokens at once; {self.tokens} trained ones leave no room. Choose fewer."
+            return gettext(
+                "The model reads %(most)s tokens at once; %(trained)s trained ones leave no room. Choose fewer.",
+                most=shape.positions,
+                trained=self.tokens,
+            )
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def activation_counts(self, shape: Shape) -> Kept:

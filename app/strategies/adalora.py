@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
 from app.strategies._low_rank import InOnePass, LowRank, peft_targets
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class AdaLora(InOnePass, LowRank):
     name: Literal["adalora"] = "adalora"
     title: ClassVar = "AdaLoRA"
-    summary: ClassVar = "LoRA that allocates its rank to the layers that need it."
-    when_to_use: ClassVar = "For longer runs with a tight size limit. It needs a few hundred steps to find out where rank is needed."
+    summary: ClassVar = mark("LoRA that allocates its rank to the layers that need it.")
+    when_to_use: ClassVar = mark("For longer runs with a tight size limit. It needs a few hundred steps to find out where rank is needed.")
     paper: ClassVar = (
         "Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
         "https://arxiv.org/abs/2303.10512",
@@ -30,9 +31,9 @@ class AdaLora(InOnePass, LowRank):
     default_learning_rate: ClassVar = 1e-3
     scaled: ClassVar = (".lora_E.",)
 
-    rank: int = Field(8, ge=1, le=512, description="Mean rank at the end.", json_schema_extra={"basic": True})
-    start_rank: int | None = Field(None, ge=1, le=1024, description="Initial rank of every layer. Leave empty for 1.5 × the rank.")
-    orthogonality: float = Field(0.5, ge=0, le=10, description="Weight of the orthogonality regularization.")
+    rank: int = Field(8, ge=1, le=512, description=mark("Mean rank at the end."), json_schema_extra={"basic": True})
+    start_rank: int | None = Field(None, ge=1, le=1024, description=mark("Initial rank of every layer. Leave empty for 1.5 × the rank."))
+    orthogonality: float = Field(0.5, ge=0, le=10, description=mark("Weight of the orthogonality regularization."))
 
     def first_rank(self) -> int:
         return self.start_rank or -(-3 * self.rank // 2)
@@ -55,7 +56,7 @@ class AdaLora(InOnePass, LowRank):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.first_rank() < self.rank:
-            return "The rank at the start is smaller than the rank in the end. Raise start_rank or leave it empty."
+            return gettext("The rank at the start is smaller than the rank in the end. Raise start_rank or leave it empty.")
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def config(self, model: torch.nn.Module, *, task: str) -> Any:

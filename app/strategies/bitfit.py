@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._base import Kept
 from app.strategies._model import blocks
@@ -17,8 +18,8 @@ class BitFit(Selected):
     name: Literal["bitfit"] = "bitfit"
     title: ClassVar = "BitFit"
     family: ClassVar = "selective"
-    summary: ClassVar = "Trains only the biases, about 0.1% of the model."
-    when_to_use: ClassVar = "For encoders and small labeled sets, when the result must be tiny and forget almost nothing."
+    summary: ClassVar = mark("Trains only the biases, about 0.1% of the model.")
+    when_to_use: ClassVar = mark("For encoders and small labeled sets, when the result must be tiny and forget almost nothing.")
     paper: ClassVar = (
         "Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
         "https://arxiv.org/abs/2106.10199",
@@ -32,7 +33,7 @@ class BitFit(Selected):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.trainable(shape) == 0:
-            return "This model has no biases to learn. Choose Norm tuning or (IA)³, which are as small."
+            return gettext("This model has no biases to learn. Choose Norm tuning or (IA)³, which are as small.")
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def activation_counts(self, shape: Shape) -> Kept:

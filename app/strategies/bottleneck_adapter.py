@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading
 from app.strategies._model import attention_output, blocks, feed_forward_output, transformer
@@ -22,9 +23,11 @@ _BESIDE = """if place.endswith("mlp"):
 
 class BottleneckAdapter(Added):
     name: Literal["bottleneck_adapter"] = "bottleneck_adapter"
-    title: ClassVar = "Adapters (Houlsby/Pfeiffer)"
-    summary: ClassVar = "Small bottleneck layers inserted into every block."
-    when_to_use: ClassVar = "When the task asks for new computation, not only for a change of weights: more capacity than LoRA per parameter, a little slower at inference."
+    title: ClassVar = mark("Adapters (Houlsby/Pfeiffer)")
+    summary: ClassVar = mark("Small bottleneck layers inserted into every block.")
+    when_to_use: ClassVar = mark(
+        "When the task asks for new computation, not only for a change of weights: more capacity than LoRA per parameter, a little slower at inference."
+    )
     paper: ClassVar = ("Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP", "https://arxiv.org/abs/1902.00751")
     place: ClassVar = 20
     suits: ClassVar = ("many rows", "far data")
@@ -32,16 +35,18 @@ class BottleneckAdapter(Added):
     any_architecture: ClassVar = False
 
     width: int = Field(
-        32, ge=1, le=8192, description="Bottleneck size. Higher = more capacity and memory.", json_schema_extra={"basic": True}
+        32, ge=1, le=8192, description=mark("Bottleneck size. Higher = more capacity and memory."), json_schema_extra={"basic": True}
     )
     arrangement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "houlsby",
-        description="houlsby: after attention and after feed-forward. pfeiffer: after feed-forward alone (Pfeiffer et al. 2021). "
-        "parallel: parallel to feed-forward (He et al. 2022).",
+        description=mark(
+            "houlsby: after attention and after feed-forward. pfeiffer: after feed-forward alone (Pfeiffer et al. 2021). "
+            "parallel: parallel to feed-forward (He et al. 2022)."
+        ),
         json_schema_extra={"basic": True},
     )
-    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the two dense layers.")
-    scale: float = Field(1.0, gt=0, le=100, description="Scale of the adapter output.")
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description=mark("Activation function between the two dense layers."))
+    scale: float = Field(1.0, gt=0, le=100, description=mark("Scale of the adapter output."))
 
     def trainable(self, shape: Shape) -> int:
         one = 2 * shape.hidden * self.width + self.width + shape.hidden

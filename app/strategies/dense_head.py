@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.kit.languages import gettext, mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import MANY_PER_CLASS, Facts, Reason, by_balance, labeled, rows_a_class, told_apart
@@ -26,10 +27,10 @@ class DenseHead(Added):
     last norm and the output layer, zero at the start, so the model starts as it was."""
 
     name: Literal["dense_head"] = "dense_head"
-    title: ClassVar = "Trainable head"
+    title: ClassVar = mark("Trainable head")
     family: ClassVar = "partial"
-    summary: ClassVar = "New dense layers on top; the model below is frozen."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("New dense layers on top; the model below is frozen.")
+    when_to_use: ClassVar = mark(
         "For classes, when there are a few thousand labeled texts or more; for text, to shift word choice without changing what is read."
     )
     paper: ClassVar = (
@@ -39,22 +40,22 @@ class DenseHead(Added):
     place: ClassVar = 25
     default_learning_rate: ClassVar = 1e-3
 
-    width: int = Field(256, ge=1, le=65_536, description="Hidden size of the new layers.", json_schema_extra={"basic": True})
-    depth: int = Field(1, ge=1, le=8, description="Number of hidden layers.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of the new layers' inputs dropped at random during training.")
-    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="Activation function between the layers.")
+    width: int = Field(256, ge=1, le=65_536, description=mark("Hidden size of the new layers."), json_schema_extra={"basic": True})
+    depth: int = Field(1, ge=1, le=8, description=mark("Number of hidden layers."))
+    dropout: float = Field(0.1, ge=0, lt=1, description=mark("Fraction of the new layers' inputs dropped at random during training."))
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description=mark("Activation function between the layers."))
 
     def label_reasons(self, facts: Facts) -> list[Reason]:
         """With many labeled rows dense layers on the frozen model pay off, unless that model's states do not separate the classes."""
         words, least, large = labeled(facts)
         if told_apart(facts) is False:
-            own = Reason(-14, "The frozen vectors hardly separate these classes, and new layers on top see nothing else.")
+            own = Reason(-14, gettext("The frozen vectors hardly separate these classes, and new layers on top see nothing else."))
         elif large:
-            own = Reason(55, f"{words}: enough to train new layers on top, while the model itself stays unchanged.")
+            own = Reason(55, gettext("%(rows)s: enough to train new layers on top, while the model itself stays unchanged.", rows=words))
         elif least >= MANY_PER_CLASS:
-            own = Reason(28, f"{words}: enough to train new layers on the frozen model.")
+            own = Reason(28, gettext("%(rows)s: enough to train new layers on the frozen model.", rows=words))
         else:
-            own = Reason(-5, f"{rows_a_class(facts)} are few for new layers; feature extraction overfits less.")
+            own = Reason(-5, gettext("%(rows)s are few for new layers; feature extraction overfits less.", rows=rows_a_class(facts)))
         return [own, *by_balance(self.family, facts)]
 
     def trainable(self, shape: Shape) -> int:

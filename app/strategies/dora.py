@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._advice import LORA_VARIANT
 from app.strategies._base import Kept
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Dora(WithOwnWeights):
     name: Literal["dora"] = "dora"
     title: ClassVar = "DoRA"
-    summary: ClassVar = "LoRA for the direction of each weight row, plus a trained magnitude."
-    when_to_use: ClassVar = "When LoRA at a small rank is not quite good enough and slower training is acceptable."
+    summary: ClassVar = mark("LoRA for the direction of each weight row, plus a trained magnitude.")
+    when_to_use: ClassVar = mark("When LoRA at a small rank is not quite good enough and slower training is acceptable.")
     paper: ClassVar = ("Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation", "https://arxiv.org/abs/2402.09353")
     place: ClassVar = 12
     suits: ClassVar = ("many rows",)

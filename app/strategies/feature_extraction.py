@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._base import Strategy
 from app.strategies._files import write_adapter
@@ -20,11 +21,13 @@ class FeatureExtraction(Strategy):
     recipe is in `worker/training/feature_cache.py`."""
 
     name: Literal["feature_extraction"] = "feature_extraction"
-    title: ClassVar = "Feature extraction (linear probe)"
+    title: ClassVar = mark("Feature extraction (linear probe)")
     family: ClassVar = "feature"
     tasks: ClassVar = ("classification",)
-    summary: ClassVar = "The model is frozen and embeds each text; a small classifier is trained on the vectors."
-    when_to_use: ClassVar = "The first thing to try for classes: minutes on a laptop, no forgetting, and hard to beat with few examples."
+    summary: ClassVar = mark("The model is frozen and embeds each text; a small classifier is trained on the vectors.")
+    when_to_use: ClassVar = mark(
+        "The first thing to try for classes: minutes on a laptop, no forgetting, and hard to beat with few examples."
+    )
     paper: ClassVar = (
         "Peters et al. 2019, To Tune or Not to Tune? Adapting Pretrained Representations to Diverse Tasks",
         "https://arxiv.org/abs/1903.05987",
@@ -33,22 +36,24 @@ class FeatureExtraction(Strategy):
     suits: ClassVar = ("close data", "solved")
     recipe: ClassVar = "features"
     default_learning_rate: ClassVar = 1e-3
-    no_blend: ClassVar = "the model below it was never changed; only the classifier on top is new."
+    no_blend: ClassVar = mark("the model below it was never changed; only the classifier on top is new.")
 
     classifier: Literal["logistic", "dense"] = Field(
         "logistic",
-        description="logistic: logistic regression, C chosen by cross-validation. dense: one hidden layer.",
+        description=mark("logistic: logistic regression, C chosen by cross-validation. dense: one hidden layer."),
         json_schema_extra={"basic": True},
     )
     pooling: Literal["auto", "mean", "last", "first"] = Field(
-        "auto", description="Which hidden states make the vector. auto: the mean for encoders, the last token for decoders."
+        "auto", description=mark("Which hidden states make the vector. auto: the mean for encoders, the last token for decoders.")
     )
     regularisation: float | None = Field(
-        None, gt=0, le=1e6, description="Inverse regularization strength C of logistic regression. Leave empty for cross-validation."
+        None, gt=0, le=1e6, description=mark("Inverse regularization strength C of logistic regression. Leave empty for cross-validation.")
     )
-    width: int = Field(256, ge=1, le=8192, description="Hidden size of a dense classifier.")
+    width: int = Field(256, ge=1, le=8192, description=mark("Hidden size of a dense classifier."))
 
-    passes: int = Field(60, ge=1, le=10_000, description="Epochs of a dense classifier; it stops early when validation does not improve.")
+    passes: int = Field(
+        60, ge=1, le=10_000, description=mark("Epochs of a dense classifier; it stops early when validation does not improve.")
+    )
 
     def unused(self) -> tuple[str, ...]:
         return ("width", "passes") if self.classifier == "logistic" else ("regularisation",)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept, Memory, Strategy
@@ -23,10 +24,10 @@ al. 2023, Pythia, table 6)."""
 
 class Full(Strategy):
     name: Literal["full"] = "full"
-    title: ClassVar = "Full fine-tuning"
+    title: ClassVar = mark("Full fine-tuning")
     family: ClassVar = "full"
-    summary: ClassVar = "Trains every weight. Most capacity, most forgetting."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("Trains every weight. Most capacity, most forgetting.")
+    when_to_use: ClassVar = mark(
         "When the data is far from what the model has read, there is much of it, and memory to spare: each weight "
         "needs sixteen bytes while it is trained."
     )
@@ -39,8 +40,10 @@ class Full(Strategy):
     preference_share: ClassVar = 1 / 30
     weights: Literal["pretrained", "random"] = Field(
         "pretrained",
-        title="Initial weights",
-        description="random draws every weight anew, by the run's seed: the same shape without pre-training, to see what that is worth.",
+        title=mark("Initial weights"),
+        description=mark(
+            "random draws every weight anew, by the run's seed: the same shape without pre-training, to see what that is worth."
+        ),
         exclude_if=lambda weights: weights == "pretrained",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._model import transformer
@@ -18,8 +19,8 @@ class Ia3(PeftStrategy):
     title: ClassVar = "(IA)³"
     family: ClassVar = "additive"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Rescales activations: a few thousand trainable parameters per layer."
-    when_to_use: ClassVar = "With tens of examples: so few trainable parameters that it hardly overfits."
+    summary: ClassVar = mark("Rescales activations: a few thousand trainable parameters per layer.")
+    when_to_use: ClassVar = mark("With tens of examples: so few trainable parameters that it hardly overfits.")
     paper: ClassVar = (
         "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
         "https://arxiv.org/abs/2205.05638",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._base import Kept
 from app.strategies._model import norms_of, structure_of
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 
 class LayerNorm(Selected):
     name: Literal["layer_norm"] = "layer_norm"
-    title: ClassVar = "Norm tuning"
+    title: ClassVar = mark("Norm tuning")
     family: ClassVar = "selective"
-    summary: ClassVar = "Trains only the norm gains between the layers."
-    when_to_use: ClassVar = "When a change of tone or format is enough and the result must be a few hundred kilobytes."
+    summary: ClassVar = mark("Trains only the norm gains between the layers.")
+    when_to_use: ClassVar = mark("When a change of tone or format is enough and the result must be a few hundred kilobytes.")
     paper: ClassVar = (
         "Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
         "https://arxiv.org/abs/2312.11420",

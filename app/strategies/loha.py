@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank, peft_targets
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 class LoHa(LowRank):
     name: Literal["loha"] = "loha"
     title: ClassVar = "LoHa"
-    summary: ClassVar = "Hadamard product of two low-rank matrices: more expressive at the same rank."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("Hadamard product of two low-rank matrices: more expressive at the same rank.")
+    when_to_use: ClassVar = mark(
         "When LoRA at a small rank underfits and the file must stay small. Slower: the full update is built at every step."
     )
     paper: ClassVar = (

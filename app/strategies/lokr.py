@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LowRank, peft_targets
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class LoKr(LowRank):
     name: Literal["lokr"] = "lokr"
     title: ClassVar = "LoKr"
-    summary: ClassVar = "Kronecker product of two matrices: the smallest file with full rank."
-    when_to_use: ClassVar = "When the result must be tiny yet full-rank. Slower than LoRA at every step."
+    summary: ClassVar = mark("Kronecker product of two matrices: the smallest file with full rank.")
+    when_to_use: ClassVar = mark("When the result must be tiny yet full-rank. Slower than LoRA at every step.")
     paper: ClassVar = (
         "Yeh et al. 2023, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
         "https://arxiv.org/abs/2309.14859",
@@ -28,7 +29,7 @@ class LoKr(LowRank):
     default_learning_rate: ClassVar = 1e-3
     scaled: ClassVar = (".lokr_w1.", ".lokr_w1_a.")
 
-    factor: int = Field(-1, ge=-1, le=1024, description="Size of the smaller matrix. -1 makes both about equal.")
+    factor: int = Field(-1, ge=-1, le=1024, description=mark("Size of the smaller matrix. -1 makes both about equal."))
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(self.targets(shape))

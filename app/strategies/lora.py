@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from app.kit.languages import mark
 from app.strategies._advice import PLAIN_LORA
 from app.strategies._own_weights import WithOwnWeights
 
@@ -11,8 +12,8 @@ from app.strategies._own_weights import WithOwnWeights
 class Lora(WithOwnWeights):
     name: Literal["lora"] = "lora"
     title: ClassVar = "LoRA"
-    summary: ClassVar = "Trains low-rank matrices next to each linear layer. Fits most tasks."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("Trains low-rank matrices next to each linear layer. Fits most tasks.")
+    when_to_use: ClassVar = mark(
         "The first thing to try: it learns nearly as much as full fine-tuning with a hundredth of the memory for "
         "gradients, forgets little, and its result is a small file."
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LayerChoice, linear_names, peft_targets
@@ -21,8 +22,8 @@ class Oft(PeftStrategy):
     title: ClassVar = "OFT"
     family: ClassVar = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Orthogonal rotation of weights, which preserves the geometry of what the model knows."
-    when_to_use: ClassVar = "When forgetting is the worry. It is slower than LoRA at every step."
+    summary: ClassVar = mark("Orthogonal rotation of weights, which preserves the geometry of what the model knows.")
+    when_to_use: ClassVar = mark("When forgetting is the worry. It is slower than LoRA at every step.")
     paper: ClassVar = ("Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning", "https://arxiv.org/abs/2306.07280")
     place: ClassVar = 18
     merges: ClassVar = True
@@ -34,11 +35,11 @@ class Oft(PeftStrategy):
         32,
         ge=2,
         le=1024,
-        description="Block size of the rotations. Higher = more capacity and memory.",
+        description=mark("Block size of the rotations. Higher = more capacity and memory."),
         json_schema_extra={"basic": True},
     )
-    layers: LayerChoice = Field("all-linear", description="Which linear layers are rotated (target modules).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the rotations dropped at random during training.")
+    layers: LayerChoice = Field("all-linear", description=mark("Which linear layers are rotated (target modules)."))
+    dropout: float = Field(0.0, ge=0, lt=1, description=mark("Fraction of the rotations dropped at random during training."))
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(linear_names(shape, self.layers))

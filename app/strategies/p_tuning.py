@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, task_type
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 class PTuning(SoftPrompt):
     name: Literal["p_tuning"] = "p_tuning"
     title: ClassVar = "P-tuning"
-    summary: ClassVar = "Trains a soft prompt through a small encoder network, which is more stable."
-    when_to_use: ClassVar = "Where prompt tuning trains too slowly. The network is discarded afterwards; only the vectors are kept."
+    summary: ClassVar = mark("Trains a soft prompt through a small encoder network, which is more stable.")
+    when_to_use: ClassVar = mark("Where prompt tuning trains too slowly. The network is discarded afterwards; only the vectors are kept.")
     paper: ClassVar = ("Liu et al. 2021, GPT Understands, Too", "https://arxiv.org/abs/2103.10385")
     place: ClassVar = 61
     default_learning_rate: ClassVar = 2e-2
 
-    width: int = Field(128, ge=1, le=8192, description="Hidden size of the encoder network.")
+    width: int = Field(128, ge=1, le=8192, description=mark("Hidden size of the encoder network."))
 
     def trainable(self, shape: Shape) -> int:
         h, w = shape.hidden, self.width

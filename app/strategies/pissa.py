@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._advice import LORA_VARIANT
 from app.strategies._base import Kept, Memory
@@ -27,8 +28,8 @@ class Pissa(InOnePass, LowRank):
 
     name: Literal["pissa"] = "pissa"
     title: ClassVar = "PiSSA"
-    summary: ClassVar = "LoRA initialized from the principal singular vectors of each weight."
-    when_to_use: ClassVar = "When there are few steps: it converges faster than LoRA, and takes longer to initialize."
+    summary: ClassVar = mark("LoRA initialized from the principal singular vectors of each weight.")
+    when_to_use: ClassVar = mark("When there are few steps: it converges faster than LoRA, and takes longer to initialize.")
     paper: ClassVar = (
         "Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation",
         "https://arxiv.org/abs/2404.02948",
@@ -41,7 +42,11 @@ class Pissa(InOnePass, LowRank):
         chosen = set(self.targets(shape))
         narrowest = min(min(x.inputs, x.outputs) for x in shape.linears() if x.name in chosen)
         if self.rank > narrowest:
-            return f"A rank of {self.rank} is more than the model's narrowest layer has directions. Choose {narrowest} or less."
+            return gettext(
+                "A rank of %(rank)s is more than the model's narrowest layer has directions. Choose %(most)s or less.",
+                rank=self.rank,
+                most=narrowest,
+            )
         return super().unavailable(shape, task=task, cuda=cuda)
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape, shape_of
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table, task_type
@@ -18,9 +19,9 @@ _OPEN_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 
 class PrefixTuning(SoftPrompt):
     name: Literal["prefix_tuning"] = "prefix_tuning"
-    title: ClassVar = "Prefix tuning"
-    summary: ClassVar = "Trains a few vectors (keys and values) placed before every layer's input."
-    when_to_use: ClassVar = (
+    title: ClassVar = mark("Prefix tuning")
+    summary: ClassVar = mark("Trains a few vectors (keys and values) placed before every layer's input.")
+    when_to_use: ClassVar = mark(
         "For a change of style or format that must be switched on and off at will. Stronger than prompt tuning, still small."
     )
     paper: ClassVar = ("Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation", "https://arxiv.org/abs/2101.00190")
@@ -34,7 +35,10 @@ class PrefixTuning(SoftPrompt):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if shape.architecture == "encoder" and shape.model_type not in _OPEN_ENCODERS:
-            return f"The attention of {shape.model_type} takes no keys and values from outside. Choose prompt_tuning, which works on its input."
+            return gettext(
+                "The attention of %(model)s takes no keys and values from outside. Choose prompt_tuning, which works on its input.",
+                model=shape.model_type,
+            )
         return super().unavailable(shape, task=task, cuda=cuda)
 
     @classmethod

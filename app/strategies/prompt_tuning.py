@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+from app.kit.languages import mark
 from app.shapes import Shape
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, make_table, task_type
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 class PromptTuning(SoftPrompt):
     name: Literal["prompt_tuning"] = "prompt_tuning"
-    title: ClassVar = "Prompt tuning"
-    summary: ClassVar = "Trains a soft prompt: vectors instead of words."
-    when_to_use: ClassVar = (
+    title: ClassVar = mark("Prompt tuning")
+    summary: ClassVar = mark("Trains a soft prompt: vectors instead of words.")
+    when_to_use: ClassVar = mark(
         "When the model can do the task already and only needs a good prompt. Slow to train, weak on small models, and tiny."
     )
     paper: ClassVar = ("Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning", "https://arxiv.org/abs/2104.08691")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from app.kit.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._base import Memory
 from app.strategies._chosen import ChosenLowRank
@@ -12,8 +13,8 @@ from app.strategies._chosen import ChosenLowRank
 class QLora(ChosenLowRank):
     name: Literal["qlora"] = "qlora"
     title: ClassVar = "QLoRA"
-    summary: ClassVar = "LoRA on a 4-bit base: a quarter of the memory for weights."
-    when_to_use: ClassVar = "When the model does not fit the GPU otherwise. Slower than LoRA, and nearly as good."
+    summary: ClassVar = mark("LoRA on a 4-bit base: a quarter of the memory for weights.")
+    when_to_use: ClassVar = mark("When the model does not fit the GPU otherwise. Slower than LoRA, and nearly as good.")
     paper: ClassVar = ("Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs", "https://arxiv.org/abs/2305.14314")
     place: ClassVar = 19
     base_bits: ClassVar = 4
@@ -28,5 +29,5 @@ class QLora(ChosenLowRank):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if not cuda:
-            return "A 4-bit base needs an NVIDIA GPU. Choose LoRA, which needs no GPU."
+            return gettext("A 4-bit base needs an NVIDIA GPU. Choose LoRA, which needs no GPU.")
         return super().unavailable(shape, task=task, cuda=cuda)

@@ -6,15 +6,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.strategies._advice import LORA_VARIANT
 from app.strategies._own_weights import WithOwnWeights
 
 
 class RankStabilizedLora(WithOwnWeights):
     name: Literal["rslora"] = "rslora"
-    title: ClassVar = "Rank-stabilized LoRA"
-    summary: ClassVar = "LoRA scaled by alpha/√r, so that high ranks stay effective."
-    when_to_use: ClassVar = "When you have much data and want a rank of 32 or more: plain LoRA trains ever more slowly there."
+    title: ClassVar = mark("Rank-stabilized LoRA")
+    summary: ClassVar = mark("LoRA scaled by alpha/√r, so that high ranks stay effective.")
+    when_to_use: ClassVar = mark("When you have much data and want a rank of 32 or more: plain LoRA trains ever more slowly there.")
     paper: ClassVar = (
         "Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
         "https://arxiv.org/abs/2312.03732",
@@ -24,8 +25,10 @@ class RankStabilizedLora(WithOwnWeights):
     standing: ClassVar = LORA_VARIANT
     takes_fp8: ClassVar = True
 
-    rank: int = Field(32, ge=1, le=1024, description="Width of the correction; here large ranks pay.", json_schema_extra={"basic": True})
-    alpha: float = Field(16, gt=0, le=4096, description="Strength of the correction: it is scaled by alpha / √rank.")
+    rank: int = Field(
+        32, ge=1, le=1024, description=mark("Width of the correction; here large ranks pay."), json_schema_extra={"basic": True}
+    )
+    alpha: float = Field(16, gt=0, le=4096, description=mark("Strength of the correction: it is scaled by alpha / √rank."))
 
     def variant(self) -> dict[str, Any]:
         return {**super().variant(), "use_rslora": True}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
+from app.kit.languages import gettext, mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._base import Kept
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 class TopLayers(Selected):
     name: Literal["top_layers"] = "top_layers"
-    title: ClassVar = "Last layers only"
+    title: ClassVar = mark("Last layers only")
     family: ClassVar = "partial"
-    summary: ClassVar = "Trains the last blocks; the rest is frozen."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("Trains the last blocks; the rest is frozen.")
+    when_to_use: ClassVar = mark(
         "When the model already understands the text and must be taught what to do with it. No gradient flows through the "
         "frozen blocks below, so it is quick and light."
     )
@@ -36,12 +37,14 @@ class TopLayers(Selected):
     preference_share: ClassVar = 1 / 30
 
     layers: int = Field(
-        2, ge=1, le=1000, description="Number of trainable blocks, counted from the last.", json_schema_extra={"basic": True}
+        2, ge=1, le=1000, description=mark("Number of trainable blocks, counted from the last."), json_schema_extra={"basic": True}
     )
-    norm: bool = Field(True, description="Train the final norm too.")
+    norm: bool = Field(True, description=mark("Train the final norm too."))
     output_layer: bool = Field(
         False,
-        description="Train the output layer too. Where it shares its weights with the input embedding, both change, and gradients pass every block: as slow as full fine-tuning.",
+        description=mark(
+            "Train the output layer too. Where it shares its weights with the input embedding, both change, and gradients pass every block: as slow as full fine-tuning."
+        ),
     )
 
     def trainable(self, shape: Shape) -> int:
@@ -59,9 +62,13 @@ class TopLayers(Selected):
 
     def unavailable(self, shape: Shape, *, task: str = "generation", cuda: bool = False) -> str | None:
         if self.layers > shape.layers:
-            return f"The model has {shape.layers} blocks, fewer than {self.layers}. Choose {shape.layers} or less."
+            return gettext(
+                "The model has %(blocks)s blocks, fewer than %(chosen)s. Choose %(blocks)s or less.",
+                blocks=shape.layers,
+                chosen=self.layers,
+            )
         if self.output_layer and OBJECTIVES[task].heads:
-            return "A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off."
+            return gettext("A classifier has an output layer of its own, which is always trained. Turn the setting `output_layer` off.")
         return super().unavailable(shape, task=task, cuda=cuda)
 
     @classmethod

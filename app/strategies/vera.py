@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from app.kit.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Family, Kept, Memory
 from app.strategies._low_rank import JOINED, InOnePass, LayerChoice, linear_names, peft_targets
@@ -21,8 +22,8 @@ class Vera(InOnePass, PeftStrategy):
     title: ClassVar = "VeRA"
     family: ClassVar[Family] = "reparametrized"
     tasks: ClassVar = ("generation", "classification", "preference")
-    summary: ClassVar = "Frozen random matrices shared by all layers; each layer trains only scaling vectors."
-    when_to_use: ClassVar = (
+    summary: ClassVar = mark("Frozen random matrices shared by all layers; each layer trains only scaling vectors.")
+    when_to_use: ClassVar = mark(
         "When the result must be small: some ten times fewer trainable parameters than LoRA. The file also holds the random "
         "matrices, so of a small model it may be larger than a LoRA's."
     )
@@ -34,9 +35,9 @@ class Vera(InOnePass, PeftStrategy):
     scaled: ClassVar = (".vera_lambda_b.",)
     default_learning_rate: ClassVar = 5e-3
 
-    rank: int = Field(128, ge=1, le=4096, description="Rank of the shared random matrices.", json_schema_extra={"basic": True})
-    layers: LayerChoice = Field("all-linear", description="Which linear layers are scaled.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of the inputs dropped at random during training.")
+    rank: int = Field(128, ge=1, le=4096, description=mark("Rank of the shared random matrices."), json_schema_extra={"basic": True})
+    layers: LayerChoice = Field("all-linear", description=mark("Which linear layers are scaled."))
+    dropout: float = Field(0.0, ge=0, lt=1, description=mark("Fraction of the inputs dropped at random during training."))
 
     def trainable(self, shape: Shape) -> int:
         chosen = set(linear_names(shape, self.layers))

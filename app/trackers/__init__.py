@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.errors import BadField, field_path, plain
+from app.kit.languages import gettext
 from app.kit.registry import classes_in
 from app.trackers._base import MEASURED, Point, SentState, TrackedJob, Tracker, Value, figures
 
@@ -28,11 +29,14 @@ def read(integrations: Sequence[dict[str, Any]]) -> list[Tracker]:
     for place, given in enumerate(integrations):
         kind = given.get("type")
         if not isinstance(kind, str) or kind not in TRACKERS:
-            raise BadField(f"There is no integration {str(kind)[:60]!r}.", hint=f"Use one of {', '.join(TRACKERS)}.", param="integrations")
+            message = gettext("There is no integration %(name)s.", name=repr(str(kind)[:60]))
+            raise BadField(message, hint=gettext("Use one of %(names)s.", names=", ".join(TRACKERS)), param="integrations")
         if kind in found:
-            raise BadField(f"The integration {kind} is there twice.", hint="Name each once.", param="integrations")
+            message = gettext("The integration %(name)s is there twice.", name=kind)
+            raise BadField(message, hint=gettext("Name each once."), param="integrations")
         if extra := sorted(set(given) - {"type", kind}):
-            raise BadField(f"An integration has no field {extra[0][:60]!r}.", hint=f"It has type and {kind}.", param="integrations")
+            message = gettext("An integration has no field %(field)s.", field=repr(extra[0][:60]))
+            raise BadField(message, hint=gettext("It has type and %(name)s.", name=kind), param="integrations")
         found[kind] = _read(kind, given.get(kind), place)
         found[kind].check()
     return list(found.values())
@@ -40,13 +44,15 @@ def read(integrations: Sequence[dict[str, Any]]) -> list[Tracker]:
 
 def _read(kind: str, given: Any, place: int) -> Tracker:
     if not isinstance(given, dict | None):
-        raise BadField(f"{kind} is no JSON object.", hint="Send the fields of the tracker.", param=f"integrations.{place}.{kind}")
+        message = gettext("%(name)s is no JSON object.", name=kind)
+        raise BadField(message, hint=gettext("Send the fields of the tracker."), param=f"integrations.{place}.{kind}")
     try:
         return TRACKERS[kind].model_validate({name: value for name, value in (given or {}).items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(filter(None, (f"integrations.{place}.{kind}", field_path(first["loc"], ""))))
-        raise BadField(f"{where} cannot be {repr(first['input'])[:60]}.", hint=plain(first["msg"]), param=where) from None
+        message = gettext("%(field)s cannot be %(value)s.", field=where, value=repr(first["input"])[:60])
+        raise BadField(message, hint=plain(first["msg"]), param=where) from None
 
 
 def named(text: str) -> list[Tracker]:
@@ -54,5 +60,6 @@ def named(text: str) -> list[Tracker]:
     kinds = text.replace(",", " ").split()
     for kind in kinds:
         if kind not in TRACKERS:
-            raise BadField(f"LUTHIER_TRACKERS names {kind[:60]!r}.", hint=f"There are {', '.join(TRACKERS)}.", param="trackers")
+            message = gettext("LUTHIER_TRACKERS names %(name)s.", name=repr(kind[:60]))
+            raise BadField(message, hint=gettext("There are %(names)s.", names=", ".join(TRACKERS)), param="trackers")
     return [TRACKERS[kind]() for kind in dict.fromkeys(kinds)]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from app import events
 from app.errors import BadField
 from app.kit.addresses import Address, listed
+from app.kit.languages import gettext
 from app.settings import get_settings
 
 MEASURED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
@@ -116,15 +117,15 @@ def chosen_server(kind: str, url: str | None) -> Address:
     known = listed(str(getattr(get_settings(), kind)), kind)
     if not known:
         raise BadField(
-            f"This studio sends nothing to {kind}: no server is set.",
-            hint=f"Whoever runs the studio lists its address in {setting}.",
+            gettext("This studio sends nothing to %(tracker)s: no server is set.", tracker=kind),
+            hint=gettext("Whoever runs the studio lists its address in %(setting)s.", setting=setting),
             param="integrations",
         )
     wanted = next(iter(known)) if url is None else url.strip().rstrip("/")
     if wanted not in known:
         raise BadField(
-            f"This studio sends nothing to {wanted[:120]!r}.",
-            hint=f"It sends to {', '.join(known)}; whoever runs it lists addresses in {setting}.",
+            gettext("This studio sends nothing to %(tracker)s.", tracker=repr(wanted[:120])),
+            hint=gettext("It sends to %(names)s; whoever runs it lists addresses in %(setting)s.", names=", ".join(known), setting=setting),
             param="integrations",
         )
     return known[wanted]

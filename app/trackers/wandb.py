@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints
 
 from app.errors import BadField, Unavailable
 from app.kit import addresses, child_process
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.trackers._base import Point, SentState, TrackedJob, Tracker, chosen_server
 
@@ -39,14 +40,14 @@ class Wandb(Tracker):
     def check(self) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise BadField(
-                "This studio sends nothing to wandb: its package is missing.",
-                hint='Whoever runs the studio installs "luthier[trackers]" and sets LUTHIER_WANDB.',
+                gettext("This studio sends nothing to wandb: its package is missing."),
+                hint=gettext('Whoever runs the studio installs "luthier[trackers]" and sets LUTHIER_WANDB.'),
                 param="integrations",
             )
         if not self.waits_for_end() and not chosen_server(self.kind, None).key:
             raise BadField(
-                "This studio sends nothing to wandb: it has no key.",
-                hint="Whoever runs the studio sets LUTHIER_WANDB=https://:KEY@api.wandb.ai.",
+                gettext("This studio sends nothing to wandb: it has no key."),
+                hint=gettext("Whoever runs the studio sets LUTHIER_WANDB=https://:KEY@api.wandb.ai."),
                 param="integrations",
             )
 

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from app import leases, queue, trackers
 from app.errors import BadField, Conflict
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.tables import JSON, Event, Job, TrackedRun
 from app.trackers import SentState, Tracker
@@ -50,9 +51,8 @@ def add(session: Session, job: Job, chosen: Sequence[Tracker]) -> list[TrackedRu
     for one in chosen:
         row = found[one.kind]
         if row.wish != _wish(one):
-            raise Conflict(
-                f"The job is in {one.title} already, with other settings.", hint="Send those it has, or none.", param="integrations"
-            )
+            message = gettext("The job is in %(tracker)s already, with other settings.", tracker=one.title)
+            raise Conflict(message, hint=gettext("Send those it has, or none."), param="integrations")
         if row.status == "failed" or row.error:
             row.status, row.error, row.deaths, row.next_at = "queued", None, 0, leases.now()
             queue.enqueue(session, queue.TRACK, row.id)

@@ -15,6 +15,7 @@ from app.evaluation import service as evaluations
 from app.evaluation.gates import GateResult, PromotionGate
 from app.kit import ids
 from app.kit.humanize import human_percent
+from app.kit.languages import gettext, mark
 from app.metrics import METRICS
 from app.models import aliases
 from app.models import service as models
@@ -22,7 +23,7 @@ from app.models.aliases import AliasTarget
 from app.tables import JSON, AliasMove, Evaluation, Model, User
 
 SHOWN = 50
-HOW = {"set": "Set", "gate": "Passed the gate", "force": "By force", "back": "Went back"}
+HOW = {"set": mark("Set"), "gate": mark("Passed the gate"), "force": mark("By force"), "back": mark("Went back")}
 
 
 class Candidate(NamedTuple):
@@ -79,7 +80,7 @@ def context(
         "typed": shown_gate,
         "moves": [(move, move.result and gates.in_words(GateResult.model_validate(move.result))) for move in moves[:shown]],
         "more": shown + SHOWN if len(moves) > shown else None,
-        "how": HOW,
+        "how": {how: gettext(words) for how, words in HOW.items()},
         "key": lambda one: ids.public(ids.MODEL, one.id),
         "evaluation_key": lambda one: ids.public(ids.EVALUATION, one.id),
     }
@@ -100,7 +101,7 @@ def _look(session: Session, user: User, target: AliasTarget, model: Model) -> Ca
 def _in_words(session: Session, user: User, gate: JSON) -> GateInWords:
     dataset, grader, bound = gate["dataset"], gate["grader"], gate["max_forgetting"]
     url = fault = ""
-    name, by = dataset, METRICS[grader].title if grader in METRICS else grader
+    name, by = dataset, gettext(METRICS[grader].title) if grader in METRICS else grader
     try:
         name = datasets.get(session, user, ids.parse(ids.DATASET, dataset)).name
         url = f"/datasets/{dataset}"
@@ -131,6 +132,8 @@ def gate_of(typed: Mapping[str, str]) -> PromotionGate | None:
             raise ValueError
     except ValueError:
         raise BadField(
-            f"“{text[:20]}” is no bound of forgetting.", hint="Enter percent, as in 2, or leave it empty.", param="gate.max_forgetting"
+            gettext("“%(text)s” is no bound of forgetting.", text=text[:20]),
+            hint=gettext("Enter percent, as in 2, or leave it empty."),
+            param="gate.max_forgetting",
         ) from None
     return PromotionGate(dataset=typed["dataset"], grader=typed["grader"] or None, max_forgetting=bound)

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from app.db import transaction
 from app.errors import BadField, NotFound
 from app.kit import ids
+from app.kit.languages import gettext
 from app.tables import AuditLog
 
 PREFIX = "audit_log"
@@ -52,7 +53,7 @@ def _when(seconds: int) -> datetime:
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
-        raise BadField(f"{seconds} is no time.", hint="Send Unix seconds.", param="effective_at") from None
+        raise BadField(gettext("%(text)s is no time.", text=seconds), hint=gettext("Send Unix seconds."), param="effective_at") from None
 
 
 def _uuid(text: str) -> uuid.UUID | None:
@@ -66,7 +67,7 @@ def key_of(text: str) -> int:
     """The number in `audit_log-12`. Raises NotFound."""
     head, _, number = text.partition("-")
     if head != PREFIX or not number.isascii() or not number.isdigit() or len(number) > 18:
-        raise NotFound(f"No such event: {text[:80]}", param="after")
+        raise NotFound(gettext("No such event: %(id)s", id=text[:80]), param="after")
     return int(number)
 
 

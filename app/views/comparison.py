@@ -13,6 +13,7 @@ from app.evaluation import comparison_table, comparisons, matrix
 from app.evaluation.comparison_table import ScoreColumn, Table, is_number
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
+from app.kit.languages import gettext, mark
 from app.metrics import ABILITY, ability
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job
@@ -20,7 +21,12 @@ from app.web import charts
 from app.web.charts import Dot, LinesPicture, Picture, Scale
 
 OPEN = ("queued", "running", "paused")
-KINDS = {"strategies": "methods", "learning_curve": "learning curve", "models": "base models", "matrix": "matrix"}
+KINDS = {
+    "strategies": mark("methods"),
+    "learning_curve": mark("learning curve"),
+    "models": mark("base models"),
+    "matrix": mark("matrix"),
+}
 
 
 class SizeCurve(NamedTuple):
@@ -72,7 +78,7 @@ def _row(comparison: Comparison, found: list[tuple[str, str]]) -> dict[str, Any]
         "comparison": comparison,
         "key": ids.public(ids.COMPARISON, comparison.id),
         "url": url(comparison),
-        "kind": KINDS[comparison.kind],
+        "kind": gettext(KINDS[comparison.kind]),
         "status": (status := comparisons.status_of(states)),
         "open": status in OPEN,
         "jobs": len(found),
@@ -135,7 +141,8 @@ def _matrix(found: matrix.Matrix) -> dict[str, Any]:
 
 
 def _cell(cell: matrix.MatrixCell, score: ScoreColumn) -> dict[str, Any]:
-    between = f"{write(cell.interval[0], score.unit)} to {write(cell.interval[1], score.unit)}" if cell.interval else ""
+    low_high = [write(end, score.unit) for end in cell.interval or ()]
+    between = gettext("%(low)s to %(high)s", low=low_high[0], high=low_high[1]) if low_high else ""
     return {
         "url": f"/jobs/{cell.row['job']}", "text": write(cell.score, score.unit) if cell.score is not None else "", "between": between,
         "best": cell.best, "status": cell.row["status"],
@@ -156,13 +163,13 @@ def _size_curve(table: Table, y: ScoreColumn, dataset: str) -> SizeCurve | None:
     named: dict[str, list[tuple[float, float]]] = {}
     for row in table.rows:
         if is_number(row[y.key]) and row["status"] == "succeeded":
-            named.setdefault(STRATEGIES[row["strategy"]].title if not row["blank"] else "From nothing", []).append(
-                (float(row["parameters"]), float(row[y.key]))
-            )
+            name = gettext("From nothing") if row["blank"] else gettext(STRATEGIES[row["strategy"]].title)
+            named.setdefault(name, []).append((float(row["parameters"]), float(row[y.key])))
     if len({size for points in named.values() for size, _ in points}) < 2:
         return None
-    drawn = charts.lines(named, Scale("Parameters", human_count, amount=True), _scale(y))
-    title = f"{y.title} on {dataset}" if dataset else y.title
+    drawn = charts.lines(named, Scale(gettext("Parameters"), human_count, amount=True), _scale(y))
+    title = gettext(y.title)
+    title = gettext("%(score)s on %(dataset)s", score=title, dataset=dataset) if dataset else title
     return SizeCurve(title, drawn, y.less) if drawn else None
 
 
@@ -189,7 +196,7 @@ def _lines(table: Table) -> list[dict[str, Any]]:
     for number, row in enumerate(table.rows, 1):
         cells = [
             {
-                "title": column.title,
+                "title": gettext(column.title),
                 "text": write(row[column.key], column.unit),
                 "predicted": write(row[column.predicted], column.unit) if column.predicted else "",
                 "best": row["job"] in table.winners[column.key],
@@ -204,15 +211,16 @@ def _lines(table: Table) -> list[dict[str, Any]]:
 def _ability_note(row: dict[str, Any]) -> str:
     """`dropped, 95%: −4.0% to −0.3%, removable`: the change of general ability with the adapter on."""
     between = ability_interval(row)
-    removable = (
-        "removable" if is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter else ""
-    )
-    return ", ".join(part for part in (ABILITY.get(row["verdict"], row["verdict"] or ""), between, removable) if part)
+    adapter = is_number(row["forgetting"]) and row["strategy"] in STRATEGIES and STRATEGIES[row["strategy"]].adapter
+    verdict, removable = ABILITY.get(row["verdict"], row["verdict"] or ""), gettext("removable") if adapter else ""
+    return ", ".join(part for part in (gettext(verdict), between, removable) if part)
 
 
 def ability_interval(row: dict[str, Any]) -> str:
     """`95%: −4.0% to −0.3%`, the lower end first; empty where it was not measured."""
-    return f"95%: {ability(row['interval'][1])} to {ability(row['interval'][0])}" if row["interval"] else ""
+    if not row["interval"]:
+        return ""
+    return gettext("95%%: %(low)s to %(high)s", low=ability(row["interval"][1]), high=ability(row["interval"][0]))
 
 
 def _scatter(table: Table, x: ScoreColumn, y: ScoreColumn) -> Picture | None:
@@ -227,17 +235,21 @@ def _scatter(table: Table, x: ScoreColumn, y: ScoreColumn) -> Picture | None:
 def _curve(table: Table) -> Picture | None:
     score = table.columns[0]
     dots = [
-        Dot(row["data_fraction"], row[score.key], number, f"{row['data_fraction']:.0%} of the rows: {write(row[score.key], score.unit)}")
+        Dot(row["data_fraction"], row[score.key], number, _of_the_rows(row["data_fraction"], write(row[score.key], score.unit)))
         for number, row in enumerate(table.rows, 1)
         if row["status"] == "succeeded" and is_number(row[score.key])
     ]
     base = table.base.get(score.key)
-    share = Scale("Share of the training rows", lambda v: human_percent(v, 0), amount=True)
+    share = Scale(gettext("Share of the training rows"), lambda v: human_percent(v, 0), amount=True)
     return charts.picture(dots, share, _scale(score), joined=True, base=base if is_number(base) else None)
 
 
+def _of_the_rows(share: float, score: str) -> str:
+    return gettext("%(share)s of the rows: %(score)s", share=human_percent(share, 0), score=score)
+
+
 def _scale(column: ScoreColumn) -> Scale:
-    return Scale(column.title, lambda v: write(v, column.unit) if v else "0", amount=column.unit in ("bytes", "seconds", "count"))
+    return Scale(gettext(column.title), lambda v: write(v, column.unit) if v else "0", amount=column.unit in ("bytes", "seconds", "count"))
 
 
 def _best(table: Table, row: dict[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from app.jobs import preselection
 from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids, once
 from app.kit.forms import FormError, FormField, as_text, controls, fill
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.machines import heartbeats
 from app.models import from_nothing
 from app.models import service as models
@@ -29,6 +31,7 @@ from app.strategies._advice import FAMILIES
 from app.tables import JSON, Dataset, Model, User
 from app.views.job_form import with_rows
 from app.views.method_cards import ranking_of
+from app.views.refusals import no_dataset, no_model
 
 NOT_ASKED = ("data_fraction", "early_stopping_patience")
 """Run settings that a comparison decides itself."""
@@ -106,7 +109,7 @@ class CompareForm:
     def steps(self) -> str:
         """Optimizer steps of the jobs: one number, or a range."""
         found = sorted({pick.estimate["steps"] for pick in self.chosen if pick.estimate and pick.cls.recipe != "features"})
-        return "–".join(f"{n:,}" for n in (found[:1] + found[-1:] if len(found) > 1 else found)) or "0"
+        return "–".join(human_number(n) for n in (found[:1] + found[-1:] if len(found) > 1 else found)) or "0"
 
     @property
     def warnings(self) -> list[str]:
@@ -128,7 +131,13 @@ class CompareForm:
     def unseen(self) -> str | None:
         """Why these are not the jobs that the person saw when they pressed Start; None where they are."""
         gone = [pick for pick in self.picks if pick.name in self.asked and not pick.checked]
-        return f"{gone[0].cls.title} cannot be part of it. {gone[0].reason} Check what is chosen now, then press Start." if gone else None
+        if not gone:
+            return None
+        return gettext(
+            "%(method)s cannot be part of it. %(reason)s Check what is chosen now, then press Start.",
+            method=gettext(gone[0].cls.title),
+            reason=gone[0].reason,
+        )
 
     @property
     def address(self) -> str:
@@ -149,8 +158,8 @@ class CompareForm:
 
     def families(self) -> list[tuple[str, list[StrategyOption]]]:
         """The strategies by family, available ones first."""
-        found = [(title, [pick for pick in self.picks if pick.cls.family == name]) for name, title in FAMILIES.items()]
-        return [(title, sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
+        found = [(gettext(title), [pick for pick in self.picks if pick.cls.family == name]) for name, title in FAMILIES.items()]
+        return [(gettext(title), sorted(picks, key=lambda pick: pick.estimate is None)) for title, picks in found if picks]
 
 
 def compare_form(
@@ -178,9 +187,10 @@ def _compare_form(
     usable = [d for d in datasets.offered(session, user, typed.get("dataset")) if d.status == "ready" and d.good_rows]
     errors: dict[str, str] = {}
     model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
-    for name, found in (("model", model), ("dataset", dataset)):
-        if typed.get(name) and found is None:
-            errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
+    if typed.get("model") and model is None:
+        errors["model"] = no_model(typed["model"])
+    if typed.get("dataset") and dataset is None:
+        errors["dataset"] = no_dataset(typed["dataset"])
     run = fill(RunSettings, {key: value for key, value in typed.items() if key.removeprefix("run.") not in NOT_ASKED}, "run", keep=DERIVED)
     usual = {"validation_fraction": RunSettings().validation_fraction} | (usual_run(dataset, run.settings) if dataset else {})
     errors |= {f"run.{name}": text for name, text in run.errors.items()}
@@ -218,10 +228,12 @@ def _bases(form: CompareForm, asked: Sequence[str]) -> list[Model]:
         return fitting[: comparison_plan.MAX_MODELS]
     unknown = set(asked) - {model.name for model in form.models}
     if unknown:
-        form.errors["model"] = f"There is no model {min(unknown)[:80]} that is ready. It may have been deleted; choose another."
+        form.errors["model"] = no_model(min(unknown))
     found = [model for model in form.models if model.name in asked]
     if len(found) > comparison_plan.MAX_MODELS:
-        form.errors["model"] = f"At most {comparison_plan.MAX_MODELS} base models can be compared, and {len(found)} are chosen."
+        form.errors["model"] = gettext(
+            "At most %(most)s base models can be compared, and %(chosen)s are chosen.", most=comparison_plan.MAX_MODELS, chosen=len(found)
+        )
     return found
 
 
@@ -231,18 +243,21 @@ def _datasets(form: CompareForm, asked: Sequence[str]) -> list[Dataset]:
         return sorted(form.datasets, key=lambda d: form.dataset is None or d.task != form.dataset.task)[:2]
     found = [d for d in form.datasets if ids.public(ids.DATASET, d.id) in asked]
     if len(found) < len(set(asked)):
-        form.errors["dataset"] = "One of the datasets is not there or not ready. It may have been deleted; choose another."
+        form.errors["dataset"] = gettext("One of the datasets is not there or not ready. It may have been deleted; choose another.")
     if len(found) > comparison_plan.MAX_DATASETS:
-        form.errors["dataset"] = f"At most {comparison_plan.MAX_DATASETS} datasets can be compared on, and {len(found)} are chosen."
+        form.errors["dataset"] = gettext(
+            "At most %(most)s datasets can be compared on, and %(chosen)s are chosen.", most=comparison_plan.MAX_DATASETS, chosen=len(found)
+        )
     return found
 
 
 def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mapping[str, Any]) -> list[FormField]:
     """Run settings for all jobs, with the budget visible. One learning rate for all is rarely meant, so it is collapsed."""
-    empty = {"learning_rate": "each method’s default", "max_steps": "no limit", **{name: as_text(value) for name, value in usual.items()}}
+    empty = {"learning_rate": gettext("each method’s default"), "max_steps": gettext("no limit")}
+    empty |= {name: as_text(value) for name, value in usual.items()}
     empty |= {name: "" for name in displaced({key: value for key, value in typed.items() if value}) if name not in empty}
     found = controls(RunSettings, "run", typed=typed, errors=errors, placeholders=empty)
-    says = {"epochs": "Passes over the data, unless a number of steps ends it before."}
+    says = {"epochs": gettext("Passes over the data, unless a number of steps ends it before.")}
     basic = {"epochs": True, "max_steps": True, "max_tokens_per_step": True, "learning_rate": False}
     return [replace(c, basic=basic.get(c.name, c.basic), help=says.get(c.name, c.help)) for c in found if c.name not in NOT_ASKED]
 
@@ -250,11 +265,11 @@ def _controls(typed: Mapping[str, str], errors: Mapping[str, str], usual: Mappin
 def _fill_picks(session: Session, user: User, form: CompareForm, run: JSON) -> None:
     """Every strategy with the estimate of its jobs. Initially each family's first that fits is checked."""
     if form.kind == "models" and len(form.bases) < 2:
-        form.errors.setdefault("model", "Choose at least two base models to compare.")
+        form.errors.setdefault("model", gettext("Choose at least two base models to compare."))
     if form.kind == "matrix" and not form.bases:
-        form.errors.setdefault("model", "Choose at least one base model.")
+        form.errors.setdefault("model", gettext("Choose at least one base model."))
     if form.kind == "matrix" and len(form.on) < 2:
-        form.errors.setdefault("dataset", "Choose at least two datasets.")
+        form.errors.setdefault("dataset", gettext("Choose at least two datasets."))
     if form.errors.get("model") or form.errors.get("dataset"):
         return
     everything = _order(form, list(STRATEGIES), run).model_copy(update={"from_nothing": False})
@@ -309,15 +324,17 @@ def _try(form: CompareForm, run: JSON) -> None:
         return
     names = [pick.name for pick in form.chosen]
     if not any(pick.estimate for pick in form.picks):
-        form.errors["strategy"] = "No method fits this model, this data and this machine; each shows the reason."
+        form.errors["strategy"] = gettext("No method fits this model, this data and this machine; each shows the reason.")
     elif form.kind == "learning_curve" and len(names) != 1:
-        form.errors["strategy"] = "A learning curve is for one method. Choose one."
+        form.errors["strategy"] = gettext("A learning curve is for one method. Choose one.")
     elif form.several and not names:
-        form.errors["strategy"] = "Choose at least one method."
+        form.errors["strategy"] = gettext("Choose at least one method.")
     elif form.jobs > comparison_plan.MAX_JOBS:
-        form.errors["strategy"] = f"{form.jobs} runs are more than {comparison_plan.MAX_JOBS}. Choose fewer methods, models or datasets."
+        form.errors["strategy"] = gettext(
+            "%(runs)s runs are more than %(most)s. Choose fewer methods, models or datasets.", runs=form.jobs, most=comparison_plan.MAX_JOBS
+        )
     elif len(names) + form.from_nothing < 2 and form.kind == "strategies":
-        form.errors["strategy"] = "Choose at least two methods to compare."
+        form.errors["strategy"] = gettext("Choose at least two methods to compare.")
     else:
         form.order = _order(form, names, run)
 

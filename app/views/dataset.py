@@ -17,7 +17,8 @@ from app.errors import StudioError
 from app.formats._messages import CHOICES
 from app.jobs import row_losses
 from app.kit import ids
-from app.kit.humanize import human_number, human_seconds, plural
+from app.kit.humanize import human_number, human_seconds
+from app.kit.languages import gettext, ngettext
 from app.run_settings import RunSettings
 from app.tables import Dataset
 
@@ -108,7 +109,8 @@ def changed(session: Session, dataset: Dataset) -> dict[str, Any] | None:
     asked = changes.ask(session, dataset)
     if asked is None:
         return None
-    return {"parent": changes.parent_of(session, dataset), "asked": asked.id, "kinds": changes.KINDS, "shown": changes.EXAMPLES}
+    kinds = {kind: gettext(words) for kind, words in changes.KINDS.items()}
+    return {"parent": changes.parent_of(session, dataset), "asked": asked.id, "kinds": kinds, "shown": changes.EXAMPLES}
 
 
 def with_answer(found: dict[str, Any]) -> dict[str, Any]:
@@ -132,20 +134,21 @@ def health(dataset: Dataset) -> list[HealthLine]:
     rows, good = dataset.rows or 0, dataset.good_rows or 0
     path = f"/datasets/{ids.public(ids.DATASET, dataset.id)}"
     worst = "ready" if good == rows else "warning" if good else "error"
-    why = (f"{path}?tab=issues&severity=error", "See why") if good < rows else ()
-    lines = [HealthLine(worst, f"{human_number(good)} of {plural(rows, 'row')} usable", *why)]
+    why = (f"{path}?tab=issues&severity=error", gettext("See why")) if good < rows else ()
+    usable = ngettext("%(good)s of %(num)s row usable", "%(good)s of %(num)s rows usable", rows, good=human_number(good))
+    lines = [HealthLine(worst, usable, *why)]
     if cut := longer(dataset):
         lines.append(cut)
     for rule in datasets.rules(dataset):
         if rule["rule"] == "over_long":
             continue
-        text = (
-            rule["message"] if rule["rule"] in issue_names.WHOLE else f"{plural(rule['count'], 'row')}: {issue_names.title(rule['rule'])}"
-        )
+        issue = gettext(issue_names.title(rule["rule"]))
+        counted = ngettext("%(num)s row: %(issue)s", "%(num)s rows: %(issue)s", rule["count"], issue=issue)
+        text = rule["message"] if rule["rule"] in issue_names.WHOLE else counted
         if rule["rule"] in issue_names.CONFLICTS:
-            lines.append(HealthLine(rule["severity"], text, f"{path}/conflicts", "Resolve"))
+            lines.append(HealthLine(rule["severity"], text, f"{path}/conflicts", gettext("Resolve")))
         else:
-            lines.append(HealthLine(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", "See rows"))
+            lines.append(HealthLine(rule["severity"], text, f"{path}?tab=issues&rule={rule['rule']}", gettext("See rows")))
     return lines[:MAX_LINES]
 
 
@@ -157,17 +160,22 @@ def longer(dataset: Dataset) -> HealthLine | None:
     key = ids.public(ids.DATASET, dataset.id)
     if usual is None or not cut.get(usual):
         return None
-    text = f"{plural(cut[usual], 'row')} longer than {human_number(usual)} tokens: truncated"
+    text = ngettext(
+        "%(num)s row longer than %(limit)s tokens: truncated",
+        "%(num)s rows longer than %(limit)s tokens: truncated",
+        cut[usual],
+        limit=human_number(usual),
+    )
     others = [cutoff for cutoff in cut if cutoff > usual and cut[cutoff] < cut[usual]]
     if usual < RunSettings().max_length or not others:
-        return HealthLine("note", text, f"/datasets/{key}/rows?sort=longest#rows", "See rows")
+        return HealthLine("note", text, f"/datasets/{key}/rows?sort=longest#rows", gettext("See rows"))
     better = next((cutoff for cutoff in others if cut[cutoff] <= 0.05 * rows), others[-1])
     kept = math.floor(100 * (rows - cut[better]) / rows)
     return HealthLine(
         "note",
         text,
         f"/jobs/new?dataset={key}&run.max_length={better}",
-        f"Raise max length to {human_number(better)} (keeps {kept}% whole)",
+        gettext("Raise max length to %(length)s (keeps %(kept)s%% whole)", length=human_number(better), kept=kept),
     )
 
 
@@ -182,5 +190,8 @@ def so_far(dataset: Dataset) -> str:
     found = (dataset.report or {}).get("so_far") or {}
     if not found:
         return ""
-    left = found.get("seconds_left")
-    return f"{found['rows']:,} rows so far" + (f", about {human_seconds(max(1, left))} left." if left is not None else ".")
+    rows, left = found["rows"], found.get("seconds_left")
+    if left is None:
+        return ngettext("%(num)s rows so far.", "%(num)s rows so far.", rows)
+    time = human_seconds(max(1, left))
+    return ngettext("%(num)s rows so far, about %(time)s left.", "%(num)s rows so far, about %(time)s left.", rows, time=time)

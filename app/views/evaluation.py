@@ -12,12 +12,14 @@ from app.evaluation import service as evaluations
 from app.evaluation import train_queue
 from app.evaluation.train_queue import Place
 from app.kit import ids
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, localized, lowered, mark
 from app.metrics import METRICS, figure
 from app.models import interpolation
 from app.tables import Evaluation, Job, Model, User
 from app.views import waiting
 
-KINDS = {"scores": "Scores", "advice": "Base model test", "blend": "Adapter strength"}
+KINDS = {"scores": mark("Scores"), "advice": mark("Base model test"), "blend": mark("Adapter strength")}
 
 
 class EvaluationLine(NamedTuple):
@@ -41,10 +43,10 @@ def _row(evaluation: Evaluation, place: Place | None) -> dict[str, Any]:
     spec, result = evaluation.spec, evaluation.result or {}
     return {
         "url": f"/evaluations/{ids.public(ids.EVALUATION, evaluation.id)}",
-        "kind": KINDS.get(evaluation.kind, evaluation.kind),
+        "kind": gettext(KINDS.get(evaluation.kind, evaluation.kind)),
         "model": spec["model"]["name"],
         "dataset": spec["dataset"]["name"],
-        "part": "validation split" if spec["part"] == "validation" else "all rows",
+        "part": gettext("validation split") if spec["part"] == "validation" else gettext("all rows"),
         "status": evaluation.status,
         "progress": evaluation.progress,
         "at": evaluation.created_at,
@@ -74,13 +76,13 @@ def blend_panel(session: Session, user: User, model: Model | None, page: str) ->
 
 def _figure(kind: str, task: str | None, result: Mapping[str, Any]) -> str:
     if kind == "blend" and result.get("points"):
-        return f"best at {result['best']:g}"
+        return gettext("best at %(strength)s", strength=localized(f"{result['best']:g}"))
     if kind == "advice":
-        return f"{result['distance']:.2f} × general text" if result.get("distance") else ""
+        return gettext("%(factor)s × general text", factor=human_number(result["distance"], 2)) if result.get("distance") else ""
     scores = result.get("scores") or {}
     for name in (*objectives.get(task).metrics, "loss"):
         if isinstance(scores.get(name), int | float):
-            return f"{METRICS[name].title.lower()} {figure(scores[name], name, 3)}"
+            return f"{lowered(gettext(METRICS[name].title))} {figure(scores[name], name, 3)}"
     return ""
 
 
@@ -115,13 +117,15 @@ def _line(name: str, base: Any, scores: Mapping[str, Any], result: Mapping[str, 
     before = float(base) if isinstance(base, int | float) else None
     told = before is not None and before != value and not by_chance(result, name)
     better = (value < before) == less if told and before is not None else None
-    return EvaluationLine(title, meaning, before, value, better, between(scores, name), name)
+    return EvaluationLine(gettext(title), gettext(meaning), before, value, better, between(scores, name), name)
 
 
 def between(scores: Mapping[str, Any], name: str) -> str:
     """The 95% interval of a score in words; empty where there is none."""
     low_high = (scores.get("intervals") or {}).get(name)
-    return " to ".join(figure(end, name, 3) for end in low_high) if low_high else ""
+    if not low_high:
+        return ""
+    return gettext("%(low)s to %(high)s", low=figure(low_high[0], name, 3), high=figure(low_high[1], name, 3))
 
 
 def by_chance(evaluation: Mapping[str, Any], name: str) -> bool:

@@ -14,6 +14,7 @@ from app import graders
 from app.errors import BadField, StudioError
 from app.graders import GRADERS, Graded, GradedSample, Grader, PairVerdict, SelfAgreement
 from app.kit import forms, stats
+from app.kit.languages import gettext, mark
 from app.prompts import service as prompts
 from app.tables import Dataset
 
@@ -22,7 +23,7 @@ PREFIX = "grader"
 TRIED = 5
 PASSES = 0.5
 """The score from which a grader counts as agreeing with the label good."""
-LABELS = {"": "no label", "good": "good", "bad": "bad"}
+LABELS = {"": mark("no label"), "good": mark("good"), "bad": mark("bad")}
 
 
 # The form -------------------------------------------------------------------------------------------------------------
@@ -41,8 +42,8 @@ def controls(cls: type[Grader], typed: Mapping[str, str], fault: StudioError | N
 def _as_area(control: forms.FormField, info: FieldInfo) -> forms.FormField:
     if control.widget != "text" or control.name == "model":
         return control
-    about = f"{control.help} As JSON." if _is_json(info) else control.help
-    label = info.alias.capitalize() if info.alias else control.label
+    about = f"{control.help} {gettext('As JSON.')}" if _is_json(info) else control.help
+    label = gettext(info.alias.capitalize()) if info.alias else control.label
     return dataclasses.replace(control, widget="area", help=about, label=label)
 
 
@@ -80,7 +81,8 @@ def body_of(kind: str, name: str, typed: Mapping[str, str]) -> JSON:
         try:
             found[key] = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BadField(f"{key} is no JSON: {str(error)[:100]}.", hint="Correct it.", param=f"{PREFIX}.{key}") from None
+            message = gettext("%(field)s is no JSON: %(error)s.", field=key, error=str(error)[:100])
+            raise BadField(message, hint=gettext("Correct it."), param=f"{PREFIX}.{key}") from None
     return found
 
 
@@ -175,10 +177,10 @@ def _verdict(one: PairVerdict, models: tuple[str, str]) -> str:
     if one.straight is None or one.swapped is None:
         return ""
     if one.position is not None:
-        return f"decided by position: answer {one.position} in both orders"
+        return gettext("decided by position: answer %(answer)s in both orders", answer=one.position)
     if one.winner is None:
-        return "a tie in one order and not in the other"
-    return {"first": models[0], "second": models[1], "tie": "a tie"}[one.winner]
+        return gettext("a tie in one order and not in the other")
+    return {"first": models[0], "second": models[1], "tie": gettext("a tie")}[one.winner]
 
 
 def comparison_json(found: Sequence[PairVerdict]) -> JSON:

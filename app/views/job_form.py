@@ -23,6 +23,7 @@ from app.jobs.request import JobRequest
 from app.jobs.resources_form import Offers
 from app.kit import ids, once
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill, whole_number
+from app.kit.languages import gettext, mark, ngettext
 from app.machines.placement import Resources
 from app.models import service as models
 from app.objectives import OBJECTIVES, DrawnSettings, ObjectiveSettings
@@ -36,6 +37,7 @@ from app.strategies import STRATEGIES, Strategy
 from app.tables import Dataset, Model, User
 from app.views import reward_form
 from app.views.method_cards import StrategyCard, cards_of, ranking_of, shown_first
+from app.views.refusals import why_not
 from app.views.reward_form import from_json
 
 FIELDS = {
@@ -74,7 +76,7 @@ class PresetCard:
     estimate: dict[str, Any] | None = None
 
 
-GROUPS = ("Data", "Method", "Optimization", "Evaluation", "Hardware")
+GROUPS = (mark("Data"), mark("Method"), mark("Optimization"), mark("Evaluation"), mark("Hardware"))
 """The headings of the advanced settings, in order."""
 
 
@@ -120,6 +122,7 @@ class OrderForm:
 
     @property
     def groups(self) -> list[tuple[str, list[FormField]]]:
+        """The controls under each heading, which the page translates: its template looks for some of them by their name."""
         return [(title, [c for c in self.controls if c.group == title]) for title in GROUPS]
 
     @property
@@ -190,14 +193,16 @@ class OrderForm:
     def unseen(self) -> str | None:
         """Why these are not the settings that the person saw when they pressed Start; None where they are."""
         if self.moved and self.dataset:
-            return f"You chose {self.dataset.name}, which is for another task, so nothing was started. Check the model and the method, then press Start."
+            told = gettext("You chose %(name)s, which is for another task, so nothing was started.", name=self.dataset.name)
+            return f"{told} {gettext('Check the model and the method, then press Start.')}"
         shown = self.typed.get("shown", self.method)
         if shown == self.method:
             return None
-        before = STRATEGIES[shown].title if shown in STRATEGIES else shown[:60]
-        return (
-            f"You chose {self.strategy.title}, and the page still showed the settings of {before}, so nothing was started. "
-            f"Now it shows those of {self.strategy.title}: check them, then press Start."
+        return gettext(
+            "You chose %(method)s, and the page still showed the settings of %(before)s, so nothing was started. "
+            "Now it shows those of %(method)s: check them, then press Start.",
+            method=gettext(self.strategy.title),
+            before=gettext(STRATEGIES[shown].title) if shown in STRATEGIES else shown[:60],
         )
 
     @property
@@ -241,11 +246,11 @@ def _order_form(session: Session, user: User, typed: Mapping[str, str]) -> Order
         typed = {name: value for name, value in typed.items() if name not in ("model", "strategy")}
     model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     if typed.get("model") and model is None:
-        errors["model"] = f"There is no model {typed['model'][:80]}. It may have been deleted; choose another."
+        errors["model"] = gettext("There is no model %(name)s. It may have been deleted; choose another.", name=typed["model"][:80])
     if typed.get("dataset") and dataset is None:
-        errors["dataset"] = _why_not(rows, typed["dataset"])
+        errors["dataset"] = why_not(rows, typed["dataset"])
     if typed.get("strategy") and typed["strategy"] not in STRATEGIES:
-        errors["strategy"] = f"There is no method {typed['strategy'][:80]}. Choose one of those below."
+        errors["strategy"] = gettext("There is no method %(name)s. Choose one of those below.", name=typed["strategy"][:80])
     tasks = objectives.of_rows(datasets.usual_task(dataset) if dataset else None, dataset.format if dataset else None)
     task = typed["objective"] if typed.get("objective") in tasks else tasks[0]
     own = OBJECTIVES[task].settings
@@ -253,7 +258,7 @@ def _order_form(session: Session, user: User, typed: Mapping[str, str]) -> Order
     validation = next((d for d in checking if ids.public(ids.DATASET, d.id) == typed.get("validation")), None)
     # A valid choice of another kind was made before the dataset was changed: it is dropped.
     if typed.get("validation") and not any(ids.public(ids.DATASET, d.id) == typed["validation"] for d in usable):
-        errors["validation"] = _why_not(rows, typed["validation"])
+        errors["validation"] = why_not(rows, typed["validation"])
     device = typed.get("run.device", "auto")
     ranking = ranking_of(session, user, model, dataset, device)
     resources = resources_form.asked(typed, errors)
@@ -262,7 +267,8 @@ def _order_form(session: Session, user: User, typed: Mapping[str, str]) -> Order
     asked = _carried(typed, strategy)
     preset: PresetName = next((name for name in PRESETS if name == typed.get("preset")), "balanced")
     if typed.get("preset") and typed["preset"] != preset:
-        errors["preset"] = f"There is no preset {typed['preset'][:80]}. Choose one of {', '.join(PRESETS)}."
+        choices = ", ".join(PRESETS)
+        errors["preset"] = gettext("There is no preset %(name)s. Choose one of %(choices)s.", name=typed["preset"][:80], choices=choices)
     filled, run = fill(strategy, asked, "strategy"), fill(RunSettings, typed, "run", keep=DERIVED)
     compared = fill(own, reward_form.left_out(typed), "preference", keep=own.derived) if own else None
     drawn = own.model_validate(compared.settings) if compared and own and issubclass(own, DrawnSettings) else None
@@ -282,7 +288,7 @@ def _order_form(session: Session, user: User, typed: Mapping[str, str]) -> Order
         task=task,
         tasks=tasks,
         moved=moved,
-        presets=[PresetCard(name, p.title, p.summary, name == preset) for name, p in PRESETS.items()],
+        presets=[PresetCard(name, gettext(p.title), gettext(p.summary), name == preset) for name, p in PRESETS.items()],
         models=ready,
         datasets=usable,
         model=model,
@@ -397,7 +403,7 @@ def _split_asked(typed: Mapping[str, str]) -> Split | None:
 def with_rows(found: list[FormField], rows: int | None) -> list[FormField]:
     """The controls, with the batch size in rows too, as other tools count it."""
     return [
-        replace(c, unit=f"≈ {rows:,} {'row' if rows == 1 else 'rows'}") if rows and c.name == "max_tokens_per_step" else c for c in found
+        replace(c, unit=ngettext("≈ %(num)s row", "≈ %(num)s rows", rows)) if rows and c.name == "max_tokens_per_step" else c for c in found
     ]
 
 
@@ -408,13 +414,6 @@ def _moved(usable: list[Dataset], typed: Mapping[str, str]) -> bool:
     dataset = next((d for d in usable if ids.public(ids.DATASET, d.id) == typed.get("dataset")), None)
     task = datasets.usual_task(dataset) if dataset else None
     return bool(typed.get("task") and task and task != typed["task"])
-
-
-def _why_not(rows: list[Dataset], wanted: str) -> str:
-    for row in rows:
-        if ids.public(ids.DATASET, row.id) == wanted:
-            return f"{row.name} has an error: {(row.error or {}).get('message', 'it could not be read')} Its page shows what to do."
-    return f"There is no dataset {wanted[:80]}. It may have been deleted; choose another."
 
 
 def _memory(device: str, resources: Resources | None = None, estimate: Mapping[str, Any] | None = None) -> int | None:

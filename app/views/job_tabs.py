@@ -22,6 +22,7 @@ from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
+from app.kit.languages import gettext, lowered, mark
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.older_settings import renamed
@@ -57,7 +58,7 @@ def page(session: Session, user: User, job: Job, tab: str, wish: Wish, *, points
         **top,
         **made,
         "tab": tab,
-        "tabs": [(key, title) for key, (title, _) in TABS.items()],
+        "tabs": [(key, gettext(title)) for key, (title, _) in TABS.items()],
         "here": f"{top['url']}?{urlencode({'tab': tab, **asked})}",
         "points": charts.data(found, top["progress"]) if points and found else None,
     }
@@ -107,12 +108,13 @@ def tiles(job: Job, progress: JobProgress, spec: JobSpec) -> list[Tile]:
     ability = forgetting(_told(job, progress, "forgetting"))
     coming = spec.run.forgetting and job.status in ("queued", "running", "paused") and ability["figure"] == NOTHING
     seconds = measured.get("seconds") or (progress.latest.seconds if progress.latest else None)
+    time = gettext("Time") if measured else gettext("Training time")
     return [
         _reward_tile(progress) if OBJECTIVES[spec.task].rewards else _loss_tile(progress),
         _score_tile(job, progress),
-        Tile("General ability", ability["figure"], "measured at the end" if coming else ability["verdict"]),
-        Tile("Peak memory", human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
-        Tile("Time" if measured else "Training time", human_seconds(seconds), _predicted(human_seconds(estimate.get("seconds")))),
+        Tile(gettext("General ability"), ability["figure"], gettext("measured at the end") if coming else ability["verdict"]),
+        Tile(gettext("Peak memory"), human_bytes(progress.peak_memory_bytes), _predicted(human_bytes(estimate.get("memory_bytes")))),
+        Tile(time, human_seconds(seconds), _predicted(human_seconds(estimate.get("seconds")))),
     ]
 
 
@@ -121,15 +123,15 @@ def _cost_tile(session: Session, job: Job) -> list[Tile]:
     found = usage.cost_of(session, job.id) if job.attempt else None
     if found is None:
         return []
-    hours = f"{human_seconds(found.gpu_hours * 3600)} of GPU time"
+    hours = gettext("%(time)s of GPU time", time=human_seconds(found.gpu_hours * 3600))
     kwh = None if found.kwh is None else f"{human_number(found.kwh)} kWh"
     if found.amount is None:
-        return [Tile("Energy", kwh or "", hours)]
-    return [Tile("Cost", f"{found.amount:,.2f} {found.currency}", ", ".join(filter(None, (hours, kwh))))]
+        return [Tile(gettext("Energy"), kwh or "", hours)]
+    return [Tile(gettext("Cost"), f"{human_number(found.amount, 2)} {found.currency}", ", ".join(filter(None, (hours, kwh))))]
 
 
 def _predicted(text: str) -> str:
-    return f"predicted {text}" if text != NOTHING else ""
+    return gettext("predicted %(value)s", value=text) if text != NOTHING else ""
 
 
 SMOOTHED = 5
@@ -140,15 +142,11 @@ def _reward_tile(progress: JobProgress) -> Tile:
     """The mean reward of the answers that the newest steps drew, against that of the first ones."""
     rewards = [value for _, value in progress.step_metrics.get("reward", [])]
     if not rewards:
-        return Tile("Training reward", NOTHING, "mean of drawn answers")
+        return Tile(gettext("Training reward"), NOTHING, gettext("mean of drawn answers"))
     first, now = (statistics.fmean(some) for some in (rewards[:SMOOTHED], rewards[-SMOOTHED:]))
     told = len(rewards) >= 2 * SMOOTHED
-    return Tile(
-        "Training reward",
-        human_number(now),
-        f"from {human_number(first)}" if told else "mean of drawn answers",
-        now > first if told else None,
-    )
+    note = gettext("from %(value)s", value=human_number(first)) if told else gettext("mean of drawn answers")
+    return Tile(gettext("Training reward"), human_number(now), note, now > first if told else None)
 
 
 def _loss_tile(progress: JobProgress) -> Tile:
@@ -157,15 +155,16 @@ def _loss_tile(progress: JobProgress) -> Tile:
     if best is None:
         first, now = progress.first_loss, progress.loss
         unchecked = progress.started is not None and not progress.started.validation_rows
-        title = "Training loss" if unchecked else "Validation loss"
-        note = f"from {human_number(first)}; no validation rows" if unchecked and first is not None else ""
+        title = gettext("Training loss") if unchecked else gettext("Validation loss")
+        shown = unchecked and first is not None
+        note = gettext("from %(value)s; no validation rows", value=human_number(first)) if shown else ""
         return Tile(title, human_number(now if unchecked else None), note)
     before = progress.evaluations[0]
     if best.step == before.step:
-        return Tile("Validation loss", human_number(best.loss), f"best, step {human_number(best.step)}")
+        return Tile(gettext("Validation loss"), human_number(best.loss), gettext("best, step %(step)s", step=human_number(best.step)))
     change = best.loss / before.loss - 1 if before.loss else 0.0
-    note = f"{metrics.signed(change, 0)}, best at step {human_number(best.step)}"
-    return Tile("Validation loss", human_number(best.loss), note, change < 0 if change else None)
+    note = gettext("%(change)s, best at step %(step)s", change=metrics.signed(change, 0), step=human_number(best.step))
+    return Tile(gettext("Validation loss"), human_number(best.loss), note, change < 0 if change else None)
 
 
 def _score_tile(job: Job, progress: JobProgress) -> Tile:
@@ -176,17 +175,21 @@ def _score_tile(job: Job, progress: JobProgress) -> Tile:
     contest = evaluation.get("contest") or {}
     if contest.get("cross_validated"):  # over all rows, where the few validation ones are too noisy
         score, before = contest["base"]["tuned"], contest["base"]["score"]
-        return Tile("Accuracy", human_percent(score, 0), f"from {human_percent(before, 0)}, cross-validated", score > before)
+        note = gettext("from %(value)s, cross-validated", value=human_percent(before, 0))
+        return Tile(gettext("Accuracy"), human_percent(score, 0), note, score > before)
     for name in metrics.TILES:
         found, before = score_view.number(tuned.get(name)), score_view.number(base.get(name))
         if found is not None:
-            title = metrics.METRICS[name].title
+            title = gettext(metrics.METRICS[name].title)
             told = before is not None and found != before and not by_chance(evaluation, name)
-            note = f"from {metrics.figure(before, name, 3)}" if before is not None else between(tuned, name)
+            known = before is not None
+            note = gettext("from %(value)s", value=metrics.figure(before, name, 3)) if known else between(tuned, name)
             return Tile(title, metrics.figure(found, name, 3), note, found > before if told and before is not None else None)
         if points := progress.metrics.get(name):
-            return Tile(metrics.METRICS[name].title, metrics.figure(points[-1][1], name, 3), f"at step {human_number(points[-1][0])}")
-    return Tile("Task score", NOTHING, "measured at the end" if job.status in ("queued", "running", "paused") else "not measured")
+            note = gettext("at step %(step)s", step=human_number(points[-1][0]))
+            return Tile(gettext(metrics.METRICS[name].title), metrics.figure(points[-1][1], name, 3), note)
+    coming = job.status in ("queued", "running", "paused")
+    return Tile(gettext("Task score"), NOTHING, gettext("measured at the end") if coming else gettext("not measured"))
 
 
 def _told(job: Job, progress: JobProgress, name: str) -> Mapping[str, Any] | None:
@@ -207,7 +210,7 @@ def failure(job: Job, progress: JobProgress) -> Part | None:
     if progress.failure:
         return {"message": progress.failure.message, "hint": progress.failure.hint, "line": progress.failure.line}
     error = job.error or {}
-    return {"message": error.get("message", "The run failed and left no reason."), "hint": error.get("hint", ""), "line": None}
+    return {"message": error.get("message", gettext("The run failed and left no reason.")), "hint": error.get("hint", ""), "line": None}
 
 
 def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
@@ -218,8 +221,9 @@ def suggestions(session: Session, job: Job) -> list[verdict.Suggestion]:
     if failed is None or not failed.suggestion:
         return []
     changed = renamed(failed.suggestion)
-    settings = ", ".join(f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changed.items())
-    return [verdict.Suggestion(label=f"Try again with {settings}", order={"run": changed})]
+    named = {lowered(gettext(name.replace("_", " ").capitalize())): as_text(value) for name, value in changed.items()}
+    settings = ", ".join(f"{name} {value}" for name, value in named.items())
+    return [verdict.Suggestion(label=gettext("Try again with %(settings)s", settings=settings), order={"run": changed})]
 
 
 def _checkpoints(session: Session, job: Job, progress: JobProgress) -> list[Part]:
@@ -259,9 +263,9 @@ def predictions(session: Session, job: Job, counted: int | None) -> Part | None:
     if not estimate or not measured:
         return None
     rows = [
-        ("Memory", "bytes", estimate.get("memory_bytes"), measured.get("peak_memory_bytes")),
-        ("Time", "seconds", estimate.get("seconds"), measured.get("seconds")),
-        ("Trainable parameters", "count", estimate.get("trainable_parameters"), counted),
+        (gettext("Memory"), "bytes", estimate.get("memory_bytes"), measured.get("peak_memory_bytes")),
+        (gettext("Time"), "seconds", estimate.get("seconds"), measured.get("seconds")),
+        (gettext("Trainable parameters"), "count", estimate.get("trainable_parameters"), counted),
     ]
     lines = [
         {"title": title, "unit": unit, "predicted": predicted, "measured": found, "off": off(predicted, found)}
@@ -286,7 +290,12 @@ def _record(session: Session, job: Job) -> str:
     if len(both) < 2:
         return ""
     worst = [human_percent(max(figures), 0) for figures in zip(*both, strict=True)]
-    return f"The last {len(both)} runs here predicted memory within {worst[0]}, time within {worst[1]}."
+    return gettext(
+        "The last %(runs)s runs here predicted memory within %(memory)s, time within %(time)s.",
+        runs=len(both),
+        memory=worst[0],
+        time=worst[1],
+    )
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
@@ -375,11 +384,11 @@ def _wanted(level: str, text: str, wish: Wish) -> bool:
 
 
 TABS: dict[str, tuple[str, Callable[[Session, User, Job, Part, Wish], Part]]] = {
-    "overview": ("Overview", _overview),
-    "metrics": ("Metrics", _metrics),
-    "samples": ("Samples", _samples),
-    "evaluation": ("Evaluation", _evaluation),
-    "data": ("Data", _data),
-    "config": ("Config & logs", _config),
+    "overview": (mark("Overview"), _overview),
+    "metrics": (mark("Metrics"), _metrics),
+    "samples": (mark("Samples"), _samples),
+    "evaluation": (mark("Evaluation"), _evaluation),
+    "data": (mark("Data"), _data),
+    "config": (mark("Config & logs"), _config),
 }
 """Key, title and function; the first is shown where the URL names none."""

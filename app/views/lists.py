@@ -19,6 +19,7 @@ from app.errors import BadField
 from app.evaluation import comparisons as comparisons_service
 from app.jobs.service import ENDED
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.models import service as models_service
 from app.ownership import either
 from app.strategies import STRATEGIES
@@ -64,7 +65,9 @@ class Bar:
     def __post_init__(self) -> None:
         self.usual = next(iter(self.sorts))
         if self.sort not in self.sorts:
-            raise BadField(f"The list cannot be sorted by {self.sort[:40]}.", hint=f"Use one of {', '.join(self.sorts)}.", param="sort")
+            message = gettext("The list cannot be sorted by %(column)s.", column=self.sort[:40])
+            raise BadField(message, hint=gettext("Use one of %(columns)s.", columns=", ".join(self.sorts)), param="sort")
+        self.sorts = {column: gettext(title) for column, title in self.sorts.items()}
         for place, (name, title, options) in enumerate(self.filters):
             value = getattr(self.wish, name)
             if value and value not in dict(options):  # an active filter is shown, even where nothing matches it any more
@@ -121,13 +124,20 @@ def _newest(table: Any, *seen: ColumnElement[bool]) -> Select[Any]:
 
 
 def methods(found: Iterable[str | None]) -> list[tuple[str, str]]:
-    return sorted(((one, STRATEGIES[one].title if one in STRATEGIES else one) for one in {one for one in found if one}), key=lambda o: o[1])
+    """Each method once, by its title."""
+    titles = {one: gettext(STRATEGIES[one].title) if one in STRATEGIES else one for one in found if one}
+    return sorted(titles.items(), key=lambda option: option[1])
+
+
+def words(codes: Iterable[str]) -> list[tuple[str, str]]:
+    """Options whose text is the code itself in the language of the page."""
+    return [(one, gettext(one)) for one in codes]
 
 
 # Models -------------------------------------------------------------------------------------------------------------
 
 
-MODEL_SORTS = {"-created": "Newest first", "lineage": "By lineage", "name": "Name", "-size": "Largest first"}
+MODEL_SORTS = {"-created": mark("Newest first"), "lineage": mark("By lineage"), "name": mark("Name"), "-size": mark("Largest first")}
 
 
 MODEL_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
@@ -142,15 +152,21 @@ def models_bar(session: Session, user: User, wish: ListQuery, kinds: Mapping[str
     used = session.execute(select(Model.strategy, Model.kind, Model.kept).where(newest).distinct()).all()
     tags = session.scalars(select(func.jsonb_array_elements_text(Model.tags)).where(newest).distinct())
     filters = [
-        Filter("model", "Base model", [(name, title) for name, title in bases]),
-        Filter("method", "Method", methods([*(strategy for strategy, _, _ in used), wish.method])),
-        Filter("kind", "Kind", [(kind, kinds[kind]) for kind in kinds if kind == wish.kind or any(kind == one for _, one, _ in used)]),
+        Filter("model", gettext("Base model"), [(name, title) for name, title in bases]),
+        Filter("method", gettext("Method"), methods([*(strategy for strategy, _, _ in used), wish.method])),
+        Filter(
+            "kind",
+            gettext("Kind"),
+            [(kind, gettext(kinds[kind])) for kind in kinds if kind == wish.kind or any(kind == one for _, one, _ in used)],
+        ),
         Filter(
             "kept",
-            "Results",
-            [("yes", "without comparisons"), ("no", "from comparisons")] if wish.kept or not all(kept for _, _, kept in used) else [],
+            gettext("Results"),
+            [("yes", gettext("without comparisons")), ("no", gettext("from comparisons"))]
+            if wish.kept or not all(kept for _, _, kept in used)
+            else [],
         ),
-        Filter("tag", "Tag", values([*tags, wish.tag])),
+        Filter("tag", gettext("Tag"), values([*tags, wish.tag])),
     ]
     return Bar("/models", wish, filters, MODEL_SORTS)
 
@@ -192,11 +208,16 @@ def lineages(root_name: str = "") -> CTE:
 
 # Jobs ---------------------------------------------------------------------------------------------------------------
 
-STATUSES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+STATUSES = (mark("queued"), mark("running"), mark("paused"), mark("succeeded"), mark("failed"), mark("cancelled"))
 JOB_SORTS = {
-    "-created": "Newest first", "created": "Oldest first", "name": "Name", "status": "Status", "method": "Method", "-time": "Longest first",
-    "time": "Shortest first",
-}  # fmt: skip
+    "-created": mark("Newest first"),
+    "created": mark("Oldest first"),
+    "name": mark("Name"),
+    "status": mark("Status"),
+    "method": mark("Method"),
+    "-time": mark("Longest first"),
+    "time": mark("Shortest first"),
+}
 _MODEL, _DATASET, _METHOD = (Job.spec[part]["name"].astext for part in ("model", "dataset", "strategy"))
 JOB_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
     "created": Job.created_at,
@@ -212,11 +233,11 @@ def jobs_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     used = session.execute(select(_MODEL, _DATASET, _METHOD).where(Job.id.in_(newest)).distinct()).all()
     tags = session.scalars(select(func.jsonb_array_elements_text(Job.tags)).where(Job.id.in_(newest)).distinct())
     filters = [
-        Filter("status", "Status", [(one, one) for one in STATUSES]),
-        Filter("model", "Base model", values([*(one[0] for one in used), wish.model])),
-        Filter("dataset", "Dataset", values([*(one[1] for one in used), wish.dataset])),
-        Filter("method", "Method", methods([*(one[2] for one in used), wish.method])),
-        Filter("tag", "Tag", values([*tags, wish.tag])),
+        Filter("status", gettext("Status"), words(STATUSES)),
+        Filter("model", gettext("Base model"), values([*(one[0] for one in used), wish.model])),
+        Filter("dataset", gettext("Dataset"), values([*(one[1] for one in used), wish.dataset])),
+        Filter("method", gettext("Method"), methods([*(one[2] for one in used), wish.method])),
+        Filter("tag", gettext("Tag"), values([*tags, wish.tag])),
     ]
     return Bar("/jobs", wish, filters, JOB_SORTS)
 
@@ -237,8 +258,13 @@ def jobs(query: Select[Job], bar: Bar) -> Select[Job]:
 # Datasets -----------------------------------------------------------------------------------------------------------
 
 DATASET_SORTS = {
-    "-created": "Newest first", "created": "Oldest first", "name": "Name", "-rows": "Most rows", "rows": "Fewest rows", "status": "Status",
-}  # fmt: skip
+    "-created": mark("Newest first"),
+    "created": mark("Oldest first"),
+    "name": mark("Name"),
+    "-rows": mark("Most rows"),
+    "rows": mark("Fewest rows"),
+    "status": mark("Status"),
+}
 
 
 DATASET_COLUMNS: dict[str, ColumnElement[Any] | InstrumentedAttribute[Any]] = {
@@ -251,9 +277,9 @@ def datasets_bar(session: Session, user: User, wish: ListQuery) -> Bar:
     known = {*session.scalars(select(Dataset.format).where(Dataset.id.in_(newest)).distinct()), wish.format}
     tags = session.scalars(select(func.jsonb_array_elements_text(Dataset.tags)).where(Dataset.id.in_(newest)).distinct())
     filters = [
-        Filter("status", "Status", [(one, one) for one in ("reading", "ready", "error")]),
-        Filter("format", "Format", [(name, entry.title) for name, entry in formats.FORMATS.items() if name in known]),
-        Filter("tag", "Tag", values([*tags, wish.tag])),
+        Filter("status", gettext("Status"), words((mark("reading"), mark("ready"), mark("error")))),
+        Filter("format", gettext("Format"), [(name, gettext(entry.title)) for name, entry in formats.FORMATS.items() if name in known]),
+        Filter("tag", gettext("Tag"), values([*tags, wish.tag])),
     ]
     return Bar("/datasets", wish, filters, DATASET_SORTS)
 
@@ -285,7 +311,7 @@ def twins(session: Session, user: User, shown: Sequence[Dataset]) -> set[str]:
 
 # Comparisons --------------------------------------------------------------------------------------------------------
 
-COMPARISON_SORTS = {"-created": "Newest first", "created": "Oldest first", "name": "Name", "status": "Status"}
+COMPARISON_SORTS = {"-created": mark("Newest first"), "created": mark("Oldest first"), "name": mark("Name"), "status": mark("Status")}
 
 
 def _comparison_status(status: InstrumentedAttribute[str]) -> ColumnElement[str]:
@@ -305,9 +331,9 @@ def comparisons_bar(session: Session, user: User, path: str, wish: ListQuery) ->
     orders = session.execute(select(Comparison.order["model"].astext, Comparison.order["models"]).where(Comparison.id.in_(newest)))
     used = session.scalars(select(_DATASET).where(Job.comparison_id.in_(newest), Job.deleted_at.is_(None)).distinct())
     filters = [
-        Filter("status", "Status", [(one, one) for one in STATUSES]),
-        Filter("model", "Base model", values({name for one, several in orders for name in (several or [one])})),
-        Filter("dataset", "Dataset", values(used)),
+        Filter("status", gettext("Status"), words(STATUSES)),
+        Filter("model", gettext("Base model"), values({name for one, several in orders for name in (several or [one])})),
+        Filter("dataset", gettext("Dataset"), values(used)),
     ]
     return Bar(path, wish, filters, COMPARISON_SORTS)
 

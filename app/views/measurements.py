@@ -52,7 +52,7 @@ def families() -> Iterator[Family]:
     ):
         told = [({"job": key}, float(value)) for key, value in values if value is not None]
         yield f"luthier_job_{name}", "gauge", f"{meaning} Of what trains now.", told
-    devices = [({"host": one.host, "device": one.title}, float(one.memory_bytes)) for one in operations.devices()]
+    devices = [({"host": one.host, "device": one.label}, float(one.memory_bytes)) for one in operations.devices()]
     yield "luthier_device_memory_bytes", "gauge", "Memory of the devices that train.", devices
     disk = os.statvfs(get_settings().data_dir)
     yield "luthier_disk_free_bytes", "gauge", "Free on the disk of the data folder.", [({}, float(disk.f_bavail * disk.f_frsize))]

@@ -15,6 +15,7 @@ from app.datasets.ingest_task import WORK as READS
 from app.evaluation import service as evaluations
 from app.jobs import lifecycle
 from app.kit import ids
+from app.kit.languages import gettext, mark, ngettext
 from app.leases import Work, now
 from app.machines import heartbeats
 from app.models import exports, imports
@@ -131,18 +132,18 @@ def recent_errors(session: Session) -> list[Failure]:
     """The newest errors of jobs, evaluations, exports, datasets and models that were not deleted."""
     found = []
     for kind, table, prefix, path in (
-        ("Run", Job, ids.JOB, "/jobs/{}"),
-        ("Evaluation", Evaluation, ids.EVALUATION, "/evaluations/{}"),
-        ("Export", Export, ids.EXPORT, ""),
-        ("Dataset", Dataset, ids.DATASET, "/datasets/{}"),
-        ("Model", Model, ids.MODEL, "/models/{}"),
+        (mark("Run"), Job, ids.JOB, "/jobs/{}"),
+        (mark("Evaluation"), Evaluation, ids.EVALUATION, "/evaluations/{}"),
+        (mark("Export"), Export, ids.EXPORT, ""),
+        (mark("Dataset"), Dataset, ids.DATASET, "/datasets/{}"),
+        (mark("Model"), Model, ids.MODEL, "/models/{}"),
     ):
         when = func.coalesce(table.finished_at, table.created_at) if hasattr(table, "finished_at") else table.created_at
         query = select(table, when).where(table.error.is_not(None), table.deleted_at.is_(None), table.status.in_(("failed", "error")))
         for row, at in session.execute(query.order_by(desc(when)).limit(RECENT_ERRORS)):
             key, error = ids.public(prefix, row.id), row.error or {}
             name = str(getattr(row, "name", None) or getattr(row, "format", None) or getattr(row, "kind", ""))
-            found.append(Failure(kind, key, name, error.get("message", ""), error.get("hint") or "", at, path.format(key)))
+            found.append(Failure(gettext(kind), key, name, error.get("message", ""), error.get("hint") or "", at, path.format(key)))
     return sorted(found, key=lambda one: one.at, reverse=True)[:RECENT_ERRORS]
 
 
@@ -150,17 +151,25 @@ class MachineDevice(NamedTuple):
     """A machine that trains, as its workers describe it."""
 
     host: str
-    title: str
+    gpu: str | None
+    cores: int
     memory_bytes: int
     silent_seconds: float
+
+    @property
+    def label(self) -> str:
+        """By which `/metrics` tells devices apart, in English."""
+        return f"GPU {self.gpu}" if self.gpu else f"CPU, {self.cores} cores"
+
+    @property
+    def title(self) -> str:
+        return self.label if self.gpu else ngettext("CPU, %(num)s cores", "CPU, %(num)s cores", self.cores)
 
 
 def devices() -> list[MachineDevice]:
     """Machines whose train worker was heard of in the last half minute."""
     return [
-        MachineDevice(
-            host, f"GPU {machine.gpu_name}" if machine.gpu_name else f"CPU, {machine.cores} cores", machine.training_memory_bytes, silent
-        )
+        MachineDevice(host, machine.gpu_name, machine.cores, machine.training_memory_bytes, silent)
         for host, silent, machine in heartbeats.machines()
         if silent < heartbeats.FADES_SECONDS
     ]

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session, defer
 
 from app.db import get_engine
 from app.errors import StudioError
+from app.kit.languages import gettext, mark
 from app.machines.heartbeats import Worker, alive
 from app.migrate import is_current, serves
 from app.queue import cannot_write, get_redis
@@ -55,7 +56,8 @@ def checks(session: Session | None = None) -> list[HealthCheck]:
 
 
 def _away(name: str) -> HealthCheck:
-    return HealthCheck(name=name, good=False, message="does not respond", hint="It comes back by itself when `luthier up` runs it.")
+    hint = gettext("It comes back by itself when `luthier up` runs it.")
+    return HealthCheck(name=name, good=False, message=gettext("does not respond"), hint=hint)
 
 
 CHECK_SECONDS = 2.0
@@ -68,10 +70,10 @@ async def checks_in_time() -> tuple[list[HealthCheck], list[Worker]]:
     database, broker, storage, workers = await asyncio.gather(
         _in_time("database", lambda: _database(None), [_away("database")]),
         _in_time("redis", _broker, _away("redis")),
-        _in_time("storage", _storage, [_storage_away()]),
+        _in_time("storage", _storage, StorageAnswer()),
         _in_time("workers", alive, list[Worker]()),
     )
-    return [*database, broker, *storage], workers
+    return [*database, broker, *_storage_checks(storage)], workers
 
 
 async def _in_time(name: str, ask: Callable[[], T], otherwise: T) -> T:
@@ -99,10 +101,11 @@ def _database(session: Session | None) -> list[HealthCheck]:
                 current, good = is_current(connection), serves(connection)
     except (SQLAlchemyError, RuntimeError):
         return [_away("database")]
-    schema = "up to date" if current else "newer, and serves this version too" if good else "of another version"
+    newer = gettext("newer, and serves this version too") if good else gettext("of another version")
+    schema = gettext("up to date") if current else newer
     return [
-        HealthCheck(name="database", good=True, message="online"),
-        HealthCheck(name="migrations", good=good, message=schema, hint="" if good else "`luthier up` brings it up to date."),
+        HealthCheck(name="database", good=True, message=gettext("online")),
+        HealthCheck(name="migrations", good=good, message=schema, hint="" if good else gettext("`luthier up` brings it up to date.")),
     ]
 
 
@@ -111,22 +114,29 @@ def _broker() -> HealthCheck:
         get_redis().ping()
     except redis.RedisError as error:
         if cannot_write(error):
-            return HealthCheck(name="redis", good=False, message="is read-only: its disk is full", hint=MAKE_ROOM)
+            return HealthCheck(name="redis", good=False, message=gettext("is read-only: its disk is full"), hint=gettext(MAKE_ROOM))
         return _away("redis")
     except RuntimeError:
         return _away("redis")
-    return HealthCheck(name="redis", good=True, message="online")
+    return HealthCheck(name="redis", good=True, message=gettext("online"))
 
 
-def _storage() -> list[HealthCheck]:
-    """None where the data folder is all there is."""
+class StorageAnswer(NamedTuple):
+    """Whether there is an object storage, whether it answers, and else why not. A thread asks it, which knows no language."""
+
+    there: bool = True
+    good: bool = False
+    said: str = ""
+
+
+def _storage() -> StorageAnswer:
     try:
         storage = objects.storage(0.0)
         if storage is not None:
             storage.read(sweeping.STUDIO)
     except StudioError as error:
-        return [_storage_away(error.message)]
-    return [] if storage is None else [HealthCheck(name="storage", good=True, message="online")]
+        return StorageAnswer(said=error.message)
+    return StorageAnswer(storage is not None, good=True)
 
 
 def _storage_in_time() -> list[HealthCheck]:
@@ -134,17 +144,20 @@ def _storage_in_time() -> list[HealthCheck]:
     if not get_settings().storage_url:
         return []
     try:
-        return _asked("storage", _storage).result(CHECK_SECONDS)
+        return _storage_checks(_asked("storage", _storage).result(CHECK_SECONDS))
     except TimeoutError:
-        return [_storage_away()]
+        return _storage_checks(StorageAnswer())
 
 
-def _storage_away(said: str = "") -> HealthCheck:
-    hint = f"{said} Uploads are refused, and runs wait, until it answers; `luthier doctor` tries it.".strip()
-    return HealthCheck(name="storage", good=False, message="does not respond", hint=hint)
+def _storage_checks(found: StorageAnswer) -> list[HealthCheck]:
+    """None where the data folder is all there is."""
+    if found.good:
+        return [HealthCheck(name="storage", good=True, message=gettext("online"))] if found.there else []
+    hint = gettext("Uploads are refused, and runs wait, until it answers; `luthier doctor` tries it.")
+    return [HealthCheck(name="storage", good=False, message=gettext("does not respond"), hint=f"{found.said} {hint}".strip())]
 
 
-MAKE_ROOM = "Make room on the disk of the data folder; all goes on by itself then."
+MAKE_ROOM = mark("Make room on the disk of the data folder; all goes on by itself then.")
 
 
 def no_room() -> bool:
@@ -164,13 +177,13 @@ class WorkerRole(BaseModel):
 
 
 _DUTIES = {
-    "train": ("Training", "Runs stay queued."),
-    "evaluate": ("Evaluations", "Evaluations stay queued."),
-    "data": ("Data workers", "Datasets are not read."),
-    "import": ("Model downloads", "Models are not downloaded."),
-    "export": ("Exports", "Models are not exported."),
-    "generate": ("Inference", "Models cannot answer, and predictions stay queued."),
-    "relay": ("Dispatcher", "No new run starts."),
+    "train": (mark("Training"), mark("Runs stay queued.")),
+    "evaluate": (mark("Evaluations"), mark("Evaluations stay queued.")),
+    "data": (mark("Data workers"), mark("Datasets are not read.")),
+    "import": (mark("Model downloads"), mark("Models are not downloaded.")),
+    "export": (mark("Exports"), mark("Models are not exported.")),
+    "generate": (mark("Inference"), mark("Models cannot answer, and predictions stay queued.")),
+    "relay": (mark("Dispatcher"), mark("No new run starts.")),
 }
 
 
@@ -186,7 +199,7 @@ def duties(workers: list[Worker] | None = None) -> list[WorkerRole]:
 
 def _duty(queue: str, title: str, still: str, mine: list[Worker]) -> WorkerRole:
     longest = max((worker.up_seconds for worker in mine), default=None)
-    return WorkerRole(queue=queue, title=title, alive=len(mine), up_seconds=longest, stands_still=still)
+    return WorkerRole(queue=queue, title=gettext(title), alive=len(mine), up_seconds=longest, stands_still=gettext(still))
 
 
 # The overview ---------------------------------------------------------------------------------------------------------
@@ -284,18 +297,18 @@ def versions() -> list[tuple[str, str]]:
         try:
             found.append((name.capitalize() if name == "luthier" else name, version(name)))
         except PackageNotFoundError:
-            found.append((name, "not installed"))
+            found.append((name, gettext("not installed")))
     return found
 
 
 _FOLDERS = (
-    ("blobs", "Uploaded files"),
-    ("rows", "Rows of datasets"),
-    ("models", "Models"),
-    ("runs", "Checkpoints and runs"),
-    ("postgres", "Database"),
-    ("logs", "Logs"),
-    ("tmp", "Temporary files"),
+    ("blobs", mark("Uploaded files")),
+    ("rows", mark("Rows of datasets")),
+    ("models", mark("Models")),
+    ("runs", mark("Checkpoints and runs")),
+    ("postgres", mark("Database")),
+    ("logs", mark("Logs")),
+    ("tmp", mark("Temporary files")),
 )
 
 
@@ -308,7 +321,8 @@ class DiskSpace(NamedTuple):
 
 def space() -> DiskSpace:
     """Bytes of the data folder. Measured at most once a minute, since it looks at every file."""
-    return _space(get_settings().data_dir, int(time.monotonic() // 60))
+    found = _space(get_settings().data_dir, int(time.monotonic() // 60))
+    return found._replace(folders=[(gettext(title), size) for title, size in found.folders])
 
 
 @lru_cache(maxsize=2)

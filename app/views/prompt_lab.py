@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from app import formats, objectives
 from app.datasets import service as datasets
 from app.errors import BadField
+from app.kit.languages import gettext
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.service import PromptBody, Solved
@@ -82,13 +83,19 @@ def run_matrix(
     """One run for each prompt and model, all on rows that none of the models was trained on. Raises BadField before any is made."""
     models = list(dict.fromkeys(models))
     if not versions:
-        raise BadField("No prompt was chosen.", hint="Choose at least one.", param="prompts")
+        raise BadField(gettext("No prompt was chosen."), hint=gettext("Choose at least one."), param="prompts")
     if not models:
-        raise BadField("No model was chosen.", hint="Choose at least one.", param="models")
+        raise BadField(gettext("No model was chosen."), hint=gettext("Choose at least one."), param="models")
     if len(versions) * len(models) > MAX_RUNS:
         raise BadField(
-            f"{len(versions)} prompts × {len(models)} models are {len(versions) * len(models)} runs; at most {MAX_RUNS} start at once.",
-            hint="Choose fewer prompts or models.",
+            gettext(
+                "%(prompts)s prompts × %(models)s models are %(runs)s runs; at most %(most)s start at once.",
+                prompts=len(versions),
+                models=len(models),
+                runs=len(versions) * len(models),
+                most=MAX_RUNS,
+            ),
+            hint=gettext("Choose fewer prompts or models."),
             param="models",
         )
     ordered = prompt_runs.read_order({**order, "beside": models[:16]})

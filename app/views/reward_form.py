@@ -8,6 +8,7 @@ from typing import Any
 
 from app.jobs.reinforcement_order import USUAL_REWARDS
 from app.kit.forms import FormField
+from app.kit.languages import gettext
 
 KEY = "preference.grader"
 CHOSEN = (KEY, "preference.teacher")
@@ -16,9 +17,9 @@ CHOSEN = (KEY, "preference.teacher")
 
 def choices(saved: Sequence[tuple[str, str]], typed: Mapping[str, str]) -> list[tuple[str, str]]:
     """Values and names. A grader that is written out, as in a cloned job, is one of them."""
-    found = [*((name, str(one["name"])) for name, one in USUAL_REWARDS.items()), *saved]
+    found = [*((name, gettext(str(one["name"]))) for name, one in USUAL_REWARDS.items()), *saved]
     given = typed.get(KEY, "")
-    return found if not given or given in dict(found) else [*found, (given, "that of the cloned run")]
+    return found if not given or given in dict(found) else [*found, (given, gettext("that of the cloned run"))]
 
 
 def asked(offered: Sequence[tuple[str, str]], typed: Mapping[str, str]) -> Any:

@@ -12,6 +12,7 @@ from app.datasets import inspections, token_counts
 from app.errors import NotFound
 from app.jobs import row_losses
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.models import service as models
 from app.run_settings import TrainOn
 from app.spec import SILENT
@@ -21,7 +22,7 @@ ROWS_PER_PAGE = 10
 DEFAULT_CUTOFF = 1024
 CUTOFFS = (128, 256, 512, 1024, 2048, 4096, 8192)
 WAIT_SECONDS = 2.5
-SORTS = {"longest": "longest first", **row_losses.SORTS}
+SORTS = {"longest": mark("longest first"), **row_losses.SORTS}
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ def choose_model(session: Session, user: User, dataset: Dataset, name: str | Non
         for model in able:
             if name in (model.name, ids.public(ids.MODEL, model.id)):
                 return model
-        raise NotFound(f"No such model: {name[:80]}", hint="Choose one of the list.", param="model")
+        raise NotFound(gettext("No such model: %(id)s", id=name[:80]), hint=gettext("Choose one of the list."), param="model")
     first = token_counts.counting_model(session, dataset.task)
     return next((model for model in able if first is not None and model.id == first.id), able[0] if able else None)
 

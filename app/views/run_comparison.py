@@ -18,6 +18,7 @@ from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text, label_of
 from app.kit.humanize import NOTHING, human_number
+from app.kit.languages import gettext, ngettext
 from app.metrics import figure
 from app.spec import JobSpec
 from app.tables import Job, User
@@ -44,8 +45,12 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
     """The data of `compare_runs.html` and its live part. Raises BadField for too few or too many runs, NotFound for an unknown one."""
     keys = list(dict.fromkeys(keys))
     if not 2 <= len(keys) <= MOST:
-        chosen = {0: "No run was", 1: "One run was"}.get(len(keys), f"{len(keys)} runs were")
-        raise BadField(f"{chosen} chosen to compare.", hint=f"Tick 2 to {MOST} in the list of runs, then press Compare.", param="job")
+        chosen = ngettext("One run was chosen to compare.", "%(num)s runs were chosen to compare.", len(keys))
+        raise BadField(
+            chosen if keys else gettext("No run was chosen to compare."),
+            hint=gettext("Tick 2 to %(most)s in the list of runs, then press Compare.", most=MOST),
+            param="job",
+        )
     found = [jobs.get(session, user, ids.parse(ids.JOB, key, param="job")) for key in keys]
     table = comparison_table.table_of(session, found)
     specs = [JobSpec.model_validate(job.spec) for job in found]
@@ -56,7 +61,7 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
         "here": f"/jobs/compare?{urlencode([('job', key) for key in keys])}",
         "open": any(_is_open(job) for job in found),
         "runs": [
-            {"number": n, "job": job, "url": job_view.url(job), "method": spec.strategy.title, "verdict": verdict.of_job(job)}
+            {"number": n, "job": job, "url": job_view.url(job), "method": gettext(spec.strategy.title), "verdict": verdict.of_job(job)}
             for n, (job, spec) in enumerate(zip(found, specs, strict=True), 1)
         ],
         "figures": _figures(table, found),
@@ -70,7 +75,7 @@ def page(session: Session, user: User, keys: Sequence[str]) -> dict[str, Any]:
 def _figures(table: Table, found: list[Job]) -> list[ComparedLine]:
     """A line for each column of a comparison's table in which any of the runs has a value."""
     return [
-        ComparedLine(column.title, [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
+        ComparedLine(gettext(column.title), [_cell(table, column, row, job) for row, job in zip(table.rows, found, strict=True)])
         for column in table.columns
         if any(is_number(row[column.key]) for row in table.rows)
     ]
@@ -80,7 +85,8 @@ def _cell(table: Table, column: ScoreColumn, row: dict[str, Any], job: Job) -> C
     between = (((job.evaluation or {}).get("tuned") or {}).get("intervals") or {}).get(column.key)
     note = ability_interval(row) if column.key == "forgetting" else ""
     if column.key in SCORED and between:
-        note = f"95%: {figure(between[0], column.key, 3)} to {figure(between[1], column.key, 3)}"
+        low, high = (figure(end, column.key, 3) for end in between)
+        note = gettext("95%%: %(low)s to %(high)s", low=low, high=high)
     return ComparedValue(write(row[column.key], column.unit), note, row["job"] in table.winners[column.key])
 
 
@@ -96,14 +102,15 @@ def _settings(specs: list[JobSpec]) -> list[ComparedLine]:
 
 def _of(spec: JobSpec) -> dict[str, str]:
     """The settings of one run by their titles."""
-    split = f"{spec.split.method} {spec.split.column or ''}".strip() if spec.split else "random"
+    methods = {"random": gettext("random"), "stratified": gettext("stratified"), "grouped": gettext("grouped")}
+    split = f"{methods.get(spec.split.method, spec.split.method)} {spec.split.column or ''}".strip() if spec.split else methods["random"]
     found = {
-        "Base model": spec.model.name,
-        "Training data": spec.dataset.name,
-        "Rows": human_number(spec.dataset.rows),
-        "Validation data": spec.validation.name if spec.validation else "split of the training data",
-        "Split method": NOTHING if spec.validation else split,
-        "Method": spec.strategy.title,
+        gettext("Base model"): spec.model.name,
+        gettext("Training data"): spec.dataset.name,
+        gettext("Rows"): human_number(spec.dataset.rows),
+        gettext("Validation data"): spec.validation.name if spec.validation else gettext("split of the training data"),
+        gettext("Split method"): NOTHING if spec.validation else split,
+        gettext("Method"): gettext(spec.strategy.title),
     }
     found |= _fields(spec.strategy) | _fields(spec.run) | (_fields(spec.preference) if spec.preference else {})
     return {**found, label_of("learning_rate", type(spec.run).model_fields["learning_rate"]): as_text(spec.learning_rate)}
@@ -120,7 +127,7 @@ def _fields(settings: BaseModel) -> dict[str, str]:
 def _charts(found: list[Job], told: list[JobProgress]) -> list[Chart]:
     """One chart of each loss, with a line for every run that has points of it, or may get them."""
     charts, names = [], _short([job.name for job in found])
-    for curve, title in (("validation", "Validation loss"), ("loss", "Training loss")):
+    for curve, title in (("validation", gettext("Validation loss")), ("loss", gettext("Training loss"))):
         series = [
             Series(f"{curve}{n}", f"{n} {name}", n, progress.curves[curve], dots=curve == "validation")
             for n, (name, progress) in enumerate(zip(names, told, strict=True), 1)

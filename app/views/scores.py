@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from app.kit.languages import gettext, mark
 from app.metrics import ABILITY, METRICS, ability
 from app.objectives import OBJECTIVES
 from app.views.evaluation import between, by_chance, mistakes
@@ -17,7 +18,7 @@ MAX_DRAWN_CLASSES = 100
 MAX_NAMED_CLASSES = 14
 """Maximum classes for which the matrix has labels and counts; beyond it there are colors and the list next to it."""
 
-SKILLS = {"instructions": "following instructions"}
+SKILLS = {"instructions": mark("following instructions")}
 
 
 class ScoreLine(NamedTuple):
@@ -135,7 +136,7 @@ def _line(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any], task: st
     before, after = number(base.get(name)), number(tuned.get(name))
     unfair = name in OBJECTIVES[task].unfair
     better = None if before is None or after is None or before == after or unfair or chance else (after < before) == less
-    return ScoreLine(title, meaning, before, after, better, between(tuned, name), name)
+    return ScoreLine(gettext(title), gettext(meaning), before, after, better, between(tuned, name), name)
 
 
 def _classes(per_class: Any) -> list[dict[str, Any]]:
@@ -193,7 +194,9 @@ class Skill(NamedTuple):
 
     @property
     def between(self) -> str:
-        return f"{ability(self.interval[1])} to {ability(self.interval[0])}" if self.interval else ""
+        if self.interval is None:
+            return ""
+        return gettext("%(low)s to %(high)s", low=ability(self.interval[1]), high=ability(self.interval[0]))
 
     @property
     def certain(self) -> bool:
@@ -210,8 +213,12 @@ class Forgot(NamedTuple):
     def in_short(self, removable: bool) -> str:
         """`General ability −2.0% (95%: −4.0% to 0%), with the adapter on; removable.`"""
         assert self.whole is not None
-        between = f" (95%: {self.whole.between})" if self.whole.interval else ""
-        return f"General ability {self.whole.figure}{between}{', with the adapter on; removable' if removable else ''}."
+        change = self.whole.figure
+        if self.whole.interval:
+            change = gettext("%(change)s (95%%: %(interval)s)", change=change, interval=self.whole.between)
+        if removable:
+            return gettext("General ability %(change)s, with the adapter on; removable.", change=change)
+        return gettext("General ability %(change)s.", change=change)
 
 
 def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
@@ -219,11 +226,11 @@ def forgot(found: Mapping[str, Any] | None) -> Forgot | None:
     if not found:
         return None
     said = str(found.get("verdict") or "")
-    said = ABILITY.get(said, said)
-    whole = _skill("all texts", found) if number(found.get("before")) else None
+    said = gettext(ABILITY.get(said, said))
+    whole = _skill(gettext("all texts"), found) if number(found.get("before")) else None
     if whole is None:  # known without scoring texts, or known not to be measurable
-        return Forgot(said, str(found["sentence"]), None, []) if found.get("sentence") else None
-    skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(SKILLS.get(name, name), values))]
+        return Forgot(said, gettext(str(found["sentence"])), None, []) if found.get("sentence") else None
+    skills = [skill for name, values in _mapping(found.get("skills")).items() if (skill := _skill(gettext(SKILLS.get(name, name)), values))]
     return Forgot(said, str(found.get("sentence") or ""), whole, sorted(skills, key=lambda s: -s.change))
 
 

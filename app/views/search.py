@@ -10,6 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit import ids
+from app.kit.languages import gettext, mark
 from app.metrics import METRICS, figure
 from app.searches import halving, service, table, trials
 from app.searches.halving import END
@@ -18,10 +19,10 @@ from app.views import comparison as comparison_view
 from app.web import charts
 from app.web.charts import Dot, Picture, Scale
 
-WORDS = {"waiting": "at a rung", "pruned": "pruned", "stopped": "stopped"}
-REACHED = ("", "a ninth of its steps", "a third of its steps", "its end")
+WORDS = {"waiting": mark("at a rung"), "pruned": mark("pruned"), "stopped": mark("stopped")}
+REACHED = ("", mark("a ninth of its steps"), mark("a third of its steps"), mark("its end"))
 """What a trial has reached, by its level."""
-STAGES = ("a ninth of the steps", "a third of the steps", "to the end")
+STAGES = (mark("a ninth of the steps"), mark("a third of the steps"), mark("to the end"))
 
 
 def url(search: Comparison) -> str:
@@ -38,7 +39,7 @@ def rows(session: Session, found: list[Comparison]) -> list[dict[str, Any]]:
     return [
         {
             "search": one, "key": ids.public(ids.SEARCH, one.id), "url": url(one), "status": service.state_of(one)["status"],
-            "says": service.state_of(one).get("why") or service.state_of(one).get("waits") or "", "begun": len(named.get(one.id, [])),
+            "says": gettext(service.state_of(one).get("why") or service.state_of(one).get("waits") or ""), "begun": len(named.get(one.id, [])),
             "most": service.order_of(one).trials, "model": one.order["model"], "dataset": next(iter(named.get(one.id, [])), ""),
         }
         for one in found
@@ -58,7 +59,7 @@ def page(session: Session, search: Comparison) -> dict[str, Any]:
         "open": said["status"] == "running",
         "lines": sorted(lines, key=lambda line: line["order"]),
         "begun": sum(line["repeats"] is None for line in lines),
-        "metric": METRICS[metric].column or METRICS[metric].title,
+        "metric": _title(metric),
         "by_loss": metric == "loss",
         "less": METRICS[metric].lower_is_better,
         "dataset": found[0].job.spec["dataset"]["name"] if found else "",
@@ -69,6 +70,10 @@ def page(session: Session, search: Comparison) -> dict[str, Any]:
     }
 
 
+def _title(metric: str) -> str:
+    return gettext(METRICS[metric].column or METRICS[metric].title)
+
+
 def _line(entry: JSON, metric: str, said: JSON) -> dict[str, Any]:
     """A row of the table. Those that came furthest are first, by their score there."""
     score = entry["score"]
@@ -76,8 +81,8 @@ def _line(entry: JSON, metric: str, said: JSON) -> dict[str, Any]:
     return {
         **entry,
         "url": f"/jobs/{entry['job']}",
-        "word": WORDS.get(entry["status"]),
-        "reached": REACHED[entry["rung"]],
+        "word": gettext(WORDS.get(entry["status"], "")),
+        "reached": gettext(REACHED[entry["rung"]]),
         "text": figure(score, metric),
         "best": entry["number"] == said["winner"],
         "order": (-entry["rung"], signed is None, signed or 0.0, entry["number"]),
@@ -90,10 +95,10 @@ def _stages(found: list[trials.TrialJob], said: JSON) -> list[tuple[str, int, in
     stages = []
     for level, title in enumerate(STAGES, start=1):
         through = sum(level in one.trial.scores or max(one.trial.scores, default=0) > level for one in firsts)
-        stages.append((title, through, left))
+        stages.append((gettext(title), through, left))
         left = halving.kept_of(left)
     again = [one for one in found if one.trial.repeats is not None]
-    stages.append(("the best again, with another seed", sum(END in one.trial.scores for one in again), max(1, len(again))))
+    stages.append((gettext("the best again, with another seed"), sum(END in one.trial.scores for one in again), max(1, len(again))))
     return stages
 
 
@@ -104,11 +109,11 @@ def _picture(lines: list[dict[str, Any]], metric: str) -> Picture | None:
             line["params"]["learning_rate"],
             line["score"],
             line["number"],
-            f"{line['title']}: {line['text']} at {line['reached']}",
+            gettext("%(trial)s: %(score)s at %(reached)s", trial=line["title"], score=line["text"], reached=line["reached"]),
             line["best"],
         )
         for line in lines
         if line["score"] is not None
     ]
-    rate = Scale("Learning rate", lambda v: f"{v:.0e}" if v else "0", amount=True)
-    return charts.picture(dots, rate, Scale(METRICS[metric].column or METRICS[metric].title, lambda v: figure(v, metric, 3)))
+    rate = Scale(gettext("Learning rate"), lambda v: f"{v:.0e}" if v else "0", amount=True)
+    return charts.picture(dots, rate, Scale(_title(metric), lambda v: figure(v, metric, 3)))

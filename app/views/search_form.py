@@ -14,6 +14,7 @@ from app.errors import BadField, StudioError
 from app.evaluation import comparison_plan
 from app.jobs import preselection
 from app.kit import ids, once
+from app.kit.languages import gettext
 from app.models import service as models
 from app.searches import service as searches
 from app.searches import table
@@ -23,6 +24,7 @@ from app.strategies._advice import FAMILIES
 from app.tables import JSON, Dataset, Model, User
 from app.views.comparison_form import StrategyOption
 from app.views.method_cards import ranking_of
+from app.views.refusals import no_dataset, no_model
 
 LISTS = {"rank": int, "epochs": float, "learning_rate": float}
 """Inputs of several numbers, and what these are."""
@@ -53,8 +55,10 @@ class SearchForm:
 
     def families(self) -> list[tuple[str, list[StrategyOption]]]:
         """The methods that can be searched, by family."""
-        found = [(title, [pick for pick in self.picks if pick.cls.family == name and pick.estimate]) for name, title in FAMILIES.items()]
-        return [(title, picks) for title, picks in found if picks]
+        found = [
+            (gettext(title), [pick for pick in self.picks if pick.cls.family == name and pick.estimate]) for name, title in FAMILIES.items()
+        ]
+        return [(gettext(title), picks) for title, picks in found if picks]
 
     @property
     def address(self) -> str:
@@ -76,9 +80,10 @@ def search_form(session: Session, user: User, typed: Mapping[str, str], strategi
     usable = [d for d in datasets.offered(session, user, typed.get("dataset")) if d.status == "ready" and d.good_rows]
     model, dataset = preselection.pair(session, user, ready, usable, typed.get("model"), typed.get("dataset"))
     form = SearchForm(dict(typed), ready, usable, model, dataset)
-    for name, found in (("model", model), ("dataset", dataset)):
-        if typed.get(name) and found is None:
-            form.errors[name] = f"There is no {name} {typed[name][:80]} that is ready. It may have been deleted; choose another."
+    if typed.get("model") and model is None:
+        form.errors["model"] = no_model(typed["model"])
+    if typed.get("dataset") and dataset is None:
+        form.errors["dataset"] = no_dataset(typed["dataset"])
     numbers = _numbers(form)
     if model and dataset and not form.errors.keys() & {"model", "dataset"}:
         with once.remembered():
@@ -97,10 +102,11 @@ def _numbers(form: SearchForm) -> dict[str, Any]:
         try:
             values = [kind(part) for part in text.replace(";", ",").split(",")]
         except ValueError:
-            form.errors[name] = f"{text[:40]} is no {'list of numbers with commas between them' if name in LISTS else 'number'}."
+            several = gettext("%(text)s is no list of numbers with commas between them.", text=text[:40])
+            form.errors[name] = several if name in LISTS else gettext("%(text)s is no number.", text=text[:40])
             continue
         if name in NUMBERS and len(values) > 1:
-            form.errors[name] = f"{text[:40]} is more than one number."
+            form.errors[name] = gettext("%(text)s is more than one number.", text=text[:40])
             continue
         found[name] = values if name in LISTS else values[0]
     return found
@@ -130,7 +136,7 @@ def _try(session: Session, user: User, form: SearchForm, numbers: dict[str, Any]
     if form.errors:
         return
     if not form.chosen:
-        form.errors["strategy"] = "Choose at least one method."
+        form.errors["strategy"] = gettext("Choose at least one method.")
         return
     assert form.model and form.dataset
     body = {"model": form.model.name, "dataset_id": ids.public(ids.DATASET, form.dataset.id), "strategies": [p.name for p in form.chosen]}

@@ -14,6 +14,7 @@ from app.errors import Conflict
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
+from app.kit.languages import gettext
 from app.models import from_nothing
 from app.models import imports as model_imports
 from app.models import service as models
@@ -69,29 +70,34 @@ def steps(session: Session, user: User) -> list[TutorialStep]:
     return [
         _starter(
             TutorialStep(
-                "Base (generic): it continues a text",
-                "Pretrained on much text for one task: predict the next token. A question may be answered, or followed by three more "
-                "questions. Its prompt is the text itself.",
+                gettext("Base (generic): it continues a text"),
+                gettext(
+                    "Pretrained on much text for one task: predict the next token. A question may be answered, or followed by three more "
+                    "questions. Its prompt is the text itself."
+                ),
                 QUESTION,
-                f"Add {GENERIC}; its terms must be accepted first.",
+                gettext("Add %(model)s; its terms must be accepted first.", model=GENERIC),
                 generic,
             ),
             coming,
             GENERIC,
-            Action("Read the terms and add it", f"/models/terms/{GENERIC}?next={PAGE}"),
+            Action(gettext("Read the terms and add it"), f"/models/terms/{GENERIC}?next={PAGE}"),
         ),
         _instruction(session, user, ready, generic),
         _starter(
             TutorialStep(
-                "Chat (dialogue-tuned): it holds a conversation",
-                "Another model, fine-tuned on whole conversations: turns, roles and when to stop. Every earlier turn is part of its prompt.",
+                gettext("Chat (dialogue-tuned): it holds a conversation"),
+                gettext(
+                    "Another model, fine-tuned on whole conversations: turns, roles and when to stop. Every earlier turn is part of its "
+                    "prompt."
+                ),
                 f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
-                f"Add the starter {DIALOGUE}.",
+                gettext("Add the starter %(model)s.", model=DIALOGUE),
                 dialogue,
             ),
             coming,
             DIALOGUE,
-            Action("Add it", f"{PAGE}/dialogue", post=True),
+            Action(gettext("Add it"), f"{PAGE}/dialogue", post=True),
         ),
     ]
 
@@ -100,7 +106,7 @@ def _starter(step: TutorialStep, coming: set[str], name: str, add: Action) -> Tu
     if step.model:
         step.actions = [_ask(step.model)]
     elif name in coming:
-        step.doing = f"{name} is being downloaded."
+        step.doing = gettext("%(model)s is being downloaded.", model=name)
     else:
         step.actions = [add]
     return step
@@ -110,27 +116,29 @@ def _instruction(session: Session, user: User, ready: list[Model], generic: Mode
     """The second step: tried when its model is ready, followed while it trains, otherwise one button away."""
     tuned = next((m for m in reversed(ready) if m.kind == "instruction" and m.base_id is not None), None)
     step = TutorialStep(
-        "Instruct (instruction-tuned): it follows instructions",
-        "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short explanations” and "
-        "starts a LoRA run on it: a few minutes are enough to see it change.",
+        gettext("Instruct (instruction-tuned): it follows instructions"),
+        gettext(
+            "The base model of step 1, fine-tuned on instructions with their answers. The button adds the sample “Instructions: short "
+            "explanations” and starts a LoRA run on it: a few minutes are enough to see it change."
+        ),
         f"### User:\n{QUESTION}\n\n### Assistant:\n",
-        "Train it yourself, in a few minutes." if generic else "Add the base model first.",
+        gettext("Train it yourself, in a few minutes.") if generic else gettext("Add the base model first."),
         tuned or _of_kind(ready, "instruction", ""),
         job=_ordered(session, user),
     )
     if step.job and step.job.status in ("queued", "running"):
-        step.doing = f"The run is {step.job.status}."
+        step.doing = gettext("The run is queued.") if step.job.status == "queued" else gettext("The run is running.")
     if step.model:
         step.actions = [_ask(step.model)]
     elif step.job and step.job.status in ("queued", "running", "paused"):
-        step.actions = [Action("Watch the run", f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
+        step.actions = [Action(gettext("Watch the run"), f"/jobs/{ids.public(ids.JOB, step.job.id)}")]
     elif generic:
-        step.actions = [Action("Fine-tune it here", f"{PAGE}/instruction", post=True)]
+        step.actions = [Action(gettext("Fine-tune it here"), f"{PAGE}/instruction", post=True)]
     return step
 
 
 def _ask(model: Model) -> Action:
-    return Action("Ask it", f"/playground?{urlencode({'models': model.name, 'prompt': QUESTION})}")
+    return Action(gettext("Ask it"), f"/playground?{urlencode({'models': model.name, 'prompt': QUESTION})}")
 
 
 def _ordered(session: Session, user: User) -> Job | None:
@@ -146,7 +154,7 @@ def tune(session: Session, user: User) -> Job:
     """
     generic = _of_kind([m for m in models.offered(session, user) if m.status == "ready"], "generic", GENERIC)
     if generic is None:
-        raise Conflict("There is no base model to fine-tune yet.", hint=f"Add {GENERIC} first.")
+        raise Conflict(gettext("There is no base model to fine-tune yet."), hint=gettext("Add %(model)s first.", model=GENERIC))
     earlier = _ordered(session, user)
     if earlier and earlier.status in ("queued", "running", "paused"):
         return earlier

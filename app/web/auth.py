@@ -26,6 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import transaction
 from app.errors import BadField, Forbidden, NotFound, NotSignedIn
 from app.kit import ids
+from app.kit.languages import gettext
 from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, ProjectMember, ShareLink, SignInLink, User
@@ -99,7 +100,7 @@ def use_link(session: Session, token: str) -> User:
     )
     user_id = session.scalar(spent)
     if user_id is None:
-        raise NotFound("This sign-in link was used already, or it is too old.", hint="Run `luthier link` for a new one.")
+        raise NotFound(gettext("This sign-in link was used already, or it is too old."), hint=gettext("Run `luthier link` for a new one."))
     return session.get_one(User, user_id)
 
 
@@ -110,7 +111,8 @@ async def check_password(name: str, password: str, address: str, browser: str | 
     """
     tries, user_id, known = await run_in_threadpool(_begin_try, name, address, browser)
     if not await passwords.judge(password, known) or user_id is None:
-        raise NotSignedIn("That name and password do not match.", hint="Try again, or use a sign-in link from `luthier link`.")
+        message = gettext("That name and password do not match.")
+        raise NotSignedIn(message, hint=gettext("Try again, or use a sign-in link from `luthier link`."))
     await run_in_threadpool(tries.forget)
     return user_id
 
@@ -234,7 +236,7 @@ def revoke_key(session: Session, user: User, key_id: uuid.UUID) -> ApiKey:
     """Revoke the key. Idempotent."""
     key = session.scalars(select(ApiKey).where(ApiKey.id == key_id, ApiKey.user_id == user.id)).one_or_none()
     if key is None:
-        raise NotFound(f"No such API key: {key_id}", param="key")
+        raise NotFound(gettext("No such API key: %(key)s", key=key_id), param="key")
     key.revoked_at = key.revoked_at or func.clock_timestamp()
     return key
 
@@ -268,11 +270,8 @@ def wanted_project(request: Request) -> uuid.UUID | None:
 
 
 def _no_project(text: str) -> Forbidden:
-    return Forbidden(
-        f"This API key does not reach the project {text[:80]}.",
-        hint="Settings, Projects lists yours with their ids.",
-        code="mismatched_project",
-    )
+    message = f"This API key does not reach the project {text[:80]}."
+    return Forbidden(message, hint="Settings, Projects lists yours with their ids.", code="mismatched_project")
 
 
 def _known_key(session: Session, text: str, wanted: uuid.UUID | None) -> KnownKey | None:
@@ -434,7 +433,8 @@ async def sign_in(request: Request) -> User | None:
     if user is None:
         if given_key(request):
             raise NotSignedIn("This API key is not known here, was revoked, or has expired.", hint="Create a key under Settings, API keys.")
-        raise NotSignedIn("You are not signed in.", hint="Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
+        hint = gettext("Sign in, or send an API key as `Authorization: Bearer sk-luthier-…`.")
+        raise NotSignedIn(gettext("You are not signed in."), hint=hint)
     request.state.user = user
     policy.check(request, user, request.state.project_role, getattr(request.state, "key_scopes", None))
     return user

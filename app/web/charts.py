@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.jobs.progress import JobProgress, Point, downsample
+from app.kit.languages import gettext, lowered
 from app.metrics import METRICS
 
 POINTS = 600
@@ -67,23 +68,23 @@ def charts(progress: JobProgress) -> list[Chart]:
     c = progress.curves
     loss = Chart(
         "loss",
-        "Loss",
+        gettext("Loss"),
         "",
-        [Series("loss", "training", 1, c["loss"]), Series("validation", "validation", 2, c["validation"], dots=True)],
+        [Series("loss", gettext("training"), 1, c["loss"]), Series("validation", gettext("validation"), 2, c["validation"], dots=True)],
     )
     single = [
-        ("learning_rate", "Learning rate", "rate", 1),
-        ("grad_norm", "Gradient norm", "", 4),
-        ("tokens_per_second", "Speed", "tokens/s", 3),
-        ("memory_bytes", "Peak memory", "bytes", 2),
+        ("learning_rate", gettext("Learning rate"), "rate", 1),
+        ("grad_norm", gettext("Gradient norm"), "", 4),
+        ("tokens_per_second", gettext("Speed"), "tokens/s", 3),
+        ("memory_bytes", gettext("Peak memory"), "bytes", 2),
     ]
-    explaining = [Chart(name, title, unit, [Series(name, title.lower(), color, c[name])]) for name, title, unit, color in single]
+    explaining = [Chart(name, title, unit, [Series(name, lowered(title), color, c[name])]) for name, title, unit, color in single]
     own: list[Chart] = []
     judged_only: list[Chart] = []
     for name in dict.fromkeys((*progress.step_metrics, *progress.metrics)):
         title, trained = _title(name), progress.step_metrics.get(name)
-        judged = Series(name, "validation" if trained else title.lower(), 2, progress.metrics.get(name, []), dots=True)
-        lines = [judged] if not trained else [Series("training", "training", 1, trained), *([judged] if name in METRICS else [])]
+        judged = Series(name, gettext("validation") if trained else lowered(title), 2, progress.metrics.get(name, []), dots=True)
+        lines = [judged] if not trained else [Series("training", gettext("training"), 1, trained), *([judged] if name in METRICS else [])]
         chart = Chart(name, title, "", lines)
         (own if trained else judged_only).append(chart)
     if progress.total_steps == 1:  # a recipe without optimizer steps has no curves
@@ -93,7 +94,7 @@ def charts(progress: JobProgress) -> list[Chart]:
 
 
 def _title(name: str) -> str:
-    return METRICS[name].title if name in METRICS else name.replace("_", " ").capitalize()
+    return gettext(METRICS[name].title if name in METRICS else name.replace("_", " ").capitalize())
 
 
 def data(found: list[Chart], progress: JobProgress) -> dict[str, Any]:

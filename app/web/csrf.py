@@ -8,6 +8,7 @@ import secrets
 from fastapi import Request
 
 from app.errors import Forbidden
+from app.kit.languages import gettext
 from app.kit.secret import secret
 from app.web.auth import ON_BEHALF, SAFE, cookie_name, given_key, is_public, sha256
 
@@ -42,8 +43,8 @@ async def check_csrf(request: Request) -> None:
     given = request.headers.get("x-csrf-token") or request.query_params.get("csrf_token") or await _form_token(request)
     if not csrf_holds(request, given):
         raise Forbidden(
-            "This form did not come from an open page of yours, or the page is too old.",
-            hint="Go back, reload the page and send it again.",
+            gettext("This form did not come from an open page of yours, or the page is too old."),
+            hint=gettext("Go back, reload the page and send it again."),
             code="csrf",
         )
 

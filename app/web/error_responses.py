@@ -19,19 +19,17 @@ from starlette.exceptions import HTTPException
 
 from app import errors, queue
 from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Unavailable
+from app.kit.languages import gettext, mark, ngettext
 from app.web.accepts import is_program
 
 log = structlog.get_logger("luthier.web")
 POSTGRES_DISK_FULL, POSTGRES_OUT_OF_RANGE = "53100", "22003"
 _WAYS_OUT = {
-    404: "Check the address, or start again from Home.",
-    405: "This address exists, but it does not take this method.",
-    413: "Send less at once.",
-    416: "Ask for a part that is there.",
+    404: mark("Check the address, or start again from Home."),
+    405: mark("This address exists, but it does not take this method."),
+    413: mark("Send less at once."),
+    416: mark("Ask for a part that is there."),
 }
-
-
-NUL = BadField("A text here holds a NUL character, which no database can store.", hint="Remove it and send the request again.")
 
 
 def fault_of(error: Exception) -> StudioError:
@@ -46,25 +44,34 @@ def fault_of(error: Exception) -> StudioError:
         case HTTPException():
             return _from_http(error)
         case DataError() if "NUL" in str(error.orig):
-            return NUL
-        case DataError() if getattr(error.orig, "sqlstate", None) == POSTGRES_OUT_OF_RANGE:
-            return BadField("A number here is larger than the database can hold.", hint="Send a smaller one.")
-        case OperationalError() if getattr(error.orig, "sqlstate", None) == POSTGRES_DISK_FULL:
-            return DiskFull("The disk of the database is full; nothing was saved.", hint="Make room there, then try again.")
-        case OperationalError() | InterfaceError() | TimeoutError():
-            return Unavailable("The database does not answer.", hint="Nothing is lost. Wait a moment and try again.", code="database_away")
-        case DBAPIError() if error.connection_invalidated:
-            return Unavailable("The database went away.", hint="Nothing is lost. Wait a moment and try again.", code="database_away")
-        case redis.RedisError() if queue.cannot_write(error):
-            return DiskFull("The message broker cannot write: its disk is full.", hint="Make room there, then try again.")
-        case redis.ConnectionError() | redis.TimeoutError():
-            return Unavailable(
-                "The message broker does not answer.", hint="Nothing is lost. Wait a moment and try again.", code="broker_away"
+            return BadField(
+                gettext("A text here holds a NUL character, which no database can store."),
+                hint=gettext("Remove it and send the request again."),
             )
+        case DataError() if getattr(error.orig, "sqlstate", None) == POSTGRES_OUT_OF_RANGE:
+            return BadField(gettext("A number here is larger than the database can hold."), hint=gettext("Send a smaller one."))
+        case OperationalError() if getattr(error.orig, "sqlstate", None) == POSTGRES_DISK_FULL:
+            return DiskFull(gettext("The disk of the database is full; nothing was saved."))
+        case OperationalError() | InterfaceError() | TimeoutError():
+            return _away(gettext("The database does not answer."), "database_away")
+        case DBAPIError() if error.connection_invalidated:
+            return _away(gettext("The database went away."), "database_away")
+        case redis.RedisError() if queue.cannot_write(error):
+            return DiskFull(gettext("The message broker cannot write: its disk is full."))
+        case redis.ConnectionError() | redis.TimeoutError():
+            return _away(gettext("The message broker does not answer."), "broker_away")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return DiskFull("The disk of the studio is full.", hint="Delete what is no longer needed under Runs, Models or Datasets.")
+            return DiskFull(
+                gettext("The disk of the studio is full."), hint=gettext("Delete what is no longer needed under Runs, Models or Datasets.")
+            )
         case _:
-            return StudioError("Something went wrong in the studio.", hint="Try again; if it stays, look for the request id in the log.")
+            return StudioError(
+                gettext("Something went wrong in the studio."), hint=gettext("Try again; if it stays, look for the request id in the log.")
+            )
+
+
+def _away(message: str, code: str) -> Unavailable:
+    return Unavailable(message, hint=gettext("Nothing is lost. Wait a moment and try again."), code=code)
 
 
 def _bad_field(found: Any) -> BadField:
@@ -72,17 +79,18 @@ def _bad_field(found: Any) -> BadField:
     first = found[0]
     name = _field(first)
     if first["type"] == "json_invalid":
-        return BadField(
-            f"The body is not valid JSON: {first.get('ctx', {}).get('error', '')}.", hint="Send a JSON object.", code="invalid_json"
-        )
+        reason = first.get("ctx", {}).get("error", "")
+        message = gettext("The body is not valid JSON: %(reason)s.", reason=reason)
+        return BadField(message, hint=gettext("Send a JSON object."), code="invalid_json")
     others = len({_field(one) for one in found} - {name})
-    more = f" ({others} more {'field is' if others == 1 else 'fields are'} wrong.)" if others else ""
+    more = " " + ngettext("(%(num)s more field is wrong.)", "(%(num)s more fields are wrong.)", others) if others else ""
     if name is None and first["type"] == "missing":
-        return BadField("The body is empty.", hint="Send a JSON object.", code="missing_required_parameter")
+        return BadField(gettext("The body is empty."), hint=gettext("Send a JSON object."), code="missing_required_parameter")
     text = errors.plain(str(first["msg"]))
     if first["type"] == "missing":
-        return BadField(f"{name} is missing.{more}", param=name, code="missing_required_parameter", hint="Send this field too.")
-    return BadField(f"{name}: {text}{more}" if name else f"The body: {text}{more}", param=name)
+        message = gettext("%(field)s is missing.", field=name) + more
+        return BadField(message, param=name, code="missing_required_parameter", hint=gettext("Send this field too."))
+    return BadField((f"{name}: {text}" if name else gettext("The body: %(reason)s", reason=text)) + more, param=name)
 
 
 def _field(error: Mapping[str, Any]) -> str | None:
@@ -92,9 +100,9 @@ def _field(error: Mapping[str, Any]) -> str | None:
 
 def _from_http(error: HTTPException) -> StudioError:
     words = HTTPStatus(error.status_code).phrase
-    message = {404: "Page not found."}.get(error.status_code) or f"{error.detail or words}".rstrip(".") + "."
+    message = gettext("Page not found.") if error.status_code == 404 else f"{error.detail or words}".rstrip(".") + "."
     kind = next((k for k in _every(StudioError) if k.status == error.status_code), StudioError)
-    fault = TooMany(message) if kind is TooMany else kind(message, hint=_WAYS_OUT.get(error.status_code, ""))
+    fault = TooMany(message) if kind is TooMany else kind(message, hint=gettext(_WAYS_OUT.get(error.status_code, "")))
     fault.status = error.status_code
     if kind is StudioError and error.status_code < 500:
         fault.type, fault.code = "invalid_request_error", words.lower().replace(" ", "_")

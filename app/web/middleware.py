@@ -30,12 +30,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
 from app.kit import humanize, languages, tracing
+from app.kit.languages import gettext
 from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics
 from app.web import templates as web_templates
 from app.web.audit import Audit
-from app.web.auth import SAFE, secure
+from app.web.auth import SAFE, given_key, secure
 from app.web.well_formed import WellFormed
 
 log = structlog.get_logger("luthier.web")
@@ -104,8 +105,9 @@ class Context:
 
 
 def _language(request: Request) -> str:
-    """Programs are answered in English: they may compare what they are told."""
-    if accepts.is_program(request) or request.url.path.startswith(QUIET[0]):
+    """Programs are answered in English: they may compare what they are told. The scripts of pages are none, though they ask for JSON: what
+    they get is shown to people."""
+    if f"{request.url.path}/".startswith(("/v1/", QUIET[0])) or given_key(request):
         return languages.SOURCE
     return languages.chosen(request.cookies.get("luthier_language", ""), request.headers.get("accept-language", ""))
 
@@ -170,8 +172,8 @@ class Hosts:
         # Of two Host headers a proxy may have checked the one and we the other.
         if scope["type"] == "http" and (len(named) != 1 or not self.knows(named[0].decode("latin-1"))):
             fault = BadRequest(
-                "The studio does not answer to this host name.",
-                hint="Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS.",
+                gettext("The studio does not answer to this host name."),
+                hint=gettext("Open it by its address, or add the name to LUTHIER_TRUSTED_HOSTS."),
                 code="unknown_host",
             )
             await _refuse(scope, receive, send, fault)
@@ -194,7 +196,8 @@ class Origin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in SAFE and _foreign(Request(scope)):
-            fault = Forbidden("This request came from a page of another site.", hint="Use the studio's own pages.", code="foreign_origin")
+            message = gettext("This request came from a page of another site.")
+            fault = Forbidden(message, hint=gettext("Use the studio's own pages."), code="foreign_origin")
             await _refuse(scope, receive, send, fault)
             return
         await self.app(scope, receive, send)
@@ -230,7 +233,8 @@ class Body:
         most = get_settings().upload_limit_bytes + MULTIPART_ROOM_BYTES if multipart else MAX_JSON_BYTES
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,18}", length):
-            fault: StudioError = BadRequest("The Content-Length of this request is not a number.", hint="Send the request again.")
+            message = gettext("The Content-Length of this request is not a number.")
+            fault: StudioError = BadRequest(message, hint=gettext("Send the request again."))
             await _refuse(scope, receive, send, fault)
             return
         if int(length) > most:
@@ -251,8 +255,8 @@ class Body:
 
 def _too_large(most: int) -> TooLarge:
     return TooLarge(
-        f"This is larger than the {humanize.human_bytes(most)} that are accepted here.",
-        hint="Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads.",
+        gettext("This is larger than the %(size)s that are accepted here.", size=humanize.human_bytes(most)),
+        hint=gettext("Split it, or raise LUTHIER_UPLOAD_LIMIT_BYTES for dataset uploads."),
     )
 
 

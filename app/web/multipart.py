@@ -16,6 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from app.errors import BadField, BadRequest, TooLarge
+from app.kit.humanize import human_number
+from app.kit.languages import gettext
 from app.storage.files import Blob, BlobWriter
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ async def read_form(request: Request, limit: int, file_field: str = "file", pass
         parser.finalize()
         return await run_in_threadpool(reader.finish)
     except ClientDisconnect:
-        raise BadRequest("The upload stopped before its end; nothing was saved.", hint="Send it again.") from None
+        raise BadRequest(gettext("The upload stopped before its end; nothing was saved."), hint=gettext("Send it again.")) from None
     except FormParserError as error:
-        raise BadRequest(f"The form cannot be read: {error}.", hint="Send it as multipart/form-data with a correct boundary.") from None
+        message = gettext("The form cannot be read: %(reason)s.", reason=error)
+        raise BadRequest(message, hint=gettext("Send it as multipart/form-data with a correct boundary.")) from None
     finally:
         reader.discard()
 
@@ -66,7 +69,10 @@ def _boundary(request: Request) -> bytes:
         message["content-type"] = request.headers.get("content-type", "")
     boundary = message.get_param("boundary", "")
     if message.get_content_type() != "multipart/form-data" or not isinstance(boundary, str) or not boundary:
-        raise BadRequest("This address takes a form with a file.", hint="Send it as multipart/form-data with the fields file and purpose.")
+        raise BadRequest(
+            gettext("This address takes a form with a file."),
+            hint=gettext("Send it as multipart/form-data with the fields file and purpose."),
+        )
     return boundary.encode("latin-1", "replace")
 
 
@@ -94,7 +100,8 @@ class _Reader:
     def on_part_begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise BadRequest(f"The form has more than {MAX_PARTS} parts.", hint="Send one file and its few fields.")
+            message = gettext("The form has more than %(most)s parts.", most=human_number(MAX_PARTS))
+            raise BadRequest(message, hint=gettext("Send one file and its few fields."))
         self._headers = {}
         self._value = None
 
@@ -118,7 +125,8 @@ class _Reader:
             self._value = bytearray()
             return
         if self.writer is not None:
-            raise BadField("The form holds more than one file.", hint="Send one file in one request.", param=self.file_field)
+            said = gettext("The form holds more than one file.")
+            raise BadField(said, hint=gettext("Send one file in one request."), param=self.file_field)
         self.filename = filename or ""
         self.writer = BlobWriter(self.limit, self.passing)
 
@@ -128,7 +136,8 @@ class _Reader:
             return
         self._value += memoryview(data)[start:end]
         if len(self._value) > MAX_FIELD_BYTES:
-            raise TooLarge(f"The field “{self._name[:80]}” is larger than {MAX_FIELD_BYTES:,} bytes.", param=self._name[:80])
+            field, most = self._name[:80], human_number(MAX_FIELD_BYTES)
+            raise TooLarge(gettext("The field “%(field)s” is larger than %(most)s bytes.", field=field, most=most), param=field)
 
     def on_part_end(self) -> None:
         if self._value is not None:
@@ -144,7 +153,7 @@ class _Reader:
 
     def finish(self) -> Form:
         if not self._ended:
-            raise BadRequest("The upload stopped before its end; nothing was saved.", hint="Send it again.")
+            raise BadRequest(gettext("The upload stopped before its end; nothing was saved."), hint=gettext("Send it again."))
         if self.writer is None:
             return Form(self.fields, None)
         self.flush()

@@ -14,19 +14,27 @@ from starlette.concurrency import run_in_threadpool
 from app.datasets import service as datasets_service
 from app.db import transaction
 from app.kit import ids
-from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent, plural
+from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent
+from app.kit.languages import gettext, mark, ngettext
 from app.tables import Job, Model, Project, ProjectMember, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in
 from app.web.policy import ALLOWED, changes, scope_of
 
 Group = Literal["start", "training", "evaluation", "playground", "end"]
-HEADINGS: dict[Group, str] = {"start": "", "training": "Training", "evaluation": "Evaluation", "playground": "Playground", "end": ""}
+HEADINGS: dict[Group, str] = {
+    "start": "",
+    "training": mark("Training"),
+    "evaluation": mark("Evaluation"),
+    "playground": mark("Playground"),
+    "end": "",
+}
 """Groups of the menu in their order; one without a heading stands for itself."""
 
 
 class MenuPage(NamedTuple):
-    """A line of the menu. The file of routes that answers at `path` declares it: `MENU = (MenuPage("Runs", "/jobs", "training", 10),)`."""
+    """A line of the menu. The file of routes that answers at `path` declares it:
+    `MENU = (MenuPage(mark("Runs"), "/jobs", "training", 10),)`."""
 
     title: str
     path: str
@@ -75,9 +83,9 @@ def menu(request: Request, user: User) -> dict[str, Any]:
     here = _longest(request.url.path, [page.path for pages in groups.values() for page in pages])
     nav = [
         {
-            "title": HEADINGS[group],
+            "title": gettext(HEADINGS[group]),
             "pages": [
-                {"title": page.title, "path": page.path, "note": told["counts"].get(page.path, ""), "current": page.path == here}
+                {"title": gettext(page.title), "path": page.path, "note": told["counts"].get(page.path, ""), "current": page.path == here}
                 for page in pages
                 if scope_of("GET", page.path) in ALLOWED[user.role]
             ],
@@ -133,7 +141,12 @@ def notes(user: User) -> MenuState:
             running = [(row.name, _share(row.step, row.total_steps)) for row in session.execute(query.limit(MAX_NAMED + 1))]
     except DBAPIError:
         return MenuState()
-    beside = running[0][1] or "running" if len(running) == 1 else f"{len(running)} running" if running else human_number(jobs or None)
+    if len(running) == 1:
+        beside = running[0][1] or gettext("running")
+    elif running:
+        beside = gettext("%(num)s running", num=human_number(len(running)))
+    else:
+        beside = human_number(jobs or None)
     counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
     shown = {path: text for path, text in counts.items() if text != NOTHING}
     return MenuState(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy), projects)
@@ -157,11 +170,13 @@ def foot(notes: MenuState) -> list[str]:
     lines = [machine_line()] if importlib.util.find_spec("app.machines.hardware") else []
     trainers = [worker for worker in alive() if worker.queue == "train"]
     if not trainers:
-        return [*lines, "no train worker online"]
-    online = f"{plural(len(trainers), 'worker')} online"
+        return [*lines, gettext("no train worker online")]
+    online = ngettext("%(num)s worker online", "%(num)s workers online", len(trainers))
     if not notes.training:
-        return [*lines, f"{online} · {'busy' if notes.busy else 'idle'}"]
-    return [*lines, online, f"training {notes.training[0] if len(notes.training) == 1 else plural(len(notes.training), 'run')}"]
+        return [*lines, online + " · " + (gettext("busy") if notes.busy else gettext("idle"))]
+    if len(notes.training) == 1:
+        return [*lines, online, gettext("training %(name)s", name=notes.training[0])]
+    return [*lines, online, ngettext("training %(num)s run", "training %(num)s runs", len(notes.training))]
 
 
 def machine_line() -> str:
@@ -170,13 +185,14 @@ def machine_line() -> str:
 
 
 def machine_facts() -> list[tuple[str, str]]:
-    """This machine's hardware, as (name, value)."""
+    """This machine's hardware, as (name, value). Whoever shows a name translates it."""
     if not importlib.util.find_spec("app.machines.hardware"):
         return []
     from app.machines.hardware import this_machine
 
     machine = this_machine()
-    facts = [("Processor", f"{machine.cores} cores"), ("Memory", human_bytes(machine.memory_bytes))]
+    cores = gettext("%(num)s cores", num=human_number(machine.cores))
+    facts = [(mark("Processor"), cores), (mark("Memory"), human_bytes(machine.memory_bytes))]
     if gpu := getattr(machine, "gpu_name", None):
         facts.insert(0, ("GPU", f"{gpu}, {human_bytes(machine.gpu_memory_bytes)}"))
     return facts

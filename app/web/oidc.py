@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField, Conflict, Forbidden, NotFound, Unavailable
 from app.kit.addresses import is_loopback
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import Identity, User
@@ -106,15 +107,15 @@ def end(request: Request) -> tuple[SignInBegun, Claims]:
     try:
         begun = SignInBegun(*_serializer().loads(request.cookies.get(_cookie(request), ""), max_age=SECONDS))
     except (BadData, TypeError, ValueError):
-        raise _refused("it was begun in another browser, or more than ten minutes ago") from None
+        raise _refused(gettext("The sign-in was refused: it was begun in another browser, or more than ten minutes ago.")) from None
     given = request.query_params
     if not hmac.compare_digest(begun.state.encode(), given.get("state", "").encode()):
-        raise _refused("its state is another one's")
+        raise _refused(gettext("The sign-in was refused: its state is another one's."))
     if reason := given.get("error"):
-        raise _refused(f"the provider says {storable(reason)[:80]}")
+        raise _refused(gettext("The sign-in was refused: the provider says %(reason)s.", reason=storable(reason)[:80]))
     document = _document()
     if (issuer := given.get("iss")) is not None and issuer != document["issuer"]:
-        raise _refused("it comes from another provider")
+        raise _refused(gettext("The sign-in was refused: it comes from another provider."))
     return begun, _claims(request, document, begun, given.get("code", ""))
 
 
@@ -125,17 +126,17 @@ def _claims(request: Request, document: dict[str, Any], begun: SignInBegun, code
     basic = (quote_plus(settings.oidc_client_id), quote_plus(settings.oidc_client_secret)) if settings.oidc_client_secret else None
     token = _asked(str(document["token_endpoint"]), data=asked, auth=basic)
     if "error" in token:
-        raise _refused(f"the provider says {storable(str(token['error']))[:80]}")
+        raise _refused(gettext("The sign-in was refused: the provider says %(reason)s.", reason=storable(str(token["error"]))[:80]))
     found = _verified(document, str(token.get("id_token") or ""))
     audience = found.get("aud")
     client_id = get_settings().oidc_client_id
     if audience != client_id and not (isinstance(audience, list) and client_id in audience and found.get("azp", client_id) == client_id):
-        raise _refused("its token is for another program")
+        raise _refused(gettext("The sign-in was refused: its token is for another program."))
     if not hmac.compare_digest(str(found.get("nonce", "")).encode(), begun.nonce.encode()):
-        raise _refused("its nonce is another one's")
+        raise _refused(gettext("The sign-in was refused: its nonce is another one's."))
     subject = found.get("sub")
     if not isinstance(subject, str) or not 0 < len(subject) <= 255:
-        raise _refused("its token names nobody")
+        raise _refused(gettext("The sign-in was refused: its token names nobody."))
     name = found.get("preferred_username") or found.get("name") or found.get("email") or subject
     return Claims(document["issuer"], subject, storable(str(name))[:80], storable(str(found.get("email") or ""))[:200])
 
@@ -154,12 +155,12 @@ def _verified(document: dict[str, Any], token: str) -> dict[str, Any]:
         registry = jwt.JWTClaimsRegistry(leeway=LEEWAY, iss=issuer, exp=must, iat=must, aud=must, sub=must)
         registry.validate(found.claims)
     except (JoseError, ValueError, TypeError, KeyError) as error:
-        raise _refused(f"its token is not valid ({type(error).__name__})") from None
+        raise _refused(gettext("The sign-in was refused: its token is not valid (%(reason)s).", reason=type(error).__name__)) from None
     return dict(found.claims)
 
 
-def _refused(why: str) -> Forbidden:
-    return Forbidden(f"The sign-in was refused: {why}.", hint="Begin again from the sign-in page.", code="oidc_refused")
+def _refused(message: str) -> Forbidden:
+    return Forbidden(message, hint=gettext("Begin again from the sign-in page."), code="oidc_refused")
 
 
 # The provider -----------------------------------------------------------------------------------------------------------
@@ -169,15 +170,15 @@ def _document() -> dict[str, Any]:
     """The provider's own description of itself, asked once an hour."""
     issuer = get_settings().oidc_issuer
     if issuer is None:
-        raise NotFound("No provider is configured.", hint="Set LUTHIER_OIDC_ISSUER.")
+        raise NotFound(gettext("No provider is configured."), hint=gettext("Set LUTHIER_OIDC_ISSUER."))
     at, known = _documents.get(issuer, (0.0, {}))
     if known and time.monotonic() - at < DOCUMENT_SECONDS:
         return known
     found = _fetch(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
     if found.get("issuer") != issuer:
         raise Unavailable(
-            f"The provider calls itself {str(found.get('issuer'))[:120]!r}, not {issuer!r}.",
-            hint="Set LUTHIER_OIDC_ISSUER to its own name.",
+            gettext("The provider calls itself %(name)s, not %(wanted)s.", name=repr(str(found.get("issuer"))[:120]), wanted=repr(issuer)),
+            hint=gettext("Set LUTHIER_OIDC_ISSUER to its own name."),
         )
     for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
         _check_address(str(found.get(name) or ""))
@@ -188,7 +189,8 @@ def _document() -> dict[str, Any]:
 def _fetch(url: str) -> dict[str, Any]:
     found = _asked(url)
     if "error" in found:
-        raise Unavailable("The provider does not answer as one.", hint="Check LUTHIER_OIDC_ISSUER.", code="oidc_unreachable")
+        message = gettext("The provider does not answer as one.")
+        raise Unavailable(message, hint=gettext("Check LUTHIER_OIDC_ISSUER."), code="oidc_unreachable")
     return found
 
 
@@ -213,13 +215,14 @@ def _check_address(url: str) -> None:
     """Raises Unavailable for an address that others on the way could read."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
-        raise Unavailable(f"The provider has the address {url[:120]!r}, which is not https.", hint="Choose a provider that is.")
+        message = gettext("The provider has the address %(address)s, which is not https.", address=repr(url[:120]))
+        raise Unavailable(message, hint=gettext("Choose a provider that is."))
 
 
 def _unreachable(error: Exception) -> Unavailable:
     return Unavailable(
-        f"The sign-in provider cannot be reached ({type(error).__name__}).",
-        hint="Try again in a moment, or sign in by password or link.",
+        gettext("The sign-in provider cannot be reached (%(reason)s).", reason=type(error).__name__),
+        hint=gettext("Try again in a moment, or sign in by password or link."),
         code="oidc_unreachable",
     )
 
@@ -243,7 +246,8 @@ def connect(session: Session, user: User, claims: Claims) -> None:
     session.execute(made.on_conflict_do_nothing(index_elements=["issuer", "subject"]))
     owner = session.scalar(select(Identity.user_id).where(Identity.issuer == claims.issuer, Identity.subject == claims.subject))
     if owner != user.id:
-        raise Conflict("That sign-in belongs to another account of this studio.", hint="Disconnect it there first.", code="identity_taken")
+        message = gettext("That sign-in belongs to another account of this studio.")
+        raise Conflict(message, hint=gettext("Disconnect it there first."), code="identity_taken")
 
 
 def accept(session: Session, token: str, claims: Claims) -> User:
@@ -257,7 +261,8 @@ def accept(session: Session, token: str, claims: Claims) -> User:
             continue
         connect(session, user, claims)
         return user
-    raise BadField("No name is free for this account.", hint="Create the account with a name and a password instead.")
+    message = gettext("No name is free for this account.")
+    raise BadField(message, hint=gettext("Create the account with a name and a password instead."))
 
 
 def identities(session: Session, user: User) -> list[Identity]:
@@ -268,8 +273,9 @@ def disconnect(session: Session, user: User, identity_id: uuid.UUID) -> None:
     """Raises NotFound, and Conflict for the only way to sign in to an account."""
     found = session.scalar(select(Identity).where(Identity.id == identity_id, Identity.user_id == user.id))
     if found is None:
-        raise NotFound("No such sign-in of yours.", hint="Reload the page.")
+        raise NotFound(gettext("No such sign-in of yours."), hint=gettext("Reload the page."))
     if user.password_hash is None and len(identities(session, user)) == 1:
-        raise Conflict("It is the only way to sign in to this account.", hint="Set a password first.", code="last_sign_in")
+        message = gettext("It is the only way to sign in to this account.")
+        raise Conflict(message, hint=gettext("Set a password first."), code="last_sign_in")
     session.delete(found)
     session.flush()

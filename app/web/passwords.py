@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.errors import BadField, TooMany
 from app.kit.addresses import network_of
+from app.kit.languages import gettext
 
 T = TypeVar("T")
 
@@ -84,8 +85,13 @@ async def new_hash(password: str, field: str = "password") -> str:
     """The hash of a password that a person chose. Raises BadField where it is too short or too long."""
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
         raise BadField(
-            f"A password has {MIN_LENGTH} to {MAX_LENGTH} characters; this one has {len(password)}.",
-            hint="A few words with spaces between them are easy to remember.",
+            gettext(
+                "A password has %(least)s to %(most)s characters; this one has %(num)s.",
+                least=MIN_LENGTH,
+                most=MAX_LENGTH,
+                num=len(password),
+            ),
+            hint=gettext("A few words with spaces between them are easy to remember."),
             param=field,
         )
     return await _in_turn(hash_of, password)
@@ -94,7 +100,8 @@ async def new_hash(password: str, field: str = "password") -> str:
 async def _in_turn(action: Callable[..., T], *given: Any) -> T:
     global _judging
     if _judging >= AT_ONCE + MAX_WAITING:
-        raise TooMany("Too many people are signing in at this moment.", hint="Try again in a few seconds.", retry_after_seconds=2.0)
+        message = gettext("Too many people are signing in at this moment.")
+        raise TooMany(message, hint=gettext("Try again in a few seconds."), retry_after_seconds=2.0)
     _judging += 1
     try:
         return await asyncio.get_running_loop().run_in_executor(_judges, action, *given)
@@ -143,8 +150,8 @@ class Tries:
         if wait > 0:
             seconds = -(-wait // 1000)
             raise TooMany(
-                "Too many failed sign-ins.",
-                hint=f"Wait {seconds} seconds, or use a sign-in link from `luthier link`.",
+                gettext("Too many failed sign-ins."),
+                hint=gettext("Wait %(num)s seconds, or use a sign-in link from `luthier link`.", num=seconds),
                 retry_after_seconds=float(seconds),
             )
 

@@ -16,6 +16,7 @@ from app import limits
 from app.errors import BadField, Conflict, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext
 from app.tables import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 from app.web.auth import sha256
 from app.web.policy import check_role
@@ -37,14 +38,16 @@ def list_(session: Session) -> list[User]:
 def get(session: Session, user_id: uuid.UUID) -> User:
     found = session.get(User, user_id)
     if found is None:
-        raise NotFound(f"No such person: {ids.public(ids.USER, user_id)}", param="user_id", hint="Settings, People lists them.")
+        message = gettext("No such person: %(id)s", id=ids.public(ids.USER, user_id))
+        raise NotFound(message, param="user_id", hint=gettext("Settings, People lists them."))
     return found
 
 
 def named(session: Session, name: str) -> User:
     found = session.scalar(select(User).where(User.name == name))
     if found is None:
-        raise NotFound(f"Nobody here is called {name[:80]!r}.", hint="`luthier users list` lists the people.", param="name")
+        message = gettext("Nobody here is called %(name)s.", name=repr(name[:80]))
+        raise NotFound(message, hint=gettext("`luthier users list` lists the people."), param="name")
     return found
 
 
@@ -96,7 +99,8 @@ def _keep_an_admin(session: Session, user: User) -> None:
     locked = select(User.id).where(User.role == "admin", User.disabled_at.is_(None)).order_by(User.id).with_for_update()
     admins = set(session.scalars(locked))
     if admins == {user.id}:
-        raise Conflict(f"{user.name} is the only admin.", hint="Make somebody else an admin first.", code="last_admin")
+        message = gettext("%(name)s is the only admin.", name=user.name)
+        raise Conflict(message, hint=gettext("Make somebody else an admin first."), code="last_admin")
 
 
 def to_json(user: User) -> dict[str, Any]:
@@ -118,7 +122,8 @@ def invite(session: Session, by: User, role: str, note: str = "", days: float = 
     """An invitation and the path of its link, which cannot be shown again."""
     check_role(role)
     if not 0 < days <= MAX_DAYS:
-        raise BadField(f"An invitation holds for up to {MAX_DAYS} days.", param="days", hint=f"Usual are {INVITATION_DAYS}.")
+        message = gettext("An invitation holds for up to %(most)s days.", most=MAX_DAYS)
+        raise BadField(message, param="days", hint=gettext("Usual are %(num)s.", num=INVITATION_DAYS))
     token = secrets.token_urlsafe(32)
     expires = func.clock_timestamp() + timedelta(days=days)
     made = Invitation(
@@ -145,14 +150,15 @@ def invitations() -> Select[Invitation]:
 def get_invitation(session: Session, invitation_id: uuid.UUID) -> Invitation:
     found = session.get(Invitation, invitation_id)
     if found is None:
-        raise NotFound(f"No such invitation: {ids.public(ids.INVITATION, invitation_id)}", param="invite_id", hint="It may be old.")
+        message = gettext("No such invitation: %(id)s", id=ids.public(ids.INVITATION, invitation_id))
+        raise NotFound(message, param="invite_id", hint=gettext("It may be old."))
     return found
 
 
 def revoke(session: Session, invitation: Invitation) -> None:
     """Raises Conflict for one that was used: its account is disabled instead."""
     if invitation.used_at is not None:
-        raise Conflict("This invitation was used already.", hint="Disable the account that was made with it.")
+        raise Conflict(gettext("This invitation was used already."), hint=gettext("Disable the account that was made with it."))
     invitation.revoked_at = invitation.revoked_at or func.clock_timestamp()
     session.flush()
 
@@ -162,7 +168,8 @@ def invited(session: Session, token: str, *, lock: bool = False) -> Invitation:
     wanted = select(Invitation).where(Invitation.token_sha256 == sha256(token), *_is_open())
     found = session.scalar(wanted.with_for_update() if lock else wanted)
     if found is None:
-        raise NotFound("This invitation was used already, or it holds no more.", hint="Ask for a new one.", code="invitation_over")
+        message = gettext("This invitation was used already, or it holds no more.")
+        raise NotFound(message, hint=gettext("Ask for a new one."), code="invitation_over")
     return found
 
 
@@ -186,14 +193,16 @@ def accept(session: Session, token: str, name: str, password_hash: str | None) -
 
 
 def _taken(name: str) -> Conflict:
-    return Conflict(f"Somebody here is called {name} already.", hint="Choose another name.", param="name", code="name_taken")
+    message = gettext("Somebody here is called %(name)s already.", name=name)
+    return Conflict(message, hint=gettext("Choose another name."), param="name", code="name_taken")
 
 
 def clean_name(name: str) -> str:
     """A name as it is stored: letters, digits and a few signs, so that no two look alike by what cannot be seen."""
     clean = unicodedata.normalize("NFKC", name).strip()
     if not 1 <= len(clean) <= 80 or any(not (c.isalnum() or c in " .-_@+'") for c in clean) or "  " in clean:
-        raise BadField("A name has 1 to 80 letters, digits, spaces or . - _ @ + '.", hint="Choose another name.", param="name")
+        message = gettext("A name has 1 to 80 letters, digits, spaces or . - _ @ + '.")
+        raise BadField(message, hint=gettext("Choose another name."), param="name")
     return clean
 
 

@@ -13,12 +13,15 @@ from typing import Literal, get_args
 from fastapi import Request
 
 from app.errors import BadField, Forbidden
+from app.kit.languages import gettext, mark
 from app.ownership import may_change
 from app.tables import User
 
 Scope = Literal["read", "generate", "write", "session", "account", "admin"]
 Role = Literal["admin", "member", "viewer"]
 ROLES: tuple[Role, ...] = get_args(Role)
+ROLE_WORDS = (mark("admin"), mark("member"), mark("viewer"), mark("guest"), mark("Admin"), mark("Member"), mark("Viewer"), mark("Guest"))
+"""The roles as pages write them, in sentences and as labels: `gettext` of a role translates it."""
 
 ALLOWED: dict[str, frozenset[Scope]] = {
     "guest": frozenset({"read", "session"}),
@@ -181,12 +184,12 @@ def check(request: Request, user: User, project_role: str, key_scopes: Sequence[
     needed = scope_of(request.method, request.scope["route"].path)
     if needed in ("write", "generate") and user.role in ("member", "admin") and not may_change(project_role):
         raise Forbidden(
-            "You may look at everything in this project and change nothing: your role in it is viewer.",
-            hint="Ask one of its admins, or choose another project.",
+            gettext("You may look at everything in this project and change nothing: your role in it is viewer."),
+            hint=gettext("Ask one of its admins, or choose another project."),
             code="insufficient_permissions",
         )
     if needed not in ALLOWED[user.role]:
-        raise Forbidden(_reason(user.role, needed), hint=_HINTS[user.role], code="insufficient_permissions")
+        raise Forbidden(_reason(user.role, needed), hint=gettext(_HINTS[user.role]), code="insufficient_permissions")
     if key_scopes is None:
         return
     if needed in ("account", "session"):
@@ -218,12 +221,13 @@ def clean_scopes(user: User, wanted: Iterable[str]) -> list[str]:
     """
     asked = set(wanted)
     if unknown := asked - set(KEY_SCOPES):
-        raise BadField(f"{min(unknown)[:40]!r} is no scope.", hint=f"Scopes are {', '.join(KEY_SCOPES)}.", param="scopes")
+        message = gettext("%(scope)s is no scope.", scope=repr(min(unknown)[:40]))
+        raise BadField(message, hint=gettext("Scopes are %(scopes)s.", scopes=", ".join(KEY_SCOPES)), param="scopes")
     allowed = [scope for scope, grants in KEY_SCOPES.items() if grants <= ALLOWED[user.role]]
     if beyond := asked - set(allowed):
         raise Forbidden(
-            f"Your role is {user.role}: no key of yours has the scope {min(beyond)}.",
-            hint="Take another scope.",
+            gettext("Your role is %(role)s: no key of yours has the scope %(scope)s.", role=gettext(user.role), scope=min(beyond)),
+            hint=gettext("Take another scope."),
             code="insufficient_permissions",
         )
     chosen = asked or {allowed[-1]}
@@ -231,21 +235,22 @@ def clean_scopes(user: User, wanted: Iterable[str]) -> list[str]:
 
 
 _HINTS = {
-    "guest": "Ask for an invitation.",
-    "viewer": "Ask an admin of the studio to make you a member.",
-    "member": "Ask an admin of the studio.",
+    "guest": mark("Ask for an invitation."),
+    "viewer": mark("Ask an admin of the studio to make you a member."),
+    "member": mark("Ask an admin of the studio."),
     "admin": "",
 }
 
 
 def check_role(role: str) -> None:
     if role not in ROLES:
-        raise BadField(f"{role[:40]!r} is no role.", hint=f"It is one of {', '.join(ROLES)}.", param="role")
+        message = gettext("%(role)s is no role.", role=repr(role[:40]))
+        raise BadField(message, hint=gettext("It is one of %(roles)s.", roles=", ".join(ROLES)), param="role")
 
 
 def _reason(role: str, needed: Scope) -> str:
     if role == "guest" and needed not in ("write", "generate"):
-        return "This is for people with an account; your role is guest."
+        return gettext("This is for people with an account; your role is guest.")
     if needed == "admin":
-        return f"Only admins may do this; your role is {role}."
-    return f"You may look at everything here and change nothing: your role is {role}."
+        return gettext("Only admins may do this; your role is %(role)s.", role=gettext(role))
+    return gettext("You may look at everything here and change nothing: your role is %(role)s.", role=gettext(role))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sqlalchemy import delete, func, select, update
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app import limits, personal_data
 from app.errors import Conflict
-from app.kit.humanize import plural
+from app.kit.languages import gettext, ngettext
 from app.tables import (
     Comparison,
     Dataset,
@@ -43,13 +44,30 @@ SHOWN: dict[str, Any] = {
     "results of the reading room": StopVisit,
 }  # fmt: skip
 """What a preview counts, by what it is called."""
-WORDS = {
-    "jobs": "run",
-    "aliases": "alias",
-    "batches": "batch",
-    "runs of evals": "run of an eval",
-    "results of the reading room": "result of the reading room",
+WORDS: dict[str, Callable[[int], str]] = {
+    "files": lambda count: ngettext("%(num)s file", "%(num)s files", count),
+    "datasets": lambda count: ngettext("%(num)s dataset", "%(num)s datasets", count),
+    "jobs": lambda count: ngettext("%(num)s run", "%(num)s runs", count),
+    "comparisons": lambda count: ngettext("%(num)s comparison", "%(num)s comparisons", count),
+    "models": lambda count: ngettext("%(num)s model", "%(num)s models", count),
+    "aliases": lambda count: ngettext("%(num)s alias", "%(num)s aliass", count),
+    "evaluations": lambda count: ngettext("%(num)s evaluation", "%(num)s evaluations", count),
+    "exports": lambda count: ngettext("%(num)s export", "%(num)s exports", count),
+    "prompts": lambda count: ngettext("%(num)s prompt", "%(num)s prompts", count),
+    "prompt runs": lambda count: ngettext("%(num)s prompt run", "%(num)s prompt runs", count),
+    "graders": lambda count: ngettext("%(num)s grader", "%(num)s graders", count),
+    "distillations": lambda count: ngettext("%(num)s distillation", "%(num)s distillations", count),
+    "batches": lambda count: ngettext("%(num)s batch", "%(num)s batchs", count),
+    "conversations": lambda count: ngettext("%(num)s conversation", "%(num)s conversations", count),
+    "votes": lambda count: ngettext("%(num)s vote", "%(num)s votes", count),
+    "webhook endpoints": lambda count: ngettext("%(num)s webhook endpoint", "%(num)s webhook endpoints", count),
+    "evals": lambda count: ngettext("%(num)s eval", "%(num)s evals", count),
+    "runs of evals": lambda count: ngettext("%(num)s run of an eval", "%(num)s run of an evals", count),
+    "results of the reading room": lambda count: ngettext(
+        "%(num)s result of the reading room", "%(num)s result of the reading rooms", count
+    ),
 }
+"""So many of each of them, in words."""
 
 
 class Contents(NamedTuple):
@@ -62,7 +80,7 @@ class Contents(NamedTuple):
         return any(self.counts.values())
 
     def in_words(self) -> str:
-        return ", ".join(plural(count, WORDS.get(name, name.removesuffix("s"))) for name, count in self.counts.items() if count)
+        return ", ".join(WORDS[name](count) for name, count in self.counts.items() if count)
 
 
 def contents(session: Session, project: Project) -> Contents:
@@ -82,14 +100,15 @@ def remove(session: Session, project: Project, *, move_to: Project | None = None
     taken in the other project, and while something that would be deleted is being worked on or is used elsewhere.
     """
     if project.personal:
-        raise Conflict(f"{project.name} is a person's own project.", hint="It goes with the person.", code="personal_project")
+        message = gettext("%(project)s is a person's own project.", project=project.name)
+        raise Conflict(message, hint=gettext("It goes with the person."), code="personal_project")
     if move_to is not None and move_to.id == project.id:
-        raise Conflict("A project cannot be moved into itself.", hint="Name another project.", param="move_to")
+        raise Conflict(gettext("A project cannot be moved into itself."), hint=gettext("Name another project."), param="move_to")
     found = contents(session, project)
     if found and move_to is None and not with_contents:
         raise Conflict(
-            f"{project.name} is not empty: {found.in_words()}.",
-            hint="Say where that goes (move_to), or that it is deleted too (contents=delete).",
+            gettext("%(project)s is not empty: %(contents)s.", project=project.name, contents=found.in_words()),
+            hint=gettext("Say where that goes (move_to), or that it is deleted too (contents=delete)."),
             code="project_not_empty",
         )
     if move_to is not None:
@@ -117,9 +136,9 @@ def _refuse_taken_names(session: Session, project: Project, to: Project) -> None
         there = select(table.name).where(table.project_id == to.id, *live)
         taken += session.scalars(select(table.name).where(table.project_id == project.id, table.name.in_(there), *live))
     if taken:
-        raise Conflict(
-            f"{to.name} has models or aliases with the same names: {', '.join(sorted(taken)[:5])}.", hint="Rename or delete them first."
-        )
+        names = ", ".join(sorted(taken)[:5])
+        message = gettext("%(project)s has models or aliases with the same names: %(names)s.", project=to.name, names=names)
+        raise Conflict(message, hint=gettext("Rename or delete them first."))
 
 
 def _keep_use(session: Session, project: Project) -> None:

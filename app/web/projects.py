@@ -15,6 +15,7 @@ from app.db import touched
 from app.errors import BadField, Conflict, Forbidden, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
+from app.kit.languages import gettext, mark
 from app.tables import Base, BrowserSession, Comparison, Job, Project, ProjectMember, ShareLink, User
 from app.web import people
 from app.web.auth import sha256
@@ -56,7 +57,8 @@ def membership(session: Session, user: User, project_id: uuid.UUID) -> Membershi
 
 
 def _none(project_id: uuid.UUID) -> NotFound:
-    return NotFound(f"No such project: {ids.public(ids.PROJECT, project_id)}", param="project_id", hint="Settings, Projects lists yours.")
+    message = gettext("No such project: %(id)s", id=ids.public(ids.PROJECT, project_id))
+    return NotFound(message, param="project_id", hint=gettext("Settings, Projects lists yours."))
 
 
 def managed(session: Session, user: User, project_id: uuid.UUID) -> Project:
@@ -64,10 +66,19 @@ def managed(session: Session, user: User, project_id: uuid.UUID) -> Project:
     project, role = membership(session, user, project_id)
     _may_make(user)
     if role != "admin":
-        raise Forbidden(
-            f"You are a {role} of {project.name}; its admins manage it.", hint="Ask one of them.", code="insufficient_permissions"
-        )
+        message = gettext(_MANAGED_BY_OTHERS[role], project=project.name)
+        raise Forbidden(message, hint=gettext("Ask one of them."), code="insufficient_permissions")
     return project
+
+
+_MANAGED_BY_OTHERS = {
+    "member": mark("You are a member of %(project)s; its admins manage it."),
+    "viewer": mark("You are a viewer of %(project)s; its admins manage it."),
+}
+_MANAGED_BY_MEMBERS = {
+    "viewer": mark("Projects are managed by members of the studio, and you are a viewer."),
+    "guest": mark("Projects are managed by members of the studio, and you are a guest."),
+}
 
 
 # Making and members -----------------------------------------------------------------------------------------------------
@@ -88,8 +99,8 @@ def create(session: Session, user: User, name: str) -> Project:
 def _may_make(user: User) -> None:
     if user.role not in ("member", "admin"):
         raise Forbidden(
-            f"Projects are managed by members of the studio, and you are a {user.role}.",
-            hint="Ask an admin.",
+            gettext(_MANAGED_BY_MEMBERS[user.role]),
+            hint=gettext("Ask an admin."),
             code="insufficient_permissions",
         )
 
@@ -105,7 +116,7 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 def set_weight(session: Session, project: Project, weight: float) -> None:
     """How much of the machine the work of a project may use beside others. Only an admin of the studio sets it."""
     if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
-        raise BadField("A weight is 0.01 to 100.", param="weight", hint="1 is usual; 2 counts half of what is used.")
+        raise BadField(gettext("A weight is 0.01 to 100."), param="weight", hint=gettext("1 is usual; 2 counts half of what is used."))
     project.weight = weight
     session.flush()
 
@@ -113,7 +124,7 @@ def set_weight(session: Session, project: Project, weight: float) -> None:
 def _name(name: str) -> str:
     clean = storable(name.strip())
     if not 1 <= len(clean) <= 80:
-        raise BadField("A project's name has 1 to 80 characters.", param="name", hint="Shorten it.")
+        raise BadField(gettext("A project's name has 1 to 80 characters."), param="name", hint=gettext("Shorten it."))
     return str(clean)
 
 
@@ -125,7 +136,8 @@ def members(session: Session, project: Project) -> list[tuple[ProjectMember, Use
 def member_of(session: Session, project: Project, person: User) -> ProjectMember:
     found = session.get(ProjectMember, (project.id, person.id))
     if found is None:
-        raise NotFound(f"{person.name} is no member of {project.name}.", param="user_id", hint="Its page lists the members.")
+        message = gettext("%(name)s is no member of %(project)s.", name=person.name, project=project.name)
+        raise NotFound(message, param="user_id", hint=gettext("Its page lists the members."))
     return found
 
 
@@ -133,9 +145,10 @@ def set_member(session: Session, project: Project, person: User, role: str) -> P
     """Add a person, or give a member another role. Raises Conflict for a personal project and for its last admin."""
     check_role(role)
     if project.personal:
-        raise Conflict(f"{project.name} is a project of one person.", hint="Create a project for several.", code="personal_project")
+        message = gettext("%(project)s is a project of one person.", project=project.name)
+        raise Conflict(message, hint=gettext("Create a project for several."), code="personal_project")
     if person.disabled_at is not None:
-        raise Conflict(f"{person.name} is disabled.", hint="Let the person in again first.")
+        raise Conflict(gettext("%(name)s is disabled.", name=person.name), hint=gettext("Let the person in again first."))
     if role != "admin":
         _keep_an_admin(session, project, person)
     added = insert(ProjectMember).values(project_id=project.id, user_id=person.id, role=role)
@@ -147,7 +160,8 @@ def remove_member(session: Session, project: Project, person: User) -> None:
     """What the person made stays in the project. Raises Conflict for the last admin and for a personal project."""
     member = member_of(session, project, person)
     if project.personal:
-        raise Conflict(f"{project.name} is {person.name}'s own.", hint="Hand it over where the person leaves.", code="personal_project")
+        message = gettext("%(project)s is %(name)s's own.", project=project.name, name=person.name)
+        raise Conflict(message, hint=gettext("Hand it over where the person leaves."), code="personal_project")
     _keep_an_admin(session, project, person)
     session.delete(member)
     session.execute(update(BrowserSession).where(*_working_in(project, person)).values(project_id=None))
@@ -161,7 +175,8 @@ def _working_in(project: Project, person: User) -> tuple[Any, ...]:
 def _keep_an_admin(session: Session, project: Project, person: User) -> None:
     locked = select(ProjectMember.user_id).where(ProjectMember.project_id == project.id, ProjectMember.role == "admin")
     if set(session.scalars(locked.order_by(ProjectMember.user_id).with_for_update())) == {person.id}:
-        raise Conflict(f"{person.name} is the only admin of {project.name}.", hint="Make somebody else its admin first.", code="last_admin")
+        message = gettext("%(name)s is the only admin of %(project)s.", name=person.name, project=project.name)
+        raise Conflict(message, hint=gettext("Make somebody else its admin first."), code="last_admin")
 
 
 def choose(session: Session, user: User, token_sha256: str, project_id: uuid.UUID) -> Project:
@@ -193,7 +208,7 @@ def take_back(session: Session, project: Project, link_id: uuid.UUID) -> None:
     """End a link, the sessions of its guests, and with them their streams."""
     gone = update(ShareLink).where(ShareLink.id == link_id, ShareLink.project_id == project.id)
     if not touched(session, gone.values(revoked_at=func.coalesce(ShareLink.revoked_at, func.clock_timestamp()))):
-        raise NotFound("No such link.", hint="The project's page lists its links.")
+        raise NotFound(gettext("No such link."), hint=gettext("The project's page lists its links."))
     session.execute(delete(BrowserSession).where(BrowserSession.share_id == link_id))
 
 
@@ -203,7 +218,7 @@ def shared(session: Session, token: str) -> tuple[ShareLink, Project]:
     found = found.where(ShareLink.token_sha256 == sha256(token), ShareLink.revoked_at.is_(None), User.disabled_at.is_(None))
     row = session.execute(found).one_or_none()
     if row is None:
-        raise NotFound("This link shows nothing any more.", hint="Ask for a new one.", code="link_over")
+        raise NotFound(gettext("This link shows nothing any more."), hint=gettext("Ask for a new one."), code="link_over")
     return row[0], row[1]
 
 
@@ -217,9 +232,9 @@ def hand_over(session: Session, leaver: User, heir: User) -> int:
     project becomes an ordinary one of the heir's.
     """
     if leaver.id == heir.id:
-        raise BadField("Nobody hands over to themselves.", param="to", hint="Name another person.")
+        raise BadField(gettext("Nobody hands over to themselves."), param="to", hint=gettext("Name another person."))
     if heir.disabled_at is not None:
-        raise Conflict(f"{heir.name} is disabled.", hint="Name somebody who is here.", param="to")
+        raise Conflict(gettext("%(name)s is disabled.", name=heir.name), hint=gettext("Name somebody who is here."), param="to")
     people.disable(session, leaver)
     moved = 0
     for table in owned_tables():
@@ -255,7 +270,8 @@ def let_in_again(session: Session, person: User) -> None:
     """Raises Conflict where the person's things were handed over."""
     if left_for_good(session, person):
         raise Conflict(
-            f"{person.name} has left, and somebody else owns what they made.", hint="Invite the person anew, under another name."
+            gettext("%(name)s has left, and somebody else owns what they made.", name=person.name),
+            hint=gettext("Invite the person anew, under another name."),
         )
     people.enable(session, person)
 

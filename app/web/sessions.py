@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db import touched
 from app.errors import NotFound
+from app.kit.languages import gettext
 from app.tables import BrowserSession, User
 from app.web.auth import cookie_name, sha256
 
@@ -30,7 +31,7 @@ def end(session: Session, user: User, session_id: uuid.UUID) -> None:
     own = BrowserSession.user_id == user.id, BrowserSession.share_id.is_(None)
     gone = touched(session, delete(BrowserSession).where(BrowserSession.id == session_id, *own))
     if not gone:
-        raise NotFound("No such session.", hint="It may have ended already.")
+        raise NotFound(gettext("No such session."), hint=gettext("It may have ended already."))
 
 
 def end_all(session: Session, user_id: uuid.UUID, but: Request | None = None) -> int:
@@ -58,5 +59,5 @@ def browser_name(user_agent: str) -> str:
     system = next((name for mark, name in _SYSTEMS if mark in user_agent), None)
     if browser is None:
         word = re.match(r"[\w.-]{1,40}", user_agent)
-        return word[0] if word else "Unknown"
-    return f"{browser} on {system}" if system else browser
+        return word[0] if word else gettext("Unknown")
+    return gettext("%(browser)s on %(system)s", browser=browser, system=system) if system else browser

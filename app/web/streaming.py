@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.errors import NotSignedIn
 from app.inference import client
 from app.inference.protocol import Entry, GenerateRequest, StreamError
+from app.kit.languages import gettext
 from app.web import error_responses
 from app.web.revocation import doorkeeper
 
@@ -125,7 +126,10 @@ def later(work: Callable[[], None]) -> None:
     _keep(asyncio.ensure_future(asyncio.to_thread(work)))
 
 
-REVOKED = NotSignedIn("What this stream was opened with is not valid any more.", hint="Sign in again, or use another API key.")
+def _revoked() -> NotSignedIn:
+    return NotSignedIn(
+        gettext("What this stream was opened with is not valid any more."), hint=gettext("Sign in again, or use another API key.")
+    )
 
 
 class Stream(StreamingResponse):
@@ -164,7 +168,7 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive_or_end, send)
         if revoked.is_set() and not self.complete:
             events = self.media_type == "text/event-stream"
-            last = b"data: " + json.dumps({"error": REVOKED.as_json()}).encode() + b"\n\n" if events else b""
+            last = b"data: " + json.dumps({"error": _revoked().as_json()}).encode() + b"\n\n" if events else b""
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STUCK_SECONDS):
                     await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from app import objectives
 from app.kit import languages
 from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
+from app.kit.languages import gettext, mark
 from app.settings import RESOURCES, get_settings
 
 STATIC = RESOURCES / "static"
@@ -66,7 +67,7 @@ def environment() -> Environment:
         "model_option": models.option_text,
         "ability": metrics.ability,
         "figure": metrics.figure,
-        "ability_word": lambda said: metrics.ABILITY.get(said or "", said or ""),
+        "ability_word": lambda said: gettext(metrics.ABILITY[said]) if said in metrics.ABILITY else said or "",
     }
     env.globals |= {
         "metric_table": metrics.METRICS,
@@ -208,18 +209,18 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 
 KINDS = {
-    "generic": "Base",
-    "instruction": "Instruct",
-    "dialogue": "Chat",
-    "classifier": "Classifier",
-    "encoder": "Embedding",
-    "reward": "Reward",
+    "generic": mark("Base"),
+    "instruction": mark("Instruct"),
+    "dialogue": mark("Chat"),
+    "classifier": mark("Classifier"),
+    "encoder": mark("Embedding"),
+    "reward": mark("Reward"),
 }
 
 
 def kind_word(kind: str) -> str:
     """The display name of a model's kind."""
-    return KINDS.get(kind, kind)
+    return gettext(KINDS[kind]) if kind in KINDS else kind
 
 
 def markdown(text: str | None) -> Markup:

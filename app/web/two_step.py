@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict, NotSignedIn
 from app.kit import totp
+from app.kit.languages import gettext
 from app.kit.secret import secret
 from app.tables import TwoStep, User
 from app.web import passwords
@@ -41,7 +42,7 @@ def begin(session: Session, user: User) -> TwoStep:
     """A new secret, not in force until its first code was confirmed. Raises Conflict where codes are asked for already."""
     found = session.get(TwoStep, user.id, with_for_update=True)
     if found is not None and found.confirmed_at is not None:
-        raise Conflict("Two-step sign-in is on already.", hint="Turn it off first.")
+        raise Conflict(gettext("Two-step sign-in is on already."), hint=gettext("Turn it off first."))
     if found is None:
         found = TwoStep(user_id=user.id, salt="")
         session.add(found)
@@ -69,7 +70,7 @@ def confirm(session: Session, user: User, code: str) -> list[str]:
     """Turn it on with the first right code; returns the recovery codes, which cannot be shown again."""
     found = session.get(TwoStep, user.id, with_for_update=True)
     if found is None or found.confirmed_at is not None:
-        raise Conflict("There is no two-step sign-in to confirm.", hint="Begin again.")
+        raise Conflict(gettext("There is no two-step sign-in to confirm."), hint=gettext("Begin again."))
     _take_code(found, code)
     codes = ["-".join(secrets.token_hex(2) for _ in range(5)) for _ in range(NUM_RECOVERY)]
     found.confirmed_at, found.recovery = func.clock_timestamp(), [sha256(code) for code in codes]
@@ -93,7 +94,8 @@ def take(session: Session, user_id: uuid.UUID, code: str) -> None:
 def _take_code(found: TwoStep, code: str) -> None:
     step = totp.step_of(key_of(found), "".join(code.split()), time.time())
     if step is None or step <= found.last_step:
-        raise NotSignedIn("This code is wrong, too old, or was used already.", hint="Wait for the next one in your app.", code="wrong_code")
+        message = gettext("This code is wrong, too old, or was used already.")
+        raise NotSignedIn(message, hint=gettext("Wait for the next one in your app."), code="wrong_code")
     found.last_step = step
 
 
@@ -127,7 +129,7 @@ def holder_of(session: Session, ticket: str) -> User:
     except (BadData, ValueError, TypeError, AttributeError):
         user = None
     if user is None or user.disabled_at is not None or sha256(user.password_hash or "")[:16] != mark:
-        raise NotSignedIn("This took too long.", hint="Sign in again.", code="ticket_over")
+        raise NotSignedIn(gettext("This took too long."), hint=gettext("Sign in again."), code="ticket_over")
     return user
 
 

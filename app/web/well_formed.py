@@ -18,6 +18,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadField, BadRequest
+from app.kit.humanize import human_number
+from app.kit.languages import gettext, mark
 
 MAX_DEPTH = 128
 """Nesting of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""
@@ -28,7 +30,13 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**63 - 1
 _SUSPECT = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)|NaN|Infinity|\d{19}|[eE]\+?\d{3}")
 """Matches somewhere in every text with a bad value; most texts do not match, and are not walked through."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NUL = "a NUL character, which no database can store"
+_NUL = mark("a NUL character, which no database can store")
+_NO_UTF8 = mark("bytes that are not UTF-8")
+_HALF_PAIR = mark("half of a surrogate pair, which is no character")
+_IN_PATH = mark("The path of this address holds %(what)s.")
+_IN_QUERY = (mark("The query of this address holds %(what)s."), mark("The query of this address holds %(what)s, in %(field)s."))
+_IN_FORM = (mark("The form holds %(what)s."), mark("The form holds %(what)s, in %(field)s."))
+"""Without the field that it is in, and with it."""
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -46,7 +54,8 @@ class WellFormed:
         check_address(scope.get("raw_path") or b"", scope["query_string"])
         kind, charset = _content_type(Headers(scope=scope).get("content-type", ""))
         if kind in _FORMS and charset not in ("utf-8", "utf8"):
-            raise BadRequest(f"A form cannot be sent in the charset {charset[:40]!r}.", hint="Send it in UTF-8.", code="not_utf8")
+            message = gettext("A form cannot be sent in the charset %(charset)s.", charset=repr(charset[:40]))
+            raise BadRequest(message, hint=gettext("Send it in UTF-8."), code="not_utf8")
         if kind == _FORMS[0] or _is_json(kind):
             body, rest = await _whole(receive)
             check_json(body) if _is_json(kind) else check_form(body)
@@ -92,23 +101,23 @@ async def _whole(receive: Receive) -> tuple[bytes, Receive]:
 
 def check_address(path: bytes, query: bytes) -> None:
     """Raises BadRequest for a path or query that contains a NUL or is not UTF-8."""
-    _check_text(unquote_to_bytes(path), "The path of this address")
-    _check_text(unquote_to_bytes(query), "The query of this address", query)
+    _check_text(unquote_to_bytes(path), (_IN_PATH, _IN_PATH))
+    _check_text(unquote_to_bytes(query), _IN_QUERY, query)
 
 
 def check_form(body: bytes) -> None:
     """Raises BadField, naming the field, for an urlencoded form that contains a NUL or is not UTF-8."""
-    _check_text(unquote_to_bytes(body), "The form", body)
+    _check_text(unquote_to_bytes(body), _IN_FORM, body)
 
 
-def _check_text(text: bytes, what: str, fields: bytes = b"") -> None:
+def _check_text(text: bytes, said: tuple[str, str], fields: bytes = b"") -> None:
     bad = _bad_bytes(text)
     if not bad:
         return
     name = next((part.partition(b"=")[0] for part in fields.split(b"&") if _bad_bytes(unquote_to_bytes(part))), b"")
     param = unquote_to_bytes(name).decode("utf-8", "replace").replace("\0", "�")[:80] or None
-    where = f"{what} holds {bad}" + (f", in {param}." if param else ".")
-    raise BadField(where, hint="Remove it and send the request again.", param=param)
+    where = gettext(said[1], what=gettext(bad), field=param) if param else gettext(said[0], what=gettext(bad))
+    raise BadField(where, hint=gettext("Remove it and send the request again."), param=param)
 
 
 def _bad_bytes(text: bytes) -> str:
@@ -117,7 +126,7 @@ def _bad_bytes(text: bytes) -> str:
     try:
         text.decode()
     except UnicodeDecodeError:
-        return "bytes that are not UTF-8"
+        return _NO_UTF8
     return ""
 
 
@@ -131,10 +140,11 @@ def check_json(body: bytes) -> None:
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _invalid(f"byte {error.start + 1} is not UTF-8") from None
+        raise _invalid(gettext("byte %(place)s is not UTF-8", place=error.start + 1)) from None
     containers = text.count("[") + text.count("{")
     if containers > MAX_CONTAINERS:
-        raise BadField(f"The body holds more than {MAX_CONTAINERS:,} lists and objects.", hint="Send less at once.")
+        message = gettext("The body holds more than %(most)s lists and objects.", most=human_number(MAX_CONTAINERS))
+        raise BadField(message, hint=gettext("Send less at once."))
     try:
         value = _parsed(text)
     except RecursionError:
@@ -147,7 +157,8 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise _invalid(f"{error.msg}, at line {error.lineno}, column {error.colno}") from None
+        reason = gettext("%(reason)s, at line %(line)s, column %(column)s", reason=error.msg, line=error.lineno, column=error.colno)
+        raise _invalid(reason) from None
     except ValueError:  # Python parses no integer of more than 4,300 digits; twenty are too many too, and are reported with their path
         return json.loads(text, object_pairs_hook=_unique, parse_int=lambda digits: int(digits[:20]))
 
@@ -158,15 +169,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise BadField(
-                    f"{_shown(name)} stands twice in one object.", hint="Send each key once.", param=_shown(name), code="invalid_json"
-                )
+                message = gettext("%(key)s stands twice in one object.", key=_shown(name))
+                raise BadField(message, hint=gettext("Send each key once."), param=_shown(name), code="invalid_json")
             seen.add(name)
     return found
 
 
 def _invalid(reason: str) -> BadField:
-    return BadField(f"The body is not valid JSON: {reason}.", hint="Send a JSON object in UTF-8.", code="invalid_json")
+    message = gettext("The body is not valid JSON: %(reason)s.", reason=reason)
+    return BadField(message, hint=gettext("Send a JSON object in UTF-8."), code="invalid_json")
 
 
 Path = tuple["Path", str | int] | None
@@ -182,33 +193,36 @@ def _check_values(value: Any) -> None:
                 raise _too_deep(path)
             for key, item in one.items() if isinstance(one, dict) else enumerate(one):
                 if isinstance(key, str) and (fault := _bad_text(key)):
-                    raise _bad_value(path, f"A key there holds {fault}.")
+                    raise _bad_value(path, gettext("A key there holds %(what)s.", what=gettext(fault)))
                 waiting.append((item, depth + 1, (path, key)))
         elif isinstance(one, str):
             if fault := _bad_text(one):
-                raise _bad_value(path, f"It holds {fault}.")
+                raise _bad_value(path, gettext("It holds %(what)s.", what=gettext(fault)))
         elif isinstance(one, float):
             if not math.isfinite(one):
-                raise _bad_value(path, "It should be a number that ends: NaN and infinity are none, nor is what is larger than 1.8e308.")
+                raise _bad_value(
+                    path, gettext("It should be a number that ends: NaN and infinity are none, nor is what is larger than 1.8e308.")
+                )
         elif isinstance(one, int) and not MIN_INTEGER <= one <= MAX_INTEGER:
-            raise _bad_value(path, "It should be a whole number of at most 64 bits.")
+            raise _bad_value(path, gettext("It should be a whole number of at most 64 bits."))
 
 
 def _bad_text(text: str) -> str:
     if "\0" in text:
         return _NUL
-    return "half of a surrogate pair, which is no character" if not text.isascii() and _SURROGATE.search(text) else ""
+    return _HALF_PAIR if not text.isascii() and _SURROGATE.search(text) else ""
 
 
 def _bad_value(path: Path, reason: str) -> BadField:
     name = _name(path)
-    return BadField(f"{name or 'The body'}: {reason}", hint="Correct it and send the request again.", param=name)
+    message = f"{name}: {reason}" if name else gettext("The body: %(reason)s", reason=reason)
+    return BadField(message, hint=gettext("Correct it and send the request again."), param=name)
 
 
 def _too_deep(path: Path) -> BadField:
     return BadField(
-        f"The body nests lists and objects more than {MAX_DEPTH} levels deep.",
-        hint="Send it flatter.",
+        gettext("The body nests lists and objects more than %(most)s levels deep.", most=MAX_DEPTH),
+        hint=gettext("Send it flatter."),
         param=(_name(path) or "").split(".")[0] or None,
     )
 

@@ -19,6 +19,7 @@ from app import leases
 from app.db import transaction
 from app.errors import StudioError
 from app.kit import addresses
+from app.kit.languages import gettext
 from app.kit.secret import is_here
 from app.tables import JSON, WebhookEndpoint
 from app.webhooks import service as webhooks
@@ -69,8 +70,8 @@ def attempt(url: str, event: JSON, keys: Sequence[str]) -> tuple[int | None, str
     except StudioError as fault:
         return None, fault.message
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as fault:
-        return None, f"It could not be reached ({type(fault).__name__})."
-    return code, None if 200 <= code < 300 else f"It answered {code}."
+        return None, gettext("It could not be reached (%(reason)s).", reason=type(fault).__name__)
+    return code, None if 200 <= code < 300 else gettext("It answered %(code)s.", code=code)
 
 
 def signed(event_id: str, body: str, keys: Sequence[str], at: int | None = None) -> dict[str, str]:

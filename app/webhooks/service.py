@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from app import leases, ownership, queue
 from app.errors import BadField
 from app.kit import ids
+from app.kit.languages import gettext
 from app.kit.secret import secret
 from app.settings import get_settings
 from app.tables import JSON, User, WebhookDelivery, WebhookEndpoint
@@ -46,7 +47,8 @@ MAX_ENDPOINTS = 20
 def create(session: Session, user: User, name: str, url: str, event_types: list[str]) -> WebhookEndpoint:
     """A new endpoint. Raises BadField for an address that this studio sends nothing to, an unknown event type, or one endpoint too many."""
     if len(session.scalars(mine(user)).all()) >= MAX_ENDPOINTS:
-        raise BadField(f"A project has at most {MAX_ENDPOINTS} webhook endpoints.", hint="Delete one first.")
+        message = gettext("A project has at most %(most)s webhook endpoints.", most=MAX_ENDPOINTS)
+        raise BadField(message, hint=gettext("Delete one first."))
     check_url(url)
     endpoint = WebhookEndpoint(id=uuid.uuid4(), owner_id=user.id, project_id=user.project_id)
     _set(endpoint, name, url, event_types)
@@ -77,12 +79,12 @@ def _set(endpoint: WebhookEndpoint, name: str, url: str, event_types: list[str])
     wrong = [one for one in event_types if one not in EVENT_TYPES]
     if wrong or not event_types:
         raise BadField(
-            f"This studio has no events {wrong[0][:60]!r}." if wrong else "No event type is named.",
-            hint=f"There are {', '.join(EVENT_TYPES)}.",
+            gettext("This studio has no events %(name)s.", name=repr(wrong[0][:60])) if wrong else gettext("No event type is named."),
+            hint=gettext("There are %(names)s.", names=", ".join(EVENT_TYPES)),
             param="event_types",
         )
     if not name.strip():
-        raise BadField("The name is empty.", hint="Say what it is for.", param="name")
+        raise BadField(gettext("The name is empty."), hint=gettext("Say what it is for."), param="name")
     endpoint.name, endpoint.url, endpoint.event_types = name.strip(), url, [one for one in EVENT_TYPES if one in event_types]
 
 
@@ -97,18 +99,18 @@ def check_url(url: str) -> None:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError:
-        raise BadField("That is no address.", hint="Write https://host/path.", param="url") from None
+        raise BadField(gettext("That is no address."), hint=gettext("Write https://host/path."), param="url") from None
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
-        raise BadField("That is no address of a web server.", hint="Write https://host/path, without a name or password.", param="url")
+        message = gettext("That is no address of a web server.")
+        raise BadField(message, hint=gettext("Write https://host/path, without a name or password."), param="url")
     allowed = hosts()
     if f"{host}:{port}" not in allowed and not (host in allowed and port in (None, 80, 443)):
-        raise BadField(
-            f"This studio sends no webhooks to {host[:120]}{f':{port}' if port else ''}.",
-            hint=f"It sends them to {', '.join(allowed)}; whoever runs it lists hosts in LUTHIER_WEBHOOK_HOSTS."
-            if allowed
-            else "Whoever runs the studio lists the hosts in LUTHIER_WEBHOOK_HOSTS.",
-            param="url",
-        )
+        if allowed:
+            hint = gettext("It sends them to %(hosts)s; whoever runs it lists hosts in LUTHIER_WEBHOOK_HOSTS.", hosts=", ".join(allowed))
+        else:
+            hint = gettext("Whoever runs the studio lists the hosts in LUTHIER_WEBHOOK_HOSTS.")
+        where = f"{host[:120]}{f':{port}' if port else ''}"
+        raise BadField(gettext("This studio sends no webhooks to %(host)s.", host=where), hint=hint, param="url")
 
 
 def mine(user: User) -> Select[WebhookEndpoint]:

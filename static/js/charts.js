@@ -1,14 +1,15 @@
 // Line charts over training steps, drawn by uPlot. Colours come from the stylesheet, so a chart follows the theme;
 // sizes come from its place, so it follows the window. The table under each chart says the same in figures.
 import uPlot from "../vendor/uplot/uPlot.esm.js";
-import { bytes, number } from "./format.js";
+import { bytes, localized, number } from "./format.js";
+import { _ } from "./words.js";
 
 const MAX_POINTS = 2400; // per line; beyond this every second one goes, which no screen can show
 
 /** A value as the page writes it, by the unit of its chart. */
 export function write(value, unit) {
   if (unit === "bytes") return bytes(value);
-  if (unit === "tokens/s" && value != null) return `${number(value, 0)} tokens/s`;
+  if (unit === "tokens/s" && value != null) return _("%(number)s tokens/s", { number: number(value, 0) });
   return number(value);
 }
 
@@ -124,7 +125,7 @@ export class Chart {
         y: { distr: this.logarithmic ? 3 : 1, range: (_, min, max) => this.range(min, max) },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 60, size: 26, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => number(tick, 0)) },
+        { ...axis, grid: { show: false }, space: 60, size: 26, label: _("step"), labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1000000], values: (_, ticks) => ticks.map((tick) => number(tick, 0)) },
         { ...axis, size: this.unit === "" ? 46 : 62, space: 40, values: (_, ticks, _axis, _space, gap) => ticks.map((tick) => this.tick(tick, gap)) },
       ],
       series: [{}, ...this.names.map(([, hue, shape]) => this.series(hue, shape))],
@@ -149,10 +150,10 @@ export class Chart {
 
   /** A figure on the axis. `gap` lies between two of them and decides how many decimals they need. */
   tick(value, gap) {
-    if (this.logarithmic) return value == null ? "" : String(Number(value.toPrecision(3)));
+    if (this.logarithmic) return value == null ? "" : localized(String(Number(value.toPrecision(3))));
     if (this.unit === "bytes") return value === 0 ? "0" : bytes(value);
     if (this.unit === "rate") return value === 0 ? "0" : number(Number(value.toPrecision(2)));
-    if (gap < 1e-4) return value === 0 ? "0" : value.toExponential(1);
+    if (gap < 1e-4) return value === 0 ? "0" : localized(value.toExponential(1));
     return number(value, Math.max(0, Math.min(6, -Math.floor(Math.log10(gap) + 1e-9))));
   }
 
@@ -187,7 +188,7 @@ export class Chart {
       while (at >= 0 && plot.data[i + 1][at] == null) at -= 1;
       return at < 0 ? null : plot.data[i + 1][at];
     });
-    this.say(values, `step ${number(plot.data[0][index], 0)}`);
+    this.say(values, _("step %(step)s", { step: number(plot.data[0][index], 0) }));
   }
 
   showLatest() {

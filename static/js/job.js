@@ -2,6 +2,7 @@
 // page is asked for again (at most once a second) and laid over what stands. A reload shows the same.
 import { Chart, Line, onThemeChange } from "./charts.js";
 import { watched, watchJobs } from "./shell.js";
+import { _ } from "./words.js";
 
 const PER_STEP = ["learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"];
 
@@ -97,7 +98,7 @@ function close() {
 function localTimes() {
   for (const time of document.querySelectorAll("time[data-hour]")) {
     const precise = time.dataset.hour === "second" ? { second: "2-digit" } : {};
-    const text = new Date(time.dateTime).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", ...precise, hourCycle: "h23" });
+    const text = new Date(time.dateTime).toLocaleTimeString(document.documentElement.lang, { hour: "2-digit", minute: "2-digit", ...precise, hourCycle: "h23" });
     if (time.textContent !== text) time.textContent = text;
   }
 }
@@ -141,7 +142,7 @@ const notify = document.getElementById("notify");
 if (notify && "Notification" in window && Notification.permission !== "denied") {
   const id = live().dataset.id;
   const waiting = () => id in watched() && Notification.permission === "granted";
-  const label = () => { notify.textContent = waiting() ? "Will notify" : "Notify me"; notify.setAttribute("aria-pressed", String(waiting())); };
+  const label = () => { notify.textContent = waiting() ? _("Will notify") : _("Notify me"); notify.setAttribute("aria-pressed", String(waiting())); };
   notify.hidden = false;
   label();
   notify.addEventListener("click", async () => {

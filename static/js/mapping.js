@@ -1,5 +1,7 @@
 // The mapping of a dataset's columns: only the fields of the chosen format are asked and sent, and each column of the
 // preview says what it is used as.
+import { _ } from "./words.js";
+
 const choice = document.getElementById("format");
 const groups = [...document.querySelectorAll("[data-format]")];
 
@@ -15,7 +17,7 @@ function show() {
   }
   for (const mark of document.querySelectorAll("[data-column]")) {
     const fields = used.get(mark.dataset.column);
-    mark.textContent = fields ? `→ ${fields.join(", ")}` : "extra column";
+    mark.textContent = fields ? `→ ${fields.join(", ")}` : _("extra column");
     mark.classList.toggle("pill", Boolean(fields));
   }
 }

@@ -1,6 +1,7 @@
 // Streams the answers of all columns. Without this module the same form is sent whole, and the page comes back answered.
 import DOMPurify from "../vendor/dompurify/purify.es.mjs";
 import { send } from "./shell.js";
+import { _ } from "./words.js";
 
 const form = document.getElementById("ask");
 const panes = document.getElementById("panes");
@@ -37,7 +38,7 @@ if (form) {
     body.set("prompt", asked);
     if (again) body.set("again", again);
     busy(true);
-    say("Waiting for the models …");
+    say(_("Waiting for the models …"));
     let columns = [];
     try {
       const answer = await send("/playground/stream", { method: "POST", body, signal: running.signal, headers: { accept: "application/json" } });
@@ -50,13 +51,13 @@ if (form) {
           if (!again) prompt.value = "";
           grow(prompt);
         } else if (told.type !== "end") columns[told.pane]?.take(told);
-        if (told.type === "text") say("Answering …");
+        if (told.type === "text") say(_("Answering …"));
       });
-      say("Done.");
+      say(_("Done."));
     } catch (error) {
       const stopped = error.name === "AbortError";
-      say(stopped ? "Stopped." : error.message || "The connection was lost.", !stopped);
-      for (const column of columns) column.cut(stopped ? "Stopped" : "The connection was lost");
+      say(stopped ? _("Stopped.") : error.message || _("The connection was lost."), !stopped);
+      for (const column of columns) column.cut(stopped ? _("Stopped") : _("The connection was lost"));
     }
     running = null;
     busy(false);
@@ -110,7 +111,7 @@ function cutFrom(turn) {
 async function copy(button, text) {
   await navigator.clipboard.writeText(text);
   const title = button.textContent;
-  button.textContent = "Copied";
+  button.textContent = _("Copied");
   setTimeout(() => { button.textContent = title; }, 1500);
 }
 
@@ -132,12 +133,12 @@ function begin(pane, asked, exchange, answer) {
   body.querySelector("[data-hint]")?.remove();
   turn.dataset.exchange = exchange;
   part("asked").textContent = asked;
-  if (kind === "generic") part("asked").previousElementSibling.textContent = `${title} continues`;
+  if (kind === "generic") part("asked").previousElementSibling.textContent = _("%(model)s continues", { model: title });
   else part("name").textContent = title;
   Object.assign(part("edit"), { href: `/playground/${exchange}?edit=1`, hidden: false });
   part("prefer").value = answer;
   text.classList.add("writing");
-  part("prompt").setAttribute("aria-label", `Rendered prompt of ${title}`);
+  part("prompt").setAttribute("aria-label", _("Rendered prompt of %(model)s", { model: title }));
   body.append(turn);
   body.scrollTop = body.scrollHeight;
   let over = false;
@@ -154,7 +155,7 @@ function begin(pane, asked, exchange, answer) {
       if (told.type === "started") {
         part("prompt").textContent = told.rendered_prompt;
         part("rendered").hidden = false;
-        part("proof").textContent = "Answering";
+        part("proof").textContent = _("Answering");
       } else if (told.type === "reasoning" && kind !== "generic") {
         Object.assign(part("thought"), { hidden: false, open: true });
         part("reasoning").append(told.text);
@@ -170,14 +171,14 @@ function begin(pane, asked, exchange, answer) {
         part("prefer").hidden = panes.childElementCount < 2;
       } else if (told.type === "error") {
         end("");
-        part("proof").textContent = "No answer";
+        part("proof").textContent = _("No answer");
         Object.assign(part("error"), { textContent: `${told.message} ${told.hint}`.trim(), hidden: false });
       }
       if (near) body.scrollTop = body.scrollHeight;
     },
     cut(note) {
       if (over) return;
-      part("proof").textContent = "Half an answer";
+      part("proof").textContent = _("Half an answer");
       end(note);
     },
   };
@@ -224,7 +225,7 @@ async function reason(answer) {
     const { error } = await answer.json();
     return error.message;
   } catch {
-    return `The studio answered ${answer.status}.`;
+    return _("The studio answered %(status)s.", { status: answer.status });
   }
 }
 

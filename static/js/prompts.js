@@ -1,6 +1,7 @@
 // The prompt lab: scores that are fetched again while runs go on, the live preview of a prompt, and the try on a few rows.
 
 import { send } from "./shell.js";
+import { _ } from "./words.js";
 
 const form = document.getElementById("prompt-form");
 
@@ -46,11 +47,11 @@ async function tryOut(event) {
   const sheet = document.getElementById("try-sheet");
   const place = document.getElementById("trial");
   sheet.hidden = false;
-  place.textContent = "Queued";
+  place.textContent = _("Queued");
   sheet.scrollIntoView({ block: "nearest" });
   const page = await parse(await send("/playground/prompts/try", { method: "POST", body: new URLSearchParams(new FormData(form)) }));
   const found = page.getElementById("scores") ?? page.querySelector(".error");
-  place.replaceChildren(found ?? "The studio did not answer. Try again.");
+  place.replaceChildren(found ?? _("The studio did not answer. Try again."));
   look();
 }
 

@@ -1,6 +1,8 @@
 // What every page has: the menu kept true, the bar while the studio is away, actions that never end on the browser's own error
 // page, the theme switch, copy buttons, the list of keys, questions before a step that cannot be undone, local times.
 
+import { _ } from "./words.js";
+
 const csrf = () => document.querySelector('meta[name="csrf-token"]').content;
 
 /** fetch() with the token that everything which changes something needs. */
@@ -15,6 +17,7 @@ const HIDDEN_MS = 15_000; // a tab nobody sees still tells when a job has ended
 const AWAY_MS = 2000;
 const WATCHED = "luthier-watched";
 const OPEN = ["queued", "running", "paused"];
+const ENDED = { succeeded: _("succeeded"), failed: _("failed"), cancelled: _("cancelled") };
 let timer = 0;
 
 /** Jobs whose end this browser is to tell of: id → name. */
@@ -32,7 +35,7 @@ export function watchJobs(found) {
 
 function lost(away) {
   const bar = document.getElementById("lost");
-  const text = away ? "Connection lost, trying again…" : "";
+  const text = away ? _("Connection lost, trying again…") : "";
   if (bar.textContent !== text) bar.textContent = text;
 }
 
@@ -71,7 +74,7 @@ function tell(jobs) {
     delete left[id];
     watchJobs(left);
     if (!jobs[id] || Notification.permission !== "granted") continue;
-    const note = new Notification(`${name}: ${jobs[id].status}`, { tag: id });
+    const note = new Notification(`${name}: ${ENDED[jobs[id].status] ?? jobs[id].status}`, { tag: id });
     note.onclick = () => {
       window.focus();
       location.href = `/jobs/${id}`;
@@ -99,7 +102,7 @@ async function ask(form) {
     say(said);
   } catch {
     lost(true);
-    say([["message bad", "The studio could not be reached, so nothing was changed. Try again when it is back."]]);
+    say([["message bad", _("The studio could not be reached, so nothing was changed. Try again when it is back.")]]);
     button.disabled = false;
   }
   document.getElementById("live")?.dispatchEvent(new CustomEvent("luthier:changed"));
@@ -166,7 +169,7 @@ document.addEventListener("click", async (event) => {
   if (!button) return;
   await copy(document.getElementById(button.dataset.copy));
   const title = button.textContent;
-  button.textContent = "Copied";
+  button.textContent = _("Copied");
   setTimeout(() => { button.textContent = title; }, 1500);
 });
 
@@ -174,7 +177,7 @@ function prepare() {
   for (const button of document.querySelectorAll("[data-copy][hidden]")) button.hidden = false;
   for (const time of document.querySelectorAll("time[data-clock]:not([title])")) {
     time.title = time.textContent;
-    time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+    time.textContent = new Date(time.dateTime).toLocaleString(document.documentElement.lang, { dateStyle: "medium", timeStyle: "short" });
   }
 }
 

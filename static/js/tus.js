@@ -1,4 +1,6 @@
 // A resumable upload (tus 1.0): begun once, sent in pieces, and gone on with after a broken connection or a reload.
+import { _ } from "./words.js";
+
 const PIECE = 8 * 2 ** 20;
 const HEADERS = { "Tus-Resumable": "1.0.0" };
 const csrf = () => document.querySelector('meta[name="csrf-token"]').content;
@@ -44,7 +46,7 @@ async function fault(answer) {
   } catch {
     // an error page of a proxy in between
   }
-  const error = new Error(body.error?.message ?? `The server answered ${answer.status}.`);
+  const error = new Error(body.error?.message ?? _("The server answered %(status)s.", { status: answer.status }));
   error.final = answer.status < 500 && answer.status !== 409 && answer.status !== 423;
   return error;
 }
@@ -69,7 +71,7 @@ export class Upload {
         tries = 0;
       } catch (error) {
         if (this.stopped || error.final || ++tries > 12) throw error;
-        this.onProgress(state.offset, `the connection broke; trying again (${tries})`);
+        this.onProgress(state.offset, _("the connection broke; trying again (%(tries)s)", { tries }));
         await new Promise((done) => setTimeout(done, Math.min(15000, 500 * 2 ** tries)));
         state = (await offsetOf(this.url).catch(() => null)) ?? state;
       }
@@ -108,8 +110,8 @@ export class Upload {
         this.onProgress(at, "");
         done({ offset: at, dataset: request.getResponseHeader("Luthier-Dataset") });
       });
-      request.addEventListener("error", () => failed(new Error("The connection broke.")));
-      request.addEventListener("abort", () => failed(new Error("Stopped.")));
+      request.addEventListener("error", () => failed(new Error(_("The connection broke."))));
+      request.addEventListener("abort", () => failed(new Error(_("Stopped."))));
       request.send(this.file.slice(offset, offset + PIECE));
     });
   }

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from app import events
 from app.errors import BadField, BadRequest, Unsupported
 from app.export_formats import FORMATS
-from app.models import exports, imports
+from app.models import export_facts, imports
 from app.models import service as models
 from app.planning import feasibility
 from app.spec import ModelRef
@@ -103,7 +103,7 @@ def test_one_is_certified_trained_merged_served_and_exported(kind: str, added, d
     made = run_card((data_dir / said[-1].path / "README.md").read_text(), data_dir / said[-1].path, small=data_dir / ref.path)
     assert type(made["model"]).__name__ == "PeftModelForSeq2SeqLM"
 
-    facts = exports.facts_of(result)
+    facts = export_facts.facts_of(result)
     assert FORMATS["safetensors"].accepts(facts) is None and "is not one of those that are written" in FORMATS["gguf"].accepts(facts)
     asked = _process.ExportSpec(format="safetensors", types=("F32",), model=result, base=ref, job=spec.model_dump(mode="json"))
     found = _process.export(asked, tmp_path / "out", _process.Reporter(tmp_path / "progress"))
