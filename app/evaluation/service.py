@@ -272,8 +272,8 @@ def usual_pair(
     """What a form begins with: the last pair trained or scored that can be scored, else the first that can; what is given stays."""
     usable = {m.id: m for m in ([model] if model else [m for m in models if m.kept])}
     rows = {d.id: d for d in ([dataset] if dataset else datasets)}
-    ended = select(Job.id, Job.created_at, Job.dataset_id).where(Job.project_id == user.project_id, Job.status == "succeeded")
-    ended = ended.order_by(Job.created_at.desc()).limit(LAST_PAIRS).subquery()
+    jobs = select(Job.id, Job.created_at, Job.dataset_id).where(Job.project_id == user.project_id, Job.status == "succeeded")
+    ended = jobs.order_by(Job.created_at.desc()).limit(LAST_PAIRS).subquery()
     trained = select(ended.c.created_at, Model.id, ended.c.dataset_id).join(Model, Model.job_id == ended.c.id)
     scored = mine(user).with_only_columns(Evaluation.created_at, Evaluation.model_id, Evaluation.dataset_id)
     scored = scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS)

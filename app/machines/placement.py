@@ -29,6 +29,12 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: int | None = Field(None, ge=1, le=64, description="GPUs of one machine that train the job together, each with a process.")
+    machines: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Machines that train the job together, each with as many GPUs, or on its CPU. None begins without the others.",
+    )
     gpu: Annotated[str, StringConstraints(min_length=1, max_length=80)] | None = Field(
         None, description="Part of the name of the GPU, such as H100; upper and lower case are the same."
     )
@@ -51,6 +57,8 @@ class Needs:
     num_gpus: int | None = None
     gpu_type: str | None = None
     labels: tuple[str, ...] = ()
+    num_machines: int = 1
+    """Each of which has all of this."""
 
     def suits(self, card: GpuKind | GpuCard) -> bool:
         """Whether this GPU may be one of the job's."""
@@ -69,6 +77,8 @@ class Needs:
                 what += f" with {human_bytes(self.gpu_bytes)}{' each' if count > 1 else ''}"
             if self.cpu_bytes is not None:
                 what += f", or {human_bytes(self.cpu_bytes * processes)} of memory without a GPU" if self.cpu_bytes else ", or a CPU"
+        if self.num_machines > 1:
+            what = f"{self.num_machines} machines, each with {what}"
         if self.labels:
             what += f", and the label{'s' if len(self.labels) > 1 else ''} {' and '.join(self.labels)}"
         return what

@@ -154,7 +154,7 @@ def _kept(table: Any, *conditions: Any) -> Select[Any]:
     return select(table.id).where(table.deleted_at.is_(None), *conditions)
 
 
-def _count(rows: Select[Any]) -> ScalarSelect[int]:
+def _count(rows: Select[Any, Any] | Select[Any]) -> ScalarSelect[int]:
     return select(func.count()).select_from(rows.limit(MANY).subquery()).scalar_subquery()
 
 
