@@ -142,7 +142,7 @@ def test_a_process_that_is_killed_on_one_machine_is_named_by_the_other(new_job, 
     member = one if led(job) == two.process.pid else two
     member.trainer().kill()
     wait_until(lambda: now_of(job).attempt == 2 or now_of(job).status == "failed", what="the second attempt", seconds=60)
-    retried = [line["reason"] for line in said(job, "requeued")]
+    retried = [line["message"] for line in said(job, "lost")]
     assert any("process 1 of 2" in line and "SIGKILL" in line for line in retried), retried
 
 
