@@ -117,6 +117,15 @@ class Settings(BaseSettings):
         60.0, gt=0, description="A worker with a free place that takes nothing of what waits for it for so long is started again."
     )
     stop_grace_seconds: float = Field(60.0, gt=0, description="Time a trainer has to save after SIGTERM before SIGKILL.")
+    worker_address: str | None = Field(
+        None,
+        description="Address at which other machines reach this worker, for a job on several machines; otherwise the one from which it reaches the database.",
+    )
+    gather_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="How long a worker waits, with its GPUs, for the others of a job on several machines before it does something else.",
+    )
     gpus_per_job: int = Field(1, ge=1, le=64, description="Processes that train one job together, one for each GPU of this machine.")
     labels: str = Field(
         "",

@@ -102,9 +102,6 @@ def missing_of(words: list[str]) -> str:
         return missing_of_luthier(rest)
     if program == "python" and rest[:1] == ["-m"]:
         return missing_of_module(rest[1], rest[2:])
-    if program == "torchrun":
-        at = rest.index("-m")
-        return missing_of_module(rest[at + 1], rest[at + 2 :])
     if program == "celery":
         return "" if (PROJECT / f"{rest[rest.index('-A') + 1].replace('.', '/')}.py").is_file() else "the application"
     if program == "make":

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     answer = no_models if options.questions_fd is None else _asker(options.questions_fd, options.answers_fd)
     with os.fdopen(_pipe(options.events_fd), "w", encoding="utf-8", buffering=1) as pipe:
-        return attempt(spec, folder, runs, pipe, options.profile, answer, options.pause_at)
+        return attempt(spec, folder, runs, pipe, options.profile, answer, options.pause_at, options.resume_step)
 
 
 def _asker(questions: int, answers: int) -> Callable[[Ask], Reply]:
@@ -57,10 +57,10 @@ def _asker(questions: int, answers: int) -> Callable[[Ask], Reply]:
 
 def attempt(
     spec: JobSpec, folder: Path, runs: Path, pipe: Any, profile: bool = False, answer: Callable[[Ask], Reply] = no_models,
-    pause_at: int | None = None,
+    pause_at: int | None = None, resume_step: int | None = None,
 ) -> int:  # fmt: skip
     """One attempt at a job; returns its exit code. Every failure is reported on the pipe before the process ends."""
-    asked = _Asked(pause_at)
+    asked = _Asked(pause_at, resume_step)
     log.info("training starts: %s", spec.strategy.name)
     step: int | None = None
     started: events.Started | None = None
@@ -108,8 +108,8 @@ def _pipe(descriptor: int) -> int:
 class _Asked:
     """The signals received so far. Handlers are installed before the slow imports, so that none is lost."""
 
-    def __init__(self, pause_at: int | None = None) -> None:
-        self.pause_at = pause_at
+    def __init__(self, pause_at: int | None = None, resume_step: int | None = None) -> None:
+        self.pause_at, self.resume_step = pause_at, resume_step
         self.stop = False
         self.save = False
         self.stopped = False
@@ -251,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--questions-fd", type=int, help="open file descriptor that takes one question of a grader to a model per line")
     parser.add_argument("--answers-fd", type=int, help="open file descriptor from which the answers come")
     parser.add_argument("--pause-at", type=int, help="step after which the state is saved and the process ends, as after SIGTERM")
+    parser.add_argument(
+        "--resume-step", type=int, help="the step of the checkpoint to go on from, where all machines of a job take that one"
+    )
     parser.add_argument("--profile", action="store_true", help="record a few steps: a trace and a summary in the attempt's folder")
     return parser
 

@@ -55,6 +55,8 @@ class StopSignals:
     stopped: bool = False
     pause_at: int | None = None
     """The step after which it stops by itself."""
+    resume_step: int | None = None
+    """The step of the checkpoint that all machines of the job go on from."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ def train(
     digest = spec_digest(spec)
     spec = distributed.spread(spec)
     run, strategy = spec.run, spec.strategy
-    found = checkpoint.newest(runs or folder.parent)
+    found = checkpoint.newest(runs or folder.parent, control.resume_step)
     state = checkpoint.read_state(found) if found else State()
 
     torch.manual_seed(run.seed)

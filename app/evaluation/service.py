@@ -224,22 +224,22 @@ def _note(shared: bool, part: Part, order: EvaluationRequest, run: Mapping[str, 
     return "" if same else OTHER_VERSION
 
 
-LAST_PAIRS = 50
-"""How many of the last jobs and of the last evaluations a form looks at for a pair to begin with."""
+LAST_PAIRS = 50  # of the last jobs, and of the last evaluations, a form looks at these for a pair to begin with
 
 
 def usual_pair(
     session: Session, user: User, models: Sequence[Model], datasets: Sequence[Dataset], model: Model | None, dataset: Dataset | None
 ) -> tuple[Model, Dataset] | None:
-    """What a form begins with: the pair that was scored or trained last and can be scored, else the first that can. A model or
-    dataset that is given stays; None where nothing suits it."""
+    """What a form begins with: the last pair trained or scored that can be scored, else the first that can; what is given stays."""
     usable = {m.id: m for m in ([model] if model else [m for m in models if m.kept])}
     rows = {d.id: d for d in ([dataset] if dataset else datasets)}
-    trained = select(Job.created_at, Model.id, Job.dataset_id).join(Model, Model.job_id == Job.id).where(Job.project_id == user.project_id)
+    jobs = select(Job.id, Job.created_at, Job.dataset_id).where(Job.project_id == user.project_id, Job.status == "succeeded")
+    ended = jobs.order_by(Job.created_at.desc()).limit(LAST_PAIRS).subquery()
+    trained = select(ended.c.created_at, Model.id, ended.c.dataset_id).join(Model, Model.job_id == ended.c.id)
     scored = mine(user).with_only_columns(Evaluation.created_at, Evaluation.model_id, Evaluation.dataset_id)
-    last = [*session.execute(trained.order_by(Job.created_at.desc()).limit(LAST_PAIRS))]
-    last += session.execute(scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS))
-    recent = [(usable[m], rows[d]) for _, m, d in sorted(last, key=lambda row: row[0], reverse=True) if m in usable and d in rows]
+    scored = scored.order_by(Evaluation.created_at.desc()).limit(LAST_PAIRS)
+    last = sorted((*session.execute(trained), *session.execute(scored)), key=lambda row: row[0], reverse=True)
+    recent = [(usable[m], rows[d]) for _, m, d in last if m in usable and d in rows]
     pairs = itertools.chain(recent, itertools.product(usable.values(), rows.values()))
     return next(((m, d) for m, d in pairs if m.shape and suited.unfit(m.name, m.shape["architecture"], m.labels, d) is None), None)
 

@@ -54,7 +54,7 @@ class Claim:
     memory_bytes: int = 0
     """Estimated memory of the attempt; 0 when unknown."""
     processes: int = 1
-    """How many train it together, each with a GPU where there are any."""
+    """How many train it together on each machine, each with a GPU where there are any."""
     pause_at: int | None = None
     """The step at which it pauses by itself."""
 
@@ -161,7 +161,7 @@ def needs_of(job: Job) -> Needs:
     """What it needs of a machine."""
     gpu_bytes = None if job.device == "cpu" else job.gpu_bytes
     cpu_bytes = None if job.device == "cuda" else job.cpu_bytes
-    return Needs(gpu_bytes, cpu_bytes, job.num_gpus, job.gpu_type, tuple(job.labels))
+    return Needs(gpu_bytes, cpu_bytes, job.num_gpus, job.gpu_type, tuple(job.labels), job.num_machines or 1)
 
 
 def heartbeat(session: Session, held: Claim) -> ControlFlags:

@@ -27,6 +27,7 @@ def columns(session: Session, spec: JobSpec, asked: Resources | None) -> JSON:
     cpu_bytes = _least_bytes(session, spec, machine.on("cpu").model_copy(update={"memory_bytes": NO_ROOM_BYTES})) if on_cpu else None
     return {
         "num_gpus": wanted.gpus,
+        "num_machines": wanted.machines,
         "gpu_type": wanted.gpu,
         "labels": list(wanted.labels),
         "gpu_bytes": max(gpu_bytes, wanted.gpu_memory_bytes or 0) if on_gpu else None,

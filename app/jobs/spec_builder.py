@@ -127,7 +127,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         raise BadField(reason, hint=hint, param="strategy", code="strategy_unavailable")
     feasibility.refuse_no_room(strategy, run, model.shape)
     feasibility.refuse_unread(strategy, run)
-    refuse_judges(judges, (order.resources and order.resources.gpus) or get_settings().gpus_per_job)
+    refuse_judges(judges, _processes(order.resources))
     check_graded(run, graded, validated_elsewhere=validation is not None, reward=reward is not None)
     if isinstance(own, DrawnSettings):
         refuse_drawn(strategy, run, own, model.shape)
@@ -153,6 +153,12 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
         judges=judges,
         teacher=teacher,
     )
+
+
+def _processes(asked: Resources | None) -> int:
+    """How many processes train a job that asks for this."""
+    wanted = asked or Resources()
+    return (wanted.gpus or get_settings().gpus_per_job) * (wanted.machines or 1)
 
 
 def refuse_judges(judges: Sequence[AskedModel], processes: int) -> None:

@@ -104,9 +104,10 @@ def training_machines(asked: Resources | None = None, device: str = "auto") -> l
     """All that may take such a job, from the weakest to the strongest; all there are where none has what is asked for."""
     there = once.of("the machines that train", _training_machines)
     found = placement.weakest(placement.matching(there, asked, device) or there)
-    if asked is None or asked.gpus is None:
+    if asked is None or (asked.gpus, asked.machines) == (None, None):
         return found
-    return [machine.model_copy(update={"processes": asked.gpus}) for machine in found]
+    several = asked.machines or 1
+    return [machine.model_copy(update={"processes": (asked.gpus or machine.processes) * several}) for machine in found]
 
 
 def _training_machines() -> list[Machine]:

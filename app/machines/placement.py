@@ -31,6 +31,12 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: int | None = Field(None, ge=1, le=64, description="GPUs of one machine that train the job together, each with a process.")
+    machines: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Machines that train the job together, each with as many GPUs, or on its CPU. None begins without the others.",
+    )
     gpu: Annotated[str, StringConstraints(min_length=1, max_length=80)] | None = Field(
         None, description="Part of the name of the GPU, such as H100; upper and lower case are the same."
     )
@@ -53,6 +59,8 @@ class Needs:
     num_gpus: int | None = None
     gpu_type: str | None = None
     labels: tuple[str, ...] = ()
+    num_machines: int = 1
+    """Each of which has all of this."""
 
     def suits(self, card: GpuKind | GpuCard) -> bool:
         """Whether this GPU may be one of the job's."""
@@ -70,6 +78,8 @@ class Needs:
                 what = gettext("%(gpus)s, or %(size)s of memory without a GPU", gpus=what, size=size)
             elif self.cpu_bytes is not None:
                 what = gettext("%(gpus)s, or a CPU", gpus=what)
+        if self.num_machines > 1:
+            what = gettext("%(num)s machines, each with %(machine)s", num=human_number(self.num_machines), machine=what)
         if self.labels:
             labels = reduce(lambda first, second: gettext("%(first)s and %(second)s", first=first, second=second), self.labels)
             what = ngettext(

@@ -42,6 +42,7 @@ class JobResources(Schema):
     may be."""
 
     gpus: int | None = Field(description="GPUs that train it together; null where it takes as many as its worker's jobs usually do.")
+    machines: int | None = Field(description="Machines that train it together, each with as many GPUs; null for one.")
     gpu: str | None = Field(description="Part of the name of the GPU.")
     gpu_memory_bytes: int | None = Field(description="Memory of each GPU; 0 where it is not known, null where it trains on the CPU alone.")
     memory_bytes: int | None = Field(

@@ -13,7 +13,7 @@ from app.tables.distillations import DistillationRun, DistilledRow
 from app.tables.evals import Eval, EvalItem, EvalRun
 from app.tables.evaluations import Evaluation
 from app.tables.graders import SavedGrader
-from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job
+from app.tables.jobs import Checkpoint, CheckpointPermission, Comparison, Event, Job, JobPlace
 from app.tables.learning import StopVisit
 from app.tables.models import AliasMove, Export, Model, ModelAlias
 from app.tables.outbox import Outbox
@@ -53,6 +53,7 @@ __all__ = [
     "Inspection",
     "Invitation",
     "Job",
+    "JobPlace",
     "Leased",
     "MachineUse",
     "Model",

@@ -33,6 +33,7 @@ class Job(Leased, Base):
     resumed_at: Mapped[datetime | None] = mapped_column(comment="when a person queued it again, last")
     # What it needs of a machine: `app.machines.placement.Needs`.
     num_gpus: Mapped[int | None] = mapped_column(comment="GPUs that train it; null: as many as usual")
+    num_machines: Mapped[int | None] = mapped_column(comment="machines that train it together; null: one")
     gpu_type: Mapped[str | None] = mapped_column(comment="part of the name of the GPU")
     labels: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="that its worker must have")
     gpu_bytes: Mapped[int | None] = mapped_column(server_default="0", comment="memory of each GPU; null: it does not train on one")
@@ -104,6 +105,24 @@ class Comparison(Base):
     created_at: Mapped[datetime] = now()
     deleted_at: Mapped[datetime | None]
     __table_args__ = (UniqueConstraint("project_id", "owner_id", "idempotency_key"), Index(None, "project_id", "created_at"))
+
+
+class JobPlace(Base):
+    """A worker's place in one attempt at a job on several machines: offered, then taken (`app/jobs/gangs.py`)."""
+
+    __tablename__ = "job_places"
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    fence: Mapped[int] = mapped_column(primary_key=True, comment="of the claim that it is for")
+    worker: Mapped[str] = mapped_column(primary_key=True)
+    machine: Mapped[str]
+    place: Mapped[int | None] = mapped_column(comment="0 leads; null while it is only offered")
+    address: Mapped[str | None] = mapped_column(comment="where the processes meet: host:port of place 0")
+    checkpoint: Mapped[str | None] = mapped_column(comment="of place 0: that all go on from; empty for none, null while not chosen")
+    ready: Mapped[bool] = mapped_column(server_default=false(), comment="its trainer is about to start")
+    counts: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"), comment="how far its processes are")
+    ended: Mapped[JSON | None] = mapped_column(comment="how it ended; null while it is alive")
+    offered_at: Mapped[datetime] = now()
+    seen_at: Mapped[datetime] = now()
 
 
 class Event(Base):

@@ -57,6 +57,7 @@ def of(session: Session, job: Job) -> Json:
         "priority": job.priority,
         "resources": {
             "gpus": job.num_gpus,
+            "machines": job.num_machines,
             "gpu": job.gpu_type,
             "gpu_memory_bytes": lifecycle.needs_of(job).gpu_bytes,
             "memory_bytes": lifecycle.needs_of(job).cpu_bytes,

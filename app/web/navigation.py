@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import Depends, Request
-from sqlalchemy import ScalarSelect, func, or_, select
+from sqlalchemy import ScalarSelect, Select, func, or_, select
 from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
@@ -122,15 +122,15 @@ async def remember_notes(request: Request, user: Annotated[User | None, Depends(
 def notes(user: User) -> MenuState:
     """The counts, and the running jobs. Empty when the database is unreachable: the page reports that elsewhere."""
     mine = (Job.project_id == user.project_id, Job.deleted_at.is_(None))
-    lines = select(func.count()).select_from(datasets_service.lines(user).subquery())
+    lines = _count(datasets_service.lines(user))
     try:
         with transaction() as session:
             datasets, models, jobs, busy = session.execute(
                 select(
-                    lines.scalar_subquery(),
-                    _count(Model, or_(Model.project_id == user.project_id, Model.project_id.is_(None))),
-                    _count(Job, Job.project_id == user.project_id),
-                    _count(Job, Job.status == "running"),
+                    lines,
+                    _count(_kept(Model, or_(Model.project_id == user.project_id, Model.project_id.is_(None)))),
+                    _count(_kept(Job, Job.project_id == user.project_id)),
+                    _count(_kept(Job, Job.status == "running")),
                 )
             ).one()
             query = select(Job.name, Job.step, Job.total_steps).where(*mine, Job.status == "running").order_by(Job.started_at)
@@ -146,8 +146,8 @@ def notes(user: User) -> MenuState:
     elif running:
         beside = gettext("%(num)s running", num=human_number(len(running)))
     else:
-        beside = human_number(jobs or None)
-    counts = {"/datasets": human_number(datasets or None), "/models": human_number(models or None), "/jobs": beside}
+        beside = _many(jobs)
+    counts = {"/datasets": _many(datasets), "/models": _many(models), "/jobs": beside}
     shown = {path: text for path, text in counts.items() if text != NOTHING}
     return MenuState(shown, tuple(f"{name} {share}".strip() for name, share in running), bool(busy), projects)
 
@@ -159,8 +159,20 @@ def _share(step: int, total: int | None) -> str:
     return human_percent(step / total, 0) if total else ""
 
 
-def _count(table: Any, *conditions: Any) -> ScalarSelect[int]:
-    return select(func.count()).select_from(table).where(table.deleted_at.is_(None), *conditions).scalar_subquery()
+MANY = 1000
+"""Counts of the menu stop here: every page asks them, and a thousand more rows say nothing more."""
+
+
+def _kept(table: Any, *conditions: Any) -> Select[Any]:
+    return select(table.id).where(table.deleted_at.is_(None), *conditions)
+
+
+def _count(rows: Select[Any, Any] | Select[Any]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(rows.limit(MANY).subquery()).scalar_subquery()
+
+
+def _many(count: int) -> str:
+    return f"{human_number(MANY - 1)}+" if count >= MANY else human_number(count or None)
 
 
 def foot(notes: MenuState) -> list[str]:

@@ -245,3 +245,24 @@ def test_an_engine_that_is_away_is_waited_for(cluster, dispatcher, new_job):
     wait_until(lambda: is_over(running) and is_over(waiting), what="the end of both", seconds=300)
     assert now_of(running).attempt == now_of(waiting).attempt == 1
     assert get_settings().storage_url
+
+
+def test_a_job_on_two_nodes_begins_with_both_and_goes_on_when_one_is_lost(cluster, dispatcher, new_job, session):
+    cluster.add("one")
+    job = new_job(epochs=200)
+    job.num_machines = 2
+    session.commit()
+    wait_until(lambda: sorted(in_ray(cluster).values()) == ["PENDING", "RUNNING"], what="one that waits for the other", seconds=120)
+    time.sleep(8)
+    assert now_of(job).status == "queued" and cluster.trains("one") == 0, "half of it began"
+    cluster.add("two")
+    wait_until(lambda: said(job, "saved"), what="a checkpoint", seconds=180)
+    assert (cluster.trains("one"), cluster.trains("two")) == (1, 1)
+    cluster.kill("two")
+    wait_until(lambda: now_of(job).deaths == 1 or len(said(job, "lost")) == 1, what="the end of the attempt", seconds=120)
+    killed = time.monotonic()
+    cluster.add("three")
+    wait_until(lambda: len(said(job, "started")) == 2, what="the second attempt on the nodes that are left", seconds=240)
+    print(f"\na node of two was killed; the job went on with another after {time.monotonic() - killed:.0f} s")
+    assert said(job, "started")[1].data["resumed_from"] > 0
+    assert (cluster.trains("one"), cluster.trains("three")) == (1, 1)

@@ -31,7 +31,7 @@ class Takes(NamedTuple):
     """How a worker claims one kind of work in an open transaction, and how it carries out what it claimed."""
 
     claim: Callable[[Session, uuid.UUID, Callable[[], bool]], Any]
-    carry_out: Callable[[Any], None]
+    carry_out: Callable[[Any], object]
 
 
 Attempts = Mapping[str, Takes]

@@ -45,6 +45,8 @@ AGAIN_SECONDS = 15.0
 """Pause before a job is handed over again whose process ended without claiming it; twice as long each time."""
 MAX_PAUSE_SECONDS = 1800.0
 SAID_CHARACTERS = 600
+GATHER_SECONDS = 900
+"""How long a process waits for the others of a job on several machines: the engine may have to make a machine first."""
 
 HANDED_ON = (
     "LUTHIER_BEAT_SECONDS", "LUTHIER_CONFINEMENT", "LUTHIER_CUDA_GRAPHS", "LUTHIER_GPUS_PER_JOB", "LUTHIER_GPU_MEMORY_BYTES", "LUTHIER_KEEP_CHECKPOINTS",
@@ -109,7 +111,7 @@ class HandOver:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-        return kept | {"LUTHIER_LAUNCHER": "local", "PYTHONUNBUFFERED": "1"}
+        return kept | {"LUTHIER_LAUNCHER": "local", "LUTHIER_GATHER_SECONDS": str(GATHER_SECONDS), "PYTHONUNBUFFERED": "1"}
 
     @property
     def memory_bytes(self) -> int:
@@ -191,7 +193,8 @@ class HandingOver:
         if job is None:
             return ClaimOutcome.GONE
         before = self.there.get((key, job.fence + 1), [])
-        if any(one.state != "ended" for one in before) or self._too_soon(session, job, before) or self._at_limit(session, job):
+        begun = sum(one.state != "ended" for one in before)  # of a job on several machines each has a process, which meet there
+        if begun >= (job.num_machines or 1) or self._too_soon(session, job, before) or self._at_limit(session, job):
             return ClaimOutcome.GIVEN
         needs = lifecycle.needs_of(job)
         return HandOver(
@@ -204,6 +207,7 @@ class HandingOver:
 
     def _too_soon(self, session: Session, job: Job, before: list[HandedOver]) -> bool:
         """Whether its process ended just now without having claimed it. The job's log says how."""
+        before = [one for one in before if one.state == "ended"]
         if not before:
             return False
         for one in before:

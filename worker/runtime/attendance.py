@@ -31,14 +31,21 @@ class Attendance:
         os.close(self.file)
 
 
+def counts(said: str, size: int, first: int = 0) -> list[int]:
+    """The numbers of `size` processes by what the file says, from that with the rank `first` on; 0 where it has not begun."""
+    places = (said[rank * WIDTH : (rank + 1) * WIDTH].strip("\0 \n") for rank in range(first, first + size))
+    return [int(place) if place.isdecimal() else 0 for place in places]
+
+
+def behind(numbers: list[int]) -> str:
+    """Who is behind the others, as “process 1 of 2”; empty where nobody is."""
+    late = [rank for rank, number in enumerate(numbers) if number < max(numbers)]
+    return f"process{'es' if len(late) > 1 else ''} {', '.join(map(str, late))} of {len(numbers)}" if late else ""
+
+
 def waited_for(said: str, size: int) -> str:
-    """Who of `size` processes is behind the others by what the file says, as “process 1 of 2”; empty where nobody is."""
-    places = (said[rank * WIDTH : (rank + 1) * WIDTH].strip("\0 \n") for rank in range(size))
-    counts = [int(place) if place.isdecimal() else 0 for place in places]
-    behind = [rank for rank, count in enumerate(counts) if count < max(counts)]
-    if not behind:
-        return ""
-    return f"process{'es' if len(behind) > 1 else ''} {', '.join(map(str, behind))} of {size}"
+    """Who of `size` processes on one machine is behind the others by what the file says."""
+    return behind(counts(said, size))
 
 
 def read(folder: Path) -> str:

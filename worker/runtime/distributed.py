@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +98,58 @@ class ProcessGroup:
         self._come()
         dist.broadcast_object_list(told, 0, group=self.host)
         return told[0]
+
+    def bring_files(self, paths: Sequence[Path]) -> None:
+        """Bring the file of each process on another machine, `paths` by rank, to the first process's, a piece at a time. Raises OSError in all
+        processes where one of them could not read or write."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        failed: OSError | None = None
+        for source in range(here, self.size):
+            try:
+                if self.rank == source:
+                    failed = self._send_file(paths[source]) or failed
+                elif self.first:
+                    failed = self._receive_file(paths[source], source) or failed
+            except OSError as error:
+                failed = error
+        if here < self.size and (code := self.maximum((failed.errno or errno.EIO) if failed else 0)):
+            raise failed or OSError(code, os.strerror(code), str(paths[0].parent))
+
+    def _send_file(self, path: Path) -> OSError | None:
+        """To the first process. What cannot be read is sent as zeros, so that both go on together."""
+        size = path.stat().st_size
+        dist.send(torch.tensor(size), 0, group=self.host)
+        failed = None
+        with path.open("rb") as file:
+            for start in range(0, size, MESSAGE_BYTES):
+                piece = bytearray(min(MESSAGE_BYTES, size - start))
+                try:
+                    file.readinto(piece)
+                except OSError as error:
+                    failed = error
+                dist.send(torch.frombuffer(piece, dtype=torch.uint8), 0, group=self.host)
+        path.unlink(missing_ok=True)
+        return failed
+
+    def _receive_file(self, path: Path, source: int) -> OSError | None:
+        dist.recv(told := torch.tensor(0), source, group=self.host)
+        size, failed = int(told), None
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            for start in range(0, size, MESSAGE_BYTES):
+                piece = torch.empty(min(MESSAGE_BYTES, size - start), dtype=torch.uint8)
+                dist.recv(piece, source, group=self.host)
+                try:
+                    if failed is None:
+                        written = memoryview(piece.numpy().tobytes())
+                        while written:
+                            written = written[os.write(descriptor, written) :]
+                except OSError as error:
+                    failed = error
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return failed
 
     def wait(self) -> None:
         """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""

@@ -29,7 +29,9 @@ from worker.runtime import kernel_cache
 KEPT_BY_JOBS = ("features", MEASURED)
 
 
-def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str], processes: int = 1) -> Confinement:
+def room_of(
+    spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[str, str], processes: int = 1, machines: int = 1
+) -> Confinement:
     """The confinement of `processes` that work on `spec` together and write into `folder` (that of an attempt, for example, whose job's
     folder is above it)."""
     settings = get_settings()
@@ -38,7 +40,7 @@ def room_of(spec: JobSpec | EvaluationSpec, folder: Path, environment: Mapping[s
     return Confinement(
         read=[folder.parent, *(data / path for path in reads(spec))],
         write=[folder, *(settings.folder(name) for name in KEPT_BY_JOBS), *cache_folders(environment)],
-        sockets="loopback" if processes > 1 else "local" if gpu else "none",
+        sockets="network" if machines > 1 else "loopback" if processes > 1 else "local" if gpu else "none",
         gpu=gpu,
         memory_bytes=None if gpu else 2 * usable_memory() + psutil.swap_memory().total + 4 * 2**30,
     )

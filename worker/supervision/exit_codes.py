@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from app import events
 from app.errors import BadData, StudioError
+from app.jobs.gangs import Rendezvous
+from app.jobs.lifecycle import Claim
 from app.kit import manifest, tracing
 from app.kit.logs import turned_over
 from app.machines.gpus import CUDA_ORDER, NONE_VISIBLE
@@ -72,10 +75,29 @@ def trainer_environment(ours: Mapping[str, str], folder: Path | None = None, dev
     }  # fmt: skip
 
 
-def launcher(processes: int) -> list[str]:
-    """The command that starts several processes for one job. They get as long to save as a single one when they are told to stop."""
+def launcher(processes: int, together: Rendezvous | None = None) -> list[str]:
+    """The command that starts several processes for one job, on each of its machines. They get as long to save as a single one when they are
+    told to stop."""
     patience = math.ceil(get_settings().stop_grace_seconds)
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
+    where = ["--standalone"]
+    if together:
+        host, _, port = together.address.rpartition(":")
+        where = ["--nnodes", str(together.machines), "--node-rank", str(together.place), "--master-addr", host, "--master-port", port]
+    return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(processes), "--shutdown-timeout", str(patience)]
+
+
+def trainer_command(held: Claim, spec: Path, write_end: int, together: Rendezvous | None = None, checkpoint: str = "") -> list[str]:
+    started_by = [sys.executable, "-m", "worker.run"]
+    if held.processes > 1 or together:
+        started_by[1:1] = launcher(held.processes, together)
+    # fmt: off
+    return [
+        *started_by, "--spec", str(spec), "--folder", held.folder,
+        "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
+        *(["--pause-at", str(held.pause_at)] if held.pause_at is not None else []),
+        *(["--resume-step", checkpoint.rpartition("-")[2]] if together and checkpoint else []),
+    ]
+    # fmt: on
 
 
 def ask_to_save(pid: int, processes: int = 1) -> bool:

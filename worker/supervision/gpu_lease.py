@@ -11,8 +11,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from app.jobs import lifecycle
 from app.machines.gpus import GpuCard, selection, visible_cards
+from app.machines.hardware import this_machine
 from app.settings import get_settings
+from app.tables import Job
 
 
 @dataclass
@@ -28,6 +31,14 @@ class GpuLease:
     def release(self) -> None:
         while self.files:
             os.close(self.files.pop())
+
+
+def of_job(job: Job) -> GpuLease | None:
+    """The GPUs of a job, none for one that trains on the CPU; None where others use them."""
+    needs = lifecycle.needs_of(job)
+    if not this_machine().cuda or needs.gpu_bytes is None:
+        return GpuLease()
+    return take(needs.num_gpus or get_settings().gpus_per_job, needs.suits)
 
 
 def take(count: int, suits: Callable[[GpuCard], bool] = lambda _: True) -> GpuLease | None:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 AGAIN_SECONDS = 5.0
 """Pause before an upload is tried again that failed for a minute."""
-BESIDE = ("checkpoint-", "tmp")
+CHECKPOINT = "checkpoint-"
+BESIDE = (CHECKPOINT, "tmp")
 """What in an attempt's folder is not stored at its end: stored before, or needed by the trainer alone."""
 
 
@@ -64,9 +65,10 @@ class Leaving(Exception):
     """An attempt ends before its process began, or before its result was stored: a person or this worker leaves no time for it."""
 
 
-def bring(held: Claim, beat: Beat, say: Callable[[str], object]) -> list[str]:
-    """Bring what an attempt reads, where there is an object storage; returns the paths of it. Raises whatever `beat` raises."""
-    return patiently(lambda: bring_spec(held.spec, beat) + _bring_checkpoints(held, beat), beat, say)
+def bring(held: Claim, beat: Beat, say: Callable[[str], object], machines: int = 1, chosen: str | None = None) -> list[str]:
+    """Bring what an attempt reads, where there is an object storage; returns the paths of it. Raises whatever `beat` raises. Of several
+    `machines` the first chooses a checkpoint that all can have, and the others bring that one; empty for none."""
+    return patiently(lambda: bring_spec(held.spec, beat) + _bring_checkpoints(held, beat, machines > 1, chosen), beat, say)
 
 
 def bring_spec(spec: JobSpec | EvaluationSpec, beat: Beat) -> list[str]:
@@ -77,13 +79,21 @@ def bring_spec(spec: JobSpec | EvaluationSpec, beat: Beat) -> list[str]:
     return wanted
 
 
-def _bring_checkpoints(held: Claim, beat: Beat) -> list[str]:
+def checkpoint_in(brought: Sequence[str]) -> str:
+    """The checkpoint that an attempt goes on from, of what was brought; empty where there is none."""
+    return next((path for path in brought if path.rpartition("/")[2].startswith(CHECKPOINT)), "")
+
+
+def _bring_checkpoints(held: Claim, beat: Beat, shared: bool = False, chosen: str | None = None) -> list[str]:
     """Bring the checkpoint that the attempt goes on from, and the best one that it refers to."""
     if objects.storage() is None:
         return []
     places.below(f"runs/{held.job_id}", f"a*/{OUT_OF_MEMORY}")
     with transaction() as session:
         saved = stored_checkpoints.newest_first(session, held.job_id)
+    if shared:  # not one that lies on this machine alone
+        there = set(places.stored(f"runs/{held.job_id}", f"a*/{CHECKPOINT}*"))
+        saved = [path for path in saved if path in there and chosen in (None, path)]
     for path in saved:
         try:
             folder = places.path(path, beat=beat)

@@ -15,14 +15,11 @@ import collections
 import logging
 import os
 import signal
-import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -32,25 +29,24 @@ from app import events, limits
 from app.db import transaction
 from app.errors import BadData
 from app.inference import residency
-from app.jobs import lifecycle, usage
+from app.jobs import gangs, lifecycle, usage
+from app.jobs.gangs import Rendezvous
 from app.jobs.lifecycle import Claim, FenceLost
 from app.kit import child_process, tracing
 from app.kit.child_process import Child
 from app.kit.confinement import confined
 from app.kit.logs import turn_over
 from app.machines import energy
-from app.machines.hardware import this_machine
 from app.models import integrity
 from app.settings import get_settings
 from app.storage import places
 from app.storage.atomic import write_atomically
 from app.tables import Job
-from worker.runtime import attendance, failures
-from worker.supervision import answering, confinement, exit_codes, gpu_lease, storing
+from worker.supervision import answering, confinement, exit_codes, gang, gpu_lease, storing
 from worker.supervision.claiming import ClaimOutcome, claimed, retry_until_database
+from worker.supervision.gpu_lease import GpuLease
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MAX_HELD_EVENTS = 200_000
 """Events kept in memory while the database is unreachable, some 100 MB. Beyond it the trainer blocks on its pipe."""
@@ -62,15 +58,9 @@ MIN_PATIENCE_SECONDS = 600.0
 """Minimum silence of a step before the trainer is taken to hang, however short the steps before it were."""
 
 BATCH = 500
-
-LOOK_SECONDS = 0.5
-"""Polling interval of a silent trainer."""
-
+LOOK_SECONDS = 0.5  # polling interval of a silent trainer
 LOG_LIMIT_BYTES = 32 * 2**20
 """Maximum size of a trainer's log; as much of the previous log is kept next to it."""
-
-LAUNCHER_BYTES = 16_000
-"""As much of the log's end holds what the processes of a job and their launcher say last."""
 
 GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
@@ -82,61 +72,52 @@ def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> C
     if isinstance(found, ClaimOutcome):
         log.info("Job %s is not claimed: %s.", job_id, found.value)
         return found
-    carry_out(found)
-    return ClaimOutcome.DONE
+    assert isinstance(found, Attempt | gang.Offer)
+    return carry_out(found)
 
 
-def claim(session: Session, job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Attempt | ClaimOutcome:
-    """Claim this job and lease the GPUs that it needs; or why not, and nothing is changed. The reaper announces what is not claimed again."""
+def claim(session: Session, job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Attempt | gang.Offer | ClaimOutcome:
+    """Claim this job and lease the GPUs that it needs; or why not, and nothing is changed. The reaper announces what is not claimed again.
+    Of a job on several machines a place is offered where the others are not there yet."""
     if going_down():
         return ClaimOutcome.LEFT
     job = session.get(Job, job_id)
     if job is None:
         return ClaimOutcome.GONE
-    lease = _lease(job)
+    lease = gpu_lease.of_job(job)
     if lease is None:
         return ClaimOutcome.NO_GPU
     try:
-        held = lifecycle.claim(session, job_id, f"{socket.gethostname()}:{os.getpid()}", len(lease.files))
+        found = gang.claim(session, job, lease, going_down)
     except BaseException:
         lease.release()
         raise
-    if held is None:
+    if isinstance(found, ClaimOutcome):
         lease.release()
-        return ClaimOutcome.GONE
-    return Attempt(held, going_down, lease)
+    return Attempt(found[0], going_down, lease, found[1]) if isinstance(found, tuple) else found
 
 
-def carry_out(attempt: Attempt) -> None:
-    """The attempt, from the start of its trainer to the record of its end."""
-    held = attempt.held
-    log.info("Job %s: attempt %d with fence %d.", held.job_id, held.attempt, held.fence)
+def carry_out(found: Attempt | gang.Offer) -> ClaimOutcome:
+    """The attempt, from the start of its trainer to the record of its end; of an offer once it has become one."""
+    if isinstance(found, gang.Offer):
+        return found.carry_out()
     try:
-        with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
-            attempt.run()
-            if span is not None:
-                span.set_attributes({"step": attempt.pace.step or 0, "outcome": type(attempt.said_last).__name__.lower()})
-    except FenceLost:
-        log.warning("Job %s: its fence was lost; nothing more is written.", held.job_id)
+        found.carry_out()
     finally:
-        attempt.lease.release()
-
-
-def _lease(job: Job) -> gpu_lease.GpuLease | None:
-    """The GPUs of a job, none for one that trains on the CPU; None where others use them."""
-    needs = lifecycle.needs_of(job)
-    if not this_machine().cuda or needs.gpu_bytes is None:
-        return gpu_lease.GpuLease()
-    return gpu_lease.take(needs.num_gpus or get_settings().gpus_per_job, needs.suits)
+        found.lease.release()
+    return ClaimOutcome.DONE
 
 
 class Attempt:
     """One attempt at a job, from the start of its trainer to the record of its end."""
 
-    def __init__(self, held: Claim, going_down: Callable[[], bool], lease: gpu_lease.GpuLease | None = None) -> None:
+    def __init__(self, held: Claim, going_down: Callable[[], bool], lease: GpuLease | None = None, together: Rendezvous | None = None):
         self.held = held
+        self.together = together  # with other machines
+        self.machines = together.machines if together else 1
+        self.checkpoint = ""  # that all machines go on from
         self.going_down = going_down
-        self.lease = lease or gpu_lease.GpuLease()
+        self.lease = lease or GpuLease()
         self.meter = energy.Meter(self.lease.gpus)
         self.folder: Path = get_settings().data_dir / held.folder
         self.heard: collections.deque[events.TrainerEvent] = collections.deque()
@@ -156,8 +137,20 @@ class Attempt:
         self.checkpoints = storing.CheckpointStore(held, self._say)
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
         self.desk: answering.QuestionDesk | None = None  # where graders ask models
+        self.gang = gangs.GangState(False, None, {})  # what the leader saw last of the others
 
     # The main path --------------------------------------------------------------------------------------------------
+
+    def carry_out(self) -> None:
+        held = self.held
+        log.info("Job %s: attempt %d with fence %d.", held.job_id, held.attempt, held.fence)
+        try:
+            with tracing.span("trainer", attempt=held.attempt, strategy=held.spec.strategy.name, model=held.spec.model.name) as span:
+                self.run()
+                if span is not None:
+                    span.set_attributes({"step": self.pace.step or 0, "outcome": type(self.said_last).__name__.lower()})
+        except FenceLost:
+            log.warning("Job %s: its fence was lost; nothing more is written.", held.job_id)
 
     def run(self) -> None:
         try:
@@ -169,10 +162,12 @@ class Attempt:
         except FenceLost:
             raise
         except storing.Leaving:
-            self._retry_until_database(lambda session: lifecycle.stopped(session, self.held, self.pace.step, "the object storage was away"))
+            self._stopped("the object storage was away")
         except integrity.BadModel as error:
             integrity.tell(error)
             self._fail(events.Failed(kind="bad_model", message=error.message, hint=error.hint))
+        except gang.PlaceLost as error:
+            self._fail(error.fault)
         except BadData as error:  # rows that are damaged in the object storage
             self._fail(events.Failed(kind="bad_data", message=error.message, hint=error.hint))
         except OSError as error:
@@ -186,18 +181,24 @@ class Attempt:
             self.over.set()
             self.checkpoints.end()
 
+    def _stopped(self, reason: str) -> None:
+        self._retry_until_database(lambda session: lifecycle.stopped(session, self.held, self.pace.step, reason))
+
     def _fail(self, fault: events.Failed) -> None:
         self._retry_until_database(lambda session: lifecycle.fail(session, self.held, fault))
 
     def _train(self) -> int:
         """Start the trainer and supervise it to its end; returns its exit code, negative for a signal."""
-        with places.held(storing.bring(self.held, self._go_on, self._say), self._go_on):
+        brought = storing.bring(self.held, self._go_on, self._say, self.machines, self._chosen())
+        with places.held(brought, self._go_on):
+            self.checkpoint = storing.checkpoint_in(brought)
             return self._supervised()
 
     def _supervised(self) -> int:
         self._ask_room()
         for model in filter(None, (self.held.spec.model, self.held.spec.teacher)):
             integrity.check_model(model, self._beat_when_due)  # reading a large one takes longer than a lease
+        self._meet()
         self.trainer = self._start()
         self.trainer.listen(self._hear, over=self.woken.set)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -210,19 +211,32 @@ class Attempt:
             confinement.clean(self.folder)
         return code
 
+    def _chosen(self) -> str | None:
+        """The checkpoint that another machine has chosen for all."""
+
+    def _meet(self) -> None:
+        """Tell the other machines which checkpoint all go on from, and wait until they have it."""
+        if self.together:
+            self._retry_until_database(lambda session: gangs.tell_checkpoint(session, self.held, self.checkpoint))
+        while self.together and not self.gang.ready:
+            self._go_on()
+            if self.gang.fault:
+                raise gang.PlaceLost(self.gang.fault)
+            time.sleep(LOOK_SECONDS)
+
     def _start(self) -> Child:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         spec = self.folder / "spec.json"
         write_atomically(spec, self.held.spec.model_dump_json(indent=1))
         environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device) | self.lease.environment()
         environment |= {"LUTHIER_GPUS_PER_JOB": str(self.held.processes)}
-        room = confinement.room_of(self.held.spec, self.folder, environment, self.held.processes)
+        room = confinement.room_of(self.held.spec, self.folder, environment, self.held.processes, self.machines)
         if self.held.spec.judges:
             self.desk = retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
         options, files = (self.desk.options, self.desk.files) if self.desk else ([], ())
         with (self.folder / "trainer.log").open("ab") as out:
             child = child_process.start(
-                lambda pipe: confined([*trainer_command(self.held, spec, pipe), *options], room),
+                lambda pipe: confined([*exit_codes.trainer_command(self.held, spec, pipe, self.together, self.checkpoint), *options], room),
                 env=environment,
                 output=out,
                 keeps=[*self.lease.files, *files],
@@ -321,6 +335,8 @@ class Attempt:
         try:
             with transaction() as session:
                 self.wishes = lifecycle.heartbeat(session, self.held)
+                if self.together:
+                    self.gang = gangs.look(session, self.held, self.machines)
                 usage.record_energy(session, self.held.job_id, self.held.fence, self.meter.joules())
                 if self.desk:
                     limits.count_meter(session, Job, self.held.job_id, self.desk.meter)
@@ -365,10 +381,14 @@ class Attempt:
                 self._stop("asked for")
             elif self.going_down():
                 self._stop("the worker is going down")
+            elif self.gang.leaves:
+                self._stop(f"{self.gang.leaves} is going down")
             elif self.wishes.save and self.started and not self.save_sent:
                 self.save_sent = exit_codes.ask_to_save(self.trainer.pid, self.held.processes)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
             self.trainer.kill_group()
+        if self.gang.fault:
+            self.trainer.kill_group()  # its processes would wait for those of the other machine for minutes
 
     def _stop(self, reason: str) -> None:
         self.stop_at, self.stop_reason = time.monotonic(), reason
@@ -377,12 +397,8 @@ class Attempt:
     def _look_for_hang(self) -> None:
         if self.stop_at is None and self.pace.silent_too_long():
             self.hung = True
-            others = f", while its other processes wait for {who}" if (who := self._waited_for()) else ""
+            others = f", while its other processes wait for {who}" if (who := gang.waited_for(self.held, self.folder, self.gang)) else ""
             self._stop(f"nothing was heard of the trainer for {self.pace.patience():.0f} seconds{others}")
-
-    def _waited_for(self) -> str:
-        """The process, of several that train the job, that the others wait for; empty where there is none."""
-        return attendance.waited_for(exit_codes.tail(self.folder / attendance.FILE), self.held.processes)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -392,24 +408,28 @@ class Attempt:
         self.checkpoints.finish(last.path if isinstance(last, events.Finished) and code == 0 else None, self._go_on_storing)
         if isinstance(last, events.Finished) and code == 0:
             return self._finish(last)
+        if (
+            self.together
+            and self.stop_at is None
+            and code != exit_codes.STOPPED
+            and (fault := gang.fault_elsewhere(self.held, self.machines, last))
+        ):
+            return self._fail(fault)
         if self.hung:
             return self._fail(events.Failed(kind="no_progress", message=f"The trainer hung: {self.stop_reason}.", hint="Look at its log."))
         if isinstance(last, events.Failed):
-            return self._fail((self._lost_process(memory) if last.kind == "worker_lost" else None) or last)
+            return self._fail(
+                (gang.lost_process(self.held, self.machines, self.folder, self.gang, memory) if last.kind == "worker_lost" else None)
+                or last
+            )
         if code == exit_codes.STOPPED or self.stop_at is not None:
-            return self._retry_until_database(lambda session: lifecycle.stopped(session, held, self.pace.step, self.stop_reason))
+            return self._stopped(self.stop_reason)
         said = exit_codes.tail(self.folder / "trainer.log")
-        failed = self._lost_process(memory) or exit_codes.classify(code, said, memory.killed_since())
+        failed = gang.lost_process(self.held, self.machines, self.folder, self.gang, memory) or exit_codes.classify(
+            code, said, memory.killed_since()
+        )
         log.error("Job %s: %s", held.job_id, failed.message)
         return self._fail(failed)
-
-    def _lost_process(self, memory: exit_codes.OomWatch) -> events.Failed | None:
-        """What became of the process that the others of this job lost, as the log and their attendance tell it."""
-        if (size := self.held.processes) == 1:
-            return None
-        said = exit_codes.tail(self.folder / "trainer.log", LAUNCHER_BYTES)
-        ended = exit_codes.of_process(said, size, memory.killed_since())
-        return ended or failures.of_peer(said, self._waited_for())
 
     def _finish(self, finished: events.Finished) -> None:
         fault = exit_codes.check_result(get_settings().data_dir / finished.path)
@@ -428,16 +448,3 @@ class Attempt:
         """Whether waiting for the database is pointless: the fence is lost, or this worker has been leaving for a while."""
         leaving = self.stop_at is not None and time.monotonic() > self.stop_at + get_settings().stop_grace_seconds
         return self.fence_lost.is_set() or (leaving and self.going_down())
-
-
-def trainer_command(held: Claim, spec: Path, write_end: int) -> list[str]:
-    started_by = [sys.executable, "-m", "worker.run"]
-    if held.processes > 1:
-        started_by[1:1] = exit_codes.launcher(held.processes)
-    # fmt: off
-    return [
-        *started_by, "--spec", str(spec), "--folder", held.folder,
-        "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
-        *(["--pause-at", str(held.pause_at)] if held.pause_at is not None else []),
-    ]
-    # fmt: on

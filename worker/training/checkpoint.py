@@ -181,9 +181,10 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def newest(runs: Path) -> Path | None:
-    """The checkpoint of the highest step, over all attempts, whose manifest verifies. Torn ones are passed over."""
+def newest(runs: Path, step: int | None = None) -> Path | None:
+    """The checkpoint of the highest step, over all attempts, whose manifest verifies; or of this `step`. Torn ones are passed over."""
     found = [p for p in runs.glob("a*/checkpoint-*") if p.name.rpartition("-")[2].isdigit() and p.is_dir()]
+    found = [path for path in found if step in (None, _step(path))]
     for path in sorted(found, key=lambda p: (_step(p), _fence(p)), reverse=True):
         try:
             manifest.verify(path)

@@ -32,7 +32,8 @@ from app.settings import PROJECT, RESOURCES, get_settings
 LAYERS = ("limits", "mounts", "network", "capabilities", "landlock", "seccomp")
 ENTER = str(Path(__file__).with_name("enter.py"))
 
-Sockets = Literal["none", "local", "loopback"]
+Sockets = Literal["none", "local", "loopback", "network"]
+"""What a process may connect to: nothing, programs of this machine by a socket file, its own processes, or other machines."""
 
 MAX_OPEN_FILES = 16_384
 MAX_TASKS = 4096

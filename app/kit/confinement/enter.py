@@ -50,7 +50,8 @@ else:
 WALLS = {"files": ("mounts", "landlock"), "network": ("network", "seccomp"), "privileges": ("capabilities",), "memory": ("limits",)}
 """What `required` insists on, and the layers that provide it."""
 
-FAMILIES = {"none": (), "local": (socket.AF_UNIX, 16), "loopback": (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, 16)}
+INTERNET = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, 16)
+FAMILIES = {"none": (), "local": (socket.AF_UNIX, 16), "loopback": INTERNET, "network": INTERNET}
 """Socket families a program may create; 16 is netlink, by which libraries enumerate network interfaces."""
 
 
@@ -173,7 +174,9 @@ def fresh_proc(place: str) -> bool:
 
 
 def network(order: Order) -> None:
-    """No interface except loopback."""
+    """No interface except loopback; all of them for a process whose job is on other machines too."""
+    if order["sockets"] == "network":
+        raise ValueError("its job is on several machines")
     kernel.unshare(kernel.NEW_NETWORK)
     kernel.raise_loopback()
 
@@ -204,7 +207,7 @@ def die_with_parent(order: Order) -> list[str]:
 
 
 def landlock(order: Order) -> None:
-    rules = kernel.Landlock(network=order["sockets"] == "loopback")
+    rules = kernel.Landlock(network=order["sockets"] in ("loopback", "network"))
     for path in [*order["system"], *order["read"], "/proc", "/sys"]:
         rules.allow(path, "read")
     inside = [*order["system"], *order["read"], *order["write"]]

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -293,27 +292,6 @@ def test_rows_are_read_by_whoever_wrote_them(tmp_path, wrote, reads):
     for key, x in states.items():
         assert all(torch.equal(one[key], x) for one in found) if not x.ndim else torch.equal(torch.cat([one[key] for one in found]), x)
     assert all(torch.equal(x, states[key]) for key, x in read_optimizer(tmp_path).items())
-
-
-@pytest.mark.long
-def test_two_machines_meet(spec, data_dir):
-    """As the README says it: torchrun on each, one rendezvous; what is said comes out of the first's standard output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = data_dir / "runs" / "apart" / "a1"
-    folder.mkdir(parents=True)
-    (folder / "spec.json").write_text(spec.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "apart", "-m", "worker.run", "--spec", str(folder / "spec.json")]
-    command += ["--folder", "runs/apart/a1", "--resume-from", "runs/apart", "--events-fd", "1"]
-    given = {**os.environ, "LUTHIER_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    machines = [subprocess.Popen(command, cwd=PROJECT, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    told = [machine.communicate(timeout=240) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], told[0][1][-2000:]
-    said = [events.read_line(line) for out, _ in told for line in out.splitlines() if line.startswith(b"{")]
-    assert isinstance(said[-1], events.Finished) and sum(isinstance(e, events.Started) for e in said) == 1
-    assert weights(said[-1].path)
 
 
 def test_gradients_of_many_sizes_are_summed(monkeypatch):

@@ -17,7 +17,7 @@ from app.tables import Job
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import new_job, now_of, order_evaluation, order_predictions, row_of  # noqa: F401  # a fixture
 from worker.evaluation import attempt, train_turn
-from worker.supervision import claiming, gpu_lease, train_attempt
+from worker.supervision import claiming, exit_codes, gpu_lease, train_attempt
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
 
@@ -76,7 +76,7 @@ def test_a_lease_lasts_as_long_as_the_trainer(tmp_path) -> None:
 def test_a_job_waits_for_a_card_and_trains_on_that(new_job, tmp_path, monkeypatch) -> None:  # noqa: F811
     seen = tmp_path / "seen"
     program = f"import os, pathlib, time; pathlib.Path({str(seen)!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(60)"
-    monkeypatch.setattr(train_attempt, "trainer_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(exit_codes, "trainer_command", lambda *_: [sys.executable, "-c", program])
     monkeypatch.setattr(train_attempt, "confined", lambda command, room: command)
     job, other = new_job(), gpu_lease.take(2)
     train_attempt.work(job.id)

@@ -57,7 +57,7 @@ def odd(new_job, monkeypatch):
     """Start a job whose trainer behaves oddly; gives the job and the thread that supervises it."""
 
     def start(how: str) -> tuple[Job, threading.Thread]:
-        monkeypatch.setattr(train_attempt, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), how, str(fd), held.folder])
+        monkeypatch.setattr(exit_codes, "trainer_command", lambda held, spec, fd, *_: [sys.executable, str(ODD), how, str(fd), held.folder])
         job = new_job()
         thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
         thread.start()
@@ -333,9 +333,9 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
     """Validation, and base and result on every training row, say how far they are; each takes several times the patience."""
     patience = 2.5
     monkeypatch.setattr(train_attempt, "MIN_PATIENCE_SECONDS", patience)
-    whole = train_attempt.trainer_command
+    whole = exit_codes.trainer_command
     monkeypatch.setattr(
-        train_attempt, "trainer_command", lambda *given: [sys.executable, "-m", "tests.worker.supervision.slow_trainer", *whole(*given)[3:]]
+        exit_codes, "trainer_command", lambda *given: [sys.executable, "-m", "tests.worker.supervision.slow_trainer", *whole(*given)[3:]]
     )
     job = new_job(epochs=1, evaluations_per_epoch=1, max_tokens_per_step=64, samples=0, forgetting=False)
     train_attempt.work(job.id)
@@ -380,7 +380,9 @@ def test_a_save_is_asked_for_once(odd, user, how):
 
 
 def test_a_worker_that_goes_down_gives_the_job_back(new_job, monkeypatch):
-    monkeypatch.setattr(train_attempt, "trainer_command", lambda held, spec, fd: [sys.executable, str(ODD), "polite", str(fd), held.folder])
+    monkeypatch.setattr(
+        exit_codes, "trainer_command", lambda held, spec, fd, *_: [sys.executable, str(ODD), "polite", str(fd), held.folder]
+    )
     job, leaving = new_job(), threading.Event()
     thread = threading.Thread(target=train_attempt.work, args=(job.id, leaving.is_set), daemon=True)
     thread.start()

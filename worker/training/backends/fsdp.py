@@ -160,6 +160,7 @@ class FsdpBackend(PlainBackend):
             raise failed
         if code:
             raise OSError(code, os.strerror(code), str(aside))
+        world.bring_files(pieces)
         self.pieces = pieces
         self._join()
         try:
