@@ -13,24 +13,26 @@ from app.machines import heartbeats
 from app.machines.placement import Resources
 
 GIGABYTE = 10**9
-INPUTS = {name: f"resources.{name}" for name in ("gpus", "gpu", "gpu_memory_bytes", "labels")}
+INPUTS = {name: f"resources.{name}" for name in ("gpus", "machines", "gpu", "gpu_memory_bytes", "labels")}
 """Fields of the request → inputs; the memory is typed in GB, the labels with commas."""
 
 
 class Offers(NamedTuple):
-    """What the train workers have that a job may ask for: names of GPUs, most of them in one machine, labels."""
+    """What the train workers have that a job may ask for: names of GPUs, most of them in one machine, labels; and how many machines there are."""
 
     gpus: list[str]
     most: int
     labels: list[str]
+    machines: int
 
 
 def offers(typed: Mapping[str, str]) -> Offers | None:
     """None where there is nothing to choose from, and nothing was typed."""
     there = heartbeats.capacities()
     names = sorted({card.name for one in there for card in one.cards})
-    found = Offers(names, max((len(one.cards) for one in there), default=0), sorted({label for one in there for label in one.labels}))
-    choice = found.most > 1 or len(names) > 1 or found.labels or any(typed.get(name) for name in INPUTS.values())
+    labels = sorted({label for one in there for label in one.labels})
+    found = Offers(names, max((len(one.cards) for one in there), default=0), labels, len(there))
+    choice = found.most > 1 or found.machines > 1 or len(names) > 1 or found.labels or any(typed.get(name) for name in INPUTS.values())
     return found if choice else None
 
 

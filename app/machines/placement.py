@@ -154,7 +154,8 @@ def capacity_of(host: str, machine: Machine) -> Capacity:
 
 
 def why_nowhere(needs: Needs, known: Collection[Capacity]) -> str | None:
-    """Why none of these machines can ever take the job; None where one can, and where no machine is known."""
+    """Why none of these machines can ever take the job; None where one can, and where no machine is known. A machine may have several workers, of
+    which each takes a place of a job on several."""
     if not known or any(one.fits(needs) for one in known):
         return None
     there = [one.in_words() for one in known]
