@@ -10,7 +10,7 @@ import re
 from collections.abc import Container
 from typing import Any, Literal
 
-from app.kit.languages import mark
+from app.languages import mark
 
 TemplateName = Literal["model", "chatml", "hermes", "llama3", "gemma", "alpaca", "plain", "jinja"]
 SAMPLES = {

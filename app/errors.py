@@ -25,7 +25,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class StudioError(Exception):

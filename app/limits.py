@@ -21,8 +21,8 @@ from app import leases, queue
 from app.db import on_commit
 from app.errors import BadField, TooMany
 from app.kit.humanize import human_bytes, human_number
-from app.kit.languages import gettext, lowered, mark
 from app.kit.token_meter import TokenMeter
+from app.languages import gettext, lowered, mark
 from app.settings import get_settings
 from app.tables import (
     JSON,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import SOURCE, current, gettext, localized, lowered, mark
+from app.languages import SOURCE, current, gettext, localized, lowered, mark
 
 Unit = Literal["", "share"]
 

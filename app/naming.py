@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.datasets import service as datasets
 from app.errors import BadField
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import Comparison, Dataset, Job, Model
 
 Named = Job | Model | Dataset | Comparison

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from app.db import on_commit, transaction
 from app.errors import Conflict, NotFound
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.storage import atomic, files, places
 from app.tables import Base, Dataset, Evaluation, Export, File, Job, Model, Project, User

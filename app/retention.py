@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Table, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.db import on_commit, touched
-from app.kit.languages import mark
+from app.languages import mark
 from app.leases import now
 from app.models import exports
 from app.settings import get_settings

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from app.chat_templates import MAX_CHARACTERS, SAMPLES, TemplateName, fault
-from app.kit.languages import mark
+from app.languages import mark
 from app.new_tokens import NewTokens
 from app.optimizers import Optimizer, with_setting
 

@@ -15,7 +15,7 @@ from app.errors import BadField, NotFound
 from app.graders import Grader
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import either, owned
 from app.tables import JSON, SavedGrader, User
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import BadData
-from app.kit.languages import gettext
+from app.languages import gettext
 
 
 class Linear(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives import OBJECTIVES, SETTINGS, Task
 from app.older_settings import renamed
 from app.optimizers import OPTIMIZERS

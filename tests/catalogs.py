@@ -1,7 +1,7 @@
 """The messages of the interface: extracts them, keeps `app/locale/*.po` current, and finds texts that nobody marked.
 
-    python -m tests.catalogs                    update the catalogs from the sources; says how many messages are not translated
-    python -m tests.catalogs --check FILE …     texts of these files that are not marked
+python -m tests.catalogs                    update the catalogs from the sources; says how many messages are not translated
+python -m tests.catalogs --check FILE …     texts of these files that are not marked
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from babel.messages.extract import extract_from_file
 from babel.messages.pofile import read_po, write_po
 from jinja2 import nodes
 
-from app.kit.languages import FOLDER, LOCALES, SOURCE
+from app.languages import FOLDER, LOCALES, SOURCE
 from app.web.templates import environment
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,22 @@ PYTHON_KEYWORDS = {"gettext": None, "ngettext": (1, 2), "mark": None}
 JS_KEYWORDS = {"_": None, "ngettext": (1, 2)}
 HUMAN_ATTRIBUTES = ("title", "aria-label", "placeholder", "alt", "label", "data-confirm", "hx-confirm", "data-ask")
 SILENT_ELEMENTS = ("script", "style", "code", "kbd", "pre", "samp")
-ENGLISH_CALLS = ("log", "ValueError", "RuntimeError", "TypeError", "AssertionError", "KeyError", "text", "Field", "Query", "Path", "Form", "Header", "Body", "File")
+ENGLISH_CALLS = (
+    "log",
+    "ValueError",
+    "RuntimeError",
+    "TypeError",
+    "AssertionError",
+    "KeyError",
+    "text",
+    "Field",
+    "Query",
+    "Path",
+    "Form",
+    "Header",
+    "Body",
+    "File",
+)
 """Calls whose texts no reader of a page sees: logs, programming errors, SQL, and the description of the API."""
 
 
@@ -127,7 +142,12 @@ def _in_template(source: str) -> Iterator[str]:
     texts.feed(plain)
     yield from texts.found
     tree = environment().parse(source)
-    marked = {id(one) for call in tree.find_all(nodes.Call) if _name(call.node) in ("_", "gettext", "ngettext") for one in call.find_all(nodes.Const)}
+    marked = {
+        id(one)
+        for call in tree.find_all(nodes.Call)
+        if _name(call.node) in ("_", "gettext", "ngettext")
+        for one in call.find_all(nodes.Const)
+    }
     for constant in tree.find_all(nodes.Const):
         text = constant.value
         if isinstance(text, str) and id(constant) not in marked and re.search(r"^[A-Z][a-z]+|[a-z]{2,} [a-z%]{2,}", text.strip()):
@@ -162,7 +182,9 @@ def _in_python(source: str) -> Iterator[str]:
             text = node.value
         else:
             continue
-        if re.search(r"[A-Za-z]{2,} [A-Za-z{]|^[A-Z][a-z]+ ?\{", text) and not re.search(r"^(SELECT|INSERT|UPDATE|DELETE|WITH|ALTER|CREATE) ", text):
+        if re.search(r"[A-Za-z]{2,} [A-Za-z{]|^[A-Z][a-z]+ ?\{", text) and not re.search(
+            r"^(SELECT|INSERT|UPDATE|DELETE|WITH|ALTER|CREATE) ", text
+        ):
             yield f"{node.lineno}: {text}"
 
 
@@ -170,7 +192,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--check"]:
         for name in sys.argv[2:]:
             for text in unmarked((ROOT / name).resolve()):
-                print(f"{name}: {text}")  # noqa: T201
+                print(f"{name}: {text}")
     else:
         for language, count in update().items():
-            print(f"{language}: {count} messages without a translation")  # noqa: T201
+            print(f"{language}: {count} messages without a translation")

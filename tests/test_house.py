@@ -18,7 +18,7 @@ WEB_IMPORT_LIMIT = 1.4  # times the import of the libraries alone
 """Of the processor: on a machine that is busy with other things the clock on the wall says nothing."""
 
 APP = """
-settings · errors · events · shapes · kit · metrics, answer_syntax, trackers · tables · pg_connection, ownership · db · queue, migrate · leases · limits · machines · objectives · graders · saved_graders · formats, strategies, optimizers, chat_templates, export_formats, older_settings, new_tokens ·
+settings, languages · errors · events · shapes · kit · metrics, answer_syntax, trackers · tables · pg_connection, ownership · db · queue, migrate · leases · limits · machines · objectives · graders · saved_graders · formats, strategies, optimizers, chat_templates, export_formats, older_settings, new_tokens ·
 run_settings · config_formats · spec · storage · planning · models · datasets · naming · webhooks, tracking · jobs · inference · evaluation · prompts, distillations, searches · batches, evals · retention, personal_data · web · views · learn · schemas · routes ·
 relay · ops · main · cli
 """

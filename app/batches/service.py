@@ -28,7 +28,7 @@ from app.jobs.request import MetadataKey, MetadataValue
 from app.kit import ids
 from app.kit.humanize import human_number
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.storage import files
 from app.tables import JSON, BatchAnswer, RequestBatch, User
 from app.webhooks import service as webhooks

@@ -15,7 +15,7 @@ from app.datasets import inspections
 from app.datasets.row_store import read_rows
 from app.kit.humanize import human_number
 from app.kit.json_safe import shortened
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.tables import Dataset, Inspection
 
 KINDS = {"removed": mark("removed"), "relabeled": mark("relabeled"), "edited": mark("edited"), "added": mark("now valid")}

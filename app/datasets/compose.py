@@ -20,7 +20,7 @@ from app.datasets import service as datasets
 from app.errors import BadField, Conflict
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import english, gettext, lowered, ngettext
+from app.languages import english, gettext, lowered, ngettext
 from app.tables import Dataset, User
 
 Operation = Literal["concatenate", "mix", "sample", "deduplicate", "convert"]

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app.datasets import inspections, issue_names, versions
 from app.errors import BadField, NotFound
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import Dataset, Finding, Inspection, User
 
 PER_PAGE = 10

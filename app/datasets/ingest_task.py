@@ -29,7 +29,7 @@ from app.datasets.row_store import verify_rows
 from app.errors import BadData, Conflict, StudioError
 from app.kit import sandbox
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import maker_of
 from app.settings import get_settings
 from app.storage import atomic, files, places

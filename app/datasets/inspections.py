@@ -25,7 +25,7 @@ from app import db, leases, queue
 from app.datasets import service as datasets
 from app.errors import Conflict, StudioError
 from app.kit import sandbox
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.spec import ModelRef

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 CONFLICTS = ("other_label", "other_answer", "opposite_verdict")
 """Rules about conflicting rows: which one is right is a person's choice (`app/datasets/conflicts.py`)."""

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from app.datasets import service as datasets
 from app.errors import BadField, TooLarge
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.storage import files
 from app.tables import Dataset, User
 

@@ -33,7 +33,7 @@ from app.db import on_commit, transaction
 from app.errors import BadField, Conflict, TooLarge
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import owned
 from app.settings import get_settings
 from app.storage import atomic, files

@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from app.errors import BadField
-from app.kit.languages import gettext
+from app.languages import gettext
 
 ROLES = ("system", "user", "assistant", "tool")
 

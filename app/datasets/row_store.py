@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from app.errors import BadData
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, defer
 
 from app.datasets import service as datasets
 from app.errors import NotFound
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.ownership import mine
 from app.settings import RESOURCES
 from app.storage import files

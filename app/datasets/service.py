@@ -23,7 +23,7 @@ from app.datasets.ingest import VERSION
 from app.errors import BadField, Conflict
 from app.formats._messages import known_role
 from app.kit import ids, once
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import either, mine, owned
 from app.settings import get_settings
 from app.spec import DatasetRef

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from app.db import transaction
 from app.errors import NotFound, StudioError
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.storage import objects, places
 from app.storage.atomic import disk_errors
 from app.tables import Upload, UploadPiece

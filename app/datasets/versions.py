@@ -23,7 +23,7 @@ from app.formats._messages import CHOICES
 from app.kit import ids
 from app.kit.humanize import human_number
 from app.kit.json_safe import DEEPEST, too_deep
-from app.kit.languages import english, gettext, localized, ngettext
+from app.languages import english, gettext, localized, ngettext
 from app.storage import places
 from app.tables import Dataset, Finding, User
 

@@ -28,7 +28,7 @@ from app.inference.protocol import MAX_CHOICES, ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import maker_of, owned
 from app.spec import DatasetRef, ModelRef
 from app.storage import files

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from app import graders
 from app.errors import BadField
 from app.graders import Graded, Grader
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import JSON
 
 PASSES = 0.5

@@ -25,7 +25,7 @@ from app.inference import judges, playground, stored
 from app.kit import ids, stats
 from app.kit.humanize import human_number
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.storage import files
 from app.tables import JSON, Eval, EvalItem, EvalRun, Exchange, User

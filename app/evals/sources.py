@@ -15,7 +15,7 @@ from app.graders._base import GradedSample, GradeError
 from app.graders._templates import Template, fill
 from app.inference.stored import StoredFilter
 from app.kit.json_safe import too_deep
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import JSON
 
 MAX_ITEMS = 10_000

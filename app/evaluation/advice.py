@@ -22,7 +22,7 @@ from app.evaluation.advice_cards import AdviceStep, Card, OtherModel, WholeRun, 
 from app.jobs.defaults import usual_run
 from app.kit import ids
 from app.kit.humanize import human_bytes, human_count, human_number
-from app.kit.languages import gettext, lowered
+from app.languages import gettext, lowered
 from app.machines import heartbeats
 from app.models import from_nothing
 from app.models import service as models

@@ -9,10 +9,11 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, Field
 
-from app.kit import ids, languages
+from app import languages
+from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import human_bytes, human_count, human_number, human_percent, human_seconds
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.metrics import in_text
 from app.objectives import OBJECTIVES
 from app.planning.advisor import Advice, CostEstimate

@@ -20,7 +20,7 @@ from app.jobs.request import DatasetId, JobRequest
 from app.kit import once
 from app.kit.forms import as_text
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.objectives import Task
 from app.run_settings import RunSettings
 from app.spec import Split

@@ -19,7 +19,7 @@ from app.evaluation import comparison_plan, comparisons
 from app.jobs import row_losses
 from app.kit import ids, stats
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import gettext, localized, mark, ngettext
+from app.languages import gettext, localized, mark, ngettext
 from app.metrics import METRICS, Metric, judged_by
 from app.objectives import DEFAULT, OBJECTIVES
 from app.shapes import Shape

@@ -30,7 +30,7 @@ from app.evaluation.comparison_plan import ComparisonOrder, Plan, planned, read_
 from app.jobs import service as jobs
 from app.jobs.request import bad_field
 from app.kit import ids
-from app.kit.languages import english, gettext, ngettext
+from app.languages import english, gettext, ngettext
 from app.models import service as models
 from app.ownership import made, owned
 from app.tables import JSON, Comparison, Job, Model, User

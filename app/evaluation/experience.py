@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from app.datasets import service as datasets
 from app.evaluation.comparison_table import is_number, score_columns
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.metrics import METRICS, ability, judged_by
 from app.ownership import mine
 from app.strategies import STRATEGIES

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies import Strategy

@@ -21,7 +21,7 @@ from app.errors import BadField, Conflict, NotFound, StudioError
 from app.evaluation import service as evaluations
 from app.kit import ids, stats
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import gettext, localized, ngettext
+from app.languages import gettext, localized, ngettext
 from app.metrics import METRICS, in_text, signed
 from app.models import aliases
 from app.models import service as models

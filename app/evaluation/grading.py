@@ -18,7 +18,7 @@ from app.errors import BadField
 from app.graders import Ask, Graded, GradedSample, GradeError, Grader, Reply
 from app.inference import judges
 from app.kit import stats
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import User
 
 JSON = dict[str, Any]

@@ -34,7 +34,7 @@ from app.evaluation.service import EvaluationSpec, Kind
 from app.inference import tryout
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import service as models
 from app.objectives import DEFAULT
 from app.settings import get_settings

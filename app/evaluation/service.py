@@ -31,7 +31,7 @@ from app.jobs import usage
 from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.leases import now
 from app.models import interpolation
 from app.models import service as models

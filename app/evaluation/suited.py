@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from app import objectives
 from app.datasets.report import label_name
 from app.errors import BadField
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import interpolation
 from app.models import service as models
 from app.tables import Dataset, Job

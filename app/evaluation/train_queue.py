@@ -19,13 +19,13 @@ from sqlalchemy import BigInteger, ColumnElement, Float, Select, and_, case, cas
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
-from app import leases, limits
+from app import languages, leases, limits
 from app.evaluation import service as evaluations
 from app.inference import residency
 from app.jobs import fair_share, lifecycle, usage
 from app.jobs.fair_share import Running, Situation, Waiting
-from app.kit import languages, once
-from app.kit.languages import gettext, mark
+from app.kit import once
+from app.languages import gettext, mark
 from app.machines import heartbeats, placement
 from app.machines.placement import Needs
 from app.settings import get_settings

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, PrivateAttr
 
 from app.kit.humanize import human_percent
-from app.kit.languages import gettext, localized, mark, ngettext
+from app.languages import gettext, localized, mark, ngettext
 from app.metrics import METRICS
 from app.spec import JobSpec
 from app.tables import Job

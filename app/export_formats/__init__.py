@@ -9,7 +9,7 @@ import pkgutil
 
 from app.errors import BadField
 from app.export_formats._base import PART, ExportFormat, ModelFacts
-from app.kit.languages import gettext
+from app.languages import gettext
 
 __all__ = ["FORMATS", "PART", "ExportFormat", "ModelFacts", "get"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from app.errors import BadField
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.shapes import Shape
 
 PART = ".part"

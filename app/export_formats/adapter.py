@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, tokens_apart
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class PeftAdapter(ExportFormat):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, needs_merging
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """`model_type` of transformers → `general.architecture` of llama.cpp."""

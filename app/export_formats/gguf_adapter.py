@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, tokens_apart
 from app.export_formats.gguf import FORMAT as GGUF
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 PLAIN_LORA = ("lora", "rslora", "qlora")
 """Strategies whose result is two matrices for each layer and nothing else."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.export_formats.gguf import Gguf
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class Ollama(Gguf):

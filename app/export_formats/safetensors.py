@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.export_formats._base import ExportFormat, ModelFacts, needs_merging
-from app.kit.languages import mark
+from app.languages import mark
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 

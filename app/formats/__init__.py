@@ -23,8 +23,8 @@ from app.errors import BadField
 from app.formats import _base, _content
 from app.formats._base import Field, Format, Guess, Row, RowFinding
 from app.formats.rated import verdict
-from app.kit.languages import gettext
 from app.kit.registry import classes_in
+from app.languages import gettext
 from app.objectives import OBJECTIVES, Objective
 
 __all__ = [

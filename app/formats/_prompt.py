@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from app.formats._base import Columns, Field, Row, parsed, text_of
 from app.formats._messages import as_messages
-from app.kit.languages import mark
+from app.languages import mark
 
 PROMPT = (
     "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "dialog", "chat", "input", "user",

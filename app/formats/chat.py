@@ -9,7 +9,7 @@ from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, fi
 from app.formats._conversions import Conversion, prompt_and_completion, single
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class Chat(Messages, Format):

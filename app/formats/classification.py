@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from app.formats._base import Columns, Field, Format, Guess, Row, RowFinding, check_text, fix, shown, text_of
 from app.formats._conversions import Conversion
 from app.formats._rows import with_rest
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class Classification(Format):

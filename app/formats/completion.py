@@ -7,7 +7,7 @@ from typing import ClassVar
 from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._conversions import Conversion, single, turns
 from app.formats._rows import PromptAndCompletion
-from app.kit.languages import mark
+from app.languages import mark
 
 _TURNS = "each prompt becomes the user's turn and its completion the assistant's"
 

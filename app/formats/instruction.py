@@ -8,7 +8,7 @@ from app.formats._base import Columns, Field, Format, Row, RowFinding, check_tex
 from app.formats._conversions import Conversion, as_it_is, prompt_and_completion
 from app.formats._prompt import is_history, joined
 from app.formats._rows import Messages
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class Instruction(Messages, Format):

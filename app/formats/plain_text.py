@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from app.formats._base import Columns, Field, Format, Row, RowFinding, check_text, text_of
 from app.formats._rows import Text
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class PlainText(Text, Format):

@@ -11,7 +11,7 @@ from app.formats._conversions import Conversion, answer_of
 from app.formats._messages import as_messages, check_messages, normalise_messages
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
 from app.formats._rows import given_and_all, last_of, said, texts_of, with_rest, without_system
-from app.kit.languages import mark
+from app.languages import mark
 
 DROP = fix("Remove row", "drop_row")
 

@@ -13,7 +13,7 @@ from app.formats._messages import as_messages, check_messages, normalise_message
 from app.formats._prompt import FIELDS, NOT_GUESSED, PROMPT, prompt_of
 from app.formats._rows import given_and_all, last_of, said, texts_of, trained, with_rest, without_system
 from app.formats.preference import conversation_with
-from app.kit.languages import mark
+from app.languages import mark
 
 GOOD = {"true", "1", "yes", "good", "up", "thumbs_up", "like", "desirable", "+1"}
 BAD = {"false", "0", "no", "bad", "down", "thumbs_down", "dislike", "undesirable", "-1"}

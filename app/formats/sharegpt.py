@@ -7,7 +7,7 @@ from typing import ClassVar
 from app.formats._base import Columns, Field, Format, Row, RowFinding, fix, parsed, shown, text_of
 from app.formats._messages import as_messages, check_messages, is_sharegpt, normalise_messages
 from app.formats._rows import Messages
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class ShareGpt(Messages, Format):

@@ -27,8 +27,8 @@ from app.graders._schema import OutOfSteps, SchemaCheck, fault_in
 from app.graders._simulated import SimulatedTools
 from app.graders._tool_calls import calls_in, without_calls
 from app.kit.json_safe import too_deep
-from app.kit.languages import gettext
 from app.kit.registry import classes_in
+from app.languages import gettext
 
 __all__ = [
     "GRADERS",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.graders._tool_calls import calls_in
 from app.kit.humanize import human_number
 from app.kit.json_safe import finite, too_deep
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 JSON = dict[str, Any]
 MAX_TEXT = 1 << 20

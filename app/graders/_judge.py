@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.graders._base import JSON, GradedSample, Grader, JudgeAsk
 from app.graders._templates import Template, fill
-from app.kit.languages import mark
+from app.languages import mark
 
 _TEXTS = ("input_text", "output_text", "text")
 

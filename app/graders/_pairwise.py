@@ -14,7 +14,7 @@ from app.graders._base import JSON, GradedSample, GradeError, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit import stats
 from app.kit.answers import label_in
-from app.kit.languages import gettext
+from app.languages import gettext
 
 Side = Literal["first", "second", "tie"]
 _SAID: dict[str, Side] = {"1": "first", "2": "second", "tie": "tie"}

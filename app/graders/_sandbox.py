@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from app.graders._base import JSON, GradeError
-from app.kit.languages import gettext
+from app.languages import gettext
 
 if TYPE_CHECKING:
     from pydantic_monty import ExternalModule, Monty, MontySession

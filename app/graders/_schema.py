@@ -11,7 +11,7 @@ from typing import Any
 
 from app.graders._re2 import fault_of, matches
 from app.graders.tool_call import same
-from app.kit.languages import gettext
+from app.languages import gettext
 
 MAX_STEPS = 100_000
 MAX_DEPTH = 60

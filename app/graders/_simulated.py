@@ -12,7 +12,7 @@ from app.graders import _sandbox
 from app.graders._base import JSON, GradeError
 from app.graders.python import HINT, MAX_SOURCE
 from app.graders.tool_call import same
-from app.kit.languages import gettext
+from app.languages import gettext
 
 COLUMN = "tool_results"
 """The column of a row with the table: a list of {"name", "arguments", "result"}."""

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, StringConstraints
 
 from app.graders._base import MAX_TEXT, SAMPLE_NAMES, GradedSample, GradeError
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 
 MAX_TEMPLATE = 20_000
 _PLACE = re.compile(r"\{\{([^{}]*)\}\}")

@@ -12,7 +12,7 @@ from app.graders._base import JSON, MAX_TEXT, GradedSample, GradeError, Grader, 
 from app.graders._schema import MAX_BYTES, MAX_STEPS, OutOfSteps, SchemaCheck, fault_in
 from app.graders._templates import Template, fill
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class JsonSchemaGrader(Grader):

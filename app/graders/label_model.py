@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import label_in
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 

@@ -10,7 +10,7 @@ from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, mod
 
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._formula import FUNCTIONS, FormulaError, compute, parse
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 if TYPE_CHECKING:
     import ast

@@ -10,7 +10,7 @@ from pydantic import Field
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.kit.answers import number_in
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class NumericGrader(Grader):

@@ -12,7 +12,7 @@ from pydantic import Field
 from app.errors import BadField, Unavailable
 from app.graders import _sandbox
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 MAX_SOURCE = 64 << 10
 HINT = mark(

@@ -13,7 +13,7 @@ from app.errors import BadField
 from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._re2 import fault_of, matches
 from app.graders._templates import Template, fill
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class RegexGrader(Grader):

@@ -11,7 +11,7 @@ from pydantic import Field
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, RewardAsk, Steps
 from app.graders._judge import JudgeMessage
 from app.graders._templates import fill
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class RewardModelGrader(Grader):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, JudgeAsk, Result, Steps
 from app.graders._judge import Judge, result_in
 from app.kit.answers import number_in
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class SamplingParams(BaseModel):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from app.graders._base import JSON, GradedSample, Grader, Result, Steps
 from app.graders._templates import Template, fill
-from app.kit.languages import mark
+from app.languages import mark
 
 
 class StringCheckGrader(Grader):

@@ -10,8 +10,8 @@ from pydantic import Field
 from app.graders._base import JSON, EmbedAsk, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
 from app.kit.similarity import BY_WORDS, MAX_COMPARED, cosine, fuzzy_match, words_of
+from app.languages import gettext, mark
 
 Metric = Literal["fuzzy_match", "bleu", "gleu", "meteor", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l", "cosine"]
 

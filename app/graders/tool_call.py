@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from app.graders._base import JSON, GradedSample, GradeError, Grader, Result, Steps
 from app.graders._templates import Template, fill
 from app.graders._tool_calls import calls_in
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 
 class ToolCallGrader(Grader):

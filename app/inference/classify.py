@@ -15,7 +15,7 @@ from app.errors import BadField, StudioError
 from app.inference import playground
 from app.inference.playground import MAX_PANES, Option
 from app.inference.protocol import MAX_TEXTS, Classified, Done, Entry, GenerateRequest, Sampling, StreamError
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import service as models
 from app.spec import ModelRef
 from app.tables import User

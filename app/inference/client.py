@@ -37,7 +37,7 @@ from app.inference.protocol import (
     worker_key,
 )
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.machines import heartbeats
 from app.queue import GENERATE
 from app.settings import get_settings

@@ -34,7 +34,7 @@ from app.inference.protocol import (
 )
 from app.kit import addresses
 from app.kit.addresses import Address
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.storage import places
 

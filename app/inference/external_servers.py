@@ -17,7 +17,7 @@ from app.export_formats.gguf import ARCHITECTURES
 from app.inference import llama_cpp
 from app.inference.external_server import find, names
 from app.inference.protocol import LLAMA_CPP, ExternalEngine
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models.service import Resolved
 from app.models.vocabulary import has_new_tokens
 from app.shapes import Shape

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.errors import BadField, Unavailable
 from app.inference.protocol import Entry, GenerateRequest, ReasoningPart, ToolCallPart
-from app.kit.languages import gettext
+from app.languages import gettext
 
 JSON = dict[str, Any]
 

@@ -14,7 +14,7 @@ from app.errors import BadField, Unavailable
 from app.inference import client, playground
 from app.inference.playground import ResolvedModel
 from app.inference.protocol import Entry, GenerateRequest, Logprob, PromptLogprobs, Sampling, TextPart
-from app.kit.languages import gettext, localized
+from app.languages import gettext, localized
 from app.spec import ModelRef
 from app.tables import User
 

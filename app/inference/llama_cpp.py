@@ -14,7 +14,7 @@ from app.export_formats import FORMATS
 from app.export_formats.gguf import ARCHITECTURES
 from app.inference.external_server import Fold
 from app.inference.protocol import LLAMA_CPP, AnswerStarted, ExternalEngine, GenerateRequest, Sampling
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import SILENT

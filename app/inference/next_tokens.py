@@ -13,7 +13,7 @@ from app.errors import BadField
 from app.inference import playground
 from app.inference.playground import MAX_PANES, PendingAnswer, ResolvedModel
 from app.inference.protocol import MAX_NEXT, Entry, PromptLogprobs, Sampling, SeenToken, StreamError
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import User
 
 MAX_TEXT_LENGTH = 20_000  # characters

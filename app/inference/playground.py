@@ -23,7 +23,7 @@ from app.inference.answer_fold import AnswerFold, Choice
 from app.inference.protocol import ExternalEngine, GenerateRequest, Sampling
 from app.jobs import solved_examples
 from app.kit.json_safe import storable
-from app.kit.languages import gettext, localized, mark
+from app.languages import gettext, localized, mark
 from app.models import aliases, asked_models, interpolation
 from app.models import service as models
 from app.models.service import Resolved

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.answer_syntax import Syntax
-from app.kit.languages import mark
+from app.languages import mark
 from app.queue import PREFIX
 from app.spec import ModelRef
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.kit.languages import gettext, localized
+from app.languages import gettext, localized
 from app.machines.gpus import visible_gpus
 from app.machines.hardware import this_machine
 from app.models import service as models

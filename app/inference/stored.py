@@ -21,7 +21,7 @@ from app.errors import Conflict, NotFound
 from app.jobs.request import MetadataKey, MetadataValue
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.storage import files
 from app.tables import JSON, Dataset, Exchange, User
 

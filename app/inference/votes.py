@@ -24,7 +24,7 @@ from app.inference.playground import PendingAnswer
 from app.inference.protocol import Sampling
 from app.kit import ids, stats
 from app.kit.json_safe import storable
-from app.kit.languages import gettext, localized, ngettext
+from app.languages import gettext, localized, ngettext
 from app.ownership import owned
 from app.storage import files, places
 from app.tables import JSON, Answer, Dataset, Exchange, User, Vote

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.events import from_row
 from app.jobs import service as jobs
 from app.jobs.progress import JobProgress, fold
-from app.kit.languages import english
+from app.languages import english
 from app.settings import get_settings
 from app.storage import places
 from app.tables import Job

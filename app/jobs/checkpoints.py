@@ -16,8 +16,8 @@ from app.errors import BadData, Conflict, NotFound
 from app.jobs import lifecycle
 from app.jobs import service as jobs
 from app.kit import ids, manifest
-from app.kit.languages import gettext
 from app.kit.states import state_word
+from app.languages import gettext
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.settings import get_settings

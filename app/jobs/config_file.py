@@ -26,7 +26,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids
 from app.kit.forms import as_text
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.machines.placement import Resources
 from app.objectives import OBJECTIVES
 from app.older_settings import renamed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from app import formats, objectives
 from app.errors import BadField
 from app.jobs.request import JobRequest
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.objectives import OBJECTIVES, Task
 from app.spec import Split
 from app.tables import Dataset

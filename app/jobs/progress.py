@@ -34,7 +34,7 @@ from app.events import (
     Stopped,
     TaskProgress,
 )
-from app.kit.languages import gettext, localized, mark
+from app.languages import gettext, localized, mark
 
 Point = tuple[int, float]
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]

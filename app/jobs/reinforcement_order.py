@@ -10,7 +10,7 @@ from app import saved_graders
 from app.errors import BadField, StudioError
 from app.graders import Grader
 from app.jobs.request import Hyperparameters, JobRequest, ReinforcementHyperparameters
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import asked_models
 from app.objectives.reinforcement import ReinforcementSettings
 from app.tables import JSON, User

@@ -12,7 +12,7 @@ from app import trackers
 from app.errors import BadField, field_path, plain
 from app.jobs.fair_share import Priority
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.machines.placement import Resources
 from app.objectives import METHODS, OBJECTIVES, Task
 from app.older_settings import RENAMED

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.storage import places
 from app.tables import Dataset, Event, Job, User
 

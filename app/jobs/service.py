@@ -24,8 +24,8 @@ from app.jobs import lifecycle, needs, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
-from app.kit.languages import english, gettext, mark
 from app.kit.states import state_word
+from app.languages import english, gettext, mark
 from app.models import service as models
 from app.ownership import made, maker_of, owned
 from app.settings import get_settings

@@ -23,8 +23,8 @@ from app.jobs.order_rows import check_dataset, split_of
 from app.jobs.request import JobRequest, bad_field, read_objective_settings, read_strategy
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
 from app.kit.states import state_word
+from app.languages import gettext
 from app.machines.placement import Resources
 from app.models import asked_models
 from app.models.vocabulary import refuse_known_tokens

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app import languages
 from app.datasets import inspections
-from app.kit import ids, languages, once
+from app.kit import ids, once
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.spec import JobSpec
 from app.tables import JSON, Dataset, Inspection, Job
 

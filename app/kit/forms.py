@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from app.errors import plain
-from app.kit.languages import gettext
+from app.languages import gettext
 
 Widget = Literal["number", "select", "checkbox", "text", "area"]
 

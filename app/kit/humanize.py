@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from app.kit.languages import gettext, localized, ngettext
+from app.languages import gettext, localized, ngettext
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 NOTHING = "–"

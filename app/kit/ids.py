@@ -6,7 +6,7 @@ import uuid
 from functools import partial
 
 from app.errors import NotFound
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 FILE, DATASET, JOB, EVENT, CHECKPOINT = "file", "ds", "ftjob", "ftevent", "ftckpt"
 MODEL, ANSWER, EVALUATION, COMPARISON, PROMPT, VOTE = "model", "answer", "eval", "cmp", "prompt", "vote"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData
-from app.kit.languages import gettext
+from app.languages import gettext
 
 NAME = "manifest.json"
 SEEN = ".verified.json"

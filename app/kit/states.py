@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 _WORDS = {
     "queued": mark("queued"),

@@ -13,7 +13,7 @@ from app.inference.answer_fold import AnswerFold
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import Entry, Sampling
 from app.kit.json_safe import storable
-from app.kit.languages import ngettext
+from app.languages import ngettext
 from app.learn._base import StartedStop, StopBar, StopBars, StopText
 from app.tables import Exchange, StopVisit, User
 

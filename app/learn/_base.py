@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import Entry
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.tables import JSON, Dataset, StopVisit, User
 from app.web.charts import LinesPicture
 

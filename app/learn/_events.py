@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.learn._base import StopCurve, StopTable
 from app.tables import Event, Job
 from app.web import charts

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.learn._base import Stop
 from app.ownership import mine
 from app.tables import Dataset, Job, Model, User

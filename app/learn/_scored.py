@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.kit import ids, stats
 from app.kit.humanize import human_percent, human_seconds
-from app.kit.languages import gettext, localized, lowered, ngettext
+from app.languages import gettext, localized, lowered, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopText, Typed
 from app.ownership import mine

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict
 from app.kit.json_safe import storable
-from app.kit.languages import SOURCE, current, english, gettext
+from app.languages import SOURCE, current, english, gettext
 from app.learn._base import Need, StartedStop, Stop, StopResult
 from app.models import first_model, from_nothing, starters
 from app.models import service as models

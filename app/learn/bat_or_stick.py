@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.kit import stats
 from app.kit.humanize import human_percent, human_seconds
-from app.kit.languages import gettext, lowered, mark, ngettext
+from app.languages import gettext, lowered, mark, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopResult, StopTable, Typed
 from app.learn._jobs import fault_of, job_of, moving, order_job, path_of

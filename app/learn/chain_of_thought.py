@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.inference.protocol import Entry
 from app.kit.answers import number_in
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.learn import _asking, _visits
 from app.learn._base import Need, StartedStop, Stop, StopResult, StopText, Typed
 from app.learn._scored import ScoredPrompt, scored_result, start

@@ -12,7 +12,7 @@ from app.errors import Conflict
 from app.evaluation import service as evaluations
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopButton, StopResult, StopTable, Typed
 from app.learn._jobs import doing, fault_of, job_of, moving, order_job, path_of, share_done

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField
 from app.kit.humanize import human_count, human_percent
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.shapes import Shape

@@ -11,7 +11,7 @@ from app.datasets import samples
 from app.evaluation import comparison_table, comparisons
 from app.kit import ids
 from app.kit.humanize import human_count, human_number, human_percent
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.learn import _text, _visits
 from app.learn._base import Need, StartedStop, Stop, StopCurve, StopResult, StopTable, Typed
 from app.learn._events import validation_losses

@@ -12,7 +12,7 @@ from app.errors import Unavailable
 from app.inference import next_tokens
 from app.inference.protocol import Entry
 from app.kit.humanize import human_percent
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopField, StopResult, Typed
 from app.tables import StopVisit, User

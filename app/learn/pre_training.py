@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from app.datasets import samples
 from app.errors import Conflict
 from app.kit.humanize import human_count, human_number
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.learn import _events, _text
 from app.learn._base import StartedStop, Stop, StopButton, StopResult, StopText, Typed
 from app.learn._jobs import doing, fault_of, job_of, moving, order_job, path_of, share_done

@@ -15,7 +15,7 @@ from app.errors import Conflict
 from app.jobs.reinforcement_order import USUAL_REWARDS
 from app.kit import stats
 from app.kit.humanize import human_number, human_percent
-from app.kit.languages import gettext, lowered, mark
+from app.languages import gettext, lowered, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopBar, StopBars, StopButton, StopResult, StopText, Typed
 from app.learn._jobs import doing, fault_of, job_of, moving, order_job, path_of, share_done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.learn._scored import ScoredPrompt, ScoredPromptsStop
 from app.prompts.service import PromptBody
 

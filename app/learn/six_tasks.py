@@ -8,7 +8,7 @@ from typing import ClassVar
 from sqlalchemy.orm import Session
 
 from app.inference.protocol import Entry
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.learn import _asking, _visits
 from app.learn._base import Need, StartedStop, Stop, StopButton, StopResult, Typed
 from app.tables import StopVisit, User

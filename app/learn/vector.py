@@ -18,7 +18,7 @@ from app.inference.playground import PendingAnswer, ResolvedModel
 from app.inference.protocol import Embedded, Entry, GenerateRequest, Sampling, StreamError
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.learn import _visits
 from app.learn._base import Need, StartedStop, Stop, StopField, StopResult, StopTable, Typed
 from app.models import service as models

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app.errors import BadField
 from app.kit.forms import whole_number
 from app.kit.humanize import human_bytes, human_count, human_number, human_seconds
-from app.kit.languages import gettext, localized, mark
+from app.languages import gettext, localized, mark
 from app.learn._base import StartedStop, Stop, StopBar, StopBars, StopField, StopResult, StopTable, Typed
 from app.planning import calculator, duration
 from app.planning.calculator import MemoryRow

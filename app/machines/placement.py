@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.kit.humanize import human_bytes, human_number
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.machines.gpus import GpuCard
 from app.machines.hardware import Machine
 

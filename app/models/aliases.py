@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from app.errors import Conflict, Forbidden, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import imports, starters
 from app.models import service as models
 from app.tables import JSON, AliasMove, Model, ModelAlias, ProjectMember, User

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.errors import BadField, StudioError
 from app.graders import Grader
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import service as models
 from app.models.service import Resolved
 from app.models.vocabulary import why_apart

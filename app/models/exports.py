@@ -29,8 +29,8 @@ from app.errors import BadData, BadField, Conflict, DiskFull, NotFound, StudioEr
 from app.export_formats import PART, ExportFormat, ModelFacts
 from app.kit.humanize import human_number
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
 from app.kit.states import state_word
+from app.languages import gettext
 from app.leases import now
 from app.models import hub, hub_upload, integrity, starters
 from app.models import service as models

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadField, DiskFull, NotFound, TooLarge, Unavailable, Unsupported
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import hub_files, hub_token, import_checks
 from app.models.hub_files import HubFile
 from app.settings import get_settings

@@ -7,7 +7,7 @@ import os
 from typing import Any, NamedTuple
 
 from app.errors import BadField, TooMany, Unavailable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.machines.hardware import Machine
 from app.models import hub, hub_token
 from app.shapes import FORMULAS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.errors import BadField, Conflict
 from app.kit import secret
-from app.kit.languages import gettext
+from app.languages import gettext
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,200}")
 

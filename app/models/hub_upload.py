@@ -19,7 +19,7 @@ from typing import Any
 
 from app.errors import BadData, BadField, Conflict, Forbidden, NotSignedIn, StudioError, TooLarge, Unavailable
 from app.kit import child_process
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import hub
 from app.settings import get_settings
 

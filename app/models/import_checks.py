@@ -20,7 +20,7 @@ from typing import Any
 
 from app.errors import BadData, Unsupported
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import model_json, quantized
 from app.shapes import FORMULAS, Shape, shape_of
 

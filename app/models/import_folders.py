@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.errors import BadField, Forbidden
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 
 

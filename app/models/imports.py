@@ -24,8 +24,8 @@ from sqlalchemy.orm import Session
 from app import db, leases, limits, queue
 from app.errors import BadData, BadField, Conflict, StudioError
 from app.kit import manifest
-from app.kit.languages import gettext
 from app.kit.states import state_word
+from app.languages import gettext
 from app.leases import now
 from app.models import hub, import_checks, integrity, starters
 from app.models.import_folders import import_folder

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadField
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, localized
+from app.languages import gettext, localized
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 

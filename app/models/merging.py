@@ -7,7 +7,7 @@ import uuid
 from sqlalchemy.orm import Session
 
 from app.errors import Conflict
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import service as models
 from app.models.imports import order
 from app.strategies import STRATEGIES

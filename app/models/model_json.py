@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import BadData, Unsupported
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.shapes import STRUCTURE
 
 MIB = 2**20

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from app.errors import Unsupported
-from app.kit.languages import gettext
+from app.languages import gettext
 
 BITS = 8
 

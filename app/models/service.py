@@ -16,8 +16,8 @@ from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
-from app.kit.languages import gettext, ngettext
 from app.kit.states import state_word
+from app.languages import gettext, ngettext
 from app.models import hub, interpolation
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from app.errors import BadData, Conflict, DiskFull, NotFound
 from app.kit import child_process, manifest
 from app.kit.confinement import Confinement, Sockets, confined
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import gguf_header, import_checks, wheels
 from app.models.license_text import text_of
 from app.models.wheels import Report, Wheel

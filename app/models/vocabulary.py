@@ -9,7 +9,7 @@ from typing import Any
 from app.errors import BadField
 from app.events import Finished
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.shapes import shape_of
 from app.spec import ModelRef
 from app.storage import places

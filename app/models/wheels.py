@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from app.errors import BadData, Unavailable
 from app.kit import child_process, manifest
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 
 Report = Callable[[float], None]

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._settings import ObjectiveSettings
 
 Kinds = tuple[Literal["generic", "instruction", "dialogue", "encoder"], ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._settings import ObjectiveSettings
 
 DRAWN_FORMATS = ("chat", "sharegpt", "instruction", "completion")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from app.kit.languages import mark
+from app.languages import mark
 
 LABELS = (
     mark("Answer tokens"), mark("Beta"), mark("Centering"), mark("Check prompts"), mark("Clip high"), mark("Clip low"), mark("Divergence"),

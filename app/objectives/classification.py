@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._base import Objective
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._base import Objective
 from app.objectives._drawn import DRAWN_FORMATS, DrawnSettings
 

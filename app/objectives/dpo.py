@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives._base import Objective
 from app.objectives._settings import ObjectiveSettings
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, Field, PrivateAttr
 
 from app.kit.humanize import human_bytes, human_count, human_number, human_seconds
-from app.kit.languages import gettext, localized, ngettext
+from app.languages import gettext, localized, ngettext
 from app.shapes import Shape
 from app.strategies import STRATEGIES, Strategy
 from app.strategies._advice import FAMILIES, Facts, Reason, by_nature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.machines.hardware import Machine
 from app.planning import memory as memory_estimate
 from app.run_settings import RunSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.objectives import OBJECTIVES
 from app.planning.feasibility import labels_of, longest_row, named
 from app.planning.schedule import MIN_STEPS

@@ -10,7 +10,7 @@ from app import formats
 from app.errors import BadField
 from app.formats._base import shown
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.machines.hardware import Machine
 from app.objectives import OBJECTIVES
 from app.optimizers import OPTIMIZERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.errors import BadField
 from app.graders import SimulatedTools
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.objectives import DrawnSettings
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.feasibility import longest_row

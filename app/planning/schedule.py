@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.objectives import OBJECTIVES
 
 MIN_STEPS = 30

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit import stats
-from app.kit.languages import gettext, localized, ngettext
+from app.languages import gettext, localized, ngettext
 from app.tables import Prompt, PromptResult, PromptRun, PromptVersion
 
 FEWEST = 20

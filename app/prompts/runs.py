@@ -26,7 +26,7 @@ from app.inference.protocol import ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import owned
 from app.planning.schedule import held_out_share
 from app.prompts.service import PromptBody

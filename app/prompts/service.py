@@ -24,7 +24,7 @@ from app.jobs.request import bad_field
 from app.kit import ids
 from app.kit.answers import NUMBER, label_in, number_in, plain
 from app.kit.json_safe import storable
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.ownership import owned
 from app.tables import JSON, Prompt, PromptVersion, User
 

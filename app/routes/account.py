@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from app import limits
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.tables import User
 from app.web import auth, oidc, passwords, sessions, two_step

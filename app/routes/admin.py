@@ -12,7 +12,7 @@ from app import limits, retention
 from app.db import Db
 from app.errors import BadField
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.tables import Project, User
 from app.views import operations, overview
 from app.web import people, projects

@@ -18,7 +18,7 @@ from app.evaluation import service as evaluations
 from app.jobs import preselection
 from app.jobs.request import bad_field
 from app.kit import ids
-from app.kit.languages import mark
+from app.languages import mark
 from app.models import first_model
 from app.models import service as models
 from app.run_settings import RunSettings

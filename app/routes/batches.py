@@ -14,7 +14,7 @@ from app.batches.service import ENDPOINTS, BatchOrder, to_json
 from app.db import Db, on_commit, transaction
 from app.errors import BadField, NotFound, StudioError
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.storage import files

@@ -17,7 +17,7 @@ from app.inference.classify import Sorting
 from app.inference.client import stream
 from app.inference.playground import MAX_PANES
 from app.inference.protocol import GenerateRequest
-from app.kit.languages import mark
+from app.languages import mark
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates

@@ -16,7 +16,7 @@ from app.errors import StudioError
 from app.evaluation import comparison_json, comparison_plan, comparisons
 from app.jobs.config_file import as_curl
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.schemas.openapi import answers, takes
 from app.tables import Comparison
 from app.views import comparison as comparison_view

@@ -11,7 +11,7 @@ from app import objectives
 from app.datasets import conflicts, inspections, row_editor
 from app.db import Db, transaction
 from app.errors import BadField, Conflict
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.routes.versions import dataset_of, path_of
 from app.tables import User
 from app.web.auth import CurrentUser

@@ -16,7 +16,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.routes.files import report_json
 from app.routes.versions import to_json
 from app.schemas.openapi import answers

@@ -17,7 +17,7 @@ from app.distillations.service import DistillationOrder
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.kit import forms, ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import first_model
 from app.schemas.openapi import answers, takes
 from app.tables import Dataset, DistillationRun, User

@@ -12,7 +12,7 @@ from app.db import Db, on_commit
 from app.errors import NotFound
 from app.evals import service as evals
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.schemas.openapi import answers
 from app.tables import Eval, EvalItem, EvalRun, User
 from app.web.auth import CurrentUser

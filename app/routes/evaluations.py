@@ -18,7 +18,7 @@ from app.evaluation import service as evaluations
 from app.evaluation import suited, train_queue
 from app.graders import GRADERS
 from app.kit import forms, ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import first_model, interpolation
 from app.models import service as models
 from app.schemas.openapi import answers, takes

@@ -11,7 +11,7 @@ from app import schemas
 from app.db import Db
 from app.errors import StudioError
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import export_json, exports
 from app.models import service as models
 from app.ownership import mine, owned

@@ -15,7 +15,7 @@ from app.errors import Forbidden, StudioError
 from app.inference import external_server, external_servers, handover, playground
 from app.inference.protocol import LLAMA_CPP
 from app.kit.addresses import Address
-from app.kit.languages import gettext, localized
+from app.languages import gettext, localized
 from app.models import service as models
 from app.schemas.openapi import answers
 from app.tables import JSON, Model, User

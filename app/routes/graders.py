@@ -23,8 +23,8 @@ from app.inference.judges import Hear, ResolvedJudge
 from app.inference.protocol import GenerateRequest
 from app.kit import ids
 from app.kit.json_safe import too_deep
-from app.kit.languages import gettext, mark
 from app.kit.token_meter import TokenMeter
+from app.languages import gettext, mark
 from app.schemas.graders import MAX_ITEM_BYTES
 from app.schemas.openapi import answers, takes
 from app.tables import User

@@ -20,7 +20,7 @@ from app.formats import FORMATS
 from app.jobs import spec_builder
 from app.kit.forms import FormField, controls, whole_number
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, localized, mark
+from app.languages import gettext, localized, mark
 from app.learn import STOPS
 from app.models import service as models
 from app.planning import calculator

@@ -20,7 +20,7 @@ from app.jobs import service as jobs
 from app.jobs.request import JobRequest
 from app.kit import ids, zip_stream
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import first_model, model_card
 from app.models import service as models
 from app.planning.schedule import GOVERNED

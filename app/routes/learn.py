@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from app.db import Db, transaction
 from app.errors import Conflict, NotFound, StudioError
 from app.inference import reading
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.learn import STOPS, StartedStop, Stop, StopResult, _visits
 from app.tables import User
 from app.views.glossary import GLOSSARY

@@ -15,7 +15,7 @@ from app.db import Db
 from app.errors import StudioError
 from app.evaluation import gates, train_queue
 from app.kit import ids
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.models import aliases
 from app.models import service as models
 from app.routes.models import show_model

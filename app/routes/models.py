@@ -19,7 +19,7 @@ from app.evaluation import verdict
 from app.export_formats import FORMATS
 from app.inference import external_server, external_servers, residency, tryout
 from app.kit import ids, zip_stream
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import aliases, export_facts, export_json, exports, import_folders, integrity, merging, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models

@@ -19,7 +19,7 @@ from app.evaluation import comparison_json, comparisons
 from app.jobs import service as jobs
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.models import service as models
 from app.routes import models as model_routes
 from app.routes import versions

@@ -18,7 +18,7 @@ from app.inference.client import stream
 from app.inference.next_tokens import ModelTokens
 from app.inference.playground import MAX_PANES, PendingAnswer
 from app.inference.protocol import MAX_NEXT
-from app.kit.languages import mark
+from app.languages import mark
 from app.schemas.openapi import answers
 from app.tables import User
 from app.web import templates as web_templates

@@ -9,7 +9,7 @@ from fastapi.responses import RedirectResponse
 
 from app.db import Db, transaction
 from app.errors import Forbidden
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.routes.accounts import let_in, safe_next
 from app.web import auth, oidc
 from app.web.auth import CurrentUser

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.db import Db
 from app.evaluation import verdict
 from app.kit import ids
-from app.kit.languages import mark
+from app.languages import mark
 from app.models import first_model
 from app.routes.accounts import safe_next
 from app.views import overview as views_overview

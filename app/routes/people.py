@@ -12,7 +12,7 @@ from app import limits, schemas
 from app.db import Db, transaction
 from app.errors import StudioError
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.schemas.openapi import answers
 from app.settings import get_settings
 from app.tables import Invitation, User

@@ -22,7 +22,7 @@ from app.inference.answer_fold import AnswerFold
 from app.inference.playground import PendingAnswer
 from app.inference.protocol import MAX_STOPS, ChoiceFinished, Done, Entry, Sampling, StreamError
 from app.kit import forms
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.tables import Exchange, User
 from app.views import lists
 from app.web import templates as web_templates

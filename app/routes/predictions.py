@@ -18,7 +18,7 @@ from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.evaluation.predictions import KINDS, Format, PredictionOrder, to_json
 from app.kit import forms, ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import service as models
 from app.schemas.openapi import BYTES, answers
 from app.settings import get_settings

@@ -13,7 +13,7 @@ from app import limits, schemas
 from app.db import Db
 from app.errors import Forbidden, NotFound
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.routes.accounts import safe_next
 from app.schemas.openapi import answers
 from app.tables import User

@@ -15,7 +15,7 @@ from app.db import Db, transaction
 from app.errors import BadField, StudioError
 from app.inference import playground
 from app.kit import forms, ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import first_model
 from app.prompts import prompt_vs_tuning
 from app.prompts import runs as prompt_runs

@@ -15,7 +15,7 @@ from app.db import transaction
 from app.errors import BadField, NotFound, problem_json
 from app.jobs import row_losses
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import TRAIN_ON, TrainOn
 from app.schemas.openapi import answers

@@ -13,7 +13,7 @@ from app.db import Db
 from app.errors import StudioError
 from app.jobs.config_file import as_curl
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.routes.naming import NewName
 from app.schemas.openapi import answers, takes
 from app.searches import service as searches

@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse
 from app.db import Db
 from app.errors import NotFound
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.tables import User
 from app.views import overview
 from app.web import auth, navigation, policy, projects

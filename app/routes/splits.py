@@ -14,7 +14,7 @@ from app.datasets import service as datasets
 from app.db import transaction
 from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.planning.schedule import held_out_share
 from app.routes.versions import dataset_of, path_of
 from app.run_settings import RunSettings

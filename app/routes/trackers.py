@@ -12,7 +12,7 @@ from app import schemas, trackers
 from app.db import Db
 from app.jobs import service as jobs
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.schemas.openapi import answers
 from app.tracking import service as tracking
 from app.web.auth import CurrentUser

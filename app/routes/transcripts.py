@@ -12,7 +12,7 @@ from app.db import Db
 from app.errors import BadField
 from app.inference import playground, transcript
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.web.auth import CurrentUser
 
 pages = APIRouter()

@@ -17,7 +17,7 @@ from app.datasets import service as datasets
 from app.db import Db, transaction
 from app.errors import BadField, Conflict, problem_json
 from app.kit import ids
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.schemas.openapi import answers
 from app.tables import Dataset, User
 from app.views import dataset as dataset_view

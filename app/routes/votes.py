@@ -18,7 +18,7 @@ from app.inference import playground, votes
 from app.inference.answer_fold import AnswerFold
 from app.inference.protocol import Sampling
 from app.kit import ids
-from app.kit.languages import mark
+from app.languages import mark
 from app.schemas.chat import Message
 from app.schemas.openapi import answers
 from app.tables import User

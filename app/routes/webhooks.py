@@ -13,7 +13,7 @@ from app import schemas
 from app.db import Db, transaction
 from app.errors import BadField, NotFound, StudioError, Unavailable
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.schemas.openapi import answers
 from app.tables import User, WebhookEndpoint
 from app.web import templates as web_templates

@@ -30,7 +30,7 @@ from app.evaluation.comparisons import SEARCH
 from app.jobs import service as jobs
 from app.jobs import spec_builder
 from app.jobs.request import bad_field
-from app.kit.languages import SOURCE, current, english, gettext, mark
+from app.languages import SOURCE, current, english, gettext, mark
 from app.limits import LimitReached
 from app.machines import heartbeats
 from app.metrics import figure, judged_by

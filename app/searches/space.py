@@ -16,7 +16,7 @@ from app.evaluation.comparison_plan import Plan, SharedOrder, title_of
 from app.jobs import request as job_request
 from app.jobs.request import JobRequest
 from app.kit.forms import as_text
-from app.kit.languages import gettext, localized, mark
+from app.languages import gettext, localized, mark
 from app.spec import Split, usual_learning_rate
 from app.strategies import Strategy
 from app.tables import JSON

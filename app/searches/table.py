@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.evaluation.comparison_table import score_columns
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.searches import halving, service, space, trials
 from app.searches.halving import END
 from app.searches.space import SearchOrder

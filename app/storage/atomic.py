@@ -12,7 +12,7 @@ from pathlib import Path
 
 from app.errors import DiskFull
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 
 

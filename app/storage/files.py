@@ -27,7 +27,7 @@ from app import limits
 from app.errors import BadField, NotFound, TooLarge, Unavailable
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.ownership import mine, owned
 from app.settings import get_settings
 from app.storage import places

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from app.errors import BadData, StudioError, Unavailable
 from app.kit import manifest
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.storage._parallel import Parallel
 from app.storage.atomic import disk_errors, sync, write_atomically

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from app.errors import BadData
 from app.kit import manifest
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.storage import objects
 from app.storage.objects import Beat, ObjectStorage

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from pydantic import BaseModel
 
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.metrics import METRICS, in_text
 from app.objectives import OBJECTIVES, Task
 

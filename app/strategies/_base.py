@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import Facts, Reason, Situation, by_data, by_distance, by_labels, by_prompts

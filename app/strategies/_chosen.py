@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Linear, Shape
 from app.strategies._low_rank import LowRank
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, field_validator
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._chosen import ChosenLowRank, ModuleNames, names_in
 from app.strategies._low_rank import InOnePass

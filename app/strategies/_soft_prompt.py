@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading, Strategy
 from app.strategies._files import read_weights, write_adapter

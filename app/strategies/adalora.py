@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept, Memory
 from app.strategies._low_rank import InOnePass, LowRank, peft_targets

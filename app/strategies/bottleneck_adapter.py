@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape
 from app.strategies._base import Kept, Loading
 from app.strategies._model import attention_output, blocks, feed_forward_output, transformer

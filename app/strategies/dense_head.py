@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.objectives import OBJECTIVES
 from app.shapes import Shape
 from app.strategies._advice import MANY_PER_CLASS, Facts, Reason, by_balance, labeled, rows_a_class, told_apart

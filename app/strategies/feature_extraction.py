@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape
 from app.strategies._base import Strategy
 from app.strategies._files import write_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._model import transformer

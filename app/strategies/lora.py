@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.strategies._advice import PLAIN_LORA
 from app.strategies._own_weights import WithOwnWeights
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape, shape_of
 from app.strategies._base import Kept
 from app.strategies._low_rank import LayerChoice, linear_names, peft_targets

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, task_type

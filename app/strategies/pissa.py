@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._advice import LORA_VARIANT
 from app.strategies._base import Kept, Memory

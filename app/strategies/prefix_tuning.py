@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape, shape_of
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_attention, make_table, task_type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.shapes import Shape
 from app.strategies._model import transformer
 from app.strategies._soft_prompt import SoftPrompt, install_in_embedding, make_table, task_type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.shapes import Shape
 from app.strategies._base import Memory
 from app.strategies._chosen import ChosenLowRank

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from app.kit.languages import mark
+from app.languages import mark
 from app.strategies._advice import LORA_VARIANT
 from app.strategies._own_weights import WithOwnWeights
 

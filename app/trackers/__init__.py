@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.errors import BadField, field_path, plain
-from app.kit.languages import gettext
 from app.kit.registry import classes_in
+from app.languages import gettext
 from app.trackers._base import MEASURED, Point, SentState, TrackedJob, Tracker, Value, figures
 
 __all__ = ["MEASURED", "TRACKERS", "Point", "SentState", "TrackedJob", "Tracker", "Value", "figures", "named", "read"]

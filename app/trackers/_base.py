@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from app import events
 from app.errors import BadField
 from app.kit.addresses import Address, listed
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 
 MEASURED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")

@@ -16,7 +16,7 @@ from pydantic import Field, StringConstraints
 
 from app.errors import BadField, Unavailable
 from app.kit import addresses, child_process
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.trackers._base import Point, SentState, TrackedJob, Tracker, chosen_server
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from app import leases, queue, trackers
 from app.errors import BadField, Conflict
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.settings import get_settings
 from app.tables import JSON, Event, Job, TrackedRun
 from app.trackers import SentState, Tracker

@@ -15,7 +15,7 @@ from app.evaluation import service as evaluations
 from app.evaluation.gates import GateResult, PromotionGate
 from app.kit import ids
 from app.kit.humanize import human_percent
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.metrics import METRICS
 from app.models import aliases
 from app.models import service as models

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.db import transaction
 from app.errors import BadField, NotFound
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import AuditLog
 
 PREFIX = "audit_log"

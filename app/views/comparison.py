@@ -13,7 +13,7 @@ from app.evaluation import comparison_table, comparisons, matrix
 from app.evaluation.comparison_table import ScoreColumn, Table, is_number
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.metrics import ABILITY, ability
 from app.strategies import STRATEGIES
 from app.tables import Comparison, Job

@@ -20,7 +20,7 @@ from app.jobs.defaults import rows_per_step, usual_run
 from app.kit import ids, once
 from app.kit.forms import FormError, FormField, as_text, controls, fill
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.machines import heartbeats
 from app.models import from_nothing
 from app.models import service as models

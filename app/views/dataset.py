@@ -18,7 +18,7 @@ from app.formats._messages import CHOICES
 from app.jobs import row_losses
 from app.kit import ids
 from app.kit.humanize import human_number, human_seconds
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.run_settings import RunSettings
 from app.tables import Dataset
 

@@ -13,7 +13,7 @@ from app.evaluation import train_queue
 from app.evaluation.train_queue import Place
 from app.kit import ids
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, localized, lowered, mark
+from app.languages import gettext, localized, lowered, mark
 from app.metrics import METRICS, figure
 from app.models import interpolation
 from app.tables import Evaluation, Job, Model, User

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.kit.languages import mark
+from app.languages import mark
 
 GLOSSARY: dict[str, str] = {
     mark("Accuracy"): mark(

@@ -14,7 +14,7 @@ from app import graders
 from app.errors import BadField, StudioError
 from app.graders import GRADERS, Graded, GradedSample, Grader, PairVerdict, SelfAgreement
 from app.kit import forms, stats
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.prompts import service as prompts
 from app.tables import Dataset
 

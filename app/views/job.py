@@ -17,7 +17,7 @@ from app.jobs import service as jobs
 from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_count, human_number, human_percent, human_seconds
-from app.kit.languages import gettext, lowered, mark, ngettext
+from app.languages import gettext, lowered, mark, ngettext
 from app.shapes import Shape
 from app.spec import JobSpec
 from app.strategies import STRATEGIES

@@ -23,7 +23,7 @@ from app.jobs.request import JobRequest
 from app.jobs.resources_form import Offers
 from app.kit import ids, once
 from app.kit.forms import Filled, FormError, FormField, as_text, controls, fill, whole_number
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.machines.placement import Resources
 from app.models import service as models
 from app.objectives import OBJECTIVES, DrawnSettings, ObjectiveSettings

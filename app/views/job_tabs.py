@@ -22,7 +22,7 @@ from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text
 from app.kit.humanize import NOTHING, human_bytes, human_count, human_number, human_percent, human_seconds
-from app.kit.languages import gettext, lowered, mark
+from app.languages import gettext, lowered, mark
 from app.models import service as models
 from app.objectives import OBJECTIVES
 from app.older_settings import renamed

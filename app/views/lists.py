@@ -19,7 +19,7 @@ from app.errors import BadField
 from app.evaluation import comparisons as comparisons_service
 from app.jobs.service import ENDED
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import service as models_service
 from app.ownership import either
 from app.strategies import STRATEGIES

@@ -15,7 +15,7 @@ from app.datasets.ingest_task import WORK as READS
 from app.evaluation import service as evaluations
 from app.jobs import lifecycle
 from app.kit import ids
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.leases import Work, now
 from app.machines import heartbeats
 from app.models import exports, imports

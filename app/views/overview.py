@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, defer
 
 from app.db import get_engine
 from app.errors import StudioError
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.machines.heartbeats import Worker, alive
 from app.migrate import is_current, serves
 from app.queue import cannot_write, get_redis

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app import formats, objectives
 from app.datasets import service as datasets
 from app.errors import BadField
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.prompts import runs as prompt_runs
 from app.prompts import service as prompts
 from app.prompts.service import PromptBody, Solved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import Dataset
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.jobs.reinforcement_order import USUAL_REWARDS
 from app.kit.forms import FormField
-from app.kit.languages import gettext
+from app.languages import gettext
 
 KEY = "preference.grader"
 CHOSEN = (KEY, "preference.teacher")

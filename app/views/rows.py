@@ -12,7 +12,7 @@ from app.datasets import inspections, token_counts
 from app.errors import NotFound
 from app.jobs import row_losses
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.models import service as models
 from app.run_settings import TrainOn
 from app.spec import SILENT

@@ -18,7 +18,7 @@ from app.jobs.progress import JobProgress
 from app.kit import ids
 from app.kit.forms import as_text, label_of
 from app.kit.humanize import NOTHING, human_number
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.metrics import figure
 from app.spec import JobSpec
 from app.tables import Job, User

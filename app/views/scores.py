@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.metrics import ABILITY, METRICS, ability
 from app.objectives import OBJECTIVES
 from app.views.evaluation import between, by_chance, mistakes

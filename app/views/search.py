@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.kit import ids
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.metrics import METRICS, figure
 from app.searches import halving, service, table, trials
 from app.searches.halving import END

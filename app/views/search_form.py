@@ -14,7 +14,7 @@ from app.errors import BadField, StudioError
 from app.evaluation import comparison_plan
 from app.jobs import preselection
 from app.kit import ids, once
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import service as models
 from app.searches import service as searches
 from app.searches import table

@@ -14,7 +14,7 @@ from app.errors import Conflict
 from app.jobs import request as job_request
 from app.jobs import service as jobs
 from app.kit import ids
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.models import from_nothing
 from app.models import imports as model_imports
 from app.models import service as models

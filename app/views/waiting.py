@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.evaluation import train_queue
 from app.kit.humanize import human_number, human_seconds
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.machines import heartbeats
 from app.tables import Evaluation, Job
 

@@ -26,8 +26,8 @@ from starlette.concurrency import run_in_threadpool
 from app.db import transaction
 from app.errors import BadField, Forbidden, NotFound, NotSignedIn
 from app.kit import ids
-from app.kit.languages import gettext
 from app.kit.secret import secret
+from app.languages import gettext
 from app.settings import get_settings
 from app.tables import ApiKey, BrowserSession, ProjectMember, ShareLink, SignInLink, User
 from app.tables.projects import make_own

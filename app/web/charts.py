@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.jobs.progress import JobProgress, Point, downsample
-from app.kit.languages import gettext, lowered
+from app.languages import gettext, lowered
 from app.metrics import METRICS
 
 POINTS = 600

@@ -8,8 +8,8 @@ import secrets
 from fastapi import Request
 
 from app.errors import Forbidden
-from app.kit.languages import gettext
 from app.kit.secret import secret
+from app.languages import gettext
 from app.web.auth import ON_BEHALF, SAFE, cookie_name, given_key, is_public, sha256
 
 

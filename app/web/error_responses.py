@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from app import errors, queue
 from app.errors import BadField, DiskFull, NotSignedIn, StudioError, TooMany, Unavailable
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.web.accepts import is_program
 
 log = structlog.get_logger("luthier.web")

@@ -28,9 +28,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import languages
 from app.errors import BadRequest, Forbidden, StudioError, TooLarge
-from app.kit import humanize, languages, tracing
-from app.kit.languages import gettext
+from app.kit import humanize, tracing
+from app.languages import gettext
 from app.settings import get_settings
 from app.web import accepts, error_responses
 from app.web import metrics as web_metrics

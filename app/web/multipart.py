@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.errors import BadField, BadRequest, TooLarge
 from app.kit.humanize import human_number
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.storage.files import Blob, BlobWriter
 
 if TYPE_CHECKING:

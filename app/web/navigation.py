@@ -15,7 +15,7 @@ from app.datasets import service as datasets_service
 from app.db import transaction
 from app.kit import ids
 from app.kit.humanize import NOTHING, human_bytes, human_number, human_percent
-from app.kit.languages import gettext, mark, ngettext
+from app.languages import gettext, mark, ngettext
 from app.tables import Job, Model, Project, ProjectMember, User
 from app.web.accepts import is_program
 from app.web.auth import sign_in

@@ -29,8 +29,8 @@ from sqlalchemy.orm import Session
 from app.errors import BadField, Conflict, Forbidden, NotFound, Unavailable
 from app.kit.addresses import is_loopback
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
 from app.kit.secret import secret
+from app.languages import gettext
 from app.settings import get_settings
 from app.tables import Identity, User
 from app.web import auth, people

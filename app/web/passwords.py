@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from app.errors import BadField, TooMany
 from app.kit.addresses import network_of
-from app.kit.languages import gettext
+from app.languages import gettext
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from app import limits
 from app.errors import BadField, Conflict, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import ApiKey, BrowserSession, Invitation, SignInLink, TwoStep, User
 from app.web.auth import sha256
 from app.web.policy import check_role

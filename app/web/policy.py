@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from fastapi import Request
 
 from app.errors import BadField, Forbidden
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.ownership import may_change
 from app.tables import User
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app import limits, personal_data
 from app.errors import Conflict
-from app.kit.languages import gettext, ngettext
+from app.languages import gettext, ngettext
 from app.tables import (
     Comparison,
     Dataset,

@@ -15,7 +15,7 @@ from app.db import touched
 from app.errors import BadField, Conflict, Forbidden, NotFound
 from app.kit import ids
 from app.kit.json_safe import storable
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.tables import Base, BrowserSession, Comparison, Job, Project, ProjectMember, ShareLink, User
 from app.web import people
 from app.web.auth import sha256

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db import touched
 from app.errors import NotFound
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.tables import BrowserSession, User
 from app.web.auth import cookie_name, sha256
 

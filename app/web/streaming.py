@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.errors import NotSignedIn
 from app.inference import client
 from app.inference.protocol import Entry, GenerateRequest, StreamError
-from app.kit.languages import gettext
+from app.languages import gettext
 from app.web import error_responses
 from app.web.revocation import doorkeeper
 

@@ -16,10 +16,9 @@ from jinja2.ext import Extension
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
-from app import objectives
-from app.kit import languages
+from app import languages, objectives
 from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 from app.settings import RESOURCES, get_settings
 
 STATIC = RESOURCES / "static"

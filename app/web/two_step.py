@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 from app.errors import Conflict, NotSignedIn
 from app.kit import totp
-from app.kit.languages import gettext
 from app.kit.secret import secret
+from app.languages import gettext
 from app.tables import TwoStep, User
 from app.web import passwords
 from app.web.auth import address_of, known_browser, known_to, sha256

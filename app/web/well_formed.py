@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadField, BadRequest
 from app.kit.humanize import human_number
-from app.kit.languages import gettext, mark
+from app.languages import gettext, mark
 
 MAX_DEPTH = 128
 """Nesting of lists and objects in a body: more than in any row (`json_safe.DEEPEST`), and few enough for every recursion."""

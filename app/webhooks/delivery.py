@@ -19,8 +19,8 @@ from app import leases
 from app.db import transaction
 from app.errors import StudioError
 from app.kit import addresses
-from app.kit.languages import gettext
 from app.kit.secret import is_here
+from app.languages import gettext
 from app.tables import JSON, WebhookEndpoint
 from app.webhooks import service as webhooks
 

@@ -23,8 +23,8 @@ from sqlalchemy.orm import Session
 from app import leases, ownership, queue
 from app.errors import BadField
 from app.kit import ids
-from app.kit.languages import gettext
 from app.kit.secret import secret
+from app.languages import gettext
 from app.settings import get_settings
 from app.tables import JSON, User, WebhookDelivery, WebhookEndpoint
 

@@ -22,7 +22,7 @@ SOURCE = "en"
 LANGUAGES = {SOURCE: "English", "de": "Deutsch", "zh": "简体中文"}
 """Every language of the interface under its tag, by its own name."""
 LOCALES = {SOURCE: "en", "de": "de", "zh": "zh_Hans_CN"}
-FOLDER = Path(__file__).parent.parent / "locale"
+FOLDER = Path(__file__).parent / "locale"
 
 current: ContextVar[str] = ContextVar("language", default=SOURCE)
 """The language of the page that is being made. `app.web.middleware` sets it."""
