@@ -122,6 +122,7 @@ def _catalog(language: str) -> standard.GNUTranslations:
     return standard.GNUTranslations(file)
 
 
+@cache
 def _read(language: str) -> Any:
     from babel.messages.pofile import read_po
 

@@ -27,7 +27,7 @@ from tests.worker.supervision.test_train_attempt import (  # noqa: F401  # fixtu
     said,
     trainers,
 )
-from worker.supervision import train_attempt
+from worker.supervision import job_turn
 
 SETTLES_SECONDS = 10.0
 """How soon a wish is fulfilled, beside the time that a save is given."""
@@ -43,7 +43,7 @@ def worker_here(job: Job) -> Iterator[Callable[[], int]]:
     def look() -> None:
         while not over.wait(0.05):
             if now_of(job).status == "queued":
-                train_attempt.work(job.id)
+                job_turn.work(job.id)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -168,7 +168,7 @@ def disturbed(person: Person, wishes: int) -> None:
 @pytest.mark.parametrize(("seed", "wishes"), [(1, 3), *(pytest.param(seed, 12, marks=pytest.mark.fault) for seed in range(2, 8))])
 def test_wishes_at_random_moments_are_fulfilled_and_change_no_result(new_job, user, seed, wishes):  # noqa: F811
     calm, job = new_job(epochs=EPOCHS), new_job(epochs=EPOCHS)
-    train_attempt.work(calm.id)
+    job_turn.work(calm.id)
     with worker_here(job) as count:
         person = Person(seed, user, job, count)
         disturbed(person, wishes)
@@ -211,5 +211,5 @@ def test_a_cancel_before_anybody_looks_is_done_at_once(new_job, user, seed, jobs
             with transaction() as session:
                 wish(session, user, job.id)
         assert now_of(job).status == ("cancelled" if wish is jobs.cancel else "paused")
-        train_attempt.work(job.id)
+        job_turn.work(job.id)
         assert now_of(job).attempt == 0 and not trainers()

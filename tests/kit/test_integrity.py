@@ -23,7 +23,7 @@ from tests.factories import make_dataset, make_job
 from tests.routes.test_models import tuned  # noqa: F401  a fixture
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt as evaluation_attempt
-from worker.supervision import train_attempt
+from worker.supervision import job_turn
 
 pytestmark = pytest.mark.usefixtures("warm_attempts")
 
@@ -142,7 +142,7 @@ def test_a_list_that_was_exchanged_with_the_files_is_another_revision(session, t
 def test_a_job_on_damaged_weights_ends_in_words_and_goes_on_once_they_are_back(session, user, client, tiny_registered, data_dir):
     job = make_job(session, user, tiny_registered, make_dataset(session, user, data_dir), **QUICK)
     flip(data_dir / tiny_registered.path / "model.safetensors")
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job)
     assert (row.status, row.error["code"], row.error["param"]) == ("failed", "bad_model", "model")
     assert "model.safetensors" in row.error["message"] and "page Models" in row.error["hint"]
@@ -159,7 +159,7 @@ def test_a_job_on_damaged_weights_ends_in_words_and_goes_on_once_they_are_back(s
     assert tried_again(model).status == "ready"
     with transaction() as other:
         jobs.resume(other, user, job.id)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     assert now_of(job).status == "succeeded", now_of(job).error
 
 

@@ -16,7 +16,7 @@ from app.tables import Event, Job, Model
 from tests.factories import make_dataset
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker import tasks
-from worker.supervision import train_attempt
+from worker.supervision import job_turn
 
 
 def queued(search: uuid.UUID) -> list[uuid.UUID]:
@@ -37,15 +37,15 @@ def test_trials_pause_where_they_are_compared_and_go_on_exactly(session, user, d
     search = searches.create(session, user, searches.read_order(order))
     session.commit()
     first = session.scalars(select(Job)).one()
-    train_attempt.work(first.id)
+    job_turn.work(first.id)
     session.execute(update(Job).values(status="queued"))  # as if the attempt had died before its end was recorded
     session.commit()
-    train_attempt.work(first.id)
+    job_turn.work(first.id)
     session.refresh(first)
     assert (first.status, first.step, first.attempt) == ("paused", first.trial["rungs"][0], 2), "it pauses there again, without a step"
     for _ in range(12):
         for job in queued(search.id):
-            train_attempt.work(job)
+            job_turn.work(job)
         tasks.search.run(str(search.id))  # the message that a data worker takes
         session.expire_all()
         if searches.state_of(search)["status"] != "running":
@@ -68,7 +68,7 @@ def test_trials_pause_where_they_are_compared_and_go_on_exactly(session, user, d
     )  # fmt: skip
     session.add(calm)
     session.commit()
-    train_attempt.work(calm.id)
+    job_turn.work(calm.id)
     with transaction() as fresh:
         first, second = (fresh.scalars(select(Model).where(Model.job_id == job.id)).one() for job in (winner, calm))
     assert first.adapter_sha256 == second.adapter_sha256

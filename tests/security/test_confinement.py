@@ -25,7 +25,7 @@ from app.settings import PROJECT, get_settings
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import ended, new_job, now_of, odd, said  # noqa: F401  # fixtures
 from worker.supervision import confinement as supervision_confinement
-from worker.supervision import exit_codes, train_attempt
+from worker.supervision import exit_codes, job_turn
 
 USERS = ["root", "plain"]
 NEEDS = "needs "
@@ -133,7 +133,7 @@ def test_two_processes_train_one_job_behind_the_walls(new_job):  # noqa: F811
     """They talk over a loopback of their own, and the second opens the pipe that the first was given."""
     get_settings().gpus_per_job, get_settings().stop_grace_seconds = 2, 60.0
     job = new_job(epochs=1, samples=0, forgetting=False, row_losses=False)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     assert now_of(job).status == "succeeded", now_of(job).error
 
 

@@ -74,17 +74,17 @@ def now_of(key) -> Job:
 @pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_there_is_room(small_disk, session, user, tiny_registered):
-    from worker.supervision import train_attempt
+    from worker.supervision import job_turn
 
     dataset = make_dataset(session, user, small_disk.folder)
     run = {"max_steps": 80, "epochs": 100, "samples": 0, "forgetting": False, "evaluations_per_epoch": 0}
     job = make_job(session, user, tiny_registered, dataset, **run)
     small_disk.fill()
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job.id)
     assert (row.status, row.error["code"], row.deaths) == ("paused", "disk_full", 0)
     again(small_disk, user, job)
-    running = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    running = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     running.start()
     wait_until(lambda: now_of(job.id).step > 1, what="its steps", seconds=60)
     small_disk.fill()  # its result finds no room
@@ -92,7 +92,7 @@ def test_a_job_is_paused_before_its_start_and_in_the_middle_and_goes_on_when_the
     row = now_of(job.id)
     assert (row.status, row.error["code"], row.deaths) == ("paused", "disk_full", 0)
     again(small_disk, user, job)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     assert now_of(job.id).status == "succeeded", now_of(job.id).error
 
 

@@ -23,7 +23,7 @@ from app.machines.hardware import this_machine
 from app.machines.placement import Capacity, Needs
 from app.queue import EVALUATE, ROUTES, TRAIN
 from worker.evaluation import attempt
-from worker.supervision import gpu_lease, train_attempt
+from worker.supervision import gpu_lease, job_turn
 from worker.supervision.claiming import ClaimedWork, ClaimOutcome, claimed
 
 
@@ -36,7 +36,7 @@ class Takes(NamedTuple):
 
 Attempts = Mapping[str, Takes]
 TRAIN_WORKER: Attempts = {
-    "jobs": Takes(train_attempt.claim, train_attempt.carry_out),
+    "jobs": Takes(job_turn.claim, job_turn.carry_out),
     "evaluations": Takes(attempt.claim, attempt.carry_out),
 }
 EVALUATE_WORKER: Attempts = {"evaluations": Takes(attempt.claim_beside_training, attempt.carry_out)}

@@ -17,7 +17,7 @@ from app.kit import ids, logs, tracing
 from app.machines.gpus import CUDA_ORDER
 from app.queue import TRAIN
 from app.storage import objects
-from worker.supervision import train_attempt
+from worker.supervision import job_turn
 from worker.supervision.claiming import ClaimOutcome
 
 NOT_TAKEN = 75
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         objects.check()
         with tracing.work(TRAIN, None, job_id=ids.public(ids.JOB, job_id)):
-            outcome = train_attempt.work(job_id, leaving.is_set)
+            outcome = job_turn.work(job_id, leaving.is_set)
     except StudioError as error:
         print(f"{error.message} {error.hint}".strip(), file=sys.stderr)
         return 1

@@ -70,13 +70,13 @@ def _free_port() -> int:
 
 def claim(
     session: Session, job: Job, lease: gpu_lease.GpuLease, going_down: Callable[[], bool]
-) -> tuple[Claim, Rendezvous | None] | Offer | ClaimOutcome:
+) -> tuple[Claim, Rendezvous | None] | PlaceOffer | ClaimOutcome:
     """Claim a job. One on several machines is claimed, and led, by the last worker that it needs; those before offer a place."""
     machines = job.num_machines or 1
     if machines > 1:
         found = gangs.gather(session, job, worker_name(), heartbeats.machine_name())
         if isinstance(found, Offered):
-            return Offer(found, lease, going_down)
+            return PlaceOffer(found, lease, going_down)
         if found is None:
             return ClaimOutcome.NO_GPU
     held = lifecycle.claim(session, job.id, f"{socket.gethostname()}:{os.getpid()}", len(lease.files) * machines)
@@ -121,29 +121,17 @@ def fault_elsewhere(held: Claim, machines: int, last: events.TrainerEvent | None
 
 
 @dataclass
-class Offer:
+class PlaceOffer:
     """A place that this worker offers, with the GPUs that it keeps for it."""
 
     offered: Offered
     lease: gpu_lease.GpuLease
     going_down: Callable[[], bool]
 
-    def carry_out(self) -> ClaimOutcome:
-        """Wait for the others, and take the place once the job is claimed."""
-        from worker.supervision.member import Member  # an attempt, which needs this file
-
+    def wait(self) -> tuple[Claim, Rendezvous] | None:
+        """Wait until the others are there and the job is claimed; its claim and this worker's place in it, or None where it waited in vain."""
+        log.info("Job %s needs several machines: waiting for the others.", self.offered.job_id)
         claims.tell_train_workers(self.offered.job_id)
-        try:
-            log.info("Job %s needs several machines: waiting for the others.", self.offered.job_id)
-            found = self._wait()
-            if found is None:
-                return ClaimOutcome.NO_GPU
-            Member(*found, self.going_down, self.lease).carry_out()
-            return ClaimOutcome.DONE
-        finally:
-            self.lease.release()
-
-    def _wait(self) -> tuple[Claim, Rendezvous] | None:
         until = time.monotonic() + get_settings().gather_seconds
         told = time.monotonic()
         while True:

@@ -17,13 +17,11 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from app import events, limits
 from app.db import transaction
@@ -42,8 +40,8 @@ from app.settings import get_settings
 from app.storage import places
 from app.storage.atomic import write_atomically
 from app.tables import Job
-from worker.supervision import answering, confinement, exit_codes, gang, gpu_lease, storing
-from worker.supervision.claiming import ClaimOutcome, claimed, retry_until_database
+from worker.supervision import answering, confinement, exit_codes, gang, storing
+from worker.supervision.claiming import retry_until_database
 from worker.supervision.gpu_lease import GpuLease
 
 log = logging.getLogger(__name__)
@@ -64,48 +62,6 @@ LOG_LIMIT_BYTES = 32 * 2**20
 
 GATHER_SECONDS = 0.1
 """Events within this time are recorded together."""
-
-
-def work(job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> ClaimOutcome:
-    """One attempt at this job. `going_down` says whether this worker was asked to leave."""
-    found = claimed(lambda session: claim(session, job_id, going_down))
-    if isinstance(found, ClaimOutcome):
-        log.info("Job %s is not claimed: %s.", job_id, found.value)
-        return found
-    assert isinstance(found, Attempt | gang.Offer)
-    return carry_out(found)
-
-
-def claim(session: Session, job_id: uuid.UUID, going_down: Callable[[], bool] = lambda: False) -> Attempt | gang.Offer | ClaimOutcome:
-    """Claim this job and lease the GPUs that it needs; or why not, and nothing is changed. The reaper announces what is not claimed again.
-    Of a job on several machines a place is offered where the others are not there yet."""
-    if going_down():
-        return ClaimOutcome.LEFT
-    job = session.get(Job, job_id)
-    if job is None:
-        return ClaimOutcome.GONE
-    lease = gpu_lease.of_job(job)
-    if lease is None:
-        return ClaimOutcome.NO_GPU
-    try:
-        found = gang.claim(session, job, lease, going_down)
-    except BaseException:
-        lease.release()
-        raise
-    if isinstance(found, ClaimOutcome):
-        lease.release()
-    return Attempt(found[0], going_down, lease, found[1]) if isinstance(found, tuple) else found
-
-
-def carry_out(found: Attempt | gang.Offer) -> ClaimOutcome:
-    """The attempt, from the start of its trainer to the record of its end; of an offer once it has become one."""
-    if isinstance(found, gang.Offer):
-        return found.carry_out()
-    try:
-        found.carry_out()
-    finally:
-        found.lease.release()
-    return ClaimOutcome.DONE
 
 
 class Attempt:

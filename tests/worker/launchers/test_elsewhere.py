@@ -237,11 +237,11 @@ def test_what_the_engine_starts_is_to_the_job_what_a_worker_is(engine, new_job):
 
 @pytest.mark.usefixtures("handlers")
 def test_a_process_that_cannot_have_the_job_says_why(engine, new_job, monkeypatch, capsys):
-    from worker.supervision import train_attempt
+    from worker.supervision import gpu_lease
 
     job = new_job()
     with monkeypatch.context() as busy:
-        busy.setattr(train_attempt, "_lease", lambda job: None)  # every GPU of the machine is another's
+        busy.setattr(gpu_lease, "of_job", lambda job: None)  # every GPU of the machine is another's
         assert carry.main(["--job", str(job.id)]) == carry.NOT_TAKEN
     assert "The job was not taken here: others use the GPUs that it needs." in capsys.readouterr().err
     assert now_of(job).status == "queued"

@@ -25,7 +25,7 @@ from tests.factories import make_dataset
 from tests.inference.test_external_servers import allow
 from tests.warm import warm_attempts  # noqa: F401
 from tests.worker.supervision.test_train_attempt import new_job, now_of, said  # noqa: F401
-from worker.supervision import answering, train_attempt
+from worker.supervision import answering, job_turn
 from worker.supervision.answering import answered
 from worker.training.asking import Asker
 
@@ -96,12 +96,12 @@ def test_a_judge_that_goes_away_pauses_the_job_and_nothing_is_lost(session, user
     order = order_of(session, user, data_dir)
     whole, cut = (jobs.create(session, user, read_order(order | {"name": name})) for name in ("whole", "cut"))
     session.commit()
-    train_attempt.work(whole.id)
+    job_turn.work(whole.id)
     assert now_of(whole).status == "succeeded", now_of(whole).error
     assert judge.asked >= 2 * 4 + 2 + 5 * 12 + 5 * 3  # the check with its references, five steps, three evaluations of at least a row each
 
     judge.asked, judge.most = 0, most
-    train_attempt.work(cut.id)
+    job_turn.work(cut.id)
     row = now_of(cut)
     assert (row.status, row.error["code"]) == ("paused", "model_away"), row.error
     assert "vowels could not ask its model" in row.error["message"] and "resume" in row.error["hint"]
@@ -111,7 +111,7 @@ def test_a_judge_that_goes_away_pauses_the_job_and_nothing_is_lost(session, user
     judge.most = 10**9
     with transaction() as other:
         jobs.resume(other, user, cut.id)
-    train_attempt.work(cut.id)
+    job_turn.work(cut.id)
     row = now_of(cut)
     assert row.status == "succeeded", row.error
     assert [e.data["resumed_from"] for e in said(cut, "started")] == [None, before or None][: len(said(cut, "started"))]
@@ -130,7 +130,7 @@ def test_a_confined_trainer_asks_through_its_supervisor(session, user, data_dir,
     order = order_of(session, user, data_dir)
     job = jobs.create(session, user, read_order(order | {"run": order["run"] | {"max_steps": 1, "row_losses": False}}))
     session.commit()
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     assert now_of(job).status == "succeeded", now_of(job).error
     (step,) = said(job, "step")
     assert 0 < step.data["metrics"]["reward"] < 1 and judge.asked >= 8 + 12

@@ -24,11 +24,11 @@ from tests.worker.supervision.test_storing import at, now_of, result_of, said  #
 
 SUPERVISE = """
 import signal, sys, time, threading, uuid
-from worker.supervision import train_attempt
+from worker.supervision import job_turn, train_attempt
 from worker.supervision.claiming import ClaimOutcome
 leaving = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: leaving.set())
-while train_attempt.work(uuid.UUID(sys.argv[1]), leaving.is_set) in (ClaimOutcome.NO_GPU, ClaimOutcome.DONE) and not leaving.is_set():
+while job_turn.work(uuid.UUID(sys.argv[1]), leaving.is_set) in (ClaimOutcome.NO_GPU, ClaimOutcome.DONE) and not leaving.is_set():
     time.sleep(0.2)
 """
 RUN = {

@@ -17,7 +17,7 @@ from app.tables import Job
 from tests.conftest import wait_until
 from tests.worker.supervision.test_train_attempt import new_job, now_of, order_evaluation, order_predictions, row_of  # noqa: F401  # a fixture
 from worker.evaluation import attempt, train_turn
-from worker.supervision import claiming, exit_codes, gpu_lease, train_attempt
+from worker.supervision import claiming, exit_codes, gpu_lease, job_turn, train_attempt
 
 A, B = "GPU-aaaa1111-0000", "GPU-bbbb2222-0000"
 
@@ -79,12 +79,12 @@ def test_a_job_waits_for_a_card_and_trains_on_that(new_job, tmp_path, monkeypatc
     monkeypatch.setattr(exit_codes, "trainer_command", lambda *_: [sys.executable, "-c", program])
     monkeypatch.setattr(train_attempt, "confined", lambda command, room: command)
     job, other = new_job(), gpu_lease.take(2)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     assert (now_of(job).status, now_of(job).attempt) == ("queued", 0), "it was claimed without a card"
     other.release()
     held, other = gpu_lease.take(1), None
     going = threading.Event()
-    thread = threading.Thread(target=train_attempt.work, args=(job.id, going.is_set), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id, going.is_set), daemon=True)
     thread.start()
     wait_until(lambda: seen.exists() and seen.read_text(), what="the trainer", seconds=30)
     assert (held.gpus, seen.read_text(), gpu_lease.take(1)) == ([A], B, None)
@@ -102,7 +102,7 @@ def test_a_turn_takes_what_fits_the_cards_that_are_free(new_job, session, monkey
         taken.append((attempt_.held.job_id, attempt_.lease.gpus, attempt_.held.processes))
         attempt_.lease.release()
 
-    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", train_turn.Takes(train_attempt.claim, carry_out))
+    monkeypatch.setitem(train_turn.TRAIN_WORKER, "jobs", train_turn.Takes(job_turn.claim, carry_out))
     two, large, one = new_job(), new_job(), new_job()
     session.execute(update(Job).where(Job.id == two.id).values(num_gpus=2))
     session.execute(update(Job).where(Job.id == large.id).values(gpu_bytes=17 * 10**9))
@@ -122,7 +122,7 @@ def test_a_claim_that_is_not_committed_holds_no_card(new_job) -> None:  # noqa: 
     job = new_job()
 
     def claim(session):
-        found = train_attempt.claim(session, job.id)
+        found = job_turn.claim(session, job.id)
         assert len(found.lease.files) == 1
         event.listen(session, "before_commit", lambda _: 1 / 0)
         return found

@@ -23,7 +23,7 @@ from tests.conftest import PROJECT, forget_settings, wait_until
 from tests.factories import make_dataset, make_job
 from tests.s3 import own_storage, running_server  # noqa: F401  # fixtures
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
-from worker.supervision import storing, train_attempt
+from worker.supervision import job_turn, storing
 
 RUN = {
     "epochs": 10,
@@ -33,7 +33,7 @@ RUN = {
     "early_stopping_patience": 0,
     "forgetting": False,
 }
-SUPERVISE = "import sys, uuid; from worker.supervision import train_attempt; train_attempt.work(uuid.UUID(sys.argv[1]))"
+SUPERVISE = "import sys, uuid; from worker.supervision import job_turn, train_attempt; job_turn.work(uuid.UUID(sys.argv[1]))"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def stored_of(job):
 def test_a_job_of_a_machine_that_is_lost_is_finished_on_another_with_equal_weights(at, new_job, s3):
     calm, job = new_job(), new_job()
     two = at("two")
-    train_attempt.work(calm.id)
+    job_turn.work(calm.id)
     one = at("one")
     supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(job.id)], cwd=PROJECT, start_new_session=True)
     try:
@@ -105,7 +105,7 @@ def test_a_job_of_a_machine_that_is_lost_is_finished_on_another_with_equal_weigh
         leases.reap(session, lifecycle.WORK)
     at("two")
     stored = stored_of(job)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job)
     assert row.status == "succeeded" and row.attempt == 2, (row.status, row.error)
     assert said(job, "started")[-1]["resumed_from"] == max(stored) > 0
@@ -133,7 +133,7 @@ def test_a_storage_that_is_away_delays_a_job_and_harms_nothing(at, new_job, s3, 
     job = new_job(epochs=2)
     at("two")
     s3[0].kill()
-    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: any("object storage" in line["message"] for line in said(job, "log")), what="a word of it", seconds=20)
     assert now_of(job).status == "running" and now_of(job).lease_until is not None

@@ -38,7 +38,7 @@ from tests.factories import make_dataset, make_job
 from tests.warm import warm_attempts  # noqa: F401  # a fixture
 from worker.evaluation import attempt, train_turn
 from worker.runtime import attendance
-from worker.supervision import exit_codes, train_attempt
+from worker.supervision import exit_codes, job_turn, train_attempt
 
 RUN = {"epochs": 4, "max_tokens_per_step": 128, "evaluations_per_epoch": 2, "samples": 1, "sample_tokens": 4, "early_stopping_patience": 0}
 ODD = Path(__file__).with_name("odd_trainer.py")
@@ -59,7 +59,7 @@ def odd(new_job, monkeypatch):
     def start(how: str) -> tuple[Job, threading.Thread]:
         monkeypatch.setattr(exit_codes, "trainer_command", lambda held, spec, fd, *_: [sys.executable, str(ODD), how, str(fd), held.folder])
         job = new_job()
-        thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+        thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
         thread.start()
         return job, thread
 
@@ -97,7 +97,7 @@ def trainers() -> list[psutil.Process]:
 @pytest.mark.long
 def test_a_whole_job(new_job, session):
     job = new_job()
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job)
     assert row.status == "succeeded", row.error
     types = [e.type for e in said(job) if e.type != "log"]
@@ -112,7 +112,7 @@ def test_a_whole_job(new_job, session):
         )
     assert (get_settings().data_dir / model.path / "manifest.json").is_file()
     assert row.measured["peak_memory_bytes"] > 0 and row.result_file_id
-    train_attempt.work(job.id)  # the same message again
+    job_turn.work(job.id)  # the same message again
     assert now_of(job).attempt == 1 and not trainers()
     assert "torch" not in (PROJECT / "worker" / "supervision" / "train_attempt.py").read_text().split('"""')[2]
 
@@ -121,8 +121,8 @@ def test_a_whole_job(new_job, session):
 @pytest.mark.usefixtures("warm_attempts")
 def test_killed_trainers_change_nothing_about_the_result(new_job):
     calm, beaten = new_job(), new_job()
-    train_attempt.work(calm.id)
-    thread = threading.Thread(target=lambda: [train_attempt.work(beaten.id) for _ in range(3)], daemon=True)
+    job_turn.work(calm.id)
+    thread = threading.Thread(target=lambda: [job_turn.work(beaten.id) for _ in range(3)], daemon=True)
     thread.start()
     for saves in (1, 2):
         wait_until(lambda n=saves: len(said(beaten, "saved")) >= n and trainers(), what="a checkpoint", seconds=60)
@@ -144,7 +144,7 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
     job = new_job(epochs=30)
     with transaction() as session:
         session.get_one(Job, job.id).estimate = {"memory_bytes": 12345}
-    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: len(said(job, "step")) > 5, what="some steps", seconds=60)
     assert residency.room_asked(cuda=False) == 12345  # idle models of the playground make room
@@ -155,7 +155,7 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
     assert row.status == "paused" and not trainers()
     with transaction() as session:
         jobs.resume(session, user, job.id)
-    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: len(said(job, "started")) == 2, what="the second start", seconds=60)
     resumed_from = said(job, "started")[1].data["resumed_from"]
@@ -169,8 +169,8 @@ def test_pause_saves_and_resume_goes_on(new_job, user):
 @pytest.mark.usefixtures("warm_attempts")
 def test_a_cancelled_job_goes_on_from_any_checkpoint_as_if_nothing_had_happened_and_a_kept_one_stays(new_job, session, user):
     calm, job = new_job(epochs=12), new_job(epochs=12)
-    train_attempt.work(calm.id)
-    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    job_turn.work(calm.id)
+    thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: len(said(job, "saved")) > 1, what="two checkpoints", seconds=60)
     jobs.cancel(session, user, job.id)
@@ -183,7 +183,7 @@ def test_a_cancelled_job_goes_on_from_any_checkpoint_as_if_nothing_had_happened_
     checkpoints.resume(session, user, job.id, earlier)
     session.commit()
     assert jobs.checkpoints(session, now_of(job))[0].step == earlier
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job)
     assert row.status == "succeeded", row.error
     assert said(job, "started")[1].data["resumed_from"] == earlier
@@ -305,7 +305,7 @@ def test_a_job_of_two_processes_that_loses_one_ends_soon_and_names_it(new_job, m
     get_settings().gpus_per_job = 2
     monkeypatch.setattr(train_attempt, "MIN_PATIENCE_SECONDS", 5.0)
     job = new_job(epochs=500)
-    thread = threading.Thread(target=train_attempt.work, args=(job.id,), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id,), daemon=True)
     thread.start()
     wait_until(lambda: len(said(job, "step")) > 5, what="steps of two processes", seconds=90)
     (second,) = [p for p in trainers() if p.environ().get("RANK") == "1"]
@@ -338,7 +338,7 @@ def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeyp
         exit_codes, "trainer_command", lambda *given: [sys.executable, "-m", "tests.worker.supervision.slow_trainer", *whole(*given)[3:]]
     )
     job = new_job(epochs=1, evaluations_per_epoch=1, max_tokens_per_step=64, samples=0, forgetting=False)
-    train_attempt.work(job.id)
+    job_turn.work(job.id)
     row = now_of(job)
     assert (row.status, row.attempt) == ("succeeded", 1), said(job, "lost")[0].data
     last_step = said(job, "step")[-1]
@@ -384,7 +384,7 @@ def test_a_worker_that_goes_down_gives_the_job_back(new_job, monkeypatch):
         exit_codes, "trainer_command", lambda held, spec, fd, *_: [sys.executable, str(ODD), "polite", str(fd), held.folder]
     )
     job, leaving = new_job(), threading.Event()
-    thread = threading.Thread(target=train_attempt.work, args=(job.id, leaving.is_set), daemon=True)
+    thread = threading.Thread(target=job_turn.work, args=(job.id, leaving.is_set), daemon=True)
     thread.start()
     wait_until(lambda: said(job, "log"), what="the trainer")
     leaving.set()
