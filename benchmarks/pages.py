@@ -278,7 +278,7 @@ def measured(url: str, link: str, every: list[Page], times: int) -> list[dict[st
     spent: dict[str, list[float]] = {page.title: [] for page in every}
     sizes: dict[str, int] = {}
     with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
-        _wait_for(client)
+        wait_for_studio(client)
         client.get(link).raise_for_status()
         for turn in range(times + 1):  # the first turn compiles the templates
             print(f"turn {turn} of {times}, {len(every)} pages", file=sys.stderr, flush=True)
@@ -297,7 +297,7 @@ def _row(title: str, spent: list[float], size: int) -> dict[str, Any]:
     return {"page": title, "milliseconds": statistics.median(spent), "p95": spent[math.ceil(0.95 * len(spent)) - 1], "bytes": size}
 
 
-def _wait_for(client: httpx.Client) -> None:
+def wait_for_studio(client: httpx.Client) -> None:
     for _ in range(300):
         try:
             client.get("/healthz").raise_for_status()
