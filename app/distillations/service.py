@@ -28,7 +28,7 @@ from app.inference.protocol import MAX_CHOICES, ExternalEngine
 from app.jobs.request import bad_field
 from app.kit import ids, stats
 from app.kit.json_safe import storable
-from app.languages import gettext
+from app.languages import gettext, mark
 from app.ownership import maker_of, owned
 from app.spec import DatasetRef, ModelRef
 from app.storage import files
@@ -37,26 +37,37 @@ from app.tables import JSON, Dataset, DistillationRun, DistilledRow, User
 MAX_PROMPTS = 100_000
 
 
+LABELS = (mark("Answers"), mark("Threshold"), mark("Allows training"))
+"""Labels that forms make of the names of fields."""
+
+
 class DistillationOrder(BaseModel):
     """What is asked of a teacher, and what is kept of its answers."""
 
     model_config = ConfigDict(extra="forbid")
 
-    rows: int = Field(1000, ge=1, le=MAX_PROMPTS, description="Prompts that are answered at most; a random sample where there are more.")
-    answers: int = Field(4, ge=1, le=MAX_CHOICES, description="Answers to each prompt, of which the best is kept.")
+    rows: int = Field(
+        1000, ge=1, le=MAX_PROMPTS, description=mark("Prompts that are answered at most; a random sample where there are more.")
+    )
+    answers: int = Field(4, ge=1, le=MAX_CHOICES, description=mark("Answers to each prompt, of which the best is kept."))
     grader: str | dict[str, Any] | None = Field(
-        None, description="What scores the answers: a grader, or the id of a saved one. Without one there is one answer, which is kept."
+        None,
+        description=mark("What scores the answers: a grader, or the id of a saved one. Without one there is one answer, which is kept."),
     )
-    threshold: float = Field(0.5, ge=0, le=1, description="Score from which the best answer to a prompt is kept.")
-    temperature: float = Field(0.8, ge=0, le=2, description="How varied the answers are.")
-    max_tokens: int = Field(512, ge=1, le=32_768, description="Maximum tokens of an answer; one that is cut off is not kept.")
-    system: str = Field("", max_length=20_000, description="Instructions to the teacher alone, which are not in the rows of the dataset.")
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides which prompts are sampled, and every random draw.")
-    name: str | None = Field(None, max_length=200, description="Name of the dataset.")
+    threshold: float = Field(0.5, ge=0, le=1, description=mark("Score from which the best answer to a prompt is kept."))
+    temperature: float = Field(0.8, ge=0, le=2, description=mark("How varied the answers are."))
+    max_tokens: int = Field(512, ge=1, le=32_768, description=mark("Maximum tokens of an answer; one that is cut off is not kept."))
+    system: str = Field(
+        "", max_length=20_000, description=mark("Instructions to the teacher alone, which are not in the rows of the dataset.")
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1, description=mark("Decides which prompts are sampled, and every random draw."))
+    name: str | None = Field(None, max_length=200, description=mark("Name of the dataset."))
     license: str | None = Field(
-        None, max_length=200, description="License of the teacher, kept with the dataset. Without it, the one that its model is known by."
+        None,
+        max_length=200,
+        description=mark("License of the teacher, kept with the dataset. Without it, the one that its model is known by."),
     )
-    allows_training: bool = Field(False, description="That this license allows other models to be trained on the teacher's answers.")
+    allows_training: bool = Field(False, description=mark("That this license allows other models to be trained on the teacher's answers."))
 
 
 class DistillationSpec(BaseModel):
