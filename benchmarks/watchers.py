@@ -1,25 +1,34 @@
-"""Many watchers of one job on one web process: `python -m benchmarks.watchers --watchers 10000 --seconds 30`.
+"""Many watchers of one job: `python -m benchmarks.watchers --watchers 10000 --seconds 30 [--webs 3]`.
 
-A real web process on a real port, real connections, real rows. One step is recorded per interval; every watcher's copy
-of every event is counted, and its delay is taken from the commit's clock to the moment the bytes are read.
+Real web processes behind one real port, real connections, real rows. One step is recorded per interval; every watcher's copy
+of every event is counted, and its delay is taken from the commit's clock to the moment the bytes are read. With several `--webs` the kernel
+gives each connection to one of them. Meanwhile pages are opened, and files are uploaded in pieces, each over a connection of its own, so that
+any process may be asked for any part.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import contextlib
 import json
+import os
 import re
 import resource
+import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
-from benchmarks.servers import free_port, python, servers, tiny_model
+from benchmarks.servers import PROJECT, free_port, servers, tiny_model
 
 AT = re.compile(rb'"id":(\d+),"type":"(\w+)","attempt":\d+,"at":([\d.]+)')
 
@@ -76,6 +85,7 @@ def main() -> None:
     parser.add_argument("--watchers", type=int, default=1000)
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two events")
+    parser.add_argument("--webs", type=int, default=1, help="web processes behind the one port")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -100,13 +110,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         _, key = auth.create_key(session, user, "watchers")
         session.commit()
         job = make_job(session, user, tiny_model(folder / "data", session), make_dataset(session, user, folder / "data"))
+        link = auth.new_sign_in_link(session, user)
+        session.commit()
     port = free_port()
-    command = ["-m", "uvicorn", "app.main:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "warning"]
-    command += ["--http", "app.web.http_protocol:Guarded", "--no-proxy-headers"]
-    web = python(*command, "--timeout-graceful-shutdown", "2", log=folder / "web.log", LUTHIER_LOG_LEVEL="WARNING")
+    webs = [start_web(port, folder / "web.log") for _ in range(options.webs)]
     try:
-        _wait_for_port(port)
-        idle = psutil.Process(web.pid).memory_info().rss
+        for web in webs:
+            _wait_for_web(web, folder / "web.log")
+        idle = memory_of(webs)
         ready, done = threading.Event(), threading.Event()
         made: list[Watcher] = []
         path = f"/v1/fine_tuning/jobs/{ids.public(ids.JOB, job.id)}/stream"
@@ -119,21 +130,113 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with transaction() as session:
             held = lifecycle.claim(session, job.id, "benchmark")
             lifecycle.record(session, held, 0, [lives.started()])
-        before = sum(psutil.Process(web.pid).cpu_times()[:2])
+        others = OtherUsers(f"http://127.0.0.1:{port}", link, ids.public(ids.JOB, job.id), key)
+        others.start()
+        before = processor_of(webs)
         expected = int(options.seconds / options.interval)
         for n in range(1, expected + 1):
             with transaction() as session:
                 lifecycle.record(session, held, n, list(lives.steps(n, n, every=expected + 1)))
             time.sleep(options.interval)
         settle(made, expected)
-        full = psutil.Process(web.pid).memory_info().rss
-        spent = sum(psutil.Process(web.pid).cpu_times()[:2]) - before
+        full, spent = memory_of(webs), processor_of(webs) - before
+        others.end()
+        shares = [len(psutil.Process(web.pid).net_connections("tcp")) for web in webs]
         done.set()
         thread.join(60)
     finally:
-        web.terminate()
-        web.wait(20)
-    return report(made, expected, connected, idle, full, spent)
+        for web in webs:
+            web.terminate()
+        for web in webs:
+            web.wait(20)
+    return report(made, expected, connected, idle, full, spent) | {"webs": options.webs, "connections_of_each": shares} | others.report()
+
+
+def start_web(port: int, log: Path) -> subprocess.Popen:
+    """A web process at a port that others may share: the kernel gives each new connection to one of them."""
+    door = socket.socket()
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    door.bind(("127.0.0.1", port))
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "app.main:create_app",
+        "--factory",
+        "--fd",
+        str(door.fileno()),
+        "--no-access-log",
+        "--log-level",
+        "warning",
+    ]
+    command += ["--http", "app.web.http_protocol:Guarded", "--no-proxy-headers", "--timeout-graceful-shutdown", "2"]
+    with log.open("ab") as out:
+        environment = os.environ | {"LUTHIER_LOG_LEVEL": "WARNING"}
+        web = subprocess.Popen(command, cwd=PROJECT, env=environment, pass_fds=[door.fileno()], stdout=out, stderr=out)
+    door.close()
+    return web
+
+
+def memory_of(webs: list[subprocess.Popen]) -> int:
+    return sum(psutil.Process(web.pid).memory_info().rss for web in webs)
+
+
+def processor_of(webs: list[subprocess.Popen]) -> float:
+    return sum(sum(psutil.Process(web.pid).cpu_times()[:2]) for web in webs)
+
+
+class OtherUsers(threading.Thread):
+    """People who open pages and upload files meanwhile, each request over a connection of its own."""
+
+    def __init__(self, url: str, link: str, job: str, key: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.link, self.key = url, link, key
+        self.pages = ["/", f"/jobs/{job}", "/jobs", "/datasets", "/models", "/jobs/new"]
+        self.spent: list[float] = []
+        self.uploads = self.lost = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.url, follow_redirects=True, timeout=60) as first:
+            first.get(self.link).raise_for_status()
+            cookies = dict(first.cookies)
+        while not self.over.is_set():
+            for page in self.pages:
+                began = time.perf_counter()
+                with httpx.Client(base_url=self.url, cookies=cookies, timeout=60) as one:
+                    one.get(page).raise_for_status()
+                self.spent.append(time.perf_counter() - began)
+            self.uploads += 1
+            self.lost += not self._upload()
+            time.sleep(0.2)
+
+    def _upload(self) -> bool:
+        """A file in four pieces (tus 1.0), each sent over a connection of its own; whether it came as it was."""
+        body = b"".join(b'{"text": "%s"}\n' % os.urandom(493).hex().encode() for _ in range(400))
+        name = base64.b64encode(b"rows.jsonl").decode()
+        begun = self._ask("POST", "/v1/tus", {"upload-length": str(len(body)), "upload-metadata": f"filename {name}"})
+        place = begun.headers["location"].removeprefix(self.url)
+        for at in range(0, len(body), 100_000):
+            sent = int(self._ask("HEAD", place, {}).headers["upload-offset"])
+            if sent != at:
+                return False
+            piece = {"upload-offset": str(at), "content-type": "application/offset+octet-stream"}
+            self._ask("PATCH", place, piece, body[at : at + 100_000])
+        return self._ask("HEAD", place, {}).headers["upload-offset"] == str(len(body))
+
+    def _ask(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> httpx.Response:
+        with httpx.Client(base_url=self.url, timeout=60) as one:
+            about = {"authorization": f"Bearer {self.key}", "tus-resumable": "1.0.0", **headers}
+            return one.request(method, path, headers=about, content=body).raise_for_status()
+
+    def end(self) -> None:
+        self.over.set()
+        self.join(60)
+
+    def report(self) -> dict[str, Any]:
+        cuts = statistics.quantiles(self.spent, n=100)
+        told = {"pages": len(self.spent), "page_p50_ms": round(1000 * cuts[49], 1), "page_p95_ms": round(1000 * cuts[94], 1)}
+        return told | {"uploads_in_pieces": self.uploads, "uploads_lost": self.lost}
 
 
 def settle(made: list[Watcher], expected: int, seconds: float = 120.0) -> None:
@@ -165,15 +268,14 @@ def report(found: list[Watcher], expected: int, connected: float, idle: int, ful
     }
 
 
-def _wait_for_port(port: int) -> None:
-    import socket
-
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+def _wait_for_web(web: subprocess.Popen, log: Path) -> None:
+    """Until it listens: the port is shared, so that of another one would not do."""
+    for _ in range(600):
+        with contextlib.suppress(psutil.Error):
+            if any(one.status == "LISTEN" for one in psutil.Process(web.pid).net_connections("tcp")):
                 return
         time.sleep(0.1)
-    raise SystemExit("the web process did not start")
+    raise SystemExit(f"the web process did not start:\n{log.read_text()[-3000:]}")
 
 
 if __name__ == "__main__":

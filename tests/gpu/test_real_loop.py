@@ -59,7 +59,13 @@ def case_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.fault if name.endswith("fp32") and name not in ("lora fp32", "full fp32") else ())
+        for name in CASES
+    ],
+)
 def test_a_step_keeps_the_device_busy(gpu: FakeGpu, table: dict[str, int], name: str) -> None:
     case = case_of(name)
     found = gpu.run(**case)
