@@ -133,6 +133,7 @@ UNSAFE: dict[str, Sample] = {
     "DELETE /v1/organization/projects/{project_id}/users/{user_id}": Sample({"project_id": "$project", "user_id": "+member"}),
     "POST /sign-out": Sample(expect=(403,)),
     "POST /theme": Sample(form=[("theme", "dark")]),
+    "POST /language": Sample(form=[("language", "de")]),
     "POST /settings/keys": Sample(form=[("name", "a key"), ("scope", "read"), ("scope", "generate"), ("days", "30")]),
     "POST /settings/keys/{key}/revoke": Sample({"key": "+key"}),
     # files and datasets

@@ -81,14 +81,14 @@ def test_the_setting_chooses_for_every_model_that_names_nothing(session, user, t
 
 
 def test_the_page_and_the_api_choose_it_and_the_model_can_still_be_scored_and_exported(client, api, session, user, tiny):
-    from app.models import exports
+    from app.models import export_facts
 
     page = client.get(f"/models/model-{tiny.id.hex}?tab=settings").text
     assert 'name="url" value="llama.cpp"' in page and "<option>Q8_0</option>" in page
     client.post(f"/models/model-{tiny.id.hex}/engine", data={"url": "llama.cpp", "engine_model": "Q8_0"})
     assert api.get("/v1/models/tiny").json()["engine"] == {"url": "llama.cpp", "model": "Q8_0", "via": "tokens"}
     session.refresh(tiny)
-    assert not tiny.answered_elsewhere and exports.facts(session, tiny) is not None
+    assert not tiny.answered_elsewhere and export_facts.facts(session, tiny) is not None
     assert "Runs in llama.cpp" in client.get(f"/models/model-{tiny.id.hex}?tab=settings").text
     assert api.delete("/v1/engines/tiny").json()["engine"] is None
     done = api.post("/v1/engines", json={"model": "tiny", "url": "llama.cpp", "engine_model": "BF16"})
