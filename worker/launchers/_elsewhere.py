@@ -219,7 +219,7 @@ class HandingOver:
 
     def _at_limit(self, session: Session, job: Job) -> bool:
         """Whether as much of its person or project runs, or will as soon as the engine starts it, as is allowed."""
-        ahead = [key for (key, _), those in self.there.items() if any(one.state != "ended" for one in those)]
+        ahead = [key for (key, _), those in self.there.items() if key != job.id and any(one.state != "ended" for one in those)]
         mine = [(Job.owner_id, limits.running_limits(session, "person").get(job.owner_id))]
         mine.append((Job.project_id, limits.running_limits(session, "project").get(job.project_id)))
         for column, most in mine:

@@ -115,6 +115,20 @@ def test_a_limit_counts_what_the_engine_will_start(engine, new_job, session, use
     assert list(engine.jobs) == [name_of(job) for job in made[:2]], "three would run where two may"
 
 
+def test_a_job_on_two_machines_is_handed_over_twice_and_counts_once(engine, new_job, session, user, monkeypatch):
+    monkeypatch.setattr(get_settings(), "launcher_waiting", 4)
+    limited(session, user, running_jobs=1)
+    job, other = new_job(), new_job()
+    job.num_machines = 2
+    session.commit()
+    for _ in range(4):
+        turn()
+    assert list(engine.jobs) == [name_of(job), name_of(job, number=1)], "one for each machine, and no more may run"
+    given = engine.jobs[name_of(job)]["runtime_env"]["env_vars"]
+    assert given["LUTHIER_GATHER_SECONDS"] == "900", "the engine may have to make a machine first"
+    assert now_of(other).status == now_of(job).status == "queued"
+
+
 def test_an_engine_that_is_away_leaves_jobs_queued_and_says_so(engine, new_job):
     job = new_job()
     heartbeats.say_alive("train", 1.0)
