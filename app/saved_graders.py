@@ -45,7 +45,7 @@ def mine(user: User) -> Select[SavedGrader]:
 
 
 _NEWEST = (SavedGrader.created_at.desc(), SavedGrader.id)
-OFFERED = 100  # an older one is offered where a form names it
+OFFERED = 80  # an older one is offered where a form names it
 
 
 def newest(session: Session, user: User, limit: int) -> list[SavedGrader]:

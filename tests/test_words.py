@@ -74,6 +74,9 @@ KEY = re.compile(r"[a-z_]+")
 INDEX = re.compile(r"""\[["']\w+["']\]""")
 """A stored key in a line of code that people may copy."""
 
+PLACEHOLDER = re.compile(r"%\(\w+\)s")
+"""The name of a value in a message, in whose place people read the value."""
+
 LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"' + r"|'(?:[^'\\\n]|\\.)*'" + r"|`(?:[^`\\]|\\.)*`")
 
 FORBIDDEN = [(re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE), instead) for pattern, instead in INSTEAD.items()]
@@ -98,7 +101,7 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
     hidden = {found for node in nodes for found in unseen(node)}
     for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in hidden and not KEY.fullmatch(node.value):
-            yield node.lineno, INDEX.sub("", node.value)
+            yield node.lineno, INDEX.sub("", PLACEHOLDER.sub("…", node.value))
 
 
 def blank(found: re.Match[str]) -> str:

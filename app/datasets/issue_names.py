@@ -46,7 +46,7 @@ TITLES = {
     "not_a_number": mark("not a number"),
     "not_looked_at": mark("not looked at"),
     "not_text": mark("not text"),
-    "nothing_to_learn": mark("nothing to learn"),
+    "nothing_to_learn": mark("no trainable tokens"),
     "nul": mark("nul"),
     "open_quote": mark("open quote"),
     "other_language": mark("other language"),

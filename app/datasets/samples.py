@@ -44,7 +44,7 @@ SHOWS = (
     mark("Descriptions of a thing in two classes. Rules, frozen features and a prompt all do something; compare them in the reading room."),
     mark(
         "Short notes of a doctor, invented, with the abbreviations that they use. After training the model continues in them; "
-        "measure what it forgot of general text."
+        "measure how its loss on general text changes."
     ),
     mark("A word and its opposite. A model that is shown some continues the list; trained on it, it answers with the word alone."),
 )

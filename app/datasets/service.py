@@ -215,7 +215,7 @@ def list_(session: Session, user: User) -> list[Dataset]:
 
 
 _LATEST = (Dataset.created_at.desc(), Dataset.id)
-OFFERED = 100  # an older one is offered where a link names it
+OFFERED = 80  # an older one is offered where a link names it
 
 
 def offered(session: Session, user: User, *named: str | None) -> list[Dataset]:

@@ -167,7 +167,7 @@ def refuse_judges(judges: Sequence[AskedModel], processes: int) -> None:
         raise BadField(
             gettext("A grader asks the model %(model)s, which a job of several processes cannot.", model=judges[0].name)
             if judges[0].name
-            else gettext("A grader asks the model for embeddings, which a job of several processes cannot."),
+            else gettext("A grader needs embeddings from a model, which a job of several processes cannot ask."),
             hint=gettext("Take a grader without a model, or ask for one GPU (resources.gpus, or LUTHIER_GPUS_PER_JOB for all jobs)."),
             param="graders",
         )

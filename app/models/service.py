@@ -86,7 +86,7 @@ def list_(session: Session, user: User, *wanted: ColumnElement[bool]) -> list[Mo
     return list(walk(None))
 
 
-OFFERED = 100  # an older one is offered where a link names it
+OFFERED = 80  # an older one is offered where a link names it
 
 
 def offered(session: Session, user: User, *named: str | None) -> list[Model]:
