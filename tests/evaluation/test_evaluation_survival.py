@@ -39,7 +39,7 @@ def follow(client: Client, key: str, until) -> dict:
     return told
 
 
-@pytest.mark.long
+@pytest.mark.fault
 def test_an_evaluation_survives_the_death_of_every_part(tiny_model: Path):
     folder = Path(tempfile.mkdtemp(prefix="luthier-survival-"))
     folder.chmod(0o711)

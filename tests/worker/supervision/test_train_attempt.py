@@ -497,7 +497,7 @@ def row_of(key: uuid.UUID) -> Evaluation:
 GENERATE_WORKER = ("-m", "celery", "-A", "worker.main", "worker", "-Q", "generate", "--pool=threads", "-c", "4", "--without-gossip")
 
 
-@pytest.mark.long
+@pytest.mark.fault
 @pytest.mark.timeout(600)
 def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_their_worker(new_job, processes, session, user):
     job = new_job(epochs=1000)
