@@ -83,13 +83,14 @@ def ask(
 
 def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:
     """The inspection once it is answered, or as it is after `seconds`. Holds no database connection while it waits."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.01
     while True:
         with db.transaction() as session:
             found = session.get_one(Inspection, inspection_id)
         if found.status in ("ready", "error") or time.monotonic() > deadline:
             return found
-        time.sleep(0.08)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.08)
 
 
 def tokenizer_of(session: Session, model: Model) -> str:

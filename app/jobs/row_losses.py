@@ -6,6 +6,8 @@ A row that stays hard while others became easy is often wrong or mislabeled, so 
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -37,17 +39,26 @@ class Entry(NamedTuple):
 
 def path_of(session: Session, job: Job) -> Path | None:
     """The path of a finished job's row losses, next to its result; None when it has none."""
-    found = session.scalar(select(Event.data).where(Event.job_id == job.id, Event.type == "finished").order_by(Event.id.desc()).limit(1))
-    if not found or not found.get("path"):
-        return None
-    path = places.path((PurePosixPath(str(found["path"])).parent / FILE).as_posix())
-    return path if path.is_file() else None
+    return _paths(session, [job.id]).get(job.id)
+
+
+def _paths(session: Session, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Path]:
+    """Of those of these jobs that have row losses."""
+    finished = select(Event.job_id, Event.data["path"].astext).where(Event.job_id.in_(job_ids), Event.type == "finished").order_by(Event.id)
+    found = {}
+    for job_id, result in session.execute(finished):  # the last counts
+        if result:
+            found[job_id] = (PurePosixPath(result).parent / FILE).as_posix()
+    there = {job_id: places.path(place) for job_id, place in found.items()}
+    return {job_id: path for job_id, path in there.items() if path.is_file()}
 
 
 def jobs_of(session: Session, dataset: Dataset) -> list[Job]:
     """Finished jobs on this dataset that have row losses, newest first."""
     query = select(Job).where(Job.dataset_id == dataset.id, Job.status == "succeeded", Job.deleted_at.is_(None))
-    return [job for job in session.scalars(query.order_by(Job.finished_at.desc()).limit(20)) if path_of(session, job) is not None]
+    newest = session.scalars(query.order_by(Job.finished_at.desc()).limit(20)).all()
+    known = _paths(session, [job.id for job in newest])
+    return [job for job in newest if job.id in known]
 
 
 def read(session: Session, job: Job) -> list[Entry]:
