@@ -74,6 +74,7 @@ def claim(
     """Claim a job. One on several machines is claimed, and led, by the last worker that it needs; those before offer a place."""
     machines = job.num_machines or 1
     if machines > 1:
+        session.refresh(job, with_for_update=True)  # two that come at once would both offer a place, and neither claim it
         found = gangs.gather(session, job, worker_name(), heartbeats.machine_name())
         if isinstance(found, Offered):
             return PlaceOffer(found, lease, going_down)
