@@ -251,9 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--questions-fd", type=int, help="open file descriptor that takes one question of a grader to a model per line")
     parser.add_argument("--answers-fd", type=int, help="open file descriptor from which the answers come")
     parser.add_argument("--pause-at", type=int, help="step after which the state is saved and the process ends, as after SIGTERM")
-    parser.add_argument(
-        "--resume-step", type=int, help="the step of the checkpoint to go on from, where all machines of a job take that one"
-    )
+    parser.add_argument("--resume-step", type=int, help="the step of the checkpoint that all machines of a job go on from; 0 for none")
     parser.add_argument("--profile", action="store_true", help="record a few steps: a trace and a summary in the attempt's folder")
     return parser
 

@@ -30,7 +30,6 @@ from app.jobs.lifecycle import Claim, FenceLost
 from app.leases import now
 from app.machines import heartbeats
 from app.settings import get_settings
-from app.spec import JobSpec
 from app.tables import JSON, Job, JobPlace
 
 
@@ -99,11 +98,7 @@ def waiting(session: Session, offer: Offered) -> tuple[Claim, Rendezvous] | bool
     if row is None or job is None:
         return False
     if job.status == "running" and job.fence == offer.fence and row.place is not None:
-        held = Claim(
-            job.id, job.fence, job.attempt, JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0)),
-            job.num_gpus or get_settings().gpus_per_job, job.pause_at,
-        )  # fmt: skip
-        return held, Rendezvous(row.place, job.num_machines or 1, row.address or "")
+        return lifecycle.claim_of(job), Rendezvous(row.place, job.num_machines or 1, row.address or "")
     return job.status == "queued" and job.fence + 1 == offer.fence
 
 

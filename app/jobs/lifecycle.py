@@ -144,17 +144,20 @@ def _tell_search(session: Session, job_id: uuid.UUID, said: Sequence[tuple[uuid.
 
 def claim(session: Session, job_id: uuid.UUID, worker: str, gpus: int = 0) -> Claim | None:
     """Claim a queued job, or one whose holder stopped sending heartbeats. None: there is nothing to do, drop the message."""
-    started = func.coalesce(Job.started_at, now())
-    values = {"attempt": Job.attempt + 1, "worker": worker, "started_at": started, "save_requested": False}
+    values = {"attempt": Job.attempt + 1, "worker": worker, "started_at": func.coalesce(Job.started_at, now()), "save_requested": False}
     job = leases.claim(session, WORK, job_id, **values, reserved_by=None, reserved_until=None)
     if job is None:
         return None
-    spec, memory_bytes = JobSpec.model_validate(job.spec), int((job.estimate or {}).get("memory_bytes", 0))
-    held = Claim(job_id, job.fence, job.attempt, spec, memory_bytes, job.num_gpus or get_settings().gpus_per_job, job.pause_at)
     usage.hold_gpus(session, job_id, job.fence, gpus)
     record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
     remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
-    return held
+    return claim_of(job)
+
+
+def claim_of(job: Job) -> Claim:
+    """The claim under the fence that the row has."""
+    memory_bytes, processes = int((job.estimate or {}).get("memory_bytes", 0)), job.num_gpus or get_settings().gpus_per_job
+    return Claim(job.id, job.fence, job.attempt, JobSpec.model_validate(job.spec), memory_bytes, processes, job.pause_at)
 
 
 def needs_of(job: Job) -> Needs:

@@ -105,51 +105,54 @@ class ProcessGroup:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         failed: OSError | None = None
         for source in range(here, self.size):
-            try:
-                if self.rank == source:
-                    failed = self._send_file(paths[source]) or failed
-                elif self.first:
-                    failed = self._receive_file(paths[source], source) or failed
-            except OSError as error:
-                failed = error
+            if self.rank == source:
+                failed = self._send_file(paths[source])
+            elif self.first:
+                failed = self._receive_file(paths[source], source) or failed
         if here < self.size and (code := self.maximum((failed.errno or errno.EIO) if failed else 0)):
             raise failed or OSError(code, os.strerror(code), str(paths[0].parent))
 
     def _send_file(self, path: Path) -> OSError | None:
-        """To the first process. What cannot be read is sent as zeros, so that both go on together."""
-        size = path.stat().st_size
-        dist.send(torch.tensor(size), 0, group=self.host)
-        failed = None
-        with path.open("rb") as file:
-            for start in range(0, size, MESSAGE_BYTES):
-                piece = bytearray(min(MESSAGE_BYTES, size - start))
-                try:
-                    file.readinto(piece)
-                except OSError as error:
-                    failed = error
-                dist.send(torch.frombuffer(piece, dtype=torch.uint8), 0, group=self.host)
-        path.unlink(missing_ok=True)
+        """To the first process, which waits for each piece. What cannot be read ends the file as its end does: with an empty piece."""
+        failed: OSError | None = None
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(MESSAGE_BYTES):
+                    self._send(piece)
+            path.unlink()
+        except OSError as error:
+            failed = error
+        self._send(b"")
         return failed
 
+    def _send(self, piece: bytes) -> None:
+        dist.send(torch.tensor(len(piece)), 0, group=self.host)
+        if piece:
+            dist.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), 0, group=self.host)
+
     def _receive_file(self, path: Path, source: int) -> OSError | None:
-        dist.recv(told := torch.tensor(0), source, group=self.host)
-        size, failed = int(told), None
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        """What cannot be written is received all the same: the other process is in the middle of sending it."""
+        pieces = self._pieces_of(source)
+        failed: OSError | None = None
         try:
-            for start in range(0, size, MESSAGE_BYTES):
-                piece = torch.empty(min(MESSAGE_BYTES, size - start), dtype=torch.uint8)
-                dist.recv(piece, source, group=self.host)
-                try:
-                    if failed is None:
-                        written = memoryview(piece.numpy().tobytes())
-                        while written:
-                            written = written[os.write(descriptor, written) :]
-                except OSError as error:
-                    failed = error
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with path.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            failed = error
+        for _ in pieces:
+            pass
         return failed
+
+    def _pieces_of(self, source: int) -> Iterator[bytes]:
+        while True:
+            dist.recv(size := torch.tensor(0), source, group=self.host)
+            if not int(size):
+                return
+            dist.recv(piece := torch.empty(int(size), dtype=torch.uint8), source, group=self.host)
+            yield piece.numpy().tobytes()
 
     def wait(self) -> None:
         """Barrier. It may take hours, while rank 0 evaluates; the collectives of a step may not."""

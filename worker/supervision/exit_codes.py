@@ -26,6 +26,7 @@ from app.kit.logs import turned_over
 from app.machines.gpus import CUDA_ORDER, NONE_VISIBLE
 from app.machines.hardware import this_machine
 from app.settings import get_settings
+from app.storage import objects
 from worker.runtime import failures
 from worker.supervision import confinement
 
@@ -95,7 +96,8 @@ def trainer_command(held: Claim, spec: Path, write_end: int, together: Rendezvou
         *started_by, "--spec", str(spec), "--folder", held.folder,
         "--resume-from", f"runs/{held.job_id}", "--events-fd", str(write_end),
         *(["--pause-at", str(held.pause_at)] if held.pause_at is not None else []),
-        *(["--resume-step", checkpoint.rpartition("-")[2]] if together and checkpoint else []),
+        # Without an object storage all machines see one folder, and take the newest there.
+        *(["--resume-step", checkpoint.rpartition("-")[2] or "0"] if together and objects.storage() is not None else []),
     ]
     # fmt: on
 

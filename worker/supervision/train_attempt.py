@@ -340,7 +340,7 @@ class Attempt:
             elif self.gang.leaves:
                 self._stop(f"{self.gang.leaves} is going down")
             elif self.wishes.save and self.started and not self.save_sent:
-                self.save_sent = exit_codes.ask_to_save(self.trainer.pid, self.held.processes)
+                self.save_sent = exit_codes.ask_to_save(self.trainer.pid, self.held.processes * self.machines)
         elif time.monotonic() > self.stop_at + get_settings().stop_grace_seconds:
             self.trainer.kill_group()
         if self.gang.fault:

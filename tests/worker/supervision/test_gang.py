@@ -151,6 +151,10 @@ def test_a_machine_that_is_to_leave_has_the_job_saved_and_queued_again(new_job, 
     job = new_job(epochs=60)
     one, two = machines("one", job), machines("two", job)
     wait_until(lambda: said(job, "step"), what="a step", seconds=120)
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(save_requested=True))
+    wait_until(lambda: not now_of(job).save_requested, what="the checkpoint that was asked for", seconds=60)
+    assert now_of(job).attempt == 1 and now_of(job).status == "running", "torchrun died of the signal to save"
     member = one if led(job) == two.process.pid else two
     member.process.terminate()
     wait_until(lambda: now_of(job).status == "queued", what="the job in the queue", seconds=60)
