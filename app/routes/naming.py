@@ -88,8 +88,8 @@ def _comparisons(done: str, count: int, tags: str) -> str:
 
 def _searches(done: str, count: int, tags: str) -> str:
     if done == "deleted":
-        return ngettext("%(num)s search deleted.", "%(num)s searchs deleted.", count)
-    return ngettext("%(num)s search refused.", "%(num)s searchs refused.", count)
+        return ngettext("%(num)s search deleted.", "%(num)s searches deleted.", count)
+    return ngettext("%(num)s search refused.", "%(num)s searches refused.", count)
 
 
 KINDS: dict[Place, NamedKind] = {

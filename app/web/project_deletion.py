@@ -50,21 +50,21 @@ WORDS: dict[str, Callable[[int], str]] = {
     "jobs": lambda count: ngettext("%(num)s run", "%(num)s runs", count),
     "comparisons": lambda count: ngettext("%(num)s comparison", "%(num)s comparisons", count),
     "models": lambda count: ngettext("%(num)s model", "%(num)s models", count),
-    "aliases": lambda count: ngettext("%(num)s alias", "%(num)s aliass", count),
+    "aliases": lambda count: ngettext("%(num)s alias", "%(num)s aliases", count),
     "evaluations": lambda count: ngettext("%(num)s evaluation", "%(num)s evaluations", count),
     "exports": lambda count: ngettext("%(num)s export", "%(num)s exports", count),
     "prompts": lambda count: ngettext("%(num)s prompt", "%(num)s prompts", count),
     "prompt runs": lambda count: ngettext("%(num)s prompt run", "%(num)s prompt runs", count),
     "graders": lambda count: ngettext("%(num)s grader", "%(num)s graders", count),
     "distillations": lambda count: ngettext("%(num)s distillation", "%(num)s distillations", count),
-    "batches": lambda count: ngettext("%(num)s batch", "%(num)s batchs", count),
+    "batches": lambda count: ngettext("%(num)s batch", "%(num)s batches", count),
     "conversations": lambda count: ngettext("%(num)s conversation", "%(num)s conversations", count),
     "votes": lambda count: ngettext("%(num)s vote", "%(num)s votes", count),
     "webhook endpoints": lambda count: ngettext("%(num)s webhook endpoint", "%(num)s webhook endpoints", count),
     "evals": lambda count: ngettext("%(num)s eval", "%(num)s evals", count),
-    "runs of evals": lambda count: ngettext("%(num)s run of an eval", "%(num)s run of an evals", count),
+    "runs of evals": lambda count: ngettext("%(num)s run of an eval", "%(num)s runs of evals", count),
     "results of the reading room": lambda count: ngettext(
-        "%(num)s result of the reading room", "%(num)s result of the reading rooms", count
+        "%(num)s result of the reading room", "%(num)s results of the reading room", count
     ),
 }
 """So many of each of them, in words."""

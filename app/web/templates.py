@@ -17,7 +17,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
 from app import languages, objectives
-from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds, plural
+from app.kit.humanize import ago, clock, human_bytes, human_count, human_number, human_percent, human_seconds
+from app.kit.states import state_word
 from app.languages import gettext, mark
 from app.settings import RESOURCES, get_settings
 
@@ -60,7 +61,7 @@ def environment() -> Environment:
 
     env.filters |= {
         "bytes": human_bytes, "seconds": human_seconds, "ago": ago, "number": human_number, "count": human_count, "percent": human_percent, "markdown": markdown,
-        "time": clock, "plural": plural, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,
+        "time": clock, "state": state_word, "kind": kind_word, "ticks": ticks, "as_json": as_json, "issue": issue_names.title,
     }  # fmt: skip
     env.filters |= {
         "model_option": models.option_text,
