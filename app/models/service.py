@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, exists, func, literal, or_, select, union_all
 from sqlalchemy.orm import Session, selectinload
 
 from app.db import on_commit
@@ -17,7 +17,7 @@ from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
 from app.kit.states import state_word
-from app.languages import gettext, ngettext
+from app.languages import gettext, mark, ngettext
 from app.models import hub, interpolation
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result
@@ -348,29 +348,29 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
 
 def dependants(session: Session, model: Model) -> list[str]:
     """Why the model cannot be deleted, one sentence each: jobs that still need it, adapters on its weights, its aliases."""
-    open_jobs = select(Job).where(Job.model_id == model.id, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons = [
-        gettext("The job “%(job)s” is %(status)s and fine-tunes it.", job=job.name, status=state_word(job.status))
-        for job in session.scalars(open_jobs)
-    ]
-    asking = Job.spec["judges"].contains([{"model": {"id": str(model.id)}}])
-    graded = select(Job).where(asking, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons += [gettext("A grader of the job “%(job)s” asks it.", job=job.name) for job in session.scalars(graded)]
-    taught = Job.spec["teacher"]["id"].astext == str(model.id)
-    learning = select(Job).where(taught, Job.deleted_at.is_(None), Job.status.in_(("queued", "running", "paused")))
-    reasons += [gettext("The job “%(job)s” distills it.", job=job.name) for job in session.scalars(learning)]
-    scored = select(Evaluation).where(
-        Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(("queued", "running"))
+    running = ("queued", "running")
+    jobs = select(Job.name, Job.status).where(Job.deleted_at.is_(None), Job.status.in_((*running, "paused")))
+    one = select(literal("").label("name"), literal("").label("status"))
+    evaluation = exists().where(Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(running))
+    distillation = exists().where(DistillationRun.model_id == model.id, DistillationRun.status.in_(running))
+    export = exists().where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(running))
+    adapters = select(Model.name, literal("")).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None))
+    aliases = select(ModelAlias.name, literal("")).where(ModelAlias.model_id == model.id)
+    needs = (
+        (mark("The job “%(job)s” is %(status)s and fine-tunes it."), jobs.where(Job.model_id == model.id)),
+        (mark("A grader of the job “%(job)s” asks it."), jobs.where(Job.spec["judges"].contains([{"model": {"id": str(model.id)}}]))),
+        (mark("The job “%(job)s” distills it."), jobs.where(Job.spec["teacher"]["id"].astext == str(model.id))),
+        (mark("An evaluation of it has not ended."), one.where(evaluation)),
+        (mark("A distillation of it has not ended."), one.where(distillation)),
+        (mark("An export of it has not ended."), one.where(export)),
+        (mark("The fine-tuned model %(model)s is an adapter on its weights."), adapters),
+        (mark("The alias %(alias)s points to it."), aliases),
     )
-    reasons += [gettext("An evaluation of it has not ended.") for _ in session.scalars(scored.limit(1))]
-    distilled = select(DistillationRun).where(DistillationRun.model_id == model.id, DistillationRun.status.in_(("queued", "running")))
-    reasons += [gettext("A distillation of it has not ended.") for _ in session.scalars(distilled.limit(1))]
-    exported = select(Export).where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(("queued", "running")))
-    reasons += [gettext("An export of it has not ended.") for _ in session.scalars(exported.limit(1))]
-    tuned = session.scalars(select(Model.name).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None)))
-    reasons += [gettext("The fine-tuned model %(model)s is an adapter on its weights.", model=name) for name in tuned]
-    named = session.scalars(select(ModelAlias.name).where(ModelAlias.model_id == model.id).order_by(ModelAlias.name))
-    return reasons + [gettext("The alias %(alias)s points to it.", alias=alias) for alias in named]
+    found = session.execute(union_all(*(select_.add_columns(literal(place)) for place, (_, select_) in enumerate(needs))))
+    return [
+        gettext(needs[place][0], job=name, model=name, alias=name, status=state_word(status) if status else "")
+        for name, status, place in sorted(found, key=lambda row: (row[2], row[0]))
+    ]
 
 
 def delete(session: Session, user: User, model: Model) -> None:
