@@ -2,9 +2,11 @@
 
     python -m benchmarks.comparison DATA [--test FILE] [--rows N] [--model NAME] [--folder FOLDER] [--strategies lora,ia3,…]
                                     [--run '{"epochs": 2}'] [--picture FILE.png] [--json FILE]
+    python -m benchmarks.comparison DATA --models FOLDER --strategies lora,feature_extraction …
 
 DATA is any file the studio reads. Labelled rows are learnt with the starter encoder, all others with the starter that writes,
-unless a model is named. `--rows` draws so many rows by the seed, each class as large as it is. `--test` names the rows to check
+unless a model is named. With `--models`, the folder `models` of a studio, every starter in it is a base model of one comparison, with its
+size curve. `--rows` draws so many rows by the seed, each class as large as it is. `--test` names the rows to check
 with; without it the studio holds a share out. `--picture` takes the comparison's page with a headless Chromium, in light and
 dark at 1440 px, and at 390 and 320 px.
 """
@@ -20,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import STARTER, Studio, studio
+from benchmarks.servers import STARTER, Studio, starters_in, studio
 
 ENCODER = "all-minilm-l6-v2"
 STRATEGIES = {
@@ -38,14 +40,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="draw at most so many training rows, and half as many test rows")
     parser.add_argument("--model", choices=list(STRATEGIES), help="the starter to tune")
     parser.add_argument("--folder", type=Path, help="where its files are; the studio's own data folder when left out")
+    parser.add_argument("--models", type=Path, help="compare every starter that is in this folder")
     parser.add_argument("--strategies", help="names, with commas between them")
     parser.add_argument("--run", type=json.loads, default={}, help="run settings of every job, as JSON")
     parser.add_argument("--picture", type=Path, help="take pictures of the page; the names of the others end in theme and width")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     name = given.model or (ENCODER if given.data.suffix in (".csv", ".tsv") else STARTER)
-    with studio(given.folder or folder_of(name), name) as here:
-        found = compare(here, name, given)
+    bases = starters_in(given.models) if given.models else {name: given.folder or folder_of(name)}
+    if name not in bases:
+        raise SystemExit(f"{given.models} has not {name}; there are {', '.join(bases) or 'none'}.")
+    with studio(bases.pop(name), name, bases) as here:
+        found = compare(here, [name, *bases], given)
         print(as_text(found), flush=True)
         if given.picture:
             take(here, f"/compare/{found['id']}", given.picture)
@@ -61,12 +67,13 @@ def folder_of(name: str) -> Path:
     return starters.folder(name)
 
 
-def compare(here: Studio, model: str, given: argparse.Namespace) -> dict[str, Any]:
+def compare(here: Studio, bases: list[str], given: argparse.Namespace) -> dict[str, Any]:
     """The comparison as `GET /v1/comparisons/{id}` gives it once every job of it has ended."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{here.url}/v1", api_key=here.key) as client:
-        order = {"model": model, "strategies": (given.strategies or STRATEGIES[model]).split(","), "run": given.run, "seed": SEED}
+        order = {"strategies": (given.strategies or STRATEGIES[bases[0]]).split(","), "run": given.run, "seed": SEED}
+        order |= {"model": bases[0]} if len(bases) == 1 else {"kind": "models", "models": bases}
         order["training_file"] = sent(client, given.data, given.rows)
         if given.test:
             order["validation_file"] = sent(client, given.test, given.rows and given.rows // 2)
@@ -142,9 +149,10 @@ def as_text(found: dict[str, Any]) -> str:
             elif column["key"] == "forgetting" and row["verdict"]:
                 text = f"{text} {row['verdict']}"
             cells.append(f"{text} *" if row["job"] in found["winners"][column["key"]] else text)
-        lines.append([row["title"], *cells])
-    base = [write(found["base"][column["key"]], column["unit"]) if column["key"] in found["base"] else "" for column in columns]
-    lines.append(["base model", *base])
+        lines.append([f"{row['base_model']}, {row['title']}" if len(found["models"]) > 1 else row["title"], *cells])
+    for model, scores in found["bases"].items():
+        base = [write(scores[column["key"]], column["unit"]) if column["key"] in scores else "" for column in columns]
+        lines.append([f"base model {model}", *base])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     off = [f"{title} is off by {_off(found, have, said):.0%} at most" for title, have, said in OFF if _off(found, have, said) is not None]

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.servers import STARTER, studio
+from benchmarks.servers import STARTER, starters_in, studio
 
 MOST_SECONDS, MOST_BYTES = 120.0, 100_000
 PATIENCE = 1000 * 5 * MOST_SECONDS
@@ -52,13 +52,6 @@ def main() -> None:
         walked = walk(own.url, own.link, own.folder, re.compile(given.only), given.pictures)
     print(as_text(walked))
     sys.exit(1 if any(one.faults for one in walked) else 0)
-
-
-def starters_in(folder: Path) -> dict[str, Path]:
-    from app.models import starters
-
-    places = {name: folder / str(starters.model_id(name)) for name in starters.STARTERS}
-    return {name: place for name, place in places.items() if (place / "config.json").is_file()}
 
 
 def walk(url: str, link: str, folder: Path, only: re.Pattern[str], pictures: Path | None) -> list[Walked]:

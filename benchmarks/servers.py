@@ -196,6 +196,14 @@ def studio(model: Path, name: str = STARTER, others: Mapping[str, Path] = Mappin
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def starters_in(folder: Path) -> dict[str, Path]:
+    """The starters whose files are in the folder `models` of a studio, by name."""
+    from app.models import starters
+
+    places = {name: folder / str(starters.model_id(name)) for name in starters.STARTERS}
+    return {name: place for name, place in places.items() if (place / "config.json").is_file()}
+
+
 def trainers(folder: str) -> list[psutil.Process]:
     """The trainers that run for the studio in this folder."""
     found = []
