@@ -2,7 +2,7 @@
 # make test-all      the same and the long ones: deaths of every part, whole flows, journeys in the browser, compilers and benchmarks (marker `long`)
 # make test-oldest   what trains and answers, with the oldest torch, transformers and peft that are allowed
 # make test-clients  what OpenAI's client asks, by its versions 1, 2 and 3
-# make test-tools    lm-eval, Inspect, LiteLLM and LangChain against a studio, and jobs on a local Ray
+# make test-tools    lm-eval, Inspect, LiteLLM and LangChain against a studio, jobs on a local Ray, answers of vLLM
 # make test-trackers sends jobs to a server of MLflow and of Trackio, and to Weights & Biases offline
 # make test-faults   the long runs of the tests with more random kills, moves and requests
 # They need Python 3.11 or later and pip; nothing else. LUTHIER_DATA_DIR, LUTHIER_HOST and LUTHIER_PORT are honoured.
@@ -64,7 +64,7 @@ test-clients: $(VENV)/.installed-test
 # Each in an environment of its own; lm-eval's and Ray's see the studio's packages: the one needs some of the largest, on the other's nodes jobs train.
 TOOLS := .tools
 test-tools: $(VENV)/.installed-test
-	@for tool in lm-eval inspect-ai litellm langchain-openai ray; do \
+	@for tool in lm-eval inspect-ai litellm langchain-openai ray vllm; do \
 	  test -x $(TOOLS)/$$tool/bin/python || $(PYTHON) -m venv $(TOOLS)/$$tool || exit; \
 	done; \
 	for tool in lm-eval ray; do \
@@ -75,6 +75,7 @@ test-tools: $(VENV)/.installed-test
 	$(TOOLS)/inspect-ai/bin/python -m pip install --quiet inspect-ai openai && \
 	$(TOOLS)/litellm/bin/python -m pip install --quiet litellm && \
 	$(TOOLS)/langchain-openai/bin/python -m pip install --quiet langchain-openai && \
+	tests/tools/vllm.sh $(TOOLS)/vllm && \
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tools tests/tools $(ARGS)
 
 # The servers in an environment of their own; wandb, which the studio imports, in a folder, with what the studio does not have of its needs.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def build(folder: Path, key: str) -> FastAPI:
     shape = shape_of(json.loads((folder / "config.json").read_text()))
     base = ModelRef(id=uuid.uuid4(), name="base", kind="generic", path=str(folder), revision="", shape=shape)
     served: dict[str, ModelRef] = {"served-base": base}
-    state: dict[str, Any] = {"active": 0, "loads": 0, "asked": []}
+    state: dict[str, Any] = {"active": 0, "loads": 0, "loaded": [], "asked": []}
 
     @app.middleware("http")
     async def door(request: Request, go: Any) -> Any:
@@ -57,6 +58,15 @@ def build(folder: Path, key: str) -> FastAPI:
         adapter = Adapter(strategy="lora", path=str(path), sha256=sha256_of(path / "adapter_model.safetensors"))
         served[said["lora_name"]] = base.model_copy(update={"adapters": (adapter,)})
         state["loads"] += 1
+        state["loaded"].append(said["lora_name"])
+        return "Success"
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Any:
+        name = (await request.json())["lora_name"]
+        if served.pop(name, None) is None:
+            return JSONResponse({"error": {"message": f"The lora adapter '{name}' cannot be found.", "code": 404}}, 404)
+        state["loaded"].remove(name)
         return "Success"
 
     @app.post("/v1/completions")
@@ -70,6 +80,9 @@ def build(folder: Path, key: str) -> FastAPI:
         if len(body["prompt"]) + body["max_tokens"] > shape.positions:
             message = f"This model's maximum context length is {shape.positions} tokens."
             return JSONResponse({"error": {"message": message, "type": "BadRequestError", "param": "max_tokens", "code": 400}}, 400)
+        if body.get("return_token_ids"):
+            adapters = served[body["model"]].adapters
+            return await run_in_threadpool(drawn, folder, adapters[0].path if adapters else None, body)
         own = {name: body[name] for name in Sampling.model_fields if name in body and name != "logprobs"}
         sampling = Sampling(**own | {"logprobs": "logprobs" in body, "top_logprobs": body.get("logprobs") or 0})
         asked = GenerateRequest(
@@ -102,6 +115,39 @@ def build(folder: Path, key: str) -> FastAPI:
             await run_in_threadpool(made.close)
 
     return app
+
+
+_loading = threading.Lock()
+"""transformers loads one model at a time: two threads would get each other's weights."""
+
+
+def drawn(folder: Path, adapter: str | None, body: dict[str, Any]) -> Any:
+    """Several answers to one prompt with their tokens, drawn by transformers and peft."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with _loading:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    generator, choices = torch.Generator().manual_seed(body["seed"]), []
+    for index in range(body["n"]):
+        ids, logs, reason = list(body["prompt"]), [], "length"
+        while len(logs) < body["max_tokens"]:
+            with torch.no_grad():
+                spread = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(0)
+            token = int(torch.multinomial(spread.exp(), 1, generator=generator))
+            ids.append(token)
+            logs.append(float(spread[token]))
+            if token in body["stop_token_ids"]:
+                reason = "stop"
+                break
+        tokens = ids[len(body["prompt"]) :]
+        about = {"tokens": [str(token) for token in tokens], "token_logprobs": logs, "top_logprobs": None, "text_offset": [0] * len(logs)}
+        choices.append({"index": index, "text": "", "token_ids": tokens, "logprobs": about, "finish_reason": reason})
+    return {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body["model"], "choices": choices}
 
 
 def told(entry: Any) -> Any:

@@ -121,7 +121,7 @@ def train(
 
     # The rows, and the model before and after its strategy is attached.
     lesson = objective_of(spec, load_tokenizer(spec.model))
-    lesson.answer = answer
+    lesson.answer, lesson.attempt = answer, folder
     course = course_of(lesson, engine)
     yield from (_log("warn", text) for text in lesson.remarks())
     model = lesson.load(engine)

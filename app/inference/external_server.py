@@ -78,23 +78,32 @@ def find(url: str) -> Address:
 
 def names(address: Address) -> list[str]:
     """The models that a server serves, by `GET /models`. Raises Unavailable."""
+    status, body = exchange(address, "GET", "models", seconds=ASKING_SECONDS)
+    if status != 200:
+        raise refused(address, status, body, None)
+    try:
+        return [str(entry["id"]) for entry in json.loads(body)["data"]]
+    except (ValueError, KeyError, TypeError):
+        raise strange(address) from None
+
+
+def exchange(
+    address: Address, method: str, path: str, said: JSON | None = None, *, seconds: float = SILENT_SECONDS, most: int = MAX_LINE_LENGTH
+) -> tuple[int, bytes]:
+    """The status and the body of one answer. Raises Unavailable for a server that is not there or sends more than `most` bytes."""
     import httpx
 
     try:
-        where, more = addresses.pinned(f"{address.url}/models")
-        with httpx.Client(**_options(address, ASKING_SECONDS)) as client, client.stream("GET", where, **more) as answer:
+        where, more = addresses.pinned(f"{address.url}/{path}")
+        with httpx.Client(**_options(address, seconds)) as client, client.stream(method, where, json=said, **more) as answer:
             body = b""
             for part in answer.iter_bytes():
                 body += part
-                if len(body) > MAX_LINE_LENGTH:
+                if len(body) > most:
                     raise strange(address)
-        if answer.status_code != 200:
-            raise refused(address, answer.status_code, body, None)
-        return [str(entry["id"]) for entry in json.loads(body)["data"]]
+        return answer.status_code, body
     except (httpx.HTTPError, OSError) as error:
         raise away(address, error) from None
-    except (ValueError, KeyError, TypeError):
-        raise strange(address) from None
 
 
 # Asking ---------------------------------------------------------------------------------------------------------------
@@ -165,15 +174,19 @@ async def _load_adapter(client: httpx.AsyncClient, address: Address, engine: Ext
     folder = str((await asyncio.to_thread(places.path, engine.adapter)).resolve())
     answer = await client.post(where, json={"lora_name": engine.model, "lora_path": folder}, **more)
     if answer.status_code != 200 and "already" not in answer.text[:2000]:
-        raise Unavailable(
-            gettext("%(engine)s would not load the adapter (status %(status)s).", engine=address.host, status=answer.status_code),
-            hint=gettext(
-                "Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-                "on a machine that sees the data folder; or take the engine away from the base model."
-            ),
-            code="engine_adapter",
-        )
+        raise no_adapter(address, answer.status_code)
     _loaded.add((address.url, engine.model))
+
+
+def no_adapter(address: Address, status: int) -> Unavailable:
+    return Unavailable(
+        gettext("%(engine)s would not load the adapter (status %(status)s).", engine=address.host, status=status),
+        hint=gettext(
+            "Start vLLM with --enable-lora, a --max-lora-rank that is large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
+            "on a machine that sees the data folder; or take the engine away from the base model."
+        ),
+        code="engine_adapter",
+    )
 
 
 _loaded: set[tuple[str, str]] = set()

@@ -27,7 +27,7 @@ from app.jobs import request as job_request
 from app.jobs import spec_builder
 from app.models import starters
 from app.objectives import OBJECTIVES, DrawnSettings, Task
-from app.planning.reinforcement import refuse_drawn
+from app.planning.reinforcement import refuse_drawn, refuse_server
 from app.planning.schedule import held_out_share
 from app.run_settings import RunSettings
 from app.settings import get_settings
@@ -91,6 +91,7 @@ def spec_of(order: Mapping[str, Any], folder: Path) -> JobSpec:
         rest["preference"] = drawn = job_request.read_objective_settings(task, order.get("preference") or {})
         if isinstance(drawn, DrawnSettings):
             refuse_drawn(strategy, run, drawn, model.shape)
+        refuse_server(strategy, run, drawn, served=False, processes=1)
     try:
         return JobSpec.model_validate({**about, "validation": held_out, "strategy": strategy, **rest})
     except ValidationError as error:

@@ -30,13 +30,13 @@ from app.models import asked_models
 from app.models.vocabulary import refuse_known_tokens
 from app.objectives import OBJECTIVES, DrawnSettings, Task
 from app.planning import data_warnings, feasibility
-from app.planning.reinforcement import refuse_drawn
+from app.planning.reinforcement import refuse_drawn, refuse_server
 from app.run_settings import RunSettings
 from app.settings import get_settings
 from app.shapes import Shape
 from app.spec import AskedModel, DatasetRef, JobSpec, ModelRef, usual_learning_rate
 from app.strategies import Strategy
-from app.tables import JSON, Dataset, User
+from app.tables import JSON, Dataset, Model, User
 
 SUPERVISED = "supervised"
 
@@ -52,6 +52,7 @@ class OrderContext(NamedTuple):
     reward: JSON | None = None  # the grader of reinforcement
     judges: tuple[AskedModel, ...] = ()  # the models that both ask
     teacher: ModelRef | None = None
+    served: bool = False  # another server answers for the model, and takes tokens
 
 
 def build_spec(session: Session, user: User, order: JobRequest) -> JobSpec:
@@ -107,14 +108,20 @@ def context_of(session: Session, user: User, order: JobRequest) -> OrderContext:
         graders.to_json(reward) if reward else None,
         judges,
         teacher,
+        served_elsewhere(resolved.model, resolved.ref),
     )
+
+
+def served_elsewhere(model: Model, ref: ModelRef) -> bool:
+    """Whether a server that takes tokens answers for the model, which is a base."""
+    return not ref.adapters and model.answered_elsewhere and (model.engine or {}).get("via") == "tokens"
 
 
 def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     """The spec of a request whose context is known. Raises BadField for the strategy and the settings."""
     from app.machines import heartbeats
 
-    model, dataset, validation, task, graded, reward, judges, teacher = found
+    model, dataset, validation, task, graded, reward, judges, teacher, served = found
     strategy = read_strategy(order.strategy)
     feasibility.refuse_modules(strategy, model.shape, task)
     own = _objective_settings(order, task, dataset, reward)
@@ -131,6 +138,7 @@ def spec_on(found: OrderContext, order: JobRequest) -> JobSpec:
     check_graded(run, graded, validated_elsewhere=validation is not None, reward=reward is not None)
     if isinstance(own, DrawnSettings):
         refuse_drawn(strategy, run, own, model.shape)
+    refuse_server(strategy, run, own, served=served, processes=_processes(order.resources))
     feasibility.refuse_without_prompt(model.shape, dataset.format)
     feasibility.refuse_turns(run, task, dataset.format)
     feasibility.refuse_rehearsal(run, task)

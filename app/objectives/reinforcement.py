@@ -80,6 +80,14 @@ class ReinforcementSettings(DrawnSettings):
         ),
         json_schema_extra={"rows": 4},
     )
+    sampler: Literal["worker", "server"] = Field(
+        "worker",
+        title=mark("Answers are drawn by"),
+        description=mark(
+            "The worker that trains, or the server (vLLM) that answers for the base model and loads the adapter at each step. A job on a "
+            "server that is resumed may draw other answers."
+        ),
+    )
     kl: float = Field(
         0.0,
         ge=0,

@@ -51,6 +51,28 @@ def _refuse_tools(own: ReinforcementSettings) -> None:
     SimulatedTools(own.tool_source).prove("preference.tool_source")
 
 
+def refuse_server(strategy: Strategy, run: RunSettings, own: object, *, served: bool, processes: int) -> None:
+    """Raises BadField where a server shall draw the answers and cannot. `served`: one that takes tokens answers for the base model."""
+    if not isinstance(own, ReinforcementSettings) or own.sampler == "worker":
+        return
+    besides = getattr(strategy, "bias", "none") != "none" or getattr(strategy, "modules_to_save", None)
+    if not served:
+        reason = gettext("No server that takes tokens answers for this base model.")
+        hint = gettext("List it in LUTHIER_ENGINES and choose it on the model's page, or let the worker draw.")
+    elif not strategy.plain_lora or besides or run.new_tokens:
+        reason = gettext("A server loads plain LoRA only, without biases, tables of words or new tokens.")
+        hint = gettext("Choose LoRA, or let the worker draw.")
+    elif own.max_turns > 1:
+        reason = gettext("Tools answer only where the worker draws.")
+        hint = gettext("Leave max_turns or sampler out.")
+    elif processes > 1:
+        reason = gettext("A job of several processes draws by itself.")
+        hint = gettext("Ask for one GPU, or let the worker draw.")
+    else:
+        return
+    raise BadField(reason, hint=hint, param="preference.sampler")
+
+
 def _refuse_base(strategy: Strategy, name: str) -> None:
     """Raises BadField where the base cannot be read in between, which the setting `name` asks for."""
     if getattr(strategy, "bias", "none") != "none":

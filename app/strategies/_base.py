@@ -90,6 +90,7 @@ class Strategy(BaseModel, ABC):
     default_learning_rate: ClassVar[float] = 2e-4
     preference_share: ClassVar[float] = 0.1  # of that rate, for pairs: DPO moves far with small steps
     base_bits: ClassVar[int | None] = None  # the base is loaded in this many bits; None: in the run's precision
+    plain_lora: ClassVar[bool] = False  # what it saves is LoRA alone, which other servers load; what it trains besides is in its settings
     takes_fp8: ClassVar[bool] = False  # it only adds to frozen products, so that these may be made in fp8
     arithmetic: ClassVar[int] = 1  # raised when its layers are computed otherwise: a job begun before goes on, but not bit for bit
     suits: ClassVar[tuple[Situation, ...]] = ()  # situations in which the advisor recommends it

@@ -19,6 +19,7 @@ class Lora(WithOwnWeights):
     )
     paper: ClassVar = ("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")
     place: ClassVar = 10
+    plain_lora: ClassVar = True
     suits: ClassVar = ("close data",)
     standing: ClassVar = PLAIN_LORA
     takes_fp8: ClassVar = True

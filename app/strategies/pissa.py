@@ -35,6 +35,7 @@ class Pissa(InOnePass, LowRank):
         "https://arxiv.org/abs/2404.02948",
     )
     place: ClassVar = 13
+    plain_lora: ClassVar = True
     standing: ClassVar = LORA_VARIANT
     default_learning_rate: ClassVar = 1e-4
 

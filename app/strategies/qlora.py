@@ -17,6 +17,7 @@ class QLora(ChosenLowRank):
     when_to_use: ClassVar = mark("When the model does not fit the GPU otherwise. Slower than LoRA, and nearly as good.")
     paper: ClassVar = ("Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs", "https://arxiv.org/abs/2305.14314")
     place: ClassVar = 19
+    plain_lora: ClassVar = True
     base_bits: ClassVar = 4
 
     def memory(self, shape: Shape, *, weight_bytes: int = 4, optimizer_bytes: int = 8) -> Memory:

@@ -21,6 +21,7 @@ class RankStabilizedLora(WithOwnWeights):
         "https://arxiv.org/abs/2312.03732",
     )
     place: ClassVar = 11
+    plain_lora: ClassVar = True
     suits: ClassVar = ("many rows", "far data")
     standing: ClassVar = LORA_VARIANT
     takes_fp8: ClassVar = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +66,9 @@ class DrawOrder(NamedTuple):
     most: int
     stops: frozenset[int]
     seed: int | None  # None: the likeliest tokens
+
+
+Drawing = Callable[[torch.nn.Module, Any, DrawOrder, Compute], Generator[float, None, list[list[DrawnAnswer]]]]
 
 
 def drawing(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:

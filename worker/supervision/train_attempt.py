@@ -92,7 +92,7 @@ class Attempt:
         self.save_sent = False
         self.checkpoints = storing.CheckpointStore(held, self._say)
         self.pace = exit_codes.HangDetector(FIRST_STEP_SECONDS, MIN_PATIENCE_SECONDS)
-        self.desk: answering.QuestionDesk | None = None  # where graders ask models
+        self.desk: answering.QuestionDesk | None = None  # where graders ask models, and a server draws
         self.gang = gangs.GangState(False, None, {})  # what the leader saw last of the others
 
     # The main path --------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ class Attempt:
         environment = exit_codes.trainer_environment(os.environ, self.folder, self.held.spec.run.device) | self.lease.environment()
         environment |= {"LUTHIER_GPUS_PER_JOB": str(self.held.processes)}
         room = confinement.room_of(self.held.spec, self.folder, environment, self.held.processes, self.machines)
-        if self.held.spec.judges:
-            self.desk = retry_until_database(lambda: answering.QuestionDesk(self.held, self.over), self._give_up)
+        if answering.asks(self.held.spec):
+            self.desk = retry_until_database(lambda: answering.QuestionDesk(self.held, self.over, self.folder), self._give_up)
         options, files = (self.desk.options, self.desk.files) if self.desk else ([], ())
         with (self.folder / "trainer.log").open("ab") as out:
             child = child_process.start(

@@ -19,7 +19,7 @@ from worker.data.chat_template import stop_ids
 from worker.runtime.device import Compute
 from worker.scoring import held_out
 from worker.scoring.held_out import HeldOutPrompt
-from worker.scoring.sampler import DrawnAnswer, DrawOrder, drawing
+from worker.scoring.sampler import Drawing, DrawnAnswer, DrawOrder, drawing
 from worker.training.graded import Answer, GivenAnswer, grading
 from worker.training.tool_turns import Asked, Spoken, ToolTalk, conversing
 
@@ -127,6 +127,7 @@ class Rewarding(NamedTuple):
     answer: Answer
     lead: Sequence[int] = ()
     talk: ToolTalk | None = None  # where tools answer
+    draw: Drawing | None = None  # None: the model itself draws
 
 
 def drawn_texts(
@@ -138,12 +139,14 @@ def drawn_texts(
     engine: Compute,
     lead: Sequence[int] = (),
     talk: ToolTalk | None = None,
+    draw: Drawing | None = None,
 ) -> Generator[float, None, DrawnTexts]:
-    """Draw `group_size` answers to each prompt, or without a seed write the likeliest; yields the share that is done."""
+    """Draw `group_size` answers to each prompt, or without a seed write the likeliest; yields the share that is done. `draw` does it instead of
+    the model itself."""
     stops = frozenset(stop_ids(tokenizer, held_out.plain_model(model).generation_config))
     texts = [[*lead, *prompt.asked.ids] for prompt in prompts]
     count = 1 if seed is None else settings.group_size
-    drawn = yield from drawing(model, tokenizer, DrawOrder(texts, count, settings.answer_tokens, stops, seed), engine)
+    drawn = yield from (draw or drawing)(model, tokenizer, DrawOrder(texts, count, settings.answer_tokens, stops, seed), engine)
 
     def text_of(asked: HeldOutPrompt, ids: list[int]) -> str:
         return held_out.as_text(tokenizer, asked, [i for i in ids if i not in stops])
@@ -175,7 +178,7 @@ def rolled(
 ) -> Generator[float, None, Rollouts]:
     """Draw `group_size` answers to each prompt and grade them; yields the share that is done, of either. Raises BadData where most cannot be
     graded, and ModelAway."""
-    drawn = yield from drawn_texts(model, how.tokenizer, prompts, how.settings, seed, engine, how.lead, how.talk)
+    drawn = yield from drawn_texts(model, how.tokenizer, prompts, how.settings, seed, engine, how.lead, how.talk, how.draw)
     grades = yield from grading(how.grader, given_answers(prompts, drawn.answers), how.answer)
     rewards, faults = [one.score for one in grades], [one.why for one in grades if one.why]
     if len(faults) > MAX_UNGRADED * len(rewards):

@@ -64,6 +64,7 @@ class TrainingObjective(ABC):
     played: Tokenised | None = None  # the training rows, and behind them general ones that are played in against forgetting
     labels: list[str] | None = None
     answer: Callable[[Ask], Reply] = staticmethod(no_models)  # asks a model for a grader
+    attempt: Path  # the attempt's folder
     learned_rows: Sequence[LearnedRows] = ()  # of new tokens, where the strategy keeps their table frozen
     frames: Sequence[PackShape] = ()  # the shapes of packs on a GPU, the smallest first
 

@@ -38,7 +38,9 @@ from worker.runtime.device import Compute
 from worker.runtime.transfer import sent
 from worker.scoring import held_out
 from worker.scoring.metrics import contest
+from worker.scoring.sampler import Drawing
 from worker.training import reward_check, watch
+from worker.training.asking import Asker
 from worker.training.checkpoint import State
 from worker.training.graded import GradedRows, RowGrades
 from worker.training.objectives._base import EvalResult, LossOutput
@@ -55,6 +57,7 @@ from worker.training.rollouts import (
     only,
     rolled,
 )
+from worker.training.server_sampler import ServerSampler
 from worker.training.tool_turns import ToolTalk
 
 MEASURED = (*FIGURES, "kl", "clipped", "log_ratio", "log_ratio_squared", "read")
@@ -174,7 +177,7 @@ class Reinforcement(DrawnAnswersObjective):
             return
         draw = random.Random(f"luthier/check/{self.spec.run.seed}")
         asked = draw.sample(self.prompts, min(self.settings.check_prompts, len(self.prompts)))
-        how = self.rewarding._replace(lead=())  # the strategy is not attached yet
+        how = self.rewarding._replace(lead=(), draw=self._server_at(None))  # the strategy is not attached yet
         self.check = yield from reward_check.check(model, asked, how, self.spec.run.seed, engine)
         reward_check.write(attempt, self.check)
         if not self.check.teaches and not self.settings.despite_check:
@@ -217,8 +220,16 @@ class Reinforcement(DrawnAnswersObjective):
         self, model: torch.nn.Module, prompts: Sequence[RolloutPrompt], step: int, turn: int, engine: Compute
     ) -> Generator[float, None, Rollouts]:
         seed = (self.spec.run.seed * 1_000_003 + step) * (MAX_REFILLS + 1) + turn
-        found = yield from rolled(model, prompts, self.rewarding, seed, engine)
+        how = self.rewarding._replace(draw=self._server_at(step))
+        found = yield from rolled(model, prompts, how, seed, engine)
         return found
+
+    def _server_at(self, step: int | None) -> Drawing | None:
+        """How a server draws with the weights of a step, or with the base's; None where the worker draws."""
+        if self.settings.sampler == "worker":
+            return None
+        assert isinstance(self.answer, Asker), "what trains without a studio is refused a server"
+        return ServerSampler(self.answer, self.spec.strategy, self.attempt).at(step)
 
     @property
     def rewarding(self) -> Rewarding:
