@@ -61,6 +61,10 @@ def ask(
         sort_keys=True,
     )
     question = hashlib.sha256(asked.encode()).hexdigest()
+    known = select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)
+    found = session.scalars(known).one_or_none()
+    if found is not None and found.status != "error":
+        return found
     values = {"id": uuid.uuid4(), "dataset_id": dataset.id, "model_id": model.id if model else None, "kind": kind}
     new = session.scalar(
         insert(Inspection)
@@ -78,7 +82,7 @@ def ask(
             again.asked_at = session.execute(select(leases.now())).scalar_one()
             again.error, again.deaths = None, 0
             leases.requeue(session, WORK, again)
-    return session.scalars(select(Inspection).where(Inspection.question == question).execution_options(populate_existing=True)).one()
+    return session.scalars(known).one()
 
 
 def wait(inspection_id: uuid.UUID, seconds: float) -> Inspection:

@@ -20,7 +20,7 @@ from app.strategies import STRATEGIES
 from app.strategies._advice import Reason
 from app.tables import Dataset, Job, User
 
-MAX_JOBS = 150
+MAX_JOBS = 80
 """Newest finished runs that are looked at."""
 WHERE = (mark("the same task"), mark("this model"), mark("this model and data"))
 """How near past runs are to the question; of each method the nearest count."""
