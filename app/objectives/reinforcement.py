@@ -125,7 +125,8 @@ class ReinforcementSettings(DrawnSettings):
         ge=0,
         le=512,
         description=mark(
-            "Prompts that the base model answers before training starts, to see whether the reward can teach; 0 for no check."
+            "Prompts that the base model answers before training starts, to see whether the reward can teach, and four times as many where "
+            "no answers to them differ; 0 for no check."
         ),
     )
     despite_check: bool = Field(

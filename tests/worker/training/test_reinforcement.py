@@ -281,6 +281,23 @@ def test_a_reward_that_teaches_nothing_is_not_begun(data_dir: Path, tiny_model: 
     assert isinstance(said[-1], events.Finished) and of(said, events.Step)[0].metrics["zero_variance_groups"] == 1
 
 
+@pytest.mark.long
+def test_a_check_that_is_open_asks_further_prompts(data_dir: Path, tiny_model: Path) -> None:
+    """One answer in twenty is right: where none of the first is, none may be missing among more."""
+    source = "def grade(sample, item):\n    t = sample['output_text']\n    return 1.0 if t == item['reference'] or sum(map(ord, t)) % 20 == 0 else 0.0"
+    rare = {"type": "python", "name": "rare", "source": source}
+    found = []
+    for seed in range(8):
+        own = {"grader": rare, "check_prompts": 3, "despite_check": True}
+        said = run(drawn_order(tiny_model, own=own, max_steps=1, seed=seed, validation_fraction=0.2), data_dir, f"open-{seed}")
+        check = of(said, events.Started)[0].details["reward_check"]
+        assert check["prompts"] == (3 if check["spread"] and check["prompts"] == 3 else 12) and check["references"] == 1
+        found.append((check["prompts"], check["teaches"]))
+    assert (12, True) in found and any(prompts == 3 for prompts, _ in found), found
+    said = run(drawn_order(tiny_model, own={"grader": SAME, "check_prompts": 3, "despite_check": True}, max_steps=1), data_dir, "same")
+    assert of(said, events.Started)[0].details["reward_check"]["prompts"] == 3, "where the grader tells nothing apart no more are asked"
+
+
 def test_a_grader_that_fails_ends_the_job_with_its_reason(data_dir: Path, tiny_model: Path) -> None:
     with pytest.raises(BadData, match="The grader raises could not grade 16 of 16 answers"):
         run(drawn_order(tiny_model, own={"grader": RAISES}), data_dir)

@@ -176,9 +176,10 @@ class Reinforcement(DrawnAnswersObjective):
         ):
             return
         draw = random.Random(f"luthier/check/{self.spec.run.seed}")
-        asked = draw.sample(self.prompts, min(self.settings.check_prompts, len(self.prompts)))
+        first = self.settings.check_prompts
+        asked = draw.sample(self.prompts, min(reward_check.MORE * first, len(self.prompts)))
         how = self.rewarding._replace(lead=(), draw=self._server_at(None))  # the strategy is not attached yet
-        self.check = yield from reward_check.check(model, asked, how, self.spec.run.seed, engine)
+        self.check = yield from reward_check.check(model, asked, first, how, self.spec.run.seed, engine)
         reward_check.write(attempt, self.check)
         if not self.check.teaches and not self.settings.despite_check:
             raise BadData(f"Not worth starting: {self.check.why}", hint=self.check.hint)
