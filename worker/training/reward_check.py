@@ -29,6 +29,8 @@ leaves room for 17% (95% bound), none of 64 for less than MIN_SPREAD."""
 MIN_OF_REFERENCES = 0.5
 """Mean reward of the dataset's own answers below which the grader is doubted."""
 MAX_TRUNCATED = 0.5
+SAME = 1e-3
+"""Difference of two mean rewards that is none."""
 STRONG = 0.8
 """A correlation of the reward with the length of answers that is told."""
 SLOW_SECONDS = 1.0
@@ -122,7 +124,13 @@ def _verdict(
                 f"{same}, and the dataset's own answers get {references:.2f}.",
                 "Try the grader on the dataset's answers: it may read the wrong field.",
             )
-        if truncated > MAX_TRUNCATED:
+        if references is not None and abs(references - mean) < SAME < 1 - mean:
+            return (
+                False,
+                f"{same}, and the dataset's own answers have it too: {references:.2f}.",
+                "Take a grader that gives right and wrong answers different scores.",
+            )
+        if truncated > MAX_TRUNCATED and mean < 0.5:
             return (
                 False,
                 f"{same}; {truncated:.0%} of the answers were cut by the limit.",

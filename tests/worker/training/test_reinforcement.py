@@ -189,6 +189,8 @@ def test_prompts_that_teach_nothing_are_replaced() -> None:
         ([0.0, 1.0] * 8, [1.0] * 8, True, True, ""),
         ([0.0] * 16, [1.0] * 8, True, False, "none is right"),
         ([1.0] * 16, [1.0] * 8, True, False, "all are right"),
+        ([1.0] * 16, [1.0] * 8, False, False, "all are right"),
+        ([0.5] * 16, [0.5] * 8, False, False, "answers have it too"),
         ([0.0] * 16, [0.0] * 8, True, False, "dataset's own answers get 0.00"),
         ([0.0] * 16, [1.0] * 8, False, False, "cut by the limit"),
         ([0.0, 1.0] * 8, [0.1] * 8, True, True, "measures what is meant"),
