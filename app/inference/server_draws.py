@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import Unavailable
-from app.inference.external_server import MAX_ANSWER_LENGTH, exchange, find, no_adapter, refused, strange
+from app.inference.external_server import MAX_ANSWER_LENGTH, exchange, find, names, no_adapter, refused, strange
 from app.inference.protocol import ExternalEngine
 from app.inference.questions import DrawAsk, DrawnTokens
 from app.kit.addresses import Address
@@ -22,7 +22,7 @@ SECONDS = 1800.0
 
 class ServerDraws:
     """Draws for one attempt at a job, from any thread. The adapters are in folders below `folder`, which the server sees too; one is loaded there
-    at a time, under the name `name` and the folder's."""
+    at a time, under the name `name`, which ends in the attempt's number, and the folder's."""
 
     def __init__(self, engine: ExternalEngine, folder: Path, name: str) -> None:
         self.engine, self.folder, self.name = engine, folder, name
@@ -57,6 +57,8 @@ class ServerDraws:
         with self._lock:
             if self._loaded == adapter:
                 return
+            if not self._loaded:
+                self._unload_left(address)
             self._unload(address)
             folder = (self.folder / adapter).resolve()
             if folder.parent != self.folder.resolve() or not folder.is_dir():  # a link, say: the trainer is a stranger
@@ -70,6 +72,13 @@ class ServerDraws:
         if self._loaded:
             exchange(address, "POST", "unload_lora_adapter", {"lora_name": f"{self.name}-{self._loaded}"})
             self._loaded = ""
+
+    def _unload_left(self, address: Address) -> None:
+        """What an earlier attempt at the job left there, whose supervisor was killed."""
+        job = self.name.rpartition("-")[0]
+        for name in names(address):
+            if name.startswith(f"{job}-"):
+                exchange(address, "POST", "unload_lora_adapter", {"lora_name": name})
 
 
 def _answers(choices: Sequence[Any], ask: DrawAsk) -> tuple[DrawnTokens, ...]:

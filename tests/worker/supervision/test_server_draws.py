@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from app.db import transaction
@@ -19,7 +20,7 @@ from app.kit import ids
 from app.tables import Model
 from tests.factories import make_dataset
 from tests.generating import answering_dir  # noqa: F401
-from tests.inference.test_external_servers import outside, state, url  # noqa: F401
+from tests.inference.test_external_servers import KEY, outside, state, url  # noqa: F401
 from tests.warm import warm_attempts  # noqa: F401
 from tests.worker.supervision.test_train_attempt import new_job, now_of, said  # noqa: F401
 from worker.supervision import answering, job_turn
@@ -60,10 +61,15 @@ def served(session, url, tiny_registered) -> Model:  # noqa: F811
 
 @pytest.mark.long
 @pytest.mark.usefixtures("warm_attempts", "new_job", "served")
-def test_the_server_draws_with_the_adapter_of_each_step(session, user, data_dir, outside) -> None:  # noqa: F811
+def test_the_server_draws_with_the_adapter_of_each_step(session, user, data_dir, outside, tmp_path) -> None:  # noqa: F811
     before = state(outside)
     job = jobs.create(session, user, read_order(order_of(session, user, data_dir)))
     session.commit()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of an attempt whose supervisor was killed")
+    httpx.post(
+        f"http://127.0.0.1:{outside}/v1/load_lora_adapter", headers={"authorization": f"Bearer {KEY}"},
+        json={"lora_name": f"luthier-{job.id.hex[:12]}-0-7", "lora_path": str(tmp_path)},
+    ).raise_for_status()  # fmt: skip
     job_turn.work(job.id)
     assert now_of(job).status == "succeeded", now_of(job).error
     steps = [e.data["metrics"] for e in said(job, "step")]
@@ -77,7 +83,7 @@ def test_the_server_draws_with_the_adapter_of_each_step(session, user, data_dir,
     assert models[:2] == ["served-base"] * 2 and [name.rpartition("-")[2] for name in models[2:]] == [*"000", *"111", *"222"]
     assert all(body["n"] == 4 and body["max_tokens"] == 10 and body["temperature"] == 1.0 for body in asked)
     assert len({body["seed"] for body in asked}) == len(asked)
-    assert after["loads"] - before["loads"] == 3 and after["loaded"] == before["loaded"], "an adapter was left on the server"
+    assert after["loads"] - before["loads"] == 4 and after["loaded"] == before["loaded"], "an adapter was left on the server"
 
 
 @pytest.mark.long
