@@ -149,7 +149,7 @@ def as_text(found: dict[str, Any]) -> str:
             elif column["key"] == "forgetting" and row["verdict"]:
                 text = f"{text} {row['verdict']}"
             cells.append(f"{text} *" if row["job"] in found["winners"][column["key"]] else text)
-        lines.append([f"{row['base_model']}, {row['title']}" if len(found["models"]) > 1 else row["title"], *cells])
+        lines.append([row["title"], *cells])
     for model, scores in found["bases"].items():
         base = [write(scores[column["key"]], column["unit"]) if column["key"] in scores else "" for column in columns]
         lines.append([f"base model {model}", *base])

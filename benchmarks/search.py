@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with studio(given.folder or folder_of(given.model), given.model) as here:
-        found = [both(here, path, given) for path in given.data]
-    for one in found:
-        print(as_text(one), flush=True)
+        found = []
+        for path in given.data:
+            found.append(both(here, path, given))
+            print(as_text(found[-1]), flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     if not all(one["ratio"] <= WITHIN for one in found):

@@ -154,8 +154,9 @@ def picture(points: Sequence[Dot], x: Scale, y: Scale, *, joined: bool = False, 
     """A scatter plot, or with `joined` a line through the points; None with fewer than two of them."""
     if len(points) < 2:
         return None
-    across, x_ticks = _axis([p.x for p in points], x, LEFT, WIDTH - RIGHT)
     up, y_ticks = _axis([p.y for p in points] + ([base] if base is not None else []), y, HEIGHT - BOTTOM, TOP)
+    left = _left(y_ticks)
+    across, x_ticks = _axis([p.x for p in points], x, left, WIDTH - RIGHT)
     dots = [Dot(across(p.x), up(p.y), p.number, p.label, p.best) for p in points]
     ordered = sorted(dots, key=lambda d: d.x)
     return Picture(
@@ -166,6 +167,7 @@ def picture(points: Sequence[Dot], x: Scale, y: Scale, *, joined: bool = False, 
         y_ticks=y_ticks,
         line=" ".join(f"{d.x:.1f},{d.y:.1f}" for d in ordered) if joined else "",
         base=up(base) if base is not None else None,
+        left=left,
     )
 
 
@@ -182,13 +184,19 @@ def lines(named: Mapping[str, Sequence[tuple[float, float]]], x: Scale, y: Scale
     every = [point for points in named.values() for point in points]
     if len(every) < 2:
         return None
-    across, x_ticks = _axis([at for at, _ in every], x, LEFT, WIDTH - RIGHT)
     up, y_ticks = _axis([value for _, value in every], y, HEIGHT - BOTTOM, TOP)
+    left = _left(y_ticks)
+    across, x_ticks = _axis([at for at, _ in every], x, left, WIDTH - RIGHT)
     drawn = [
         (name, " ".join(f"{across(at):.1f},{up(value):.1f}" for at, value in sorted(points)), color)
         for color, (name, points) in enumerate(named.items(), start=1)
     ]
-    return LinesPicture(drawn, Picture([], x.title, y.title, x_ticks, y_ticks))
+    return LinesPicture(drawn, Picture([], x.title, y.title, x_ticks, y_ticks, left=left))
+
+
+def _left(ticks: Sequence[tuple[float, str]]) -> float:
+    """The margin in which the longest of these labels has room; what is not Latin is twice as wide."""
+    return max([LEFT, *(14.0 + sum(8 if ord(letter) < 0x2E80 else 15 for letter in text) for _, text in ticks)])
 
 
 def _axis(values: Sequence[float], scale: Scale, start: float, end: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:

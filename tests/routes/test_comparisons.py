@@ -448,6 +448,8 @@ def test_dots_lie_where_their_values_say():
     a, b, c = found.dots
     assert a.x < c.x < b.x and a.y > c.y > b.y and c.x == pytest.approx((a.x + b.x) / 2) and c.y == pytest.approx((a.y + b.y) / 2)
     assert all(found.left <= dot.x <= found.right and found.top <= dot.y <= found.bottom for dot in found.dots)
+    long = charts.picture([charts.Dot(0, 1, 1, "a"), charts.Dot(9, 3, 2, "b")], plain, charts.Scale("y", lambda _: "1 min 40 s"))
+    assert long and long.left > found.left == charts.LEFT and min(dot.x for dot in long.dots) > long.left, "the labels have room"
     assert charts.picture([charts.Dot(0, 1, 1, "a")], plain, plain) is None
 
 
