@@ -1,6 +1,6 @@
 """Successive halving: what a search does next, from what its trials reached. Pure.
 
-Every trial trains to the first rung, a ninth of its own steps, and pauses there. The best third go on from their checkpoints to the
+Every trial trains to the first rung, a ninth of its own steps, and pauses there (a run too short for a rung passes it by). The best third go on from their checkpoints to the
 second rung, a third of their steps, the best third of those to their end, and the best of these is run again with another seed before
 it is called the winner (Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification). A paused run goes on as if it had never
 paused, so a rung is a point of one and the same run, and no step is taken twice.
@@ -47,11 +47,13 @@ class SearchTrial:
 
 
 class Budget(NamedTuple):
-    """Seconds of machine time: what was used, what one whole run takes, and the limit, None without one."""
+    """Seconds of machine time: what was used, what one whole run takes, and the limit, None without one. `first` is the first level at which
+    whole runs pause."""
 
     used: float
     run: float
     limit: float | None
+    first: int = 1
 
     def fits(self, seconds: float) -> bool:
         return self.limit is None or self.used + seconds <= self.limit
@@ -89,16 +91,21 @@ def affordable(budget: Budget, trials: int) -> int:
     """Trials that fit the time with their halving and one repetition: all of them without a limit, at least two."""
     if budget.limit is None:
         return trials
-    return max((n for n in range(2, trials + 1) if halved_cost(n, budget.run) + budget.run <= budget.limit), default=2)
+    return max((n for n in range(2, trials + 1) if halved_cost(n, budget.run, budget.first) + budget.run <= budget.limit), default=2)
 
 
-def halved_cost(trials: int, run: float) -> float:
-    """Seconds of so many trials with halving, where one whole run takes `run`, without a repetition."""
-    total, left = 0.0, trials
-    for before, share in itertools.pairwise(SHARES):
-        total += left * (share - before) * run
-        left = kept_of(left)
-    return total
+def halved_cost(trials: int, run: float, first: int = 1) -> float:
+    """Seconds of so many trials with halving, where one whole run takes `run` and pauses first at the level `first`, without a repetition."""
+    shares = itertools.pairwise(SHARES)
+    return sum(count * (share - before) * run for count, (before, share) in zip(going(trials, first), shares, strict=True))
+
+
+def going(trials: int, first: int = 1) -> list[int]:
+    """How many of so many trials go to each level."""
+    found = [trials]
+    for level in range(1, END):
+        found.append(kept_of(found[-1]) if level >= first else found[-1])
+    return found
 
 
 def kept_of(count: int) -> int:

@@ -200,7 +200,8 @@ def _next(search: Comparison, found: list[TrialJob]) -> NextMove:
 
 
 def _budget(search: Comparison, found: list[TrialJob]) -> Budget:
-    return trials.budget_of(found, mean_seconds(methods_of(search)), order_of(search).minutes)
+    methods = methods_of(search)
+    return trials.budget_of(found, mean_seconds(methods), order_of(search).minutes, space.first_level(methods))
 
 
 def mean_seconds(methods: list[PlannedMethod]) -> float:

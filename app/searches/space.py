@@ -30,6 +30,8 @@ REDUCTION = 3
 """Of the trials that reach a rung one in so many goes on."""
 RUNGS = (1 / 9, 1 / 3)
 """The shares of its steps after which a trial pauses and is compared."""
+MIN_RUNG_STEPS = 5
+"""Steps before a trial is compared. Earlier the learning rate still warms up, and the highest one leads whatever comes of it."""
 DECIDED = {
     "learning_rate": mark("Send learning_rate, which is one value or the ends of a range."),
     "epochs": mark("Send epochs, a list of those to try."),
@@ -178,8 +180,12 @@ def trial_request(order: SearchOrder, methods: list[PlannedMethod], params: JSON
 def rungs_of(steps: int) -> tuple[list[int | None], int | None]:
     """(the step of each rung, steps between evaluations) of a run of so many steps. Rungs are evaluations, so that a trial is compared by
     what its validation rows say."""
-    every = max(1, round(steps * RUNGS[0])) if steps >= REDUCTION**2 else max(1, round(steps * RUNGS[1])) if steps >= REDUCTION else None
-    if every is None:
-        return [None, None], None
-    at = [every, REDUCTION * every] if steps >= REDUCTION**2 else [None, every]
-    return [step if step and step < steps else None for step in at], every
+    first, second = (round(steps * share) for share in RUNGS)
+    if first >= MIN_RUNG_STEPS:
+        return [first, REDUCTION * first], first
+    return ([None, second], second) if second >= MIN_RUNG_STEPS else ([None, None], None)
+
+
+def first_level(methods: list[PlannedMethod]) -> int:
+    """The first level at which runs of the usual epochs pause: that of their first rung, or the level behind all rungs."""
+    return max(next((level for level, step in enumerate(rungs_of(method.steps)[0], 1) if step), len(RUNGS) + 1) for method in methods)

@@ -12,7 +12,6 @@ from app.evaluation.comparison_table import score_columns
 from app.kit import ids
 from app.languages import gettext
 from app.searches import halving, service, space, trials
-from app.searches.halving import END
 from app.searches.space import SearchOrder
 from app.searches.trials import TrialJob
 from app.tables import JSON, Comparison, Model, User
@@ -57,16 +56,14 @@ def plan_json(session: Session, user: User, asked: SearchOrder) -> JSON:
     found, methods = service.plan(session, user, asked)
     run = service.mean_seconds(methods)
     limit = asked.minutes * 60 if asked.minutes else None
-    count = halving.affordable(halving.Budget(0.0, run, limit), asked.trials)
-    rungs = [count]
-    for _ in range(END - 1):
-        rungs.append(halving.kept_of(rungs[-1]))
+    first = space.first_level(methods)
+    count = halving.affordable(halving.Budget(0.0, run, limit, first), asked.trials)
     return {
         "object": "search.plan",
         "trials": count,
-        "rungs": rungs,
+        "rungs": halving.going(count, first),
         "epochs": space.epochs_of(asked, methods),
-        "seconds": halving.halved_cost(count, run) + run,
+        "seconds": halving.halved_cost(count, run, first) + run,
         "refused": found.refused,
     }
 

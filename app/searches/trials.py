@@ -95,7 +95,7 @@ def written(metric: str, score: Score) -> float:
     return score[0] if METRICS[metric].lower_is_better else -score[0]
 
 
-def budget_of(found: list[TrialJob], methods_seconds: float, minutes: float | None) -> Budget:
+def budget_of(found: list[TrialJob], methods_seconds: float, minutes: float | None, first: int) -> Budget:
     """What was used, and what one whole run takes: the estimate, corrected by how long the trials that stopped took for their share of it."""
     predicted = taken = 0.0
     for one in found:
@@ -104,7 +104,7 @@ def budget_of(found: list[TrialJob], methods_seconds: float, minutes: float | No
             predicted += SHARES[level] * float(one.job.estimate["seconds"])
             taken += one.seconds
     run = methods_seconds * (taken / predicted if predicted else 1.0)
-    return Budget(sum(one.seconds for one in found), run, minutes * 60 if minutes else None)
+    return Budget(sum(one.seconds for one in found), run, minutes * 60 if minutes else None, first)
 
 
 def still_open(found: list[TrialJob]) -> list[Job]:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app.kit import ids
 from app.languages import gettext, mark
 from app.metrics import METRICS, figure
-from app.searches import halving, service, table, trials
+from app.searches import halving, service, space, table, trials
 from app.searches.halving import END
 from app.tables import JSON, Comparison, Job
 from app.views import comparison as comparison_view
@@ -63,7 +63,7 @@ def page(session: Session, search: Comparison) -> dict[str, Any]:
         "by_loss": metric == "loss",
         "less": METRICS[metric].lower_is_better,
         "dataset": found[0].job.spec["dataset"]["name"] if found else "",
-        "stages": _stages(found, said),
+        "stages": _stages(found, halving.going(said["trials"], space.first_level(service.methods_of(search)))),
         "picture": _picture(lines, metric),
         "best": best,
         "again": f"/jobs/new?{urlencode({'clone': best['job']})}" if best else "",
@@ -89,14 +89,13 @@ def _line(entry: JSON, metric: str, said: JSON) -> dict[str, Any]:
     }
 
 
-def _stages(found: list[trials.TrialJob], said: JSON) -> list[tuple[str, int, int]]:
+def _stages(found: list[trials.TrialJob], going: list[int]) -> list[tuple[str, int, int]]:
     """(stage, how many trials are through it, how many it is for): the rungs, the end and the repetition."""
-    firsts, left = [one for one in found if one.trial.repeats is None], said["trials"]
+    firsts = [one for one in found if one.trial.repeats is None]
     stages = []
-    for level, title in enumerate(STAGES, start=1):
+    for level, (title, left) in enumerate(zip(STAGES, going, strict=True), start=1):
         through = sum(level in one.trial.scores or max(one.trial.scores, default=0) > level for one in firsts)
         stages.append((gettext(title), through, left))
-        left = halving.kept_of(left)
     again = [one for one in found if one.trial.repeats is not None]
     stages.append((gettext("the best again, with another seed"), sum(END in one.trial.scores for one in again), max(1, len(again))))
     return stages

@@ -10,6 +10,7 @@ import pytest
 
 from app.searches import halving
 from app.searches.halving import END, Budget, SearchTrial, decide
+from app.searches.space import rungs_of
 
 FREE = Budget(0.0, 1.0, None)
 
@@ -109,3 +110,13 @@ def test_equal_scores_are_settled_by_the_loss():
     trials = [SearchTrial(n, at=1, scores={1: (-0.9, loss)}) for n, loss in ((1, 0.3), (2, 0.1), (3, 0.2))]
     assert decide(trials, 3, 1, FREE).promote == (2,)
     assert math.isclose(halving.halved_cost(9, 9.0), 9 + 3 * 2 + 6)
+
+
+def test_a_run_too_short_for_a_rung_is_not_compared_there() -> None:
+    assert rungs_of(90) == ([10, 30], 10) and rungs_of(45) == ([5, 15], 5)
+    assert rungs_of(40) == ([None, 13], 13) and rungs_of(12) == ([None, None], None), (
+        "two steps say which rate is the highest, and nothing else"
+    )
+    assert [halving.going(12, first) for first in (1, 2, 3)] == [[12, 4, 2], [12, 12, 4], [12, 12, 12]]
+    assert halving.halved_cost(12, 9.0, 3) == pytest.approx(12 * 9) and halving.halved_cost(12, 9.0, 2) == pytest.approx(12 * 3 + 4 * 6)
+    assert halving.affordable(Budget(0.0, 9.0, 60.5, 3), 40) == 5 < halving.affordable(Budget(0.0, 9.0, 60.5, 1), 40)

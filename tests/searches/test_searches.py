@@ -122,12 +122,12 @@ def test_a_search_that_died_at_any_point_goes_on_as_if_nothing_had_happened(sess
 
 
 def test_trials_differ_in_what_is_searched_alone(session, user, tiny_registered, chats):
-    found = create(session, user, body(chats, trials=6, strategies=["lora", "ia3"], rank=[2, 4], epochs=[2, 4], run={"max_length": 64}))
+    found = create(session, user, body(chats, trials=6, strategies=["lora", "ia3"], rank=[2, 4], epochs=[12, 24], run={"max_length": 64}))
     made = play(session, found)[:6]
     searched = ("learning_rate", "epochs", "eval_steps")
     assert len({str({k: v for k, v in sorted(job.spec["run"].items()) if k not in searched}) for job in made}) == 1
     assert {job.spec["strategy"]["name"] for job in made[:2]} == {"lora", "ia3"}, "each method's own settings first"
-    assert {job.spec["run"]["epochs"] for job in made} <= {2.0, 4.0} and made[0].spec["run"]["max_length"] == 64
+    assert {job.spec["run"]["epochs"] for job in made} <= {12.0, 24.0} and made[0].spec["run"]["max_length"] == 64
     assert {job.spec["strategy"].get("rank") for job in made} <= {2, 4, None}
     for job in made:
         first, second = job.trial["rungs"]
