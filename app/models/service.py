@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, exists, func, literal, or_, select, union_all
+from sqlalchemy import ColumnElement, exists, func, literal, or_, select, text, union_all
 from sqlalchemy.orm import Session, selectinload
 
 from app.db import on_commit
@@ -346,8 +346,19 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
 # Deleting -----------------------------------------------------------------------------------------------------------
 
 
-def dependants(session: Session, model: Model) -> list[str]:
-    """Why the model cannot be deleted, one sentence each: jobs that still need it, adapters on its weights, its aliases."""
+NAMED = 10
+"""Of each kind of thing that needs a model so many are named."""
+
+
+class Dependants(NamedTuple):
+    """Why a model cannot be deleted, a sentence each, and how many further reasons there are."""
+
+    reasons: list[str]
+    more: int
+
+
+def dependants(session: Session, model: Model) -> Dependants:
+    """Jobs that still need the model, adapters on its weights, its aliases."""
     running = ("queued", "running")
     jobs = select(Job.name, Job.status).where(Job.deleted_at.is_(None), Job.status.in_((*running, "paused")))
     one = select(literal("").label("name"), literal("").label("status"))
@@ -366,11 +377,16 @@ def dependants(session: Session, model: Model) -> list[str]:
         (mark("The fine-tuned model %(model)s is an adapter on its weights."), adapters),
         (mark("The alias %(alias)s points to it."), aliases),
     )
-    found = session.execute(union_all(*(select_.add_columns(literal(place)) for place, (_, select_) in enumerate(needs))))
-    return [
-        gettext(needs[place][0], job=name, model=name, alias=name, status=state_word(status) if status else "")
-        for name, status, place in sorted(found, key=lambda row: (row[2], row[0]))
+    parts = [
+        some.add_columns(literal(place).label("place"), func.count().over().label("all")).order_by(text("1")).limit(NAMED).subquery()
+        for place, (_, some) in enumerate(needs)
     ]
+    found = session.execute(union_all(*(select(part) for part in parts))).all()
+    told = [
+        gettext(needs[place][0], job=name, model=name, alias=name, status=state_word(status) if status else "")
+        for name, status, place, _ in sorted(found, key=lambda row: (row[2], row[0]))
+    ]
+    return Dependants(told[:NAMED], sum({row[2]: row[3] for row in found}.values()) - len(told[:NAMED]))
 
 
 def delete(session: Session, user: User, model: Model) -> None:
@@ -379,9 +395,9 @@ def delete(session: Session, user: User, model: Model) -> None:
     Raises Conflict, naming what depends on it.
     """
     session.refresh(model, with_for_update=True)
-    reasons = dependants(session, model)
+    reasons, further = dependants(session, model)
     if reasons:
-        more = len(reasons) - 3
+        more = len(reasons) - 3 + further
         told = [*reasons[:3], *([ngettext("And %(num)s more.", "And %(num)s more.", more)] if more > 0 else [])]
         raise Conflict(
             gettext("%(model)s is still needed. %(reasons)s", model=model.name, reasons=" ".join(told)),

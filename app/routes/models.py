@@ -330,7 +330,7 @@ def show_model(
         parameters=parameters(model),
         strategy=STRATEGIES.get(model.strategy or ""),
         files=models.hashes(model),
-        reasons=models.dependants(session, model) if own_to_change and tab == "settings" else [],
+        needed=models.dependants(session, model) if own_to_change and tab == "settings" else None,
         rows=evaluation_view.rows(session, evaluations.list_(session, user, model_id=model.id)),
         blends=evaluation_view.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,

@@ -211,7 +211,7 @@ def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, 
     session.commit()
     with pytest.raises(NotFound):
         evaluations.get(session, other, made.id)
-    assert models.dependants(session, tiny_registered)[-1].startswith("An evaluation")
+    assert models.dependants(session, tiny_registered).reasons[-1].startswith("An evaluation")
 
 
 @pytest.mark.usefixtures("warm_attempts")
