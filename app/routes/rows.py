@@ -86,13 +86,14 @@ Line = Annotated[int, Path(ge=1, le=MAX_NUMBER)]
 Wanted = Annotated[RowsQuery, Depends(asked)]
 
 
-def _find(user: User, key: str, want: RowsQuery) -> RowsResult:
-    """Find the rows. No database connection is held while a child of the data worker tokenizes them."""
+def _find(user: User, key: str, want: RowsQuery, judges: list[Job] | None = None) -> RowsResult:
+    """Find the rows; `judges` are the jobs with row losses, where they are known. No database connection is held while a child of the data worker tokenizes them."""
     with transaction() as session:
         dataset = dataset_of(session, user, key)
         chosen = row_view.choose_model(session, user, dataset, want.model or None)
         cutoff = min(want.cutoff or row_view.DEFAULT_CUTOFF, row_view.window(chosen))
-        judged = row_losses.job_of(session, user, dataset, want.job or None)
+        asks = want.job or judges is None
+        judged = row_losses.job_of(session, user, dataset, want.job or None) if asks else next(iter(judges or ()), None)
         entries = row_losses.read(session, judged) if judged else []
         turns = want.train_on or (judged.spec["run"].get("train_on") if judged and want.job else None) or "assistant"
         lengths = row_view.ask_lengths(session, dataset, chosen, cutoff, turns)
@@ -118,7 +119,7 @@ def rows(request: Request, user: CurrentUser, key: str, want: Wanted) -> Respons
             return RedirectResponse(path_of(dataset), 303)
         able = row_view.able_models(session, user, dataset, want.model)
         with_ledger = [(job, ids.public(ids.JOB, job.id)) for job in row_losses.jobs_of(session, dataset)]
-    found = _find(user, key, want)
+    found = _find(user, key, want, [job for job, _ in with_ledger])
     sorts = {name: title for name, title in row_view.SORTS.items() if (with_ledger if name in row_losses.SORTS else found.model)}
     return render(
         request,
