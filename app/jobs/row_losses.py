@@ -55,10 +55,11 @@ def _paths(session: Session, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Pa
 
 def jobs_of(session: Session, dataset: Dataset) -> list[Job]:
     """Finished jobs on this dataset that have row losses, newest first."""
-    query = select(Job).where(Job.dataset_id == dataset.id, Job.status == "succeeded", Job.deleted_at.is_(None))
-    newest = session.scalars(query.order_by(Job.finished_at.desc()).limit(20)).all()
-    known = _paths(session, [job.id for job in newest])
-    return [job for job in newest if job.id in known]
+    ended = select(Job.id).where(Job.dataset_id == dataset.id, Job.status == "succeeded", Job.deleted_at.is_(None))
+    newest = session.scalars(ended.order_by(Job.finished_at.desc()).limit(20)).all()
+    known = _paths(session, newest)
+    found = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(known)))}
+    return [found[key] for key in newest if key in found]
 
 
 def read(session: Session, job: Job) -> list[Entry]:
