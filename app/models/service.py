@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, exists, func, literal, or_, select, text, union_all
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from app.db import on_commit
 from app.errors import BadData, BadField, Conflict, NotFound
 from app.events import Finished
 from app.kit import ids, manifest
-from app.kit.states import state_word
-from app.languages import gettext, mark, ngettext
+from app.languages import gettext, ngettext
 from app.models import hub, interpolation
+from app.models.dependants import dependants
 from app.models.model_card import AppliedAdapter, Provenance, upstream
 from app.models.vocabulary import has_new_tokens, shape_of_result
 from app.ownership import either
@@ -27,7 +27,7 @@ from app.shapes import Shape
 from app.spec import Adapter, ModelRef
 from app.storage import places
 from app.strategies import STRATEGIES, Strategy
-from app.tables import Checkpoint, CheckpointPermission, DistillationRun, Evaluation, Export, Job, Model, ModelAlias, User
+from app.tables import Checkpoint, CheckpointPermission, Job, Model, ModelAlias, User
 
 ORGANIZATION = "luthier"
 """The part of a fine-tuned model's name where OpenAI has the organization."""
@@ -344,49 +344,6 @@ def _strategy_of(session: Session, model: Model) -> Strategy:
 
 
 # Deleting -----------------------------------------------------------------------------------------------------------
-
-
-NAMED = 10
-"""Of each kind of thing that needs a model so many are named."""
-
-
-class Dependants(NamedTuple):
-    """Why a model cannot be deleted, a sentence each, and how many further reasons there are."""
-
-    reasons: list[str]
-    more: int
-
-
-def dependants(session: Session, model: Model) -> Dependants:
-    """Jobs that still need the model, adapters on its weights, its aliases."""
-    running = ("queued", "running")
-    jobs = select(Job.name, Job.status).where(Job.deleted_at.is_(None), Job.status.in_((*running, "paused")))
-    one = select(literal("").label("name"), literal("").label("status"))
-    evaluation = exists().where(Evaluation.model_id == model.id, Evaluation.deleted_at.is_(None), Evaluation.status.in_(running))
-    distillation = exists().where(DistillationRun.model_id == model.id, DistillationRun.status.in_(running))
-    export = exists().where(Export.model_id == model.id, Export.deleted_at.is_(None), Export.status.in_(running))
-    adapters = select(Model.name, literal("")).where(Model.base_id == model.id, Model.adapter, Model.deleted_at.is_(None))
-    aliases = select(ModelAlias.name, literal("")).where(ModelAlias.model_id == model.id)
-    needs = (
-        (mark("The job “%(job)s” is %(status)s and fine-tunes it."), jobs.where(Job.model_id == model.id)),
-        (mark("A grader of the job “%(job)s” asks it."), jobs.where(Job.spec["judges"].contains([{"model": {"id": str(model.id)}}]))),
-        (mark("The job “%(job)s” distills it."), jobs.where(Job.spec["teacher"]["id"].astext == str(model.id))),
-        (mark("An evaluation of it has not ended."), one.where(evaluation)),
-        (mark("A distillation of it has not ended."), one.where(distillation)),
-        (mark("An export of it has not ended."), one.where(export)),
-        (mark("The fine-tuned model %(model)s is an adapter on its weights."), adapters),
-        (mark("The alias %(alias)s points to it."), aliases),
-    )
-    parts = [
-        some.add_columns(literal(place).label("place"), func.count().over().label("all")).order_by(text("1")).limit(NAMED).subquery()
-        for place, (_, some) in enumerate(needs)
-    ]
-    found = session.execute(union_all(*(select(part) for part in parts))).all()
-    told = [
-        gettext(needs[place][0], job=name, model=name, alias=name, status=state_word(status) if status else "")
-        for name, status, place, _ in sorted(found, key=lambda row: (row[2], row[0]))
-    ]
-    return Dependants(told[:NAMED], sum({row[2]: row[3] for row in found}.values()) - len(told[:NAMED]))
 
 
 def delete(session: Session, user: User, model: Model) -> None:

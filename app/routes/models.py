@@ -23,6 +23,7 @@ from app.languages import gettext, mark
 from app.models import aliases, export_facts, export_json, exports, import_folders, integrity, merging, model_card, starters
 from app.models import imports as model_imports
 from app.models import service as models
+from app.models.dependants import dependants
 from app.models.integrity import BadModel
 from app.routes.accounts import safe_next
 from app.schemas.openapi import answers
@@ -330,7 +331,7 @@ def show_model(
         parameters=parameters(model),
         strategy=STRATEGIES.get(model.strategy or ""),
         files=models.hashes(model),
-        needed=models.dependants(session, model) if own_to_change and tab == "settings" else None,
+        needed=dependants(session, model) if own_to_change and tab == "settings" else None,
         rows=evaluation_view.rows(session, evaluations.list_(session, user, model_id=model.id)),
         blends=evaluation_view.blend_panel(session, user, model, f"{page}?tab=evaluations"),
         kind_words=KIND_WORDS,

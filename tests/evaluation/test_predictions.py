@@ -15,7 +15,7 @@ from app.errors import NotFound
 from app.evaluation import predictions
 from app.evaluation import service as evaluations
 from app.kit import ids
-from app.models import service as models
+from app.models.dependants import dependants
 from app.settings import get_settings
 from app.tables import Evaluation, TokenUse, User
 from tests.conftest import wait_until
@@ -158,7 +158,7 @@ def test_a_map_of_vectors_with_the_nearest_rows(client, session, user, tiny_regi
     assert page.count("<circle") == 60 and page.count('class="m') >= 60 and f"?row={nearest['line']}#nearest" in page
     assert 'class="m1 here"' in page or " here" in page
     assert client.get(f"{url}?row=99999").status_code == 200
-    assert models.dependants(session, tiny_registered) == ([], 0)
+    assert dependants(session, tiny_registered) == ([], 0)
 
 
 def test_principal_components_part_what_is_apart():

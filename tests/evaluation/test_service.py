@@ -14,7 +14,7 @@ from app.db import transaction
 from app.errors import BadField, NotFound
 from app.evaluation import service as evaluations
 from app.kit import ids
-from app.models import service as models
+from app.models.dependants import dependants
 from app.settings import get_settings
 from app.tables import Evaluation, Outbox
 from tests import warm
@@ -211,7 +211,7 @@ def test_a_generic_base_has_no_labels_and_another_persons_is_not_there(session, 
     session.commit()
     with pytest.raises(NotFound):
         evaluations.get(session, other, made.id)
-    assert models.dependants(session, tiny_registered).reasons[-1].startswith("An evaluation")
+    assert dependants(session, tiny_registered).reasons[-1].startswith("An evaluation")
 
 
 @pytest.mark.usefixtures("warm_attempts")

@@ -13,7 +13,7 @@ from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.errors import BadField
 from app.kit import ids
-from app.models import service as models
+from app.models.dependants import dependants
 from app.objectives.reinforcement import ReinforcementSettings
 from app.planning.reinforcement import refuse_drawn
 from app.run_settings import RunSettings
@@ -93,7 +93,7 @@ def test_a_judge_is_a_reward_with_the_weights_that_it_had(session, openai_client
     job = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours)
     (asked,) = spec_of(session, job).judges
     assert (asked.name, asked.model.id, asked.model.revision) == ("tiny", tiny_registered.id, tiny_registered.revision)
-    assert any("A grader of the job" in why for why in models.dependants(session, tiny_registered).reasons)
+    assert any("A grader of the job" in why for why in dependants(session, tiny_registered).reasons)
     with pytest.raises(openai.BadRequestError, match="a job of several processes cannot"):
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=ours | {"resources": {"gpus": 2}})
 
@@ -221,7 +221,7 @@ def test_a_teacher_is_asked_for_and_has_the_same_vocabulary(session, client, api
     estimate = api.get(f"/v1/fine_tuning/jobs/{job.id}").json()["estimate"]
     plain = openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     assert estimate["memory"]["other"] > api.get(f"/v1/fine_tuning/jobs/{plain.id}").json()["estimate"]["memory"]["other"]
-    assert any("distills it" in why for why in models.dependants(session, session.get_one(Model, spec.teacher.id)).reasons)
+    assert any("distills it" in why for why in dependants(session, session.get_one(Model, spec.teacher.id)).reasons)
     for teacher, says in (
         ("", "needs a teacher"),
         ("tiny", "the student itself"),

@@ -1,7 +1,7 @@
 """Answers that a server (vLLM) draws while a model is trained: at each step it loads the adapter as it is then.
 
 Its log-probabilities are those of its own arithmetic; `ratio_std` of each step says how far they are from the trainer's. What a server draws
-hangs on what else it answers, so a resumed job draws other answers than one that was not interrupted.
+depends on what else it answers, so a resumed job draws other answers than one that was not interrupted.
 """
 
 from __future__ import annotations
