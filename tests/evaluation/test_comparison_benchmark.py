@@ -30,7 +30,8 @@ def test_the_table_shows_what_was_predicted_and_who_is_best() -> None:
         for n in (1, 2)
     ]
     winners = {column.key: [] for column in columns} | {"seconds": ["j2"]}
-    found = {"name": "Two", "columns": [c._asdict() for c in columns], "data": rows, "winners": winners, "base": {"loss": 2.0}}
+    found = {"name": "Two", "columns": [c._asdict() for c in columns], "data": rows, "winners": winners, "bases": {"Tiny": {"loss": 2.0}}}
     said = as_text(found)
     assert "30 s → 1 min" in said and "1 min → 1 min *" in said and said.count("*") == 1
-    assert "predicted time is off by 50% at most" in said and "within noise" in said and "2.000" in said
+    assert "predicted time is off by 50% at most" in said and "within noise" in said
+    assert "base model Tiny" in said and "2.000" in said
