@@ -60,7 +60,8 @@ def situation(session: Session, at: float | None = None, *, waiting: bool = True
     clock = at if at is not None else session.scalar(select(leases.now())).timestamp()  # type: ignore[union-attr]
     waits = list(_all_waiting(session)) if waiting else []
     running = [_running(kind, clock, *row) for kind in WORK for row in session.execute(_held(kind))]
-    used = usage.recent(session, clock)
+    one_lane = waiting and len({one.lane for one in waits}) < 2  # then nothing of what was used decides
+    used = {} if one_lane else usage.recent(session, clock)
     return Situation(clock, waits, running, used, limits.running_limits(session, "person"), limits.running_limits(session, "project"))
 
 

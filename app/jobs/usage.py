@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Hashable
 from datetime import UTC, datetime, timedelta
@@ -61,12 +62,12 @@ def cost_of(session: Session, key: uuid.UUID) -> JobCost | None:
 def recent(session: Session, clock: float) -> dict[Hashable, Use]:
     """What each person has used lately, by the formula of `fair_share.decayed`, weighted by the project."""
     half_life = get_settings().fair_share_half_life_hours * 3600.0
-    rate = func.ln(2.0) / half_life
-    began = cast(func.extract("epoch", MachineUse.started_at), Float)
-    ended = func.coalesce(cast(func.extract("epoch", MachineUse.ended_at), Float), clock)
+    rate = math.log(2) / half_life
+    began = func.date_part("epoch", MachineUse.started_at)
+    ended = func.coalesce(func.date_part("epoch", MachineUse.ended_at), clock)
     left = (func.exp(-rate * (clock - ended)) - func.exp(-rate * (clock - began))) / rate
     seconds = func.sum(left * func.greatest(MachineUse.gpus, 1) / func.coalesce(Project.weight, 1.0))
-    query = select(MachineUse.user_id, cast(seconds, Float), func.max(ended)).outerjoin(Project, Project.id == MachineUse.project_id)
+    query = select(MachineUse.user_id, seconds, func.max(ended)).outerjoin(Project, Project.id == MachineUse.project_id)
     since = datetime.fromtimestamp(clock, UTC) - timedelta(seconds=HALF_LIVES * half_life)
     query = query.where(MachineUse.ended_at.is_(None) | (MachineUse.ended_at > since)).group_by(MachineUse.user_id)
     return {person: Use(float(used), float(last)) for person, used, last in session.execute(query)}
