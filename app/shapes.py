@@ -247,8 +247,9 @@ class Shape(BaseModel):
         if self.structure:
             yield from (linear for kind in self.structure.layers() for linear in kind.linears)
             return
+        block = self.linears()
         for _ in range(self.layers):
-            yield from self.linears()
+            yield from block
 
 
 FORMULAS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "roberta", "xlm-roberta")
