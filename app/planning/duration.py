@@ -38,9 +38,9 @@ DISK_BYTES_PER_SECOND = 400e6
 PROBE_TOKENS = 4000
 ANSWERED = 8
 """The general texts of `worker/scoring/probe/`, and the validation rows that a final evaluation answers."""
-SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, 32_768
+SHOTS, EXAMPLES_A_CLASS, CONTEST_ROWS, CONTEST_TOKENS = 4, 16, 64, (2_048, 32_768)
 """The baselines of the verdict (worker/scoring/prompt_baseline.py): few-shot examples per question, examples per class, and
-maximum validation rows and tokens."""
+maximum validation rows and tokens, of a short and of any job."""
 
 DRAWN_TIMES, DRAWN_MORE = 4, 16
 """An answer that is drawn is assumed to have four times as many tokens as those of the rows, and 16, but at most half of the limit."""
@@ -353,7 +353,14 @@ def _contest_tokens(spec: JobSpec, course: Workload) -> float:
     if not entry.few_shot or not formats.get(spec.dataset.format).asks:
         return 0.0
     bare = min(held, CONTEST_ROWS) * mean
-    return bare + min(bare * (1 + SHOTS), CONTEST_TOKENS)
+    return bare + min(bare * (1 + SHOTS), contest_tokens(course.tokens))
+
+
+def contest_tokens(trained: int) -> int:
+    """Tokens that the base may read behind examples, at most: as many as the job learned from, so that the end of a short one takes no longer
+    than its steps."""
+    least, most = CONTEST_TOKENS
+    return min(most, max(least, trained))
 
 
 def pace_from(spec: JobSpec, course: Workload, speed: float, recompute: float, seconds: float, loaded: float) -> Pace | None:

@@ -34,6 +34,7 @@ from worker.modeling import fused_layers, packed_attention
 from worker.modeling.cross_entropy import head_of, linear_cross_entropy
 from worker.runtime.device import choose
 from worker.scoring import held_out
+from worker.scoring.answers import answers
 from worker.training import optim
 
 NAMES = list(STRATEGIES)
@@ -207,8 +208,8 @@ def test_it_learns_what_it_says_and_is_kept(name: str, tiny_model: Path, tokeniz
     asked = held_out.questions(tokenizer, [Row(1, chat_rows(1)[0]), Row(2, chat_rows(2)[1])], "dialogue", 2, 200)
     lead = [tokenizer.pad_token_id] * strategy.virtual_tokens()
     engine = choose(RunSettings(precision="fp32"), strategy)
-    together = held_out.answers(again, tokenizer, asked, 8, engine, lead)
-    apart = list(itertools.chain(*(held_out.answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
+    together = answers(again, tokenizer, asked, 8, engine, lead)
+    apart = list(itertools.chain(*(answers(again, tokenizer, [q], 8, engine, lead) for q in asked)))
     assert together == apart  # padding on the left changes nothing
 
     tokenizer.save_pretrained(folder)

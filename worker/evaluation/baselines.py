@@ -35,6 +35,7 @@ from worker.data.chat_template import as_trained, render_prompt
 from worker.evaluation.scoring import ANSWER_SECONDS, BUDGET, Reader, Say, drawn
 from worker.runtime.device import Compute
 from worker.scoring import held_out
+from worker.scoring.answers import answers_within
 from worker.scoring.forgetting import PROBE
 from worker.scoring.metrics import text_scores
 from worker.scoring.prompt_baseline import asked_of, class_means, examples_of, last_answer
@@ -180,9 +181,7 @@ def _answered(spec: EvaluationSpec, reader: Reader, asked: Sequence[SolvedExampl
             shown.pop()
         questions.append(held_out.HeldOutPrompt("", ids[-room:], one.reference))
         rows.append(Row(line, last_answer(prompt, one.reference)))
-    told = held_out.answers_in_batches(
-        reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead, ANSWER_SECONDS
-    )
+    told = answers_within(ANSWER_SECONDS, reader.model, reader.tokenizer, questions, spec.answer_tokens, reader.engine, reader.lead)
     answered = [(text, one.reference) for text, one in zip(told, asked, strict=True) if text is not None]
     scores = text_scores([text for text, _ in answered], [reference for _, reference in answered])
     bits = bits_per_byte(reader, reader.tokenise(rows, reader.ref.shape.positions))

@@ -20,8 +20,9 @@ from worker.modeling import packed_attention
 from worker.modeling.loading import load_model, load_tokenizer
 from worker.runtime.device import Compute
 from worker.scoring import held_out
+from worker.scoring.answers import answers
 
-AT_ONCE = {"answer": held_out.ANSWERS_AT_ONCE, "label": 64, "embedding": 64}
+AT_ONCE = {"answer": 32, "label": 64, "embedding": 64}
 """Rows between two progress reports."""
 TEXT_COLUMNS = (
     "text", "prompt", "question", "input", "instruction", "content", "message", "body", "sentence", "review", "comment", "messages",
@@ -184,7 +185,7 @@ def _answers(spec: EvaluationSpec, engine: Compute) -> Predictor:
     def predict(given: Sequence[Any]) -> list[Predicted]:
         asked = [held_out.HeldOutPrompt("", render_prompt(reader.tokenizer, spec.model.kind, _prompt(spec, one))[1], "") for one in given]
         fit = [question for question in asked if 0 < len(question.ids) <= room]
-        told = iter(held_out.answers(model, reader.tokenizer, fit, spec.answer_tokens, engine, reader.lead))
+        told = iter(answers(model, reader.tokenizer, fit, spec.answer_tokens, engine, reader.lead))
         return [{"answer": next(told)} if 0 < len(q.ids) <= room else {"note": "longer than the model reads"} for q in asked]
 
     return Predictor(["answer"], AT_ONCE["answer"], predict)

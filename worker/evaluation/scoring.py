@@ -30,6 +30,7 @@ from worker.modeling.loading import folder_of, load_model, load_strategy, load_t
 from worker.runtime import devices
 from worker.runtime.device import Compute, choose
 from worker.scoring import held_out
+from worker.scoring.answers import answers_within
 from worker.scoring.forgetting import Probe
 from worker.scoring.metrics import answer_scores
 
@@ -235,9 +236,7 @@ def questions(reader: Reader, rows: Sequence[Row], places: Sequence[int] | range
 def answer(reader: Reader, rows: Sequence[Row], places: Sequence[int], most: int) -> dict[int, str]:
     """The loaded model's greedy answers to the rows at some indexes, with this model's own rendering."""
     asked = questions(reader, rows, places, most)
-    told = held_out.answers_in_batches(
-        reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead, ANSWER_SECONDS
-    )
+    told = answers_within(ANSWER_SECONDS, reader.model, reader.tokenizer, list(asked.values()), most, reader.engine, reader.lead)
     return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from app.strategies._model import decoder, transformer, wrapped
 from worker.data import answer_form
 from worker.data.batching import Batch, Row, Tokenised, make_batch
-from worker.data.chat_template import render_prompt, sample_of, stop_ids
+from worker.data.chat_template import render_prompt, sample_of
 from worker.data.packing import best_fit
 from worker.modeling import padded
 from worker.modeling.cross_entropy import head_of, score
@@ -144,26 +143,6 @@ def _as_asked(prompt: str | list[dict[str, Any]]) -> str:
     return said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
 
 
-def answers(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    asked: Sequence[HeldOutPrompt],
-    most: int,
-    engine: Compute,
-    lead: Sequence[int] = (),
-    seconds: float | None = None,
-) -> list[str]:
-    """Greedy answers to all questions in one batch with a KV cache, of at most `most` tokens. `lead` are the virtual tokens of a
-    soft prompt. After `seconds` all end where they are."""
-    if not asked:
-        return []
-    stops = stop_ids(tokenizer, plain_model(model).generation_config)
-    prompts = [[*lead, *q.ids] for q in asked]
-    told = written(model, tokenizer, prompts, stops, most, engine, seconds)
-    engine.meter.add(sum(map(len, prompts)), sum(map(len, told)))
-    return [as_text(tokenizer, q, [i for i in ids if i not in stops]) for q, ids in zip(asked, told, strict=True)]
-
-
 def as_text(tokenizer: Any, asked: HeldOutPrompt, ids: list[int]) -> str:
     """The text of an answer, its calls of tools in one form where the prompt offers any."""
     if asked.tools:
@@ -231,7 +210,7 @@ def _generated(
     inner.set_attn_implementation("sdpa")  # left padding needs a mask, which packed attention does not support
     # The last state of each row is a view; multiplying it by a frozen matrix would copy the matrix once per row.
     packing = inner.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-    as_it_is = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    how = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if draws else {"temperature": None, "top_p": None, "top_k": None}
     try:
         out = cast("GenerationMixin", model).generate(  # type: ignore[misc]  # its `self` is annotated for another checker
             input_ids=ids,
@@ -242,43 +221,12 @@ def _generated(
             pad_token_id=pad,
             eos_token_id=list(stops),
             use_cache=True,
+            repetition_penalty=1.0,
             max_time=seconds,
-            **(as_it_is if draws else {"temperature": None, "top_p": None, "top_k": None}),
+            **how,
         )
     finally:
         packing.remove()
         inner.set_attn_implementation(before)
     rows: list[list[int]] = cast("torch.Tensor", out)[:, longest:].tolist()
     return rows
-
-
-ANSWERS_AT_ONCE = 16
-ANSWER_SECONDS = 60.0
-"""Time limit of all answers at the end of a job together; those that do not finish are not counted."""
-
-
-def answers_in_batches(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    asked: Sequence[HeldOutPrompt],
-    most: int,
-    engine: Compute,
-    lead: Sequence[int] = (),
-    seconds: float = ANSWER_SECONDS,
-) -> list[str | None]:
-    """`answers` in small batches of prompts of similar length, which bounds the memory, within `seconds`. None for an answer that
-    did not finish in time: it says nothing about the model."""
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
-    told: list[str | None] = [None] * len(asked)
-    until = time.monotonic() + seconds
-    for start in range(0, len(order), ANSWERS_AT_ONCE):
-        left = until - time.monotonic()
-        if left <= 0:
-            break
-        places = order[start : start + ANSWERS_AT_ONCE]
-        said = answers(model, tokenizer, [asked[i] for i in places], most, engine, lead, left)
-        if time.monotonic() >= until:
-            break  # these were cut short
-        for place, text in zip(places, said, strict=True):
-            told[place] = text
-    return told

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from worker.scoring.held_out import evaluating, plain_model, written
 
 AT_ONCE, GPU_AT_ONCE = 64, 256
 """Answers that are written at once."""
+HURRIED_AT_ONCE = 32
+"""The same where time may run out: some are finished by then."""
 CACHE_BYTES, GPU_CACHE_BYTES = 1 << 30, 4 << 30
 """Keys and values of all of them; longer answers are written fewer at once."""
 READ_TOKENS = 2048
@@ -66,6 +69,10 @@ class DrawOrder(NamedTuple):
     most: int
     stops: frozenset[int]
     seed: int | None  # None: the likeliest tokens
+    until: float | None = None  # of `time.monotonic`: answers that are not finished by then are left out
+
+    def late(self) -> bool:
+        return self.until is not None and time.monotonic() >= self.until
 
 
 Drawing = Callable[[torch.nn.Module, Any, DrawOrder, Compute], Generator[float, None, list[list[DrawnAnswer]]]]
@@ -87,25 +94,26 @@ def _numbers(order: DrawOrder, prompt: int, member: int) -> torch.Tensor | None:
     return torch.rand(order.most, generator=generator, dtype=torch.float64)
 
 
-def _capacity(model: torch.nn.Module, size: int, count: int, engine: Compute) -> int:
-    """Answers at once: at least the `count` of one prompt."""
+def _capacity(model: torch.nn.Module, size: int, order: DrawOrder, engine: Compute) -> int:
+    """Answers at once: at least those of one prompt."""
     config = plain_model(model).config.get_text_config()
     heads = width_of(config, "num_key_value_heads") or config.num_attention_heads
     width = width_of(config, "head_dim") or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * width * size * (2 if engine.precision != "fp32" else 4)
     most, room = (GPU_AT_ONCE, GPU_CACHE_BYTES) if devices.is_gpu(engine.device) else (AT_ONCE, CACHE_BYTES)
-    return max(count, min(most, room // each))
+    hurried = most if order.until is None else HURRIED_AT_ONCE
+    return max(order.per_prompt, min(most, hurried, room // each))
 
 
 def _in_slots(model: torch.nn.Module, order: DrawOrder, engine: Compute) -> Generator[float, None, list[list[DrawnAnswer]]]:
     prompts, count = order.prompts, order.per_prompt
     size, whole = max(map(len, prompts)) + order.most, count * len(prompts)
     blocks = Blocks(size)
-    blocks.grow(min(_capacity(model, size, count, engine), whole))
+    blocks.grow(min(_capacity(model, size, order, engine), whole))
     free, waiting = list(range(len(blocks.slots))), deque(range(len(prompts)))
     found: dict[tuple[int, int], DrawnAnswer] = {}
     active: list[_Written] = []
-    while active or waiting:
+    while (active or waiting) and not order.late():
         yield len(found) / whole
         with _by_slots(model), evaluating(model), engine.autocast():  # for one pass, because the caller runs other code between two yields
             active = _step(model, blocks, active, _begin(blocks, free, waiting, order), prompts, engine)
@@ -115,7 +123,7 @@ def _in_slots(model: torch.nn.Module, order: DrawOrder, engine: Compute) -> Gene
                 found[one.prompt, one.member] = DrawnAnswer(one.ids, one.nats, ended)
                 heapq.heappush(free, one.segment.slot.index)
         active = [one for one in active if (one.prompt, one.member) not in found]
-    return [[found[prompt, member] for member in range(count)] for prompt in range(len(prompts))]
+    return [[found[prompt, member] for member in range(count) if (prompt, member) in found] for prompt in range(len(prompts))]
 
 
 def _begin(blocks: Blocks, free: list[int], waiting: deque[int], order: DrawOrder) -> list[list[_Written]]:
@@ -202,6 +210,9 @@ def _padded(model: torch.nn.Module, tokenizer: Any, order: DrawOrder, engine: Co
         yield start / len(asked)
         batch = asked[start : start + PADDED_AT_ONCE]
         seed = None if order.seed is None else (order.seed * 1_000_003 + start) % 2**63
-        for ids in written(model, tokenizer, batch, list(order.stops), order.most, engine, seed=seed):
-            told.append(DrawnAnswer(ids, [], bool(ids) and ids[-1] in order.stops))
-    return [told[at : at + order.per_prompt] for at in range(0, len(told), order.per_prompt)]
+        seconds = None if order.until is None else max(order.until - time.monotonic(), 0.0)
+        found = written(model, tokenizer, batch, list(order.stops), order.most, engine, seconds, seed)
+        if order.late():
+            break  # these were cut short
+        told += [DrawnAnswer(ids, [], bool(ids) and ids[-1] in order.stops) for ids in found]
+    return [told[at : at + order.per_prompt] for at in range(0, len(asked), order.per_prompt)]

@@ -32,6 +32,8 @@ from worker.scoring import held_out
 
 PROMPTS = Path(__file__).with_name("general_prompts.yaml")
 SEED = 20
+AT_ONCE = 16
+"""Prompts that are answered together: a file of the cache."""
 POLL_SECONDS = 0.5
 
 
@@ -57,14 +59,14 @@ def general_rows(
     asked = [_ids(tokenizer, kind, prompt) for prompt in prompts(kind)]
     folder = get_settings().folder("features") / f"rehearsal-{_digest(spec, tokenizer, engine)}"
     found: list[GeneralRow] = []
-    for start in range(0, len(asked), held_out.ANSWERS_AT_ONCE):
+    for start in range(0, len(asked), AT_ONCE):
         yield start / len(asked)
         path = folder / f"{start:03}.json"
         if distributed.rank():  # the rows decide what is in a step, so all processes read what the first one wrote
             while not path.is_file():
                 time.sleep(POLL_SECONDS)
         elif not path.is_file():
-            _write(path, model, tokenizer, asked[start : start + held_out.ANSWERS_AT_ONCE], engine, SEED + start)
+            _write(path, model, tokenizer, asked[start : start + AT_ONCE], engine, SEED + start)
         found += [GeneralRow(*pair) for pair in json.loads(path.read_text())]
     return _rows(found, lead, min(longest, ROW_TOKENS + len(lead)))
 

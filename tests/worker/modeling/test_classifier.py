@@ -147,14 +147,3 @@ def test_rows_that_a_model_did_not_answer_count_for_none() -> None:
     low, high = same.difference["exact_match"]
     assert same.rows == 6 and low < 0 < high
     assert answer_scores(({}, {}), references) == ([{}, {}], {}, 0)
-
-
-def test_answers_that_time_did_not_suffice_for_are_none(monkeypatch) -> None:
-    from worker.scoring import held_out
-
-    clock = iter([0.0, 0.0, 1.0, 1.0, 70.0])
-    monkeypatch.setattr(held_out.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(held_out, "answers", lambda model, tokenizer, asked, *rest: ["told"] * len(asked))
-    asked = [held_out.HeldOutPrompt("q", [1] * n, "") for n in range(1, 20)]
-    told = held_out.answers_in_batches(None, None, asked, 4, None, seconds=60)
-    assert told == ["told"] * 16 + [None] * 3

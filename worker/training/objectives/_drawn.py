@@ -112,7 +112,7 @@ class DrawnAnswersObjective(CausalLM):
 
     row_losses, row_losses_before = TrainingObjective.row_losses, TrainingObjective.row_losses_before  # the ledger has none
 
-    def _few_shot_rows(self) -> None:
+    def _few_shot_rows(self, most: int) -> None:
         return None
 
 

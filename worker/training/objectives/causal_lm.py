@@ -13,7 +13,7 @@ import torch
 from app import events, formats
 from app.errors import BadData
 from app.jobs import solved_examples
-from app.planning.duration import CONTEST_ROWS, CONTEST_TOKENS
+from app.planning.duration import CONTEST_ROWS, contest_tokens
 from app.spec import JobSpec
 from worker.data import batching
 from worker.data.batching import Row, make_batch
@@ -24,6 +24,7 @@ from worker.modeling.loading import load_plain
 from worker.modeling.router_loss import RouterLoss, router_loss_of
 from worker.runtime.device import Compute
 from worker.scoring import held_out, prompt_baseline
+from worker.scoring.answers import answers, answers_within
 from worker.scoring.held_out import HeldOutPrompt
 from worker.scoring.metrics import answer_scores, contest, paired_losses
 from worker.training import rehearsal
@@ -33,6 +34,8 @@ from worker.training.objectives._base import MAX_LISTED, MAX_REMEMBERED, EvalRes
 
 ANSWERED = 8
 """Held-out rows that a final evaluation answers in full with the base and with the result."""
+ANSWER_SECONDS = 60.0
+"""Time limit of all answers of either."""
 
 
 class Examined(NamedTuple):
@@ -150,12 +153,12 @@ class CausalLM(TrainingObjective):
         return found._replace(metrics=found.metrics | graded.means, graded=graded.first, faults=graded.faults)
 
     def base_answers(self, model: torch.nn.Module, engine: Compute) -> list[str]:
-        return held_out.answers(model, self.tokenizer, self.questions, self.answer_limit, engine)
+        return answers(model, self.tokenizer, self.questions, self.answer_limit, engine)
 
     def samples(self, model: torch.nn.Module, state: State, engine: Compute) -> list[events.Sample]:
         told = state.base_answers
         if state.step:
-            told = held_out.answers(model, self.tokenizer, self.questions, self.answer_limit, engine, self.lead)
+            told = answers(model, self.tokenizer, self.questions, self.answer_limit, engine, self.lead)
         return [
             events.Sample(prompt=q.text, reference=q.reference, base=base, answer=answer)
             for q, base, answer in zip(self.questions, state.base_answers, told, strict=True)
@@ -182,7 +185,7 @@ class CausalLM(TrainingObjective):
     def examine(self, model: torch.nn.Module, state: State, budget: int, engine: Compute) -> Generator[float, None, Examined]:
         """Answers to some rows and to the rows that changed most. The losses are known from the validations."""
         yield 0.0  # the answers have a limit of their own
-        rows = self._few_shot_rows()
+        rows = self._few_shot_rows(contest_tokens(state.tokens))
         losses = _means((yield from held_out.scoring(model, rows.bare, budget, engine))) if rows else []
         worst, best = _changed_most(state.base_rows, state.best_rows or state.last_rows)
         asked = self._asked(ANSWERED if self.spec.run.samples else 0)
@@ -234,8 +237,8 @@ class CausalLM(TrainingObjective):
         over_base = paired_losses(state.base_rows, losses, self.held_out.trained_counts()[: len(losses)])
         return contest("loss", over_base, few_shot, examples=len(rows.examples) if rows else 0)
 
-    def _few_shot_rows(self) -> FewShotRows | None:
-        """Held-out rows for the base to answer behind solved examples, as many as a job's end has time for; None for plain texts."""
+    def _few_shot_rows(self, most: int) -> FewShotRows | None:
+        """Held-out rows for the base to answer behind solved examples, in `most` tokens; None for plain texts."""
         kind, longest = self.spec.model.kind, self.spec.model.shape.positions
         examples = prompt_baseline.examples_of(self.train_rows, kind, self.spec.run.seed)
         asked = prompt_baseline.asked_of(self.held_rows[:CONTEST_ROWS], kind)
@@ -254,7 +257,7 @@ class CausalLM(TrainingObjective):
         lines = [line for line, _ in asked if line in whole[0] and line in whole[1]]
         lengths = dict(zip(both[1].lines, both[1].lengths, strict=True))
         total = itertools.accumulate(lengths[line] for line in lines)
-        kept = {line for line, tokens in zip(lines, total, strict=True) if tokens <= CONTEST_TOKENS}
+        kept = {line for line, tokens in zip(lines, total, strict=True) if tokens <= most}
         if not kept:
             return None
         return FewShotRows(both[0].only(kept), both[1].only(kept), examples)
@@ -272,7 +275,7 @@ class CausalLM(TrainingObjective):
         return found
 
     def _answers(self, model: torch.nn.Module, asked: dict[int, HeldOutPrompt], engine: Compute, lead: list[int]) -> dict[int, str]:
-        told = held_out.answers_in_batches(model, self.tokenizer, list(asked.values()), self.answer_limit, engine, lead)
+        told = answers_within(ANSWER_SECONDS, model, self.tokenizer, list(asked.values()), self.answer_limit, engine, lead)
         return {place: text for place, text in zip(asked, told, strict=True) if text is not None}
 
 

@@ -245,7 +245,7 @@ class DPO(CausalLM):
         metrics = {"loss": float(losses.mean()), **named(sums_of(rewards))}
         return EvalResult(metrics, losses.tolist()[:MAX_REMEMBERED])
 
-    def _few_shot_rows(self) -> None:
+    def _few_shot_rows(self, most: int) -> None:
         """No prompt can be scored by pairs."""
         return None
 
