@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 import redis
-from sqlalchemy import BigInteger, ColumnElement, Date, Float, Select, cast, column, func, select, union_all
+from sqlalchemy import BigInteger, ColumnElement, Date, Select, cast, column, func, select, union_all
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
@@ -98,66 +98,66 @@ refused, by `app.web.request_rate`."""
 # What is used -----------------------------------------------------------------------------------------------------------
 
 
-def _owner(table: Any, by: By) -> Any:
+def _owners(table: Any) -> tuple[Any, Any]:
+    """The columns of a row's person and project, under the names that `By` has."""
     person = table.user_id if hasattr(table, "user_id") else table.owner_id
-    return person if by == "person" else table.project_id
+    return person.label("person"), table.project_id.label("project")
 
 
 def _month() -> ColumnElement[datetime]:
     return func.date_trunc("month", leases.now(), "UTC")
 
 
-def _jobs(by: By, status: str) -> Select[Any]:
-    key = _owner(Job, by)
-    return select(key.label("key"), func.count().label("amount")).where(Job.status == status, Job.deleted_at.is_(None)).group_by(key)
+def _jobs(status: str) -> Select[Any]:
+    return _amounts(Job, func.count()).where(Job.status == status, Job.deleted_at.is_(None))
 
 
-def _gpu_hours(by: By) -> Select[Any]:
-    key = _owner(MachineUse, by)
+def _gpu_hours() -> Select[Any]:
     ended = func.coalesce(MachineUse.ended_at, leases.now())
-    seconds = cast(func.extract("epoch", ended - func.greatest(MachineUse.started_at, _month())), Float)
-    used = func.sum(seconds * func.greatest(MachineUse.gpus, 1)) / HOUR
-    return select(key.label("key"), used.label("amount")).where(ended > _month(), key.is_not(None)).group_by(key)
+    seconds = func.date_part("epoch", ended - func.greatest(MachineUse.started_at, _month()))
+    return _amounts(MachineUse, func.sum(seconds * func.greatest(MachineUse.gpus, 1)) / HOUR).where(ended > _month())
 
 
-def _storage(by: By) -> Select[Any]:
+def _storage() -> Select[Any]:
     """Uploaded files and what open uploads announced, models, the checkpoints of jobs, the files of exports and of predictions."""
     exported = func.jsonb_array_elements(Export.files).table_valued(column("value", JSONB), joins_implicitly=True)
     parts = union_all(
-        select(_owner(File, by).label("key"), File.bytes.label("size")).where(File.deleted_at.is_(None)),
-        select(_owner(Upload, by), Upload.length).where(Upload.file_id.is_(None), Upload.expires_at > leases.now()),
-        select(_owner(Model, by), Model.bytes).where(Model.deleted_at.is_(None), Model.owner_id.is_not(None)),
-        select(_owner(Job, by), Checkpoint.bytes)
+        select(*_owners(File), File.bytes.label("size")).where(File.deleted_at.is_(None)),
+        select(*_owners(Upload), Upload.length).where(Upload.file_id.is_(None), Upload.expires_at > leases.now()),
+        select(*_owners(Model), Model.bytes).where(Model.deleted_at.is_(None), Model.owner_id.is_not(None)),
+        select(*_owners(Job), Checkpoint.bytes)
         .select_from(Checkpoint)
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Checkpoint.deleted_at.is_(None)),
-        select(_owner(Export, by), cast(exported.c.value["bytes"].astext, BigInteger)).where(Export.deleted_at.is_(None)),
-        select(_owner(Evaluation, by), Evaluation.output_bytes).where(Evaluation.deleted_at.is_(None), Evaluation.output_bytes > 0),
+        select(*_owners(Export), cast(exported.c.value["bytes"].astext, BigInteger)).where(Export.deleted_at.is_(None)),
+        select(*_owners(Evaluation), Evaluation.output_bytes).where(Evaluation.deleted_at.is_(None), Evaluation.output_bytes > 0),
     ).subquery()
-    return select(parts.c.key, func.coalesce(func.sum(parts.c.size), 0).label("amount")).group_by(parts.c.key)
+    owners, size = (parts.c.person, parts.c.project), func.coalesce(func.sum(parts.c.size), 0)
+    return select(*owners, size.label("amount")).group_by(*owners)
 
 
-def _tokens(by: By) -> Select[Any]:
+def _tokens() -> Select[Any]:
     """What was written, and what was embedded or classified. Prompts are read for the sake of an answer, and are not limited."""
-    key = _owner(TokenUse, by)
-    return (
-        select(key.label("key"), func.sum(TokenUse.written + TokenUse.encoded).label("amount"))
-        .where(TokenUse.day == _today())
-        .group_by(key)
-    )
+    return _amounts(TokenUse, func.sum(TokenUse.written + TokenUse.encoded)).where(TokenUse.day == _today())
+
+
+def _amounts(table: Any, amount: Any) -> Select[Any]:
+    owners = _owners(table)
+    return select(*owners, amount.label("amount")).group_by(*owners)
 
 
 def _today() -> ColumnElement[date]:
     return cast(func.timezone("UTC", leases.now()), Date)
 
 
-_USED: dict[Name, Callable[[By], Select[Any]]] = {
-    "running_jobs": lambda by: _jobs(by, "running"),
-    "queued_jobs": lambda by: _jobs(by, "queued"),
+_USED: dict[Name, Callable[[], Select[Any]]] = {
+    "running_jobs": lambda: _jobs("running"),
+    "queued_jobs": lambda: _jobs("queued"),
     "gpu_hours_per_month": _gpu_hours,
     "storage_bytes": _storage,
     "tokens_per_day": _tokens,
 }
+"""Statements of what each person uses in each project."""
 
 
 def requests_key(by: By, now: float) -> str:
@@ -174,22 +174,29 @@ def _requests(by: By) -> dict[str, float]:
     return {key.decode(): float(count) for key, count in found.items()}
 
 
-def used(session: Session, by: By) -> dict[uuid.UUID, dict[Name, float]]:
-    """What each person, or what each project, uses of everything that is limited."""
-    found: dict[uuid.UUID, dict[Name, float]] = {}
+Usage = dict[uuid.UUID, dict[Name, float]]
+"""By the id of a person, or of a project, what it uses of everything that is limited."""
+
+
+def used(session: Session) -> dict[By, Usage]:
+    found: dict[By, Usage] = {"person": {}, "project": {}}
     for name, query in _USED.items():
-        for key, amount in session.execute(query(by)):
-            found.setdefault(key, {})[name] = float(amount or 0)
-    for text, count in _requests(by).items():
-        found.setdefault(uuid.UUID(text), {})["requests_per_minute"] = count
+        for person, project, amount in session.execute(query()):
+            for by, key in (("person", person), ("project", project)):
+                if key is not None:
+                    own = found[by].setdefault(key, {})  # type: ignore[index]
+                    own[name] = own.get(name, 0.0) + float(amount or 0)
+    for by, of in found.items():
+        for text, count in _requests(by).items():
+            of.setdefault(uuid.UUID(text), {})["requests_per_minute"] = count
     return found
 
 
 def used_by(session: Session, by: By, key: uuid.UUID, name: Name) -> float:
     if name == "requests_per_minute":
         return _requests(by).get(str(key), 0.0)
-    every = _USED[name](by).subquery()
-    return float(session.scalar(select(every.c.amount).where(every.c.key == key)) or 0)
+    every = _USED[name]().subquery()
+    return float(session.scalar(select(func.sum(every.c.amount)).where(every.c[by] == key)) or 0)
 
 
 def usage_json(session: Session, by: By, key: uuid.UUID) -> JSON:

@@ -303,7 +303,7 @@ def test_what_all_use_is_what_each_uses(session, user, data, tiny_registered):
     limits.count_tokens(session, user.id, user.id, read=1, written=1)
     session.commit()
     for by in ("person", "project"):
-        every = limits.used(session, by)[user.id]
+        every = limits.used(session)[by][user.id]
         assert every.keys() == LIMITS.keys() - {"requests_per_minute"}  # nobody's are limited, so they are not counted
         for name, value in every.items():
             if name != "gpu_hours_per_month":  # it goes on

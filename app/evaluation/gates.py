@@ -317,6 +317,7 @@ def _forgotten(session: Session, model: Model, evaluation: Evaluation) -> float 
 
 def _refusal(target: AliasTarget, model: Model, dataset: Dataset, measure: _Measure, result: GateResult) -> Conflict:
     """The gate is measured and not passed: the numbers in words."""
+    better = gettext("Evaluate on more rows or use another model.")
     if not result.better:
         said = gettext(
             "%(model)s is not shown to be better than %(other)s: %(numbers)s.",
@@ -333,10 +334,13 @@ def _refusal(target: AliasTarget, model: Model, dataset: Dataset, measure: _Meas
             change=signed(result.forgetting),
             bound=human_percent(result.max_forgetting),
         )
+        better = gettext(
+            "Train with a lower learning rate, fewer epochs, an adapter, or a share of general rows: all of these forget less."
+        )
     stays = gettext("%(alias)s stays where it is.", alias=target.alias.name)
     return Conflict(
         f"{stays} {said}",
-        hint=gettext("Evaluate on more rows or use another model. Who created the alias, and admins, can move it with force and a reason."),
+        hint=better + " " + gettext("Who created the alias, and admins, can move it with force and a reason."),
         param="model",
         code="gate_not_passed",
     )

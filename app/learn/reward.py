@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from sqlalchemy import select

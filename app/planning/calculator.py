@@ -74,4 +74,4 @@ def _bytes(strategy: Strategy, shape: Shape, tokens: int, bits: int) -> int | No
         parts = memory_estimate.features_memory(shape, strategy, run, tokens, 1000, tokens, GPU)
     else:
         parts = memory_estimate.memory_of(shape, strategy, run, tokens, GPU, 0, task)
-    return int(sum(parts.model_dump().values()))
+    return parts.total

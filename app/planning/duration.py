@@ -15,7 +15,7 @@ from app import formats
 from app.machines.hardware import Machine, Pace, kind_of_work
 from app.objectives import OBJECTIVES, DrawnSettings
 from app.planning import rehearsal
-from app.planning.memory import MemoryParts, features_memory, memory_of, new_token_parameters, pads, precision_of, recomputed_layers
+from app.planning.memory import MemoryParts, features_memory, fitted_memory, new_token_parameters, pads, precision_of
 from app.run_settings import RunSettings
 from app.shapes import Shape
 from app.spec import JobSpec
@@ -96,8 +96,7 @@ def estimate(spec: JobSpec, stats: Stats, machine: Machine, validation: Stats | 
     if type(spec.strategy).recipe == "features":
         return _of_features(spec, course, machine)
     shape, run, strategy = spec.model.shape, spec.run, spec.strategy
-    recompute = recomputed_layers(shape, strategy, run, course.longest, machine, spec.task)
-    memory = memory_of(shape, strategy, run, course.longest, machine, recompute, spec.task)
+    recompute, memory = fitted_memory(shape, strategy, run, course.longest, machine, spec.task)
     if spec.teacher:
         width = 4 if precision_of(run, strategy, machine) == "fp32" else 2
         memory = memory.model_copy(update={"other": memory.other + width * spec.teacher.shape.parameters()})
@@ -112,7 +111,7 @@ def _estimate(spec: JobSpec, machine: Machine, course: Workload, memory: MemoryP
     found, measured = pace_of(spec, machine)
     seconds = step_seconds(spec, course, speed, twice) + (found.beside if found else 1.0) * beside_seconds(spec, course, speed)
     seconds += found.fixed_seconds if found else FIXED_SECONDS + _read_seconds(spec.model.shape)
-    total = sum(memory.model_dump().values())
+    total = memory.total
     spread = 1.25 if measured else 1.5 if found else 2.0
     return Estimate(
         memory_bytes=total,

@@ -65,6 +65,10 @@ class MemoryParts(BaseModel):
     activations: int
     other: int
 
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.other
+
 
 def passes(run: RunSettings, processes: int) -> int:
     """Passes of a step: as configured, rounded up to a multiple of the number of processes."""
@@ -309,13 +313,28 @@ def recomputed_layers(
 ) -> int:
     """Layers whose activations are recomputed: none or all as configured, or as few as make each process fit in nine tenths of
     its memory."""
+    return fitted_memory(shape, strategy, run, longest, machine, task, squeezed)[0]
+
+
+def fitted_memory(
+    shape: Shape,
+    strategy: Strategy,
+    run: RunSettings,
+    longest: int,
+    machine: Machine,
+    task: str = "generation",
+    squeezed: bool = False,
+) -> tuple[int, MemoryParts]:
+    """The same, and the memory with so many layers recomputed."""
+    tried = range(shape.layers + 1)
     if run.gradient_checkpointing != "auto":
-        return shape.layers if run.gradient_checkpointing == "all" else 0
+        tried = range(shape.layers, shape.layers + 1) if run.gradient_checkpointing == "all" else range(1)
     limit = 0.9 * machine.training_memory_bytes
-    for layers in range(shape.layers + 1):
-        if sum(memory_of(shape, strategy, run, longest, machine, layers, task, squeezed).model_dump().values()) <= limit:
-            return layers
-    return shape.layers
+    for layers in tried:
+        found = memory_of(shape, strategy, run, longest, machine, layers, task, squeezed)
+        if found.total <= limit:
+            break
+    return layers, found
 
 
 MAX_CAPTURED_PARAMETERS = 500_000_000

@@ -36,7 +36,7 @@ def show(request: Request, session: Db, user: CurrentUser) -> Response:
         "space": overview.space(),
         "errors": operations.recent_errors(session),
         "limits": limits.LIMITS,
-        "usage": _people(session),
+        "usage": _people(session, limits.used(session)["person"]),
         "retention": retention.preview(session),
     }
     return render(request, "admin.html", **values)
@@ -55,18 +55,17 @@ async def _form(request: Request) -> dict[str, str]:
 Form = Annotated[dict[str, str], Depends(_form)]
 
 
-def _people(session: Db) -> list[tuple[User, list[limits.LimitUse]]]:
+def _people(session: Db, used: limits.Usage) -> list[tuple[User, list[limits.LimitUse]]]:
     """Everybody who may sign in, with what they use."""
-    used = limits.used(session, "person")
     return [(one, limits.lines(one.limits, used.get(one.id, {}), "person")) for one in people.list_(session) if one.disabled_at is None]
 
 
 @pages.get(LIMITS_PAGE)
 def show_limits(request: Request, session: Db, user: CurrentUser) -> Response:
-    used = limits.used(session, "project")
+    used = limits.used(session)
     every = session.scalars(projects.query().order_by(Project.personal, Project.name)).all()
-    found = [(one, limits.lines(one.limits, used.get(one.id, {}), "project")) for one in every]
-    return render(request, "limits.html", people=_people(session), shown_projects=found, limits=limits.LIMITS, giga=GIGA)
+    found = [(one, limits.lines(one.limits, used["project"].get(one.id, {}), "project")) for one in every]
+    return render(request, "limits.html", people=_people(session, used["person"]), shown_projects=found, limits=limits.LIMITS, giga=GIGA)
 
 
 @pages.post(f"{LIMITS_PAGE}/people/{{user_id}}")

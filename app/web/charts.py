@@ -55,11 +55,11 @@ class Chart:
         return [(step, [line.get(step) for line in values]) for step in self.steps]
 
     def data(self) -> dict[str, Any]:
-        """The browser's data: for each line its steps and its values, as parallel lists."""
+        """The browser's data: for each line its steps and its values, as parallel lists, to the six digits that a chart can show."""
         lines = {}
         for line in self.series:
             points = downsample(line.points, POINTS)
-            lines[line.name] = [[step for step, _ in points], [value for _, value in points]]
+            lines[line.name] = [[step for step, _ in points], [float(f"{value:.6g}") for _, value in points]]
         return lines
 
 

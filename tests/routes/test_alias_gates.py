@@ -129,7 +129,8 @@ def test_forgetting_is_bounded(api, session, user, two, data):
     assert "its forgetting was not measured" in refused(put(api, model="other"), "gate_not_passed")
     made.result = made.result | {"forgetting": {"change": 0.031}}
     session.commit()
-    assert "+3.1% bits" in refused(put(api, model="other"), "gate_not_passed")
+    answer = put(api, model="other")
+    assert "+3.1% bits" in refused(answer, "gate_not_passed") and "forget less" in answer.json()["error"]["message"]
     made.result = made.result | {"forgetting": {"change": 0.019}}
     session.commit()
     assert put(api, model="other").json()["model"] == "other" and moves(api)[0]["result"]["forgetting"] == 0.019

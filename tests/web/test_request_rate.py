@@ -38,7 +38,7 @@ def test_one_too_many_is_refused_until_the_minute_ends(api, session, user):
     assert error["code"] == "rate_limit_exceeded" and error["message"].startswith("Your limit is reached: 3 requests in a minute."), error
     assert 0 < int(refused.headers["retry-after"]) <= 60 and refused.headers.get("x-should-retry") != "false"
     assert limits.used_by(session, "person", user.id, "requests_per_minute") == 4
-    assert limits.used(session, "person")[user.id]["requests_per_minute"] == 4
+    assert limits.used(session)["person"][user.id]["requests_per_minute"] == 4
 
 
 def test_pages_are_neither_counted_nor_refused(api, client, session, user):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,27 @@ def answers_within(
     engine: Compute,
     lead: Sequence[int] = (),
 ) -> list[str | None]:
-    """The same within `seconds`, prompts of similar length together. None for an answer that did not finish in time: it says nothing about
-    the model."""
+    """The same within `seconds`. None for an answer that did not finish in time: it says nothing about the model."""
+    return drained(answering(seconds, model, tokenizer, asked, most, engine, lead))
+
+
+def answering(
+    seconds: float | None,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    asked: Sequence[HeldOutPrompt],
+    most: int,
+    engine: Compute,
+    lead: Sequence[int] = (),
+) -> Generator[float, None, list[str | None]]:
+    """The same, the shortest prompts first; yields the share that is done."""
     if not asked:
         return []
     until = None if seconds is None else time.monotonic() + seconds
     order = sorted(range(len(asked)), key=lambda place: len(asked[place].ids))
     stops = frozenset(stop_ids(tokenizer, plain_model(model).generation_config))
     prompts = [[*lead, *asked[place].ids] for place in order]
-    drawn = drained(drawing(model, tokenizer, DrawOrder(prompts, 1, most, stops, None, until), engine))
+    drawn = yield from drawing(model, tokenizer, DrawOrder(prompts, 1, most, stops, None, until), engine)
     told: list[str | None] = [None] * len(asked)
     for place, found in zip(order, drawn, strict=True):
         for one in found:

@@ -18,7 +18,7 @@ from app.spec import JobSpec
 from worker.data.batching import Row
 from worker.runtime.device import Compute
 from worker.scoring import held_out
-from worker.scoring.answers import answers_within
+from worker.scoring.answers import answering
 from worker.scoring.held_out import HeldOutPrompt
 
 Answer = Callable[[Ask], Reply]
@@ -93,9 +93,9 @@ class GradedRows:
         self.names = _curves([grader.name for grader in self.graders])
 
     def measuring(self, model: torch.nn.Module, engine: Compute, lead: Sequence[int], answer: Answer) -> Generator[float, None, RowGrades]:
-        """The grades of the likeliest answers; yields the share of them that each grader has done. Raises ModelAway."""
+        """The grades of the likeliest answers; yields the share that is written, and the share that each grader has done. Raises ModelAway."""
         asked = [question for _, question in self.rows]
-        told = answers_within(SECONDS, model, self.tokenizer, asked, self.most, engine, lead)
+        told = yield from answering(SECONDS, model, self.tokenizer, asked, self.most, engine, lead)
         given = [None if text is None else GivenAnswer(*row, text) for row, text in zip(self.rows, told, strict=True)]
         return (yield from self.grades_of(given, answer))
 
