@@ -7,6 +7,7 @@ config.json under `STRUCTURE`, so that `shape_of` gives its shape from the same 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -81,6 +82,27 @@ class Structure(BaseModel):
         return f"{self.stack}.{own}" if own >= 0 else f"{self.encoder_stack}.{layer}"
 
 
+@functools.lru_cache(maxsize=256)
+def _block(
+    architecture: str, model_type: str, h: int, m: int, q: int, kv: int, gated: bool, attention_bias: bool, mlp_bias: bool
+) -> tuple[Linear, ...]:
+    """The linear layers of one block of an architecture with formulas: widths of the states, of the MLP, of queries and of keys. An estimate
+    asks for them hundreds of times."""
+    if architecture == "encoder":
+        return (
+            Linear("query", h, q, True), Linear("key", h, kv, True), Linear("value", h, kv, True),
+            Linear("attention.output.dense", q, h, True),
+            Linear("intermediate.dense", h, m, True), Linear("output.dense", m, h, True),
+        )  # fmt: skip
+    out_bias = attention_bias and model_type not in ("qwen2",)
+    attention = (
+        Linear("q_proj", h, q, attention_bias), Linear("k_proj", h, kv, attention_bias),
+        Linear("v_proj", h, kv, attention_bias), Linear("o_proj", q, h, out_bias),
+    )  # fmt: skip
+    gate = (Linear("gate_proj", h, m, mlp_bias),) if gated else ()
+    return (*attention, *gate, Linear("up_proj", h, m, mlp_bias), Linear("down_proj", m, h, mlp_bias))
+
+
 class Shape(BaseModel):
     """What the arithmetic needs to know of a transformer. Lengths in tokens, widths in numbers."""
 
@@ -113,20 +135,12 @@ class Shape(BaseModel):
         """The linear layers of one block, under the names the model gives them; where blocks differ, of all kinds together."""
         if self.structure:
             return list({linear.name: linear for kind in self.structure.kinds for linear in kind.linears}.values())
-        q, kv, h, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
-        if self.architecture == "encoder":
-            return [
-                Linear("query", h, q, True), Linear("key", h, kv, True), Linear("value", h, kv, True),
-                Linear("attention.output.dense", q, h, True),
-                Linear("intermediate.dense", h, m, True), Linear("output.dense", m, h, True),
-            ]  # fmt: skip
-        out_bias = self.attention_bias and self.model_type not in ("qwen2",)
-        attention = [
-            Linear("q_proj", h, q, self.attention_bias), Linear("k_proj", h, kv, self.attention_bias),
-            Linear("v_proj", h, kv, self.attention_bias), Linear("o_proj", q, h, out_bias),
-        ]  # fmt: skip
-        gate = [Linear("gate_proj", h, m, self.mlp_bias)] if self.gated else []
-        return [*attention, *gate, Linear("up_proj", h, m, self.mlp_bias), Linear("down_proj", m, h, self.mlp_bias)]
+        return list(
+            _block(
+                self.architecture, self.model_type, self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim,
+                self.gated, self.attention_bias, self.mlp_bias,
+            )
+        )  # fmt: skip
 
     def norm_parameters(self) -> int:
         """Parameters of all norms."""
