@@ -179,6 +179,7 @@ Usage = dict[uuid.UUID, dict[Name, float]]
 
 
 def used(session: Session) -> dict[By, Usage]:
+    """What each person, and what each project, uses."""
     found: dict[By, Usage] = {"person": {}, "project": {}}
     for name, query in _USED.items():
         for person, project, amount in session.execute(query()):

@@ -55,6 +55,10 @@ class Splitter:
         self.has_thought = False
         self.after_part = False
         self.num_calls = 0
+        self.has_said = False
+        """Content was told since the last call."""
+        self.parted = False
+        """Between that content and what follows a call was left out."""
         self.forced, self.arguments = syntax.forced, JsonEnd()
 
     def push(self, text: str) -> list[Part]:
@@ -83,7 +87,7 @@ class Splitter:
         if not final and (not words or any(marker.startswith(words) for marker in wanted)):
             return False
         if self.after_part:
-            self.held = words
+            self.held, self.space = words, "\n" if words and self.parted else ""
         self.may_think, self.after_part = False, False
         if self.forced is not None and not self.num_calls:
             self.state, self.opening = "opening", self.forced.first + self.forced.before
@@ -115,7 +119,7 @@ class Splitter:
             self._tell(Said, parts, self.opens, final)
             return False
         before = self.space + self.held[:at]
-        parts.append(Said(before.rstrip()))
+        self._say(parts, before.rstrip())
         self.space = before[len(before.rstrip()) :]
         self.held, self.looked, self.state = self.held[at + len(self.opens) :], 0, "call"
         return True
@@ -185,17 +189,23 @@ class Splitter:
         assert self.family is not None
         calls = self.family.read(inside, self.tools)
         if not calls:
-            parts.append(Said(self.space + written))
+            self._say(parts, self.space + written)
             self.held, self.space, self.state = rest, "", "content"
             return
         for call in calls:
             if self.syntax.parallel or not self.num_calls:
                 parts.append(call)
                 self.num_calls += 1
+                self.has_said = False
         self._begin_part(rest)
+        self.parted = self.has_said
+
+    def _say(self, parts: list[Part], text: str) -> None:
+        parts.append(Said(text))
+        self.has_said = self.has_said or bool(text)
 
     def _begin_part(self, rest: str) -> None:
-        self.held, self.space, self.state, self.after_part = rest, "", "start", True
+        self.held, self.space, self.state, self.after_part, self.parted = rest, "", "start", True, False
 
     def _tell(self, kind: type[Thought] | type[Said], parts: list[Part], marker: str, whole: bool) -> None:
         """All that is held, but what may begin a marker and white space that a part may end with, unless this is the `whole` rest."""
@@ -206,4 +216,7 @@ class Splitter:
         told = text if whole and kind is Said else text.rstrip()
         self.space = "" if whole else text[len(told) :]
         self.has_thought = self.has_thought or (kind is Thought and bool(told))
-        parts.append(kind(told))
+        if kind is Said:
+            self._say(parts, told)
+        else:
+            parts.append(Thought(told))

@@ -15,6 +15,7 @@ from app.answer_syntax._splitter import CallPiece, Said, Splitter, Thought
 CALL = '<tool_call>\n{"name": "weigh", "arguments": {"of": "maple"}}\n</tool_call>'
 WEIGH = ToolCall("weigh", '{"of": "maple"}')
 HERMES, LLAMA, MISTRAL = (Syntax(thought=THOUGHT, calls=name) for name in ("hermes", "llama3", "mistral"))
+ALONE = HERMES.model_copy(update={"parallel": False})
 FRAGMENTS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", CALL, '{"name": "f", "parameters": {}}', "[ARGS]", "{}", "\n", " ", "<", "a", "é"]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=12).map("".join)
 SYNTAXES = st.builds(
@@ -45,6 +46,8 @@ def divided(syntax: Syntax, text: str, cuts: list[int] | None = None) -> list[Th
         (HERMES, "A <think> in the middle </think> is text.", [Said("A <think> in the middle </think> is text.")]),
         (HERMES, "<think>It never ends", [Thought("It never ends")]),
         (HERMES, f"{CALL} and more", [WEIGH, Said("and more")]),
+        (ALONE, f"a {CALL} b {CALL} c {CALL}", [Said("a"), WEIGH, Said("b\nc")]),
+        (ALONE, f"{CALL}{CALL} c", [WEIGH, Said("c")]),
         (HERMES, CALL.removesuffix("\n</tool_call>"), [WEIGH]),
         (HERMES, "x <tool_call>\nno JSON\n</tool_call>\ny", [Said("x <tool_call>\nno JSON\n</tool_call>\ny")]),
         (HERMES, '<tool_call>{"name": "weigh", "argum', [Said('<tool_call>{"name": "weigh", "argum')]),
@@ -72,7 +75,7 @@ def test_it_is_the_same_however_the_text_is_cut(syntax, text, cuts):
 
 
 @given(SYNTAXES, TEXTS)
-@example(HERMES.model_copy(update={"parallel": False}), f"{CALL}<think>{CALL}<think>")
+@example(ALONE, f"{CALL}<think>{CALL}<think>")
 def test_no_text_is_lost(syntax, text):
     """All that is not white space is in a part, but the markers of what was understood."""
     parts = divided(syntax, text)
@@ -82,8 +85,7 @@ def test_no_text_is_lost(syntax, text):
         assert told == text
     left = iter(text)
     assert all(character in left for character in "".join(told.split())), "in their order"
-    if syntax.parallel or not calls:  # else the first is told, and what stands around another one is joined
-        assert all(word in text for word in told.split())
+    assert all(word in text for word in told.split())
     assert calls or len(told.split()) <= len(text.split()) + text.count("<")
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
 
