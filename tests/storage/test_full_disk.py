@@ -129,7 +129,8 @@ def test_what_a_trainer_writes_beside_its_result(small_disk, tiny_model):
     assert [path.name.partition("-")[0] for path in (small_disk.folder / "features").iterdir()] == ["before"]
     network = load_plain(spec.model, torch.float32, packed_attention.NAME)
     engine = choose(spec.run, spec.strategy)
-    assert forgetting.remember(spec, network, tokenizer, 512, engine) and forgetting.remembered(spec, engine) is None
+    cache = forgetting.ProbeCache(spec.model, tokenizer, engine)
+    assert cache.keep(forgetting.scores(spec, network, tokenizer, 512, engine)) and cache.read() is None
 
 
 def order_of(tiny_model: Path):

@@ -31,7 +31,7 @@ from worker.runtime import devices
 from worker.runtime.device import Compute, choose
 from worker.scoring import held_out
 from worker.scoring.answers import answers_within
-from worker.scoring.forgetting import Probe
+from worker.scoring.forgetting import Probe, ProbeCache
 from worker.scoring.metrics import answer_scores
 
 BUDGET = 2048
@@ -83,7 +83,8 @@ class Reader:
     def probe(self) -> list[TextScore]:
         """The scores of the general probe."""
         probe = Probe(self.tokenizer, self.ref.kind, self.ref.shape.positions, self.lead)
-        return probe.score(self.model, BUDGET, self.engine)
+        cache = ProbeCache(self.ref, self.tokenizer, self.engine)
+        return cache.read() or cache.keep(probe.score(self.model, BUDGET, self.engine))
 
     def trained_bytes(self, data: Tokenised) -> list[int]:
         """UTF-8 bytes of each row's tokens with a loss."""

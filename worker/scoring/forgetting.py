@@ -1,7 +1,8 @@
 """Scores of the general probe before and after fine-tuning, for the verdict of `app/evaluation/forgetting.py`.
 
-The probe is 72 short texts, some 4,000 tokens; scoring it draws no random number, so it does not change training. A model's
-scores before fine-tuning are cached under `features/` by everything they depend on, so the next job on it measures none.
+The probe is 72 short texts, some 4,000 tokens; scoring it draws no random number, so it does not change training. The scores of a
+model before fine-tuning, and of every one that is evaluated, are cached under `features/` by everything they depend on: the next job on
+it, and the next evaluation, measures none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 from app.evaluation import forgetting as app_forgetting
 from app.evaluation.forgetting import TextScore, compare
 from app.settings import get_settings
-from app.spec import JobSpec
+from app.spec import JobSpec, ModelRef
 from app.storage.atomic import write_atomically
 from worker.data.batching import Row, Tokenised, tokenise
 from worker.runtime.device import Compute
@@ -69,19 +70,24 @@ def scores(
     return Probe(tokenizer, spec.model.kind, spec.model.shape.positions, lead).score(model, budget, engine)
 
 
-def remembered(spec: JobSpec, engine: Compute) -> list[TextScore] | None:
-    """The scores that an earlier job on this model cached before it trained; None when there are none."""
-    path = _kept(spec, engine)
-    return [TextScore(*entry) for entry in json.loads(path.read_text())] if path.is_file() else None
+class ProbeCache:
+    """The scores of one model as it is loaded with this tokenizer, which has the chat template that it reads the probe with."""
 
+    def __init__(self, ref: ModelRef, tokenizer: Any, engine: Compute, new_tokens: Sequence[str] = ()) -> None:
+        adapters = [[one.sha256 or one.path, one.blend] for one in ref.adapters if one.blend != 0]  # at blend 0 it is the model below
+        about = [ref.revision, adapters, ref.kind, engine.rounding, list(new_tokens), tokenizer.chat_template]
+        digest = hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]
+        self.path = get_settings().folder("features") / f"probe-{digest}.json"
 
-def remember(spec: JobSpec, model: torch.nn.Module, tokenizer: Any, budget: int, engine: Compute) -> list[TextScore]:
-    """Score the model before fine-tuning, and cache the scores for the next job on it."""
+    def read(self) -> list[TextScore] | None:
+        """What an earlier job or evaluation measured; None when there is nothing."""
+        return [TextScore(*entry) for entry in json.loads(self.path.read_text())] if self.path.is_file() else None
 
-    found = scores(spec, model, tokenizer, budget, engine)
-    with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
-        write_atomically(_kept(spec, engine), json.dumps(found))
-    return found
+    def keep(self, found: list[TextScore]) -> list[TextScore]:
+        """Cache what was measured now."""
+        with contextlib.suppress(OSError):  # a full disk costs the next job the seconds this one took
+            write_atomically(self.path, json.dumps(found))
+        return found
 
 
 def without_measuring(spec: JobSpec, labels: int) -> dict[str, Any] | None:
@@ -95,10 +101,6 @@ def compared(before: list[TextScore], after: list[TextScore]) -> dict[str, Any]:
     return compare(before, after).model_dump(mode="json")
 
 
-def _kept(spec: JobSpec, engine: Compute) -> Path:
-    return get_settings().folder("features") / f"probe-{_digest(spec, engine)}.json"
-
-
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
     if "text" in entry:
         return {"text": entry["text"]}
@@ -108,9 +110,3 @@ def _row(entry: dict[str, Any]) -> dict[str, Any]:
 def _size(entry: dict[str, Any]) -> int:
     said = [entry["text"]] if "text" in entry else [turn["assistant"] for turn in entry["say"]]
     return sum(len(text.encode()) for text in said)
-
-
-def _digest(spec: JobSpec, engine: Compute) -> str:
-    about: list[Any] = [spec.model.revision, [a.sha256 for a in spec.model.adapters], spec.model.kind, engine.rounding]
-    about += [list(spec.run.new_tokens)] if spec.run.new_tokens else []
-    return hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]

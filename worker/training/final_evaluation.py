@@ -50,9 +50,8 @@ def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Final
         row_losses.write(job.attempt, parts)
     lost = known
     if texts:
-        before = forgetting.remembered(job.spec, engine) or forgetting.remember(
-            job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine
-        )
+        cache = forgetting.ProbeCache(job.spec.model, lesson.tokenizer, engine, run.new_tokens or ())
+        before = cache.read() or cache.keep(forgetting.scores(job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine))
         lost = forgetting.compared(before, texts)
     yield events.TaskProgress(what=telling.what, share=0.95)
     evaluation = lesson.evaluation(state, examined, base, budget, engine)

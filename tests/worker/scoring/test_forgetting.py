@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from app import events
+from app.chat_templates import PLAIN
+from app.evaluation.forgetting import TextScore
+from app.run_settings import RunSettings
 from app.settings import get_settings
+from app.spec import Adapter
+from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
 from worker.data.chat_template import prepare_tokenizer
 from worker.modeling.loading import load_tokenizer
+from worker.runtime.device import choose
 from worker.scoring import forgetting
+from worker.scoring.forgetting import ProbeCache
 
 
 def test_every_text_of_six_skills_is_scored(data_dir: Path, tiny_model: Path) -> None:
@@ -48,3 +55,21 @@ def test_a_job_says_what_was_forgotten_and_the_base_is_scored_once(data_dir: Pat
 
     quiet = order(model, data, "lora", epochs=1, forgetting=False)
     assert list(train.train(quiet, data_dir / "runs" / "quiet" / "a1"))[-1].forgetting is None
+
+
+def test_scores_are_cached_by_all_that_they_depend_on(data_dir: Path, tiny_model: Path) -> None:
+    ref = put_model(tiny_model)
+    tokenizer = load_tokenizer(ref)
+    prepare_tokenizer(tokenizer)
+    engine = choose(RunSettings(precision="fp32"), Lora())
+    adapter = Adapter(strategy="lora", path="runs/tuned", sha256="1" * 64)
+    half, none = (adapter.model_copy(update={"blend": share}) for share in (0.5, 0.0))
+    base = ProbeCache(ref, tokenizer, engine)
+    assert ProbeCache(ref.model_copy(update={"adapters": (none,)}), tokenizer, engine).path == base.path
+    changes = [{"adapters": (adapter,)}, {"adapters": (half,)}, {"kind": "generic"}, {"revision": "2" * 64}]
+    others = [ProbeCache(ref.model_copy(update=change), tokenizer, engine).path for change in changes]
+    others.append(ProbeCache(ref, tokenizer, engine, ["<tool>"]).path)
+    tokenizer.chat_template = PLAIN
+    others.append(ProbeCache(ref, tokenizer, engine).path)
+    assert len({base.path, *others}) == 7
+    assert base.read() is None and base.keep([TextScore("facts", 2.0, 9)]) == base.read()
