@@ -26,7 +26,8 @@ from app.web import charts
 from app.web.charts import Scale
 
 SIZES = (BlankSize(32, 2), BlankSize(64, 3), BlankSize(128, 4))
-STEPS: dict[str, Any] = RUN | {"max_steps": 60, "eval_steps": 30, "learning_rate": 3e-3, "validation_fraction": 0.05, "samples": 0}
+STEPS: dict[str, Any] = RUN | {"max_steps": 60, "eval_steps": 30, "learning_rate": 1.5e-3, "validation_fraction": 0.05, "samples": 0}
+"""At twice this learning rate the largest of the three ended behind the second one (2.991 and 3.043 nats)."""
 
 
 class MoreStop(Stop):
