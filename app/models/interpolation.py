@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from app.errors import BadField
 from app.kit.humanize import human_number
 from app.languages import gettext, localized
+from app.metrics import ability
 from app.spec import Adapter, ModelRef
 from app.strategies import STRATEGIES
 
@@ -139,7 +140,7 @@ def _panel(title: str, unit: str, values: list[Point], form: str, *, zero: bool)
         return BOTTOM - (BOTTOM - TOP) * (y - low) / room
 
     def said(y: float) -> str:
-        return localized(form.format(y))
+        return localized(form.format(y).replace("-", "−"))
 
     marks = [
         ChartPoint(
@@ -192,28 +193,28 @@ def _trade(point: Mapping[str, Any], base: Mapping[str, Any], tuned: Mapping[str
     whole, kept = base["score"] - tuned["score"], base["score"] - point["score"]
     values = {
         "strength": _strength(point["blend"]),
-        "after": localized(f"{point['forgetting']:+.1%}"),
-        "before": localized(f"{tuned['forgetting']:+.1%}"),
+        "after": ability(point["forgetting"]),
+        "before": ability(tuned["forgetting"]),
     }
     if 0 < kept <= whole:
         values |= {"share": localized(f"{kept / whole:.0%}")}
         if instead:
             return gettext(
                 "The fine-tuned model as it is scores best. If general ability matters more: at %(strength)s it keeps %(share)s of the gain, "
-                "and general text takes %(after)s bits instead of %(before)s.",
+                "and general ability changes by %(after)s instead of %(before)s.",
                 **values,
             )
         return gettext(
-            "At %(strength)s it keeps %(share)s of the gain, and general text takes %(after)s bits instead of %(before)s.", **values
+            "At %(strength)s it keeps %(share)s of the gain, and general ability changes by %(after)s instead of %(before)s.", **values
         )
     if instead:
         return gettext(
             "The fine-tuned model as it is scores best. If general ability matters more: at %(strength)s it scores better than the whole, "
-            "and general text takes %(after)s bits instead of %(before)s.",
+            "and general ability changes by %(after)s instead of %(before)s.",
             **values,
         )
     return gettext(
-        "At %(strength)s it scores better than the whole, and general text takes %(after)s bits instead of %(before)s.", **values
+        "At %(strength)s it scores better than the whole, and general ability changes by %(after)s instead of %(before)s.", **values
     )
 
 
