@@ -299,7 +299,7 @@ def stop_in_its_own_work(second: psutil.Process, folder: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["killed", "hangs", "fenced off"])
+@pytest.mark.parametrize("how", ["killed", *(pytest.param(how, marks=pytest.mark.fault) for how in ("hangs", "fenced off"))])
 def test_a_job_of_two_processes_that_loses_one_ends_soon_and_names_it(new_job, monkeypatch, how):
     """All of them end: one that ended is told by the launcher, one that hangs by what the others wait for, and with the fence nobody stays."""
     get_settings().gpus_per_job = 2
@@ -327,7 +327,7 @@ def test_a_job_of_two_processes_that_loses_one_ends_soon_and_names_it(new_job, m
         ), message
 
 
-@pytest.mark.long
+@pytest.mark.fault
 @pytest.mark.flaky(reason="a trainer that gets no processor for two seconds is as silent as one that hangs")
 def test_scoring_that_takes_longer_than_the_patience_is_no_hang(new_job, monkeypatch):
     """Validation, and base and result on every training row, say how far they are; each takes several times the patience."""
@@ -534,7 +534,7 @@ def test_predictions_are_made_while_a_job_trains_and_go_on_after_a_restart_of_th
 EVALUATE_WORKER = ("-m", "celery", "-A", "worker.main", "worker", "-Q", "evaluate", "--pool=threads", "-c", "1", "--without-gossip")
 
 
-@pytest.mark.long
+@pytest.mark.fault
 @pytest.mark.timeout(600)
 def test_an_evaluation_ends_while_a_job_trains(new_job, processes, session, user):
     job, waits = new_job(epochs=1000), new_job()

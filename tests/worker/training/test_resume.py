@@ -33,7 +33,7 @@ def weights(finished: events.Finished) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("strategy", "settings"),
-    [("lora", {"dropout": 0.2}), pytest.param("full", {}, marks=pytest.mark.long), pytest.param("pissa", {}, marks=pytest.mark.long)],
+    [("lora", {"dropout": 0.2}), pytest.param("full", {}, marks=pytest.mark.long), pytest.param("pissa", {}, marks=pytest.mark.fault)],
 )
 @pytest.mark.parametrize(("seed", "kills"), [(5, 3), *(pytest.param(seed, 5, marks=pytest.mark.fault) for seed in range(6))])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict, seed: int, kills: int) -> None:
