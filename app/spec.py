@@ -13,7 +13,7 @@ from app.older_settings import renamed
 from app.optimizers import OPTIMIZERS
 from app.run_settings import RunSettings
 from app.shapes import Shape
-from app.strategies import AnyStrategy, Strategy
+from app.strategies import STRATEGIES, AnyStrategy, Strategy
 
 Kind = Literal["generic", "instruction", "dialogue", "classifier", "encoder", "reward"]
 SILENT = {"classifier": mark("a classifier"), "encoder": mark("an encoder"), "reward": mark("a reward model")}
@@ -55,6 +55,12 @@ class ModelRef(_Frozen):
     adapters: tuple[Adapter, ...] = ()
     shape: Shape
     labels: tuple[str, ...] | None = None
+
+    def tuned(self, strategy: str, path: str, sha256: str) -> ModelRef:
+        """What training made of this model, at `path`: this one with an adapter, or a whole model."""
+        if STRATEGIES[strategy].adapter:
+            return self.model_copy(update={"adapters": (*self.adapters, Adapter(strategy=strategy, path=path, sha256=sha256))})
+        return self.model_copy(update={"path": path, "revision": sha256, "adapters": ()})
 
 
 class DatasetRef(_Frozen):

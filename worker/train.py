@@ -379,7 +379,8 @@ def finish(job: TrainState) -> Iterator[events.Log | events.TaskProgress | event
         spec.strategy.restore(body_of(job.model), checkpoint.read_tensors(best, "extra"))  # what it settled later fits other weights
         lesson.after_change()
     written, revision, adapter = export(job.attempt, spec, job.model, lesson.tokenizer, state)
-    compared = yield from final_evaluation.compare(job)
+    result = spec.model.tuned(spec.strategy.name, relative(written.path), adapter or revision)
+    compared = yield from final_evaluation.compare(job, result.model_copy(update={"kind": lesson.kind()}))
     state.wall_seconds = time.monotonic() - job.began
     yield events.Finished(
         reason="completed" if state.step >= job.course.total_steps else "early_stopped",

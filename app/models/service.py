@@ -188,14 +188,8 @@ def _checkpoint_reference(session: Session, base: Model, job: Job, checkpoint: C
             hint=gettext("Choose another checkpoint of the job."),
             param="model",
         )
-    strategy = job.spec["strategy"]["name"]
-    under = reference(session, base)
-    changes = {"name": checkpoint_name(session, job, checkpoint.step), "labels": job.spec["model"].get("labels")}
-    path = f"{checkpoint.path}/weights"
-    if STRATEGIES[strategy].adapter:
-        adapter = Adapter(strategy=strategy, path=path, sha256=checkpoint.manifest_sha256)
-        return under.model_copy(update={**changes, "adapters": (*under.adapters, adapter)})
-    return under.model_copy(update={**changes, "path": path, "revision": checkpoint.manifest_sha256, "adapters": ()})
+    made = reference(session, base).tuned(job.spec["strategy"]["name"], f"{checkpoint.path}/weights", checkpoint.manifest_sha256)
+    return made.model_copy(update={"name": checkpoint_name(session, job, checkpoint.step), "labels": job.spec["model"].get("labels")})
 
 
 def reference(session: Session, model: Model) -> ModelRef:

@@ -62,7 +62,12 @@ def test_a_tuned_model_and_its_base_on_the_rows_its_job_held_out(session, user, 
     made = order(session, user, tuned, data, answers=3, answer_tokens=8)
     assert session.scalars(select(Outbox.task).where(Outbox.key == made.id)).all() == [queue.EVALUATE]
     assert made.spec["part"] == "validation" and made.spec["base"]["name"] == "tiny" and not made.spec["note"]
+    cached = sorted((data_dir / "features").glob("probe-*.json"))
+    assert len(cached) == 2, "of the base and of what became of it"
+    for path in cached:
+        path.unlink()  # measured again, they are cached where the job did
     evaluation_attempt.work(made.id)
+    assert sorted((data_dir / "features").glob("probe-*.json")) == cached
     done = now_of(made)
     assert done.status == "succeeded", done.error
     found = done.result

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from app import events
+from app.spec import ModelRef
 from worker.modeling import fused_layers
 from worker.runtime.device import release
 from worker.runtime.progress import ProgressReporter
@@ -24,9 +25,9 @@ class FinalScores(NamedTuple):
     evaluation: dict[str, Any]
 
 
-def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, FinalScores]:
+def compare(job: Any, result: ModelRef) -> Generator[events.Log | events.TaskProgress, None, FinalScores]:
     """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its backend is
-    gone afterwards, and the model with it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
+    gone afterwards, and the model with it. `result` is the model as evaluations will name it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
     telling = ProgressReporter("Comparing base and result")
@@ -51,6 +52,7 @@ def compare(job: Any) -> Generator[events.Log | events.TaskProgress, None, Final
     lost = known
     if texts:
         cache = forgetting.ProbeCache(job.spec.model, lesson.tokenizer, engine, run.new_tokens or ())
+        forgetting.ProbeCache(result, lesson.tokenizer, engine).keep(texts)
         before = cache.read() or cache.keep(forgetting.scores(job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine))
         lost = forgetting.compared(before, texts)
     yield events.TaskProgress(what=telling.what, share=0.95)

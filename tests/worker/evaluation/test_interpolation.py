@@ -77,7 +77,12 @@ def test_names_of_blends():
 @pytest.mark.parametrize(
     ("scores", "forgetting", "best", "says"),
     [
-        ([2.0, 1.6, 1.3, 1.1, 1.0], [0, 0.01, 0.02, 0.04, 0.20], 0.75, "At 0.75 it keeps 90% of the gain, and general ability changes by −4.0% instead of −20.0%"),
+        (
+            [2.0, 1.6, 1.3, 1.1, 1.0],
+            [0, 0.01, 0.02, 0.04, 0.20],
+            0.75,
+            "At 0.75 it keeps 90% of the gain, and general ability changes by −4.0% instead of −20.0%",
+        ),
         ([2.0, 1.5, 1.2, 1.3, 1.6], [0, 0.0, 0.0, 0.0, 0.0], 0.5, "went too far"),
         ([2.0, 1.6, 1.3, 1.1, 1.0], [0, 0.0, 0.001, 0.001, 0.002], 1.0, "hardly keep more general ability"),
         ([2.0, 1.9, 1.7, 1.4, 1.0], [0, 0.01, 0.02, 0.04, 0.20], 1.0, "If general ability matters more: at 0.75 it keeps 60% of the gain"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +13,7 @@ from app.chat_templates import PLAIN
 from app.evaluation.forgetting import TextScore
 from app.run_settings import RunSettings
 from app.settings import get_settings
-from app.spec import Adapter
+from app.spec import Adapter, ModelRef
 from app.strategies.lora import Lora
 from tests.worker.orders import chat_rows, order, put_dataset, put_model
 from worker import train
@@ -24,10 +24,14 @@ from worker.scoring import forgetting
 from worker.scoring.forgetting import ProbeCache
 
 
-def test_every_text_of_six_skills_is_scored(data_dir: Path, tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(put_model(tiny_model))
+def tokenizer_of(ref: ModelRef) -> Any:
+    tokenizer = load_tokenizer(ref)
     prepare_tokenizer(tokenizer)
-    probe = forgetting.Probe(tokenizer, "dialogue", 2048)
+    return tokenizer
+
+
+def test_every_text_of_six_skills_is_scored(data_dir: Path, tiny_model: Path) -> None:
+    probe = forgetting.Probe(tokenizer_of(put_model(tiny_model)), "dialogue", 2048)
     assert len(probe.data) == 72
     assert {skill: probe.skills.count(skill) for skill in set(probe.skills)} == dict.fromkeys(
         ("facts", "stories", "conversation", "instructions", "code", "arithmetic"), 12
@@ -43,13 +47,12 @@ def test_a_job_says_what_was_forgotten_and_the_base_is_scored_once(data_dir: Pat
     assert isinstance(told, events.Finished)
     assert told.forgetting["verdict"] == "within noise"
     assert math.isfinite(told.forgetting["before"])
-    (kept,) = get_settings().folder("features").glob("probe-*.json")
-    scores = json.loads(kept.read_text())
-    assert len(scores) == 72
+    before = ProbeCache(model, tokenizer_of(model), choose(gentle.run, gentle.strategy)).read()
+    assert before is not None and len(before) == 72 and len(list(get_settings().folder("features").glob("probe-*.json"))) == 2
 
     harsh = order(model, data, "full", epochs=6, learning_rate=2e-2, forgetting=True)
     told = list(train.train(harsh, data_dir / "runs" / "harsh" / "a1"))[-1]
-    assert told.forgetting["before"] == pytest.approx(sum(s[1] for s in scores) / math.log(2) / sum(s[2] for s in scores))
+    assert told.forgetting["before"] == pytest.approx(sum(s[1] for s in before) / math.log(2) / sum(s[2] for s in before))
     assert set(told.forgetting["skills"]) == {"facts", "stories", "conversation", "instructions", "code", "arithmetic"}
     assert told.forgetting["verdict"] != "within noise"
 
@@ -59,8 +62,7 @@ def test_a_job_says_what_was_forgotten_and_the_base_is_scored_once(data_dir: Pat
 
 def test_scores_are_cached_by_all_that_they_depend_on(data_dir: Path, tiny_model: Path) -> None:
     ref = put_model(tiny_model)
-    tokenizer = load_tokenizer(ref)
-    prepare_tokenizer(tokenizer)
+    tokenizer = tokenizer_of(ref)
     engine = choose(RunSettings(precision="fp32"), Lora())
     adapter = Adapter(strategy="lora", path="runs/tuned", sha256="1" * 64)
     half, none = (adapter.model_copy(update={"blend": share}) for share in (0.5, 0.0))
