@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import uuid
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -65,6 +67,15 @@ def every(app) -> list[tuple[str, str]]:
     return found
 
 
+WHOLE = [pytest.param(False, marks=pytest.mark.long, id="in turn"), pytest.param(True, marks=pytest.mark.fault, id="each with all")]
+"""Whether each route is tried with one of several strangers, in turn, or with all of them."""
+
+
+def tried(strangers: Sequence[Any], place: int, whole: bool) -> Sequence[Any]:
+    """The strangers of the route at this place."""
+    return strangers if whole else [strangers[place % len(strangers)]]
+
+
 def test_the_public_list_is_the_one_written_here(web):
     assert auth.PUBLIC | {"/static"} == OPEN
     known = {path for _, path in every(web.app)}
@@ -85,43 +96,43 @@ def test_nothing_else_answers_without_sign_in(web):
             assert answer.status_code == 303 and answer.headers["location"].startswith("/sign-in"), f"{method} {path}: {answer.status_code}"
 
 
-@pytest.mark.long
-def test_a_made_up_key_or_cookie_opens_nothing(web):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_made_up_key_or_cookie_opens_nothing(web, whole):
     fakes = (
         {"authorization": f"Bearer sk-luthier-{'0' * 32}-x"},
         {"authorization": "Basic b3duZXI6eA=="},
         {"cookie": f"luthier_{auth.studio_mark()}=guess"},
     )
-    for headers in fakes:
-        asker = TestClient(web.app, base_url=ORIGIN, headers=headers)
-        for method, path in every(web.app):
-            if path not in OPEN:
+    askers = [TestClient(web.app, base_url=ORIGIN, headers=headers) for headers in fakes]
+    for place, (method, path) in enumerate(every(web.app)):
+        if path not in OPEN:
+            for asker in tried(askers, place, whole):
                 status = asker.request(method, address(path), follow_redirects=False).status_code
-                assert status in (401, 303), f"{method} {path} with {headers}: {status}"
+                assert status in (401, 303), f"{method} {path} with {asker.headers}: {status}"
 
 
-@pytest.mark.long
-def test_a_page_of_another_site_changes_nothing(client, api):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_page_of_another_site_changes_nothing(client, api, whole):
     """For every method but the reading ones, with a cookie and with a key."""
     strangers = ("http://evil.example", "null", "http://127.0.0.1:9999", "https://127.0.0.1:8000", "http://127.0.0.1:8000.evil.example", "")
     for asker in (client, api):
-        for method, path in every(client.app):
+        for place, (method, path) in enumerate(every(client.app)):
             if method in UNSAFE:
-                for origin in strangers:
+                for origin in tried(strangers, place, whole):
                     answer = asker.request(method, address(path), headers={"origin": origin}, follow_redirects=False)
                     assert answer.status_code == 403, f"{method} {path} from {origin!r}: {answer.status_code}"
     for site in ("cross-site", "same-site"):
         assert client.post("/theme", data={"theme": "dark"}, headers={"sec-fetch-site": site}).status_code == 403
 
 
-@pytest.mark.long
-def test_a_cookie_alone_changes_nothing(client):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_cookie_alone_changes_nothing(client, whole):
     """Without the token, with a token of another session and with a broken one, whatever the method."""
     tokens = ({}, {"x-csrf-token": "0" * 16 + "." + "0" * 64}, {"x-csrf-token": "x"}, {"x-csrf-token": "."})
     del client.headers["x-csrf-token"]
-    for method, path in every(client.app):
+    for place, (method, path) in enumerate(every(client.app)):
         if method in UNSAFE and path not in OPEN:
-            for headers in tokens:
+            for headers in tried(tokens, place, whole):
                 answer = client.request(method, address(path), headers=headers, follow_redirects=False)
                 assert answer.status_code == 403, f"{method} {path} with {headers}: {answer.status_code}"
 
