@@ -38,9 +38,9 @@ def human_bytes(value: float) -> str:
 
 @_or_nothing
 def human_seconds(value: float) -> str:
-    """130 → `2 min 10 s`, 0.0312 → `31 ms`, 93_600 → `1 d 2 h`. Two units at most."""
+    """130 → `2 min 10 s`, 0.0312 → `31 ms`, 0 → `0 s`, 93_600 → `1 d 2 h`. Two units at most."""
     if value < 1:
-        return f"{value * 1000:.0f} ms"
+        return "0 s" if value == 0 else f"{value * 1000:.0f} ms"
     if value < 10:
         return localized(f"{value:.1f} s")
     whole = round(value)

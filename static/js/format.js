@@ -23,7 +23,7 @@ export function bytes(value) {
 /** 130 → "2 min 10 s" */
 export function seconds(value) {
   if (unknown(value)) return NOTHING;
-  if (value < 1) return `${(value * 1000).toFixed(0)} ms`;
+  if (value < 1) return value === 0 ? "0 s" : `${(value * 1000).toFixed(0)} ms`;
   if (value < 10) return localized(`${value.toFixed(1)} s`);
   const whole = Math.round(value);
   let parts = [[Math.floor(whole / 86400), "d"], [Math.floor(whole / 3600) % 24, "h"], [Math.floor(whole / 60) % 60, "min"], [whole % 60, "s"]];
