@@ -8,6 +8,7 @@ from app import formats
 from app.datasets import ingest_task
 from app.datasets import service as datasets
 from app.kit import ids
+from app.routes import overview
 from app.storage import files
 from tests.datasets.malformed_sheets import workbook
 
@@ -81,6 +82,18 @@ def test_an_error_carries_what_is_needed_to_map_and_the_suggestion_is_taken(api,
     first, home = ids.public(ids.DATASET, dataset.id), client.get("/").text
     assert f'<a href="/datasets/{made["id"]}">Version 2</a> is ready' in client.get(f"/datasets/{first}").text
     assert made["id"] in home and first not in home and "1 dataset ready" in home, "versions of one dataset are one line"
+
+
+def test_home_follows_a_file_that_is_read(client, session, user, monkeypatch):
+    monkeypatch.setattr(overview, "STARTING_SECONDS", 0)
+    dataset = datasets.create(session, user, files.add_bytes(session, user, ENGLISH.encode(), "tickets.csv", "fine-tune"))
+    dataset.mapping = {"text": "customer_message", "label": "queue"}
+    session.commit()
+    follows = 'hx-get="/" hx-trigger="every 3s" hx-select="#steps"'
+    assert follows in client.get("/").text
+    ingest_task.read(dataset.id)
+    home = client.get("/").text
+    assert 'id="steps"' in home and follows not in home
 
 
 def test_an_excel_file_is_read_in_the_limited_child(api, session, user):
