@@ -161,11 +161,9 @@ class Watch:
 USING = [
     ("lora", "generation", {"rms_norm.py", "gated_mlp.py", "rotary.py", "cross_entropy.py", "fused_lora.py"}),
     ("full", "generation", {"rms_norm.py", "full_tuning.py", "gradient_buffers.py", "adamw.py", "cross_entropy.py"}),
-    ("vera", "generation", {"fused_vera.py"}),
-    ("ia3", "generation", {"fused_ia3.py"}),
-    ("dora", "generation", {"fused_dora.py"}),
+    *(pytest.param(name, "generation", {f"fused_{name}.py"}, marks=pytest.mark.fault) for name in ("vera", "ia3", "dora")),
     ("lora", "preference", {"token_logprobs.py"}),
-    ("full", "classification", {"full_tuning.py"}),
+    pytest.param("full", "classification", {"full_tuning.py"}, marks=pytest.mark.fault),
     ("feature_extraction", "classification", {"rms_norm.py"}),
 ]
 

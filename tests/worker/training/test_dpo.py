@@ -284,7 +284,7 @@ def weights(finished: events.TrainerEvent) -> dict[str, str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), ("full", {})])
+@pytest.mark.parametrize(("strategy", "settings"), [("lora", {"dropout": 0.2}), pytest.param("full", {}, marks=pytest.mark.fault)])
 def test_killed_at_random_moments(data_dir: Path, tiny_model: Path, strategy: str, settings: dict[str, Any]) -> None:
     spec = pair_order(tiny_model, strategy, settings, micro_batches=2, evaluations_per_epoch=3, epochs=3, max_tokens_per_step=240)
     whole, code = WarmTrainer(spec, "whole", 1).run()
