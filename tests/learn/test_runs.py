@@ -99,11 +99,8 @@ def test_each_step_to_a_reward_has_its_pass_rate(client, session, user, data_dir
     base, examples = reward.pass_rates(session, job)[0], reward.pass_rates(session, job)[-1]
     before, after = reward.pass_rates(session, second)[0], reward.pass_rates(session, second)[-1]
     assert examples == before and examples.rows == 24, "the same rows, greedily, by the same model"
-    assert (
-        page.count('<rect class="between"') == 3
-        and visit.done_at is not None
-        and re.search(r"The check before the run: (144|576) answers", page)
-    )
+    assert page.count('<rect class="between"') == 3 and visit.done_at is not None
+    assert "The check before the run: 576 answers" in page, "to 24 prompts all six answers agree, so four times as many are asked"
     assert visit.headline == (f"as it is {base.share:.0%}, after worked examples {examples.share:.0%}, after the reward {after.share:.0%}")
 
 

@@ -71,11 +71,15 @@ def scores(
 
 
 class ProbeCache:
-    """The scores of one model as it is loaded with this tokenizer, which has the chat template that it reads the probe with."""
+    """The scores of one model: as this tokenizer writes the probe, by its chat template, and as the weights are loaded, the base in
+    `bits` where it is quantized."""
 
-    def __init__(self, ref: ModelRef, tokenizer: Any, engine: Compute, new_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, ref: ModelRef, tokenizer: Any, engine: Compute, new_tokens: Sequence[str] | None = None, bits: int | None = None
+    ) -> None:
         adapters = [[one.sha256 or one.path, one.blend] for one in ref.adapters if one.blend != 0]  # at blend 0 it is the model below
-        about = [ref.revision, adapters, ref.kind, engine.rounding, list(new_tokens), tokenizer.chat_template]
+        loaded = [engine.rounding, str(engine.frozen), engine.fp8, bits]
+        about = [ref.revision, adapters, ref.kind, loaded, list(new_tokens or ()), tokenizer.chat_template]
         digest = hashlib.sha256(json.dumps(about).encode() + PROBE.read_bytes()).hexdigest()[:40]
         self.path = get_settings().folder("features") / f"probe-{digest}.json"
 

@@ -27,7 +27,8 @@ class FinalScores(NamedTuple):
 
 def compare(job: Any, result: ModelRef) -> Generator[events.Log | events.TaskProgress, None, FinalScores]:
     """Measure the result, let go of it, and measure the model before tuning. `job` is worker.train.TrainState; its backend is
-    gone afterwards, and the model with it. `result` is the model as evaluations will name it. The shares it tells are what scoring every training row twice takes, the only part that is ever long."""
+    gone afterwards, and the model with it. `result` is the model as evaluations will name it. The shares it tells are what scoring every
+    training row twice takes, the only part that is ever long."""
     lesson, state, engine, run, budget = job.lesson, job.state, job.engine, job.spec.run, job.course.budget
     yield events.Log(message=f"Comparing the result with {job.spec.model.name} as it was.")
     telling = ProgressReporter("Comparing base and result")
@@ -51,8 +52,9 @@ def compare(job: Any, result: ModelRef) -> Generator[events.Log | events.TaskPro
         row_losses.write(job.attempt, parts)
     lost = known
     if texts:
-        cache = forgetting.ProbeCache(job.spec.model, lesson.tokenizer, engine, run.new_tokens or ())
-        forgetting.ProbeCache(result, lesson.tokenizer, engine).keep(texts)
+        bits = type(job.spec.strategy).base_bits
+        cache = forgetting.ProbeCache(job.spec.model, lesson.tokenizer, engine, run.new_tokens, bits)
+        forgetting.ProbeCache(result, lesson.tokenizer, engine, bits=bits).keep(texts)
         before = cache.read() or cache.keep(forgetting.scores(job.spec, lesson.writer(base()), lesson.tokenizer, budget, engine))
         lost = forgetting.compared(before, texts)
     yield events.TaskProgress(what=telling.what, share=0.95)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app import events
 from app.chat_templates import PLAIN
@@ -71,7 +73,9 @@ def test_scores_are_cached_by_all_that_they_depend_on(data_dir: Path, tiny_model
     changes = [{"adapters": (adapter,)}, {"adapters": (half,)}, {"kind": "generic"}, {"revision": "2" * 64}]
     others = [ProbeCache(ref.model_copy(update=change), tokenizer, engine).path for change in changes]
     others.append(ProbeCache(ref, tokenizer, engine, ["<tool>"]).path)
+    others.append(ProbeCache(ref, tokenizer, engine, bits=4).path)
+    others += [ProbeCache(ref, tokenizer, replace(engine, **change)).path for change in ({"frozen": torch.bfloat16}, {"fp8": True})]
     tokenizer.chat_template = PLAIN
     others.append(ProbeCache(ref, tokenizer, engine).path)
-    assert len({base.path, *others}) == 7
+    assert len({base.path, *others}) == 10
     assert base.read() is None and base.keep([TextScore("facts", 2.0, 9)]) == base.read()
