@@ -13,7 +13,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app.errors import BadData, Conflict, NotFound
-from app.jobs import lifecycle
+from app.jobs import checkpoint_folders
 from app.jobs import service as jobs
 from app.kit import ids, manifest
 from app.kit.states import state_word
@@ -161,7 +161,7 @@ def resume(session: Session, user: User, job_id: uuid.UUID, step: int | None) ->
     session.execute(update(Checkpoint).where(later, Checkpoint.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp()))
     remembered = Checkpoint.path == _best_of(row)  # the best one so far, which no sweep may remove
     session.execute(update(Checkpoint).where(Checkpoint.job_id == job.id).values(best=remembered & Checkpoint.deleted_at.is_(None)))
-    lifecycle.remove_folders(session, job.id)
+    checkpoint_folders.remove(session, job.id)
     return resumed
 
 

@@ -15,7 +15,6 @@ which they are committed, and a watcher who has seen event n has seen all before
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 import uuid
@@ -30,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from app import db, events, leases, queue
 from app.errors import Unavailable
-from app.jobs import mail, usage
+from app.jobs import checkpoint_folders, mail, usage
 from app.kit import ids
 from app.kit.json_safe import storable
 from app.leases import MAX_DEATHS, now
@@ -150,7 +149,9 @@ def claim(session: Session, job_id: uuid.UUID, worker: str, gpus: int = 0) -> Cl
         return None
     usage.hold_gpus(session, job_id, job.fence, gpus)
     record_event(session, job_id, job.attempt, events.Claimed(attempt=job.attempt, worker=worker))
-    remove_folders(session, job_id)  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
+    checkpoint_folders.remove(
+        session, job_id
+    )  # the trainer takes the newest checkpoint on disk, so none may be there that the job went back behind
     return claim_of(job)
 
 
@@ -412,40 +413,3 @@ def sweep_outbox(session: Session) -> int:
     """Delete messages sent over a day ago."""
     old = now() - timedelta(days=1)
     return db.touched(session, delete(Outbox).where(Outbox.sent_at < old))
-
-
-def sweep_checkpoints(session: Session, job_id: uuid.UUID, keep: int) -> None:
-    """Keep a job's newest `keep` checkpoints and its best; remove the folders of the others after the commit."""
-    kept = session.scalars(
-        select(Checkpoint)
-        .where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-        .order_by(Checkpoint.step.desc())
-        .with_for_update(skip_locked=True)
-    ).all()
-    for old in kept[keep:]:
-        if not old.best:
-            old.deleted_at = session.scalar(select(now()))
-            folder = get_settings().data_dir / old.path
-            db.on_commit(session, functools.partial(shutil.rmtree, folder, ignore_errors=True))
-
-
-def remove_folders(session: Session, job_id: uuid.UUID) -> None:
-    """Remove the folders of a job's deleted checkpoints after the commit: now, and again with each claim, in case the process
-    that deleted them died before."""
-    gone = session.scalars(select(Checkpoint.path).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_not(None))).all()
-    for path in gone:
-        db.on_commit(session, functools.partial(shutil.rmtree, get_settings().data_dir / path, ignore_errors=True))
-
-
-def sweep_folders(session: Session) -> int:
-    """Remove folders of deleted checkpoints that are still on disk, of jobs that nobody claims any more. Returns how many."""
-    root = get_settings().data_dir
-    there = {folder.relative_to(root).as_posix() for folder in root.glob("runs/*/a*/checkpoint-*")}
-    gone = (
-        session.scalars(select(Checkpoint.path).where(Checkpoint.path.in_(there), Checkpoint.deleted_at.is_not(None))).all()
-        if there
-        else []
-    )
-    for path in gone:
-        shutil.rmtree(root / path, ignore_errors=True)
-    return len(gone)

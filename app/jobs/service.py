@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from app import db, leases, limits, ownership, queue, trackers
 from app import events as said
 from app.errors import Conflict, Forbidden, StudioError
-from app.jobs import lifecycle, needs, split_leakage
+from app.jobs import checkpoint_folders, lifecycle, needs, split_leakage
 from app.jobs.lifecycle import record_event
 from app.jobs.request import JobRequest
 from app.jobs.spec_builder import build_spec, estimate_of
@@ -298,7 +298,7 @@ def reap(session: Session) -> dict[str, int]:
         **leases.reap(session, lifecycle.WORK),
         "resumed": lifecycle.resume_after_full_disk(session),
         "swept": lifecycle.sweep_outbox(session),
-        "folders": lifecycle.sweep_folders(session),
+        "folders": checkpoint_folders.sweep(session),
     }
 
 

@@ -16,7 +16,7 @@ from sqlalchemy import func, select, text, update
 
 from app import events
 from app.db import get_engine, transaction
-from app.jobs import checkpoints, lifecycle
+from app.jobs import checkpoint_folders, checkpoints, lifecycle
 from app.jobs import service as jobs
 from app.leases import answering_since, expire, now, redeliver
 from app.settings import get_settings
@@ -291,7 +291,7 @@ def test_checkpoints_are_swept_but_for_the_newest_and_the_best(job, data_dir):
         (data_dir / f"runs/x/a1/checkpoint-{n}").mkdir(parents=True)
     with transaction() as session:
         lifecycle.record(session, held, 0, [saved(1), saved(2, best=True), saved(3), saved(4)])
-        lifecycle.sweep_checkpoints(session, job.id, keep=1)
+        checkpoint_folders.keep_newest(session, job.id, keep=1)
     assert sorted(p.name for p in (data_dir / "runs/x/a1").iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 

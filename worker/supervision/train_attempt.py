@@ -27,7 +27,7 @@ from app import events, limits
 from app.db import transaction
 from app.errors import BadData
 from app.inference import residency
-from app.jobs import gangs, lifecycle, usage
+from app.jobs import checkpoint_folders, gangs, lifecycle, usage
 from app.jobs.gangs import Rendezvous
 from app.jobs.lifecycle import Claim, FenceLost
 from app.kit import child_process, tracing
@@ -265,7 +265,7 @@ class Attempt:
         with transaction() as session:
             lifecycle.record(session, self.held, self.recorded, batch)
             if not self.checkpoints.used and any(isinstance(event, events.Saved) for event in batch):
-                lifecycle.sweep_checkpoints(session, self.held.job_id, get_settings().keep_checkpoints)
+                checkpoint_folders.keep_newest(session, self.held.job_id, get_settings().keep_checkpoints)
         for _ in batch:
             self.heard.popleft()
         self.recorded += len(batch)
